@@ -1,0 +1,79 @@
+"""Where everything lies below a checkout's root; no other module spells a path."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths of one checkout.
+
+    Args:
+        root: folder that holds `dvc.yaml`, `params.yaml` and `data.dvc`.
+    """
+
+    root: Path
+
+    @property
+    def params(self) -> Path:
+        return self.root / "params.yaml"
+
+    @property
+    def data(self) -> Path:
+        """Holds `train/<label>/*` and optionally `test/<label>/*`."""
+        return self.root / "data"
+
+    @property
+    def local(self) -> Path:
+        """State of this machine that git and DVC ignore: servers, credentials, caches."""
+        return self.root / ".local"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.artifacts / "quarantine"
+
+    @property
+    def plots(self) -> Path:
+        return self.artifacts / "plots"
+
+    @property
+    def audit(self) -> Path:
+        return self.artifacts / "audit.json"
+
+    @property
+    def dataset(self) -> Path:
+        """`images.npy` and `index.json`, see `tasks.preprocess`."""
+        return self.artifacts / "dataset"
+
+    @property
+    def features(self) -> Path:
+        return self.artifacts / "features"
+
+    def weights(self, name: str) -> Path:
+        """Folder of the weights called `name`: `backbone` or a phase."""
+        return self.artifacts / "weights" / name
+
+    @property
+    def model(self) -> Path:
+        return self.artifacts / "model.keras"
+
+    @property
+    def metrics(self) -> Path:
+        return self.artifacts / "metrics.json"
+
+    @property
+    def predictions(self) -> Path:
+        """Probability of each class for each test photo."""
+        return self.artifacts / "predictions.json"
+
+    @property
+    def gate(self) -> Path:
+        return self.artifacts / "gate.json"
+
+    @property
+    def run(self) -> Path:
+        return self.artifacts / "run.json"

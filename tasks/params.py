@@ -1,0 +1,154 @@
+"""`params.yaml` as frozen, validated objects."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tasks.errors import ParamsError
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+HeldOut = Annotated[float, Field(gt=0.0, lt=0.5)]
+
+BACKBONE = "backbone"
+MAX_TRAINABLE_LAYERS = 16
+"""Layers of EfficientNetB0 above `block6d_add`, where the trunk is cut off."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class AuditParams(_Section):
+    hash_distance: int = Field(ge=0, le=32)
+    twin_rms: float = Field(ge=0.0, le=64.0)
+
+
+class SplitParams(_Section):
+    val: HeldOut
+    test: HeldOut
+
+
+class PreprocessParams(_Section):
+    detail: int = Field(ge=16, le=224)
+
+
+class BackboneParams(_Section):
+    source: str = Field(min_length=1)
+
+
+class AugmentationParams(_Section):
+    horizontal_flip: bool
+    rotation: float = Field(ge=0.0, le=180.0)
+    zoom: float = Field(ge=0.0, lt=1.0)
+    shift: float = Field(ge=0.0, le=0.5)
+    brightness: Share
+    contrast: Share
+    channel: Share
+
+
+class FeaturesParams(_Section):
+    views: int = Field(ge=0, le=64)
+
+
+class TrainingParams(_Section):
+    mode: Literal["cached", "end_to_end"]
+    batch_size: int = Field(ge=1, le=1024)
+    dropout: float = Field(ge=0.0, lt=1.0)
+    weight_decay: float = Field(ge=0.0, le=1.0)
+    label_smoothing: float = Field(ge=0.0, lt=1.0)
+    ema: float = Field(ge=0.0, lt=1.0)
+    calibrate: bool
+
+
+class PhaseParams(_Section):
+    starts_from: str
+    data_fraction: float = Field(gt=0.0, le=1.0)
+    trainable_layers: int = Field(ge=0, le=MAX_TRAINABLE_LAYERS)
+    learning_rate: float = Field(gt=0.0, le=1.0)
+    schedule: Literal["constant", "cosine"]
+    epochs: int = Field(ge=1, le=1000)
+
+
+class GateParams(_Section):
+    """Limits; one that is left out is not checked, and none at all fails."""
+
+    min_accuracy: Share | None = None
+    min_recall: Share | None = None
+    max_loss: float | None = Field(default=None, gt=0.0)
+    max_calibration_error: Share | None = None
+    max_leaks: int | None = Field(default=None, ge=0)
+    min_test_photos: int | None = Field(default=None, ge=1)
+
+
+class Params(_Section):
+    """The whole of `params.yaml`."""
+
+    seed: int = Field(ge=0, lt=2**31)
+    audit: AuditParams
+    split: SplitParams
+    preprocess: PreprocessParams
+    backbone: BackboneParams
+    augmentation: AugmentationParams
+    features: FeaturesParams
+    training: TrainingParams
+    phases: dict[str, PhaseParams] = Field(min_length=1)
+    gate: GateParams
+
+    @model_validator(mode="after")
+    def _phases_form_a_chain(self) -> "Params":
+        before = BACKBONE
+        for name, phase in self.phases.items():
+            if phase.starts_from != before:
+                raise ValueError(
+                    f"phase {name!r} must start from {before!r}, the one before it. "
+                    f"Received: {phase.starts_from!r}"
+                )
+            before = name
+        return self
+
+    @property
+    def last_phase(self) -> str:
+        """Name of the phase whose weights become the model."""
+        return list(self.phases)[-1]
+
+
+def load_params(path: Path) -> Params:
+    """Read and check `params.yaml`.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The frozen parameters.
+
+    Raises:
+        ParamsError: the file is missing, is not YAML, or has an unknown,
+            missing or out-of-range key; the message names each.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ParamsError(
+            f"Parameters cannot be read ({error.strerror}). Received: '{path}'. "
+            "Run from the checkout's root, where params.yaml lies."
+        ) from error
+    except yaml.YAMLError as error:
+        place = " ".join(str(error).split())
+        raise ParamsError(f"{path.name} is not valid YAML: {place}. Mend that line.") from error
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        raise ParamsError(_explain(path, error)) from error
+
+
+def _explain(path: Path, error: ValidationError) -> str:
+    faults = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"]) or "the file"
+        received = "" if fault["type"] == "missing" else f" (received {fault['input']!r})"
+        faults.append(f"{where}: {fault['msg']}{received}")
+    return (
+        f"{path.name} has {len(faults)} fault(s): {'; '.join(faults)}. Mend or remove these keys."
+    )

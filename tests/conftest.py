@@ -1,0 +1,3 @@
+"""Fixtures live by subject in `tests/fixtures/`."""
+
+pytest_plugins = ("tests.fixtures.photos", "tests.fixtures.models", "tests.fixtures.servers")
