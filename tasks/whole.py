@@ -1,0 +1,69 @@
+"""Outputs that appear whole or not at all."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` with sorted keys; the same content gives the same bytes.
+
+    Args:
+        path: the file, replaced in one move. A read-only link that DVC put there is
+            replaced too, never written through.
+        content: what `json.dumps` takes; NaN and infinity are refused.
+    """
+    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    with whole_file(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path with `path`'s suffix; on success it becomes `path`.
+
+    Args:
+        path: the file to appear.
+
+    Yields:
+        A path in a fresh folder beside `path`, removed whatever happens.
+    """
+    with _beside(path) as folder:
+        temporary = folder / path.name
+        yield temporary
+        temporary.replace(path)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give an empty temporary folder; on success it becomes `path`.
+
+    What was at `path` before stays until the new folder is complete, then goes.
+
+    Args:
+        path: the folder to appear.
+
+    Yields:
+        An empty folder beside `path`.
+    """
+    with _beside(path) as folder:
+        temporary = folder / "new"
+        temporary.mkdir()
+        yield temporary
+        if path.exists():
+            path.rename(folder / "old")
+        temporary.rename(path)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
