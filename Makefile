@@ -1,0 +1,51 @@
+# Every target works first and alone on a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+UV := $(BIN)/uv pip
+PHOTOS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test lint format bench lock clean
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(READY) ## Make .venv from the locked requirements.
+
+# uv comes from the same lock file, hash and all; it installs the rest, compiled,
+# so that the first command does not wait for Python to do it.
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > .venv/uv.lock
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement .venv/uv.lock
+	VIRTUAL_ENV=.venv $(UV) sync --quiet --compile-bytecode --require-hashes requirements.lock
+	VIRTUAL_ENV=.venv $(UV) install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+run: $(READY) ## Retrain on the data of this checkout and say where to look.
+	$(BIN)/handsigns retrain
+
+test: lint ## Lint, types, all tests.
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## Style and types only.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## Mend style where a tool can.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## Measure this workflow against plain Keras; PHOTOS=folder of class folders.
+	$(BIN)/python -m benchmarks.training $(if $(PHOTOS),--photos "$(PHOTOS)")
+
+lock: $(READY) ## Resolve requirements.lock anew from pyproject.toml.
+	$(UV) compile --quiet --universal --fork-strategy fewest --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-header --extra dev --upgrade \
+	  --output-file requirements.lock pyproject.toml
+
+clean: ## Remove what runs leave behind; data/, .local/ and the DVC cache stay.
+	rm -rf artifacts build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find flows tasks tests benchmarks -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,293 @@
+"""The pipeline of `dvc.yaml` and the version of `data/`; the only module that touches DVC.
+
+DVC itself decides what is out of date, restores earlier results from its run
+cache and writes `dvc.lock`. One thing differs from `dvc repro`: the stage's
+function is called in this process instead of in a new one, which would import
+TensorFlow once more for every stage. That is done by putting another function
+in the place of `dvc.stage.run.cmd_run`, which is not documented: the version of
+DVC is pinned, and a test runs both ways and compares.
+"""
+
+import hashlib
+import importlib
+import logging
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import stamina
+import yaml
+
+from tasks.errors import BusyError, DataError, ServiceError, StageError
+from tasks.layout import Layout
+from tasks.params import load_params
+from tasks.progress import Progress, silent
+from tasks.stage import Context
+
+Outcome = Literal["unchanged", "restored", "ran"]
+DATA_FILE = "data.dvc"
+REMOTE = "handsigns"
+
+_log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Where DVC pushes to, when it is not the one in `.dvc/config`.
+
+    Args:
+        url: as DVC takes it, such as `s3://dvc`.
+        options: further keys of DVC's remote section, credentials among them.
+    """
+
+    url: str
+    options: dict[str, str]
+
+
+class Pipeline:
+    """One checkout's stages and data.
+
+    Args:
+        layout: the checkout.
+        remote: overrides the default remote of `.dvc/config`.
+        lock_timeout: seconds to wait for somebody else's lock before giving up.
+    """
+
+    def __init__(
+        self, layout: Layout, remote: Remote | None = None, lock_timeout: float = 600.0
+    ) -> None:
+        from dvc.exceptions import NotDvcRepoError
+        from dvc.repo import Repo
+
+        self._layout = layout
+        self._lock_timeout = lock_timeout
+        config: dict[str, Any] = {}
+        if remote is not None:
+            section = {"url": remote.url, **remote.options}
+            if remote.url.startswith("s3://"):
+                # Without it a damaged remote object is pulled with no complaint.
+                section["verify"] = "true"
+            config = {"core": {"remote": REMOTE}, "remote": {REMOTE: section}}
+        try:
+            self._repo = Repo(str(layout.root), config=config)
+        except NotDvcRepoError as error:
+            raise DataError(
+                f"DVC knows no project here. Received: '{layout.root}'. "
+                "Run from the checkout's root, where dvc.yaml lies."
+            ) from error
+        self._sources = _digests(layout.root)
+
+    def stages(self) -> list[str]:
+        """Names of the stages, each after what it depends on."""
+        import networkx
+
+        order = reversed(list(networkx.topological_sort(self._repo.index.graph)))
+        return [stage.addressing for stage in order if stage.cmd]
+
+    def changed(self) -> dict[str, list[Any]]:
+        """What is out of date, by stage; empty when there is nothing to do."""
+        return dict(self._locked(self._repo.status))
+
+    def run(self, name: str, force: bool = False, progress: Progress = silent) -> Outcome:
+        """Bring one stage up to date, given that those before it are.
+
+        Args:
+            name: as in `stages()`, such as `train@base`.
+            force: run it even if nothing changed.
+            progress: told how far the stage is.
+
+        Returns:
+            Whether it ran, was restored from DVC's run cache, or needed neither.
+
+        Raises:
+            StageError: the stage failed, or a file it depends on changed while
+                it ran.
+            BusyError: another process holds the lock for too long.
+        """
+        runner = _Runner(self._layout, self._sources, progress)
+
+        def reproduce() -> list[Any]:
+            with _in_process(runner):
+                result: list[Any] = self._repo.reproduce(name, single_item=True, force=force)
+                return result
+
+        done = self._locked(reproduce)
+        if runner.ran:
+            return "ran"
+        return "restored" if done else "unchanged"
+
+    def data_version(self) -> str | None:
+        """DVC's hash of `data/` as committed in `data.dvc`; None where there is none."""
+        path = self._layout.root / DATA_FILE
+        if not path.is_file():
+            return None
+        try:
+            return str(yaml.safe_load(path.read_text(encoding="utf-8"))["outs"][0]["md5"])
+        except (yaml.YAMLError, KeyError, IndexError, TypeError) as error:
+            raise DataError(
+                f"{DATA_FILE} is not what DVC writes. Take it back from git, "
+                "or import the photos again."
+            ) from error
+
+    def version_data(self) -> str:
+        """Record `data/` as it is now (`dvc add`) and return its hash."""
+        if not self._layout.data.is_dir():
+            raise DataError("There is no data/ to version. Import photos, or render the sample.")
+        self._locked(lambda: self._repo.add(str(self._layout.data)))
+        version = self.data_version()
+        if version is None:
+            raise DataError(f"DVC wrote no {DATA_FILE}. Run `dvc doctor` and see what it says.")
+        return version
+
+    def data_changed(self) -> bool:
+        """Whether `data/` differs from the version in `data.dvc`."""
+        return bool(self._locked(lambda: self._repo.status([DATA_FILE])))
+
+    def has_remote(self) -> bool:
+        """Whether there is anywhere to push to."""
+        return bool(self._repo.config["core"].get("remote"))
+
+    def push_data(self) -> int:
+        """Send the present version of `data/` to the remote; number of files sent."""
+        return self._transfer("pushed", lambda: self._repo.push([DATA_FILE]))
+
+    def pull_data(self) -> int:
+        """Fetch the version named in `data.dvc`; number of files fetched."""
+
+        def pull() -> int:
+            result = self._repo.pull([DATA_FILE])
+            return int(result.get("fetched", 0))
+
+        return self._transfer("pulled", pull)
+
+    def checkout_data(self) -> bool:
+        """Lay out `data/` from the local cache, where it holds the version whole."""
+        from dvc.exceptions import CheckoutError
+
+        def checkout() -> bool:
+            try:
+                self._repo.checkout([DATA_FILE], force=True)
+            except CheckoutError:
+                return False
+            return self._layout.data.is_dir()
+
+        return self._locked(checkout)
+
+    def _transfer(self, verb: str, call: Callable[[], int]) -> int:
+        from dvc.exceptions import DvcException
+        from dvc.lock import LockError
+
+        def transfer() -> int:
+            try:
+                return call()
+            except LockError:
+                raise
+            except (DvcException, OSError) as error:
+                remote = self._repo.config["core"].get("remote")
+                raise ServiceError(
+                    f"data/ could not be {verb} ({_one_line(error)}). Received: remote "
+                    f"'{remote}'. Check its address and credentials, then run again."
+                ) from error
+
+        return int(self._locked(transfer))
+
+    def _locked(self, call: Callable[[], _Result]) -> _Result:
+        """Call into DVC, waiting a bounded time for its locks."""
+        from dvc.exceptions import DvcException
+        from dvc.lock import LockError
+
+        try:
+            for attempt in stamina.retry_context(
+                on=LockError, attempts=None, timeout=self._lock_timeout, wait_max=5.0
+            ):
+                with attempt:
+                    if attempt.num == 2:
+                        _log.warning(
+                            "Another process works on this pipeline; waiting up to %.0f s.",
+                            self._lock_timeout,
+                        )
+                    return _unwrapped(call)
+        except LockError as error:
+            raise BusyError(
+                f"Another process held DVC's lock for {self._lock_timeout:.0f} s: "
+                f"{_one_line(error)} Wait for it to end, then run again."
+            ) from error
+        except DvcException as error:
+            raise StageError(f"DVC stopped: {_one_line(error)}") from error
+        raise AssertionError("a retry context either returns or raises")
+
+
+def _unwrapped(call: Callable[[], _Result]) -> _Result:
+    """What a stage raised, without the sentence that DVC puts around it."""
+    from dvc.exceptions import ReproductionError
+
+    try:
+        return call()
+    except ReproductionError as error:
+        raise (error.__cause__ or error) from None
+
+
+class _Runner:
+    """Takes the place of the process that DVC would start for a stage."""
+
+    def __init__(self, layout: Layout, sources: dict[str, str], progress: Progress) -> None:
+        self.ran = False
+        self._layout = layout
+        self._sources = sources
+        self._progress = progress
+
+    def __call__(self, stage: Any, dry: bool = False, run_env: Any = None) -> None:
+        words = shlex.split(stage.cmd)
+        if words[:2] != ["python", "-m"] or not words[2].startswith("tasks."):
+            raise StageError(
+                f"A stage's cmd must be `python -m tasks.<module> [item]`. "
+                f"Received: '{stage.cmd}' ({stage.addressing}). Mend dvc.yaml."
+            )
+        before = {str(dep): dep.hash_info for dep in stage.deps}
+        function = importlib.import_module(words[2]).run
+        context = Context(self._layout, load_params(self._layout.params), self._progress)
+        self._refuse_edited_sources(stage)
+        function(context, words[3] if len(words) > 3 else None)
+        self.ran = True
+        self._refuse_edited_sources(stage)
+        for dep in stage.deps:
+            if dep.get_hash() != before[str(dep)]:
+                raise StageError(
+                    f"'{dep}' changed while stage {stage.addressing} ran, so its result belongs "
+                    "to neither version. Run again."
+                )
+
+    def _refuse_edited_sources(self, stage: Any) -> None:
+        """What was imported must be what DVC hashes."""
+        if _digests(self._layout.root) != self._sources:
+            raise StageError(
+                f"tasks/*.py was edited since this run began, before {stage.addressing} was "
+                "done. Run again, so that the code that ran is the code on record."
+            )
+
+
+@contextmanager
+def _in_process(runner: _Runner) -> Iterator[None]:
+    import dvc.stage.run as dvc_run
+
+    original = dvc_run.cmd_run
+    dvc_run.cmd_run = runner
+    try:
+        yield
+    finally:
+        dvc_run.cmd_run = original
+
+
+def _digests(root: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted((root / "tasks").glob("*.py"))
+    }
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
