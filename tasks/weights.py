@@ -1,0 +1,71 @@
+"""Weights as plain arrays by name: `<layer>/<variable>`, stored as safetensors.
+
+Names are those of the layers of Keras's EfficientNetB0 (`block7a_se_reduce/kernel`),
+plus the head's `predictions/kernel` and `predictions/bias`.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from tasks.errors import ModelError
+
+Weights = dict[str, np.ndarray]
+
+
+def read_weights(path: Path) -> Weights:
+    """Read a safetensors file.
+
+    Raises:
+        ModelError: the file is missing or is not safetensors.
+    """
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"Weights cannot be read ({error}). Received: '{path}'. Run the stage that writes them."
+        ) from error
+
+
+def write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
+    """Write a safetensors file whole; the same arrays give the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    save_file({name: np.ascontiguousarray(weights[name]) for name in sorted(weights)}, beside)
+    os.replace(beside, path)
+
+
+def take(layers: Iterable[Any]) -> Weights:
+    """Copy the weights out of Keras layers."""
+    return {
+        f"{layer.name}/{variable.name}": np.asarray(variable)
+        for layer in layers
+        for variable in layer.weights
+    }
+
+
+def put(layers: Iterable[Any], weights: Mapping[str, np.ndarray]) -> None:
+    """Copy weights into Keras layers; every variable of every layer must be given.
+
+    Raises:
+        ModelError: a variable is missing or has another shape.
+    """
+    for layer in layers:
+        for variable in layer.weights:
+            name = f"{layer.name}/{variable.name}"
+            value = weights.get(name)
+            if value is None or value.shape != tuple(variable.shape):
+                received = "nothing" if value is None else f"shape {value.shape}"
+                raise ModelError(
+                    f"Weights must hold '{name}' of shape {tuple(variable.shape)}. "
+                    f"Received: {received}. Rebuild them with the backbone and training stages."
+                )
+            variable.assign(value)
+        if hasattr(layer, "finalize_state"):
+            # Normalization copies its variables into constants, and only on request.
+            layer.finalize_state()
