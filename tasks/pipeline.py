@@ -26,8 +26,10 @@ from tasks.layout import Layout
 from tasks.params import load_params
 from tasks.progress import Progress, silent
 from tasks.stage import Context
+from tasks.whole import whole_file
 
 Outcome = Literal["unchanged", "restored", "ran"]
+DataSource = Literal["sample", "photos"]
 DATA_FILE = "data.dvc"
 REMOTE = "handsigns"
 
@@ -121,27 +123,55 @@ class Pipeline:
         return "restored" if done else "unchanged"
 
     def data_version(self) -> str | None:
-        """DVC's hash of `data/` as committed in `data.dvc`; None where there is none."""
-        path = self._layout.root / DATA_FILE
-        if not path.is_file():
+        """DVC's hash of `data/` as recorded in `data.dvc`; None where there is none."""
+        record = self._data_record()
+        return None if record is None else str(record["outs"][0]["md5"])
+
+    def data_source(self) -> DataSource | None:
+        """Whether the recorded version is the rendered sample or imported photos."""
+        record = self._data_record()
+        if record is None:
+            return None
+        return "sample" if record.get("meta", {}).get("source") == "sample" else "photos"
+
+    def version_data(self, source: DataSource) -> str:
+        """Record `data/` as it is now (`dvc add`).
+
+        Args:
+            source: kept in `data.dvc`, so that a fresh clone knows whether it can
+                render what it cannot pull.
+
+        Returns:
+            The hash of the version.
+        """
+        if not self._layout.data.is_dir():
+            raise DataError("There is no data/ to version. Import photos, or render the sample.")
+        self._locked(lambda: self._repo.add(str(self._layout.data)))
+        record = self._data_record()
+        if record is None:
+            raise DataError(f"DVC wrote no {DATA_FILE}. Run `dvc doctor` and see what it says.")
+        record["meta"] = {"source": source}
+        with whole_file(self._data_file) as path:
+            path.write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
+        return str(record["outs"][0]["md5"])
+
+    @property
+    def _data_file(self) -> Path:
+        return self._layout.root / DATA_FILE
+
+    def _data_record(self) -> dict[str, Any] | None:
+        if not self._data_file.is_file():
             return None
         try:
-            return str(yaml.safe_load(path.read_text(encoding="utf-8"))["outs"][0]["md5"])
+            record = yaml.safe_load(self._data_file.read_text(encoding="utf-8"))
+            if not isinstance(record["outs"][0]["md5"], str):
+                raise TypeError(record["outs"][0]["md5"])
         except (yaml.YAMLError, KeyError, IndexError, TypeError) as error:
             raise DataError(
                 f"{DATA_FILE} is not what DVC writes. Take it back from git, "
                 "or import the photos again."
             ) from error
-
-    def version_data(self) -> str:
-        """Record `data/` as it is now (`dvc add`) and return its hash."""
-        if not self._layout.data.is_dir():
-            raise DataError("There is no data/ to version. Import photos, or render the sample.")
-        self._locked(lambda: self._repo.add(str(self._layout.data)))
-        version = self.data_version()
-        if version is None:
-            raise DataError(f"DVC wrote no {DATA_FILE}. Run `dvc doctor` and see what it says.")
-        return version
+        return dict(record)
 
     def data_changed(self) -> bool:
         """Whether `data/` differs from the version in `data.dvc`."""
