@@ -1,0 +1,182 @@
+"""The gate passes only what meets every limit, and nothing it cannot read."""
+
+import io
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from tasks.gate import Verdict, judge, verdict_table
+from tasks.labels import LABELS
+from tasks.params import GateParams
+
+LIMITS = GateParams(
+    min_accuracy=0.9,
+    min_recall=0.75,
+    max_loss=0.5,
+    max_calibration_error=0.1,
+    max_leaks=0,
+    min_test_photos=50,
+)
+FIELDS = ("accuracy", "loss", "ece", "n", "leaks", *(f"recall {label}" for label in LABELS))
+
+bad_values = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.text(),
+    st.sampled_from(
+        ["0.95", "nan", math.nan, math.inf, -math.inf, -0.01, [0.9], {"value": 1}, 1j, 10**400]
+    ),
+    st.floats(max_value=-1e-9),
+)
+shares = st.floats(0, 1)
+
+
+def metrics(**changes: Any) -> dict[str, Any]:
+    """A good model's metrics with some values changed, `recall 3` for one class."""
+    content: dict[str, Any] = {"accuracy": 0.95, "loss": 0.2, "ece": 0.02, "n": 120}
+    content |= {key: value for key, value in changes.items() if key in content}
+    content["per_class"] = [
+        {"label": label, "recall": changes.get(f"recall {label}", 0.9)} for label in LABELS
+    ]
+    return content
+
+
+def failed(verdict: Verdict) -> list[str]:
+    return [check.name for check in verdict.checks if not check.passed]
+
+
+def test_a_good_model_passes_every_check() -> None:
+    verdict = judge(metrics(), 0, LIMITS)
+    assert verdict.passed
+    assert [check.name for check in verdict.checks] == [
+        "accuracy",
+        *(f"recall of {label}" for label in LABELS),
+        "loss",
+        "calibration error",
+        "leaks",
+        "test photos",
+    ]
+    assert verdict.reasons == ()
+
+
+def test_values_exactly_at_the_limit_pass() -> None:
+    at_limit = {f"recall {label}": 0.75 for label in LABELS}
+    content = metrics(accuracy=0.9, loss=0.5, ece=0.1, n=50, **at_limit)
+    assert judge(content, 0, LIMITS).passed
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name"),
+    [
+        ("accuracy", 0.8999, "accuracy"),
+        ("loss", 0.5001, "loss"),
+        ("ece", 0.1001, "calibration error"),
+        ("n", 49, "test photos"),
+        ("n", 120.0, "test photos"),
+        ("recall 2", 0.74, "recall of 2"),
+        ("accuracy", 1.01, "accuracy"),
+        ("ece", 5.0, "calibration error"),
+    ],
+)
+def test_one_value_past_its_limit_fails_that_check_only(
+    field: str, value: float, name: str
+) -> None:
+    assert failed(judge(metrics(**{field: value}), 0, LIMITS)) == [name]
+
+
+def test_a_leak_fails_the_gate() -> None:
+    assert failed(judge(metrics(), 1, LIMITS)) == ["leaks"]
+
+
+@given(st.sampled_from(FIELDS), bad_values)
+def test_no_unusable_value_ever_passes(field: str, value: Any) -> None:
+    changes = {} if field == "leaks" else {field: value}
+    verdict = judge(metrics(**changes), value if field == "leaks" else 0, LIMITS)
+    assert not verdict.passed
+    assert len(failed(verdict)) == 1
+    check = next(check for check in verdict.checks if not check.passed)
+    assert check.value is None
+    assert check.detail
+    json.dumps(verdict.to_json(), allow_nan=False)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["accuracy", "loss", "ece", "n", "per_class"]),
+        st.one_of(bad_values, shares, st.lists(st.one_of(bad_values, st.just({"label": "0"})))),
+    ),
+    st.one_of(bad_values, st.integers(0, 3)),
+)
+def test_anything_but_a_whole_report_fails_without_an_exception(
+    content: dict[str, Any], leaks: Any
+) -> None:
+    assert not judge(content, leaks, LIMITS).passed
+
+
+@given(
+    shares, st.lists(shares, min_size=6, max_size=6), st.floats(0, 5), shares, st.integers(0, 99)
+)
+def test_the_verdict_is_the_conjunction_of_the_limits(
+    accuracy: float, recalls: list[float], loss: float, ece: float, n: int
+) -> None:
+    named = {f"recall {label}": recall for label, recall in zip(LABELS, recalls, strict=True)}
+    verdict = judge(metrics(accuracy=accuracy, loss=loss, ece=ece, n=n, **named), 0, LIMITS)
+    expected = accuracy >= 0.9 and min(recalls) >= 0.75 and loss <= 0.5 and ece <= 0.1 and n >= 50
+    assert verdict.passed == expected == (not verdict.reasons)
+
+
+def test_gate_refuses_when_no_threshold_is_set() -> None:
+    verdict = judge(metrics(), 0, GateParams())
+    assert not verdict.passed
+    assert "no limit is set" in verdict.reasons[0]
+
+
+@pytest.mark.parametrize("content", [{}, None, [], "passed", 1.0])
+def test_metrics_that_are_not_a_report_fail_every_check(content: Any) -> None:
+    verdict = judge(content, 0, LIMITS)
+    assert len(failed(verdict)) == len(verdict.checks) - 1
+
+
+def test_a_limit_that_is_left_out_is_not_checked() -> None:
+    verdict = judge({"accuracy": 0.95}, None, GateParams(min_accuracy=0.9))
+    assert verdict.passed
+    assert len(verdict.checks) == 1
+
+
+def test_a_class_that_is_missing_or_named_twice_fails() -> None:
+    content = metrics()
+    content["per_class"][4] = {"label": "3", "recall": 1.0}
+    assert failed(judge(content, 0, LIMITS)) == ["recall of 3", "recall of 4"]
+
+
+def test_json_and_reasons_name_value_and_limit() -> None:
+    verdict = judge(metrics(loss=0.75, ece=math.nan), 0, LIMITS)
+    content = verdict.to_json()
+    by_name = {check["name"]: check for check in content["checks"]}
+    assert by_name["loss"] == {"name": "loss", "value": 0.75, "limit": 0.5, "passed": False}
+    assert by_name["calibration error"] == {
+        "name": "calibration error",
+        "value": None,
+        "limit": 0.1,
+        "passed": False,
+        "detail": "not finite: nan",
+    }
+    assert verdict.reasons == (
+        "loss: 0.7500 misses the limit of 0.5000",
+        "calibration error: not finite: nan",
+    )
+
+
+def test_the_table_shows_every_check_and_hostile_text_as_it_is() -> None:
+    verdict = judge(metrics(accuracy="[/]\n[bold"), 0, LIMITS)
+    screen = io.StringIO()
+    Console(file=screen, width=100).print(verdict_table(verdict))
+    shown = screen.getvalue()
+    assert "Gate: failed" in shown
+    assert "[/]" in shown
+    assert all(check.name in shown for check in verdict.checks)
