@@ -1,0 +1,253 @@
+"""Stage: what the photos in `data/` are like, and which must not be trained on.
+
+Two photos are twins when their perceptual hashes are close and their pixels confirm
+it. Near twins under two labels are wrong labels, not hard examples, so neither is
+trained on; a training photo whose twin is in the official test would let the model
+be examined on what it has seen. Both kinds are named under `excluded`; the test
+itself is never changed.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.errors import DataError
+from tasks.labels import LABELS
+from tasks.params import AuditParams
+from tasks.photos import FOLDERS, Photo, each_photo, find_photos
+from tasks.plot_audit import draw_audit
+from tasks.preprocess import shrink
+from tasks.progress import Progress
+from tasks.splits import require_enough
+from tasks.stage import Context, stage_main
+from tasks.twins import Twins, find_twins, group, perceptual_hash
+from tasks.whole import whole_file, write_json
+
+COMPARED = 64
+"""Side in pixels at which photos are compared, so that `twin_rms` means one thing."""
+
+IMBALANCE = 3.0
+"""Largest class over smallest from which the audit warns."""
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What the audit keeps of each photo's pixels.
+
+    Args:
+        pictures: uint8, (n, 64, 64, 3).
+        hashes: uint64, (n,); perceptual hash of each picture.
+        digests: SHA-256 of shape and pixels at full size.
+        sizes: int64, (n, 2); height and width in pixels.
+    """
+
+    pictures: NDArray[np.uint8]
+    hashes: NDArray[np.uint64]
+    digests: tuple[bytes, ...]
+    sizes: NDArray[np.int64]
+
+
+def run(context: Context, item: str | None = None) -> None:
+    """Write `artifacts/audit.json` and `artifacts/plots/audit.png`.
+
+    Raises:
+        DataError: the same pixels under two labels, a class that is missing or too
+            small to split, or a file that cannot be read.
+    """
+    layout = context.layout
+    photos = find_photos(layout.data)
+    count_classes(photos)
+    looks = look(layout.data, photos, context.progress)
+    report = audit(photos, looks, context.params.audit)
+    with whole_file(layout.plots / "audit.png") as picture:
+        draw_audit(picture, report, photos, looks.pictures, looks.sizes)
+    write_json(layout.audit, report)
+
+
+def look(data: Path, photos: Sequence[Photo], progress: Progress) -> Looks:
+    """Read every photo once and keep what the audit needs of it.
+
+    Args:
+        data: the folder the photos are in.
+        photos: which to read.
+        progress: told after each photo.
+
+    Returns:
+        One row for each photo; 12 KB each, whatever the photo's size.
+    """
+    pictures = np.empty((len(photos), COMPARED, COMPARED, 3), np.uint8)
+    hashes = np.empty(len(photos), np.uint64)
+    sizes = np.empty((len(photos), 2), np.int64)
+    digests = []
+    for row, seen in enumerate(each_photo(_look, data, photos, progress, "look at photos")):
+        pictures[row], hashes[row], digest, sizes[row] = seen
+        digests.append(digest)
+    return Looks(pictures, hashes, tuple(digests), sizes)
+
+
+def audit(photos: Sequence[Photo], looks: Looks, params: AuditParams) -> Report:
+    """Judge the photos.
+
+    Args:
+        photos: as `find_photos` lists them.
+        looks: one row for each photo.
+        params: what makes two photos twins.
+
+    Returns:
+        The content of `audit.json`.
+
+    Raises:
+        DataError: the same pixels under two labels, or a class that is missing or too
+            small to split.
+    """
+    counts = count_classes(photos)
+    _refuse_two_labels(photos, looks.digests)
+    twins = find_twins(looks.pictures, looks.hashes, params.hash_distance, params.twin_rms)
+    groups = group(len(photos), twins.pairs)
+    excluded = _exclude(photos, twins, groups)
+    kept = [row for row, photo in enumerate(photos) if _trains(photo) and row not in excluded]
+    require_enough(
+        [photos[row].label for row in kept],
+        groups[kept],
+        ["val"] if "test" in counts else ["test", "val"],
+    )
+    smallest, largest = min(counts["train"].values()), max(counts["train"].values())
+    pairs = _describe(photos, twins)
+    conflicts = [pair for pair in pairs if not _same(pair, 1)]
+    across = [pair for pair in pairs if not _same(pair, 0)]
+    report: Report = {
+        "photos": len(photos),
+        "counts": counts,
+        "imbalance": round(largest / smallest, 3),
+        "sizes": _sizes(looks.sizes),
+        "twins": pairs,
+        "groups": [[photos[row].key for row in rows] for rows in _together(groups)],
+        "duplicates": len(photos) - len(set(groups.tolist())),
+        "conflicts": conflicts,
+        "across": across,
+        "excluded": [{"photo": photos[row].key, **why} for row, why in sorted(excluded.items())],
+    }
+    return report | {"warnings": _warn(report)}
+
+
+def count_classes(photos: Sequence[Photo]) -> dict[str, dict[str, int]]:
+    """Count photos by folder and label.
+
+    Args:
+        photos: as `find_photos` lists them.
+
+    Returns:
+        `{"train": {"0": 180, ...}, "test": {...}}`; no `test` where there is none.
+
+    Raises:
+        DataError: a class has no photo in one of the folders.
+    """
+    found = Counter((photo.folder, photo.label) for photo in photos)
+    folders = [name for name in FOLDERS if name == "train" or any(f == name for f, _ in found)]
+    missing = [f"{f}/{label}" for f in folders for label in LABELS if not found[f, label]]
+    if missing:
+        raise DataError(
+            f"Every class needs photos in {' and '.join(folders)}. Received: none in "
+            f"{', '.join(missing)}. Import photos of these classes."
+        )
+    return {folder: {label: found[folder, label] for label in LABELS} for folder in folders}
+
+
+def _look(picture: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], int, bytes, tuple[int, int]]:
+    small = shrink(picture, COMPARED)
+    height, width = picture.shape[:2]
+    digest = hashlib.sha256(f"{height}x{width} ".encode() + picture.tobytes()).digest()
+    return small, perceptual_hash(small), digest, (height, width)
+
+
+def _refuse_two_labels(photos: Sequence[Photo], digests: Sequence[bytes]) -> None:
+    same: dict[bytes, list[Photo]] = defaultdict(list)
+    for photo, digest in zip(photos, digests, strict=True):
+        same[digest].append(photo)
+    torn = [found for found in same.values() if len({photo.label for photo in found}) > 1]
+    if torn:
+        named = "; ".join(" = ".join(photo.key for photo in found) for found in torn[:5])
+        more = f"; and {len(torn) - 5} more" if len(torn) > 5 else ""
+        raise DataError(
+            f"The same picture has two labels. Received: {named}{more}. "
+            "Keep each picture under its one right label."
+        )
+
+
+def _exclude(
+    photos: Sequence[Photo], twins: Twins, groups: NDArray[np.int64]
+) -> dict[int, dict[str, str]]:
+    in_test = {int(groups[r]): photo.key for r, photo in enumerate(photos) if not _trains(photo)}
+    excluded = {}
+    for left, right in twins.pairs.tolist():
+        if photos[left].label != photos[right].label:
+            for row, twin in ((left, right), (right, left)):
+                excluded[row] = {"reason": "twin under another label", "twin": photos[twin].key}
+    for row, number in enumerate(groups.tolist()):
+        if number in in_test:
+            excluded[row] = {"reason": "twin in the official test", "twin": in_test[number]}
+    return {row: why for row, why in excluded.items() if _trains(photos[row])}
+
+
+def _trains(photo: Photo) -> bool:
+    return photo.folder == "train"
+
+
+def _together(groups: NDArray[np.int64]) -> list[list[int]]:
+    order = np.argsort(groups, kind="stable")
+    ends = [0, *(np.flatnonzero(np.diff(groups[order])) + 1).tolist(), len(order)]
+    found = [order[start:stop].tolist() for start, stop in pairwise(ends) if stop - start > 1]
+    return sorted(found)
+
+
+def _describe(photos: Sequence[Photo], twins: Twins) -> list[dict[str, Any]]:
+    return [
+        {
+            "photos": [photos[left].key, photos[right].key],
+            "distance": int(distance),
+            "rms": round(float(rms), 3),
+        }
+        for (left, right), distance, rms in zip(
+            twins.pairs.tolist(), twins.distances, twins.rms, strict=True
+        )
+    ]
+
+
+def _same(pair: dict[str, Any], part: int) -> bool:
+    left, right = (key.split("/")[part] for key in pair["photos"])
+    return bool(left == right)
+
+
+def _sizes(sizes: NDArray[np.int64]) -> dict[str, Any]:
+    described: dict[str, Any] = {"distinct": len(np.unique(sizes, axis=0))}
+    for name, values in zip(("height", "width"), sizes.T, strict=True):
+        described[name] = {
+            "min": int(values.min()),
+            "median": float(np.median(values)),
+            "max": int(values.max()),
+        }
+    return described
+
+
+def _warn(report: Report) -> list[str]:
+    warnings = []
+    if report["conflicts"]:
+        warnings.append(f"{len(report['conflicts'])} pairs of near twins have two labels")
+    if report["across"]:
+        warnings.append(f"{len(report['across'])} pairs of twins across train and test")
+    if report["imbalance"] > IMBALANCE:
+        warnings.append(f"the largest class has {report['imbalance']} times the smallest's photos")
+    return warnings
+
+
+if __name__ == "__main__":
+    stage_main(run)

@@ -1,0 +1,111 @@
+"""The photos in `data/`: which there are, and reading many of them at once."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from tasks.errors import DataError
+from tasks.labels import LABELS
+from tasks.progress import Progress
+
+FOLDERS = ("train", "test")
+"""The folders `data/` may hold; `test` is optional."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, order=True)
+class Photo:
+    """One stored photo: `data/<folder>/<label>/<name>`."""
+
+    folder: str
+    label: str
+    name: str
+
+    @property
+    def key(self) -> str:
+        """Path below `data/`, with forward slashes; what reports name it by."""
+        return f"{self.folder}/{self.label}/{self.name}"
+
+
+def find_photos(data: Path) -> list[Photo]:
+    """List what `data/` holds, sorted by folder, label and name.
+
+    Args:
+        data: holds `train/<label>/*` and optionally `test/<label>/*`.
+
+    Returns:
+        The photos; files whose name starts with a dot are not photos.
+
+    Raises:
+        DataError: `data/train` is missing, or a label is none of `LABELS`.
+    """
+    if not (data / "train").is_dir():
+        raise DataError(
+            f"There are no photos to train on. Received: '{data}' without a train/ folder. "
+            "Import photos, or render the sample."
+        )
+    found = []
+    for folder in FOLDERS:
+        for path in (data / folder).glob("*/*"):
+            if path.name.startswith("."):
+                continue
+            if path.parent.name not in LABELS:
+                raise DataError(
+                    f"Label must be a folder named 0 to 5. Received: '{path.parent.name}' "
+                    f"({folder}/{path.parent.name}). Rename the folder, or leave it out."
+                )
+            found.append(Photo(folder, path.parent.name, path.name))
+    return sorted(found)
+
+
+def each_photo(
+    work: Callable[[NDArray[np.uint8]], Result],
+    data: Path,
+    photos: Sequence[Photo],
+    progress: Progress,
+    what: str,
+) -> Iterator[Result]:
+    """Read photos on a few threads and give what `work` makes of each, in order.
+
+    Only as many full-size pictures as there are threads are in memory at once.
+
+    Args:
+        work: takes uint8 (height, width, 3), RGB; called on the reading thread.
+        data: the folder the photos are in.
+        photos: which to read.
+        progress: told after each photo.
+        what: what progress is told.
+
+    Yields:
+        `work`'s result for each photo, in the order of `photos`.
+
+    Raises:
+        DataError: a stored file cannot be decoded; the message names it.
+    """
+
+    def read(photo: Photo) -> Result:
+        return work(_read(data / photo.key))
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for done, result in enumerate(pool.map(read, photos), start=1):
+            progress(what, done, len(photos))
+            yield result
+
+
+def _read(path: Path) -> NDArray[np.uint8]:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(
+            f"A stored photo cannot be read ({error}). Received: '{path}'. "
+            "Restore it with 'dvc checkout', or remove it and import again."
+        ) from error
