@@ -72,7 +72,7 @@ def build_model(
     Raises:
         ModelError: the weights do not fit.
     """
-    return _with_fresh_names(
+    return with_fresh_names(
         lambda: _build(augmentation, dropout, size, backbone_weights, seed),
     )
 
@@ -83,7 +83,7 @@ def build_backbone(size: int = INPUT_SIZE, include_top: bool = False) -> Any:
     Drop-connect is off: it lies below the cut, in the part that never trains,
     and Keras 3.15 would run it there under `fit` whatever `training` says.
     """
-    return _with_fresh_names(lambda: _build_backbone(size, include_top))
+    return with_fresh_names(lambda: _build_backbone(size, include_top))
 
 
 def build_trunk(backbone_weights: Path | None = None, size: int = INPUT_SIZE) -> Any:
@@ -225,7 +225,7 @@ def _channels(share: float, size: int, seed: int) -> Any:
     return keras.Model(picture, keras.layers.Concatenate()(changed), name="channels")
 
 
-def _with_fresh_names(build: Callable[[], _Built]) -> _Built:
+def with_fresh_names(build: Callable[[], _Built]) -> _Built:
     """Run `build` where automatic layer names start from the beginning.
 
     Keras counts them for each thread. Without this, names in a saved file would

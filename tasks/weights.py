@@ -4,16 +4,16 @@ Names are those of the layers of Keras's EfficientNetB0 (`block7a_se_reduce/kern
 plus the head's `predictions/kernel` and `predictions/bias`.
 """
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from tasks.errors import ModelError
+from tasks.whole import whole_file
 
 Weights = dict[str, np.ndarray]
 
@@ -34,10 +34,10 @@ def read_weights(path: Path) -> Weights:
 
 def write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
     """Write a safetensors file whole; the same arrays give the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    save_file({name: np.ascontiguousarray(weights[name]) for name in sorted(weights)}, beside)
-    os.replace(beside, path)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(
+            save({name: np.ascontiguousarray(weights[name]) for name in sorted(weights)})
+        )
 
 
 def take(layers: Iterable[Any]) -> Weights:
