@@ -40,14 +40,14 @@ def draw_audit(
         pictures: uint8, (n, side, side, 3); one for each photo.
         sizes: int64, (n, 2); height and width of each photo in pixels.
     """
-    figure = Figure(figsize=(13.0, 9.6), dpi=110, facecolor="white")
+    figure = Figure(figsize=(13.0, 9.2), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(_title(report), x=0.03, y=0.985, ha="left", size=15, color=INK, weight="bold")
-    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.15, 1.0])[:, 0]
-    left, right = top.subfigures(1, 2, squeeze=False, width_ratios=[1.0, 1.75])[0]
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.2, 1.0])[:, 0]
+    left, right = top.subfigures(1, 2, squeeze=False, width_ratios=[1.0, 1.9])[0]
     varied = report["sizes"]["distinct"] > 1
     axes = left.subplots(2 if varied else 1, 1, squeeze=False)[:, 0]
-    left.subplots_adjust(left=0.16, right=0.96, top=0.84, bottom=0.09, hspace=0.5)
+    left.subplots_adjust(left=0.1, right=0.96, top=0.88, bottom=0.09, hspace=0.48)
     _draw_counts(axes[0], report["counts"])
     if varied:
         _draw_sizes(axes[1], sizes)
@@ -83,7 +83,7 @@ def _draw_counts(axes: Axes, counts: dict[str, dict[str, int]]) -> None:
     _plain(axes, "Photos of each sign in data/")
     if len(counts) > 1:
         axes.legend(
-            frameon=False, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1.02, 0.985)
+            frameon=False, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1.02, 0.97)
         )
 
 
@@ -95,7 +95,7 @@ def _draw_sizes(axes: Axes, sizes: NDArray[np.int64]) -> None:
 
 def _draw_samples(place: SubFigure, photos: Sequence[Photo], pictures: Pictures) -> None:
     axes = place.subplots(len(LABELS), 1)
-    place.subplots_adjust(left=0.04, right=0.98, top=0.86, bottom=0.02, hspace=0.06)
+    place.subplots_adjust(left=0.04, right=0.985, top=0.88, bottom=0.0, hspace=0.04)
     side = pictures.shape[1]
     for axis, label in zip(axes, LABELS, strict=True):
         rows = [row for row, photo in enumerate(photos) if photo.label == label]

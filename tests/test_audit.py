@@ -1,0 +1,198 @@
+"""The audit: what it counts, what it names, and what it refuses."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tasks import audit
+from tasks.errors import DataError
+from tasks.labels import LABELS
+from tasks.layout import Layout
+from tasks.params import Params
+from tasks.photos import find_photos
+from tasks.stage import Context
+from tests.fixtures.photos import write_photos
+
+
+@pytest.fixture
+def context(tmp_path: Path, params: Params) -> Context:
+    """Six photos of each class in train, no test, nothing alike."""
+    layout = Layout(tmp_path)
+    write_photos(layout.data / "train", 6)
+    return Context(layout, params)
+
+
+def _copy(source: Path, target: Path, brighter: int = 0) -> Path:
+    """Save the same picture in another file, a little brighter or not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.asarray(Image.open(source)).astype(int) + brighter
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(target)
+    return target
+
+
+def _report(context: Context) -> dict:
+    audit.run(context)
+    return json.loads(context.layout.audit.read_text())
+
+
+def test_counts_sizes_and_balance_are_reported(context: Context) -> None:
+    write_photos(context.layout.data / "test", 2, size=80, seed=1)
+    for name in ("0000.png", "0001.png", "0002.png"):
+        (context.layout.data / "train" / "3" / name).unlink()
+    report = _report(context)
+    assert report["photos"] == 45
+    assert report["counts"]["train"] == {label: 3 if label == "3" else 6 for label in LABELS}
+    assert report["counts"]["test"] == dict.fromkeys(LABELS, 2)
+    assert report["imbalance"] == 2.0
+    assert report["sizes"]["distinct"] == 2
+    assert report["sizes"]["height"] == {"min": 64, "median": 64.0, "max": 80}
+    assert report["twins"] == report["excluded"] == report["warnings"] == []
+    assert report["duplicates"] == 0
+
+
+def test_twins_in_train_are_counted_and_kept(context: Context) -> None:
+    folder = context.layout.data / "train" / "2"
+    _copy(folder / "0001.png", folder / "copy.png", brighter=2)
+    _copy(folder / "0001.png", folder / "exact.png")
+    report = _report(context)
+    assert report["duplicates"] == 2
+    assert report["groups"] == [["train/2/0001.png", "train/2/copy.png", "train/2/exact.png"]]
+    assert [pair["rms"] for pair in report["twins"]] == pytest.approx([2.0, 0.0, 2.0], abs=0.1)
+    assert report["excluded"] == []
+
+
+def test_train_photos_with_a_twin_in_the_official_test_are_excluded(context: Context) -> None:
+    data = context.layout.data
+    write_photos(data / "test", 3, seed=1)
+    _copy(data / "test" / "5" / "0002.png", data / "train" / "5" / "near.png", brighter=3)
+    _copy(data / "train" / "5" / "near.png", data / "train" / "5" / "chain.png", brighter=4)
+    report = _report(context)
+    assert [entry["photo"] for entry in report["excluded"]] == [
+        "train/5/chain.png",
+        "train/5/near.png",
+    ]
+    assert {entry["twin"] for entry in report["excluded"]} == {"test/5/0002.png"}
+    assert {tuple(pair["photos"]) for pair in report["across"]} >= {
+        ("test/5/0002.png", "train/5/near.png")
+    }
+    assert len(report["warnings"]) == 1
+
+
+def test_near_twins_under_two_labels_are_both_kept_out_of_training(context: Context) -> None:
+    data = context.layout.data
+    _copy(data / "train" / "1" / "0003.png", data / "train" / "4" / "odd.png", brighter=2)
+    report = _report(context)
+    assert [pair["photos"] for pair in report["conflicts"]] == [
+        ["train/1/0003.png", "train/4/odd.png"]
+    ]
+    assert {entry["photo"]: entry["reason"] for entry in report["excluded"]} == {
+        "train/1/0003.png": "twin under another label",
+        "train/4/odd.png": "twin under another label",
+    }
+
+
+def test_a_test_photo_is_never_excluded(context: Context) -> None:
+    data = context.layout.data
+    write_photos(data / "test", 3, seed=1)
+    _copy(data / "test" / "0" / "0000.png", data / "test" / "3" / "odd.png", brighter=2)
+    report = _report(context)
+    assert len(report["conflicts"]) == 1
+    assert report["excluded"] == []
+
+
+@pytest.mark.parametrize("folder", ["train", "test"])
+def test_the_same_picture_under_two_labels_fails_and_names_both(
+    context: Context, folder: str
+) -> None:
+    data = context.layout.data
+    write_photos(data / "test", 3, seed=1)
+    _copy(data / "train" / "1" / "0003.png", data / folder / "2" / "odd.png")
+    with pytest.raises(DataError, match="two labels") as refused:
+        audit.run(context)
+    assert "train/1/0003.png" in str(refused.value)
+    assert f"{folder}/2/odd.png" in str(refused.value)
+    assert not context.layout.audit.exists()
+
+
+@pytest.mark.parametrize("folder", ["train", "test"])
+def test_a_missing_class_fails_and_is_named(context: Context, folder: str) -> None:
+    write_photos(context.layout.data / "test", 3, seed=1)
+    shutil.rmtree(context.layout.data / folder / "4")
+    with pytest.raises(DataError, match=f"none in {folder}/4"):
+        audit.run(context)
+
+
+def test_a_class_too_small_to_split_fails(context: Context) -> None:
+    for number in range(1, 6):
+        (context.layout.data / "train" / "0" / f"{number:04d}.png").unlink()
+    with pytest.raises(DataError, match="Class 0 has too few"):
+        audit.run(context)
+
+
+def test_a_class_that_exclusion_empties_fails(context: Context) -> None:
+    data = context.layout.data
+    write_photos(data / "test", 6, seed=0)
+    for label in LABELS[1:]:
+        shutil.rmtree(data / "test" / label)
+        write_photos(data / "other", 2, seed=7)
+        shutil.copytree(data / "other" / label, data / "test" / label)
+    shutil.rmtree(data / "other")
+    with pytest.raises(DataError, match="Class 0 has too few"):
+        audit.run(context)
+
+
+def test_an_unknown_label_folder_fails(context: Context) -> None:
+    (context.layout.data / "train" / "six").mkdir()
+    _copy(
+        context.layout.data / "train" / "1" / "0000.png",
+        context.layout.data / "train" / "six" / "a.png",
+    )
+    with pytest.raises(DataError, match="Received: 'six'"):
+        audit.run(context)
+
+
+def test_no_photos_at_all_fails(tmp_path: Path, params: Params) -> None:
+    with pytest.raises(DataError, match="no photos to train on"):
+        audit.run(Context(Layout(tmp_path), params))
+
+
+def test_a_damaged_stored_photo_fails_and_is_named(context: Context) -> None:
+    path = context.layout.data / "train" / "3" / "0002.png"
+    path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(DataError, match=r"3/0002\.png"):
+        audit.run(context)
+
+
+def test_a_lopsided_set_is_warned_about(context: Context) -> None:
+    for number in (0, 1, 2):
+        (context.layout.data / "train" / "5" / f"{number:04d}.png").unlink()
+    write_photos(context.layout.data / "train", 10)
+    for number in range(3, 10):
+        (context.layout.data / "train" / "5" / f"{number:04d}.png").unlink()
+    report = _report(context)
+    assert report["imbalance"] == pytest.approx(3.333)
+    assert report["warnings"] == ["the largest class has 3.333 times the smallest's photos"]
+
+
+def test_the_same_photos_give_the_same_bytes(context: Context, tmp_path: Path) -> None:
+    layout = context.layout
+    _copy(layout.data / "train" / "2" / "0001.png", layout.data / "train" / "2" / "copy.png", 2)
+    audit.run(context)
+    other = Layout(tmp_path / "other")
+    shutil.copytree(layout.data, other.data)
+    audit.run(replace(context, layout=other))
+    assert layout.audit.read_bytes() == other.audit.read_bytes()
+    picture = (layout.plots / "audit.png").read_bytes()
+    assert picture == (other.plots / "audit.png").read_bytes()
+    assert Image.open(layout.plots / "audit.png").size > (1000, 800)
+
+
+def test_hidden_files_are_not_photos(context: Context) -> None:
+    before = len(find_photos(context.layout.data))
+    (context.layout.data / "train" / "0" / ".note").write_text("not a photo")
+    assert len(find_photos(context.layout.data)) == before == 36

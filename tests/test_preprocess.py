@@ -1,0 +1,217 @@
+"""The stored dataset: what is in it, at what size, in which split, and written whole."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tasks import audit, preprocess
+from tasks.errors import DataError
+from tasks.labels import LABELS
+from tasks.layout import Layout
+from tasks.params import Params
+from tasks.preprocess import count_leaks, open_dataset, shrink
+from tasks.stage import Context
+from tests.fixtures.photos import photo, write_photos
+
+
+@pytest.fixture
+def context(tmp_path: Path, params: Params) -> Context:
+    """Eight audited photos of each class, one of them with a twin."""
+    layout = Layout(tmp_path)
+    write_photos(layout.data / "train", 8)
+    shifted = np.asarray(Image.open(layout.data / "train" / "1" / "0004.png")) // 2 * 2
+    Image.fromarray(shifted).save(layout.data / "train" / "1" / "twin.png")
+    context = Context(layout, params)
+    audit.run(context)
+    return context
+
+
+def _index(context: Context) -> dict:
+    return json.loads((context.layout.dataset / "index.json").read_text())
+
+
+def test_every_photo_is_stored_once_in_order(context: Context) -> None:
+    preprocess.run(context)
+    dataset = open_dataset(context.layout.dataset)
+    assert dataset.images.shape == (49, 64, 64, 3)
+    assert dataset.labels.dtype == np.int64
+    order = list(zip(dataset.splits, dataset.labels.tolist(), dataset.names, strict=True))
+    assert order == sorted(order)
+    every = np.concatenate([dataset.rows(split) for split in ("train", "val", "test")])
+    assert sorted(every.tolist()) == list(range(49))
+    index = _index(context)
+    assert index["counts"] == {s: len(dataset.rows(s)) for s in ("train", "val", "test")}
+    assert min(index["counts"].values()) >= len(LABELS)
+    assert index["leaks"] == 0
+
+
+def test_a_row_holds_the_picture_its_name_says(context: Context) -> None:
+    preprocess.run(context)
+    dataset = open_dataset(context.layout.dataset)
+    for row in (0, 20, 48):
+        path = context.layout.data / "train" / LABELS[dataset.labels[row]] / dataset.names[row]
+        assert (dataset.images[row] == np.asarray(Image.open(path))).all()
+
+
+def test_twins_stay_on_one_side_of_the_split(context: Context) -> None:
+    for seed in range(12):
+        other = context.params.model_copy(update={"seed": seed})
+        preprocess.run(replace(context, params=other))
+        dataset = open_dataset(context.layout.dataset)
+        pair = [
+            split
+            for name, label, split in zip(
+                dataset.names, dataset.labels, dataset.splits, strict=True
+            )
+            if label == 1 and name in ("0004.png", "twin.png")
+        ]
+        assert len(pair) == 2
+        assert len({*pair}) == 1
+
+
+def test_an_official_test_stays_and_its_twins_in_train_are_left_out(context: Context) -> None:
+    layout = context.layout
+    write_photos(layout.data / "test", 2, seed=9)
+    near = np.asarray(Image.open(layout.data / "test" / "3" / "0001.png")) // 2 * 2
+    Image.fromarray(near).save(layout.data / "train" / "3" / "near.png")
+    audit.run(context)
+    preprocess.run(context)
+    dataset = open_dataset(layout.dataset)
+    tested = {(LABELS[dataset.labels[r]], dataset.names[r]) for r in dataset.rows("test")}
+    assert tested == {(label, name) for label in LABELS for name in ("0000.png", "0001.png")}
+    assert "near.png" not in dataset.names
+    assert _index(context)["leaks"] == 0
+    assert len(dataset.rows("val")) >= len(LABELS)
+
+
+def test_a_twin_that_was_not_excluded_counts_as_a_leak(context: Context) -> None:
+    layout = context.layout
+    write_photos(layout.data / "test", 2, seed=9)
+    near = np.asarray(Image.open(layout.data / "test" / "3" / "0001.png")) // 2 * 2
+    Image.fromarray(near).save(layout.data / "train" / "3" / "near.png")
+    audit.run(context)
+    report = json.loads(layout.audit.read_text())
+    layout.audit.write_text(json.dumps(report | {"excluded": []}))
+    preprocess.run(context)
+    assert _index(context)["leaks"] == 1
+
+
+def test_leaks_count_test_photos_and_not_pairs() -> None:
+    split_of = {"a": "test", "b": "train", "c": "val", "d": "test", "e": "train"}
+    pairs = [("a", "b"), ("c", "a"), ("d", "a"), ("b", "e"), ("d", "gone")]
+    assert count_leaks(split_of, pairs) == 1
+    assert count_leaks(split_of, [*pairs, ("e", "d")]) == 2
+    assert count_leaks(split_of, []) == 0
+
+
+def test_the_same_inputs_give_the_same_bytes(context: Context) -> None:
+    preprocess.run(context)
+    folder = context.layout.dataset
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    preprocess.run(context)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+    assert set(first) == {"images.npy", "index.json"}
+
+
+def test_read_only_links_to_a_cache_are_replaced_and_not_written_through(
+    context: Context, tmp_path: Path
+) -> None:
+    preprocess.run(context)
+    cached = tmp_path / "cached.npy"
+    stored = context.layout.dataset / "images.npy"
+    stored.chmod(0o444)
+    cached.hardlink_to(stored)
+    before = cached.read_bytes()
+    detail = context.params.preprocess.model_copy(update={"detail": 32})
+    preprocess.run(
+        replace(context, params=context.params.model_copy(update={"preprocess": detail}))
+    )
+    assert cached.read_bytes() == before
+    assert open_dataset(context.layout.dataset).images.shape == (49, 32, 32, 3)
+
+
+def test_a_failed_run_leaves_what_was_there(context: Context) -> None:
+    preprocess.run(context)
+    before = {path.name: path.read_bytes() for path in context.layout.dataset.iterdir()}
+    damaged = context.layout.data / "train" / "5" / "0007.png"
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    with pytest.raises(DataError, match=r"5/0007\.png"):
+        preprocess.run(context)
+    assert {path.name: path.read_bytes() for path in context.layout.dataset.iterdir()} == before
+    assert [p.name for p in context.layout.artifacts.iterdir() if p.name.startswith(".")] == []
+
+
+def test_an_audit_of_other_photos_is_refused(context: Context) -> None:
+    (context.layout.data / "train" / "2" / "0000.png").unlink()
+    with pytest.raises(DataError, match="audit is of other photos"):
+        preprocess.run(context)
+
+
+def test_a_missing_audit_is_refused(context: Context) -> None:
+    context.layout.audit.unlink()
+    with pytest.raises(DataError, match="Run the audit stage again"):
+        preprocess.run(context)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "other", "broken"])
+def test_a_damaged_dataset_is_refused(context: Context, damage: str) -> None:
+    preprocess.run(context)
+    folder = context.layout.dataset
+    if damage == "missing":
+        shutil.rmtree(folder)
+    elif damage == "short":
+        (folder / "images.npy").write_bytes((folder / "images.npy").read_bytes()[:5000])
+    elif damage == "other":
+        np.save(folder / "images.npy", np.zeros((3, 64, 64, 3), np.uint8))
+    else:
+        (folder / "index.json").write_text("{")
+    with pytest.raises(DataError, match="Run the preprocess stage again"):
+        open_dataset(folder)
+
+
+def test_images_are_read_only_and_on_disk(context: Context) -> None:
+    preprocess.run(context)
+    images = open_dataset(context.layout.dataset).images
+    assert isinstance(images, np.memmap)
+    assert not images.flags.writeable
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 80))
+@settings(max_examples=80, deadline=None)
+def test_any_size_shrinks_to_the_detail_and_stays_in_range(
+    height: int, width: int, detail: int
+) -> None:
+    random = np.random.default_rng([height, width, detail])
+    picture = random.integers(40, 200, (height, width, 3)).astype(np.uint8)
+    small = shrink(picture, detail)
+    assert small.shape == (detail, detail, 3)
+    assert small.dtype == np.uint8
+    assert picture.min() <= small.min() <= small.max() <= picture.max()
+
+
+def test_shrinking_keeps_the_central_square() -> None:
+    picture = np.zeros((40, 100, 3), np.uint8)
+    picture[:, 30:70] = (10, 200, 90)
+    assert (shrink(picture, 20) == (10, 200, 90)).all()
+    assert (shrink(picture.transpose(1, 0, 2), 20) == (10, 200, 90)).all()
+
+
+def test_reducing_averages_areas() -> None:
+    picture = photo(3, 0, size=120)
+    areas = picture.astype(float).reshape(40, 3, 40, 3, 3).mean(axis=(1, 3))
+    assert np.abs(shrink(picture, 40) - areas).max() <= 0.51
+
+
+def test_a_picture_at_the_right_size_is_copied_unchanged() -> None:
+    picture = photo(3, 0)
+    small = shrink(picture, 64)
+    assert (small == picture).all()
+    small[0] = 0
+    assert picture[0].any()
