@@ -1,0 +1,166 @@
+"""Services that the environment names, and real local ones for those it does not.
+
+Nothing starts before it is asked for, and nothing outlives the `with` block or the
+process, however it ends: see `flows.tether`.
+"""
+
+import contextlib
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from flows import servers
+from flows.server import Server
+from flows.settings import Settings
+from tasks.addresses import shown
+from tasks.errors import ServiceError
+from tasks.layout import Layout
+from tasks.storage import S3Address, Storage
+
+CHECK_SECONDS = 10.0
+
+
+@dataclass
+class Services:
+    """Addresses of S3, MLflow and Prefect; asking for one starts it if need be.
+
+    Args:
+        settings: what the environment names is used as it is.
+        folder: servers keep their state here.
+        patience: longest wait in seconds for another run's server.
+    """
+
+    settings: Settings
+    folder: Path
+    patience: float = 30.0
+    _s3: tuple[Server, S3Address] | None = field(default=None, init=False)
+    _prefect: tuple[Server, str] | None = field(default=None, init=False)
+
+    def start_s3(self) -> None:
+        """Let the local S3 server start in the background, if one is needed."""
+        if self.settings.s3_endpoint_url is None and self._s3 is None:
+            self._s3 = servers.seaweedfs(self.folder, self.settings.bucket, self.patience)
+            self._s3[0].start()
+
+    def start_prefect(self) -> None:
+        """Let the local Prefect server start in the background, if one is needed."""
+        if self.settings.prefect_api_url is None and self._prefect is None:
+            self._prefect = servers.prefect(self.folder, self.patience)
+            self._prefect[0].start()
+
+    def s3(self) -> S3Address:
+        """Return the address of S3 once it is ready.
+
+        Raises:
+            ServiceError: the local server did not start.
+            BusyError: another run of this checkout keeps it.
+        """
+        self.start_s3()
+        if self._s3 is None:
+            return _configured_s3(self.settings)
+        server, address = self._s3
+        server.wait()
+        return address
+
+    def mlflow(self) -> str:
+        """Return MLflow's tracking URI; locally a database file, which needs no server."""
+        return self.settings.mlflow_tracking_uri or f"sqlite:///{self.folder / 'mlflow.db'}"
+
+    def mlflow_artifacts(self) -> Path | None:
+        """Return the folder of MLflow's files, or None where its server decides."""
+        return None if self.settings.mlflow_tracking_uri else self.folder / "mlartifacts"
+
+    def prefect(self) -> str:
+        """Return the URL of Prefect's API once it is ready.
+
+        Raises:
+            ServiceError: the local server did not start.
+            BusyError: another run of this checkout keeps it.
+        """
+        self.start_prefect()
+        if self._prefect is None:
+            return str(self.settings.prefect_api_url)
+        server, url = self._prefect
+        server.wait()
+        return url
+
+    def stop(self) -> None:
+        """Stop every server that was started here, and return when all are gone."""
+        started = [pair[0] for pair in (self._s3, self._prefect) if pair]
+        self._s3 = self._prefect = None
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(Server.stop, started))
+
+
+@contextlib.contextmanager
+def embedded(settings: Settings, layout: Layout, patience: float = 30.0) -> Iterator[Services]:
+    """Resolve the services for one run and stop with it what was started.
+
+    Args:
+        settings: names the services that exist already.
+        layout: local servers keep their state below `layout.local`.
+        patience: longest wait in seconds for another run's local server.
+    """
+    folder = layout.local.resolve()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    services = Services(settings, folder, patience)
+    try:
+        yield services
+    finally:
+        services.stop()
+
+
+def check_reachable(settings: Settings) -> None:
+    """Ask every configured service for a sign of life, all at once, within 30 s.
+
+    Raises:
+        ServiceError: one does not answer; the message names its address.
+    """
+    checks: list[Callable[[], None]] = []
+    if settings.s3_endpoint_url:
+        checks.append(lambda: Storage(_configured_s3(settings)).check())
+    tracking, api = settings.mlflow_tracking_uri, settings.prefect_api_url
+    if tracking and tracking.startswith("http"):
+        checks.append(lambda: _check("MLflow", "MLFLOW_TRACKING_URI", tracking))
+    if api:
+        checks.append(lambda: _check("Prefect", "PREFECT_API_URL", api))
+    with ThreadPoolExecutor() as pool:
+        for outcome in [pool.submit(check) for check in checks]:
+            outcome.result()
+
+
+def _check(service: str, variable: str, url: str) -> None:
+    address = url.rstrip("/") + "/health"
+    try:
+        with urllib.request.urlopen(address, timeout=CHECK_SECONDS):  # noqa: S310
+            return
+    except urllib.error.HTTPError as error:
+        # It answers; whether it lets us in is for its own client to find out.
+        if error.code in (401, 403):
+            return
+        reason = f"status {error.code}"
+    except OSError as error:
+        reason = str(getattr(error, "reason", error))
+    raise ServiceError(
+        f"{service} does not answer at {shown(url)} ({reason}). Check {variable} and the service."
+    )
+
+
+def _configured_s3(settings: Settings) -> S3Address:
+    return S3Address(
+        str(settings.s3_endpoint_url),
+        settings.bucket,
+        settings.s3_region,
+        _plain(settings.aws_access_key_id),
+        _plain(settings.aws_secret_access_key),
+        _plain(settings.aws_session_token),
+    )
+
+
+def _plain(secret: SecretStr | None) -> str | None:
+    return secret.get_secret_value() if secret else None

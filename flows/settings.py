@@ -1,0 +1,123 @@
+"""Addresses, credentials and names of services, from the environment only."""
+
+import difflib
+import os
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from tasks.addresses import shown
+from tasks.errors import SettingsError
+
+PREFIX = "HANDSIGNS_"
+
+
+def _web_address(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be an address such as http://host:port")
+    if parts.port == 0:  # reading it also refuses what is no port number
+        raise ValueError("must name a port from 1 to 65535")
+    if "@" in parts.netloc or parts.query:
+        raise ValueError("must hold no user, password or query; set credentials on their own")
+    return url.rstrip("/")
+
+
+def _any_address(url: str) -> str:
+    if not urlsplit(url).scheme:
+        raise ValueError("must be an address such as http://host:port or sqlite:///file.db")
+    return url
+
+
+WebAddress = Annotated[str, AfterValidator(_web_address)]
+AnyAddress = Annotated[str, AfterValidator(_any_address)]
+Bucket = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
+
+
+class Settings(BaseSettings):
+    """Where the services are; one that is not named is started on loopback.
+
+    Each field is read from `HANDSIGNS_<FIELD>` or, where an alias stands, from the
+    variable that the service's own tools read.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="ignore"
+    )
+
+    s3_endpoint_url: WebAddress | None = None
+    s3_region: str = Field(
+        default="us-east-1",
+        pattern=r"^[a-z0-9-]{1,64}$",
+        validation_alias=AliasChoices("HANDSIGNS_S3_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    )
+    bucket: Bucket = "artifacts"
+    model_name: str = Field(default="hand-signs", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    dvc_remote_url: AnyAddress | None = None
+
+    mlflow_tracking_uri: AnyAddress | None = Field(
+        default=None, validation_alias="MLFLOW_TRACKING_URI"
+    )
+    prefect_api_url: WebAddress | None = Field(default=None, validation_alias="PREFECT_API_URL")
+    aws_access_key_id: SecretStr | None = Field(default=None, validation_alias="AWS_ACCESS_KEY_ID")
+    aws_secret_access_key: SecretStr | None = Field(
+        default=None, validation_alias="AWS_SECRET_ACCESS_KEY"
+    )
+    aws_session_token: SecretStr | None = Field(default=None, validation_alias="AWS_SESSION_TOKEN")
+
+    @model_validator(mode="after")
+    def _keys_come_in_pairs(self) -> "Settings":
+        if (self.aws_access_key_id is None) != (self.aws_secret_access_key is None):
+            raise ValueError(
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY must be set together or not at all"
+            )
+        return self
+
+
+def load_settings() -> Settings:
+    """Read the settings from the environment.
+
+    Returns:
+        The frozen settings; secrets in them print as asterisks.
+
+    Raises:
+        SettingsError: a variable is malformed, contradicts another, or starts
+            with `HANDSIGNS_` and is not one of ours; no secret is shown.
+    """
+    _refuse_unknown()
+    try:
+        return Settings()
+    except ValidationError as error:
+        faults = "; ".join(_explain(fault) for fault in error.errors())
+        raise SettingsError(f"Settings cannot be used: {faults}. Mend the environment.") from None
+
+
+def _refuse_unknown() -> None:
+    """A mistyped name would otherwise start a local server in silence."""
+    known = {PREFIX + field.upper() for field in Settings.model_fields}
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            advice = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(sorted(known))}."
+            raise SettingsError(f"Unknown setting in the environment. Received: {name}. {advice}")
+
+
+def _explain(fault: Any) -> str:
+    message = fault["msg"].removeprefix("Value error, ")
+    if not fault["loc"]:
+        return str(message)
+    name = str(fault["loc"][0])
+    variable = name if name.isupper() else PREFIX + name.upper()
+    received = fault["input"]
+    if not isinstance(received, str) or variable.startswith("AWS_"):
+        return f"{variable}: {message}"
+    return f"{variable}: {message} (received {shown(received)!r})"

@@ -1,0 +1,304 @@
+"""Objects in S3-compatible storage; the only module that touches boto3."""
+
+import base64
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import stamina
+
+from tasks.addresses import shown
+from tasks.errors import HandsignsError, ServiceError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+
+T = TypeVar("T")
+CONNECT_SECONDS = 3
+READ_SECONDS = 8
+ATTEMPTS = 3
+"""Three attempts and their pauses end within 30 s, whatever the endpoint does."""
+_BUCKET = "(bucket)"
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+
+
+class ChangedError(HandsignsError):
+    """A conditional write found another object than the one expected."""
+
+    retried = False
+    """Whether an earlier attempt of the same write may have arrived."""
+
+
+class MissingObjectError(HandsignsError):
+    """The object does not exist."""
+
+
+@dataclass(frozen=True)
+class S3Address:
+    """Where objects go and with which credentials; secrets never print.
+
+    Args:
+        endpoint_url: `http(s)://host:port` of the service.
+        bucket: bucket that must exist.
+        region: name that the signature carries.
+        access_key_id: None leaves the search for credentials to boto3's chain.
+    """
+
+    endpoint_url: str
+    bucket: str
+    region: str = "us-east-1"
+    access_key_id: str | None = field(default=None, repr=False)
+    secret_access_key: str | None = field(default=None, repr=False)
+    session_token: str | None = field(default=None, repr=False)
+
+    def environment(self) -> dict[str, str]:
+        """Return the usual AWS variables, for tools that read only those."""
+        known = {
+            "AWS_ENDPOINT_URL_S3": self.endpoint_url,
+            "AWS_DEFAULT_REGION": self.region,
+            "AWS_ACCESS_KEY_ID": self.access_key_id,
+            "AWS_SECRET_ACCESS_KEY": self.secret_access_key,
+            "AWS_SESSION_TOKEN": self.session_token,
+        }
+        return {name: value for name, value in known.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object as a listing shows it."""
+
+    key: str
+    size: int
+
+
+class Storage:
+    """One bucket.
+
+    Args:
+        address: endpoint, bucket and credentials.
+
+    Every method raises `ServiceError` in one line within 30 s when the service
+    is unreachable, refuses the credentials or has no such bucket, and
+    `ValueError` for a key that is not plain names joined by slashes.
+    """
+
+    def __init__(self, address: S3Address) -> None:
+        self.address = address
+        self._client = _client(address)
+
+    def uri(self, key: str = "") -> str:
+        """Return the `s3://` name of an object or a folder."""
+        return f"s3://{self.address.bucket}/{key}"
+
+    def check(self) -> None:
+        """Raise `ServiceError` unless the bucket answers to the credentials."""
+        self._call(lambda: self._client.head_bucket(Bucket=self.address.bucket), _BUCKET)
+
+    def exists(self, key: str) -> bool:
+        """Tell whether the object is there."""
+        try:
+            self._call(lambda: self._client.head_object(**self._at(key)), key)
+        except MissingObjectError:
+            return False
+        return True
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        """Yield the objects whose key starts with `prefix`, sorted by key."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.address.bucket, Prefix=prefix
+        )
+        for page in self._call(lambda: list(pages), prefix):
+            for found in page.get("Contents", []):
+                yield Entry(found["Key"], found["Size"])
+
+    def put(self, key: str, source: Path | bytes) -> None:
+        """Write one object whole; the service checks its MD5 on arrival."""
+        self._put(key, source)
+
+    def put_if_absent(self, key: str, content: bytes) -> str:
+        """Write the object unless one exists.
+
+        Returns:
+            The new object's etag.
+
+        Raises:
+            ChangedError: one exists.
+        """
+        return self._put(key, content, IfNoneMatch="*")
+
+    def put_if_match(self, key: str, content: bytes, etag: str) -> str:
+        """Replace the object if it still is the one that `etag` names.
+
+        Returns:
+            The new object's etag.
+
+        Raises:
+            ChangedError: it has been replaced or removed meanwhile.
+        """
+        return self._put(key, content, IfMatch=etag)
+
+    def read(self, key: str) -> tuple[bytes, str]:
+        """Return a small object's content and etag."""
+
+        def fetch() -> tuple[bytes, str]:
+            answer = self._client.get_object(**self._at(key))
+            return answer["Body"].read(), answer["ETag"]
+
+        return self._whole(fetch, key)
+
+    def get(self, key: str) -> bytes:
+        """Return a small object's content."""
+        return self.read(key)[0]
+
+    def digest(self, key: str) -> tuple[str, int]:
+        """Read an object to its end and return its SHA-256 in hex and its size in bytes."""
+        return self._whole(lambda: self._pour(key, None), key)
+
+    def download(self, key: str, target: Path) -> tuple[str, int]:
+        """Write an object to `target`, whole or not at all.
+
+        Returns:
+            SHA-256 in hex and size in bytes of what was written.
+        """
+        part = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            result = self._whole(lambda: self._pour(key, part), key)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+        return result
+
+    def _pour(self, key: str, target: Path | None) -> tuple[str, int]:
+        digest, size = hashlib.sha256(), 0
+        body = self._client.get_object(**self._at(key))["Body"]
+        with target.open("wb") if target else contextlib.nullcontext() as file:
+            for chunk in body.iter_chunks(1 << 20):
+                digest.update(chunk)
+                size += len(chunk)
+                if file:
+                    file.write(chunk)
+        return digest.hexdigest(), size
+
+    def _put(self, key: str, source: Path | bytes, **condition: Any) -> str:
+        at = self._at(key)
+
+        def send() -> str:
+            with _opened(source) as body:
+                answer = self._client.put_object(
+                    **at, Body=body, ContentMD5=_md5(source), **condition
+                )
+            return answer["ETag"]
+
+        try:
+            return self._call(send, key)
+        except ChangedError as error:
+            # A write that arrived, but whose answer was lost, meets itself when repeated.
+            if error.retried:
+                content, etag = self.read(key)
+                if content == source:
+                    return etag
+            raise
+
+    def _whole(self, fetch: Callable[[], T], key: str) -> T:
+        """Call `fetch`, again if the body breaks off; botocore repeats only requests."""
+        from botocore.exceptions import IncompleteReadError, ResponseStreamingError
+
+        broken = (IncompleteReadError, ResponseStreamingError)
+        repeated = stamina.retry(on=broken, attempts=ATTEMPTS, timeout=READ_SECONDS)(fetch)
+        return self._call(repeated, key)
+
+    def _call(self, action: Callable[[], T], what: str) -> T:
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            NoCredentialsError,
+            PartialCredentialsError,
+        )
+
+        try:
+            return action()
+        except ClientError as error:
+            raise self._explain(error.response, what) from None
+        except (NoCredentialsError, PartialCredentialsError):
+            raise ServiceError(
+                f"No S3 credentials were found for {shown(self.address.endpoint_url)}. "
+                "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            ) from None
+        except BotoCoreError as error:
+            raise ServiceError(
+                f"S3 does not answer at {shown(self.address.endpoint_url)} "
+                f"({type(error).__name__}). Check HANDSIGNS_S3_ENDPOINT_URL and the service."
+            ) from None
+
+    def _at(self, key: str) -> Any:
+        if not _KEY.fullmatch(key) or len(key) > 512:
+            raise ValueError(
+                f"An object's key must be plain names joined by slashes. Received: {key!r}."
+            )
+        return {"Bucket": self.address.bucket, "Key": key}
+
+    def _explain(self, response: Any, what: str) -> HandsignsError:
+        code = str(response.get("Error", {}).get("Code", ""))
+        facts = response.get("ResponseMetadata", {})
+        status = facts.get("HTTPStatusCode", 0)
+        at = f"{self.uri()} at {shown(self.address.endpoint_url)}"
+        if status == 412 or code == "ConditionalRequestConflict":
+            changed = ChangedError(f"{self.uri(what)} was changed meanwhile. Read it again.")
+            changed.retried = facts.get("RetryAttempts", 0) > 0
+            return changed
+        if status in (401, 403):
+            return ServiceError(
+                f"S3 refuses the credentials for {at} ({code}). "
+                "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, their rights and the clock."
+            )
+        if code == "NoSuchBucket" or (status == 404 and what == _BUCKET):
+            return ServiceError(
+                f"The bucket {at} does not exist. Create it, or set HANDSIGNS_BUCKET."
+            )
+        if status == 404:
+            return MissingObjectError(f"{self.uri(what)} does not exist.")
+        return ServiceError(
+            f"S3 failed with {status} {code} for {at}. Look at the service, then run again."
+        )
+
+
+def _client(address: S3Address) -> "S3Client":
+    import boto3
+    from botocore.config import Config
+
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=address.endpoint_url,
+        region_name=address.region,
+        aws_access_key_id=address.access_key_id,
+        aws_secret_access_key=address.secret_access_key,
+        aws_session_token=address.session_token,
+        config=Config(
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=READ_SECONDS,
+            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+            # The CRC trailers that botocore sends by default are unknown to some
+            # S3-compatible services (boto3#4392); digests are compared by us.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            s3={"addressing_style": "path"},
+        ),
+    )
+
+
+def _opened(source: Path | bytes) -> AbstractContextManager[Any]:
+    return source.open("rb") if isinstance(source, Path) else contextlib.nullcontext(source)
+
+
+def _md5(source: Path | bytes) -> str:
+    with _opened(source) as body:
+        content = BytesIO(body) if isinstance(body, bytes) else body
+        digest = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False))
+    return base64.b64encode(digest.digest()).decode()
