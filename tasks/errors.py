@@ -40,7 +40,16 @@ class SourceError(DataError):
 
 
 class ImageError(DataError):
-    """One file is not a usable photo; it is set aside with this reason."""
+    """One file is not a usable photo; it is set aside with this reason.
+
+    Args:
+        reason: `kind: detail`, without the file's name.
+        name: the file, as the message calls it.
+    """
+
+    def __init__(self, reason: str, name: str = "") -> None:
+        super().__init__(f"{reason}. Received: '{name}'." if name else reason)
+        self.reason = reason
 
 
 class BackboneError(HandsignsError):

@@ -29,6 +29,11 @@ class Layout:
         return self.root / ".local"
 
     @property
+    def intake(self) -> Path:
+        """The next state of `data/` while an import builds it."""
+        return self.local / "intake"
+
+    @property
     def artifacts(self) -> Path:
         return self.root / "artifacts"
 
@@ -52,6 +57,16 @@ class Layout:
     @property
     def features(self) -> Path:
         return self.artifacts / "features"
+
+    @property
+    def features_journal(self) -> Path:
+        """Rows that an interrupted features stage had computed."""
+        return self.artifacts / "features.journal"
+
+    @property
+    def features_report(self) -> Path:
+        """What the last features stage computed, and how fast; not reproducible."""
+        return self.local / "features.json"
 
     def weights(self, name: str) -> Path:
         """Folder of the weights called `name`: `backbone` or a phase."""

@@ -1,0 +1,247 @@
+"""Decode, check and normalise one untrusted image file."""
+
+import hashlib
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from tasks.errors import ImageError
+
+MAX_BYTES = 64 * 2**20
+MAX_PIXELS = 50_000_000
+"""Checked from the header, before anything is decoded."""
+
+MIN_SIDE = 16
+MAX_SCANS = 64
+"""A progressive JPEG has about ten; one of thousands is made to keep a decoder busy."""
+
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+}
+"""The formats that are read at all, each with the file name endings it goes by."""
+
+_STORED = ("JPEG", "PNG")
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture of each EXIF orientation upright; others are upright."""
+
+_PNG_DEPTH = 24  # offset of the bit depth in the first chunk
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo as it is stored: decodable, RGB, upright.
+
+    Args:
+        content: the file's bytes.
+        suffix: `.jpg` or `.png`.
+        width: pixels.
+        height: pixels.
+    """
+
+    content: bytes
+    suffix: str
+    width: int
+    height: int
+
+    @property
+    def name(self) -> str:
+        """First 32 hexadecimal digits of the content's SHA-256, and the suffix."""
+        return hashlib.sha256(self.content).hexdigest()[:32] + self.suffix
+
+
+def read_photo(data: bytes, name: str) -> Photo:
+    """Check one file that anybody may have made, and bring it into the stored form.
+
+    A plain photo (8-bit RGB JPEG or PNG, upright) keeps its bytes. Everything else
+    becomes an 8-bit RGB PNG without metadata: EXIF rotation is applied, transparent
+    parts are put on white, 16-bit grey is scaled, CMYK and palettes are converted.
+    Colour profiles are not applied. Of a multi-picture JPEG (phones write them) the
+    first picture is the photo.
+
+    Args:
+        data: the file's bytes.
+        name: the file's name; its ending must not contradict the content.
+
+    Returns:
+        The photo as it is stored.
+
+    Raises:
+        ImageError: the file is not a usable photo; `reason` says why.
+    """
+    with _faults_told(name):
+        _check_length(data)
+        image = _open(data, tuple(SUFFIXES))
+        _check_suffix(image, name)
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            raise ImageError("animated: more than one frame; save one frame as a picture")
+        image.load()
+        if _is_plain(image, data):
+            suffix = SUFFIXES["PNG" if image.format == "PNG" else "JPEG"][0]
+            return Photo(data, suffix, image.width, image.height)
+        turn = _turn(image)
+        rgb = _to_rgb(image)
+        upright = rgb if turn is None else rgb.transpose(turn)
+        return Photo(_png(upright), ".png", upright.width, upright.height)
+
+
+def decode(content: bytes, name: str = "") -> NDArray[np.uint8]:
+    """Decode a stored photo.
+
+    Args:
+        content: a photo's bytes as `read_photo` gives them.
+        name: what an error calls it.
+
+    Returns:
+        uint8, (height, width, 3), RGB.
+
+    Raises:
+        ImageError: the bytes are not a stored photo, or no longer.
+    """
+    with _faults_told(name):
+        _check_length(content)
+        return np.array(_to_rgb(_open(content, _STORED)), dtype=np.uint8)
+
+
+def read_pixels(path: Path) -> NDArray[np.uint8]:
+    """Decode a stored photo's file.
+
+    Args:
+        path: a file below `data/`.
+
+    Returns:
+        uint8, (height, width, 3), RGB.
+
+    Raises:
+        ImageError: the file is damaged.
+        OSError: the file cannot be read.
+    """
+    return decode(path.read_bytes(), str(path))
+
+
+def encode(pixels: NDArray[np.uint8]) -> bytes:
+    """Encode pixels as PNG; the same pixels give the same bytes.
+
+    Args:
+        pixels: uint8, (height, width, 3), RGB.
+
+    Returns:
+        The file's bytes.
+    """
+    return _png(Image.fromarray(pixels, "RGB"))
+
+
+def printable(text: str) -> str:
+    """Make a foreign name safe to show: one line, no control characters, valid UTF-8."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
+
+
+def _png(image: Image.Image) -> bytes:
+    # A bare copy: what is in `info` (profile, gamma, resolution) would be written too.
+    bare = Image.frombytes("RGB", image.size, image.tobytes())
+    file = io.BytesIO()
+    bare.save(file, "PNG", compress_level=6)
+    return file.getvalue()
+
+
+def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=formats)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"too many pixels: {width}x{height}, more than {MAX_PIXELS // 10**6} megapixels"
+        )
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(f"too small: {width}x{height} pixels, less than {MIN_SIDE} a side")
+    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise ImageError(f"damaged: more than {MAX_SCANS} scans in one JPEG")
+    return image
+
+
+def _check_length(data: bytes) -> None:
+    if not data:
+        raise ImageError("zero bytes: the file is empty")
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"too large: more than {MAX_BYTES // 2**20} MB")
+
+
+def _check_suffix(image: Image.Image, name: str) -> None:
+    suffix = PurePath(name).suffix.lower()
+    kind = "JPEG" if image.format == "MPO" else str(image.format)
+    if suffix and suffix not in SUFFIXES[kind]:
+        raise ImageError(
+            f"wrong extension: the content is {kind}, the name says {printable(suffix)!r}; "
+            f"rename it to {SUFFIXES[kind][0]}"
+        )
+
+
+def _is_plain(image: Image.Image, data: bytes) -> bool:
+    if image.mode != "RGB" or image.has_transparency_data:
+        return False
+    # Pillow shows 16 bits a channel as plain RGB; only the header tells.
+    if image.format == "PNG" and data[_PNG_DEPTH] != 8:
+        return False
+    return image.format in ("JPEG", "MPO", "PNG") and _turn(image) is None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        deep = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((deep + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ImageError("32-bit pixels: their range is unknown; save it with 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+
+
+@contextmanager
+def _faults_told(name: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into an `ImageError` with a reason and the name."""
+    shown = printable(name)
+    with warnings.catch_warnings():
+        # Threads share the filters: naming Pillow's alone does no harm if it outlives this.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        try:
+            yield
+        except ImageError as error:
+            raise ImageError(error.reason, shown) from error
+        except Image.DecompressionBombError as error:
+            limit = MAX_PIXELS // 10**6
+            raise ImageError(f"too many pixels: more than {limit} megapixels", shown) from error
+        except UnidentifiedImageError as error:
+            raise ImageError("not an image: no format we read", shown) from error
+        except Exception as error:  # decoders raise what they like on a damaged file
+            raise ImageError(_reason(error), shown) from error
+
+
+def _reason(error: Exception) -> str:
+    told = " ".join(printable(str(error)).split()) or type(error).__name__
+    kind = "truncated" if "truncated" in told.lower() else "damaged"
+    return f"{kind}: it cannot be decoded to the end ({told[:120]})"
