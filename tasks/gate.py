@@ -4,16 +4,22 @@ The stage writes `gate.json` and exits with 0 either way, so that `dvc repro`
 ends and shows the verdict; whoever would publish reads `passed`.
 """
 
+import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tasks.labels import LABELS
 from tasks.params import GateParams
+from tasks.preprocess import INDEX
+from tasks.stage import Context, stage_main
+from tasks.whole import write_json
 
 Number = int | float
 
@@ -57,6 +63,15 @@ class Verdict(BaseModel):
             for check in self.checks
         ]
         return {"passed": self.passed, "checks": checks}
+
+
+def run(context: Context, item: str | None = None) -> None:
+    """Judge `metrics.json` and the dataset's leaks; write and print the verdict."""
+    layout = context.layout
+    leaks = _read(layout.dataset / INDEX).get("leaks")
+    verdict = judge(_read(layout.metrics), leaks, context.params.gate)
+    write_json(layout.gate, verdict.to_json())
+    Console().print(verdict_table(verdict))
 
 
 def judge(metrics: Mapping[str, Any], leaks: Any, limits: GateParams) -> Verdict:
@@ -151,6 +166,15 @@ def _recalls(per_class: Any) -> dict[str, Any]:
     return {row["label"]: row.get("recall") for row in rows if named.count(row["label"]) == 1}
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """A file that cannot be read says nothing, and what is missing fails."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _told(check: Check) -> str:
     return f"{_shown(check.value)} misses the limit of {_shown(check.limit)}"
 
@@ -159,3 +183,7 @@ def _shown(value: Number | None) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    stage_main(run)

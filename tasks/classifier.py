@@ -1,0 +1,185 @@
+"""The one way to score pictures with a model file.
+
+Evaluation, prediction and the comparison of releases all go through here, so a
+photo is cut, reduced and enlarged in the same way wherever it is scored.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.augment import enlarge
+from tasks.errors import DataError, ImageError
+from tasks.images import MAX_BYTES, decode, read_photo
+from tasks.labels import LABELS
+from tasks.preprocess import shrink
+from tasks.progress import Progress, silent
+
+BATCH = 32
+
+Forward = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model reads from one file, or why it reads nothing.
+
+    Args:
+        path: the file.
+        probabilities: six, in the order of `LABELS`; None when `error` is set.
+        error: why the file is not a usable photo.
+    """
+
+    path: Path
+    probabilities: tuple[float, ...] | None = None
+    error: str | None = None
+
+    @property
+    def label(self) -> str | None:
+        """The most probable sign."""
+        if self.probabilities is None:
+            return None
+        return LABELS[int(np.argmax(self.probabilities))]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: file, label and probability by label, or file and error."""
+        if self.probabilities is None:
+            return {"file": str(self.path), "error": self.error}
+        shares = (round(value, 6) for value in self.probabilities)
+        return {
+            "file": str(self.path),
+            "label": self.label,
+            "probabilities": dict(zip(LABELS, shares, strict=True)),
+        }
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model, and the size photos are reduced to before it sees them.
+
+    Args:
+        forward: uint8 (n, size, size, 3), RGB in [0, 255] -> float32 (n, 6).
+        detail: side in pixels that the model's training photos were reduced to.
+        size: side of the model's input in pixels.
+    """
+
+    forward: Forward
+    detail: int
+    size: int = 224
+
+    def probabilities(
+        self, images: NDArray[np.uint8], progress: Progress = silent
+    ) -> NDArray[np.float32]:
+        """Score photos that are already cut and reduced, as the dataset holds them.
+
+        Args:
+            images: uint8, (n, d, d, 3), RGB in [0, 255].
+            progress: told after each batch.
+
+        Returns:
+            float32, (n, 6); rows sum to one, column i is `LABELS[i]`.
+
+        Raises:
+            DataError: another shape or dtype.
+        """
+        if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2]:
+            raise DataError(
+                f"Images must have shape (n, d, d, 3). Received: {images.shape}. "
+                "Shrink the photos to squares first."
+            )
+        if images.dtype != np.uint8:
+            raise DataError(
+                f"Images must be uint8 in [0, 255], not scaled. Received: {images.dtype}. "
+                "Pass the pixels as they were decoded."
+            )
+        result = np.empty((len(images), len(LABELS)), np.float32)
+        for start in range(0, len(images), BATCH):
+            batch = slice(start, start + BATCH)
+            result[batch] = self.forward(enlarge(images[batch], self.size))
+            progress("score photos", min(start + BATCH, len(images)), len(images))
+        return result
+
+
+def load_classifier(path: Path, detail: int, size: int = 224) -> Classifier:
+    """Load a model file; only its weights are read, the architecture is ours.
+
+    Args:
+        path: a `.keras` file of the assemble stage or of a release.
+        detail: `preprocess.detail` of the parameters it was trained with.
+        size: side of the model's input in pixels.
+
+    Returns:
+        The classifier; inference only.
+
+    Raises:
+        ModelError: the file is missing or does not fit the architecture.
+    """
+    from tasks.model import load_model
+
+    model = load_model(path, size=size)
+
+    # After load_model, which sets TensorFlow up before it is imported.
+    import tensorflow as tf
+
+    shape = tf.TensorSpec((None, size, size, 3), tf.uint8)
+    traced = tf.function(
+        lambda photos: model(tf.cast(photos, tf.float32), training=False), input_signature=[shape]
+    )
+    return Classifier(lambda photos: np.asarray(traced(photos)), detail, size)
+
+
+def classify_files(
+    classifier: Classifier, paths: Sequence[Path], progress: Progress = silent
+) -> list[Prediction]:
+    """Read and score image files that anybody may have made.
+
+    Args:
+        classifier: the model.
+        paths: files in any format that import takes.
+        progress: told for each file read and each batch scored.
+
+    Returns:
+        One prediction for each path, in order; a file that cannot be used has
+        an error instead of probabilities.
+    """
+    images: list[NDArray[np.uint8]] = []
+    errors: list[str | None] = []
+    for number, path in enumerate(paths, start=1):
+        try:
+            images.append(shrink(read_picture(path), classifier.detail))
+            errors.append(None)
+        except ImageError as error:
+            errors.append(error.reason)
+        progress("read photos", number, len(paths))
+    scored = classifier.probabilities(np.stack(images), progress).tolist() if images else []
+    rows = iter(scored)
+    return [
+        Prediction(path, error=error) if error else Prediction(path, tuple(next(rows)))
+        for path, error in zip(paths, errors, strict=True)
+    ]
+
+
+def read_picture(path: Path) -> NDArray[np.uint8]:
+    """Read one untrusted file as it would be imported.
+
+    Args:
+        path: the file.
+
+    Returns:
+        uint8, (height, width, 3), RGB, upright.
+
+    Raises:
+        ImageError: it cannot be read, or is not a usable photo.
+    """
+    if not path.is_file():
+        raise ImageError("not a file" if path.exists() else "no such file")
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ImageError(f"cannot be read ({error.strerror})") from error
+    return decode(read_photo(data, path.name).content)

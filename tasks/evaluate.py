@@ -1,0 +1,192 @@
+"""Stage: score the assembled model on the test split, once.
+
+The test split is looked at here and nowhere before, so its numbers are not
+chosen by. Scores are computed from the rounded probabilities that
+`predictions.json` keeps, so anybody can compute them again from that file.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks import plots
+from tasks.classifier import Classifier, Prediction, classify_files, load_classifier
+from tasks.errors import DataError, StageError
+from tasks.labels import LABELS
+from tasks.layout import Layout
+from tasks.metrics import Scores, checked, score
+from tasks.preprocess import Dataset, open_dataset
+from tasks.progress import Progress, silent
+from tasks.stage import Context, stage_main
+from tasks.whole import write_json
+
+DIGITS = 7
+"""Decimals of a stored probability: as fine as the clip of the loss."""
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """Scores of a model on a class folder.
+
+    Args:
+        scores: over the files that could be read.
+        truths: label of each file, by its folder.
+        predictions: one for each file, readable or not.
+    """
+
+    scores: Scores
+    truths: tuple[str, ...]
+    predictions: tuple[Prediction, ...]
+
+    @property
+    def unreadable(self) -> tuple[Prediction, ...]:
+        """The files that are not usable photos, with the reason."""
+        return tuple(prediction for prediction in self.predictions if prediction.error)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: the scores, the misread files and the unreadable ones."""
+        told = zip(self.truths, self.predictions, strict=True)
+        return {
+            **self.scores.to_json(),
+            "misread": [
+                {"truth": truth, **prediction.to_json()}
+                for truth, prediction in told
+                if prediction.error is None and prediction.label != truth
+            ],
+            "unreadable": [prediction.to_json() for prediction in self.unreadable],
+        }
+
+
+def run(context: Context, item: str | None = None) -> None:
+    """Write the metrics, the probabilities behind them, and the pictures.
+
+    Raises:
+        DataError: there is no dataset or no test photo.
+        ModelError: there is no model, or it does not fit the architecture.
+        StageError: a phase's history is missing or broken.
+    """
+    layout = context.layout
+    dataset = open_dataset(layout.dataset)
+    rows = dataset.rows("test")
+    if not len(rows):
+        raise DataError(
+            "The test split must hold photos. Received: 0. Raise split.test in params.yaml, "
+            "or import an official test set."
+        )
+    histories = [_history(layout, phase) for phase in context.params.phases]
+    classifier = load_classifier(layout.model, context.params.preprocess.detail)
+    raw = classifier.probabilities(dataset.images[rows], context.progress)
+    rounded = raw.astype(np.float64).round(DIGITS)
+    probabilities, labels = checked(rounded, dataset.labels[rows])
+    scores = score(rounded, labels)
+    write_json(layout.predictions, _predictions(dataset, rows, rounded))
+    figures = {
+        "curves": plots.curves(histories),
+        "confusion": plots.confusion(scores),
+        "roc_pr": plots.roc_pr(probabilities, labels),
+        "reliability": plots.reliability_diagram(probabilities, labels),
+        "mistakes": plots.mistakes(dataset.images[rows], probabilities, labels),
+    }
+    for number, (name, figure) in enumerate(figures.items(), start=1):
+        plots.save(figure, layout.plots / f"{name}.png")
+        context.progress("draw pictures", number, len(figures))
+    write_json(layout.metrics, scores.to_json())
+
+
+def evaluate_folder(
+    classifier: Classifier, folder: Path, progress: Progress = silent
+) -> FolderReport:
+    """Score a model on photos in folders named after their label.
+
+    Args:
+        classifier: the model.
+        folder: holds `<label>/<file>`, any of the labels, in any format that
+            import takes. Hidden files are left out.
+        progress: told for each file read and each batch scored.
+
+    Returns:
+        The scores, and which files could not be read.
+
+    Raises:
+        DataError: no such folder, a folder that is not a label, or no usable photo.
+    """
+    files = _labelled_files(folder)
+    predictions = classify_files(classifier, [path for path, _ in files], progress)
+    known = [
+        (prediction.probabilities, LABELS.index(label))
+        for prediction, (_, label) in zip(predictions, files, strict=True)
+        if prediction.probabilities is not None
+    ]
+    if not known:
+        raise DataError(
+            f"No file below '{folder}' is a usable photo. Received: {len(files)} files, first "
+            f"'{predictions[0].path.name}': {predictions[0].error}. Add photos, or mend them."
+        )
+    probabilities, labels = (np.array(column) for column in zip(*known, strict=True))
+    truths = tuple(label for _, label in files)
+    return FolderReport(score(probabilities, labels), truths, tuple(predictions))
+
+
+def _labelled_files(folder: Path) -> list[tuple[Path, str]]:
+    if not folder.is_dir():
+        raise DataError(
+            f"There must be a folder of class folders 0 to 5. Received: '{folder}', which is "
+            f"{'a file' if folder.exists() else 'not there'}. Check the path."
+        )
+    classes = sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+    for path in classes:
+        if path.name not in LABELS:
+            raise DataError(
+                f"Label must be a folder named 0 to 5. Received: '{path.name}' ({path}). "
+                "Rename the folder, or leave it out."
+            )
+    files = [
+        (path, parent.name)
+        for parent in classes
+        for path in sorted(parent.iterdir())
+        if path.is_file() and not path.name.startswith(".")
+    ]
+    if not files:
+        raise DataError(
+            f"There must be photos in class folders 0 to 5. Received: none below '{folder}'. "
+            "Put each photo into the folder of its sign."
+        )
+    return files
+
+
+def _predictions(
+    dataset: Dataset, rows: NDArray[np.int64], probabilities: NDArray[np.float64]
+) -> dict[str, Any]:
+    return {
+        "labels": list(LABELS),
+        "photos": [
+            {
+                "name": dataset.names[row],
+                "label": LABELS[dataset.labels[row]],
+                "probabilities": values.tolist(),
+            }
+            for row, values in zip(rows, probabilities, strict=True)
+        ],
+    }
+
+
+def _history(layout: Layout, phase: str) -> dict[str, Any]:
+    path = layout.weights(phase) / "history.json"
+    try:
+        history: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StageError(
+            f"The history of phase {phase!r} cannot be read ({error}). Received: '{path}'. "
+            "Run the training stages again."
+        ) from error
+    return history
+
+
+if __name__ == "__main__":
+    stage_main(run)
