@@ -8,10 +8,7 @@ in the place of `dvc.stage.run.cmd_run`, which is not documented: the version of
 DVC is pinned, and a test runs both ways and compares.
 """
 
-import hashlib
-import importlib
 import logging
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,10 +19,9 @@ import stamina
 import yaml
 
 from tasks.errors import BusyError, DataError, ServiceError, StageError
+from tasks.in_process import InProcess, source_digests
 from tasks.layout import Layout
-from tasks.params import load_params
 from tasks.progress import Progress, silent
-from tasks.stage import Context
 from tasks.whole import whole_file
 
 Outcome = Literal["unchanged", "restored", "ran"]
@@ -54,7 +50,7 @@ class Pipeline:
     """One checkout's stages and data.
 
     Args:
-        layout: the checkout.
+        layout: the checkout, which must be the working directory: DVC asks for it.
         remote: overrides the default remote of `.dvc/config`.
         lock_timeout: seconds to wait for somebody else's lock before giving up.
     """
@@ -81,14 +77,14 @@ class Pipeline:
                 f"DVC knows no project here. Received: '{layout.root}'. "
                 "Run from the checkout's root, where dvc.yaml lies."
             ) from error
-        self._sources = _digests(layout.root)
+        self._sources = source_digests(layout.root)
 
     def stages(self) -> list[str]:
         """Names of the stages, each after what it depends on."""
         import networkx
 
         order = reversed(list(networkx.topological_sort(self._repo.index.graph)))
-        return [stage.addressing for stage in order if stage.cmd]
+        return [stage.name for stage in order if stage.cmd]
 
     def changed(self) -> dict[str, list[Any]]:
         """What is out of date, by stage; empty when there is nothing to do."""
@@ -110,7 +106,7 @@ class Pipeline:
                 it ran.
             BusyError: another process holds the lock for too long.
         """
-        runner = _Runner(self._layout, self._sources, progress)
+        runner = InProcess(self._layout, self._sources, progress)
 
         def reproduce() -> list[Any]:
             with _in_process(runner):
@@ -261,47 +257,8 @@ def _unwrapped(call: Callable[[], _Result]) -> _Result:
         raise (error.__cause__ or error) from None
 
 
-class _Runner:
-    """Takes the place of the process that DVC would start for a stage."""
-
-    def __init__(self, layout: Layout, sources: dict[str, str], progress: Progress) -> None:
-        self.ran = False
-        self._layout = layout
-        self._sources = sources
-        self._progress = progress
-
-    def __call__(self, stage: Any, dry: bool = False, run_env: Any = None) -> None:
-        words = shlex.split(stage.cmd)
-        if words[:2] != ["python", "-m"] or not words[2].startswith("tasks."):
-            raise StageError(
-                f"A stage's cmd must be `python -m tasks.<module> [item]`. "
-                f"Received: '{stage.cmd}' ({stage.addressing}). Mend dvc.yaml."
-            )
-        before = {str(dep): dep.hash_info for dep in stage.deps}
-        function = importlib.import_module(words[2]).run
-        context = Context(self._layout, load_params(self._layout.params), self._progress)
-        self._refuse_edited_sources(stage)
-        function(context, words[3] if len(words) > 3 else None)
-        self.ran = True
-        self._refuse_edited_sources(stage)
-        for dep in stage.deps:
-            if dep.get_hash() != before[str(dep)]:
-                raise StageError(
-                    f"'{dep}' changed while stage {stage.addressing} ran, so its result belongs "
-                    "to neither version. Run again."
-                )
-
-    def _refuse_edited_sources(self, stage: Any) -> None:
-        """What was imported must be what DVC hashes."""
-        if _digests(self._layout.root) != self._sources:
-            raise StageError(
-                f"tasks/*.py was edited since this run began, before {stage.addressing} was "
-                "done. Run again, so that the code that ran is the code on record."
-            )
-
-
 @contextmanager
-def _in_process(runner: _Runner) -> Iterator[None]:
+def _in_process(runner: InProcess) -> Iterator[None]:
     import dvc.stage.run as dvc_run
 
     original = dvc_run.cmd_run
@@ -310,13 +267,6 @@ def _in_process(runner: _Runner) -> Iterator[None]:
         yield
     finally:
         dvc_run.cmd_run = original
-
-
-def _digests(root: Path) -> dict[str, str]:
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted((root / "tasks").glob("*.py"))
-    }
 
 
 def _one_line(error: BaseException) -> str:

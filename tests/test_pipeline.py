@@ -1,0 +1,197 @@
+"""Both runners of `dvc.yaml` agree: the flow's process and `dvc repro`."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tasks.errors import BusyError, DataError, StageError
+from tasks.layout import Layout
+from tasks.pipeline import Pipeline, Remote
+from tests.fixtures.photos import CHECKOUT, write_photos
+
+EARLY = ("audit", "preprocess")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+    """A checkout of its own, with the product's stages and generated photos."""
+    root = tmp_path / "checkout"
+    root.mkdir()
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(CHECKOUT.root / name, root)
+    shutil.copytree(CHECKOUT.root / "tasks", root / "tasks")
+    subprocess.run(["git", "init", "-q", root], check=True)
+    (root / ".gitignore").write_text("/artifacts/\n/data\n")
+    (root / ".dvc").mkdir()
+    shutil.copy(CHECKOUT.root / ".dvc/config", root / ".dvc")
+    write_photos(root / "data/train", per_class=12)
+    monkeypatch.chdir(root)
+    layout = Layout(root)
+    Pipeline(layout).version_data("photos")
+    return layout
+
+
+def repro(layout: Layout, *targets: str) -> str:
+    """What `dvc repro` prints, run as a person would."""
+    folder = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [folder / "dvc", "repro", *targets],
+        cwd=layout.root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def change(layout: Layout, section: str, **values: object) -> None:
+    """Set values in a section of the checkout's `params.yaml`."""
+    content = yaml.safe_load(layout.params.read_text())
+    content[section].update(values)
+    layout.params.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def test_stages_come_in_the_graphs_order(checkout: Layout) -> None:
+    order = Pipeline(checkout).stages()
+    chain = ["audit", "preprocess", "features", "train@base", "train@fine_tune", "train@full"]
+    chain += ["assemble", "evaluate", "gate"]
+    assert [name for name in order if name in chain] == chain
+    assert order.index("backbone") < order.index("features")
+
+
+def test_repro_finds_nothing_to_do_after_a_run_in_process(checkout: Layout) -> None:
+    pipeline = Pipeline(checkout)
+    assert [pipeline.run(name) for name in EARLY] == ["ran", "ran"]
+    lock = (checkout.root / "dvc.lock").read_bytes()
+    said = repro(checkout, *EARLY)
+    assert "Stage 'audit' didn't change" in said
+    assert "Stage 'preprocess' didn't change" in said
+    assert (checkout.root / "dvc.lock").read_bytes() == lock
+
+
+def test_a_run_in_process_finds_nothing_to_do_after_repro(checkout: Layout) -> None:
+    repro(checkout, *EARLY)
+    pipeline = Pipeline(checkout)
+    assert [pipeline.run(name) for name in EARLY] == ["unchanged", "unchanged"]
+    assert not {"audit", "preprocess"} & set(pipeline.changed())
+
+
+def test_a_changed_parameter_runs_its_stage_and_no_earlier_one(checkout: Layout) -> None:
+    for name in EARLY:
+        Pipeline(checkout).run(name)
+    change(checkout, "preprocess", detail=32)
+    pipeline = Pipeline(checkout)
+    assert [pipeline.run(name) for name in EARLY] == ["unchanged", "ran"]
+    assert json.loads((checkout.dataset / "index.json").read_text())["detail"] == 32
+
+
+def test_a_result_seen_before_is_restored(checkout: Layout) -> None:
+    for name in EARLY:
+        Pipeline(checkout).run(name)
+    first = (checkout.dataset / "images.npy").read_bytes()
+    change(checkout, "preprocess", detail=32)
+    assert Pipeline(checkout).run("preprocess") == "ran"
+    change(checkout, "preprocess", detail=64)
+    assert Pipeline(checkout).run("preprocess") == "restored"
+    assert (checkout.dataset / "images.npy").read_bytes() == first
+
+
+def test_a_photo_added_while_a_stage_runs_is_an_error(checkout: Layout) -> None:
+    added = threading.Event()
+
+    def progress(what: str, done: int, total: int) -> None:
+        if not added.is_set():
+            added.set()
+            write_photos(checkout.data / "train", per_class=13)
+
+    with pytest.raises(StageError, match=r"data.* changed while stage audit ran"):
+        Pipeline(checkout).run("audit", progress=progress)
+    assert "audit" in Pipeline(checkout).changed()
+
+
+def test_source_edited_since_the_run_began_is_an_error(checkout: Layout) -> None:
+    pipeline = Pipeline(checkout)
+    with (checkout.root / "tasks/audit.py").open("a") as source:
+        source.write("# edited\n")
+    with pytest.raises(StageError, match="edited since this run began"):
+        pipeline.run("audit")
+
+
+def test_a_stages_own_error_comes_through_as_it_is(checkout: Layout) -> None:
+    shutil.rmtree(checkout.data / "train/3")
+    with pytest.raises(DataError, match="train/3"):
+        Pipeline(checkout).run("audit")
+
+
+@contextmanager
+def held(layout: Layout) -> Iterator[None]:
+    """Another process that keeps DVC's lock."""
+    code = (
+        "import sys, zc.lockfile; lock = zc.lockfile.LockFile('.dvc/tmp/lock');"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=layout.root,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdin is not None
+        assert holder.stdout.readline() == "held\n"
+        try:
+            yield
+        finally:
+            holder.stdin.close()
+            holder.wait()
+
+
+def test_somebody_elses_lock_is_waited_for_and_then_told(checkout: Layout) -> None:
+    pipeline = Pipeline(checkout, lock_timeout=1.0)
+    with held(checkout), pytest.raises(BusyError, match="run again"):
+        pipeline.run("audit")
+    assert pipeline.run("audit") == "ran"
+
+
+def test_data_travels_through_a_remote_and_damage_is_found(
+    checkout: Layout, tmp_path: Path
+) -> None:
+    remote = Remote(str(tmp_path / "remote"), {"verify": "true"})
+    pipeline = Pipeline(checkout, remote)
+    version = pipeline.data_version()
+    assert pipeline.push_data() > 0
+    before = sorted(path.name for path in checkout.data.rglob("*.png"))
+    shutil.rmtree(checkout.data)
+    shutil.rmtree(checkout.root / ".dvc/cache")
+    assert not Pipeline(checkout).checkout_data()
+    Pipeline(checkout, remote).pull_data()
+    assert sorted(path.name for path in checkout.data.rglob("*.png")) == before
+    assert Pipeline(checkout).data_version() == version
+    assert not Pipeline(checkout).data_changed()
+
+
+def test_the_version_remembers_where_the_photos_came_from(checkout: Layout) -> None:
+    pipeline = Pipeline(checkout)
+    assert pipeline.data_source() == "photos"
+    version = pipeline.version_data("sample")
+    assert Pipeline(checkout).data_source() == "sample"
+    assert Pipeline(checkout).version_data("photos") == version
+
+
+def test_a_spoiled_data_file_is_told_in_one_line(checkout: Layout) -> None:
+    pipeline = Pipeline(checkout)
+    (checkout.root / "data.dvc").write_text("outs: 7\n")
+    with pytest.raises(DataError, match="not what DVC writes"):
+        pipeline.data_version()
