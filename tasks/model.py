@@ -16,12 +16,12 @@ from zipfile import BadZipFile
 
 import keras
 
+from tasks.augment import INPUT_SIZE
 from tasks.errors import ModelError
 from tasks.labels import LABELS
 from tasks.params import AugmentationParams
 from tasks.weights import put, read_weights
 
-INPUT_SIZE = 224
 CUT = "block6d_add"
 FEATURE_SHAPE = (7, 7, 192)
 HEAD = "predictions"

@@ -36,7 +36,7 @@ def write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
     """Write a safetensors file whole; the same arrays give the same bytes."""
     with whole_file(path) as temporary:
         temporary.write_bytes(
-            save({name: np.ascontiguousarray(weights[name]) for name in sorted(weights)})
+            save({name: np.asarray(weights[name], order="C") for name in sorted(weights)})
         )
 
 
