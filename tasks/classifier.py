@@ -4,8 +4,11 @@ Evaluation, prediction and the comparison of releases all go through here, so a
 photo is cut, reduced and enlarged in the same way wherever it is scored.
 """
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.augment import enlarge
+from tasks.class_folders import Read
 from tasks.errors import DataError, ImageError
 from tasks.images import MAX_BYTES, decode, read_photo
 from tasks.labels import LABELS
@@ -146,40 +150,52 @@ def classify_files(
         One prediction for each path, in order; a file that cannot be used has
         an error instead of probabilities.
     """
-    images: list[NDArray[np.uint8]] = []
-    errors: list[str | None] = []
-    for number, path in enumerate(paths, start=1):
+    return classify(classifier, [(path, partial(_read_file, path)) for path in paths], progress)
+
+
+def classify(
+    classifier: Classifier, sources: Sequence[tuple[Path, Read]], progress: Progress = silent
+) -> list[Prediction]:
+    """Read and score photos, wherever their bytes come from.
+
+    Args:
+        classifier: the model.
+        sources: what to call each photo, and a function that gives its bytes, at
+            most as many as it is asked for, or raises `ImageError`.
+        progress: told for each photo read and each batch scored.
+
+    Returns:
+        As `classify_files`.
+    """
+
+    def look(source: tuple[Path, Read]) -> NDArray[np.uint8] | str:
+        path, read = source
         try:
-            images.append(shrink(read_picture(path), classifier.detail))
-            errors.append(None)
+            photo = read_photo(read(MAX_BYTES + 1), path.name)
+            return shrink(decode(photo.content), classifier.detail)
         except ImageError as error:
-            errors.append(error.reason)
-        progress("read photos", number, len(paths))
-    scored = classifier.probabilities(np.stack(images), progress).tolist() if images else []
-    rows = iter(scored)
+            return error.reason
+
+    seen: list[NDArray[np.uint8] | str] = []
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for number, result in enumerate(pool.map(look, sources), start=1):
+            seen.append(result)
+            progress("read photos", number, len(sources))
+    images = [result for result in seen if not isinstance(result, str)]
+    rows = iter(classifier.probabilities(np.stack(images), progress).tolist() if images else [])
     return [
-        Prediction(path, error=error) if error else Prediction(path, tuple(next(rows)))
-        for path, error in zip(paths, errors, strict=True)
+        Prediction(path, error=result)
+        if isinstance(result, str)
+        else Prediction(path, tuple(next(rows)))
+        for (path, _), result in zip(sources, seen, strict=True)
     ]
 
 
-def read_picture(path: Path) -> NDArray[np.uint8]:
-    """Read one untrusted file as it would be imported.
-
-    Args:
-        path: the file.
-
-    Returns:
-        uint8, (height, width, 3), RGB, upright.
-
-    Raises:
-        ImageError: it cannot be read, or is not a usable photo.
-    """
-    if not path.is_file():
+def _read_file(path: Path, limit: int) -> bytes:
+    if not path.is_file():  # opening a pipe would wait for a writer
         raise ImageError("not a file" if path.exists() else "no such file")
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            return file.read(limit)
     except OSError as error:
-        raise ImageError(f"cannot be read ({error.strerror})") from error
-    return decode(read_photo(data, path.name).content)
+        raise ImageError(f"cannot be read: {error.strerror}") from error

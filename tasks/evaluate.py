@@ -6,6 +6,7 @@ chosen by. Scores are computed from the rounded probabilities that
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks import plots
-from tasks.classifier import Classifier, Prediction, classify_files, load_classifier
+from tasks.class_folders import arrange, folder_entries
+from tasks.classifier import Classifier, Prediction, classify, load_classifier
 from tasks.errors import DataError, StageError
 from tasks.labels import LABELS
 from tasks.layout import Layout
@@ -34,18 +36,21 @@ class FolderReport:
 
     Args:
         scores: over the files that could be read.
-        truths: label of each file, by its folder.
-        predictions: one for each file, readable or not.
+        truths: label of each file in a class folder, by that folder.
+        predictions: one for each of these files, readable or not.
+        unplaced: files outside of class folders, which are not scored.
     """
 
     scores: Scores
     truths: tuple[str, ...]
     predictions: tuple[Prediction, ...]
+    unplaced: tuple[Prediction, ...] = ()
 
     @property
     def unreadable(self) -> tuple[Prediction, ...]:
-        """The files that are not usable photos, with the reason."""
-        return tuple(prediction for prediction in self.predictions if prediction.error)
+        """The files that were not scored, with the reason."""
+        found = (*self.predictions, *self.unplaced)
+        return tuple(prediction for prediction in found if prediction.error)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: the scores, the misread files and the unreadable ones."""
@@ -104,60 +109,53 @@ def evaluate_folder(
 
     Args:
         classifier: the model.
-        folder: holds `<label>/<file>`, any of the labels, in any format that
-            import takes. Hidden files are left out.
+        folder: what import takes as a folder, with any of the labels; of
+            `train/` and `test/` only one.
         progress: told for each file read and each batch scored.
 
     Returns:
-        The scores, and which files could not be read.
+        The scores, and which files could not be used and why.
 
     Raises:
-        DataError: no such folder, a folder that is not a label, or no usable photo.
+        DataError: no such folder, no class folder in it, or no usable photo.
     """
-    files = _labelled_files(folder)
-    predictions = classify_files(classifier, [path for path, _ in files], progress)
-    known = [
-        (prediction.probabilities, LABELS.index(label))
-        for prediction, (_, label) in zip(predictions, files, strict=True)
-        if prediction.probabilities is not None
-    ]
-    if not known:
-        raise DataError(
-            f"No file below '{folder}' is a usable photo. Received: {len(files)} files, first "
-            f"'{predictions[0].path.name}': {predictions[0].error}. Add photos, or mend them."
-        )
-    probabilities, labels = (np.array(column) for column in zip(*known, strict=True))
-    truths = tuple(label for _, label in files)
-    return FolderReport(score(probabilities, labels), truths, tuple(predictions))
-
-
-def _labelled_files(folder: Path) -> list[tuple[Path, str]]:
     if not folder.is_dir():
         raise DataError(
             f"There must be a folder of class folders 0 to 5. Received: '{folder}', which is "
             f"{'a file' if folder.exists() else 'not there'}. Check the path."
         )
-    classes = sorted(
-        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
-    for path in classes:
-        if path.name not in LABELS:
-            raise DataError(
-                f"Label must be a folder named 0 to 5. Received: '{path.name}' ({path}). "
-                "Rename the folder, or leave it out."
-            )
-    files = [
-        (path, parent.name)
-        for parent in classes
-        for path in sorted(parent.iterdir())
-        if path.is_file() and not path.name.startswith(".")
-    ]
-    if not files:
+    items = arrange(folder_entries(folder), str(folder)).items
+    if len({item.split for item in items if item.label}) > 1:
         raise DataError(
-            f"There must be photos in class folders 0 to 5. Received: none below '{folder}'. "
-            "Put each photo into the folder of its sign."
+            f"Only one set of photos is scored at a time. Received: '{folder}' with photos inside "
+            "and outside of test/. Name the folder that holds the class folders."
         )
-    return files
+    labelled = [(item, item.label, item.read) for item in items if item.label and item.read]
+    sources = [(Path(item.origin), read) for item, _, read in labelled]
+    predictions = classify(classifier, sources, progress)
+    truths = [label for _, label, _ in labelled]
+    unplaced = [Prediction(Path(item.origin), error=item.fault) for item in items if not item.label]
+    return FolderReport(
+        _score_usable(predictions, truths, folder),
+        tuple(truths),
+        tuple(predictions),
+        tuple(unplaced),
+    )
+
+
+def _score_usable(predictions: Sequence[Prediction], truths: Sequence[str], folder: Path) -> Scores:
+    known = [
+        (prediction.probabilities, LABELS.index(truth))
+        for prediction, truth in zip(predictions, truths, strict=True)
+        if prediction.probabilities is not None
+    ]
+    if not known:
+        raise DataError(
+            f"No file below '{folder}' is a usable photo. Received: {len(predictions)} files, the "
+            f"first '{predictions[0].path}': {predictions[0].error}. Add photos, or mend them."
+        )
+    probabilities, labels = (np.array(column) for column in zip(*known, strict=True))
+    return score(probabilities, labels)
 
 
 def _predictions(

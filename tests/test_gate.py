@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tasks.gate import Verdict, judge, verdict_table
+from tasks.gate import Verdict, judge, run, verdict_table
 from tasks.labels import LABELS
-from tasks.params import GateParams
+from tasks.layout import Layout
+from tasks.params import GateParams, Params
+from tasks.stage import Context
+from tasks.whole import write_json
 
 LIMITS = GateParams(
     min_accuracy=0.9,
@@ -180,3 +184,40 @@ def test_the_table_shows_every_check_and_hostile_text_as_it_is() -> None:
     assert "Gate: failed" in shown
     assert "[/]" in shown
     assert all(check.name in shown for check in verdict.checks)
+
+
+def gated(root: Path, params: Params, metrics_text: str | None, index: Any) -> dict[str, Any]:
+    layout = Layout(root)
+    write_json(layout.dataset / "index.json", index)
+    if metrics_text is not None:
+        layout.metrics.write_text(metrics_text)
+    run(Context(layout, params))
+    content: dict[str, Any] = json.loads(layout.gate.read_text())
+    return content
+
+
+def test_the_stage_writes_and_shows_the_verdict_either_way(
+    tmp_path: Path, params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = json.dumps(metrics()), json.dumps(metrics(accuracy=0.1))
+    assert gated(tmp_path, params, good, {"leaks": 0})["passed"] is True
+    assert "Gate: passed" in capsys.readouterr().out
+    assert gated(tmp_path, params, bad, {"leaks": 0})["passed"] is False
+    assert "Gate: failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "NaN", '{"accuracy": NaN}', "[" * 100_000])
+def test_broken_metrics_fail_the_stage_s_verdict(
+    tmp_path: Path, params: Params, text: str | None
+) -> None:
+    content = gated(tmp_path, params, text, {"leaks": 0})
+    assert content["passed"] is False
+    assert content["checks"][0]["value"] is None
+
+
+@pytest.mark.parametrize("index", [{}, {"leaks": None}, {"leaks": 1}, {"leaks": "0"}, []])
+def test_unknown_or_present_leaks_fail_the_stage_s_verdict(
+    tmp_path: Path, params: Params, index: Any
+) -> None:
+    content = gated(tmp_path, params, json.dumps(metrics()), index)
+    assert [c["name"] for c in content["checks"] if not c["passed"]] == ["leaks"]

@@ -1,0 +1,168 @@
+"""Scoring a class folder, and the stage from dataset to pictures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tasks.errors import DataError, ModelError, StageError
+from tasks.evaluate import evaluate_folder, run
+from tasks.labels import LABELS
+from tasks.layout import Layout
+from tasks.metrics import score
+from tasks.params import Params
+from tasks.stage import Context
+from tasks.whole import write_json
+from tests.fixtures.photos import photo
+from tests.test_classifier import BRIGHTNESS
+
+
+@pytest.fixture
+def greys(tmp_path: Path) -> Path:
+    """Three photos a sign whose brightness is the sign."""
+    for index, label in enumerate(LABELS):
+        (tmp_path / "greys" / label).mkdir(parents=True)
+        for number in range(3):
+            level = (index * 51, index * 51, min(255, index * 51 + number))
+            Image.new("RGB", (40, 30), level).save(tmp_path / "greys" / label / f"{number}.png")
+    return tmp_path / "greys"
+
+
+def test_a_class_folder_is_scored_by_its_folder_names(greys: Path) -> None:
+    report = evaluate_folder(BRIGHTNESS, greys)
+    assert (report.scores.n, report.scores.accuracy, report.scores.auc) == (18, 1.0, 1.0)
+    (greys / "0" / "2.png").rename(greys / "5" / "moved.png")
+    report = evaluate_folder(BRIGHTNESS, greys)
+    assert report.scores.accuracy == 17 / 18
+    (misread,) = report.to_json()["misread"]
+    assert (misread["truth"], misread["label"]) == ("5", "0")
+    assert misread["file"].endswith("moved.png")
+
+
+def test_unreadable_files_are_listed_and_the_rest_is_scored(greys: Path) -> None:
+    (greys / "3" / "broken.jpg").write_bytes(b"\xff\xd8\xff rubbish")
+    (greys / "3" / ".hidden").write_text("left out")
+    told: list[tuple[str, int, int]] = []
+    report = evaluate_folder(BRIGHTNESS, greys, lambda *news: told.append(news))
+    assert (report.scores.n, report.scores.accuracy) == (18, 1.0)
+    (unreadable,) = report.unreadable
+    assert unreadable.path.name == "broken.jpg"
+    assert unreadable.error
+    assert told[-1][1:] == (18, 18)
+    assert json.loads(json.dumps(report.to_json()))["unreadable"][0]["error"] == unreadable.error
+
+
+def test_a_folder_without_some_classes_is_scored_without_auc(greys: Path) -> None:
+    for path in [*(greys / "4").iterdir(), greys / "4"]:
+        path.unlink() if path.is_file() else path.rmdir()
+    scores = evaluate_folder(BRIGHTNESS, greys).scores
+    assert (scores.n, scores.auc, scores.worst_recall) == (15, None, None)
+    assert scores.auc_note == "not defined: no photo of class 4"
+
+
+def test_folders_that_cannot_be_scored_are_refused_in_one_line(greys: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="which is not there"):
+        evaluate_folder(BRIGHTNESS, tmp_path / "nowhere")
+    with pytest.raises(DataError, match="which is a file"):
+        evaluate_folder(BRIGHTNESS, greys / "0" / "0.png")
+    with pytest.raises(DataError, match="no folder named 0 to 5"):
+        evaluate_folder(BRIGHTNESS, greys / "0")
+
+
+def test_files_outside_of_class_folders_are_listed_and_not_scored(greys: Path) -> None:
+    (greys / "six").mkdir()
+    (greys / "1" / "0.png").rename(greys / "six" / "0.png")
+    (greys / "1" / "1.png").rename(greys / "1.png")
+    report = evaluate_folder(BRIGHTNESS, greys)
+    assert report.scores.n == 16
+    assert [(p.path.name, (p.error or "")[:13]) for p in report.unreadable] == [
+        ("1.png", "no label: it "),
+        ("0.png", "unknown label"),
+    ]
+
+
+def test_train_and_test_are_not_scored_as_one(greys: Path, tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    both.mkdir()
+    greys.rename(both / "test")
+    assert evaluate_folder(BRIGHTNESS, both).scores.n == 18
+    (both / "train" / "0").mkdir(parents=True)
+    (both / "test" / "0" / "0.png").rename(both / "train" / "0" / "0.png")
+    with pytest.raises(DataError, match="one set of photos"):
+        evaluate_folder(BRIGHTNESS, both)
+
+
+def test_a_folder_of_rubbish_only_is_refused_with_the_first_reason(tmp_path: Path) -> None:
+    (tmp_path / "rubbish" / "2").mkdir(parents=True)
+    (tmp_path / "rubbish" / "2" / "a.png").touch()
+    with pytest.raises(DataError, match=r"usable photo\. Received: 1 files.*a\.png.*zero bytes"):
+        evaluate_folder(BRIGHTNESS, tmp_path / "rubbish")
+
+
+@pytest.fixture
+def context(tmp_path: Path, params: Params) -> Context:
+    """A dataset of 18 test and 6 train photos, and the phases' histories."""
+    layout = Layout(tmp_path)
+    layout.dataset.mkdir(parents=True)
+    rows = [("test", index % 6, index) for index in range(18)] + [
+        ("train", index, 100 + index) for index in range(6)
+    ]
+    images = np.stack([photo(label, seed) for _, label, seed in rows])
+    np.save(layout.dataset / "images.npy", images)
+    named = [
+        {"name": f"{seed}.png", "label": LABELS[label], "split": split}
+        for split, label, seed in rows
+    ]
+    write_json(layout.dataset / "index.json", {"detail": 64, "photos": named})
+    numbers = {"loss": 0.4, "val_loss": 0.5, "accuracy": 0.9, "val_accuracy": 0.8}
+    for name in params.phases:
+        epochs = [{"epoch": 1, **numbers}, {"epoch": 2, **numbers}]
+        content = {"phase": name, "images": 6, "epochs": epochs}
+        write_json(layout.weights(name) / "history.json", content)
+    return Context(layout, params)
+
+
+def test_missing_inputs_are_named(context: Context) -> None:
+    with pytest.raises(ModelError, match=r"model\.keras"):
+        run(context)
+    (context.layout.weights("full") / "history.json").write_text("{")
+    with pytest.raises(StageError, match="history of phase 'full' cannot be read"):
+        run(context)
+    (context.layout.dataset / "index.json").unlink()
+    with pytest.raises(DataError, match="preprocess"):
+        run(context)
+    assert not context.layout.metrics.exists()
+
+
+def test_a_dataset_without_a_test_split_is_refused(context: Context) -> None:
+    index = json.loads((context.layout.dataset / "index.json").read_text())
+    for entry in index["photos"]:
+        entry["split"] = "train"
+    write_json(context.layout.dataset / "index.json", index)
+    with pytest.raises(DataError, match=r"test split must hold photos\. Received: 0"):
+        run(context)
+
+
+@pytest.mark.slow
+def test_the_stage_scores_the_test_split_and_repeats_itself_to_the_byte(context: Context) -> None:
+    from tasks.model import build_model
+
+    layout = context.layout
+    build_model(seed=1).save(layout.model)
+    run(context)
+    outputs = [layout.metrics, layout.predictions, *sorted(layout.plots.glob("*.png"))]
+    names = ["confusion", "curves", "mistakes", "reliability", "roc_pr"]
+    assert [path.stem for path in outputs[2:]] == names
+    first = [path.read_bytes() for path in outputs]
+    predictions, metrics = json.loads(first[1]), json.loads(first[0])
+    assert [entry["name"] for entry in predictions["photos"]] == [f"{n}.png" for n in range(18)]
+    again = score(
+        np.array([entry["probabilities"] for entry in predictions["photos"]]),
+        np.array([predictions["labels"].index(entry["label"]) for entry in predictions["photos"]]),
+    )
+    assert metrics == json.loads(json.dumps(again.to_json()))
+    assert metrics["n"] == 18
+    run(context)
+    assert [path.read_bytes() for path in outputs] == first
