@@ -1,0 +1,91 @@
+"""The one object that says which release is champion, moved by compare-and-set."""
+
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tasks.errors import PromotionError, ReleaseError
+from tasks.storage import ChangedError, MissingObjectError, Storage
+
+KEY = "champion.json"
+
+
+class Pointer(BaseModel):
+    """What `champion.json` says.
+
+    Args:
+        release: id of the release.
+        version: its number in the model registry.
+        previous: what the pointer named before, for a rollback.
+        by: who moved it.
+        reason: why.
+        at: when, ISO 8601 in UTC.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    release: str = Field(pattern=r"^[0-9a-f]{32}$")
+    version: int = Field(ge=1)
+    previous: int | None = Field(default=None, ge=1)
+    by: str = ""
+    reason: str = ""
+    at: str = ""
+
+
+@dataclass(frozen=True)
+class Champion:
+    """A pointer as it was read, with the etag that a move must match."""
+
+    pointer: Pointer
+    etag: str
+
+
+def read_champion(storage: Storage) -> Champion | None:
+    """Return the present champion, or None before the first promotion.
+
+    Raises:
+        ReleaseError: the pointer is not one.
+        ServiceError: the storage does not answer.
+    """
+    try:
+        content, etag = storage.read(KEY)
+    except MissingObjectError:
+        return None
+    try:
+        return Champion(Pointer.model_validate_json(content), etag)
+    except ValidationError as error:
+        fault = error.errors(include_input=False)[0]
+        raise ReleaseError(
+            f"The champion pointer cannot be understood. Received: {storage.uri(KEY)} "
+            f"({'.'.join(map(str, fault['loc']))}: {fault['msg']}). Promote a version to mend it."
+        ) from None
+
+
+def move_champion(storage: Storage, expected: Champion | None, new: Pointer) -> Champion:
+    """Point to another release if nobody moved the pointer since it was read.
+
+    Args:
+        storage: bucket that holds the pointer.
+        expected: what `read_champion` returned when the decision was made.
+        new: what the pointer shall say.
+
+    Returns:
+        The new champion.
+
+    Raises:
+        PromotionError: it was changed meanwhile; nothing was written.
+        ServiceError: the storage does not answer.
+    """
+    content = new.model_dump_json(indent=1).encode() + b"\n"
+    try:
+        if expected is None:
+            etag = storage.put_if_absent(KEY, content)
+        else:
+            etag = storage.put_if_match(KEY, content, expected.etag)
+    except ChangedError:
+        was = f"version {expected.pointer.version}" if expected else "none"
+        raise PromotionError(
+            f"The champion was changed meanwhile, by another promotion. Received: {was} as the "
+            "one to replace. Look at `handsigns status` and promote again if it still is right."
+        ) from None
+    return Champion(new, etag)
