@@ -1,0 +1,80 @@
+"""The sign a pose shows, read back from its joints."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks.hand import BONES, INDEX, MIDDLE, RAISED, THUMB, Hand, capsules, pose
+
+labels = st.integers(0, 5)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def drawn(label: int, seed: int) -> Hand:
+    return pose(label, np.random.default_rng(seed))
+
+
+def raised(hand: Hand) -> set[int]:
+    """Fingers that are straight; a thumb that is straight and stands off the palm."""
+    spans = np.linalg.norm(hand.joints[:, 3] - hand.joints[:, 0], axis=1)
+    straight = {int(finger) for finger in np.flatnonzero(spans > 0.9 * BONES.sum(axis=1))}
+    if hand.joints[THUMB, 3, 0] < hand.joints[INDEX, 0, 0] + 1.5:
+        straight.discard(THUMB)
+    return straight
+
+
+@given(labels, seeds)
+def test_a_pose_raises_exactly_the_fingers_of_its_sign(label: int, seed: int) -> None:
+    assert raised(drawn(label, seed)) == set(RAISED[label])
+
+
+@given(seeds)
+def test_the_ring_closes_at_the_tips_of_thumb_index_and_middle(seed: int) -> None:
+    tips = drawn(0, seed).joints[:, 3]
+    assert np.linalg.norm(tips[THUMB] - tips[INDEX]) < 2.2
+    assert np.linalg.norm(tips[THUMB] - tips[MIDDLE]) < 3.3
+
+
+@given(seeds)
+def test_the_ring_is_open_inside(seed: int) -> None:
+    joints = drawn(0, seed).joints
+    opposite = joints[INDEX, 1] - joints[THUMB, 1]
+    assert np.linalg.norm(opposite) > 5.0
+
+
+@given(seeds)
+def test_four_fingers_keep_the_thumb_over_the_palm(seed: int) -> None:
+    x, y, z = drawn(4, seed).joints[THUMB, 3]
+    assert -2.7 < x < 2.7
+    assert 0.0 < y < 8.0
+    assert z > 1.0
+
+
+@given(labels, seeds)
+def test_bones_keep_their_lengths(label: int, seed: int) -> None:
+    hand = drawn(label, seed)
+    bones = np.linalg.norm(np.diff(hand.joints, axis=1), axis=2)
+    np.testing.assert_allclose(bones, BONES, rtol=1e-6)
+
+
+@given(labels, seeds)
+def test_backs_of_bones_are_square_to_them(label: int, seed: int) -> None:
+    hand = drawn(label, seed)
+    bones = np.diff(hand.joints, axis=1)
+    np.testing.assert_allclose((bones * hand.dorsal).sum(axis=2), 0.0, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(hand.dorsal, axis=2), 1.0, rtol=1e-9)
+
+
+@settings(max_examples=30)
+@given(labels, seeds)
+def test_no_capsule_is_swallowed_by_one_of_its_own_ends(label: int, seed: int) -> None:
+    shapes = capsules(drawn(label, seed))
+    lengths = np.linalg.norm(shapes.ends - shapes.starts, axis=1)
+    assert (lengths > np.abs(shapes.radii[:, 0] - shapes.radii[:, 1])).all()
+
+
+@pytest.mark.parametrize("label", range(6))
+def test_the_same_seed_gives_the_same_pose(label: int) -> None:
+    assert np.array_equal(drawn(label, 4).joints, drawn(label, 4).joints)
+    assert not np.array_equal(drawn(label, 4).joints, drawn(label, 5).joints)
