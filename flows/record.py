@@ -7,12 +7,12 @@ imports nothing heavy.
 import hashlib
 from pathlib import Path
 
-from flows.report import ModelReport, ReleaseReport, RunReport, read_json
+from flows.report import ModelReport, ReleaseReport, RunReport
 from flows.settings import Settings
 from tasks.addresses import shown
 from tasks.layout import Layout
 from tasks.pipeline import Pipeline
-from tasks.whole import write_json
+from tasks.whole import read_json, write_json
 
 
 def unchanged_since(layout: Layout, settings: Settings, pipeline: Pipeline) -> RunReport | None:

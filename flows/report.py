@@ -1,7 +1,5 @@
 """`artifacts/run.json`: what a retrain did, for scripts and for `handsigns status`."""
 
-import json
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -84,11 +82,3 @@ class RunReport(_Part):
     def write(self, layout: Layout) -> None:
         """Write `run.json` whole."""
         write_json(layout.run, self.model_dump(mode="json"))
-
-
-def read_json(path: Path) -> Any:
-    """Content of a JSON file; None where it is missing or no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

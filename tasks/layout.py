@@ -34,6 +34,11 @@ class Layout:
         return self.local / "intake"
 
     @property
+    def releases(self) -> Path:
+        """Releases that were fetched, one folder each; verified again on every use."""
+        return self.local / "releases"
+
+    @property
     def artifacts(self) -> Path:
         return self.root / "artifacts"
 

@@ -1,6 +1,7 @@
 """The one object that says which release is champion, moved by compare-and-set."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -10,16 +11,18 @@ from tasks.storage import ChangedError, MissingObjectError, Storage
 KEY = "champion.json"
 
 
-class Pointer(BaseModel):
-    """What `champion.json` says.
+class Move(BaseModel):
+    """One move of the champion, as it is kept for good.
 
     Args:
-        release: id of the release.
+        release: id of the release that became champion.
         version: its number in the model registry.
-        previous: what the pointer named before, for a rollback.
+        previous: version that was champion before.
+        action: how it came about.
         by: who moved it.
         reason: why.
         at: when, ISO 8601 in UTC.
+        metrics: what it scored on its test split.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -27,9 +30,50 @@ class Pointer(BaseModel):
     release: str = Field(pattern=r"^[0-9a-f]{32}$")
     version: int = Field(ge=1)
     previous: int | None = Field(default=None, ge=1)
+    action: Literal["promote", "rollback"] = "promote"
     by: str = ""
     reason: str = ""
     at: str = ""
+    metrics: dict[str, float | None] = {}
+
+    def told(self) -> str:
+        """The move in one line."""
+        before = f"version {self.previous}" if self.previous else "none"
+        return (
+            f"{self.at} {self.action}: {before} -> version {self.version}, "
+            f"by {self.by}: {self.reason}"
+        )
+
+
+class Pointer(Move):
+    """What `champion.json` says: the last move, and all moves before it.
+
+    The history lies in the same object as the pointer, so that no crash can leave
+    one without the other.
+
+    Args:
+        history: earlier moves, oldest first.
+    """
+
+    history: tuple[Move, ...] = ()
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """Every move, oldest first."""
+        return (*self.history, Move(**self.model_dump(exclude={"history"})))
+
+    def former(self) -> Move | None:
+        """The champion that a rollback returns to; None where there is none.
+
+        A rollback takes back one promotion, so two in a row go back by two.
+        """
+        standing: list[Move] = []
+        for move in self.moves:
+            if move.action == "rollback":
+                standing.pop()
+            else:
+                standing.append(move)
+        return standing[-2] if len(standing) > 1 else None
 
 
 @dataclass(frozen=True)
