@@ -1,0 +1,223 @@
+"""Stage: the frozen trunk's activations, computed once for each photo and view.
+
+Everything below the cut is the same function in all phases and epochs, so what it
+gives is stored under the photo, the view and the recipe it was made by. The next
+run computes only what is not there, or damaged. What is written depends on the
+photos and the parameters alone, not on what was there before.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.augment import INPUT_SIZE, one_thread_each, view
+from tasks.errors import BackboneError, DataError
+from tasks.feature_journal import Journal
+from tasks.feature_store import (
+    Key,
+    Recipe,
+    Row,
+    StoredRows,
+    check_space,
+    digest,
+    open_rows,
+    row_bytes,
+    write_rows,
+)
+from tasks.layout import Layout
+from tasks.parallel import in_order
+from tasks.params import BACKBONE
+from tasks.preprocess import Dataset, open_dataset
+from tasks.stage import Context, stage_main
+from tasks.trunk_engine import TrunkEngine, engine_version, load_engine
+from tasks.whole import write_json
+
+CHANNELS = 192
+STRIDE = 32
+"""Pixels of the input to one place of the trunk's output."""
+
+_CODE = ("augment.py", "model.py", "trunk_engine.py")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FeatureReport:
+    """What one run of the stage did.
+
+    Args:
+        computed: rows computed in this run.
+        reused: rows taken from an earlier one.
+        images_per_second: rows computed a second, views included; 0 if none.
+        views: augmented views of each training photo.
+    """
+
+    computed: int
+    reused: int
+    images_per_second: float
+    views: int
+
+
+def run(context: Context, item: str | None = None) -> None:
+    """Write `artifacts/features/`, and how it went to `.local/features.json`."""
+    report = extract(context)
+    write_json(context.layout.features_report, asdict(report))
+
+
+def extract(
+    context: Context,
+    size: int = INPUT_SIZE,
+    engine: Callable[[Path, int], TrunkEngine] = load_engine,
+) -> FeatureReport:
+    """Bring the stored activations up to date.
+
+    Args:
+        context: where, and with which parameters.
+        size: side of the trunk's input in pixels.
+        engine: called as `engine(backbone, size)`, only where rows are missing.
+
+    Returns:
+        What was computed and what was there.
+
+    Raises:
+        BackboneError: the backbone stage has not run.
+        DataError: there are no preprocessed photos, or too little disk.
+    """
+    layout, views = context.layout, context.params.features.views
+    dataset = open_dataset(layout.dataset)
+    wanted = dict(sorted(_wanted(dataset, views)))
+    recipe = _recipe(context, size)
+    shape = (size // STRIDE, size // STRIDE, CHANNELS)
+    stored = _stored(layout.features, recipe, shape)
+    with Journal(layout.features_journal, recipe, shape) as journal:
+        sources = [rows for rows in (stored, journal.rows) if rows is not None]
+        missing = [key for key in wanted if _find(sources, key) is None]
+        speed = 0.0
+        if missing:
+            _announce(layout.artifacts, len(wanted), len(missing), row_bytes(shape))
+            pictures = ((key, dataset.images[wanted[key]]) for key in missing)
+            trunk = engine(_backbone(layout), size)
+            speed = _compute(context, pictures, len(missing), size, trunk, journal)
+        if missing or stored is None or not stored.intact or list(stored.places) != list(wanted):
+            found = ((key, _found(sources, key)) for key in wanted)
+            write_rows(layout.features, recipe, shape, found, len(wanted))
+        journal.drop()
+    return FeatureReport(len(missing), len(wanted) - len(missing), speed, views)
+
+
+def _wanted(dataset: Dataset, views: int) -> Iterator[tuple[Key, int]]:
+    """Name every row to store, and the photo it is of.
+
+    Test photos are scored through the assembled model and need no row.
+    """
+    for split, numbers in (("train", range(views + 1)), ("val", range(1))):
+        for photo in dataset.rows(split):
+            pixels = digest(dataset.images[photo].tobytes())
+            for number in numbers:
+                yield Key(dataset.names[photo], number, pixels), int(photo)
+
+
+def _recipe(context: Context, size: int) -> Recipe:
+    params = context.params
+    return {
+        "augmentation": params.augmentation.model_dump(),
+        "backbone": _sha256(_backbone(context.layout)),
+        "code": {name: _sha256(Path(__file__).with_name(name)) for name in _CODE},
+        "engine": engine_version(),
+        "opencv": cv2.__version__,
+        "seed": params.seed,
+        "size": size,
+    }
+
+
+def _backbone(layout: Layout) -> Path:
+    return layout.weights(BACKBONE) / "backbone.safetensors"
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BackboneError(
+            f"The backbone's weights cannot be read ({error.strerror}). Received: '{path}'. "
+            "Run the backbone stage first."
+        ) from error
+
+
+def _stored(folder: Path, recipe: Recipe, shape: tuple[int, ...]) -> StoredRows | None:
+    try:
+        made_by, rows = open_rows(folder)
+    except DataError:
+        return None
+    return rows if made_by == recipe and rows.shape == shape else None
+
+
+def _find(sources: list[StoredRows], key: Key) -> Row | None:
+    for rows in sources:
+        row = rows.read(key)
+        if row is not None:
+            return row
+    return None
+
+
+def _found(sources: list[StoredRows], key: Key) -> Row:
+    row = _find(sources, key)
+    if row is None:
+        raise DataError(
+            f"A row was damaged while the features were written. Received: view {key.view} of "
+            f"'{key.name}'. Check the disk, and run the features stage again."
+        )
+    return row
+
+
+def _announce(folder: Path, wanted: int, missing: int, size: int) -> None:
+    """Tell the disk that is needed: each missing row lies in the journal for a while."""
+    needed = (wanted + missing) * size
+    check_space(folder, needed)
+    _log.info(
+        "Features: %d of %d rows to compute; %.1f MB on disk, %.1f MB while they are written.",
+        missing,
+        wanted,
+        wanted * size / 1e6,
+        needed / 1e6,
+    )
+
+
+def _compute(
+    context: Context,
+    pictures: Iterable[tuple[Key, NDArray[np.uint8]]],
+    count: int,
+    size: int,
+    trunk: TrunkEngine,
+    journal: Journal,
+) -> float:
+    """Compute rows into the journal and return how many a second.
+
+    Each worker makes a view and then waits for its activations without holding the
+    interpreter, so with two workers to a core one always has a picture ready.
+    """
+    params = context.params
+
+    def activations(item: tuple[Key, NDArray[np.uint8]]) -> tuple[Key, Row]:
+        key, picture = item
+        made = view(picture, key.name, key.view, params.seed, params.augmentation, size)
+        return key, trunk(made)
+
+    began = time.perf_counter()
+    with one_thread_each():
+        rows = in_order(activations, pictures, workers=2 * trunk.cores)
+        for done, (key, row) in enumerate(rows, 1):
+            journal.add(key, row)
+            context.progress("features", done, count)
+    return count / (time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    stage_main(run)

@@ -1,0 +1,184 @@
+import cv2
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tasks.augment import INPUT_SIZE, enlarge, one_thread_each, view
+from tasks.params import AugmentationParams
+from tests.fixtures.photos import photo
+
+STILL = AugmentationParams(
+    horizontal_flip=False,
+    rotation=0,
+    zoom=0,
+    shift=0,
+    brightness=0,
+    contrast=0,
+    channel=0,
+)
+MEDIUM = AugmentationParams(
+    horizontal_flip=True,
+    rotation=29,
+    zoom=0.2,
+    shift=0.12,
+    brightness=0.15,
+    contrast=0.25,
+    channel=0.08,
+)
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def _bilinear(image: NDArray[np.uint8], size: int) -> NDArray[np.float64]:
+    """The textbook formula: half-pixel centres, border pixels repeated."""
+    detail = len(image)
+    where = (np.arange(size) + 0.5) * detail / size - 0.5
+    below = np.floor(where).astype(int)
+    share = where - below
+    low, high = np.clip(below, 0, detail - 1), np.clip(below + 1, 0, detail - 1)
+    rows = image[low] * (1 - share)[:, None, None] + image[high] * share[:, None, None]
+    columns: NDArray[np.float64] = (
+        rows[:, low] * (1 - share)[:, None] + rows[:, high] * share[:, None]
+    )
+    return columns
+
+
+def _noise(seed: int, detail: int = 64) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (detail, detail, 3), dtype=np.uint8)
+
+
+def _only(**strengths: float) -> AugmentationParams:
+    return AugmentationParams.model_validate({**STILL.model_dump(), **strengths})
+
+
+def _lit(picture: NDArray[np.uint8]) -> tuple[float, float]:
+    """Centre of the bright pixels, (x, y) as shares of the side."""
+    rows, columns = np.nonzero(picture[..., 0] > 127)
+    return float(columns.mean() / len(picture)), float(rows.mean() / len(picture))
+
+
+@given(seed=SEEDS, detail=st.sampled_from([16, 32, 64, 100, 224]))
+@settings(max_examples=20, deadline=None)
+def test_plain_view_is_bilinear_with_half_pixel_centres(seed: int, detail: int) -> None:
+    image = _noise(seed, detail)
+    assert np.abs(enlarge(image[None])[0] - _bilinear(image, INPUT_SIZE)).max() <= 0.51
+
+
+def test_plain_view_is_what_opencv_resizes_to() -> None:
+    image = _noise(1)
+    usual = cv2.resize(image.astype(np.float32), (224, 224), interpolation=cv2.INTER_LINEAR)
+    assert np.abs(enlarge(image[None])[0] - usual).max() <= 0.51
+
+
+def test_plain_view_keeps_shape_order_and_type() -> None:
+    images = np.stack([_noise(seed, 32) for seed in range(3)])
+    large = enlarge(images, size=96)
+    assert large.shape == (3, 96, 96, 3)
+    assert large.dtype == np.uint8
+    assert np.array_equal(large[2], enlarge(images[2:], size=96)[0])
+    assert enlarge(images[:0]).shape == (0, 224, 224, 3)
+
+
+@given(seed=SEEDS, number=st.integers(0, 64))
+@settings(max_examples=20, deadline=None)
+def test_no_strength_gives_the_plain_view(seed: int, number: int) -> None:
+    image = _noise(seed)
+    assert np.array_equal(view(image, "a.png", number, seed, STILL), enlarge(image[None])[0])
+
+
+def test_view_0_is_plain_whatever_the_strength() -> None:
+    image = photo(2, 1)
+    assert np.array_equal(view(image, "a.png", 0, 1, MEDIUM), enlarge(image[None])[0])
+
+
+@given(seed=SEEDS, order=st.permutations(range(1, 7)))
+@settings(max_examples=10, deadline=None)
+def test_a_view_depends_on_its_key_alone(seed: int, order: list[int]) -> None:
+    image = photo(3, 1)
+    first = {n: view(image, "a.png", n, seed, MEDIUM, 64) for n in range(1, 7)}
+    again = {n: view(image, "a.png", n, seed, MEDIUM, 64) for n in order}
+    assert all(np.array_equal(first[n], again[n]) for n in first)
+
+
+def test_name_number_and_seed_each_change_the_view() -> None:
+    image = photo(3, 1)
+    views = [
+        view(image, name, number, seed, MEDIUM).tobytes()
+        for name in ("a.png", "b.png")
+        for number in (1, 2)
+        for seed in (0, 1)
+    ]
+    assert len(set(views)) == 8
+
+
+def test_hands_are_mirrored_but_never_turned_over() -> None:
+    corner = np.zeros((64, 64, 3), np.uint8)
+    corner[8:20, 8:20] = 255
+    flips = _only(horizontal_flip=True)
+    places = [_lit(view(corner, f"{n}.png", 1, 0, flips)) for n in range(200)]
+    left = sum(x < 0.5 for x, _ in places)
+    assert 60 < left < 140
+    assert all(y < 0.5 for _, y in places)
+
+
+def test_switched_off_mirror_leaves_other_draws_as_they_are() -> None:
+    image = photo(3, 1)
+    straight = MEDIUM.model_copy(update={"horizontal_flip": False})
+    same = [
+        np.array_equal(view(image, "a.png", n, 0, MEDIUM), view(image, "a.png", n, 0, straight))
+        for n in range(1, 60)
+    ]
+    assert 10 < sum(same) < 50
+
+
+@given(seed=SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_shift_stays_within_its_share_of_the_side(seed: int) -> None:
+    dot = np.zeros((64, 64, 3), np.uint8)
+    dot[28:36, 28:36] = 255
+    x, y = _lit(view(dot, "a.png", 1, seed, _only(shift=0.2)))
+    assert abs(x - 0.5) < 0.21
+    assert abs(y - 0.5) < 0.21
+
+
+@given(seed=SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_zoom_stays_within_its_share(seed: int) -> None:
+    square = np.zeros((64, 64, 3), np.uint8)
+    square[24:40, 24:40] = 255
+    lit = (view(square, "a.png", 1, seed, _only(zoom=0.2))[..., 0] > 127).sum()
+    side = np.sqrt(lit) / (16 * INPUT_SIZE / 64)
+    assert 0.77 < side < 1.23
+
+
+@given(seed=SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_turn_stays_within_its_angle(seed: int) -> None:
+    dot = np.zeros((64, 64, 3), np.uint8)
+    dot[10:16, 29:35] = 255
+    x, y = _lit(view(dot, "a.png", 1, seed, _only(rotation=29)))
+    assert abs(np.rad2deg(np.arctan2(x - 0.5, 0.5 - y))) < 30
+
+
+@given(seed=SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_light_stays_within_its_share(seed: int) -> None:
+    grey = np.full((32, 32, 3), 120, np.uint8)
+    made = view(grey, "a.png", 1, seed, _only(brightness=0.1, contrast=0.5)).astype(int)
+    assert np.abs(made - 120).max() <= 26
+    assert np.ptp(made) <= 1
+
+
+@given(seed=SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_borders_reflect_so_no_new_colour_appears(seed: int) -> None:
+    grey = np.full((32, 32, 3), 120, np.uint8)
+    wild = _only(horizontal_flip=True, rotation=180, zoom=0.9, shift=0.5)
+    assert np.unique(view(grey, "a.png", 1, seed, wild)).tolist() == [120]
+
+
+def test_opencv_has_its_threads_back_afterwards() -> None:
+    before = cv2.getNumThreads()
+    with one_thread_each():
+        assert cv2.getNumThreads() == 1
+    assert cv2.getNumThreads() == before

@@ -1,0 +1,321 @@
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tasks.augment import enlarge
+from tasks.errors import BackboneError, DataError
+from tasks.feature_journal import Journal
+from tasks.feature_reader import open_features
+from tasks.feature_store import INDEX, ROWS, Key, check_space, open_rows, write_rows
+from tasks.features import FeatureReport
+from tasks.features import extract as extract_features
+from tasks.labels import LABELS
+from tasks.layout import Layout
+from tasks.model import build_backbone, build_trunk
+from tasks.params import Params
+from tasks.stage import Context
+from tasks.trunk_engine import TrunkEngine, load_engine
+from tasks.weights import take
+from tasks.whole import write_json
+from tests.fixtures.photos import photo
+
+SIZE = 32
+DETAIL = 24
+VIEWS = 2
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained backbone's weights, with batch norm statistics that do something."""
+    path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
+    save_file(_untrained(0), path)
+    return path
+
+
+def _untrained(seed: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    weights = take(build_backbone(SIZE).layers)
+    for name, value in weights.items():
+        if name.endswith(("gamma", "moving_variance")):
+            weights[name] = random.uniform(0.7, 1.4, value.shape).astype(np.float32)
+        elif name.endswith(("beta", "moving_mean")):
+            weights[name] = random.normal(0, 0.2, value.shape).astype(np.float32)
+        elif name.endswith("kernel"):
+            weights[name] = random.normal(0, np.std(value), value.shape).astype(np.float32)
+    return weights
+
+
+@pytest.fixture
+def context(tmp_path: Path, params: Params, backbone: Path) -> Context:
+    layout = Layout(tmp_path)
+    layout.weights("backbone").mkdir(parents=True)
+    shutil.copy(backbone, layout.weights("backbone"))
+    _photos(layout, range(4), range(10, 12), range(20, 22))
+    return Context(layout, params.model_copy(update={"features": _views(VIEWS, params)}))
+
+
+@cache
+def _engine_of(weights: bytes, size: int) -> TrunkEngine:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "backbone.safetensors"
+        path.write_bytes(weights)
+        return load_engine(path, size)
+
+
+def extract(context: Context) -> FeatureReport:
+    """Run the stage at a small size, building the engine once for each backbone."""
+    return extract_features(context, SIZE, lambda path, size: _engine_of(path.read_bytes(), size))
+
+
+def _views(views: int, params: Params) -> Any:
+    return params.features.model_copy(update={"views": views})
+
+
+def _photos(layout: Layout, train: range, val: range, test: range) -> None:
+    """Write a data set as the preprocess stage does; a photo is known by its number."""
+    numbered = (
+        [("test", n) for n in test] + [("train", n) for n in train] + [("val", n) for n in val]
+    )
+    images = np.stack([photo(n % 6, n, DETAIL) for _, n in numbered])
+    layout.dataset.mkdir(parents=True, exist_ok=True)
+    np.save(layout.dataset / "images.npy", images)
+    photos = [
+        {"name": f"{n:03d}.png", "label": LABELS[n % 6], "split": split} for split, n in numbered
+    ]
+    write_json(layout.dataset / "index.json", {"detail": DETAIL, "photos": photos})
+
+
+def _counts(report: FeatureReport) -> tuple[int, int]:
+    return report.computed, report.reused
+
+
+def _content(layout: Layout) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(layout.features.iterdir())}
+
+
+def _afresh(context: Context, folder: Path) -> dict[str, bytes]:
+    """What the stage writes where nothing was before."""
+    layout = Layout(folder)
+    for made in (context.layout.dataset, context.layout.weights("backbone")):
+        shutil.copytree(made, folder / made.relative_to(context.layout.root))
+    extract(replace(context, layout=layout))
+    return _content(layout)
+
+
+def test_train_photos_have_all_views_and_val_photos_the_plain_one(context: Context) -> None:
+    report = extract(context)
+    features = open_features(context.layout.features)
+    assert _counts(report) == (4 * 3 + 2, 0)
+    assert report.images_per_second > 0
+    assert report.views == VIEWS
+    assert len(features) == 14
+    assert features.batch([features.row("003.png", view) for view in range(3)]).shape == (
+        3,
+        1,
+        1,
+        192,
+    )
+    assert features.batch([features.row("010.png", 0)]).dtype == np.float16
+    for name, view in (("010.png", 1), ("003.png", 3), ("020.png", 0), ("none.png", 0)):
+        with pytest.raises(DataError, match="Run the features stage"):
+            features.row(name, view)
+
+
+def test_rows_are_what_keras_computes(context: Context, backbone: Path) -> None:
+    extract(context)
+    features = open_features(context.layout.features)
+    stored = features.batch([features.row(f"{n:03d}.png", 0) for n in range(4)])
+    plain = enlarge(np.stack([photo(n % 6, n, DETAIL) for n in range(4)]), SIZE)
+    expected = np.asarray(build_trunk(backbone, SIZE)(plain.astype(np.float32), training=False))
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(stored, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_nothing_is_computed_when_nothing_changed(context: Context) -> None:
+    extract(context)
+    before = {file: file.stat().st_mtime_ns for file in context.layout.features.iterdir()}
+    assert extract(context) == FeatureReport(0, 14, 0.0, VIEWS)
+    assert {file: file.stat().st_mtime_ns for file in context.layout.features.iterdir()} == before
+
+
+def test_only_added_photos_are_computed(context: Context, tmp_path: Path) -> None:
+    extract(context)
+    _photos(context.layout, range(6), range(10, 13), range(20, 22))
+    assert _counts(extract(context)) == (2 * 3 + 1, 14)
+    assert _content(context.layout) == _afresh(context, tmp_path / "afresh")
+
+
+def test_rows_of_removed_photos_are_dropped(context: Context, tmp_path: Path) -> None:
+    extract(context)
+    _photos(context.layout, range(1, 3), range(10, 11), range(20, 22))
+    assert _counts(extract(context)) == (0, 7)
+    assert _content(context.layout) == _afresh(context, tmp_path / "afresh")
+
+
+def test_a_photo_that_moves_to_train_gains_its_views_only(context: Context) -> None:
+    extract(context)
+    _photos(context.layout, range(5), range(10, 12), range(20, 22))
+    extract(context)
+    _photos(context.layout, range(4), range(4, 5), range(20, 22))
+    assert _counts(extract(context)) == (0, 13)
+    _photos(context.layout, range(5), range(0), range(20, 22))
+    assert _counts(extract(context)) == (VIEWS, 13)
+
+
+def test_more_views_keep_the_ones_there_are(context: Context) -> None:
+    extract(context)
+    more = context.params.model_copy(update={"features": _views(3, context.params)})
+    assert _counts(extract(replace(context, params=more))) == (4, 14)
+
+
+def test_other_augmentation_computes_everything_anew(context: Context, tmp_path: Path) -> None:
+    extract(context)
+    stronger = context.params.augmentation.model_copy(update={"rotation": 45.0})
+    changed = replace(context, params=context.params.model_copy(update={"augmentation": stronger}))
+    assert _counts(extract(changed)) == (14, 0)
+    assert _content(changed.layout) == _afresh(changed, tmp_path / "afresh")
+
+
+def test_another_backbone_computes_everything_anew(context: Context) -> None:
+    extract(context)
+    save_file(_untrained(1), context.layout.weights("backbone") / "backbone.safetensors")
+    assert _counts(extract(context)) == (14, 0)
+
+
+def test_another_picture_under_the_same_name_is_computed(context: Context) -> None:
+    extract(context)
+    images = np.load(context.layout.dataset / "images.npy")
+    images[2] = 255 - images[2]
+    np.save(context.layout.dataset / "images.npy", images)
+    assert _counts(extract(context)) == (3, 11)
+
+
+@pytest.mark.parametrize("row", [0, 5, 13])
+def test_a_flipped_bit_is_found_and_only_that_row_mended(context: Context, row: int) -> None:
+    extract(context)
+    before = _content(context.layout)
+    _flip(context.layout.features / ROWS, 128 + row * 384 + 100)
+    features = open_features(context.layout.features)
+    others = [number for number in range(14) if number != row]
+    assert np.isfinite(features.batch(others)).all()
+    with pytest.raises(DataError, match="does not match its digest"):
+        features.batch([row])
+    assert _counts(extract(context)) == (1, 13)
+    assert _content(context.layout) == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "computed"),
+    [
+        (lambda folder: _flip(folder / ROWS, 20), 0),
+        (lambda folder: (folder / ROWS).write_bytes((folder / ROWS).read_bytes()[:-400]), 2),
+        (lambda folder: (folder / ROWS).write_bytes((folder / ROWS).read_bytes() + b"x"), 0),
+        (lambda folder: (folder / ROWS).unlink(), 14),
+        (lambda folder: (folder / INDEX).write_text("{"), 14),
+        (lambda folder: (folder / INDEX).write_text("[]"), 14),
+        (lambda folder: (folder / INDEX).unlink(), 14),
+        (shutil.rmtree, 14),
+    ],
+    ids=["header", "cut", "longer", "no rows", "torn index", "odd index", "no index", "gone"],
+)
+def test_any_damage_is_mended_to_the_same_bytes(
+    context: Context, damage: Callable[[Path], Any], computed: int
+) -> None:
+    extract(context)
+    before = _content(context.layout)
+    damage(context.layout.features)
+    assert extract(context).computed == computed
+    assert _content(context.layout) == before
+
+
+def _flip(path: Path, where: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[where] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_stopped_run_is_continued(context: Context, tmp_path: Path) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(replace(context, progress=stop))
+    assert not context.layout.features.exists()
+    journal = context.layout.features_journal
+    journal.write_bytes(journal.read_bytes()[:-100])
+    assert _counts(extract(context)) == (9, 5)
+    assert not journal.exists()
+    assert _content(context.layout) == _afresh(context, tmp_path / "afresh")
+
+
+def test_a_journal_of_another_recipe_is_dropped(tmp_path: Path) -> None:
+    path, shape = tmp_path / "journal", (1, 1, 4)
+    row = np.arange(4, dtype=np.float16).reshape(shape)
+    key = Key("a.png", 0, "p")
+    with Journal(path, {"seed": 1}, shape) as journal:
+        journal.add(key, row)
+        kept = journal.rows.read(key)
+        assert kept is not None
+        assert np.array_equal(kept, row)
+    with Journal(path, {"seed": 1}, shape) as journal:
+        assert list(journal.rows.places) == [key]
+    with Journal(path, {"seed": 2}, shape) as journal:
+        assert journal.rows.read(key) is None
+
+
+def test_progress_counts_every_row(context: Context) -> None:
+    told: list[tuple[str, int, int]] = []
+    extract(replace(context, progress=lambda *what: told.append(what)))
+    assert told == [("features", done, 14) for done in range(1, 15)]
+
+
+def test_a_missing_backbone_is_named(context: Context) -> None:
+    (context.layout.weights("backbone") / "backbone.safetensors").unlink()
+    with pytest.raises(BackboneError, match="Run the backbone stage"):
+        extract(context)
+
+
+def test_missing_features_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="Run the features stage"):
+        open_features(tmp_path)
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    check_space(tmp_path, 1)
+    with pytest.raises(DataError, match=r"need 1000000000\.0 MB"):
+        check_space(tmp_path, 10**15)
+
+
+def test_the_index_names_rows_as_numpy_reads_them(tmp_path: Path) -> None:
+    rows = {
+        Key(f"{name}.png", view, "p"): np.full((1, 1, 4), 10 * name + view, np.float16)
+        for name in range(3)
+        for view in range(2)
+    }
+    write_rows(tmp_path / "store", {}, (1, 1, 4), rows.items(), len(rows))
+    features = open_features(tmp_path / "store")
+    assert np.array_equal(np.load(tmp_path / "store" / ROWS), features.batch(range(6)))
+    assert features.batch([features.row("2.png", 1)]).ravel().tolist() == [21] * 4
+    assert open_rows(tmp_path / "store")[0] == {}
+    assert json.loads((tmp_path / "store" / INDEX).read_text())["shape"] == [1, 1, 4]
+
+
+def test_engine_agrees_with_keras_and_ignores_its_neighbours(backbone: Path) -> None:
+    trunk = build_trunk(backbone, SIZE)
+    pictures = enlarge(np.stack([photo(n % 6, n, DETAIL) for n in range(8)]), SIZE)
+    one, three = TrunkEngine(trunk, cores=1), TrunkEngine(trunk, cores=3)
+    alone = [one(picture) for picture in pictures]
+    turned = [three(picture) for picture in pictures[::-1]][::-1]
+    assert np.array_equal(alone, turned)
+    expected = np.asarray(trunk(pictures.astype(np.float32), training=False))
+    np.testing.assert_allclose(np.stack(alone), expected, rtol=1e-3, atol=1e-3)
