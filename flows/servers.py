@@ -1,11 +1,12 @@
 """The servers that can run on loopback, and how each is started."""
 
 import contextlib
+import http.client
+import json
 import os
 import shutil
 import sys
 import sysconfig
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def seaweedfs(folder: Path, bucket: str, patience: float) -> tuple[Server, S3Add
         folder,
         command,
         environment,
-        ready=lambda: answers(f"{address.endpoint_url}/healthz") and _has_bucket(storage),
+        ready=lambda: _has_volumes(ports[1]) and _has_bucket(storage),
         ports=ports,
         patience=patience,
     )
@@ -99,19 +100,26 @@ def prefect(folder: Path, patience: float) -> tuple[Server, str]:
         folder,
         command,
         environment,
-        ready=lambda: answers(f"{url}/health"),
+        ready=lambda: ask(f"{url}/health") is not None,
         ports=ports,
         patience=patience,
     )
     return server, url
 
 
-def answers(url: str, seconds: float = 2.0) -> bool:
-    """Tell whether a loopback server answers `url` with success."""
+def ask(url: str, seconds: float = 2.0) -> bytes | None:
+    """Return what a loopback server answers with success, or None."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with contextlib.suppress(OSError), direct.open(url, timeout=seconds) as answer:
-        return bool(answer.status == 200)
-    return False
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        with direct.open(url, timeout=seconds) as answer:
+            return bytes(answer.read())
+    return None
+
+
+def _has_volumes(master: int) -> bool:
+    """Without this, the first read after a start finds no volume and the first write waits."""
+    status = ask(f"http://{HOST}:{master}/dir/status")
+    return status is not None and json.loads(status)["Topology"]["Max"] > 0
 
 
 def _has_bucket(storage: Storage) -> bool:

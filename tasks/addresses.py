@@ -1,6 +1,6 @@
 """Addresses of services as messages and records may show them."""
 
-from urllib.parse import urlsplit
+import re
 
 
 def shown(url: str) -> str:
@@ -12,8 +12,5 @@ def shown(url: str) -> str:
     Returns:
         Scheme, host, port and path only.
     """
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return "(not an address)"
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    # Up to the last @, as a password may hold unquoted slashes and the like.
+    return re.sub(r"[?#].*$", "", re.sub(r"^([^:/]*:?//).*@", r"\1", url, flags=re.S), flags=re.S)
