@@ -122,13 +122,11 @@ def load_classifier(path: Path, detail: int, size: int = 224) -> Classifier:
     Raises:
         ModelError: the file is missing or does not fit the architecture.
     """
+    import tensorflow as tf
+
     from tasks.model import load_model
 
     model = load_model(path, size=size)
-
-    # After load_model, which sets TensorFlow up before it is imported.
-    import tensorflow as tf
-
     shape = tf.TensorSpec((None, size, size, 3), tf.uint8)
     traced = tf.function(
         lambda photos: model(tf.cast(photos, tf.float32), training=False), input_signature=[shape]

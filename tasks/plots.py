@@ -29,6 +29,7 @@ CLASS_DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 MOST_MISTAKES = 24
 LEAST_CERTAIN = 12
 COLUMNS = 6
+FEWEST_COLUMNS = 3  # as wide as the title
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -197,13 +198,14 @@ def mistakes(images: np.ndarray, p: np.ndarray, y: np.ndarray) -> Figure:
     else:
         rows = np.argsort(confidence, kind="stable")[:LEAST_CERTAIN]
         title = f"None of {len(y)} test photos misread; the {len(rows)} least certain"
-    lines = -(-len(rows) // COLUMNS)
-    figure = Figure(figsize=(2.0 * COLUMNS, 2.95 * lines + 0.5), layout="constrained")
+    columns = max(FEWEST_COLUMNS, min(COLUMNS, len(rows)))
+    lines = -(-len(rows) // columns)
+    figure = Figure(figsize=(2.0 * columns, 2.95 * lines + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=13, color=INK, x=0.01, ha="left")
-    grid = figure.subplots(2 * lines, COLUMNS, squeeze=False, height_ratios=(2.6, 1) * lines)
-    for cell in range(lines * COLUMNS):
-        picture = grid[2 * (cell // COLUMNS)][cell % COLUMNS]
-        bars = grid[2 * (cell // COLUMNS) + 1][cell % COLUMNS]
+    grid = figure.subplots(2 * lines, columns, squeeze=False, height_ratios=(2.6, 1) * lines)
+    for cell in range(lines * columns):
+        picture = grid[2 * (cell // columns)][cell % columns]
+        bars = grid[2 * (cell // columns) + 1][cell % columns]
         if cell < len(rows):
             row = rows[cell]
             _photo_with_bars(picture, bars, images[row], p[row], int(y[row]))

@@ -12,6 +12,7 @@ from tasks.classifier import BATCH, Classifier, Prediction, classify_files, load
 from tasks.errors import DataError, ModelError
 from tasks.images import MAX_BYTES
 from tasks.labels import LABELS
+from tasks.params import Params
 from tests.fixtures.photos import photo
 
 
@@ -114,11 +115,12 @@ def test_a_missing_model_file_is_one_clear_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_saved_model_gives_the_probabilities_keras_gives(tmp_path: Path) -> None:
+def test_a_saved_model_gives_the_probabilities_keras_gives(tmp_path: Path, params: Params) -> None:
     from tasks.augment import enlarge
     from tasks.model import build_model
 
-    model = build_model(size=32, seed=3)
+    # With the layers that only training uses, as the assemble stage saves it.
+    model = build_model(params.augmentation, 0.3, size=32, seed=3)
     model.save(tmp_path / "model.keras")
     images = np.stack([photo(index % 6, index) for index in range(BATCH + 3)])
     classifier = load_classifier(tmp_path / "model.keras", detail=64, size=32)
