@@ -7,7 +7,6 @@ of a storage service in between.
 import base64
 import html
 from pathlib import Path
-from typing import Any
 
 from prefect.artifacts import (
     create_image_artifact,
@@ -17,11 +16,14 @@ from prefect.artifacts import (
 )
 
 from flows.report import GateReport, PhaseReport, TestReport
+from tasks.challenge import Challenge
 from tasks.layout import Layout
+from tasks.whole import read_json
 
 
-def show_audit(layout: Layout, audit: dict[str, Any]) -> None:
+def show_audit(layout: Layout) -> None:
     """Counts per class, twins, exclusions and warnings, with the audit's picture."""
+    audit = read_json(layout.audit)
     counts = audit["counts"]
     labels = sorted(next(iter(counts.values())))
     rows = ["| folder | " + " | ".join(labels) + " |", "|---" * (len(labels) + 1) + "|"]
@@ -97,10 +99,11 @@ def show_gate(gate: GateReport) -> None:
     )
 
 
-def show_comparison(comparison: dict[str, Any] | None, reason: str) -> None:
+def show_comparison(challenge: Challenge) -> None:
     """The challenger beside the champion, on the same photos."""
-    lines = ["## Challenger and champion", "", html.escape(reason)]
-    if comparison is not None:
+    lines = ["## Challenger and champion", "", html.escape(challenge.reason)]
+    if challenge.comparison is not None:
+        comparison = challenge.comparison.to_json()
         lines += ["", "| | champion | challenger |", "|---|---|---|"]
         lines += [
             f"| {name} | {comparison['champion'][name]} | {comparison['challenger'][name]} |"

@@ -1,6 +1,5 @@
 """The servers that can run on loopback, and how each is started."""
 
-import contextlib
 import http.client
 import json
 import os
@@ -110,10 +109,11 @@ def prefect(folder: Path, patience: float) -> tuple[Server, str]:
 def ask(url: str, seconds: float = 2.0) -> bytes | None:
     """Return what a loopback server answers with success, or None."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with contextlib.suppress(OSError, http.client.HTTPException):
+    try:
         with direct.open(url, timeout=seconds) as answer:
             return bytes(answer.read())
-    return None
+    except (OSError, http.client.HTTPException):
+        return None
 
 
 def _has_volumes(master: int) -> bool:

@@ -1,0 +1,103 @@
+"""What the artifacts on disk say, in the words of `run.json`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flows.report import (
+    DataReport,
+    FeaturesReport,
+    GateReport,
+    PhaseReport,
+    TestReport,
+)
+from tasks.errors import StageError
+from tasks.layout import Layout
+from tasks.params import Params
+from tasks.whole import read_json
+
+
+def data_report(layout: Layout, version: str) -> DataReport:
+    """Count photos by split, what was set aside, twins and leaks."""
+    index = _artifact(layout.dataset / "index.json")
+    splits = [photo["split"] for photo in index["photos"]]
+    quarantine = read_json(layout.quarantine / "quarantine.json") or {"sources": {}}
+    return DataReport(
+        version=version,
+        train=splits.count("train"),
+        val=splits.count("val"),
+        test=splits.count("test"),
+        quarantined=sum(len(files) for files in quarantine["sources"].values()),
+        duplicates=_artifact(layout.audit)["duplicates"],
+        leaks=index["leaks"],
+    )
+
+
+def histories(layout: Layout, params: Params) -> list[dict[str, Any]]:
+    """Learning curves of the phases, in order."""
+    return [_artifact(layout.weights(name) / "history.json") for name in params.phases]
+
+
+def phase_reports(
+    layout: Layout, params: Params, seconds: Mapping[str, float]
+) -> list[PhaseReport]:
+    """One entry a phase; seconds are those of this run, 0 where it was not run."""
+    return [
+        PhaseReport(
+            name=history["phase"],
+            images=history["images"],
+            epochs=len(history["epochs"]),
+            seconds=seconds.get(f"train@{history['phase']}", 0.0),
+            val_accuracy=history["val_accuracy"],
+            val_loss=history["val_loss"],
+        )
+        for history in histories(layout, params)
+    ]
+
+
+def features_report(layout: Layout, params: Params, ran: bool) -> FeaturesReport:
+    """What this run computed; nothing where the stage was up to date."""
+    found = read_json(layout.features_report) if ran else None
+    return FeaturesReport(**(found or {"views": params.features.views}))
+
+
+def test_report(layout: Layout) -> TestReport:
+    """Scores on the test split."""
+    metrics = _artifact(layout.metrics)
+    return TestReport(**{name: metrics[name] for name in TestReport.model_fields})
+
+
+def gate_report(layout: Layout) -> GateReport:
+    """The gate's verdict."""
+    return GateReport(**_artifact(layout.gate))
+
+
+def release_files(layout: Layout, folder: Path) -> dict[str, Path]:
+    """Files of a release by the name they get there.
+
+    Args:
+        layout: the checkout.
+        folder: holds what is written for the release alone: labels and model card.
+    """
+    return {
+        "model.keras": layout.model,
+        "labels.json": folder / "labels.json",
+        "model_card.md": folder / "model_card.md",
+        "metrics.json": layout.metrics,
+        "gate.json": layout.gate,
+        "dataset.json": layout.dataset / "index.json",
+        "params.yaml": layout.params,
+        "dvc.lock": layout.root / "dvc.lock",
+        "data.dvc": layout.root / "data.dvc",
+    }
+
+
+def _artifact(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StageError(
+            f"A stage's output cannot be read ({error}). Received: '{path}'. "
+            "Remove it and run again."
+        ) from error

@@ -1,0 +1,242 @@
+"""The main flow: what `dvc repro` does, and then everything that leaves this machine.
+
+The stages come from `dvc.yaml`, in the graph's order. The flow adds what is not
+reproducible: fetching photos, versioning them, publishing, registering, promoting
+and telling. Only calls that cross the network are tried again.
+"""
+
+import datetime
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, TypeVar
+
+from prefect import Task, flow, get_run_logger
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+from prefect.tasks import exponential_backoff
+
+from flows import artifacts, findings
+from flows.local import check_reachable
+from flows.publication import publish_release, record_run
+from flows.record import remember, unchanged_since
+from flows.report import ModelReport, ReleaseReport, RunReport
+from flows.settings import load_settings
+from flows.workspace import Workspace
+from tasks.challenge import Challenge, challenge
+from tasks.champion import crown, mend_alias
+from tasks.errors import HandsignsError, PromotionError, ServiceError
+from tasks.fetch import fetch_data
+from tasks.layout import Layout
+from tasks.params import Params, load_params
+from tasks.pointer import Champion, read_champion
+from tasks.progress import Progress, silent
+from tasks.registry import CHALLENGER, CHAMPION, Version
+from tasks.release import Release
+
+listener: ContextVar[Progress] = ContextVar("listener", default=silent)
+"""Whom a flow in this process tells how far it is; the command line sets it."""
+
+_Result = TypeVar("_Result")
+
+
+def _name() -> str:
+    version = _recorded_version(Path("data.dvc"))
+    return f"retrain {datetime.date.today().isoformat()} data {version}"
+
+
+def _recorded_version(path: Path) -> str:
+    """First digits of the version in `data.dvc`, read without loading DVC."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    found = [line.partition("md5:")[2].strip() for line in lines if "md5:" in line]
+    return found[0][:8] if found else "none"
+
+
+@flow(name="retrain", flow_run_name=_name)
+def retrain(force: bool = False) -> State[Any]:
+    """Bring the model up to date and promote it if it is sound and no worse.
+
+    Args:
+        force: Run every stage, also those whose inputs did not change.
+    """
+    with Workspace(Layout(Path.cwd()), load_settings()) as workspace:
+        report = Retrain(workspace, force, listener.get()).conduct()
+    result = report.model_dump(mode="json")
+    if report.status in ("failed", "rejected"):
+        return Failed(name=report.status.capitalize(), message=report.reason, data=None)
+    return Completed(name=report.status.capitalize(), message=report.reason, data=result)
+
+
+class Retrain:
+    """One retrain; each method that the flow shows as a task does one thing.
+
+    Args:
+        workspace: the checkout and its services.
+        force: run every stage.
+        progress: told how far long stages are.
+    """
+
+    def __init__(self, workspace: Workspace, force: bool, progress: Progress) -> None:
+        self._workspace = workspace
+        self._layout = workspace.layout
+        self._force = force
+        self._progress = progress
+        self._seconds: dict[str, float] = {}
+        self._outcomes: dict[str, str] = {}
+        self._report = RunReport(
+            status="failed", reason="", model=ModelReport(name=workspace.settings.model_name)
+        )
+
+    def conduct(self) -> RunReport:
+        """Run everything and leave `run.json`, whatever happens."""
+        began = time.monotonic()
+        try:
+            self._run()
+        except HandsignsError as error:
+            self._conclude("failed", str(error))
+        except BaseException as error:
+            self._conclude("failed", f"{type(error).__name__}: {error}".strip(": "))
+            raise
+        finally:
+            self._report.seconds = {**self._seconds, "total": time.monotonic() - began}
+            self._report.write(self._layout)
+        return self._report
+
+    def _run(self) -> None:
+        check_reachable(self._workspace.settings)
+        self._workspace.services.start_s3()
+        self._task("fetch", self._fetch, network=True)
+        version = self._task("version", self._version, network=True)
+        if not self._force and (
+            found := unchanged_since(
+                self._layout, self._workspace.settings, self._workspace.pipeline
+            )
+        ):
+            self._report = found
+            return
+        params = load_params(self._layout.params)
+        for name in self._workspace.pipeline.stages():
+            self._stage(name)
+        self._describe(params, version)
+        if not self._report.gate.passed:
+            failed = [check["name"] for check in self._report.gate.checks if not check["passed"]]
+            self._conclude("rejected", f"The gate refused the model: {', '.join(failed)}.")
+            return
+        release = self._task("publish", lambda: self._publish(params), network=True)
+        registered = self._task("register", lambda: self._register(params, release), network=True)
+        self._task("promote", lambda: self._promote(release, registered), network=True)
+        remember(self._layout, self._workspace.settings, self._report)
+
+    def _task(self, name: str, call: Callable[[], _Result], network: bool = False) -> _Result:
+        """Run one thing as a named Prefect task and keep its time."""
+        began = time.monotonic()
+        wrapped = Task(
+            call,
+            name=name,
+            task_run_name=name,
+            cache_policy=NO_CACHE,
+            persist_result=False,
+            retries=2 if network else 0,
+            retry_delay_seconds=exponential_backoff(backoff_factor=2),
+            retry_jitter_factor=0.5,
+            retry_condition_fn=_is_passing,
+        )
+        try:
+            return wrapped()
+        finally:
+            self._seconds[name] = time.monotonic() - began
+
+    def _fetch(self) -> None:
+        said = fetch_data(self._layout, self._workspace.pipeline, self._progress)
+        get_run_logger().info(said)
+
+    def _version(self) -> str:
+        pipeline = self._workspace.pipeline
+        version = pipeline.data_version()
+        if version is None or pipeline.data_changed():
+            version = pipeline.version_data("photos")
+            get_run_logger().info("data/ changed; it is version %s now.", version)
+        if pipeline.has_remote():
+            get_run_logger().info("%d files pushed to the DVC remote.", pipeline.push_data())
+        return version
+
+    def _stage(self, name: str) -> None:
+        def run() -> str:
+            outcome = self._workspace.pipeline.run(name, self._force, self._progress)
+            get_run_logger().info("Stage %s: %s.", name, outcome)
+            return outcome
+
+        self._outcomes[name] = self._task(name, run)
+        if name == "audit":
+            artifacts.show_audit(self._layout)
+
+    def _describe(self, params: Params, version: str) -> None:
+        """Read what the stages found into the report and show it."""
+        layout, report = self._layout, self._report
+        report.data = findings.data_report(layout, version)
+        report.features = findings.features_report(
+            layout, params, ran=self._outcomes["features"] == "ran"
+        )
+        report.phases = findings.phase_reports(layout, params, self._seconds)
+        report.test = findings.test_report(layout)
+        report.gate = findings.gate_report(layout)
+        artifacts.show_phases(layout, report.phases)
+        artifacts.show_evaluation(layout, report.test)
+        artifacts.show_gate(report.gate)
+
+    def _publish(self, params: Params) -> Release:
+        release = publish_release(self._workspace, params, self._report)
+        self._report.release = ReleaseReport(id=release.id, uri=release.uri)
+        artifacts.show_release(release.uri, self._workspace.storage.address.endpoint_url)
+        return release
+
+    def _register(self, params: Params, release: Release) -> Version:
+        registry = self._workspace.registry
+        run = record_run(self._workspace, params, self._report, release)
+        version = registry.register(run, release.id, {"release_uri": release.uri})
+        registry.set_alias(CHALLENGER, version.number)
+        self._report.model = ModelReport(
+            name=registry.model_name, version=version.number, alias=CHALLENGER
+        )
+        return version
+
+    def _promote(self, release: Release, version: Version) -> None:
+        storage, registry = self._workspace.storage, self._workspace.registry
+        champion = read_champion(storage)
+        if champion and (said := mend_alias(registry, champion)):
+            get_run_logger().warning(said)
+        if champion and champion.pointer.release == release.id:
+            self._report.model.alias = CHAMPION
+            self._conclude("unchanged", f"Version {version.number} is champion already.")
+            return
+        decision = self._challenge(champion)
+        artifacts.show_comparison(decision)
+        if not decision.won:
+            self._conclude(
+                "registered", f"Version {version.number} stays challenger: {decision.reason}."
+            )
+            return
+        scores = self._report.test.model_dump(include={"accuracy", "loss", "auc", "ece"})
+        crown(storage, registry, version, champion, decision.reason, scores)
+        self._report.model.alias = CHAMPION
+        self._conclude("promoted", f"Version {version.number} is champion: {decision.reason}.")
+
+    def _challenge(self, champion: Champion | None) -> Challenge:
+        try:
+            return challenge(self._layout, self._workspace.storage, champion, self._progress)
+        except PromotionError as error:
+            return Challenge(False, str(error).rstrip("."))
+
+    def _conclude(self, status: Any, reason: str) -> None:
+        self._report.status, self._report.reason = status, reason
+        level = (
+            get_run_logger().error if status in ("failed", "rejected") else get_run_logger().info
+        )
+        level("%s: %s", status, reason)
+
+
+def _is_passing(_task: Any, _run: Any, state: State[Any]) -> bool:
+    """Whether a failure may pass by itself: only that of a service."""
+    return isinstance(state.data, ServiceError)

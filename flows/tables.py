@@ -1,0 +1,121 @@
+"""Results as tables for a terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from flows.report import RunReport
+from tasks.intake import ImportReport
+from tasks.labels import LABELS
+
+_MOST_FILES = 20
+
+
+def import_table(report: ImportReport) -> Table:
+    """What was taken, was there already, and was set aside with its reason."""
+    table = _table("import", "", *LABELS, "all", title="Photos")
+    for title, counts in (("taken", report.taken), ("already there", report.already_there)):
+        for split in sorted({split for split, _ in counts}):
+            row = [counts.get((split, label), 0) for label in LABELS]
+            table.add_row(title, split, *map(str, row), str(sum(row)))
+    if report.removed:
+        table.add_row("removed", "", *[""] * len(LABELS), str(report.removed))
+    for kind, count in report.kinds().items():
+        table.add_row("[red]set aside[/]", kind, *[""] * len(LABELS), str(count))
+    shown = report.quarantined[:_MOST_FILES]
+    lines = [f"{aside.origin}: {aside.reason}" for aside in shown]
+    if len(report.quarantined) > len(shown):
+        more = len(report.quarantined) - len(shown)
+        lines.append(f"and {more} more, in artifacts/quarantine/quarantine.json")
+    table.caption = "\n".join(lines) or None
+    return table
+
+
+def run_table(report: RunReport) -> Table:
+    """What a retrain did, from photos to release."""
+    table = _table("", "", title="Retrain")
+    data, test = report.data, report.test
+    table.add_row("data", f"{data.version}: {data.train} train, {data.val} val, {data.test} test")
+    features = report.features
+    if features.computed or features.reused:
+        speed = f", {features.images_per_second:.0f}/s" if features.computed else ""
+        computed = f"{features.computed} computed{speed}, {features.reused} reused"
+        table.add_row("features", f"{computed}, {features.views} views a photo")
+    for phase in report.phases:
+        table.add_row(
+            phase.name,
+            f"{phase.images} images, {phase.epochs} epochs, {phase.seconds:.1f} s: "
+            f"val accuracy {phase.val_accuracy:.4f}, loss {phase.val_loss:.4f}",
+        )
+    if test.accuracy is not None:
+        low, high = test.accuracy_interval or (0.0, 1.0)
+        table.add_row(
+            "test",
+            f"accuracy {test.accuracy:.4f} ({low:.3f} to {high:.3f}), loss {test.loss}, "
+            f"AUC {test.auc}, calibration error {test.ece}",
+        )
+    if report.gate.checks:
+        table.add_row("gate", "passed" if report.gate.passed else "failed")
+    if report.model.version is not None:
+        alias = f" ({report.model.alias})" if report.model.alias else ""
+        table.add_row("model", f"{report.model.name} version {report.model.version}{alias}")
+    if report.release.uri:
+        table.add_row("release", report.release.uri)
+    if "total" in report.seconds:
+        table.add_row("seconds", f"{report.seconds['total']:.1f}")
+    return table
+
+
+def status_table(found: Mapping[str, Any]) -> Table:
+    """Where the checkout and its services stand."""
+    table = _table("", "", title="Status")
+    table.add_row("data", f"{found['data']['version']} ({found['data']['source']})")
+    table.add_row("out of date", ", ".join(found["stale"]) or "nothing")
+    for role in ("champion", "challenger"):
+        held = found[role]
+        told = f"version {held['version']}, {held['uri']}" if held else "none"
+        table.add_row(role, told)
+    for move in found["history"][-5:]:
+        table.add_row("moved", move["told"])
+    return table
+
+
+def scores_table(result: Mapping[str, Any]) -> Table:
+    """Scores on labelled photos, class by class."""
+    low, high = result["accuracy_interval"]
+    title = (
+        f"{result['model']}: accuracy {result['accuracy']:.4f} ({low:.3f} to {high:.3f}) on "
+        f"{result['n']} photos, loss {result['loss']:.4f}, AUC {result['auc']}, "
+        f"calibration error {result['ece']:.4f}"
+    )
+    table = _table("sign", "precision", "recall", "F1", "photos", title=title)
+    for row in result["per_class"]:
+        cells = [row["label"], *(_cell(row[name]) for name in ("precision", "recall", "f1"))]
+        table.add_row(*cells, str(row["support"]))
+    unread = [f"{found['file']}: {found['error']}" for found in result["unreadable"]]
+    table.caption = "\n".join(unread[:_MOST_FILES]) or None
+    return table
+
+
+def predictions_table(predictions: Sequence[Mapping[str, Any]], model: str) -> Table:
+    """The sign read in each photo, and the probability of each."""
+    table = _table("photo", "sign", *LABELS, title=model)
+    for found in predictions:
+        if "error" in found:
+            table.add_row(str(found["file"]), f"[red]{found['error']}[/]")
+        else:
+            shares = [f"{found['probabilities'][label]:.3f}" for label in LABELS]
+            table.add_row(str(found["file"]), found["label"], *shares)
+    return table
+
+
+def _table(*heads: str, title: str) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    return table
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

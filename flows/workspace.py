@@ -1,0 +1,160 @@
+"""One checkout and its services, each opened when it is first needed."""
+
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from flows.local import Services, embedded
+from flows.settings import Settings
+from tasks.layout import Layout
+from tasks.pointer import Move, read_champion
+from tasks.storage import Storage
+
+if TYPE_CHECKING:
+    from tasks.classifier import Classifier
+    from tasks.pipeline import Pipeline, Remote
+    from tasks.registry import Registry
+
+
+class Workspace:
+    """What commands and flows work on.
+
+    As a context it stops, at the end, the local servers that it started.
+
+    Args:
+        layout: the checkout; the working directory.
+        settings: from the environment.
+    """
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        self.layout = layout
+        self.settings = settings
+        self._embedded = embedded(settings, layout)
+
+    def __enter__(self) -> Self:
+        self.services: Services = self._embedded.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._embedded.__exit__(kind, error, trace)
+
+    @cached_property
+    def pipeline(self) -> "Pipeline":
+        """The stages and the data's versions."""
+        from tasks.pipeline import Pipeline
+
+        return Pipeline(self.layout, self._remote())
+
+    @cached_property
+    def storage(self) -> Storage:
+        """Where releases are."""
+        return Storage(self.services.s3())
+
+    @cached_property
+    def registry(self) -> "Registry":
+        """Where versions are."""
+        from tasks.registry import Registry
+
+        return Registry(
+            self.services.mlflow(), self.settings.model_name, self.services.mlflow_artifacts()
+        )
+
+    def classifier(self, name: str) -> "tuple[Classifier, str]":
+        """Load a model that a person named.
+
+        Args:
+            name: `champion`, `challenger`, a version's number, or the path of a
+                release's folder.
+
+        Returns:
+            The classifier, and what it is in words.
+
+        Raises:
+            ReleaseError: there is no such release, or it is not what its manifest says.
+        """
+        from tasks.challenge import open_release
+        from tasks.champion import find_release
+        from tasks.manifest import verify_folder
+        from tasks.release import fetch
+
+        folder = Path(name)
+        if folder.is_dir():
+            verify_folder(folder, folder.resolve().name)
+            return open_release(folder), f"release {folder.resolve().name}"
+        release = find_release(self.storage, lambda: self.registry, name)
+        found = fetch(self.storage, release, self.layout.releases)
+        return open_release(found), f"{name}, release {release}"
+
+    def promote(self, version: int, reason: str) -> Move:
+        """Make a version the champion."""
+        from tasks.champion import promote
+
+        return promote(self.storage, self.registry, version, reason, self.layout.releases)
+
+    def rollback(self, reason: str) -> Move:
+        """Return to the champion before the present one."""
+        from tasks.champion import rollback
+
+        return rollback(self.storage, self.registry, reason)
+
+    def verify(self, name: str) -> dict[str, Any]:
+        """Read a release back whole and compare it with its manifest."""
+        from tasks.champion import find_release
+        from tasks.release import verify
+
+        release = verify(self.storage, find_release(self.storage, lambda: self.registry, name))
+        files = release.manifest.files
+        return {
+            "id": release.id,
+            "uri": release.uri,
+            "files": len(files),
+            "bytes": sum(digest.bytes for digest in files.values()),
+            "facts": release.manifest.facts,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """Where the checkout, the registry and the champion stand."""
+        from tasks.registry import CHALLENGER
+
+        champion = read_champion(self.storage)
+        challenger = self.registry.version_by_alias(CHALLENGER)
+        moves = champion.pointer.moves if champion else ()
+        return {
+            "data": {
+                "version": self.pipeline.data_version(),
+                "source": self.pipeline.data_source(),
+            },
+            "stale": sorted(self.pipeline.changed()),
+            "champion": champion and self._role(champion.pointer.version, champion.pointer.release),
+            "challenger": challenger and self._role(challenger.number, challenger.content_id),
+            "history": [{**move.model_dump(mode="json"), "told": move.told()} for move in moves],
+        }
+
+    def _role(self, version: int, release: str | None) -> dict[str, Any]:
+        uri = self.storage.uri(f"releases/{release}/") if release else "no release"
+        return {"version": version, "release": release, "uri": uri}
+
+    def _remote(self) -> "Remote | None":
+        from tasks.pipeline import Remote
+
+        known = self.settings
+        if known.dvc_remote_url is None:
+            return None
+        options: dict[str, str] = {}
+        if known.dvc_remote_url.startswith("s3://"):
+            secrets = {
+                "access_key_id": known.aws_access_key_id,
+                "secret_access_key": known.aws_secret_access_key,
+                "session_token": known.aws_session_token,
+            }
+            options = {name: value.get_secret_value() for name, value in secrets.items() if value}
+            options["region"] = known.s3_region
+            if known.s3_endpoint_url:
+                options["endpointurl"] = known.s3_endpoint_url
+        return Remote(known.dvc_remote_url, options)
