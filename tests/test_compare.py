@@ -120,6 +120,15 @@ def test_equal_accuracy_with_a_little_higher_loss_is_no_worse() -> None:
     assert compare(other, one, y).no_worse
 
 
+@given(st.integers(0, 10**6))
+def test_a_model_is_no_worse_than_itself_after_rounding(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    y = np.arange(30) % CLASSES
+    p = np.concatenate([certain(y[i : i + 1], c) for i, c in enumerate(random.uniform(0.9, 1, 30))])
+    assert compare(p, p.round(7), y).no_worse
+    assert compare(p.round(7), p, y).no_worse
+
+
 def test_photos_that_changed_are_named_with_what_they_became() -> None:
     y = np.array([0, 1, 2, 3])
     champion, challenger = certain(np.array([0, 0, 2, 0])), certain(np.array([0, 1, 5, 1]))
