@@ -8,8 +8,8 @@ itself is never changed.
 """
 
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.errors import DataError
-from tasks.labels import LABELS
 from tasks.params import AuditParams
-from tasks.photos import FOLDERS, Photo, each_photo, find_photos
+from tasks.photos import Photo, count_classes, each_photo, find_photos
 from tasks.plot_audit import draw_audit
 from tasks.preprocess import shrink
 from tasks.progress import Progress
@@ -114,12 +113,7 @@ def audit(photos: Sequence[Photo], looks: Looks, params: AuditParams) -> Report:
     twins = find_twins(looks.pictures, looks.hashes, params.hash_distance, params.twin_rms)
     groups = group(len(photos), twins.pairs)
     excluded = _exclude(photos, twins, groups)
-    kept = [row for row, photo in enumerate(photos) if _trains(photo) and row not in excluded]
-    require_enough(
-        [photos[row].label for row in kept],
-        groups[kept],
-        ["val"] if "test" in counts else ["test", "val"],
-    )
+    _require_enough_kept(photos, twins, excluded, official_test="test" in counts)
     smallest, largest = min(counts["train"].values()), max(counts["train"].values())
     pairs = _describe(photos, twins)
     conflicts = [pair for pair in pairs if not _same(pair, 1)]
@@ -137,29 +131,6 @@ def audit(photos: Sequence[Photo], looks: Looks, params: AuditParams) -> Report:
         "excluded": [{"photo": photos[row].key, **why} for row, why in sorted(excluded.items())],
     }
     return report | {"warnings": _warn(report)}
-
-
-def count_classes(photos: Sequence[Photo]) -> dict[str, dict[str, int]]:
-    """Count photos by folder and label.
-
-    Args:
-        photos: as `find_photos` lists them.
-
-    Returns:
-        `{"train": {"0": 180, ...}, "test": {...}}`; no `test` where there is none.
-
-    Raises:
-        DataError: a class has no photo in one of the folders.
-    """
-    found = Counter((photo.folder, photo.label) for photo in photos)
-    folders = [name for name in FOLDERS if name == "train" or any(f == name for f, _ in found)]
-    missing = [f"{f}/{label}" for f in folders for label in LABELS if not found[f, label]]
-    if missing:
-        raise DataError(
-            f"Every class needs photos in {' and '.join(folders)}. Received: none in "
-            f"{', '.join(missing)}. Import photos of these classes."
-        )
-    return {folder: {label: found[folder, label] for label in LABELS} for folder in folders}
 
 
 def _look(picture: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], int, bytes, tuple[int, int]]:
@@ -196,6 +167,16 @@ def _exclude(
         if number in in_test:
             excluded[row] = {"reason": "twin in the official test", "twin": in_test[number]}
     return {row: why for row, why in excluded.items() if _trains(photos[row])}
+
+
+def _require_enough_kept(
+    photos: Sequence[Photo], twins: Twins, excluded: Container[int], official_test: bool
+) -> None:
+    kept = [row for row, photo in enumerate(photos) if _trains(photo) and row not in excluded]
+    both_kept = np.isin(twins.pairs, kept).all(axis=1)
+    groups = group(len(photos), twins.pairs[both_kept])
+    held_out = ["val"] if official_test else ["test", "val"]
+    require_enough([photos[row].label for row in kept], groups[kept], held_out)
 
 
 def _trains(photo: Photo) -> bool:

@@ -1,18 +1,19 @@
 """The photos in `data/`: which there are, and reading many of them at once."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from tasks.errors import DataError
+from tasks.errors import DataError, ImageError
+from tasks.images import decode
 from tasks.labels import LABELS
+from tasks.parallel import in_order
 from tasks.progress import Progress
 
 FOLDERS = ("train", "test")
@@ -66,6 +67,29 @@ def find_photos(data: Path) -> list[Photo]:
     return sorted(found)
 
 
+def count_classes(photos: Sequence[Photo]) -> dict[str, dict[str, int]]:
+    """Count photos by folder and label.
+
+    Args:
+        photos: as `find_photos` lists them.
+
+    Returns:
+        `{"train": {"0": 180, ...}, "test": {...}}`; no `test` where there is none.
+
+    Raises:
+        DataError: a class has no photo in one of the folders.
+    """
+    found = Counter((photo.folder, photo.label) for photo in photos)
+    folders = [name for name in FOLDERS if name == "train" or any(f == name for f, _ in found)]
+    missing = [f"{f}/{label}" for f in folders for label in LABELS if not found[f, label]]
+    if missing:
+        raise DataError(
+            f"Every class needs photos in {' and '.join(folders)}. Received: none in "
+            f"{', '.join(missing)}. Import photos of these classes."
+        )
+    return {folder: {label: found[folder, label] for label in LABELS} for folder in folders}
+
+
 def each_photo(
     work: Callable[[NDArray[np.uint8]], Result],
     data: Path,
@@ -94,17 +118,16 @@ def each_photo(
     def read(photo: Photo) -> Result:
         return work(_read(data / photo.key))
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for done, result in enumerate(pool.map(read, photos), start=1):
-            progress(what, done, len(photos))
-            yield result
+    workers = min(4, os.cpu_count() or 1)
+    for done, result in enumerate(in_order(read, photos, workers), start=1):
+        progress(what, done, len(photos))
+        yield result
 
 
 def _read(path: Path) -> NDArray[np.uint8]:
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
+        return decode(path.read_bytes())
+    except (ImageError, OSError) as error:
         raise DataError(
             f"A stored photo cannot be read ({error}). Received: '{path}'. "
             "Restore it with 'dvc checkout', or remove it and import again."

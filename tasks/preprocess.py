@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tasks.errors import DataError
 from tasks.labels import LABELS
 from tasks.params import SplitParams
-from tasks.photos import Photo, each_photo, find_photos
+from tasks.photos import Photo, count_classes, each_photo, find_photos
 from tasks.splits import assign
 from tasks.stage import Context, stage_main
 from tasks.twins import group
@@ -218,13 +218,7 @@ def _read_audit(path: Path, photos: Sequence[Photo]) -> dict[str, Any]:
         raise DataError(
             f"The audit cannot be read ({error}). Received: '{path}'. Run the audit stage again."
         ) from error
-    found = Counter((photo.folder, photo.label) for photo in photos)
-    audited = {
-        (folder, label): count
-        for folder, labels in audit["counts"].items()
-        for label, count in labels.items()
-    }
-    if audited != found:
+    if audit["counts"] != count_classes(photos):
         raise DataError(
             f"The audit is of other photos. Received: {audit['photos']} audited, "
             f"{len(photos)} in data/. Run the audit stage again."

@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 Pairs = NDArray[np.int64]
 
 _BLOCK = 1024
-_CHUNK = 512
+_CHUNK = 128
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,20 @@ def test_near_twins_under_two_labels_are_both_kept_out_of_training(context: Cont
     }
 
 
+def test_photos_that_only_a_conflict_joins_count_for_their_own_classes(context: Context) -> None:
+    data = context.layout.data
+    write_photos(data / "test", 2, seed=1)
+    for number in range(1, 6):
+        (data / "train" / "4" / f"{number:04d}.png").unlink()
+    first = data / "train" / "1" / "0000.png"
+    _copy(first, data / "train" / "1" / "b.png", brighter=5)
+    _copy(first, data / "train" / "4" / "c.png", brighter=10)
+    _copy(first, data / "train" / "4" / "d.png", brighter=15)
+    report = _report(context)
+    assert [entry["photo"] for entry in report["excluded"]] == ["train/1/b.png", "train/4/c.png"]
+    assert len(report["groups"]) == 1
+
+
 def test_a_test_photo_is_never_excluded(context: Context) -> None:
     data = context.layout.data
     write_photos(data / "test", 3, seed=1)

@@ -15,8 +15,9 @@ from tasks import audit, preprocess
 from tasks.errors import DataError
 from tasks.labels import LABELS
 from tasks.layout import Layout
-from tasks.params import Params
-from tasks.preprocess import count_leaks, open_dataset, shrink
+from tasks.params import AuditParams, Params, SplitParams
+from tasks.photos import Photo
+from tasks.preprocess import count_leaks, open_dataset, shrink, split_photos
 from tasks.stage import Context
 from tests.fixtures.photos import photo, write_photos
 
@@ -105,10 +106,49 @@ def test_a_twin_that_was_not_excluded_counts_as_a_leak(context: Context) -> None
 
 def test_leaks_count_test_photos_and_not_pairs() -> None:
     split_of = {"a": "test", "b": "train", "c": "val", "d": "test", "e": "train"}
-    pairs = [("a", "b"), ("c", "a"), ("d", "a"), ("b", "e"), ("d", "gone")]
-    assert count_leaks(split_of, pairs) == 1
-    assert count_leaks(split_of, [*pairs, ("e", "d")]) == 2
-    assert count_leaks(split_of, []) == 0
+    harmless = [("d", "a"), ("b", "e"), ("c", "b"), ("d", "gone")]
+    assert count_leaks(split_of, harmless) == 0
+    assert count_leaks(split_of, [*harmless, ("a", "b"), ("e", "a")]) == 1
+    assert count_leaks(split_of, [*harmless, ("c", "a"), ("e", "d")]) == 2
+
+
+@st.composite
+def audited_photos(draw: st.DrawFn) -> tuple[list[Photo], dict]:
+    """Flat grey photos, twins when their greys are close, in any folder and class."""
+    folders = draw(st.sampled_from([("train",), ("test", "train")]))
+    drawn = draw(
+        st.lists(
+            st.tuples(st.integers(0, 60), st.sampled_from(folders), st.sampled_from("012")),
+            max_size=16,
+        )
+    )
+    apart = [(0, folder, label) for folder in folders for label in LABELS for _ in range(4)]
+    greys, places = zip(*((grey, place) for grey, *place in drawn + apart), strict=True)
+    photos = [Photo(*place, f"{row}.png") for row, place in enumerate(places)]
+    count = len(photos)
+    looks = audit.Looks(
+        pictures=np.repeat(np.array(greys, np.uint8), 3).reshape(count, 1, 1, 3),
+        hashes=np.array([0] * len(drawn) + list(range(1, len(apart) + 1)), np.uint64),
+        digests=tuple(str(row).encode() for row in range(count)),
+        sizes=np.full((count, 2), 64),
+    )
+    return photos, audit.audit(photos, looks, AuditParams(hash_distance=0, twin_rms=6.0))
+
+
+@given(audited_photos(), st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_no_twins_are_ever_on_two_sides(audited: tuple[list[Photo], dict], seed: int) -> None:
+    photos, report = audited
+    excluded = {entry["photo"] for entry in report["excluded"]}
+    pairs = [(left, right) for left, right in (pair["photos"] for pair in report["twins"])]
+    kept = [photo for photo in photos if photo.key not in excluded]
+    split_of = split_photos(kept, pairs, SplitParams(val=0.2, test=0.2), seed)
+    assert set(split_of) == {photo.key for photo in kept}
+    assert {p.key for p in photos if p.folder == "test"} <= set(split_of)
+    assert count_leaks(split_of, pairs) == 0
+    for left, right in pairs:
+        if left in split_of and right in split_of:
+            assert split_of[left] == split_of[right]
 
 
 def test_the_same_inputs_give_the_same_bytes(context: Context) -> None:

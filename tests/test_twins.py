@@ -70,10 +70,11 @@ def test_pairs_are_found_across_blocks_of_a_large_set() -> None:
     random = np.random.default_rng(3)
     hashes = random.integers(0, 2**64, count, dtype=np.uint64)
     hashes[11_999] = hashes[17] ^ np.uint64(0b1011)
+    hashes[7_001] = hashes[5_000]
     pictures = np.zeros((count, 1, 1, 3), np.uint8)
     twins = find_twins(pictures, hashes, 3, 0.0)
-    assert [17, 11_999] in twins.pairs.tolist()
-    assert (twins.pairs[:, 0] < twins.pairs[:, 1]).all()
+    assert twins.pairs.tolist() == [[17, 11_999], [5_000, 7_001]]
+    assert twins.distances.tolist() == [3, 0]
 
 
 def test_difference_spans_the_whole_scale() -> None:
