@@ -26,8 +26,14 @@ if TYPE_CHECKING:
     import h5py
 
 MAX_TOTAL = 8 * 2**30
+MAX_PHOTOS = 1_000_000
+MAX_RATIO = 100
+"""Of a file above `RATIO_FROM` bytes of photos; one may state rows that it does not hold."""
+
+RATIO_FROM = 64 * 2**20
 MEMORY = 4 * 2**30
 SECONDS = 300
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE")
 _ROWS = 64
 _REFUSED = 3
 _UNWRITABLE = 4
@@ -74,7 +80,9 @@ def _photo(photos: NDArray[np.uint8], row: int, limit: int) -> bytes:
 
 def _unpack(path: Path, folder: Path) -> None:
     root = str(Path(__file__).resolve().parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "HDF5_PLUGIN_PATH": "::"}
+    # Neither the credentials in our environment nor plug-ins are for such a file.
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    environment |= {"PYTHONPATH": root, "HDF5_PLUGIN_PATH": "::"}
     command = [sys.executable, "-P", "-m", "tasks.h5", str(path.resolve()), str(folder)]
     try:
         child = subprocess.run(  # noqa: S603 - our own interpreter and module
@@ -113,6 +121,7 @@ def _main(path: str, folder: Path) -> None:
 
     with suppress(OSError, ValueError):  # not every system has this limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     import h5py
 
     try:
@@ -122,7 +131,7 @@ def _main(path: str, folder: Path) -> None:
             if not splits:
                 raise _RefusedError("has neither train_set_x nor test_set_x")
             for split in splits:
-                _copy(file, split, folder)
+                _copy(file, split, folder, max(RATIO_FROM, MAX_RATIO * Path(path).stat().st_size))
     except (_RefusedError, _UnwritableError) as error:
         print(error, file=sys.stderr)
         sys.exit(_REFUSED if isinstance(error, _RefusedError) else _UNWRITABLE)
@@ -139,13 +148,13 @@ def _check_links(file: "h5py.File") -> None:
             raise _RefusedError(f"has a link that may lead out of it ('{name}')")
 
 
-def _copy(file: "h5py.File", split: str, folder: Path) -> None:
+def _copy(file: "h5py.File", split: str, folder: Path, limit: int) -> None:
     photos = _dataset(file, f"{split}_set_x")
     labels = _dataset(file, f"{split}_set_y")
-    _check_photos(photos)
-    flat = _flat_labels(labels)
-    if len(flat) != len(photos):
-        raise _RefusedError(f"has {len(photos)} photos but {len(flat)} labels ('{split}_set_y')")
+    _check_photos(photos, min(limit, MAX_TOTAL))
+    _check_labels(labels)
+    if labels.size != len(photos):
+        raise _RefusedError(f"has {len(photos)} photos but {labels.size} labels ('{labels.name}')")
     header = {"descr": "|u1", "fortran_order": False, "shape": photos.shape}
     # Written, not mapped: on a full disk a write fails, but a mapped page kills.
     with _writing(), (folder / f"{split}_x.npy").open("wb") as out:
@@ -155,7 +164,7 @@ def _copy(file: "h5py.File", split: str, folder: Path) -> None:
         with _writing(), (folder / f"{split}_x.npy").open("ab") as out:
             out.write(rows.data)
     with _writing():
-        np.save(folder / f"{split}_y.npy", flat)
+        np.save(folder / f"{split}_y.npy", np.asarray(labels[...]).reshape(-1).astype(np.int64))
 
 
 @contextmanager
@@ -177,25 +186,23 @@ def _dataset(file: "h5py.File", name: str) -> Any:
     return dataset
 
 
-def _check_photos(photos: Any) -> None:
+def _check_photos(photos: Any, limit: int) -> None:
     if photos.dtype != np.uint8:
         raise _RefusedError(f"holds {photos.dtype} photos, not uint8 ('{photos.name}')")
     if photos.ndim != 4 or photos.shape[3] != 3 or 0 in photos.shape:
         raise _RefusedError(
             f"holds photos of shape {photos.shape}, not (n, height, width, 3) ('{photos.name}')"
         )
-    if photos.shape[1] * photos.shape[2] > MAX_PIXELS or photos.size > MAX_TOTAL:
+    count, height, width, _ = photos.shape
+    if count > MAX_PHOTOS or height * width > MAX_PIXELS or photos.size > limit:
         raise _RefusedError(f"holds too much: {photos.shape} ('{photos.name}')")
 
 
-def _flat_labels(labels: Any) -> NDArray[np.int64]:
+def _check_labels(labels: Any) -> None:
     if labels.dtype.kind not in "iu":
         raise _RefusedError(f"holds {labels.dtype} labels, not integers ('{labels.name}')")
     if labels.ndim not in (1, 2) or (labels.ndim == 2 and labels.shape[0] != 1):
         raise _RefusedError(f"holds labels of shape {labels.shape}, not (n,) ('{labels.name}')")
-    if labels.size > MAX_TOTAL // 8:
-        raise _RefusedError(f"holds too many labels: {labels.shape} ('{labels.name}')")
-    return np.asarray(labels[...]).reshape(-1).astype(np.int64)
 
 
 if __name__ == "__main__":

@@ -99,8 +99,8 @@ def workshop(layout: Layout) -> Iterator[Path]:
     try:
         yield layout.intake
     finally:
-        if not _is_torn(layout):
-            shutil.rmtree(layout.intake, ignore_errors=True)
+        mend(layout)
+        shutil.rmtree(layout.intake, ignore_errors=True)
 
 
 @contextmanager

@@ -2,9 +2,7 @@
 
 import io
 import stat
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,16 +21,6 @@ MAX_DIRECTORY = 16 * 2**20
 """Bytes of the archive's list of members, which has to fit in memory: about 150,000 photos."""
 
 _ENCRYPTED = 0x1
-_DAMAGE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    ValueError,
-)
 
 
 class _Directory(io.FileIO):
@@ -67,12 +55,14 @@ def zip_entries(path: Path) -> Iterator[list[Entry]]:
     with _Directory(path) as file:
         try:
             archive = zipfile.ZipFile(file)
-        except _DAMAGE as error:
+        except SourceError:
+            raise
+        except Exception as error:  # zipfile raises what it likes on a damaged archive
             raise _refused(path, f"is damaged ({printable(str(error))})") from error
         with archive:
-            members = [member for member in archive.infolist() if not member.is_dir()]
-            _check_sizes(path, members)
-            yield [_entry(path, archive, member) for member in members]
+            _check_sizes(path, archive.infolist())
+            entries = {member: _entry(path, archive, member) for member in archive.infolist()}
+            yield [entry for member, entry in entries.items() if not _is_folder(member)]
 
 
 def _check_sizes(path: Path, members: list[zipfile.ZipInfo]) -> None:
@@ -90,6 +80,10 @@ def _check_sizes(path: Path, members: list[zipfile.ZipInfo]) -> None:
         raise _refused(path, f"is a bomb ({packed} bytes unpack to {total})")
 
 
+def _is_folder(member: zipfile.ZipInfo) -> bool:
+    return member.orig_filename.endswith(("/", "\\"))
+
+
 def _entry(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Entry:
     # Windows tools write backslashes; as separators they must not smuggle in a parent.
     name = member.orig_filename.replace("\\", "/")
@@ -100,7 +94,7 @@ def _entry(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Ent
     if ".." in parts:
         raise _refused(path, f"has a member that leaves its folder ('{shown}')")
     kind = stat.S_IFMT(member.external_attr >> 16)
-    if kind not in (0, stat.S_IFREG):
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         what = "symbolic link" if kind == stat.S_IFLNK else "special file"
         raise _refused(path, f"has a member that is a {what} ('{shown}')")
     if member.flag_bits & _ENCRYPTED:
@@ -115,7 +109,7 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) 
     try:
         with archive.open(member) as stream:
             return stream.read(limit)
-    except _DAMAGE as error:
+    except Exception as error:  # zipfile and zlib raise what they like on a damaged member
         raise ImageError(f"damaged in the archive: {printable(str(error))[:120]}") from error
 
 

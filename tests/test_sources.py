@@ -202,6 +202,7 @@ def lzma_zip(path: Path) -> Path:
 BAD_ZIPS: list[tuple[str, Callable[[Path], Path]]] = [
     ("leaves its folder", lambda p: packed(p, "0/a.png", "0/../../evil.png")),
     ("leaves its folder", lambda p: packed(p, "0/a.png", "..\\evil.png")),
+    ("leaves its folder", lambda p: packed(p, "0/a.png", "../")),
     ("absolute", lambda p: packed(p, "0/a.png", "/etc/evil.png")),
     ("absolute", lambda p: packed(p, "0/a.png", "C:/evil.png")),
     ("symbolic link", lambda p: packed(p, "0/a.png", zip_info("0/b.png", stat.S_IFLNK | 0o777))),

@@ -1,0 +1,442 @@
+"""An import takes all that is sound or nothing, and never harms what is held."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from filelock import FileLock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks.admission import ALREADY_THERE, TAKEN, Candidate, verdicts
+from tasks.errors import BusyError, DataError, SourceError
+from tasks.images import encode
+from tasks.intake import import_photos, recover
+from tasks.layout import Layout
+from tests.fixtures.photos import CHECKOUT, photo, write_photos
+
+PNG = [encode(photo(label, 9, 32)) for label in range(6)]
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(tmp_path / "checkout")
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def source(folder: Path, files: dict[str, bytes]) -> Path:
+    """Write a class folder; `files` are its paths and contents."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def test_photos_are_stored_under_their_content(layout: Layout, photos: Callable[..., Path]) -> None:
+    report = import_photos(layout, photos("a", 2))
+    assert report.taken == {("train", label): 2 for label in "012345"}
+    stored = tree(layout.data)
+    assert len(stored) == 12
+    assert set(stored.values()) == set(tree(photos("a", 2)).values())
+    assert not layout.intake.exists()
+    assert not layout.quarantine.exists()
+
+
+def test_second_import_touches_nothing(layout: Layout, photos: Callable[..., Path]) -> None:
+    import_photos(layout, photos("a", 2))
+    before = {path: path.stat() for path in layout.data.rglob("*")}
+    report = import_photos(layout, photos("a", 2))
+    assert report.taken == {}
+    assert report.already_there == {("train", label): 2 for label in "012345"}
+    assert {path: path.stat() for path in layout.data.rglob("*")} == before
+
+
+def test_import_adds_and_shares_what_is_held(layout: Layout, photos: Callable[..., Path]) -> None:
+    import_photos(layout, photos("a", 2))
+    held = {path: path.stat().st_ino for path in layout.data.rglob("*.png")}
+    report = import_photos(layout, photos("b", 1, seed=1))
+    assert sum(report.taken.values()) == 6
+    assert len(tree(layout.data)) == 18
+    assert all(path.stat().st_ino == inode for path, inode in held.items())
+
+
+def test_links_into_a_cache_stay_links(layout: Layout, photos: Callable[..., Path]) -> None:
+    import_photos(layout, photos("a", 1))
+    path = next(layout.data.rglob("*.png"))
+    cached = layout.root / "cached"
+    cached.write_bytes(path.read_bytes())
+    cached.chmod(0o444)
+    path.unlink()
+    path.symlink_to(os.path.relpath(cached, path.parent))
+    import_photos(layout, photos("b", 1, seed=1))
+    assert path.is_symlink()
+    assert path.resolve() == cached
+    assert len(tree(layout.data)) == 12
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_order_of_imports_makes_no_difference(
+    swapped: bool, tmp_path: Path, photos: Callable[..., Path]
+) -> None:
+    sources = [photos("a", 2), photos("b", 2, seed=1), photos("a", 1)]
+    one, two = Layout(tmp_path / "one"), Layout(tmp_path / "two")
+    for folder in sources:
+        import_photos(one, folder)
+    for folder in reversed(sources) if swapped else [sources[1], sources[2], sources[0]]:
+        import_photos(two, folder)
+    assert tree(one.data) == tree(two.data)
+
+
+def test_replace_holds_the_new_photos_alone(layout: Layout, photos: Callable[..., Path]) -> None:
+    import_photos(layout, photos("a", 2))
+    shared = photos("a", 1)
+    shutil.rmtree(shared)
+    report = import_photos(layout, photos("a", 1), replace=True)
+    assert (sum(report.already_there.values()), report.taken, report.removed) == (6, {}, 6)
+    assert set(tree(layout.data).values()) == set(tree(shared).values())
+    report = import_photos(layout, photos("b", 1, seed=1), replace=True)
+    assert (sum(report.taken.values()), report.removed) == (6, 6)
+
+
+def test_replace_by_nothing_usable_keeps_what_is_held(
+    layout: Layout, tmp_path: Path, photos: Callable[..., Path]
+) -> None:
+    import_photos(layout, photos("a", 1))
+    before = tree(layout.data)
+    with pytest.raises(SourceError, match="no usable photo"):
+        import_photos(layout, source(tmp_path / "bad", {"0/a.png": b"text"}), replace=True)
+    assert tree(layout.data) == before
+
+
+def test_test_source_goes_to_the_test_split(layout: Layout, photos: Callable[..., Path]) -> None:
+    import_photos(layout, photos("a", 1), photos("b", 1, seed=1))
+    assert {path.split("/")[0] for path in tree(layout.data)} == {"train", "test"}
+
+
+def test_two_test_sets_are_refused(layout: Layout, tmp_path: Path) -> None:
+    both = source(tmp_path / "both", {"train/0/a.png": PNG[0], "test/0/b.png": PNG[1]})
+    with pytest.raises(SourceError, match="test set of its own"):
+        import_photos(layout, both, source(tmp_path / "more", {"0/a.png": PNG[2]}))
+    assert not layout.data.exists()
+
+
+def reasons(layout: Layout, *arguments: Path) -> dict[str, str]:
+    report = import_photos(layout, *arguments)
+    return {aside.origin: aside.reason for aside in report.quarantined}
+
+
+def test_same_photo_under_two_labels_is_set_aside_in_both(layout: Layout, tmp_path: Path) -> None:
+    folder = source(tmp_path / "s", {"0/a.png": PNG[0], "1/b.png": PNG[0], "2/c.png": PNG[2]})
+    expected = dict.fromkeys(["s/0/a.png", "s/1/b.png"], "same photo under two labels: 0 and 1")
+    assert reasons(layout, folder) == expected
+    assert reasons(layout, folder) == expected
+    assert list(tree(layout.data).values()) == [PNG[2]]
+
+
+def test_held_photo_stays_when_it_comes_under_another_label(layout: Layout, tmp_path: Path) -> None:
+    import_photos(layout, source(tmp_path / "a", {"3/a.png": PNG[0]}))
+    before = tree(layout.data)
+    assert reasons(layout, source(tmp_path / "b", {"0/a.png": PNG[0]})) == {
+        "b/0/a.png": "same photo under two labels: it is held as 3"
+    }
+    assert tree(layout.data) == before
+
+
+def test_test_set_keeps_a_photo_that_is_also_in_train(layout: Layout, tmp_path: Path) -> None:
+    folder = source(
+        tmp_path / "s", {"train/0/a.png": PNG[0], "test/0/b.png": PNG[0], "train/1/c.png": PNG[1]}
+    )
+    expected = {"s/train/0/a.png": "same photo in train and test: test keeps it"}
+    assert reasons(layout, folder) == expected
+    assert reasons(layout, folder) == expected
+    assert [path.split("/")[:2] for path in tree(layout.data)] == [["test", "0"], ["train", "1"]]
+
+
+def test_held_train_photo_does_not_move_to_the_test_set(layout: Layout, tmp_path: Path) -> None:
+    import_photos(layout, source(tmp_path / "a", {"train/0/a.png": PNG[0]}))
+    assert reasons(layout, source(tmp_path / "b", {"test/0/a.png": PNG[0]})) == {
+        "b/test/0/a.png": "same photo in train and test: train keeps it"
+    }
+
+
+PLACES = st.tuples(st.sampled_from(["train", "test"]), st.sampled_from("012"))
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcd"), PLACES), min_size=1, max_size=12),
+    st.dictionaries(st.sampled_from("abcd"), PLACES),
+    st.randoms(use_true_random=False),
+)
+def test_what_is_taken_does_not_depend_on_the_order_of_files(
+    wanted: list[tuple[str, tuple[str, str]]], held: dict[str, tuple[str, str]], random: object
+) -> None:
+    def settle(order: list[tuple[str, tuple[str, str]]]) -> set[tuple[str, tuple[str, str]]]:
+        candidates = [Candidate("", name, place) for name, place in order]
+        decided = verdicts(candidates, held)
+        assert len(decided) == len(order)
+        taken = [pair for pair, verdict in zip(order, decided, strict=True) if verdict == TAKEN]
+        assert len({name for name, _ in taken}) == len(taken)
+        assert not {name for name, _ in taken} & set(held)
+        after = held | dict(taken)
+        again = verdicts(candidates, after)
+        assert TAKEN not in again
+        assert [verdict in (TAKEN, ALREADY_THERE) for verdict in decided] == [
+            verdict == ALREADY_THERE for verdict in again
+        ]
+        return set(taken)
+
+    shuffled = wanted.copy()
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert settle(wanted) == settle(shuffled)
+
+
+def quarantined(layout: Layout) -> dict[str, list[dict[str, str]]]:
+    listed: dict[str, list[dict[str, str]]] = json.loads(
+        (layout.quarantine / "quarantine.json").read_text()
+    )["sources"]
+    return listed
+
+
+def test_bad_files_are_copied_and_listed_once(layout: Layout, tmp_path: Path) -> None:
+    folder = source(
+        tmp_path / "s", {"0/a.png": PNG[0], "0/b.png": b"text", "7/c.png": PNG[1], "1/d.png": b""}
+    )
+    for _ in range(2):
+        report = import_photos(layout, folder)
+        (listed,) = quarantined(layout).values()
+        assert listed == [aside.to_json() for aside in report.quarantined]
+        assert {each["origin"]: each["reason"].split(":")[0] for each in listed} == {
+            "s/0/b.png": "not an image",
+            "s/1/d.png": "zero bytes",
+            "s/7/c.png": "label outside 0 to 5",
+        }
+        copies = tree(layout.quarantine)
+        del copies["quarantine.json"]
+        assert sorted(copies.values()) == sorted([b"text", PNG[1]])
+        assert set(copies) == {each["copy"] for each in listed if each["copy"]}
+
+
+def test_mended_file_leaves_the_quarantine(layout: Layout, tmp_path: Path) -> None:
+    folder = source(tmp_path / "s", {"0/a.png": PNG[0], "0/b.png": b"text"})
+    import_photos(layout, source(tmp_path / "other", {"0/a.png": PNG[2], "0/b.png": b"more text"}))
+    import_photos(layout, folder)
+    assert len(quarantined(layout)) == 2
+    import_photos(layout, source(folder, {"0/b.png": PNG[1]}))
+    assert list(quarantined(layout)) == [str(tmp_path / "other")]
+    assert [path for path in tree(layout.quarantine) if path != "quarantine.json"] == [
+        each["copy"] for each in quarantined(layout)[str(tmp_path / "other")]
+    ]
+
+
+def test_hostile_name_stays_inside_the_quarantine(layout: Layout, tmp_path: Path) -> None:
+    folder = source(tmp_path / "s", {"0/a.png": PNG[0]})
+    (folder / "0" / "x\\..\n\x1b[31m é;rm -rf .jpg").write_bytes(b"text")
+    (aside,) = import_photos(layout, folder).quarantined
+    assert aside.origin.isprintable()
+    assert aside.copy is not None
+    assert (layout.quarantine / aside.copy).read_bytes() == b"text"
+    assert re.fullmatch(r"[a-z_]+/[0-9a-f]{12}-[A-Za-z0-9._-]+", aside.copy)
+
+
+def test_report_is_ready_for_json(layout: Layout, tmp_path: Path) -> None:
+    report = import_photos(
+        layout, source(tmp_path / "s", {"0/a.png": PNG[0], "0/b.png": b"x", "1/c.png": b"y"})
+    )
+    assert report.kinds() == {"not an image": 2}
+    shown = json.loads(json.dumps(report.to_json()))
+    assert shown["taken"] == {"train": {"0": 1}, "test": {}}
+    assert [each["origin"] for each in shown["quarantined"]] == ["s/0/b.png", "s/1/c.png"]
+
+
+# Killed, starved and locked out: each time in a process of its own.
+
+CHILD = """
+    import os, resource, signal, sys
+    from pathlib import Path
+    from tasks.errors import HandsignsError
+    from tasks.intake import import_photos
+    from tasks.layout import Layout
+
+    def killer(what, done, total):
+        if (what, done) == (sys.argv[3], int(sys.argv[4])):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if sys.argv[3] == "limit":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFINITY))
+    try:
+        import_photos(Layout(Path(sys.argv[1])), Path(sys.argv[2]), progress=killer)
+    except HandsignsError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+def import_in_a_process(layout: Layout, folder: Path, *arguments: object) -> tuple[int, str]:
+    child = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(CHILD), layout.root, folder, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT.root)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return child.returncode, child.stderr
+
+
+POINTS = [
+    *[("read", done) for done in (1, 4, 7)],
+    *[("keep", done) for done in (1, 6)],
+    *[("swap", done) for done in (0, 1, 2)],
+]
+
+
+@pytest.mark.parametrize(("what", "done"), POINTS)
+@pytest.mark.parametrize("mended_by", ["recover", "import"])
+def test_killed_import_leaves_the_old_or_the_new_data(
+    what: str, done: int, mended_by: str, layout: Layout, photos: Callable[..., Path]
+) -> None:
+    import_photos(layout, photos("old", 1))
+    old = tree(layout.data)
+    more = photos("new", 1, seed=1)
+    source(more, {"0/bad.png": b"text"})
+    code, _ = import_in_a_process(layout, more, what, done)
+    assert code == -signal.SIGKILL
+    if mended_by == "recover":
+        recover(layout)
+        expected = 12 if (what, done) == ("swap", 2) else 6
+        assert len(tree(layout.data)) == expected
+        assert old.items() <= tree(layout.data).items()
+    report = import_photos(layout, more)
+    assert sum(report.taken.values()) + sum(report.already_there.values()) == 6
+    assert set(tree(layout.data).values()) == {
+        *old.values(),
+        *tree(photos("new", 1, seed=1)).values(),
+    } - {b"text"}
+    assert not layout.intake.exists()
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_killed_first_import_leaves_nothing_or_all(
+    done: int, layout: Layout, photos: Callable[..., Path]
+) -> None:
+    code, _ = import_in_a_process(layout, photos("new", 1), "swap", done)
+    assert code == -signal.SIGKILL
+    recover(layout)
+    assert len(tree(layout.data)) == (6 if done == 2 else 0)
+    import_photos(layout, photos("new", 1))
+    assert len(tree(layout.data)) == 6
+
+
+def test_interrupted_swap_is_undone_at_once(layout: Layout, photos: Callable[..., Path]) -> None:
+    import_photos(layout, photos("old", 1))
+    old = tree(layout.data)
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if (what, done) == ("swap", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_photos(layout, photos("new", 1, seed=1), progress=interrupt)
+    assert tree(layout.data) == old
+    assert not layout.intake.exists()
+
+
+def test_imports_at_once_take_turns(layout: Layout, photos: Callable[..., Path]) -> None:
+    folders = [photos(f"s{seed}", 1, seed=seed) for seed in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        codes = pool.map(lambda folder: import_in_a_process(layout, folder, "never", 0), folders)
+    assert list(codes) == [(0, "")] * 3
+    assert len(tree(layout.data)) == 18
+
+
+@pytest.fixture
+def held(layout: Layout, photos: Callable[..., Path]) -> Iterator[Layout]:
+    """A checkout that holds six photos, and must still hold them afterwards."""
+    import_photos(layout, photos("held", 1))
+    before = tree(layout.data)
+    yield layout
+    assert tree(layout.data) == before
+
+
+def test_full_disk_is_told_and_harms_nothing(held: Layout, photos: Callable[..., Path]) -> None:
+    code, told = import_in_a_process(held, photos("new", 1, seed=1), "limit", 2000)
+    assert code == 1
+    assert told.startswith("DataError: Photos cannot be written (File too large, EFBIG)")
+    assert str(held.intake / "incoming") in told
+    assert told.count("\n") == 1
+    assert not held.intake.exists()
+
+
+def test_full_disk_while_unpacking_h5_is_told(held: Layout, tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["train_set_x"] = np.stack([photo(1, n, 64) for n in range(20)])
+        file["train_set_y"] = np.ones(20, int)
+    code, told = import_in_a_process(held, tmp_path / "a.h5", "limit", 2000)
+    assert code == 1
+    assert told.startswith("DataError: Arrays cannot be unpacked (File too large)")
+
+
+def test_place_that_cannot_be_written_is_named(held: Layout, photos: Callable[..., Path]) -> None:
+    held.intake.write_text("a file where a folder must be")
+    with pytest.raises(DataError, match=r"cannot be written \(.*EEXIST\).*intake'"):
+        import_photos(held, photos("new", 1, seed=1))
+
+
+def test_quarantine_that_cannot_be_written_stops_the_import(held: Layout, tmp_path: Path) -> None:
+    held.artifacts.write_text("a file where a folder must be")
+    with pytest.raises(DataError, match=r"cannot be written \(.*ENOTDIR\)"):
+        import_photos(held, source(tmp_path / "s", {"0/a.png": PNG[0], "0/b.png": b"text"}))
+
+
+def test_checkout_that_cannot_be_written_is_named(photos: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match=r"cannot be written \(.*'/proc/1/"):
+        import_photos(Layout(Path("/proc/1")), photos("a", 1))
+
+
+def test_second_import_waits_its_turn_and_says_so(
+    held: Layout, photos: Callable[..., Path]
+) -> None:
+    with (
+        FileLock(held.local / "intake.lock"),
+        pytest.raises(BusyError, match=r"within 0\.1 seconds"),
+    ):
+        import_photos(held, photos("new", 1, seed=1), wait=0.1)
+
+
+def test_refused_source_leaves_no_trace(held: Layout, tmp_path: Path) -> None:
+    with pytest.raises(SourceError):
+        import_photos(held, tmp_path / "nothing")
+    assert not held.intake.exists()
+    assert not held.artifacts.exists()
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=4))
+def test_any_imports_end_in_the_union(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str]
+) -> None:
+    root = tmp_path_factory.mktemp("union")
+    layout = Layout(root / "checkout")
+    expected = set()
+    for name in names:
+        folder = write_photos(root / name, 1, 16, seed=ord(name))
+        import_photos(layout, folder)
+        expected |= set(tree(folder).values())
+    assert set(tree(layout.data).values()) == expected
