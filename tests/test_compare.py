@@ -5,12 +5,14 @@ from math import comb
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.compare import Comparison, compare, mcnemar
 from tasks.errors import DataError
 from tasks.metrics import CLASSES
+
+FEW = settings(max_examples=30, deadline=None)  # a busy machine is no fault
 
 
 def certain(classes: np.ndarray, confidence: float = 0.9) -> np.ndarray:
@@ -35,6 +37,7 @@ def models(both: int, won: int, lost: int, neither: int) -> tuple[np.ndarray, ..
 counts = st.tuples(st.integers(1, 40), *[st.integers(0, 25)] * 3)
 
 
+@FEW
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_mcnemar_sums_the_binomial_tail(won: int, lost: int) -> None:
     n = won + lost
@@ -42,6 +45,7 @@ def test_mcnemar_sums_the_binomial_tail(won: int, lost: int) -> None:
     assert mcnemar(won, lost) == pytest.approx(min(1.0, 2 * tail))
 
 
+@FEW
 @given(counts)
 def test_the_rule_follows_accuracy_and_never_contradicts_the_words(
     case: tuple[int, int, int, int],
@@ -56,6 +60,7 @@ def test_the_rule_follows_accuracy_and_never_contradicts_the_words(
         assert not result.no_worse
 
 
+@FEW
 @given(counts)
 def test_swapping_the_models_mirrors_the_comparison(case: tuple[int, int, int, int]) -> None:
     champion, challenger, y = models(*case)
@@ -65,6 +70,7 @@ def test_swapping_the_models_mirrors_the_comparison(case: tuple[int, int, int, i
     assert (other.won, other.lost, other.p_value) == (one.lost, one.won, one.p_value)
 
 
+@FEW
 @given(st.integers(0, 10**6), st.integers(1, 40))
 def test_a_model_is_no_worse_than_itself(seed: int, n: int) -> None:
     random = np.random.default_rng(seed)
@@ -120,6 +126,7 @@ def test_equal_accuracy_with_a_little_higher_loss_is_no_worse() -> None:
     assert compare(other, one, y).no_worse
 
 
+@FEW
 @given(st.integers(0, 10**6))
 def test_a_model_is_no_worse_than_itself_after_rounding(seed: int) -> None:
     random = np.random.default_rng(seed)

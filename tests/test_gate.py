@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -18,6 +18,7 @@ from tasks.params import GateParams, Params
 from tasks.stage import Context
 from tasks.whole import write_json
 
+FEW = settings(max_examples=100, deadline=None)  # a busy machine is no fault
 LIMITS = GateParams(
     min_accuracy=0.9,
     min_recall=0.75,
@@ -97,6 +98,7 @@ def test_a_leak_fails_the_gate() -> None:
     assert failed(judge(metrics(), 1, LIMITS)) == ["leaks"]
 
 
+@FEW
 @given(st.sampled_from(FIELDS), bad_values)
 def test_no_unusable_value_ever_passes(field: str, value: Any) -> None:
     changes = {} if field == "leaks" else {field: value}
@@ -109,6 +111,7 @@ def test_no_unusable_value_ever_passes(field: str, value: Any) -> None:
     json.dumps(verdict.to_json(), allow_nan=False)
 
 
+@FEW
 @given(
     st.dictionaries(
         st.sampled_from(["accuracy", "loss", "ece", "n", "per_class"]),
@@ -122,6 +125,7 @@ def test_anything_but_a_whole_report_fails_without_an_exception(
     assert not judge(content, leaks, LIMITS).passed
 
 
+@FEW
 @given(
     shares, st.lists(shares, min_size=6, max_size=6), st.floats(0, 5), shares, st.integers(0, 99)
 )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tasks.errors import DataError
 from tasks.metrics import CALIBRATION_BINS, CLASSES, Scores, calibration_error, score
 
+FEW = settings(max_examples=30, deadline=None)  # a busy machine is no fault
 SIX = np.eye(CLASSES)
 
 
@@ -29,6 +30,7 @@ cases = st.builds(
 )
 
 
+@FEW
 @given(cases)
 def test_every_number_equals_its_naive_definition(case: tuple[np.ndarray, np.ndarray]) -> None:
     p, y = case
@@ -55,6 +57,7 @@ def test_every_number_equals_its_naive_definition(case: tuple[np.ndarray, np.nda
     assert sum(map(sum, scores.confusion_matrix)) == len(y)
 
 
+@FEW
 @given(cases)
 def test_wilson_interval_follows_its_formula(case: tuple[np.ndarray, np.ndarray]) -> None:
     p, y = case
@@ -66,6 +69,7 @@ def test_wilson_interval_follows_its_formula(case: tuple[np.ndarray, np.ndarray]
     assert scores.accuracy_interval[1] == pytest.approx(min(1, middle + half), abs=1e-12)
 
 
+@FEW
 @given(cases)
 def test_calibration_error_equals_a_walk_over_the_bins(
     case: tuple[np.ndarray, np.ndarray],
@@ -82,6 +86,7 @@ def test_calibration_error_equals_a_walk_over_the_bins(
     assert calibration_error(p, y) == pytest.approx(total, abs=1e-12)
 
 
+@FEW
 @given(st.integers(0, 10**6), st.integers(0, 40))
 def test_auc_is_the_chance_that_a_photo_of_the_class_ranks_first(seed: int, extra: int) -> None:
     p, y = random_case(seed, CLASSES + extra)
@@ -94,6 +99,7 @@ def test_auc_is_the_chance_that_a_photo_of_the_class_ranks_first(seed: int, extr
     assert score(p, y).auc == pytest.approx(sum(areas) / CLASSES, abs=1e-9)
 
 
+@FEW
 @given(cases)
 def test_loss_and_log_loss_agree_unless_the_clip_bites(
     case: tuple[np.ndarray, np.ndarray],
@@ -106,13 +112,14 @@ def test_loss_and_log_loss_agree_unless_the_clip_bites(
         assert scores.loss <= scores.log_loss + 1e-6
 
 
+@FEW
 @given(st.integers(0, 10**6), st.permutations(range(12)))
 def test_the_order_of_photos_does_not_matter(seed: int, order: list[int]) -> None:
     p, y = random_case(seed, 12)
     assert score(p[order], y[order]).to_json() == score(p, y).to_json()
 
 
-@settings(max_examples=25)
+@FEW
 @given(cases)
 def test_json_is_plain_rounded_and_free_of_nan(case: tuple[np.ndarray, np.ndarray]) -> None:
     content = score(*case).to_json()
