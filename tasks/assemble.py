@@ -1,0 +1,89 @@
+"""Stage: the trained weights back in the functional model, as one `.keras` file.
+
+The same weights give the same bytes: Keras writes the time, object addresses and zip
+dates into its files, and these are taken out again.
+"""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from tasks.augment import INPUT_SIZE
+from tasks.backbone import BACKBONE_FILE
+from tasks.params import BACKBONE
+from tasks.stage import Context, stage_main
+from tasks.train import read_phase
+from tasks.whole import whole_file
+
+_DATE = (1980, 1, 1, 0, 0, 0)
+"""The earliest a zip entry can have."""
+
+
+def run(context: Context, item: str | None = None) -> None:
+    """Write `artifacts/model.keras` from the backbone and the last phase.
+
+    Raises:
+        ModelError: weights are missing or do not fit.
+    """
+    assemble(context)
+
+
+def assemble(context: Context, size: int = INPUT_SIZE) -> None:
+    """Do `run`'s work for an input of `size` pixels a side."""
+    from tasks.model import HEAD, build_model, freeze
+    from tasks.tail import put_tail
+
+    layout, params = context.layout, context.params
+    weights, temperature = read_phase(layout, params.last_phase)
+    for part in ("kernel", "bias"):
+        weights[f"{HEAD}/{part}"] = weights[f"{HEAD}/{part}"] / temperature
+    model = build_model(
+        params.augmentation,
+        params.training.dropout,
+        size=size,
+        backbone_weights=layout.weights(BACKBONE) / BACKBONE_FILE,
+        seed=params.seed,
+    )
+    put_tail(model, weights)
+    freeze(model, params.phases[params.last_phase].trainable_layers)
+    context.progress("assemble model", 0, 1)
+    save_model(model, layout.model)
+    context.progress("assemble model", 1, 1)
+
+
+def save_model(model: Any, path: Path) -> None:
+    """Save a Keras model so that equal models give equal files."""
+    with whole_file(path) as temporary:
+        raw = temporary.with_name("raw.keras")
+        model.save(raw)
+        with zipfile.ZipFile(raw) as source, zipfile.ZipFile(temporary, "w") as target:
+            for name in sorted(source.namelist()):
+                target.writestr(zipfile.ZipInfo(name, _DATE), _plain(name, source.read(name)))
+
+
+def _plain(name: str, content: bytes) -> bytes:
+    if not name.endswith(".json"):
+        return content
+    fields = json.loads(content)
+    if name == "metadata.json":
+        del fields["date_saved"]
+    return json.dumps(_renumbered(fields, {}), sort_keys=True).encode()
+
+
+def _renumbered(value: Any, numbers: dict[int, int]) -> Any:
+    """Replace addresses in memory that tell shared objects apart by 0, 1, 2…"""
+    if isinstance(value, list):
+        return [_renumbered(entry, numbers) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: numbers.setdefault(entry, len(numbers))
+        if key == "shared_object_id"
+        else _renumbered(entry, numbers)
+        for key, entry in value.items()
+    }
+
+
+if __name__ == "__main__":
+    stage_main(run)

@@ -1,0 +1,122 @@
+"""Train one phase on stored features: the trunk never runs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from tasks.average import Average
+from tasks.phase import Epoch, Plan
+from tasks.progress import Progress
+from tasks.tail import Tail
+from tasks.temperature import score
+
+_BATCH = 64
+_Rows = NDArray[np.int64]
+
+
+class FeatureStore(Protocol):
+    """What `tasks.features.Features` gives."""
+
+    def row(self, name: str, view: int) -> int: ...
+
+    def batch(self, rows: Any) -> NDArray[Any]: ...
+
+
+def fit_cached(
+    model: Any, plan: Plan, names: Sequence[str], features: FeatureStore, progress: Progress
+) -> tuple[list[Epoch], NDArray[np.float32]]:
+    """Train `model`'s tail and head in place; the averaged weights are kept.
+
+    Where only the head trains, block 7a and the top run once for each view that
+    will be seen, and the epochs are over pooled vectors.
+
+    Args:
+        model: of `build_model`, its layers opened by `freeze`.
+        plan: the phase.
+        names: file name of each dataset row.
+        features: the stored activations.
+        progress: told after every update.
+
+    Returns:
+        The learning curve, and the validation logits of the kept weights,
+        float32, (m, 6).
+    """
+    tail = Tail(model, plan.training.dropout, plan.seed)
+    average = Average(tail.variables, plan.training.ema)
+    epochs = [
+        [
+            (chosen, _rows(features, names, plan.train[chosen], views))
+            for chosen, views in plan.batches(epoch)
+        ]
+        for epoch in range(plan.phase.epochs)
+    ]
+    val = _rows(features, names, plan.val, np.zeros_like(plan.val))
+    inputs = _reader(features)
+    pool: Callable[[Any], Any] = tail.pooled
+    if plan.phase.trainable_layers == 0:
+        seen = [rows for batches in epochs for _, rows in batches]
+        inputs = _pooled_once(tail, features, np.unique(np.concatenate([*seen, val])))
+        pool = tf.identity
+    learn = _learner(tail, pool, plan, average)
+    infer = tf.function(lambda batch: tail.logits(pool(batch)), reduce_retracing=True)
+    curve, update = [], 0
+    for number, batches in enumerate(epochs, 1):
+        loss = right = 0.0
+        for chosen, rows in batches:
+            now = learn(inputs(rows), plan.targets(chosen), tf.constant(update))
+            update += 1
+            loss += float(now[0]) * len(chosen)
+            right += float(np.sum(now[1].numpy().argmax(axis=1) == plan.train_labels[chosen]))
+            progress(f"train {plan.name}", update, plan.updates)
+        with average.in_place():
+            logits = _in_batches(infer, inputs, val)
+        val_loss, val_accuracy = score(logits, plan.val_labels)
+        count = len(plan.train)
+        curve.append(Epoch(number, loss / count, right / count, val_loss, val_accuracy))
+    average.keep()
+    return curve, logits
+
+
+def _learner(
+    tail: Tail, pool: Callable[[Any], Any], plan: Plan, average: Average
+) -> Callable[..., Any]:
+    optimizer = plan.optimizer()
+    optimizer.build(tail.variables)
+
+    def learn(batch: Any, targets: Any, update: Any) -> Any:
+        with tf.GradientTape() as tape:
+            logits = tail.logits(pool(batch), update)
+            losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+            loss = tf.reduce_mean(losses)
+        gradients = tape.gradient(loss, [variable.value for variable in tail.variables])
+        optimizer.apply(gradients, tail.variables)
+        average.update()
+        return loss, logits
+
+    compiled: Callable[..., Any] = tf.function(learn, reduce_retracing=True)
+    return compiled
+
+
+def _rows(features: FeatureStore, names: Sequence[str], photos: _Rows, views: _Rows) -> _Rows:
+    pairs = zip(photos, views, strict=True)
+    return np.array([features.row(names[photo], int(view)) for photo, view in pairs], np.int64)
+
+
+def _reader(features: FeatureStore) -> Callable[[_Rows], Any]:
+    return lambda rows: tf.constant(features.batch(rows).astype(np.float32))
+
+
+def _pooled_once(tail: Tail, features: FeatureStore, rows: _Rows) -> Callable[[_Rows], Any]:
+    pooled = tf.function(tail.pooled, reduce_retracing=True)
+    vectors = _in_batches(pooled, _reader(features), rows)
+    return lambda wanted: tf.constant(vectors[np.searchsorted(rows, wanted)])
+
+
+def _in_batches(
+    function: Callable[[Any], Any], inputs: Callable[[_Rows], Any], rows: _Rows
+) -> NDArray[np.float32]:
+    starts = range(0, len(rows), _BATCH)
+    return np.concatenate([function(inputs(rows[at : at + _BATCH])).numpy() for at in starts])

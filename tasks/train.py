@@ -1,0 +1,124 @@
+"""Stage: train one phase, starting from the one before it.
+
+Writes `artifacts/weights/<phase>/`: `weights.safetensors`, the layers above the cut
+and the head, and `history.json`, the learning curve. The last phase may bring a
+`temperature`, which the assemble stage divides the head by.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.augment import INPUT_SIZE
+from tasks.backbone import BACKBONE_FILE
+from tasks.layout import Layout
+from tasks.params import BACKBONE
+from tasks.phase import Epoch, Plan, plan_phase
+from tasks.preprocess import Dataset, open_dataset
+from tasks.stage import Context, stage_main
+from tasks.temperature import fit_temperature, score
+from tasks.weights import Weights, read_weights, write_weights
+from tasks.whole import whole_folder, write_json
+
+WEIGHTS_FILE = "weights.safetensors"
+HISTORY_FILE = "history.json"
+TEMPERATURE = "temperature"
+
+
+def run(context: Context, item: str | None = None) -> None:
+    """Write `artifacts/weights/<item>/`, where `item` is a phase of params.yaml.
+
+    Raises:
+        ParamsError: there is no such phase.
+        DataError: photos or features are missing or damaged.
+        ModelError: the weights to start from are missing or do not fit.
+    """
+    train(context, item)
+
+
+def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
+    """Do `run`'s work for an input of `size` pixels a side."""
+    import tensorflow as tf
+
+    from tasks.tail import tail_weights
+
+    # Measured to cost nothing here; without it bits would hang on thread timing.
+    tf.config.experimental.enable_op_determinism()
+    dataset = open_dataset(context.layout.dataset)
+    plan = plan_phase(context.params, name, dataset)
+    model = _starting_model(context, plan, size)
+    curve, logits = _fit(context, model, plan, dataset)
+    weights = tail_weights(model)
+    history = _history(plan, curve)
+    if context.params.training.calibrate and plan.name == context.params.last_phase:
+        temperature = fit_temperature(logits, plan.val_labels)
+        weights[TEMPERATURE] = np.array(temperature, np.float32)
+        history[TEMPERATURE] = temperature
+        history["val_loss"] = score(logits / temperature, plan.val_labels)[0]
+    with whole_folder(context.layout.weights(plan.name)) as folder:
+        write_weights(folder / WEIGHTS_FILE, weights)
+        write_json(folder / HISTORY_FILE, history)
+
+
+def read_phase(layout: Layout, name: str) -> tuple[Weights, float]:
+    """Read what a phase, or the backbone stage, left.
+
+    Returns:
+        Weights by layer name, and the temperature, 1 where none was fitted.
+
+    Raises:
+        ModelError: the file is missing or is not safetensors.
+    """
+    file = BACKBONE_FILE if name == BACKBONE else WEIGHTS_FILE
+    weights = read_weights(layout.weights(name) / file)
+    return weights, float(weights.pop(TEMPERATURE, np.array(1.0)))
+
+
+def _starting_model(context: Context, plan: Plan, size: int) -> Any:
+    from tasks.model import build_model, freeze
+    from tasks.tail import put_tail
+
+    weights, _ = read_phase(context.layout, plan.phase.starts_from)
+    if plan.training.mode == "cached":
+        model = build_model(size=size, seed=plan.seed)
+    else:
+        model = build_model(
+            context.params.augmentation,
+            plan.training.dropout,
+            size=size,
+            backbone_weights=context.layout.weights(BACKBONE) / BACKBONE_FILE,
+            seed=plan.seed,
+        )
+    put_tail(model, weights)
+    freeze(model, plan.phase.trainable_layers)
+    return model
+
+
+def _fit(
+    context: Context, model: Any, plan: Plan, dataset: Dataset
+) -> tuple[list[Epoch], NDArray[np.float32]]:
+    if plan.training.mode == "cached":
+        from tasks.cached import fit_cached
+        from tasks.features import open_features
+
+        features = open_features(context.layout.features)
+        return fit_cached(model, plan, dataset.names, features, context.progress)
+    from tasks.end_to_end import fit_end_to_end
+
+    return fit_end_to_end(model, plan, dataset.images, context.progress)
+
+
+def _history(plan: Plan, curve: list[Epoch]) -> dict[str, Any]:
+    return {
+        "phase": plan.name,
+        "images": len(plan.train),
+        "epochs": [asdict(epoch) for epoch in curve],
+        "val_accuracy": curve[-1].val_accuracy,
+        "val_loss": curve[-1].val_loss,
+    }
+
+
+if __name__ == "__main__":
+    stage_main(run)
