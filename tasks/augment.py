@@ -109,12 +109,12 @@ def _recolour(
     image: NDArray[np.uint8], light: float, contrast: float, gains: NDArray[np.float64]
 ) -> NDArray[np.uint8]:
     """Stretch each channel about its mean, as `tf.image.adjust_contrast`, then shift and scale."""
-    levels = image.astype(np.float32)
-    means = levels.mean(axis=(0, 1))
-    slope = (contrast * gains).astype(np.float32)
-    offset = ((means * (1 - contrast) + light) * gains).astype(np.float32)
-    coloured: NDArray[np.float32] = np.rint(np.clip(levels * slope + offset, 0, 255))
-    return coloured.astype(np.uint8)
+    means = image.mean(axis=(0, 1))
+    levels = np.arange(256)[:, np.newaxis]
+    changed: NDArray[np.float64] = ((levels - means) * contrast + means + light) * gains
+    table = np.rint(np.clip(changed, 0, 255)).astype(np.uint8)
+    coloured: NDArray[np.uint8] = cv2.LUT(image, table[np.newaxis])
+    return coloured
 
 
 def _placement(

@@ -1,13 +1,13 @@
 """The stored activations, as training reads them."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tasks.errors import DataError
-from tasks.feature_store import Key, Row, StoredRows, open_rows
+from tasks.feature_store import ROW_TYPE, Key, Row, StoredRows, open_rows
 
 
 class Features:
@@ -46,7 +46,7 @@ class Features:
             )
         return number
 
-    def batch(self, rows: Iterable[int] | NDArray[np.int64]) -> Row:
+    def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> Row:
         """Read rows, each checked against its digest.
 
         Args:
@@ -58,7 +58,10 @@ class Features:
         Raises:
             DataError: a row is damaged.
         """
-        return np.stack([self._read(self._keys[int(row)]) for row in rows])
+        result = np.empty((len(rows), *self._rows.shape), ROW_TYPE)
+        for place, row in zip(result, rows, strict=True):
+            place[...] = self._read(self._keys[int(row)])
+        return result
 
     def _read(self, key: Key) -> Row:
         row = self._rows.read(key)

@@ -18,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.augment import INPUT_SIZE, one_thread_each, view
+from tasks.backbone import BACKBONE_FILE
 from tasks.errors import BackboneError, DataError
 from tasks.feature_journal import Journal
+from tasks.feature_reader import Features, open_features
 from tasks.feature_store import (
     Key,
     Recipe,
@@ -38,6 +40,8 @@ from tasks.preprocess import Dataset, open_dataset
 from tasks.stage import Context, stage_main
 from tasks.trunk_engine import TrunkEngine, engine_version, load_engine
 from tasks.whole import write_json
+
+__all__ = ["FeatureReport", "Features", "extract", "open_features", "run"]
 
 CHANNELS = 192
 STRIDE = 32
@@ -66,7 +70,14 @@ class FeatureReport:
 
 def run(context: Context, item: str | None = None) -> None:
     """Write `artifacts/features/`, and how it went to `.local/features.json`."""
-    report = extract(context)
+    try:
+        report = extract(context)
+    except OSError as error:
+        raise DataError(
+            f"The features cannot be written ({error.strerror}). Received: "
+            f"'{context.layout.features}'. Make room, or mend its permissions, and run again: "
+            "what was computed is kept."
+        ) from error
     write_json(context.layout.features_report, asdict(report))
 
 
@@ -137,7 +148,7 @@ def _recipe(context: Context, size: int) -> Recipe:
 
 
 def _backbone(layout: Layout) -> Path:
-    return layout.weights(BACKBONE) / "backbone.safetensors"
+    return layout.weights(BACKBONE) / BACKBONE_FILE
 
 
 def _sha256(path: Path) -> str:

@@ -12,15 +12,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from tasks.augment import enlarge
-from tasks.errors import BackboneError, DataError
+from tasks.errors import BackboneError, DataError, ModelError
 from tasks.feature_journal import Journal
-from tasks.feature_reader import open_features
 from tasks.feature_store import INDEX, ROWS, Key, check_space, open_rows, write_rows
-from tasks.features import FeatureReport
+from tasks.features import FeatureReport, open_features, run
 from tasks.features import extract as extract_features
 from tasks.labels import LABELS
 from tasks.layout import Layout
-from tasks.model import build_backbone, build_trunk
+from tasks.model import FEATURE_SHAPE, build_backbone, build_trunk
 from tasks.params import Params
 from tasks.stage import Context
 from tasks.trunk_engine import TrunkEngine, load_engine
@@ -125,6 +124,7 @@ def test_train_photos_have_all_views_and_val_photos_the_plain_one(context: Conte
         192,
     )
     assert features.batch([features.row("010.png", 0)]).dtype == np.float16
+    assert features.batch([]).shape == (0, 1, 1, 192)
     for name, view in (("010.png", 1), ("003.png", 3), ("020.png", 0), ("none.png", 0)):
         with pytest.raises(DataError, match="Run the features stage"):
             features.row(name, view)
@@ -319,3 +319,30 @@ def test_engine_agrees_with_keras_and_ignores_its_neighbours(backbone: Path) -> 
     assert np.array_equal(alone, turned)
     expected = np.asarray(trunk(pictures.astype(np.float32), training=False))
     np.testing.assert_allclose(np.stack(alone), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_engine_refuses_activations_that_float16_cannot_hold(tmp_path: Path) -> None:
+    weights = _untrained(2)
+    weights["block6d_project_bn/gamma"] = weights["block6d_project_bn/gamma"] * 1e9
+    save_file(weights, tmp_path / "backbone.safetensors")
+    engine = load_engine(tmp_path / "backbone.safetensors", SIZE)
+    with pytest.raises(ModelError, match="do not fit float16"):
+        engine(enlarge(photo(1, 1, DETAIL)[None], SIZE)[0])
+
+
+def test_the_stage_reports_beside_its_output(context: Context) -> None:
+    """The one run at full size: what `python -m tasks.features` does."""
+    _photos(context.layout, range(1), range(10, 11), range(20, 21))
+    run(context)
+    report = json.loads(context.layout.features_report.read_text())
+    speed = report.pop("images_per_second")
+    assert report == {"computed": 4, "reused": 0, "views": VIEWS}
+    assert speed > 0
+    features = open_features(context.layout.features)
+    assert features.batch(range(4)).shape == (4, *FEATURE_SHAPE)
+
+
+def test_the_stage_says_in_one_line_what_cannot_be_written(context: Context) -> None:
+    context.layout.features_journal.mkdir()
+    with pytest.raises(DataError, match=r"cannot be written \(Is a directory\)"):
+        run(context)
