@@ -15,6 +15,7 @@ from tasks.photos import Photo
 
 SAMPLES = 12
 SHOWN_TWINS = 12
+TWINS_A_ROW = 6
 
 INK = "#22303c"
 QUIET = "#8a97a3"
@@ -40,19 +41,22 @@ def draw_audit(
         pictures: uint8, (n, side, side, 3); one for each photo.
         sizes: int64, (n, 2); height and width of each photo in pixels.
     """
-    figure = Figure(figsize=(13.0, 9.2), dpi=110, facecolor="white")
+    rows = -(-min(SHOWN_TWINS, len(report["twins"])) // TWINS_A_ROW)
+    heights = [6.2] + ([0.6 + 1.3 * rows] if rows else [])
+    figure = Figure(figsize=(13.0, sum(heights)), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.suptitle(_title(report), x=0.03, y=0.985, ha="left", size=15, color=INK, weight="bold")
-    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.2, 1.0])[:, 0]
-    left, right = top.subfigures(1, 2, squeeze=False, width_ratios=[1.0, 1.9])[0]
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    if rows:
+        _draw_twins(parts[1], rows, report, photos, pictures)
+    parts[0].text(0.025, 0.945, _title(report), size=15, color=INK, weight="bold")
+    left, right = parts[0].subfigures(1, 2, squeeze=False, width_ratios=[1.0, 1.9])[0]
     varied = report["sizes"]["distinct"] > 1
     axes = left.subplots(2 if varied else 1, 1, squeeze=False)[:, 0]
-    left.subplots_adjust(left=0.1, right=0.96, top=0.88, bottom=0.09, hspace=0.48)
+    left.subplots_adjust(left=0.1, right=0.96, top=0.86, bottom=0.08, hspace=0.5)
     _draw_counts(axes[0], report["counts"])
     if varied:
         _draw_sizes(axes[1], sizes)
     _draw_samples(right, photos, pictures)
-    _draw_twins(bottom, report, photos, pictures)
     figure.savefig(path, metadata={"Software": None})
 
 
@@ -95,7 +99,7 @@ def _draw_sizes(axes: Axes, sizes: NDArray[np.int64]) -> None:
 
 def _draw_samples(place: SubFigure, photos: Sequence[Photo], pictures: Pictures) -> None:
     axes = place.subplots(len(LABELS), 1)
-    place.subplots_adjust(left=0.04, right=0.985, top=0.88, bottom=0.0, hspace=0.04)
+    place.subplots_adjust(left=0.05, right=0.985, top=0.86, bottom=0.01, hspace=0.04)
     side = pictures.shape[1]
     for axis, label in zip(axes, LABELS, strict=True):
         rows = [row for row, photo in enumerate(photos) if photo.label == label]
@@ -104,21 +108,27 @@ def _draw_samples(place: SubFigure, photos: Sequence[Photo], pictures: Pictures)
         for k, row in enumerate(chosen):
             strip[:, k * (side + 3) : k * (side + 3) + side] = pictures[row]
         axis.imshow(strip, interpolation="lanczos")
+        axis.set_anchor("NW")
         axis.set_axis_off()
         axis.text(-12, side / 2, label, ha="right", va="center", size=13, color=INK)
     axes[0].set_title("Samples of each sign", loc="left", size=11, color=INK)
 
 
 def _draw_twins(
-    place: SubFigure, report: dict[str, Any], photos: Sequence[Photo], pictures: Pictures
+    place: SubFigure,
+    rows: int,
+    report: dict[str, Any],
+    photos: Sequence[Photo],
+    pictures: Pictures,
 ) -> None:
-    axes = place.subplots(2, SHOWN_TWINS // 2)
-    place.subplots_adjust(left=0.025, right=0.985, top=0.86, bottom=0.09, wspace=0.08, hspace=0.42)
+    axes = place.subplots(rows, TWINS_A_ROW, squeeze=False)
+    top = 1.0 - 0.55 / (0.6 + 1.3 * rows)
+    place.subplots_adjust(left=0.025, right=0.985, top=top, bottom=0.03, wspace=0.08, hspace=0.22)
     row_of = {photo.key: row for row, photo in enumerate(photos)}
     shown = _most_telling(report)
     found = len(report["twins"])
-    title = f"Twins: {len(shown)} of {found} pairs, by difference" if found else "Twins: none found"
-    place.text(0.025, 0.95, title, size=11, color=INK)
+    title = f"Twins: {len(shown)} of {found} pairs, by root-mean-square difference"
+    place.text(0.025, 1.0 - 0.2 / (0.6 + 1.3 * rows), title, size=11, color=INK)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, pair in zip(axes.flat, shown, strict=False):

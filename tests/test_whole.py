@@ -1,5 +1,6 @@
 """Outputs appear whole or not at all, and never through a link into a cache."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,8 @@ def test_a_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
 def test_a_failure_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "note.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError, match="half way"), whole_file(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("half way")
+    with pytest.raises(RuntimeError, match="half way"):
+        _fail_half_way(whole_file(path))
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
 
@@ -54,9 +54,8 @@ def test_a_failure_keeps_the_old_folder(tmp_path: Path) -> None:
     path = tmp_path / "set"
     path.mkdir()
     (path / "old").write_text("old")
-    with pytest.raises(RuntimeError, match="half way"), whole_folder(path) as temporary:
-        (temporary / "new").write_text("new")
-        raise RuntimeError("half way")
+    with pytest.raises(RuntimeError, match="half way"):
+        _fail_half_way(whole_folder(path))
     assert (path / "old").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
@@ -71,3 +70,9 @@ def test_json_without_a_number_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "bad.json", {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def _fail_half_way(place: AbstractContextManager[Path]) -> None:
+    with place as temporary:
+        (temporary / "half" if temporary.is_dir() else temporary).write_text("half")
+        raise RuntimeError("half way")
