@@ -33,7 +33,7 @@ SEED = 20
 MEANINGS = ("closed ring", "index", "index, middle", "thumb and two", "four fingers", "open hand")
 """What the hand shows for each label."""
 
-CHUNK = 20
+CHUNK = 10
 MAX_PROCESSES = 8
 
 Place = tuple[int, int, int]

