@@ -11,10 +11,10 @@ from flows.report import RunReport
 from flows.workspace import Workspace
 from tasks.augment import enlarge
 from tasks.card import model_card
+from tasks.dataset import open_dataset
 from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.params import Params
-from tasks.preprocess import open_dataset
 from tasks.registry import RecordedRun
 from tasks.release import Release, publish
 from tasks.run_record import RunRecord

@@ -22,8 +22,8 @@ from tasks.errors import DataError
 from tasks.params import AuditParams
 from tasks.photos import Photo, count_classes, each_photo, find_photos
 from tasks.plot_audit import draw_audit
-from tasks.preprocess import shrink
 from tasks.progress import Progress
+from tasks.shrink import shrink
 from tasks.splits import require_enough
 from tasks.stage import Context, stage_main
 from tasks.twins import Twins, find_twins, group, perceptual_hash

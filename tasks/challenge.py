@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from tasks.classifier import Classifier, classify_files, load_classifier
 from tasks.compare import Comparison, compare
+from tasks.dataset import open_dataset
 from tasks.errors import HandsignsError, PromotionError
 from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.pointer import Champion
-from tasks.preprocess import open_dataset
 from tasks.progress import Progress, silent
 from tasks.release import fetch
 from tasks.storage import Storage

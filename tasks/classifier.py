@@ -20,8 +20,8 @@ from tasks.class_folders import Read
 from tasks.errors import DataError, ImageError
 from tasks.images import MAX_BYTES, decode, read_photo
 from tasks.labels import LABELS
-from tasks.preprocess import shrink
 from tasks.progress import Progress, silent
+from tasks.shrink import shrink
 
 BATCH = 32
 

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from tasks import plots
 from tasks.class_folders import arrange, folder_entries
 from tasks.classifier import Classifier, Prediction, classify, load_classifier
+from tasks.dataset import Dataset, open_dataset
 from tasks.errors import DataError, StageError
 from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.metrics import Scores, checked, score
-from tasks.preprocess import Dataset, open_dataset
 from tasks.progress import Progress, silent
 from tasks.stage import Context, stage_main
 from tasks.whole import write_json

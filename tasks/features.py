@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tasks.augment import INPUT_SIZE, one_thread_each, view
 from tasks.backbone import BACKBONE_FILE
+from tasks.dataset import Dataset, open_dataset
 from tasks.errors import BackboneError, DataError
 from tasks.feature_journal import Journal
 from tasks.feature_reader import Features, open_features
@@ -36,7 +37,6 @@ from tasks.feature_store import (
 from tasks.layout import Layout
 from tasks.parallel import in_order
 from tasks.params import BACKBONE
-from tasks.preprocess import Dataset, open_dataset
 from tasks.stage import Context, stage_main
 from tasks.trunk_engine import TrunkEngine, engine_version, load_engine
 from tasks.whole import write_json

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tasks.dataset import INDEX
 from tasks.labels import LABELS
 from tasks.params import GateParams
-from tasks.preprocess import INDEX
 from tasks.stage import Context, stage_main
 from tasks.whole import write_json
 

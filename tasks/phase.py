@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.dataset import Dataset
 from tasks.errors import ParamsError
 from tasks.labels import LABELS
 from tasks.params import Params, PhaseParams, TrainingParams
-from tasks.preprocess import Dataset
 from tasks.splits import subset
 
 

@@ -8,117 +8,23 @@ many test photos have a twin among them that is trained or chosen on (`leaks`).
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-from numpy.typing import NDArray
 
+from tasks.dataset import IMAGES, INDEX
 from tasks.errors import DataError
-from tasks.labels import LABELS
 from tasks.params import SplitParams
 from tasks.photos import Photo, count_classes, each_photo, find_photos
+from tasks.shrink import shrink
 from tasks.splits import assign
 from tasks.stage import Context, stage_main
 from tasks.twins import group
 from tasks.whole import whole_folder, write_json
 
-IMAGES = "images.npy"
-INDEX = "index.json"
-
-
 SPLITS = ("train", "val", "test")
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """The preprocessed photos of all splits; row i is the same photo everywhere.
-
-    Args:
-        images: uint8, (n, detail, detail, 3), RGB in [0, 255]; memory-mapped, read-only.
-        names: file name of each photo, unique.
-        labels: int64, (n,); index into `tasks.labels.LABELS`.
-        splits: `train`, `val` or `test` for each photo.
-    """
-
-    images: NDArray[np.uint8]
-    names: tuple[str, ...]
-    labels: NDArray[np.int64]
-    splits: tuple[str, ...]
-
-    def rows(self, split: str) -> NDArray[np.int64]:
-        """Rows of one split, ascending.
-
-        Args:
-            split: `train`, `val` or `test`.
-
-        Returns:
-            int64, (m,); indices into `images`, `names`, `labels` and `splits`.
-        """
-        return np.flatnonzero(self._split_array == split).astype(np.int64)
-
-    @cached_property
-    def _split_array(self) -> NDArray[np.str_]:
-        return np.array(self.splits, dtype=np.str_)
-
-
-def open_dataset(folder: Path) -> Dataset:
-    """Open what the preprocess stage wrote, without reading the pictures yet.
-
-    Args:
-        folder: `Layout.dataset`.
-
-    Returns:
-        The dataset; its images are read from disk as they are used.
-
-    Raises:
-        DataError: the folder is missing, or its two files do not belong together.
-    """
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        images = np.load(folder / IMAGES, mmap_mode="r", allow_pickle=False)
-        photos = index["photos"]
-        expected = (len(photos), index["detail"], index["detail"], 3)
-        if images.shape != expected or images.dtype != np.uint8:
-            raise ValueError(f"{IMAGES} is {images.dtype} {images.shape}, not uint8 {expected}")
-        return Dataset(
-            images=images,
-            names=tuple(photo["name"] for photo in photos),
-            labels=np.array([LABELS.index(photo["label"]) for photo in photos], dtype=np.int64),
-            splits=tuple(photo["split"] for photo in photos),
-        )
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"The preprocessed photos cannot be opened ({error}). Received: '{folder}'. "
-            "Run the preprocess stage again."
-        ) from error
-
-
-def shrink(picture: NDArray[np.uint8], detail: int) -> NDArray[np.uint8]:
-    """Bring one picture to the size every photo is trained, scored and predicted at.
-
-    The largest central square is kept. Reducing averages over areas, so that no
-    pixel is dropped and fine patterns do not alias; enlarging is bilinear.
-
-    Args:
-        picture: uint8, (height, width, 3), RGB.
-        detail: side of the result in pixels.
-
-    Returns:
-        uint8, (detail, detail, 3); a new array.
-    """
-    height, width = picture.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = np.ascontiguousarray(picture[top : top + side, left : left + side])
-    if side == detail:
-        return square.copy()
-    method = cv2.INTER_AREA if side > detail else cv2.INTER_LINEAR
-    shrunk: NDArray[np.uint8] = cv2.resize(square, (detail, detail), interpolation=method)
-    return shrunk
 
 
 def run(context: Context, item: str | None = None) -> None:

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from tasks.augment import INPUT_SIZE
 from tasks.backbone import BACKBONE_FILE
+from tasks.dataset import Dataset, open_dataset
 from tasks.layout import Layout
 from tasks.params import BACKBONE
 from tasks.phase import Epoch, Plan, plan_phase
-from tasks.preprocess import Dataset, open_dataset
 from tasks.stage import Context, stage_main
 from tasks.temperature import fit_temperature, score
 from tasks.weights import Weights, read_weights, write_weights
