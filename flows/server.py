@@ -11,7 +11,7 @@ from flows.ports import remember_ports
 from tasks.errors import BusyError, ServiceError
 
 POLL_SECONDS = 0.1
-STOP_SECONDS = 20.0
+STOP_SECONDS = 15.0
 TETHER = Path(__file__).with_name("tether.py")
 BUSY = 75
 """Exit code of the tether when another run holds the server's lock."""

@@ -48,6 +48,9 @@ def seaweedfs(folder: Path, bucket: str, patience: float) -> tuple[Server, S3Add
         f"-ip={HOST}",
         f"-ip.bind={HOST}",
         *listen,
+        # With its old state the master at times refuses writes for 15 s, waiting for
+        # volumes of other machines; without it, it learns of ours within the start.
+        "-master.resumeState=false",
         "-master.telemetry=false",
         "-webdav=false",
         "-admin.ui=false",

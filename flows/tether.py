@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 BUSY = 75
 """Exit code when somebody else holds the lock; sysexits.h calls it EX_TEMPFAIL."""
-GRACE = 10.0
+GRACE = 4.0
 """Seconds that a server gets between SIGTERM and SIGKILL."""
 
 
@@ -50,13 +50,17 @@ def main(lock: str, log: str, seconds: str, *command: str) -> int:
 
 def _hold(command: tuple[str, ...], log: Path) -> None:
     with log.open("wb") as output:
-        server = subprocess.Popen(  # noqa: S603, the command comes from flows.servers
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-        )
+        try:
+            server = subprocess.Popen(  # noqa: S603, the command comes from flows.servers
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+            )
+        except OSError as error:
+            output.write(str(error).encode())
+            return
     try:
         server.wait()
     finally:

@@ -238,11 +238,7 @@ class Storage:
             ) from None
 
     def _at(self, key: str) -> Any:
-        if not _KEY.fullmatch(key) or len(key) > 512:
-            raise ValueError(
-                f"An object's key must be plain names joined by slashes. Received: {key!r}."
-            )
-        return {"Bucket": self.address.bucket, "Key": key}
+        return {"Bucket": self.address.bucket, "Key": check_key(key)}
 
     def _explain(self, response: Any, what: str) -> HandsignsError:
         code = str(response.get("Error", {}).get("Code", ""))
@@ -267,6 +263,15 @@ class Storage:
         return ServiceError(
             f"S3 failed with {status} {code} for {at}. Look at the service, then run again."
         )
+
+
+def check_key(key: str) -> str:
+    """Return `key`, or raise `ValueError` if it is not plain names joined by slashes."""
+    if not _KEY.fullmatch(key) or len(key) > 512:
+        raise ValueError(
+            f"An object's key must be plain names joined by slashes. Received: {key!r}."
+        )
+    return key
 
 
 def _client(address: S3Address) -> "S3Client":

@@ -1,0 +1,294 @@
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.errors import PromotionError, ReleaseError
+from tasks.manifest import MANIFEST, Digest, content_id, describe
+from tasks.pointer import KEY, Champion, Pointer, move_champion, read_champion
+from tasks.release import Release, fetch, publish, verify
+from tasks.storage import S3Address, Storage
+
+OTHER = "0" * 32
+
+
+class Witness(Storage):
+    """The real storage, which also remembers what was written."""
+
+    def __init__(self, address: S3Address) -> None:
+        super().__init__(address)
+        self.written: list[str] = []
+
+    def put(self, key: str, source: Path | bytes) -> None:
+        super().put(key, source)
+        self.written.append(key)
+
+    def put_if_absent(self, key: str, content: bytes) -> str:
+        self.written.append(key)
+        return super().put_if_absent(key, content)
+
+
+@pytest.fixture
+def witness(s3: S3Address) -> Witness:
+    return Witness(s3)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    folder = tmp_path / "artifacts"
+    folder.mkdir()
+    contents = {"model.keras": b"weights" * 1000, "labels.json": b"[]", "model_card.md": b"# Card"}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return {name: folder / name for name in contents}
+
+
+def _key(release: Release, name: str) -> str:
+    return f"releases/{release.id}/{name}"
+
+
+digests = st.builds(
+    Digest,
+    sha256=st.binary(min_size=32, max_size=32).map(bytes.hex),
+    bytes=st.integers(0, 2**30),
+)
+
+
+@given(st.dictionaries(st.text("abc.", min_size=1), digests, min_size=1))
+def test_the_id_depends_on_every_file_and_not_on_their_order(files: Mapping[str, Digest]) -> None:
+    wanted = content_id(files)
+    assert content_id(dict(reversed(list(files.items())))) == wanted
+    for name, digest in files.items():
+        larger = Digest(sha256=digest.sha256, bytes=digest.bytes + 1 if digest.bytes < 9 else 0)
+        assert content_id({**files, name: larger}) != wanted
+        assert content_id({other: files[other] for other in files if other != name}) != wanted
+
+
+def test_facts_do_not_change_the_id(files: dict[str, Path]) -> None:
+    assert describe(files, {"git": "abc"}).id == describe(files, {"git": "def"}).id
+
+
+@pytest.mark.parametrize("name", ["../model.keras", "a/b", ".hidden", "", MANIFEST])
+def test_a_file_name_that_is_not_plain_is_refused(name: str, files: dict[str, Path]) -> None:
+    with pytest.raises(ReleaseError):
+        describe({name: files["model.keras"]})
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ReleaseError, match=r"gone\.json"):
+        describe({"gate.json": tmp_path / "gone.json"})
+
+
+def test_a_published_release_is_verified_and_fetched(
+    witness: Witness, files: dict[str, Path], tmp_path: Path
+) -> None:
+    release = publish(witness, files, {"git": "abc"})
+    assert release.uri == f"s3://{witness.address.bucket}/releases/{release.id}/"
+    assert witness.written[-1] == _key(release, MANIFEST)
+    assert verify(witness, release.id) == release
+    folder = fetch(witness, release.id, tmp_path / "cache")
+    assert folder == tmp_path / "cache" / release.id
+    for name, path in files.items():
+        assert (folder / name).read_bytes() == path.read_bytes()
+    assert json.loads((folder / MANIFEST).read_bytes())["facts"] == {"git": "abc"}
+
+
+def test_the_same_files_are_uploaded_once(witness: Witness, files: dict[str, Path]) -> None:
+    first = publish(witness, files, {"git": "abc"})
+    witness.written.clear()
+    assert publish(witness, files, {"git": "def"}) == first
+    assert witness.written == []
+
+
+def test_a_half_uploaded_release_is_invisible_and_then_completed(
+    witness: Witness, files: dict[str, Path], tmp_path: Path
+) -> None:
+    release_id = describe(files).id
+    witness.put(f"releases/{release_id}/labels.json", files["labels.json"])
+    witness.put(f"releases/{release_id}/model.keras", b"half of it")
+    for attempt in (
+        lambda: verify(witness, release_id),
+        lambda: fetch(witness, release_id, tmp_path / "c"),
+    ):
+        with pytest.raises(ReleaseError, match="no complete release"):
+            attempt()
+    witness.written.clear()
+    release = publish(witness, files)
+    assert witness.written == [
+        _key(release, name) for name in ("model.keras", "model_card.md", MANIFEST)
+    ]
+    verify(witness, release.id)
+
+
+def test_a_damaged_release_is_mended_by_publishing_again(
+    storage: Storage, files: dict[str, Path]
+) -> None:
+    release = publish(storage, files)
+    storage.put(_key(release, "model.keras"), b"weightz" * 1000)
+    with pytest.raises(ReleaseError, match="differs from its digest"):
+        verify(storage, release.id)
+    publish(storage, files)
+    verify(storage, release.id)
+
+
+def _remove(storage: Storage, key: str) -> None:
+    storage._client.delete_object(Bucket=storage.address.bucket, Key=key)
+
+
+def _changed(storage: Storage, release: Release) -> str:
+    storage.put(_key(release, "labels.json"), b"{}")
+    return "differs from its digest"
+
+
+def _shortened(storage: Storage, release: Release) -> str:
+    storage.put(_key(release, "labels.json"), b"[")
+    return "another size"
+
+
+def _removed(storage: Storage, release: Release) -> str:
+    _remove(storage, _key(release, "labels.json"))
+    return "is missing"
+
+
+def _added(storage: Storage, release: Release) -> str:
+    storage.put(_key(release, "extra.py"), b"")
+    return "was added"
+
+
+def _foreign(storage: Storage, release: Release) -> str:
+    manifest = describe({"labels.json": Path(__file__)})
+    storage.put(_key(release, MANIFEST), manifest.to_bytes())
+    return "belongs to another release"
+
+
+def _renamed(storage: Storage, release: Release) -> str:
+    """Digests of other files under this release's name."""
+    manifest = describe({"labels.json": Path(__file__)}).model_copy(update={"id": release.id})
+    storage.put(_key(release, MANIFEST), manifest.to_bytes())
+    return "belongs to another release"
+
+
+def _garbled(storage: Storage, release: Release) -> str:
+    storage.put(_key(release, MANIFEST), b"{not json")
+    return "cannot be understood"
+
+
+def _later_format(storage: Storage, release: Release) -> str:
+    content = {**release.manifest.model_dump(), "format": 2}
+    storage.put(_key(release, MANIFEST), json.dumps(content).encode())
+    return "format"
+
+
+def _endless(storage: Storage, release: Release) -> str:
+    storage.put(_key(release, MANIFEST), b" " * (2 << 20))
+    return "too large"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _changed,
+        _shortened,
+        _removed,
+        _added,
+        _foreign,
+        _renamed,
+        _garbled,
+        _later_format,
+        _endless,
+    ],
+)
+def test_each_kind_of_damage_is_refused_in_its_own_words(
+    storage: Storage, files: dict[str, Path], tmp_path: Path, damage
+) -> None:
+    release = publish(storage, files)
+    words = damage(storage, release)
+    with pytest.raises(ReleaseError, match=words) as caught:
+        verify(storage, release.id)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ReleaseError, match=words):
+        fetch(storage, release.id, tmp_path / "cache")
+    assert list((tmp_path / "cache").glob("*")) == []
+
+
+def test_a_damaged_local_copy_is_fetched_again(
+    storage: Storage, files: dict[str, Path], tmp_path: Path
+) -> None:
+    release = publish(storage, files)
+    folder = fetch(storage, release.id, tmp_path)
+    (folder / "labels.json").write_bytes(b"{}")
+    (folder / "extra.py").write_bytes(b"")
+    fetch(storage, release.id, tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*files, MANIFEST])
+    assert (folder / "labels.json").read_bytes() == b"[]"
+
+
+def test_a_whole_local_copy_needs_no_storage(
+    storage: Storage, files: dict[str, Path], tmp_path: Path
+) -> None:
+    release = publish(storage, files)
+    folder = fetch(storage, release.id, tmp_path)
+    nobody = Storage(S3Address("http://127.0.0.1:9", "artifacts", "us-east-1", "k", "s"))
+    assert fetch(nobody, release.id, tmp_path) == folder
+
+
+def test_a_link_in_a_local_copy_is_not_followed(
+    storage: Storage, files: dict[str, Path], tmp_path: Path
+) -> None:
+    release = publish(storage, files)
+    folder = fetch(storage, release.id, tmp_path / "cache")
+    (folder / "labels.json").unlink()
+    (folder / "labels.json").symlink_to(files["labels.json"])
+    fetch(storage, release.id, tmp_path / "cache")
+    assert not (folder / "labels.json").is_symlink()
+
+
+@pytest.mark.parametrize("release_id", ["../..", "", "A" * 32, "0" * 31, "0" * 33])
+def test_a_release_is_named_by_32_hex_digits(
+    storage: Storage, release_id: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ReleaseError, match="32 hex digits"):
+        fetch(storage, release_id, tmp_path)
+    with pytest.raises(ReleaseError, match="32 hex digits"):
+        verify(storage, release_id)
+
+
+def test_the_champion_is_moved_only_by_who_saw_the_present_one(storage: Storage) -> None:
+    assert read_champion(storage) is None
+    first = move_champion(storage, None, Pointer(release=OTHER, version=1, by="a"))
+    assert read_champion(storage) == first
+    second = move_champion(storage, first, Pointer(release=OTHER, version=2, previous=1))
+    for stale in (None, first):
+        with pytest.raises(PromotionError, match="changed meanwhile"):
+            move_champion(storage, stale, Pointer(release=OTHER, version=3))
+    assert read_champion(storage) == second
+
+
+def test_of_two_promotions_at_once_one_wins(storage: Storage) -> None:
+    def promote(expected: Champion | None, version: int) -> int | None:
+        try:
+            move_champion(storage, expected, Pointer(release=OTHER, version=version))
+        except PromotionError:
+            return None
+        return version
+
+    with ThreadPoolExecutor(2) as pool:
+        for round_ in range(10):
+            expected = read_champion(storage)
+            rivals = [2 * round_ + 1, 2 * round_ + 2]
+            winners = [v for v in pool.map(lambda v, e=expected: promote(e, v), rivals) if v]
+            champion = read_champion(storage)
+            assert len(winners) == 1
+            assert champion is not None
+            assert champion.pointer.version == winners[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"release": "../..", "version": 1}'])
+def test_a_broken_pointer_is_not_followed(storage: Storage, content: bytes) -> None:
+    storage.put(KEY, content)
+    with pytest.raises(ReleaseError, match="cannot be understood"):
+        read_champion(storage)

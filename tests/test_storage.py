@@ -1,0 +1,211 @@
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.errors import ServiceError
+from tasks.storage import ChangedError, Entry, MissingObjectError, S3Address, Storage, check_key
+
+
+def test_what_is_put_comes_back(storage: Storage, tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000
+    source = tmp_path / "model.keras"
+    source.write_bytes(content)
+    storage.put("a/model.keras", source)
+    storage.put("a/empty", b"")
+    assert storage.get("a/model.keras") == content
+    assert storage.get("a/empty") == b""
+    assert storage.digest("a/model.keras") == (sha256(content).hexdigest(), len(content))
+    assert storage.download("a/model.keras", tmp_path / "copy") == storage.digest("a/model.keras")
+    assert (tmp_path / "copy").read_bytes() == content
+    assert storage.exists("a/model.keras")
+    assert not storage.exists("a/other")
+
+
+def test_a_listing_is_sorted_and_knows_sizes(storage: Storage) -> None:
+    for key in ("b/2", "b/10", "a/1"):
+        storage.put(key, key.encode())
+    assert list(storage.list("b/")) == [Entry("b/10", 4), Entry("b/2", 3)]
+    assert list(storage.list("nothing/")) == []
+
+
+def test_a_missing_object_is_told_from_a_missing_bucket(storage: Storage, tmp_path: Path) -> None:
+    with pytest.raises(MissingObjectError, match="a/b does not exist"):
+        storage.get("a/b")
+    with pytest.raises(MissingObjectError):
+        storage.download("a/b", tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+    elsewhere = Storage(replace(storage.address, bucket="no-such-bucket"))
+    with pytest.raises(ServiceError, match=r"bucket s3://no-such-bucket/.* does not exist"):
+        elsewhere.check()
+    with pytest.raises(ServiceError, match="does not exist"):
+        list(elsewhere.list(""))
+
+
+def test_wrong_credentials_are_told_without_showing_them(s3: S3Address) -> None:
+    wrong = replace(s3, secret_access_key="sentinel-secret")
+    for address in (wrong, replace(wrong, access_key_id="sentinel-key")):
+        with pytest.raises(ServiceError, match="refuses the credentials") as caught:
+            Storage(address).put("a", b"")
+        assert "sentinel" not in str(caught.value)
+        assert "sentinel" not in repr(address)
+
+
+def test_put_if_absent_never_replaces(storage: Storage) -> None:
+    etag = storage.put_if_absent("pointer", b"first")
+    with pytest.raises(ChangedError, match="changed meanwhile"):
+        storage.put_if_absent("pointer", b"second")
+    assert storage.read("pointer") == (b"first", etag)
+
+
+def test_put_if_match_replaces_only_what_was_read(storage: Storage) -> None:
+    first = storage.put_if_absent("pointer", b"first")
+    second = storage.put_if_match("pointer", b"second", first)
+    with pytest.raises(ChangedError):
+        storage.put_if_match("pointer", b"third", first)
+    with pytest.raises(ChangedError):
+        storage.put_if_match("nothing", b"third", first)
+    assert storage.read("pointer") == (b"second", second)
+    assert not storage.exists("nothing")
+
+
+def test_of_many_rivals_exactly_one_wins(storage: Storage) -> None:
+    etag = storage.put_if_absent("pointer", b"start")
+
+    def attempt(rival: int) -> int | None:
+        try:
+            storage.put_if_match("pointer", f"rival {rival}".encode(), etag)
+        except ChangedError:
+            return None
+        return rival
+
+    with ThreadPoolExecutor(6) as pool:
+        winners = [rival for rival in pool.map(attempt, range(6)) if rival is not None]
+    assert len(winners) == 1
+    assert storage.get("pointer") == f"rival {winners[0]}".encode()
+
+
+@given(st.text(max_size=40))
+def test_a_key_is_plain_names_joined_by_slashes_or_refused(key: str) -> None:
+    parts = key.split("/")
+    plain = all(
+        part
+        and part[0] not in "._-"
+        and all(c.isascii() and (c.isalnum() or c in "._-") for c in part)
+        for part in parts
+    )
+    if plain:
+        assert check_key(key) == key
+    else:
+        with pytest.raises(ValueError, match="plain names"):
+            check_key(key)
+
+
+@pytest.mark.parametrize(
+    "key", ["../a", "a/../b", "/a", "a/", "a//b", "a\nb", ".hidden", "a" * 513]
+)
+def test_a_key_that_leaves_its_folder_never_reaches_the_service(key: str) -> None:
+    nobody = Storage(S3Address("http://127.0.0.1:9", "artifacts", "us-east-1", "k", "s"))
+    for call in (nobody.get, nobody.exists, nobody.digest):
+        with pytest.raises(ValueError, match="plain names"):
+            call(key)
+
+
+def test_a_dead_endpoint_is_named_in_one_line_within_30_s() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises(ServiceError, match=url) as caught:
+            Storage(S3Address(url, "artifacts", "us-east-1", "k", "s")).check()
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.slow
+def test_a_hanging_endpoint_is_given_up_within_30_s() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises(ServiceError, match=url):
+            Storage(S3Address(url, "artifacts", "us-east-1", "k", "s")).get("a")
+    assert 15 < time.monotonic() - started < 30
+
+
+class _Unreliable(BaseHTTPRequestHandler):
+    """An S3 endpoint that loses an answer and breaks off half of its bodies."""
+
+    stored = b""
+    gets = 0
+    whole_after = 10**6
+
+    def do_PUT(self) -> None:
+        cls = type(self)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if not cls.stored:
+            cls.stored = body
+            self.close_connection = True
+            return
+        self.send_response(412)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        cls = type(self)
+        cls.gets += 1
+        whole = cls.gets >= cls.whole_after
+        self.send_response(200)
+        self.send_header("ETag", '"etag"')
+        self.send_header("Content-Length", str(len(cls.stored)))
+        self.end_headers()
+        self.wfile.write(cls.stored if whole else cls.stored[: len(cls.stored) // 2])
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def _unreliable(stored: bytes, whole_after: int) -> Iterator[Storage]:
+    handler = type("Handler", (_Unreliable,), {"stored": stored, "whole_after": whole_after})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        yield Storage(S3Address(url, "artifacts", "us-east-1", "k", "s"))
+        server.shutdown()
+
+
+def test_a_write_whose_answer_was_lost_is_not_taken_for_a_rival() -> None:
+    with _unreliable(b"", whole_after=1) as storage:
+        assert storage.put_if_absent("pointer", b"mine") == '"etag"'
+
+
+def test_a_rival_is_seen_even_when_an_answer_was_lost() -> None:
+    with _unreliable(b"theirs", whole_after=1) as storage, pytest.raises(ChangedError):
+        storage.put_if_absent("pointer", b"mine")
+
+
+def test_a_body_that_breaks_off_is_read_again() -> None:
+    with _unreliable(b"x" * 1000, whole_after=3) as storage:
+        assert storage.get("a") == b"x" * 1000
+
+
+def test_a_body_that_always_breaks_off_leaves_no_file(tmp_path: Path) -> None:
+    target = tmp_path / "model.keras"
+    target.write_bytes(b"old")
+    with (
+        _unreliable(b"x" * 1000, whole_after=10**6) as storage,
+        pytest.raises(ServiceError, match="does not answer"),
+    ):
+        storage.download("a", target)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
