@@ -5,10 +5,9 @@ go to standard output, everything else to standard error.
 """
 
 import json
-import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,7 +47,6 @@ Reason = Annotated[str, typer.Option(help="Why; kept in the champion's history."
 
 def main() -> None:
     """Run the command; whatever is refused or fails ends in one line and exit code 1."""
-    logging.getLogger("dvc").setLevel(logging.WARNING)
     try:
         app()
     except HandsignsError as error:
@@ -222,7 +220,8 @@ def _workspace(layout: Layout) -> "Workspace":
 def _progress() -> "Iterator[Progress]":
     from flows.console import progress_bars
 
-    with progress_bars(_err) as progress:
+    # Whatever a library prints on the way must not get between a script and its JSON.
+    with redirect_stdout(sys.stderr), progress_bars(_err) as progress:
         yield progress
 
 

@@ -38,6 +38,8 @@ def launch_retrain(workspace: Workspace, force: bool, progress: Progress) -> Run
         # While the server starts, so that training does not wait for it.
         threading.Thread(target=_import_tensorflow, daemon=True).start()
         _point_prefect_at(services.prefect(), layout.local.resolve() / "prefect")
+        from prefect.logging.handlers import APILogWorker
+
         from flows.retrain import listener, retrain
 
         token = listener.set(progress)
@@ -45,6 +47,8 @@ def launch_retrain(workspace: Workspace, force: bool, progress: Progress) -> Run
             retrain(force=force, return_state=True)
         finally:
             listener.reset(token)
+            # The last lines must reach the server before it stops.
+            APILogWorker.drain_all(timeout=5)
     return RunReport.model_validate(read_json(layout.run))
 
 

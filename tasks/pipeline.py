@@ -61,6 +61,8 @@ class Pipeline:
         from dvc.exceptions import NotDvcRepoError
         from dvc.repo import Repo
 
+        # What DVC advises a person to type next is not for those who run this.
+        logging.getLogger("dvc").setLevel(logging.WARNING)
         self._layout = layout
         self._lock_timeout = lock_timeout
         config: dict[str, Any] = {}

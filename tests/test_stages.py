@@ -1,0 +1,79 @@
+"""`dvc.yaml` names all the code that a stage's result depends on."""
+
+import ast
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.fixtures.photos import CHECKOUT
+
+NEUTRAL = {"__init__", "errors", "labels", "layout", "params", "progress", "stage", "whole"}
+"""What carries values but decides none; `params.yaml` itself is tracked key by key."""
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of `tasks` that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "tasks":
+                found |= {alias.name for alias in node.names}
+            elif node.module.startswith("tasks."):
+                found.add(node.module.removeprefix("tasks."))
+    return found
+
+
+def needed(module: str) -> set[str]:
+    """The stage's module and everything it leads to, but for the neutral ones."""
+    seen: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen and name not in NEUTRAL:
+            seen.add(name)
+            waiting += imports(CHECKOUT.root / f"tasks/{name}.py")
+    return seen
+
+
+def stages() -> dict[str, tuple[str, set[str]]]:
+    """Module and code dependencies of each stage of `dvc.yaml`."""
+    found = {}
+    for name, stage in yaml.safe_load((CHECKOUT.root / "dvc.yaml").read_text())["stages"].items():
+        body = stage.get("do", stage)
+        module = shlex.split(body["cmd"])[2].removeprefix("tasks.")
+        code = {Path(dep).stem for dep in body["deps"] if dep.startswith("tasks/")}
+        found[name] = (module, code)
+    return found
+
+
+@pytest.mark.parametrize("name", stages())
+def test_a_stage_depends_on_all_the_code_that_it_runs(name: str) -> None:
+    module, declared = stages()[name]
+    assert declared == needed(module)
+
+
+def test_no_task_reaches_up_to_prefect() -> None:
+    modules = sorted(f"tasks.{path.stem}" for path in (CHECKOUT.root / "tasks").glob("[a-z]*.py"))
+    code = "; ".join(f"import {name}" for name in modules)
+    code += "; import sys; print('prefect' in sys.modules, 'flows' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("library", "home"), [("boto3", "storage"), ("mlflow", "registry"), ("dvc", "pipeline")]
+)
+def test_each_service_is_touched_in_one_module_only(library: str, home: str) -> None:
+    touching = set()
+    for path in (CHECKOUT.root / "tasks").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            if any(name.split(".")[0] == library for name in names):
+                touching.add(path.stem)
+    assert touching == {home}
