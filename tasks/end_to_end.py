@@ -47,6 +47,7 @@ def fit_end_to_end(
         _photos(plan, images, size),
         epochs=plan.phase.epochs,
         steps_per_epoch=plan.updates_per_epoch,
+        shuffle=False,  # the plan has done that
         callbacks=[watch],
         verbose=0,
     )

@@ -1,0 +1,150 @@
+"""Training in both modes, on an untrained network at 32 x 32."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tasks.backbone import BACKBONE_FILE
+from tasks.cached import fit_cached
+from tasks.dataset import open_dataset
+from tasks.end_to_end import fit_end_to_end
+from tasks.errors import ParamsError
+from tasks.model import backbone_of, build_model, freeze, trunk_of
+from tasks.phase import plan_phase
+from tasks.progress import silent
+from tasks.stage import Context
+from tasks.tail import tail_weights
+from tasks.weights import Weights, take
+from tests.fixtures.models import SIZE, StoredArrays
+
+PHASES = ["base", "fine_tune", "full"]
+Workshop = Callable[..., Context]
+
+
+def start(context: Context, phase: str, plain: bool = True) -> Any:
+    """The whole model at 32 x 32, opened for one phase."""
+    model = build_model(
+        None if plain else context.params.augmentation,
+        context.params.training.dropout,
+        size=SIZE,
+        backbone_weights=context.layout.weights("backbone") / BACKBONE_FILE,
+        seed=context.params.seed,
+    )
+    freeze(model, context.params.phases[phase].trainable_layers)
+    return model
+
+
+def fit(context: Context, phase: str, mode: str, model: Any, features: Any = None) -> Any:
+    dataset = open_dataset(context.layout.dataset)
+    plan = plan_phase(context.params, phase, dataset)
+    if mode == "end_to_end":
+        return fit_end_to_end(model, plan, dataset.images, silent)
+    return fit_cached(model, plan, dataset.names, features, silent)
+
+
+def same(left: Weights, right: Weights) -> bool:
+    return left.keys() == right.keys() and all(
+        np.array_equal(left[name], right[name]) for name in left
+    )
+
+
+class Witness:
+    """Remembers a model's backbone, and says what training changed in it."""
+
+    def __init__(self, model: Any) -> None:
+        self._backbone = backbone_of(model)
+        self._trunk = trunk_of(self._backbone)
+        self._photos = np.random.default_rng(0).uniform(0, 255, (4, SIZE, SIZE, 3))
+        self._weights = take(self._backbone.layers)
+        self._features = self._run()
+
+    def _run(self) -> np.ndarray:
+        return np.asarray(self._trunk(self._photos.astype(np.float32), training=True))
+
+    def check(self) -> None:
+        """Only open layers changed; batch norm statistics and the trunk's output did not."""
+        after = take(self._backbone.layers)
+        changed = {
+            name.split("/")[0]
+            for name, before in self._weights.items()
+            if not np.array_equal(before, after[name])
+        }
+        opened = {layer.name for layer in self._backbone.layers if layer.trainable_variables}
+        assert changed == opened
+        assert not [name for name in changed if name.endswith("bn")]
+        assert np.array_equal(self._run(), self._features)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_trunk_and_batch_norms_stay_while_a_phase_trains(
+    workshop: Workshop, stored: StoredArrays, phase: str
+) -> None:
+    context = workshop()
+    model = start(context, phase)
+    witness = Witness(model)
+    fit(context, phase, "cached", model, stored)
+    witness.check()
+
+
+@pytest.mark.slow
+def test_trunk_and_batch_norms_stay_under_live_augmentation(workshop: Workshop) -> None:
+    context = workshop()
+    model = start(context, "full", plain=False)
+    witness = Witness(model)
+    fit(context, "full", "end_to_end", model)
+    witness.check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+def test_both_modes_give_the_same_losses_for_the_same_views(
+    workshop: Workshop, stored: StoredArrays, phase: str
+) -> None:
+    context = workshop(dropout=0.0, weight_decay=0.01, label_smoothing=0.1)
+    views = context.params.features.model_copy(update={"views": 0})
+    context = Context(context.layout, context.params.model_copy(update={"features": views}))
+    models = start(context, phase), start(context, phase)
+    witness = Witness(models[1])
+
+    cached, cached_logits = fit(context, phase, "cached", models[0], stored)
+    plain, plain_logits = fit(context, phase, "end_to_end", models[1])
+
+    witness.check()
+    for left, right in zip(cached, plain, strict=True):
+        assert left.loss == pytest.approx(right.loss, abs=1e-4)
+        assert left.val_loss == pytest.approx(right.val_loss, abs=1e-4)
+        assert left.accuracy == pytest.approx(right.accuracy)
+    centred = [rows - rows.mean(axis=1, keepdims=True) for rows in (cached_logits, plain_logits)]
+    np.testing.assert_allclose(*centred, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["cached", pytest.param("end_to_end", marks=pytest.mark.slow)])
+def test_training_twice_gives_the_same_bits(
+    workshop: Workshop, stored: StoredArrays, mode: str
+) -> None:
+    context = workshop(mode=mode)
+    runs = []
+    for _ in range(2):
+        model = start(context, "full", plain=False)
+        curve, _ = fit(context, "full", mode, model, stored)
+        runs.append((curve, tail_weights(model)))
+    assert runs[0][0] == runs[1][0]
+    assert same(runs[0][1], runs[1][1])
+
+
+def test_a_phase_learns(workshop: Workshop, stored: StoredArrays) -> None:
+    context = workshop(dropout=0.0)
+    phases = context.params.phases
+    longer = phases | {"full": phases["full"].model_copy(update={"epochs": 12})}
+    context = Context(context.layout, context.params.model_copy(update={"phases": longer}))
+    curve, _ = fit(context, "full", "cached", start(context, "full"), stored)
+    assert curve[-1].loss < 0.5 * curve[0].loss
+    assert curve[-1].accuracy > curve[0].accuracy
+
+
+def test_unknown_phase_is_refused(workshop: Workshop) -> None:
+    context = workshop()
+    with pytest.raises(ParamsError, match=r"base, fine_tune, full\. Received: 'head'"):
+        plan_phase(context.params, "head", open_dataset(context.layout.dataset))
