@@ -105,14 +105,14 @@ def workshop(layout: Layout) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write below `path` into one line that names path and fault."""
+    """Turn a failure of the file system into one line that names path and fault."""
     try:
         yield
     except OSError as error:
         where = error.filename or path
         code = errno.errorcode.get(error.errno or 0, "unknown")
         raise DataError(
-            f"Photos cannot be written ({error.strerror}, {code}). Received: '{where}'. "
+            f"Import cannot go on ({error.strerror}, {code}). Received: '{where}'. "
             "Make room or give permission and import again; the data held is untouched."
         ) from error
 
@@ -130,14 +130,14 @@ def build(layout: Layout, keep: set[str] | None, progress: Progress) -> Path:
     """
     new = layout.intake / "new"
     new.mkdir()
-    paths = [] if not layout.data.exists() else _files(layout.data)
-    for done, path in enumerate(paths, start=1):
-        below = path.relative_to(layout.data)
-        if keep is None or below.as_posix() in keep:
-            target = new / below
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _link(path, target)
-        progress("keep", done, len(paths))
+    for folder, names in _folders(layout.data, keep).items():
+        target = new / folder
+        target.mkdir(parents=True, exist_ok=True)
+        # Plain strings: this runs for every photo held.
+        before, after = str(layout.data / folder), str(target)
+        for done, name in enumerate(names, start=1):
+            _link(f"{before}/{name}", f"{after}/{name}")
+            progress("keep", done, len(names))
     return new
 
 
@@ -161,15 +161,19 @@ def _old(layout: Layout) -> Path:
     return layout.intake / "old"
 
 
-def _files(folder: Path) -> list[Path]:
-    found = []
-    for parent, folders, files in os.walk(folder):
+def _folders(data: Path, keep: set[str] | None) -> dict[str, list[str]]:
+    """Each folder below `data/` with the names of the files and links to keep in it."""
+    found = {}
+    for parent, folders, files in os.walk(data):
+        below = Path(parent).relative_to(data).as_posix()
         links = [name for name in folders if Path(parent, name).is_symlink()]
-        found += [Path(parent, name) for name in [*files, *links]]
-    return sorted(found)
+        names = [name for name in [*files, *links] if keep is None or f"{below}/{name}" in keep]
+        if names:
+            found[below] = sorted(names)
+    return found
 
 
-def _link(path: Path, target: Path) -> None:
+def _link(path: str, target: str) -> None:
     try:
         os.link(path, target, follow_symlinks=False)
     except OSError as error:

@@ -158,10 +158,9 @@ def printable(text: str) -> str:
 
 
 def _png(image: Image.Image) -> bytes:
-    # A bare copy: what is in `info` (profile, gamma, resolution) would be written too.
-    bare = Image.frombytes("RGB", image.size, image.tobytes())
+    image.info = {}  # profile, gamma and resolution would be written too
     file = io.BytesIO()
-    bare.save(file, "PNG", compress_level=6)
+    image.save(file, "PNG", compress_level=6)
     return file.getvalue()
 
 
@@ -176,6 +175,9 @@ def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
         raise ImageError(f"too small: {width}x{height} pixels, less than {MIN_SIDE} a side")
     if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
         raise ImageError(f"damaged: more than {MAX_SCANS} scans in one JPEG")
+    if any(tile.codec_name == "libtiff" for tile in image.tile):
+        # One more C library for hostile files to reach, and it writes to standard error.
+        raise ImageError("compressed TIFF: only plain ones are read; save it as PNG")
     return image
 
 

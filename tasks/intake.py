@@ -113,7 +113,8 @@ class _Intake:
         self._replace = replace
         self._progress = progress
         self._incoming = layout.intake / "incoming"
-        self._held = held_photos(layout)
+        with writing(layout.data):
+            self._held = held_photos(layout)
         self._candidates: list[Candidate] = []
         self._next: dict[str, Place] = {}
         self._aside: list[SetAside] = []
@@ -183,7 +184,10 @@ class _Intake:
         stored = self._incoming / candidate.name
         if not stored.exists():
             stored = self._layout.data.joinpath(*self._held[candidate.name], candidate.name)
-        return stored.read_bytes()
+        try:
+            return stored.read_bytes()
+        except OSError:  # a link into a cache that was emptied: listed, without a copy
+            return b""
 
 
 @contextmanager

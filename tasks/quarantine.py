@@ -81,7 +81,7 @@ class Quarantine:
 
     def _prune(self, listed: set[str | None]) -> None:
         for path in sorted(self._folder.glob("*/*")):
-            if path.relative_to(self._folder).as_posix() not in listed:
+            if path.is_file() and path.relative_to(self._folder).as_posix() not in listed:
                 path.unlink()
 
 
