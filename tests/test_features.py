@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -9,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from tasks.augment import enlarge
@@ -20,12 +24,12 @@ from tasks.features import extract as extract_features
 from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.model import FEATURE_SHAPE, build_backbone, build_trunk
-from tasks.params import Params
+from tasks.params import Params, load_params
 from tasks.stage import Context
 from tasks.trunk_engine import TrunkEngine, load_engine
 from tasks.weights import take
 from tasks.whole import write_json
-from tests.fixtures.photos import photo
+from tests.fixtures.photos import CHECKOUT, photo
 
 SIZE = 32
 DETAIL = 24
@@ -54,11 +58,18 @@ def _untrained(seed: int) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture
-def context(tmp_path: Path, params: Params, backbone: Path) -> Context:
-    layout = Layout(tmp_path)
+def context(tmp_path: Path, backbone: Path) -> Context:
+    """Four train photos, two val photos, two test photos."""
+    context = _context(tmp_path, backbone)
+    _photos(context.layout, range(4), range(10, 12), range(20, 22))
+    return context
+
+
+def _context(root: Path, backbone: Path) -> Context:
+    layout = Layout(root)
     layout.weights("backbone").mkdir(parents=True)
     shutil.copy(backbone, layout.weights("backbone"))
-    _photos(layout, range(4), range(10, 12), range(20, 22))
+    params = load_params(CHECKOUT.params)
     return Context(layout, params.model_copy(update={"features": _views(VIEWS, params)}))
 
 
@@ -241,6 +252,37 @@ def _flip(path: Path, where: int) -> None:
     content = bytearray(path.read_bytes())
     content[where] ^= 1
     path.write_bytes(content)
+
+
+@given(
+    history=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(4, 8), st.integers(0, 3), st.integers(0, 3)),
+        min_size=2,
+        max_size=4,
+    )
+)
+@settings(max_examples=8, deadline=None)
+def test_bytes_do_not_depend_on_what_was_there_before(
+    backbone: Path, history: list[tuple[int, int, int, int]]
+) -> None:
+    with TemporaryDirectory() as folder:
+        now = _context(Path(folder) / "now", backbone)
+        for first, last, held_out, views in history:
+            _photos(now.layout, range(first, last), range(10, 10 + held_out), range(20, 21))
+            features = _views(views, now.params)
+            now = replace(now, params=now.params.model_copy(update={"features": features}))
+            report = extract(now)
+        assert sum(_counts(report)) == (last - first) * (views + 1) + held_out
+        assert _content(now.layout) == _afresh(now, Path(folder) / "afresh")
+
+
+def test_importing_the_stage_loads_no_engine() -> None:
+    program = (
+        "import sys, tasks.features; "
+        "print([m for m in ('tensorflow', 'keras', 'openvino') if m in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert loaded.stdout.strip() == "[]", loaded.stderr
 
 
 def test_a_stopped_run_is_continued(context: Context, tmp_path: Path) -> None:
