@@ -1,7 +1,6 @@
 """What photos can be brought in from: class folders, a .zip of them, the Kaggle pair."""
 
 import stat
-import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,6 +13,7 @@ from tasks.images import printable
 from tasks.zips import zip_entries
 
 _H5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_ZIP_SIGNATURE = b"PK\x03\x04"
 
 
 @contextmanager
@@ -49,10 +49,11 @@ def _recognise(path: Path, spool: Path, stack: ExitStack) -> Source:
     if stat.S_ISDIR(mode):
         return _from_folder(path, spool)
     # Nothing but a regular file is opened: opening a pipe would wait for its writer.
-    if stat.S_ISREG(mode) and _is_h5(path):
+    start = _start(path) if stat.S_ISREG(mode) else b""
+    if start == _H5_SIGNATURE:
         spool.joinpath("h5").mkdir()
         return Source(tuple(h5_items(path, spool / "h5")))
-    if stat.S_ISREG(mode) and zipfile.is_zipfile(path):
+    if start and (start.startswith(_ZIP_SIGNATURE) or path.suffix.lower() == ".zip"):
         return arrange(stack.enter_context(zip_entries(path)), str(path))
     raise _refused("is neither a folder nor a .zip nor an .h5 file", path, "Name one of these")
 
@@ -85,6 +86,6 @@ def _h5_in_folder(path: Path, files: list[str], spool: Path) -> Iterator[Item]:
             yield replace(item, origin=f"{printable(name)}/{item.origin}")
 
 
-def _is_h5(path: Path) -> bool:
+def _start(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(len(_H5_SIGNATURE)) == _H5_SIGNATURE
+        return file.read(len(_H5_SIGNATURE))

@@ -186,6 +186,13 @@ def zip_cut(path: Path) -> Path:
     return path
 
 
+def zip_on_many_disks(path: Path) -> Path:
+    """An archive whose 64-bit end record speaks of three disks."""
+    data = packed(path, "0/a.png").read_bytes()
+    path.write_bytes(data[:-22] + struct.pack("<4sLQL", b"PK\x06\x07", 0, 0, 3) + data[-22:])
+    return path
+
+
 def zip_with_long_list(path: Path) -> Path:
     """An archive that says its list of members takes 20 MB, and has that much."""
     end = struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 1, 1, 20 * 2**20, 0, 0)
@@ -214,6 +221,7 @@ BAD_ZIPS: list[tuple[str, Callable[[Path], Path]]] = [
     ("overlap", lambda p: zip_with_size(p, 10_000_000, 10_000_000)),
     ("neither stored nor deflated", lzma_zip),
     ("damaged", zip_cut),
+    ("damaged", zip_on_many_disks),
     ("too many members", zip_with_long_list),
 ]
 
