@@ -1,0 +1,246 @@
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tasks.errors import ServiceError
+from tasks.registry import CHALLENGER, CHAMPION, Registry
+from tasks.run_record import RunRecord
+
+ID = "0123456789abcdef" * 2
+HISTORY = {
+    "phase": "base",
+    "images": 10,
+    "epochs": [
+        {"epoch": 1, "loss": 1.5, "val_loss": 1.25},
+        {"epoch": 2, "loss": 1.0, "val_loss": float("nan")},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A functional model with the shape of ours, but one small convolution."""
+    import keras
+
+    photos = keras.Input((8, 8, 3))
+    features = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3)(photos))
+    return keras.Model(photos, keras.layers.Dense(6, activation="softmax")(features))
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> RunRecord:
+    picture, file = tmp_path / "curves.png", tmp_path / "dvc.lock"
+    picture.write_bytes(b"picture")
+    file.write_bytes(b"lock")
+    return RunRecord(
+        ID,
+        params={"seed": 20, "phases": {"base": {"epochs": 2}}},
+        histories=[HISTORY],
+        metrics={"accuracy": 0.95, "per_class": [1, 2], "recall": {"0": 1.0}, "name": "x"},
+        pictures=[picture],
+        files=[file],
+        tags={"git": "abc", "data": "def"},
+    )
+
+
+def _record(registry: Registry, record: RunRecord, model: Any, folder: Path) -> Any:
+    file = folder / "model.keras"
+    if not file.exists():
+        model.save(file)
+    example = np.zeros((1, 8, 8, 3), np.uint8)
+    return registry.record_run(record, file, lambda: model, example), file
+
+
+def _check_record(uri: str, name: str, run: Any, file: Path) -> None:
+    """Read everything back with MLflow's own client."""
+    import mlflow
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    stored = client.get_run(run.run_id)
+    assert stored.info.status == "FINISHED"
+    assert stored.data.params == {"seed": "20", "phases.base.epochs": "2"}
+    assert stored.data.tags.items() >= {"git": "abc", "data": "def", "content_id": ID}.items()
+    assert stored.data.metrics["accuracy"] == 0.95
+    assert stored.data.metrics["recall/0"] == 1.0
+    assert "name" not in stored.data.metrics
+    losses = [(one.step, one.value) for one in client.get_metric_history(run.run_id, "base/loss")]
+    assert sorted(losses) == [(1, 1.5), (2, 1.0)]
+    assert [one.path for one in client.list_artifacts(run.run_id, "pictures")] == [
+        "pictures/curves.png"
+    ]
+    assert [one.path for one in client.list_artifacts(run.run_id, "files")] == ["files/dvc.lock"]
+
+    source = client.get_model_version_by_alias(name, CHAMPION).source
+    folder = Path(mlflow.artifacts.download_artifacts(source, tracking_uri=uri))
+    digest = hashlib.sha256((folder / "data" / "model.keras").read_bytes()).hexdigest()
+    assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
+    described = mlflow.models.Model.load(str(folder))
+    assert described.signature.inputs.inputs[0].shape == (-1, 8, 8, 3)
+    assert described.signature.outputs.inputs[0].shape == (-1, 6)
+    assert described.saved_input_example_info["type"] == "ndarray"
+    requirements = (folder / "requirements.txt").read_text().split()
+    assert {line.partition("==")[0] for line in requirements} >= {"keras", "numpy"}
+    assert all("==" in line for line in requirements)
+    assert not list(folder.rglob("*.pkl"))
+
+
+def _whole_story(
+    uri: str, artifacts: Path | None, record: RunRecord, model: Any, tmp: Path
+) -> None:
+    name = f"hand-signs-{uuid.uuid4().hex[:8]}"
+    registry = Registry(uri, name, artifacts)
+    assert registry.versions() == []
+    assert registry.find(ID) is None
+    assert registry.version_by_alias(CHAMPION) is None
+
+    run, file = _record(registry, record, model, tmp)
+    again, _ = _record(registry, record, model, tmp)
+    assert again == run
+
+    version = registry.register(run, ID, {"release": "s3://artifacts/releases/x/"})
+    assert (version.number, version.content_id, version.run_id) == (1, ID, run.run_id)
+    assert registry.register(run, ID, {}).number == 1
+    assert registry.register(run, "f" * 32, {}).number == 2
+
+    registry.set_alias(CHALLENGER, 1)
+    registry.set_alias(CHAMPION, 1)
+    found = registry.version_by_alias(CHAMPION)
+    assert found is not None
+    assert found.aliases == (CHALLENGER, CHAMPION)
+    assert found.tags["release"] == "s3://artifacts/releases/x/"
+    registry.set_alias(CHALLENGER, 2)
+    assert [one.aliases for one in registry.versions()] == [(CHAMPION,), (CHALLENGER,)]
+    _check_record(uri, name, run, file)
+
+
+@pytest.mark.slow
+def test_one_release_is_one_run_and_one_version(
+    tracking_uri: str,
+    record: RunRecord,
+    model: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    _whole_story(tracking_uri, tmp_path / "mlartifacts", record, model, tmp_path)
+    # MLflow's default store, a database in the current folder, is never touched.
+    assert list(Path.cwd().iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_one_release_is_one_run_and_one_version_over_http(
+    mlflow_server: str,
+    record: RunRecord,
+    model: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _whole_story(mlflow_server, None, record, model, tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_a_run_that_broke_off_is_recorded_anew(
+    tracking_uri: str, record: RunRecord, model: Any, tmp_path: Path
+) -> None:
+    registry = Registry(tracking_uri, "hand-signs", tmp_path / "mlartifacts")
+
+    def load() -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        registry.record_run(record, tmp_path / "model.keras", load, np.zeros((1, 8, 8, 3)))
+    run, _ = _record(registry, record, model, tmp_path)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri)
+    experiment = client.get_experiment_by_name("hand-signs")
+    states = {
+        one.info.run_id: one.info.status for one in client.search_runs([experiment.experiment_id])
+    }
+    assert states.pop(run.run_id) == "FINISHED"
+    assert list(states.values()) == ["FAILED"]
+
+
+def test_a_version_that_does_not_exist_gets_no_alias(tracking_uri: str) -> None:
+    registry = Registry(tracking_uri, "hand-signs")
+    with pytest.raises(ServiceError, match=r"hand-signs") as caught:
+        registry.set_alias(CHAMPION, 7)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_is_down_is_named_within_30_s() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{taken.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises(ServiceError, match=f"http://{host}") as caught:
+            Registry(f"http://user:sentinel-secret@{host}", "hand-signs").versions()
+    assert time.monotonic() - started < 30
+    assert "sentinel" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_is_given_up_within_30_s() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises(ServiceError, match=url):
+            Registry(url, "hand-signs").set_alias(CHAMPION, 1)
+    assert time.monotonic() - started < 30
+
+
+def test_a_database_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'missing' / 'folder'}"
+    (tmp_path / "missing").write_text("a file where a folder should be")
+    with pytest.raises(ServiceError, match="missing/folder") as caught:
+        Registry(uri, "hand-signs").versions()
+    assert "\n" not in str(caught.value)
+
+
+def test_mlflow_is_configured_before_it_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import os, sys\n"
+        "from tasks.registry import Registry\n"
+        "assert 'mlflow' not in sys.modules\n"
+        f"Registry('sqlite:///{tmp_path}/mlflow.db', 'hand-signs').versions()\n"
+        "assert 'mlflow' in sys.modules and 'tensorflow' not in sys.modules\n"
+        "from mlflow.environment_variables import MLFLOW_ALLOW_PICKLE_DESERIALIZATION as pickle\n"
+        "from mlflow.environment_variables import MLFLOW_DISABLE_TELEMETRY as quiet\n"
+        "print(pickle.get(), quiet.get())\n"
+    )
+    environment = {name: text for name, text in os.environ.items() if "MLFLOW" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout.split() == ["False", "True"], done.stderr
+    assert done.stderr == ""
+
+
+def test_points_leave_out_what_is_not_a_number() -> None:
+    record = RunRecord(
+        ID,
+        params={"a": {"b": [1, 2], "c": None}},
+        histories=[HISTORY],
+        metrics={"passed": True, "auc": 1, "nested": {"deep": {"ece": 0.5}}},
+    )
+    assert record.parameters() == [("a.b", "[1, 2]"), ("a.c", "None")]
+    points = record.points()
+    assert ("auc", 1.0, 0) in points
+    assert ("nested/deep/ece", 0.5, 0) in points
+    assert not any(name in ("passed", "base/epoch") for name, _, _ in points)
+    assert [epoch for name, _, epoch in points if name == "base/val_loss"] == [1, 2]
