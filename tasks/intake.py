@@ -42,6 +42,10 @@ class ImportReport:
         """Files set aside by kind of reason, most frequent first."""
         return dict(Counter(aside.kind for aside in self.quarantined).most_common())
 
+    def told_kinds(self) -> str:
+        """The same in words."""
+        return ", ".join(f"{count} {kind}" for kind, count in self.kinds().items())
+
     def to_json(self) -> dict[str, Any]:
         """Everything, ready for `json.dumps`."""
         return {
@@ -87,16 +91,18 @@ def import_photos(
     with locked(layout, wait):
         mend(layout)
         with workshop(layout), _items(layout, source, test) as (items, ignored):
-            quarantine = Quarantine(layout, replace)
+            quarantine = Quarantine(layout)
             intake = _Intake(layout, quarantine, replace, progress)
             intake.read(items)
             report = intake.settle(ignored)
-            if replace and not report.taken and not report.already_there:
+            usable = bool(report.taken or report.already_there)
+            name = printable(str(source.resolve()))
+            quarantine.finish(name, report.quarantined, forget=replace and usable)
+            if not usable:
                 raise SourceError(
-                    f"Source has no usable photo. Received: '{printable(str(source))}' with "
-                    f"{len(report.quarantined)} files set aside. The data held was kept."
+                    f"Source has no usable photo. Received: '{name}' with {report.told_kinds()}. "
+                    "The data held was kept; see quarantine.json."
                 )
-            quarantine.finish(str(source.resolve()), list(report.quarantined))
             if report.taken or report.removed:
                 intake.put_in_place()
             return report

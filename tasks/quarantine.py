@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,11 @@ class Quarantine:
 
     Args:
         layout: the checkout.
-        replace: forget what earlier imports set aside.
     """
 
-    def __init__(self, layout: Layout, replace: bool) -> None:
+    def __init__(self, layout: Layout) -> None:
         self._folder = layout.quarantine
         self._list = self._folder / "quarantine.json"
-        self._earlier = {} if replace else _earlier(self._list)
         self._room = MAX_COPIES
 
     def keep(self, origin: str, reason: str, content: bytes | None) -> SetAside:
@@ -69,9 +68,16 @@ class Quarantine:
                     temporary.write_bytes(content)
         return SetAside(origin, reason, copy)
 
-    def finish(self, source: str, aside: list[SetAside]) -> None:
-        """List this import's files in place of what the same source had set aside before."""
-        sources = {name: files for name, files in self._earlier.items() if name != source}
+    def finish(self, source: str, aside: Sequence[SetAside], forget: bool) -> None:
+        """List this import's files in place of what the same source had set aside before.
+
+        Args:
+            source: what the list calls the source.
+            aside: its files.
+            forget: drop what other sources had set aside, too.
+        """
+        sources = {} if forget else _earlier(self._list)
+        sources.pop(source, None)
         if aside:
             sources[source] = [each.to_json() for each in aside]
         with writing(self._folder):

@@ -115,14 +115,17 @@ def test_replace_holds_the_new_photos_alone(layout: Layout, photos: Callable[...
     assert (sum(report.taken.values()), report.removed) == (6, 6)
 
 
-def test_replace_by_nothing_usable_keeps_what_is_held(
-    layout: Layout, tmp_path: Path, photos: Callable[..., Path]
+@pytest.mark.parametrize("replace", [False, True])
+def test_source_with_nothing_usable_is_refused_and_listed(
+    replace: bool, layout: Layout, tmp_path: Path, photos: Callable[..., Path]
 ) -> None:
-    import_photos(layout, photos("a", 1))
+    import_photos(layout, source(photos("a", 1), {"0/b.png": b"text"}))
     before = tree(layout.data)
-    with pytest.raises(SourceError, match="no usable photo"):
-        import_photos(layout, source(tmp_path / "bad", {"0/a.png": b"text"}), replace=True)
+    bad = source(tmp_path / "bad", {"0/a.png": b"text", "1/b.png": b""})
+    with pytest.raises(SourceError, match="with 1 not an image, 1 zero bytes"):
+        import_photos(layout, bad, replace=replace)
     assert tree(layout.data) == before
+    assert set(quarantined(layout)) == {str(bad), str(tmp_path / "a")}
 
 
 def test_test_source_goes_to_the_test_split(layout: Layout, photos: Callable[..., Path]) -> None:
@@ -153,7 +156,7 @@ def test_same_photo_under_two_labels_is_set_aside_in_both(layout: Layout, tmp_pa
 def test_held_photo_stays_when_it_comes_under_another_label(layout: Layout, tmp_path: Path) -> None:
     import_photos(layout, source(tmp_path / "a", {"3/a.png": PNG[0]}))
     before = tree(layout.data)
-    assert reasons(layout, source(tmp_path / "b", {"0/a.png": PNG[0]})) == {
+    assert reasons(layout, source(tmp_path / "b", {"0/a.png": PNG[0], "3/a.png": PNG[0]})) == {
         "b/0/a.png": "same photo under two labels: it is held as 3"
     }
     assert tree(layout.data) == before
@@ -171,7 +174,7 @@ def test_test_set_keeps_a_photo_that_is_also_in_train(layout: Layout, tmp_path: 
 
 def test_held_train_photo_does_not_move_to_the_test_set(layout: Layout, tmp_path: Path) -> None:
     import_photos(layout, source(tmp_path / "a", {"train/0/a.png": PNG[0]}))
-    assert reasons(layout, source(tmp_path / "b", {"test/0/a.png": PNG[0]})) == {
+    assert reasons(layout, source(tmp_path / "b", {"test/0/a.png": PNG[0], "1/b.png": PNG[1]})) == {
         "b/test/0/a.png": "same photo in train and test: train keeps it"
     }
 
