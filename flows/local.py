@@ -17,10 +17,10 @@ from pydantic import SecretStr
 from flows import servers
 from flows.server import Server
 from flows.settings import Settings
-from tasks.addresses import shown
+from tasks.addresses import S3Address, shown
 from tasks.errors import ServiceError
 from tasks.layout import Layout
-from tasks.storage import S3Address, Storage
+from tasks.storage import Storage
 
 CHECK_SECONDS = 10.0
 
@@ -33,19 +33,21 @@ class Services:
         settings: what the environment names is used as it is.
         folder: servers keep their state here.
         patience: longest wait in seconds for another run's server.
+        share: use the S3 server that another run of this checkout keeps, while it
+            does; for what only reads and is soon done.
     """
 
     settings: Settings
     folder: Path
     patience: float = 30.0
+    share: bool = False
     _s3: tuple[Server, S3Address] | None = field(default=None, init=False)
     _prefect: tuple[Server, str] | None = field(default=None, init=False)
 
     def start_s3(self) -> None:
         """Let the local S3 server start in the background, if one is needed."""
-        if self.settings.s3_endpoint_url is None and self._s3 is None:
-            self._s3 = servers.seaweedfs(self.folder, self.settings.bucket, self.patience)
-            self._s3[0].start()
+        if self.settings.s3_endpoint_url is None and self._shared_s3() is None:
+            self._own_s3()
 
     def start_prefect(self) -> None:
         """Let the local Prefect server start in the background, if one is needed."""
@@ -60,10 +62,11 @@ class Services:
             ServiceError: the local server did not start.
             BusyError: another run of this checkout keeps it.
         """
-        self.start_s3()
-        if self._s3 is None:
+        if self.settings.s3_endpoint_url:
             return _configured_s3(self.settings)
-        server, address = self._s3
+        if shared := self._shared_s3():
+            return shared
+        server, address = self._own_s3()
         server.wait()
         return address
 
@@ -96,19 +99,33 @@ class Services:
         with ThreadPoolExecutor() as pool:
             list(pool.map(Server.stop, started))
 
+    def _shared_s3(self) -> S3Address | None:
+        if not self.share or self._s3:
+            return None
+        return servers.running_seaweedfs(self.folder, self.settings.bucket)
+
+    def _own_s3(self) -> tuple[Server, S3Address]:
+        if self._s3 is None:
+            self._s3 = servers.seaweedfs(self.folder, self.settings.bucket, self.patience)
+            self._s3[0].start()
+        return self._s3
+
 
 @contextlib.contextmanager
-def embedded(settings: Settings, layout: Layout, patience: float = 30.0) -> Iterator[Services]:
+def embedded(
+    settings: Settings, layout: Layout, patience: float = 30.0, share: bool = False
+) -> Iterator[Services]:
     """Resolve the services for one run and stop with it what was started.
 
     Args:
         settings: names the services that exist already.
         layout: local servers keep their state below `layout.local`.
         patience: longest wait in seconds for another run's local server.
+        share: use another run's S3 server instead of waiting; for short readers.
     """
     folder = layout.local.resolve()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    services = Services(settings, folder, patience)
+    services = Services(settings, folder, patience, share)
     try:
         yield services
     finally:

@@ -21,15 +21,20 @@ def choose_ports(folder: Path, name: str, count: int) -> tuple[int, ...]:
         name: server whose ports are wanted.
         count: how many.
     """
-    ports = _known(folder).get(name, [])
+    ports = known_ports(folder, name)
     if len(ports) == count and all(_free(port) for port in ports):
-        return tuple(ports)
+        return ports
     chosen: list[int] = []
     while len(chosen) < count:
         port = random.choice(RANGE)
         if port not in chosen and _free(port):
             chosen.append(port)
     return tuple(chosen)
+
+
+def known_ports(folder: Path, name: str) -> tuple[int, ...]:
+    """Return the ports that a server of this folder had when it last was ready."""
+    return tuple(_known(folder).get(name, ()))
 
 
 def remember_ports(folder: Path, name: str, ports: tuple[int, ...]) -> None:

@@ -10,10 +10,11 @@ import urllib.request
 from pathlib import Path
 
 from flows.credentials import local_credentials
-from flows.ports import PAIR, choose_ports
+from flows.ports import PAIR, choose_ports, known_ports
 from flows.server import Server
+from tasks.addresses import S3Address
 from tasks.errors import ServiceError
-from tasks.storage import S3Address, Storage
+from tasks.storage import Storage
 
 HOST = "127.0.0.1"
 DVC_BUCKET = "dvc"
@@ -30,7 +31,21 @@ def seaweedfs(folder: Path, bucket: str, patience: float) -> tuple[Server, S3Add
     Returns:
         The server, not started yet, and its address.
     """
-    ports = choose_ports(folder, "seaweedfs", 5)
+    return _seaweedfs(folder, bucket, patience, choose_ports(folder, "seaweedfs", 5))
+
+
+def running_seaweedfs(folder: Path, bucket: str) -> S3Address | None:
+    """Return the address of the S3 server that another run keeps on `folder`, or None."""
+    ports = known_ports(folder, "seaweedfs")
+    if not ports:
+        return None
+    server, address = _seaweedfs(folder, bucket, 0, ports)
+    return address if server.ready() else None
+
+
+def _seaweedfs(
+    folder: Path, bucket: str, patience: float, ports: tuple[int, ...]
+) -> tuple[Server, S3Address]:
     key, secret = local_credentials(folder / "credentials.json")
     address = S3Address(f"http://{HOST}:{ports[0]}", bucket, "us-east-1", key, secret)
     listen = [

@@ -1,6 +1,7 @@
-"""Addresses of services as messages and records may show them."""
+"""Addresses of services, and how messages and records may show them."""
 
 import re
+from dataclasses import dataclass, field
 
 
 def shown(url: str) -> str:
@@ -14,3 +15,33 @@ def shown(url: str) -> str:
     """
     # Up to the last @, as a password may hold unquoted slashes and the like.
     return re.sub(r"[?#].*$", "", re.sub(r"^([^:/]*:?//).*@", r"\1", url, flags=re.S), flags=re.S)
+
+
+@dataclass(frozen=True)
+class S3Address:
+    """Where objects go and with which credentials; secrets never print.
+
+    Args:
+        endpoint_url: `http(s)://host:port` of the service.
+        bucket: bucket that must exist.
+        region: name that the signature carries.
+        access_key_id: None leaves the search for credentials to boto3's chain.
+    """
+
+    endpoint_url: str
+    bucket: str
+    region: str = "us-east-1"
+    access_key_id: str | None = field(default=None, repr=False)
+    secret_access_key: str | None = field(default=None, repr=False)
+    session_token: str | None = field(default=None, repr=False)
+
+    def environment(self) -> dict[str, str]:
+        """Return the usual AWS variables, for tools that read only those."""
+        known = {
+            "AWS_ENDPOINT_URL_S3": self.endpoint_url,
+            "AWS_DEFAULT_REGION": self.region,
+            "AWS_ACCESS_KEY_ID": self.access_key_id,
+            "AWS_SECRET_ACCESS_KEY": self.secret_access_key,
+            "AWS_SESSION_TOKEN": self.session_token,
+        }
+        return {name: value for name, value in known.items() if value is not None}

@@ -6,7 +6,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tasks.errors import PromotionError, ReleaseError
-from tasks.storage import ChangedError, MissingObjectError, Storage
+from tasks.storage import Storage
+from tasks.storage_errors import ChangedError, MissingObjectError
 
 KEY = "champion.json"
 

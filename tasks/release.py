@@ -4,6 +4,7 @@ Below `releases/<id>/` lie the files and, written last, `manifest.json`. See
 `tasks.manifest` for what it holds and where the id comes from.
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ from tasks.manifest import (
     parse,
     verify_folder,
 )
-from tasks.storage import ChangedError, MissingObjectError, Storage
+from tasks.storage import Storage
+from tasks.storage_errors import ChangedError, MissingObjectError
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,9 @@ def publish(
     for name in sorted(files):
         _upload(storage, _key(manifest.id, name), files[name], manifest.files[name])
     if MANIFEST not in stored:
-        try:
+        # If another run published the same files meanwhile, its manifest stands.
+        with contextlib.suppress(ChangedError):
             storage.put_if_absent(_key(manifest.id, MANIFEST), manifest.to_bytes())
-        except ChangedError:
-            pass  # Another run published the same files meanwhile; its manifest stands.
     return Release(manifest.id, _uri(storage, manifest.id), _manifest(storage, manifest.id))
 
 

@@ -7,67 +7,28 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 import stamina
 
-from tasks.addresses import shown
-from tasks.errors import HandsignsError, ServiceError
+from tasks.addresses import S3Address, shown
+from tasks.errors import ServiceError
+from tasks.storage_errors import BUCKET, ChangedError, MissingObjectError, explain
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
 T = TypeVar("T")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CONNECT_SECONDS = 3
 READ_SECONDS = 8
 ATTEMPTS = 3
 """Three attempts and their pauses end within 30 s, whatever the endpoint does."""
-_BUCKET = "(bucket)"
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
-
-
-class ChangedError(HandsignsError):
-    """A conditional write found another object than the one expected."""
-
-    retried = False
-    """Whether an earlier attempt of the same write may have arrived."""
-
-
-class MissingObjectError(HandsignsError):
-    """The object does not exist."""
-
-
-@dataclass(frozen=True)
-class S3Address:
-    """Where objects go and with which credentials; secrets never print.
-
-    Args:
-        endpoint_url: `http(s)://host:port` of the service.
-        bucket: bucket that must exist.
-        region: name that the signature carries.
-        access_key_id: None leaves the search for credentials to boto3's chain.
-    """
-
-    endpoint_url: str
-    bucket: str
-    region: str = "us-east-1"
-    access_key_id: str | None = field(default=None, repr=False)
-    secret_access_key: str | None = field(default=None, repr=False)
-    session_token: str | None = field(default=None, repr=False)
-
-    def environment(self) -> dict[str, str]:
-        """Return the usual AWS variables, for tools that read only those."""
-        known = {
-            "AWS_ENDPOINT_URL_S3": self.endpoint_url,
-            "AWS_DEFAULT_REGION": self.region,
-            "AWS_ACCESS_KEY_ID": self.access_key_id,
-            "AWS_SECRET_ACCESS_KEY": self.secret_access_key,
-            "AWS_SESSION_TOKEN": self.session_token,
-        }
-        return {name: value for name, value in known.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -99,7 +60,7 @@ class Storage:
 
     def check(self) -> None:
         """Raise `ServiceError` unless the bucket answers to the credentials."""
-        self._call(lambda: self._client.head_bucket(Bucket=self.address.bucket), _BUCKET)
+        self._call(lambda: self._client.head_bucket(Bucket=self.address.bucket), BUCKET)
 
     def exists(self, key: str) -> bool:
         """Tell whether the object is there."""
@@ -225,7 +186,7 @@ class Storage:
         try:
             return action()
         except ClientError as error:
-            raise self._explain(error.response, what) from None
+            raise explain(error.response, self.address, what) from None
         except (NoCredentialsError, PartialCredentialsError):
             raise ServiceError(
                 f"No S3 credentials were found for {shown(self.address.endpoint_url)}. "
@@ -239,30 +200,6 @@ class Storage:
 
     def _at(self, key: str) -> Any:
         return {"Bucket": self.address.bucket, "Key": check_key(key)}
-
-    def _explain(self, response: Any, what: str) -> HandsignsError:
-        code = str(response.get("Error", {}).get("Code", ""))
-        facts = response.get("ResponseMetadata", {})
-        status = facts.get("HTTPStatusCode", 0)
-        at = f"{self.uri()} at {shown(self.address.endpoint_url)}"
-        if status == 412 or code == "ConditionalRequestConflict":
-            changed = ChangedError(f"{self.uri(what)} was changed meanwhile. Read it again.")
-            changed.retried = facts.get("RetryAttempts", 0) > 0
-            return changed
-        if status in (401, 403):
-            return ServiceError(
-                f"S3 refuses the credentials for {at} ({code}). "
-                "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, their rights and the clock."
-            )
-        if code == "NoSuchBucket" or (status == 404 and what == _BUCKET):
-            return ServiceError(
-                f"The bucket {at} does not exist. Create it, or set HANDSIGNS_BUCKET."
-            )
-        if status == 404:
-            return MissingObjectError(f"{self.uri(what)} does not exist.")
-        return ServiceError(
-            f"S3 failed with {status} {code} for {at}. Look at the service, then run again."
-        )
 
 
 def check_key(key: str) -> str:
@@ -294,6 +231,8 @@ def _client(address: S3Address) -> "S3Client":
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             s3={"addressing_style": "path"},
+            # A proxy of the environment cannot reach this machine's own servers.
+            proxies={} if urlsplit(address.endpoint_url).hostname in LOOPBACK else None,
         ),
     )
 

@@ -129,6 +129,17 @@ def test_a_second_run_waits_and_then_names_the_first(tmp_path: Path) -> None:
         third.stop()
 
 
+def test_a_reader_uses_the_server_of_a_run_and_leaves_it_running(tmp_path: Path) -> None:
+    with embedded(NOTHING_SET, Layout(tmp_path)) as run:
+        address = run.s3()
+        with embedded(NOTHING_SET, Layout(tmp_path), patience=0, share=True) as reader:
+            assert reader.s3() == address
+        Storage(address).check()
+    with embedded(NOTHING_SET, Layout(tmp_path), share=True) as alone:
+        Storage(alone.s3()).check()
+        assert _process_on(alone.s3().endpoint_url)
+
+
 RUN = """
 import sys, time
 from pathlib import Path

@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tasks.addresses import S3Address
 from tasks.errors import ServiceError
-from tasks.storage import ChangedError, Entry, MissingObjectError, S3Address, Storage, check_key
+from tasks.storage import Entry, Storage, check_key
+from tasks.storage_errors import ChangedError, MissingObjectError
 
 
 def test_what_is_put_comes_back(storage: Storage, tmp_path: Path) -> None:
@@ -30,6 +32,14 @@ def test_what_is_put_comes_back(storage: Storage, tmp_path: Path) -> None:
     assert (tmp_path / "copy").read_bytes() == content
     assert storage.exists("a/model.keras")
     assert not storage.exists("a/other")
+
+
+def test_a_proxy_does_not_come_between_us_and_a_local_server(
+    s3: S3Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    Storage(s3).put("a", b"")
 
 
 def test_a_listing_is_sorted_and_knows_sizes(storage: Storage) -> None:
