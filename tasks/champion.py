@@ -2,7 +2,8 @@
 
 import datetime
 import getpass
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tasks.errors import PromotionError, ReleaseError
@@ -10,6 +11,7 @@ from tasks.pointer import Champion, Move, Pointer, move_champion, read_champion
 from tasks.registry import CHALLENGER, CHAMPION, Registry, Version
 from tasks.release import fetch, verify
 from tasks.storage import Storage
+from tasks.whole import read_json
 
 METRICS = ("accuracy", "loss", "auc", "ece")
 """Scores that the history keeps of each champion."""
@@ -57,8 +59,6 @@ def promote(storage: Storage, registry: Registry, number: int, reason: str, cach
             champion was changed meanwhile.
         ReleaseError: its release is missing or damaged.
     """
-    from tasks.whole import read_json
-
     version = registry.version(number)
     if version is None:
         known = ", ".join(str(one.number) for one in registry.versions()) or "none"
@@ -112,10 +112,12 @@ def mend_alias(registry: Registry, champion: Champion) -> str | None:
     return f"The alias named {was}; it follows the pointer to version {number} again."
 
 
-def find_release(storage: Storage, registry: Registry, name: str) -> str:
+def find_release(storage: Storage, registry: Callable[[], Registry], name: str) -> str:
     """Id of the release that a person means.
 
     Args:
+        storage: holds the pointer.
+        registry: opened only when the pointer does not answer the question.
         name: `champion`, `challenger`, or the number of a version.
 
     Raises:
@@ -127,9 +129,9 @@ def find_release(storage: Storage, registry: Registry, name: str) -> str:
             raise ReleaseError("There is no champion yet. Run `handsigns retrain` first.")
         return champion.pointer.release
     if name == CHALLENGER:
-        version = registry.version_by_alias(CHALLENGER)
+        version = registry().version_by_alias(CHALLENGER)
     elif name.isdecimal():
-        version = registry.version(int(name))
+        version = registry().version(int(name))
     else:
         raise ReleaseError(
             "A model is named champion, challenger, by its version's number, or by the path of "
@@ -149,6 +151,13 @@ def _release_of(version: Version) -> str:
     return version.content_id
 
 
+def _who() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return f"uid {os.getuid()}"
+
+
 def _pointer(
     before: Champion | None,
     release: str,
@@ -163,7 +172,7 @@ def _pointer(
             "version": version,
             "previous": before.pointer.version if before else None,
             "action": action,
-            "by": getpass.getuser(),
+            "by": _who(),
             "reason": reason,
             "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "metrics": metrics,

@@ -1,0 +1,166 @@
+"""This workflow's training against plain Keras, on the same split, in one go.
+
+    python -m benchmarks.training [--photos FOLDER] [--test FOLDER] [--json]
+
+The plain way is what the published model's source does: live augmentation and
+`keras.Model.fit` through the whole network, 5 epochs on 10 % of the photos, 6 more
+with the top 10 layers open, 5 on all of them. It runs with oneDNN and without, as
+TensorFlow comes on processors where it leaves oneDNN off. Against it stand the same
+epochs and rates on stored features, and the default recipe of `params.yaml`.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from tasks import audit, backbone, preprocess
+from tasks.intake import import_photos
+from tasks.layout import Layout
+from tasks.params import load_params
+from tasks.sample import render_sample
+from tasks.stage import Context
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE_PHASES = {
+    "base": {"epochs": 5, "learning_rate": 0.001, "schedule": "constant"},
+    "fine_tune": {"epochs": 6, "learning_rate": 0.0001, "schedule": "constant"},
+    "full": {
+        "epochs": 5,
+        "learning_rate": 0.0001,
+        "schedule": "constant",
+        "trainable_layers": 10,
+    },
+}
+SOURCE_TRAINING = {"dropout": 0.0, "ema": 0.0, "calibrate": False}
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
+    "plain": (
+        "plain Keras, oneDNN on",
+        {"training": {**SOURCE_TRAINING, "mode": "end_to_end"}, "phases": SOURCE_PHASES},
+        {"TF_ENABLE_ONEDNN_OPTS": "1"},
+    ),
+    "plain_without": (
+        "plain Keras, oneDNN off",
+        {"training": {**SOURCE_TRAINING, "mode": "end_to_end"}, "phases": SOURCE_PHASES},
+        {"TF_ENABLE_ONEDNN_OPTS": "0"},
+    ),
+    "cached": (
+        "stored features, same epochs",
+        {"training": SOURCE_TRAINING, "phases": SOURCE_PHASES, "features": {"views": 0}},
+        {},
+    ),
+    "default": ("default recipe", {}, {}),
+}
+
+
+def main(
+    photos: Annotated[Path | None, typer.Option(help="Class folders; else the sample.")] = None,
+    test: Annotated[Path | None, typer.Option(help="An official test set.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only these variants.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Run every variant and print times, ratios, scores and memory side by side."""
+    results = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        base = Layout(Path(temporary) / "base")
+        prepare(base, photos, test)
+        for name in only or VARIANTS:
+            title, changes, environment = VARIANTS[name]
+            print(title, file=sys.stderr, flush=True)
+            results[name] = measure(base, Path(temporary) / name, changes, environment)
+    if json_:
+        print(json.dumps(results, indent=1))
+    else:
+        Console().print(table(results))
+
+
+def prepare(layout: Layout, photos: Path | None, test: Path | None) -> None:
+    """Bring in the photos and do what all variants share: split and backbone."""
+    layout.root.mkdir()
+    shutil.copy(ROOT / "params.yaml", layout.params)
+    if photos is None:
+        render_sample(layout.data)
+    else:
+        import_photos(layout, photos, test)
+    context = Context(layout, load_params(layout.params))
+    for stage in (audit.run, preprocess.run, backbone.run):
+        stage(context)
+
+
+def measure(
+    base: Layout, folder: Path, changes: dict[str, Any], environment: dict[str, str]
+) -> dict[str, Any]:
+    """Train one variant in a fresh process and folder."""
+    shutil.copytree(base.root, folder)
+    layout = Layout(folder)
+    params = yaml.safe_load(layout.params.read_text())
+    merge(params, changes)
+    layout.params.write_text(yaml.safe_dump(params, sort_keys=False))
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.variant", folder / "result.json"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdout=sys.stderr,
+        check=True,
+    )
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    shutil.rmtree(folder)
+    return result
+
+
+def merge(content: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Put `changes` into nested `content`."""
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            merge(content[key], value)
+        else:
+            content[key] = value
+
+
+def table(results: dict[str, Any]) -> Table:
+    """Times, how many times shorter than plain Keras, scores and memory."""
+    shown = Table(title="Training: same photos, same split, one run")
+    heads = ("", "seconds", "plain ÷ this", "without oneDNN ÷ this", "to plain's val accuracy")
+    for head in (*heads, "val accuracy, loss", "test accuracy, loss", "peak MiB"):
+        shown.add_column(head, justify="left" if not head else "right")
+    for name, result in results.items():
+        shown.add_row(
+            VARIANTS[name][0],
+            f"{result['seconds']:.1f}",
+            ratio(results.get("plain"), result),
+            ratio(results.get("plain_without"), result),
+            reach(results.get("plain"), result),
+            f"{result['val']['accuracy']:.4f}, {result['val']['loss']:.3f}",
+            f"{result['test']['accuracy']:.4f}, {result['test']['loss']:.3f}",
+            f"{result['peak_mib']:.0f}",
+        )
+    return shown
+
+
+def ratio(slow: dict[str, Any] | None, result: dict[str, Any]) -> str:
+    """How many times shorter the training is."""
+    return f"{slow['seconds'] / result['seconds']:.1f}" if slow else "-"
+
+
+def reach(plain: dict[str, Any] | None, result: dict[str, Any]) -> str:
+    """When plain Keras's final validation accuracy is reached, and how much sooner."""
+    if plain is None:
+        return "-"
+    goal = plain["curve"][-1][1]
+    moments = [at for at, accuracy in result["curve"] if accuracy >= goal]
+    if not moments:
+        return "not reached"
+    return f"{moments[0]:.1f} s ({plain['seconds'] / moments[0]:.1f} times sooner)"
+
+
+if __name__ == "__main__":
+    typer.run(main)

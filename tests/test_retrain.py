@@ -1,0 +1,159 @@
+"""The whole workflow as a person runs it: real DVC, Prefect, MLflow and S3 on loopback."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.report import RunReport
+from tests.fixtures.checkouts import Workshop, make_checkout
+from tests.fixtures.photos import write_photos
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """A checkout with imported photos and a champion of them."""
+    folder = tmp_path_factory.mktemp("retrain")
+    made = make_checkout(folder / "checkout")
+    report = made.handsigns("import", write_photos(folder / "photos", per_class=20))
+    assert report["taken"]["train"] == dict.fromkeys("012345", 20)
+    first = made.handsigns("retrain")
+    assert first["status"] == "promoted", first["reason"]
+    (folder / "first.json").write_text(json.dumps(first))
+    return made
+
+
+@pytest.fixture
+def first(workshop: Workshop) -> RunReport:
+    """What the first retrain of the checkout reported."""
+    path = workshop.layout.root.parent / "first.json"
+    return RunReport.model_validate_json(path.read_text())
+
+
+def test_the_first_run_is_promoted_and_tells_all(workshop: Workshop, first: RunReport) -> None:
+    assert first.data.train + first.data.val + first.data.test == 120
+    assert [phase.name for phase in first.phases] == ["base", "fine_tune", "full"]
+    assert all(phase.seconds > 0 and phase.epochs == 3 for phase in first.phases)
+    assert first.features.computed == first.data.train * 2 + first.data.val
+    assert first.gate.passed
+    assert first.model.version == 1
+    assert first.model.alias == "champion"
+    assert first.release.uri == f"s3://artifacts/releases/{first.release.id}/"
+    stages = {"audit", "preprocess", "backbone", "features", "train@base", "evaluate", "gate"}
+    assert stages | {"fetch", "version", "publish", "register", "promote"} < set(first.seconds)
+    for name in ("audit", "curves", "confusion", "roc_pr", "mistakes"):
+        picture = (workshop.layout.plots / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+
+
+def test_nothing_changed_is_told_before_any_server_starts(
+    workshop: Workshop, first: RunReport
+) -> None:
+    began = time.monotonic()
+    again = workshop.handsigns("retrain")
+    assert time.monotonic() - began < 30
+    assert again["status"] == "unchanged"
+    assert again["release"]["id"] == first.release.id
+    assert workshop.report()["status"] == "unchanged"
+    assert not list((workshop.layout.local / "logs").glob("*.pid"))
+
+
+def test_repro_finds_nothing_to_do_after_the_flow(workshop: Workshop) -> None:
+    lock = (workshop.layout.root / "dvc.lock").read_bytes()
+    said = workshop.run("dvc", "repro").stdout
+    assert "Data and pipelines are up to date" in said
+    assert (workshop.layout.root / "dvc.lock").read_bytes() == lock
+
+
+def test_repro_from_a_clean_cache_gives_the_flows_numbers(workshop: Workshop) -> None:
+    layout = workshop.layout
+    metrics, model = layout.metrics.read_bytes(), layout.model.read_bytes()
+    lock = (layout.root / "dvc.lock").read_bytes()
+    said = workshop.run("dvc", "repro", "--force").stdout
+    assert "Running stage 'evaluate'" in said
+    assert layout.metrics.read_bytes() == metrics
+    assert layout.model.read_bytes() == model
+    assert (layout.root / "dvc.lock").read_bytes() == lock
+
+
+def test_the_champion_predicts_evaluates_and_verifies(
+    workshop: Workshop, first: RunReport, tmp_path: Path
+) -> None:
+    photos = write_photos(tmp_path / "others", per_class=3, seed=7)
+    scores = workshop.handsigns("evaluate", photos)
+    assert scores["n"] == 18
+    assert scores["unreadable"] == []
+    picture = photos / "2/0000.png"
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    found = workshop.handsigns("predict", picture, tmp_path / "broken.jpg", code=1)
+    seen, broken = found["predictions"]
+    assert sum(seen["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+    assert "not an image" in broken["error"]
+    verified = workshop.handsigns("verify", "champion")
+    assert verified["id"] == first.release.id
+    assert verified["facts"]["data_version"] == first.data.version
+
+
+def test_a_refused_model_leaves_champion_registry_and_storage_alone(workshop: Workshop) -> None:
+    before = workshop.handsigns("status")
+    releases = sorted((workshop.layout.local / "seaweedfs").rglob("*.dat"))
+    sizes = [path.stat().st_size for path in releases]
+    workshop.change("gate", min_test_photos=10_000)
+    try:
+        refused = workshop.handsigns("retrain", code=1)
+        assert refused["status"] == "rejected"
+        assert "test photos" in refused["reason"]
+        assert refused["model"]["version"] is None
+        assert not refused["gate"]["passed"]
+    finally:
+        workshop.change("gate", min_test_photos=6)
+    after = workshop.handsigns("status")
+    for part in ("champion", "challenger", "history"):
+        assert after[part] == before[part]
+    assert [path.stat().st_size for path in releases] == sizes
+
+
+def test_one_phases_rate_reruns_that_phase_and_what_follows(
+    workshop: Workshop, first: RunReport
+) -> None:
+    workshop.change("phases.full", learning_rate=0.0007)
+    second = RunReport.model_validate(workshop.handsigns("retrain"))
+    assert second.status in ("promoted", "registered")
+    assert second.features.computed == 0
+    assert second.model.version == 2
+    assert second.release.id != first.release.id
+    assert second.seconds["features"] < first.seconds["features"] / 2
+    # Back again: DVC's cache and the registry know it all.
+    workshop.change("phases.full", learning_rate=0.0005)
+    back = RunReport.model_validate(workshop.handsigns("retrain"))
+    assert back.release.id == first.release.id
+    assert back.model.version == 1
+
+
+def test_promote_and_rollback_move_the_champion_and_tell_the_history(workshop: Workshop) -> None:
+    present = workshop.handsigns("status")["champion"]["version"]
+    other = 2 if present == 1 else 1
+    move = workshop.handsigns("promote", str(other), "--reason", "a test of mine")
+    assert (move["previous"], move["version"]) == (present, other)
+    refused = workshop.handsigns("promote", str(other), code=1)
+    assert "champion already" in refused
+    back = workshop.handsigns("rollback")
+    assert (back["previous"], back["version"]) == (other, present)
+    history = workshop.handsigns("status")["history"]
+    assert [one["reason"] for one in history[-2:]] == ["a test of mine", "rolled back by hand"]
+
+
+def test_an_unreachable_service_is_named_within_30_seconds(workshop: Workshop) -> None:
+    for name, address in {
+        "HANDSIGNS_S3_ENDPOINT_URL": "http://127.0.0.1:9",
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
+        "PREFECT_API_URL": "http://127.0.0.1:9/api",
+    }.items():
+        keys = {"AWS_ACCESS_KEY_ID": "some", "AWS_SECRET_ACCESS_KEY": "thing"}
+        began = time.monotonic()
+        told = workshop.handsigns("retrain", "--force", code=1, **{name: address}, **keys)
+        assert "127.0.0.1:9" in str(told)
+        assert time.monotonic() - began < 30
