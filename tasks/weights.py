@@ -43,7 +43,7 @@ def write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
 def take(layers: Iterable[Any]) -> Weights:
     """Copy the weights out of Keras layers."""
     return {
-        f"{layer.name}/{variable.name}": np.asarray(variable)
+        f"{layer.name}/{variable.name}": variable.numpy()
         for layer in layers
         for variable in layer.weights
     }
