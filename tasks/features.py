@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import cv2
@@ -43,11 +44,13 @@ from tasks.whole import write_json
 
 __all__ = ["FeatureReport", "Features", "extract", "open_features", "run"]
 
+CUT = "block6d_add"
+"""Where the trunk ends; `tasks.model.CUT`, which would have to import Keras to tell."""
 CHANNELS = 192
 STRIDE = 32
 """Pixels of the input to one place of the trunk's output."""
 
-_CODE = ("augment.py", "model.py", "trunk_engine.py")
+_CODE = ("augment.py", "trunk_engine.py")
 _log = logging.getLogger(__name__)
 
 
@@ -144,6 +147,7 @@ def _recipe(context: Context, size: int) -> Recipe:
         "opencv": cv2.__version__,
         "seed": params.seed,
         "size": size,
+        "trunk": f"EfficientNetB0 of Keras {version('keras')} up to {CUT}",
     }
 
 

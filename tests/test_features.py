@@ -13,21 +13,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
 
 from tasks.augment import enlarge
 from tasks.errors import BackboneError, DataError, ModelError
 from tasks.feature_journal import Journal
 from tasks.feature_store import INDEX, ROWS, Key, check_space, open_rows, write_rows
-from tasks.features import FeatureReport, open_features, run
+from tasks.features import CHANNELS, STRIDE, FeatureReport, open_features, run
+from tasks.features import CUT as STAGE_CUT
 from tasks.features import extract as extract_features
 from tasks.labels import LABELS
 from tasks.layout import Layout
-from tasks.model import FEATURE_SHAPE, build_backbone, build_trunk
+from tasks.model import CUT, FEATURE_SHAPE, build_backbone, build_trunk
 from tasks.params import Params, load_params
 from tasks.stage import Context
 from tasks.trunk_engine import TrunkEngine, load_engine
-from tasks.weights import take
+from tasks.weights import take, write_weights
 from tasks.whole import write_json
 from tests.fixtures.photos import CHECKOUT, photo
 
@@ -40,7 +40,7 @@ VIEWS = 2
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained backbone's weights, with batch norm statistics that do something."""
     path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
-    save_file(_untrained(0), path)
+    write_weights(path, _untrained(0))
     return path
 
 
@@ -201,7 +201,7 @@ def test_other_augmentation_computes_everything_anew(context: Context, tmp_path:
 
 def test_another_backbone_computes_everything_anew(context: Context) -> None:
     extract(context)
-    save_file(_untrained(1), context.layout.weights("backbone") / "backbone.safetensors")
+    write_weights(context.layout.weights("backbone") / "backbone.safetensors", _untrained(1))
     assert _counts(extract(context)) == (14, 0)
 
 
@@ -277,6 +277,11 @@ def test_bytes_do_not_depend_on_what_was_there_before(
             report = extract(now)
         assert sum(_counts(report)) == (last - first) * (views + 1) + held_out
         assert _content(now.layout) == _afresh(now, Path(folder) / "afresh")
+
+
+def test_the_stage_and_the_model_agree_on_the_cut() -> None:
+    assert STAGE_CUT == CUT
+    assert (224 // STRIDE, 224 // STRIDE, CHANNELS) == FEATURE_SHAPE
 
 
 def test_importing_the_stage_loads_no_engine() -> None:
@@ -369,7 +374,7 @@ def test_engine_agrees_with_keras_and_ignores_its_neighbours(backbone: Path) -> 
 def test_engine_refuses_activations_that_float16_cannot_hold(tmp_path: Path) -> None:
     weights = _untrained(2)
     weights["block6d_project_bn/gamma"] = weights["block6d_project_bn/gamma"] * 1e9
-    save_file(weights, tmp_path / "backbone.safetensors")
+    write_weights(tmp_path / "backbone.safetensors", weights)
     engine = load_engine(tmp_path / "backbone.safetensors", SIZE)
     with pytest.raises(ModelError, match="do not fit float16"):
         engine(enlarge(photo(1, 1, DETAIL)[None], SIZE)[0])
