@@ -10,7 +10,6 @@ from tasks.backbone import BACKBONE_FILE
 from tasks.cached import fit_cached
 from tasks.dataset import open_dataset
 from tasks.end_to_end import fit_end_to_end
-from tasks.errors import ParamsError
 from tasks.model import backbone_of, build_model, freeze, trunk_of
 from tasks.phase import plan_phase
 from tasks.progress import silent
@@ -142,9 +141,3 @@ def test_a_phase_learns(workshop: Workshop, stored: StoredArrays) -> None:
     curve, _ = fit(context, "full", "cached", start(context, "full"), stored)
     assert curve[-1].loss < 0.5 * curve[0].loss
     assert curve[-1].accuracy > curve[0].accuracy
-
-
-def test_unknown_phase_is_refused(workshop: Workshop) -> None:
-    context = workshop()
-    with pytest.raises(ParamsError, match=r"base, fine_tune, full\. Received: 'head'"):
-        plan_phase(context.params, "head", open_dataset(context.layout.dataset))
