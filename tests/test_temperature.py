@@ -39,3 +39,9 @@ def test_temperature_never_worsens_the_loss_it_is_fitted_on(seed: int, count: in
     assert LIMITS[0] <= temperature <= LIMITS[1]
     assert score(logits / temperature, labels)[0] <= score(logits, labels)[0] + 1e-6
     assert score(logits / temperature, labels)[1] == score(logits, labels)[1]
+
+
+def test_few_right_answers_do_not_make_a_model_sure() -> None:
+    labels = np.arange(30) % 6
+    logits = np.eye(6)[labels] * 4
+    assert 0.5 < fit_temperature(logits, labels) < 1
