@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tasks.augment import INPUT_SIZE
-from tasks.backbone import BACKBONE_FILE
+from tasks.checkpoint import BACKBONE_FILE, read_phase
 from tasks.params import BACKBONE
 from tasks.stage import Context, stage_main
-from tasks.train import read_phase
 from tasks.whole import whole_file
 
 _DATE = (1980, 1, 1, 0, 0, 0)

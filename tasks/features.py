@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.augment import INPUT_SIZE, one_thread_each, view
-from tasks.backbone import BACKBONE_FILE
+from tasks.checkpoint import BACKBONE_FILE
 from tasks.dataset import Dataset, open_dataset
 from tasks.errors import BackboneError, DataError
 from tasks.feature_journal import Journal

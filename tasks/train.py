@@ -12,19 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.augment import INPUT_SIZE
-from tasks.backbone import BACKBONE_FILE
+from tasks.checkpoint import BACKBONE_FILE, TEMPERATURE, WEIGHTS_FILE, read_phase
 from tasks.dataset import Dataset, open_dataset
-from tasks.layout import Layout
 from tasks.params import BACKBONE
 from tasks.phase import Epoch, Plan, plan_phase
 from tasks.stage import Context, stage_main
 from tasks.temperature import fit_temperature, score
-from tasks.weights import Weights, read_weights, write_weights
+from tasks.weights import write_weights
 from tasks.whole import whole_folder, write_json
 
-WEIGHTS_FILE = "weights.safetensors"
 HISTORY_FILE = "history.json"
-TEMPERATURE = "temperature"
 
 
 def run(context: Context, item: str | None = None) -> None:
@@ -62,20 +59,6 @@ def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
         write_json(folder / HISTORY_FILE, history)
 
 
-def read_phase(layout: Layout, name: str) -> tuple[Weights, float]:
-    """Read what a phase, or the backbone stage, left.
-
-    Returns:
-        Weights by layer name, and the temperature, 1 where none was fitted.
-
-    Raises:
-        ModelError: the file is missing or is not safetensors.
-    """
-    file = BACKBONE_FILE if name == BACKBONE else WEIGHTS_FILE
-    weights = read_weights(layout.weights(name) / file)
-    return weights, float(weights.pop(TEMPERATURE, np.array(1.0)))
-
-
 def _starting_model(context: Context, plan: Plan, size: int) -> Any:
     from tasks.model import build_model, freeze
     from tasks.tail import put_tail
@@ -101,7 +84,7 @@ def _fit(
 ) -> tuple[list[Epoch], NDArray[np.float32]]:
     if plan.training.mode == "cached":
         from tasks.cached import fit_cached
-        from tasks.features import open_features
+        from tasks.feature_reader import open_features
 
         features = open_features(context.layout.features)
         return fit_cached(model, plan, dataset.names, features, context.progress)

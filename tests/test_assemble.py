@@ -11,14 +11,14 @@ from scipy.special import log_softmax, softmax
 
 from tasks.assemble import assemble
 from tasks.augment import enlarge
-from tasks.backbone import BACKBONE_FILE
+from tasks.checkpoint import BACKBONE_FILE, read_phase
 from tasks.dataset import open_dataset
 from tasks.features import extract, open_features
 from tasks.layout import Layout
 from tasks.model import build_model, build_trunk, load_model
 from tasks.stage import Context
 from tasks.tail import Tail, put_tail
-from tasks.train import read_phase, train
+from tasks.train import train
 from tasks.weights import write_weights
 from tests.fixtures.models import SIZE
 

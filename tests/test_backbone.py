@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from tasks.backbone import (
-    BACKBONE_FILE,
     PACKAGE_FILE,
     PACKAGE_SHA256,
     digest,
@@ -20,6 +19,7 @@ from tasks.backbone import (
     from_file,
     run,
 )
+from tasks.checkpoint import BACKBONE_FILE
 from tasks.errors import BackboneError
 from tasks.folded import read_package
 from tasks.layout import Layout

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tasks.assemble import save_model
-from tasks.backbone import BACKBONE_FILE
+from tasks.checkpoint import BACKBONE_FILE
 from tasks.errors import ModelError
 from tasks.model import (
     CUT,

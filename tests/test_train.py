@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.backbone import BACKBONE_FILE
 from tasks.cached import fit_cached
+from tasks.checkpoint import BACKBONE_FILE
 from tasks.dataset import open_dataset
 from tasks.end_to_end import fit_end_to_end
 from tasks.model import backbone_of, build_model, freeze, trunk_of
