@@ -45,7 +45,7 @@ def assemble(context: Context, size: int = INPUT_SIZE) -> None:
         seed=params.seed,
     )
     put_tail(model, weights)
-    freeze(model, params.phases[params.last_phase].trainable_layers)
+    freeze(model, 0)  # whoever fits the file further does not shift its batch norms
     context.progress("assemble model", 0, 1)
     save_model(model, layout.model)
     context.progress("assemble model", 1, 1)

