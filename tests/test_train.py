@@ -117,6 +117,8 @@ def test_both_modes_give_the_same_losses_for_the_same_views(
         assert left.accuracy == pytest.approx(right.accuracy)
     centred = [rows - rows.mean(axis=1, keepdims=True) for rows in (cached_logits, plain_logits)]
     np.testing.assert_allclose(*centred, atol=1e-3)
+    kept = [tail_weights(model)["predictions/kernel"] for model in models]
+    np.testing.assert_allclose(*kept, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["cached", pytest.param("end_to_end", marks=pytest.mark.slow)])
