@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from flows.report import RunReport
@@ -24,7 +25,7 @@ def import_table(report: ImportReport) -> Table:
     for kind, count in report.kinds().items():
         table.add_row("[red]set aside[/]", kind, *[""] * len(LABELS), str(count))
     shown = report.quarantined[:_MOST_FILES]
-    lines = [f"{aside.origin}: {aside.reason}" for aside in shown]
+    lines = [escape(f"{aside.origin}: {aside.reason}") for aside in shown]
     if len(report.quarantined) > len(shown):
         more = len(report.quarantined) - len(shown)
         lines.append(f"and {more} more, in artifacts/quarantine/quarantine.json")
@@ -77,14 +78,14 @@ def status_table(found: Mapping[str, Any]) -> Table:
         told = f"version {held['version']}, {held['uri']}" if held else "none"
         table.add_row(role, told)
     for move in found["history"][-5:]:
-        table.add_row("moved", move["told"])
+        table.add_row("moved", escape(move["told"]))
     return table
 
 
 def scores_table(result: Mapping[str, Any]) -> Table:
     """Scores on labelled photos, class by class."""
     low, high = result["accuracy_interval"]
-    title = (
+    title = escape(
         f"{result['model']}: accuracy {result['accuracy']:.4f} ({low:.3f} to {high:.3f}) on "
         f"{result['n']} photos, loss {result['loss']:.4f}, AUC {result['auc']}, "
         f"calibration error {result['ece']:.4f}"
@@ -93,20 +94,20 @@ def scores_table(result: Mapping[str, Any]) -> Table:
     for row in result["per_class"]:
         cells = [row["label"], *(_cell(row[name]) for name in ("precision", "recall", "f1"))]
         table.add_row(*cells, str(row["support"]))
-    unread = [f"{found['file']}: {found['error']}" for found in result["unreadable"]]
+    unread = [escape(f"{found['file']}: {found['error']}") for found in result["unreadable"]]
     table.caption = "\n".join(unread[:_MOST_FILES]) or None
     return table
 
 
 def predictions_table(predictions: Sequence[Mapping[str, Any]], model: str) -> Table:
     """The sign read in each photo, and the probability of each."""
-    table = _table("photo", "sign", *LABELS, title=model)
+    table = _table("photo", "sign", *LABELS, title=escape(model))
     for found in predictions:
         if "error" in found:
-            table.add_row(str(found["file"]), f"[red]{found['error']}[/]")
+            table.add_row(escape(found["file"]), f"[red]{escape(found['error'])}[/]")
         else:
             shares = [f"{found['probabilities'][label]:.3f}" for label in LABELS]
-            table.add_row(str(found["file"]), found["label"], *shares)
+            table.add_row(escape(found["file"]), found["label"], *shares)
     return table
 
 

@@ -52,6 +52,10 @@ class TrunkEngine:
             },
         )
         self._of_this_thread = threading.local()
+        # OpenVINO's binding sets itself up in the first call of a process and lets
+        # go of Python's lock in between: two first calls at once wait for each
+        # other for ever. So the first one is made here, alone.
+        self(np.zeros((*trunk.input_shape[1:3], 3), np.uint8))
 
     def __call__(self, picture: NDArray[np.uint8]) -> NDArray[np.float16]:
         """Compute one picture's activations.
