@@ -5,6 +5,7 @@ go to standard output, everything else to standard error.
 """
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -47,6 +48,7 @@ Reason = Annotated[str, typer.Option(help="Why; kept in the champion's history."
 
 def main() -> None:
     """Run the command; whatever is refused or fails ends in one line and exit code 1."""
+    _show_logs()
     try:
         app()
     except HandsignsError as error:
@@ -86,7 +88,8 @@ def import_(
     layout = _layout()
     pipeline = _workspace(layout).pipeline
     with _progress() as progress:
-        if not replace and pipeline.data_version() is not None:
+        # A sample that was never rendered is nothing that photos could be added to.
+        if not replace and pipeline.data_source() == "photos":
             fetch_data(layout, pipeline, progress)
         report = import_photos(layout, source, test, replace, progress)
         version = pipeline.version_data("photos")
@@ -197,6 +200,15 @@ def verify(
         found = workspace.verify(version)
     said = f"{found['uri']}: {found['files']} files, {found['bytes']} bytes, as the manifest says."
     _tell(json_, found, said)
+
+
+def _show_logs() -> None:
+    """What flows and tasks have to say goes to standard error, in plain lines."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name in ("flows", "tasks"):
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 def _layout() -> Layout:

@@ -5,10 +5,11 @@ import threading
 
 from flows.local import check_reachable, embedded
 from flows.record import unchanged_since
-from flows.report import RunReport
+from flows.report import ModelReport, RunReport
 from flows.workspace import Workspace
+from tasks.errors import HandsignsError, ServiceError
+from tasks.params import load_params
 from tasks.progress import Progress
-from tasks.whole import read_json
 
 
 def launch_retrain(workspace: Workspace, force: bool, progress: Progress) -> RunReport:
@@ -23,17 +24,30 @@ def launch_retrain(workspace: Workspace, force: bool, progress: Progress) -> Run
         progress: told how far long stages are.
 
     Returns:
-        What `run.json` says.
-
-    Raises:
-        ServiceError: a service does not answer.
+        What `run.json` says; also when the run failed.
     """
     layout, settings = workspace.layout, workspace.settings
-    if not force and (found := unchanged_since(layout, settings, workspace.pipeline)):
-        found.write(layout)
-        return found
-    check_reachable(settings)
-    with embedded(settings, layout) as services:
+    try:
+        load_params(layout.params)
+        if not force and (found := unchanged_since(layout, settings, workspace.pipeline)):
+            found.write(layout)
+            return found
+        # A report of an earlier run must not pass for one of this.
+        layout.run.unlink(missing_ok=True)
+        check_reachable(settings)
+        _run_flow(workspace, force, progress)
+        return RunReport.model_validate_json(layout.run.read_bytes())
+    except HandsignsError as error:
+        failed = RunReport(
+            status="failed", reason=str(error), model=ModelReport(name=settings.model_name)
+        )
+        failed.write(layout)
+        return failed
+
+
+def _run_flow(workspace: Workspace, force: bool, progress: Progress) -> None:
+    layout = workspace.layout
+    with embedded(workspace.settings, layout) as services:
         services.start_prefect()
         # While the server starts, so that training does not wait for it.
         threading.Thread(target=_import_tensorflow, daemon=True).start()
@@ -44,12 +58,17 @@ def launch_retrain(workspace: Workspace, force: bool, progress: Progress) -> Run
 
         token = listener.set(progress)
         try:
+            # The flow keeps its own failures; what is raised here is the server's.
             retrain(force=force, return_state=True)
+        except Exception as error:
+            raise ServiceError(
+                f"Prefect failed ({type(error).__name__}). Received: {services.prefect()}. "
+                "Look at its log, then run again."
+            ) from error
         finally:
             listener.reset(token)
             # The last lines must reach the server before it stops.
             APILogWorker.drain_all(timeout=5)
-    return RunReport.model_validate(read_json(layout.run))
 
 
 def _point_prefect_at(api: str, home: "os.PathLike[str]") -> None:
@@ -58,7 +77,11 @@ def _point_prefect_at(api: str, home: "os.PathLike[str]") -> None:
     os.environ.setdefault("PREFECT_HOME", str(home))
     os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
     # The terminal shows progress; the UI has the whole log.
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "ERROR")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "flows,tasks")
+    # A proxy cannot reach this machine's loopback.
+    known = os.environ.get("NO_PROXY", "")
+    os.environ["NO_PROXY"] = ",".join(filter(None, [known, "127.0.0.1", "localhost"]))
 
 
 def _import_tensorflow() -> None:

@@ -6,13 +6,14 @@ and telling. Only calls that cross the network are tried again.
 """
 
 import datetime
+import logging
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
-from prefect import Task, flow, get_run_logger
+from prefect import Task, flow
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
@@ -40,6 +41,7 @@ listener: ContextVar[Progress] = ContextVar("listener", default=silent)
 """Whom a flow in this process tells how far it is; the command line sets it."""
 
 _Result = TypeVar("_Result")
+_log = logging.getLogger(__name__)
 
 
 def _name() -> str:
@@ -150,22 +152,22 @@ class Retrain:
 
     def _fetch(self) -> None:
         said = fetch_data(self._layout, self._workspace.pipeline, self._progress)
-        get_run_logger().info(said)
+        _log.info(said)
 
     def _version(self) -> str:
         pipeline = self._workspace.pipeline
         version = pipeline.data_version()
         if version is None or pipeline.data_changed():
             version = pipeline.version_data("photos")
-            get_run_logger().info("data/ changed; it is version %s now.", version)
+            _log.info("data/ changed; it is version %s now.", version)
         if pipeline.has_remote():
-            get_run_logger().info("%d files pushed to the DVC remote.", pipeline.push_data())
+            _log.info("%d files pushed to the DVC remote.", pipeline.push_data())
         return version
 
     def _stage(self, name: str) -> None:
         def run() -> str:
             outcome = self._workspace.pipeline.run(name, self._force, self._progress)
-            get_run_logger().info("Stage %s: %s.", name, outcome)
+            _log.info("Stage %s: %s.", name, outcome)
             return outcome
 
         self._outcomes[name] = self._task(name, run)
@@ -206,7 +208,7 @@ class Retrain:
         storage, registry = self._workspace.storage, self._workspace.registry
         champion = read_champion(storage)
         if champion and (said := mend_alias(registry, champion)):
-            get_run_logger().warning(said)
+            _log.warning(said)
         if champion and champion.pointer.release == release.id:
             self._report.model.alias = CHAMPION
             self._conclude("unchanged", f"Version {version.number} is champion already.")
@@ -231,9 +233,7 @@ class Retrain:
 
     def _conclude(self, status: Any, reason: str) -> None:
         self._report.status, self._report.reason = status, reason
-        level = (
-            get_run_logger().error if status in ("failed", "rejected") else get_run_logger().info
-        )
+        level = _log.error if status in ("failed", "rejected") else _log.info
         level("%s: %s", status, reason)
 
 

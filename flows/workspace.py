@@ -70,7 +70,7 @@ class Workspace:
 
         Args:
             name: `champion`, `challenger`, a version's number, or the path of a
-                release's folder.
+                release's folder or of a .keras file of this checkout's parameters.
 
         Returns:
             The classifier, and what it is in words.
@@ -80,13 +80,20 @@ class Workspace:
         """
         from tasks.challenge import open_release
         from tasks.champion import find_release
+        from tasks.classifier import load_classifier
         from tasks.manifest import verify_folder
+        from tasks.params import load_params
         from tasks.release import fetch
+        from tasks.whole import read_json
 
-        folder = Path(name)
-        if folder.is_dir():
-            verify_folder(folder, folder.resolve().name)
-            return open_release(folder), f"release {folder.resolve().name}"
+        path = Path(name)
+        if path.is_dir():
+            release = str((read_json(path / "manifest.json") or {}).get("id"))
+            verify_folder(path, release)
+            return open_release(path), f"release {release}"
+        if path.is_file():
+            detail = load_params(self.layout.params).preprocess.detail
+            return load_classifier(path, detail), f"file {path}, in no verified release"
         release = find_release(self.storage, lambda: self.registry, name)
         found = fetch(self.storage, release, self.layout.releases)
         return open_release(found), f"{name}, release {release}"

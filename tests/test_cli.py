@@ -1,0 +1,113 @@
+"""The command's manners: instant help, exit codes, one line for what is refused."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.fixtures.checkouts import BIN, Workshop, make_checkout
+from tests.fixtures.photos import CHECKOUT, write_photos
+
+VERBS = (
+    "sample", "import", "retrain", "status", "evaluate", "predict", "promote", "rollback", "verify",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """A checkout without photos."""
+    return make_checkout(tmp_path_factory.mktemp("cli") / "checkout")
+
+
+def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, contextlib\nfrom flows.cli import app\n"
+        "with contextlib.suppress(SystemExit): app(['--help'])\n"
+        "heavy = {'tensorflow', 'keras', 'prefect', 'mlflow', 'boto3', 'dvc', 'numpy'}\n"
+        "sys.exit(1 if heavy & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    for verb in VERBS:
+        assert f" {verb} " in done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_explains_itself(verb: str, tmp_path: Path) -> None:
+    done = subprocess.run([BIN / "handsigns", verb, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--json" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["nonsense"], ["promote"], ["promote", "three"], ["predict"]])
+def test_wrong_usage_exits_with_2(words: list[str]) -> None:
+    done = subprocess.run([BIN / "handsigns", *words], capture_output=True, text=True)
+    assert done.returncode == 2
+
+
+def test_outside_a_checkout_it_says_so_in_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [BIN / "handsigns", "status"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "no dvc.yaml" in done.stderr
+
+
+def test_an_unknown_parameter_is_named_and_reported(workshop: Workshop) -> None:
+    kept = workshop.layout.params.read_text()
+    workshop.change("gate", min_acuracy=0.9)
+    try:
+        told = workshop.handsigns("retrain", code=1)
+    finally:
+        workshop.layout.params.write_text(kept)
+    assert told["status"] == "failed"
+    assert "gate.min_acuracy" in told["reason"]
+    assert workshop.report() == told
+
+
+def test_a_mistyped_setting_is_named(workshop: Workshop) -> None:
+    told = workshop.handsigns("status", code=1, HANDSIGNS_BUKET="x")
+    assert "HANDSIGNS_BUCKET" in told
+
+
+def test_no_photos_yet_says_how_to_get_some(workshop: Workshop) -> None:
+    told = workshop.handsigns("retrain", code=1)
+    assert told["status"] == "failed"
+    assert "handsigns import" in told["reason"]
+
+
+def test_a_missing_source_is_refused_in_one_line(workshop: Workshop) -> None:
+    told = workshop.handsigns("import", "nowhere", code=1)
+    assert "nowhere" in told
+    assert told.strip().count("\n") == 0
+
+
+def test_import_tells_what_was_taken_and_what_not_and_why(tmp_path: Path) -> None:
+    workshop = make_checkout(tmp_path / "checkout")
+    photos = write_photos(tmp_path / "photos", per_class=3)
+    (photos / "1/broken.jpg").write_bytes(b"")
+    (photos / "six").mkdir()
+    (photos / "six/hand.png").write_bytes((photos / "5/0000.png").read_bytes())
+    report = workshop.handsigns("import", photos)
+    assert sum(report["taken"]["train"].values()) == 18
+    reasons = {Path(one["origin"]).name: one["reason"] for one in report["quarantined"]}
+    assert set(reasons) == {"broken.jpg", "hand.png"}
+    assert (workshop.layout.quarantine / "quarantine.json").is_file()
+    record = yaml.safe_load((workshop.layout.root / "data.dvc").read_text())
+    assert record["outs"][0]["md5"] == report["version"]
+    assert record["meta"] == {"source": "photos"}
+    again = workshop.run("handsigns", "import", photos).stdout
+    assert "already there" in again
+    assert report["version"] in again
+
+
+@pytest.mark.slow
+def test_the_sample_is_the_one_that_the_committed_version_names(tmp_path: Path) -> None:
+    workshop = make_checkout(tmp_path / "checkout")
+    told = workshop.handsigns("sample")
+    committed = yaml.safe_load((CHECKOUT.root / "data.dvc").read_text())
+    assert committed["meta"] == {"source": "sample"}
+    assert told["version"] == committed["outs"][0]["md5"]
