@@ -1,7 +1,8 @@
 """One way of training, in a process of its own: `python -m benchmarks.variant RESULT`.
 
-Runs in a prepared folder (see `benchmarks.training`): times every stage, scores the
-model on the test split afterwards, and writes what it measured to RESULT.
+Runs in a prepared folder (see `benchmarks.training`): times every stage whose result
+is not there yet, scores the model on the test split afterwards, and writes what it
+measured to RESULT.
 """
 
 import json
@@ -10,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from tasks import assemble, evaluate, features, train
+from tasks import assemble, audit, evaluate, features, preprocess, train
 from tasks.layout import Layout
 from tasks.params import load_params
 from tasks.stage import Context, Stage
@@ -44,12 +45,16 @@ def main(result: Path) -> None:
     params = load_params(layout.params)
     watch = Stopwatch()
     context = Context(layout, params, watch.progress)
+    if not layout.dataset.exists():
+        watch.run("audit", audit.run, context)
+        watch.run("preprocess", preprocess.run, context)
     if params.training.mode == "cached":
         watch.run("features", features.run, context)
     for phase in params.phases:
         watch.run(phase, train.run, context, phase)
     trained = sum(watch.seconds.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    features_bytes = sum(path.stat().st_size for path in layout.features.rglob("*"))
     assemble.run(context)
     evaluate.run(context)
     histories = {
@@ -60,6 +65,7 @@ def main(result: Path) -> None:
         "seconds": trained,
         "stages": watch.seconds,
         "peak_mib": peak / 1024,
+        "features_mib": features_bytes / 2**20,
         "curve": curve(histories, watch.updates),
         "val": {name: histories[params.last_phase][f"val_{name}"] for name in ("accuracy", "loss")},
         "test": json.loads(layout.metrics.read_text()),

@@ -7,7 +7,7 @@ imports nothing heavy.
 import hashlib
 from pathlib import Path
 
-from flows.report import ModelReport, ReleaseReport, RunReport
+from flows.report import RunReport
 from flows.settings import Settings
 from tasks.addresses import shown
 from tasks.layout import Layout
@@ -45,15 +45,6 @@ def remember(layout: Layout, settings: Settings, report: RunReport) -> None:
     """Keep what a run that released something was made of."""
     content = {"made_of": _made_of(layout, settings), "report": report.model_dump(mode="json")}
     write_json(_record(layout), content)
-
-
-def last_release(layout: Layout) -> tuple[ModelReport, ReleaseReport] | None:
-    """Model and release of the last run on this machine that made one."""
-    last = read_json(_record(layout))
-    if not isinstance(last, dict):
-        return None
-    report = RunReport.model_validate(last["report"])
-    return report.model, report.release
 
 
 def _made_of(layout: Layout, settings: Settings) -> dict[str, str | None]:
