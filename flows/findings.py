@@ -82,6 +82,7 @@ def release_files(layout: Layout, folder: Path) -> dict[str, Path]:
     """
     return {
         "model.keras": layout.model,
+        "model.pb": layout.graph,
         "labels.json": folder / "labels.json",
         "model_card.md": folder / "model_card.md",
         "metrics.json": layout.metrics,

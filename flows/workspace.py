@@ -70,7 +70,7 @@ class Workspace:
 
         Args:
             name: `champion`, `challenger`, a version's number, or the path of a
-                release's folder or of a .keras file of this checkout's parameters.
+                release's folder or of a .keras or .pb file of this checkout's parameters.
 
         Returns:
             The classifier, and what it is in words.
@@ -78,12 +78,12 @@ class Workspace:
         Raises:
             ReleaseError: there is no such release, or it is not what its manifest says.
         """
-        from tasks.challenge import open_release
         from tasks.champion import find_release
         from tasks.classifier import load_classifier
         from tasks.manifest import verify_folder
         from tasks.params import load_params
         from tasks.release import fetch
+        from tasks.release_reader import open_release
         from tasks.whole import read_json
 
         path = Path(name)

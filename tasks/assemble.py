@@ -1,7 +1,8 @@
-"""Stage: the trained weights back in the functional model, as one `.keras` file.
+"""Stage: the trained weights back in the functional model.
 
-The same weights give the same bytes: Keras writes the time, object addresses and zip
-dates into its files, and these are taken out again.
+`model.keras` is the model, `model.pb` the same network for inference alone, which needs
+no TensorFlow. The same weights give the same bytes: Keras writes the time, object
+addresses and zip dates into its files, and these are taken out again.
 """
 
 import json
@@ -11,6 +12,7 @@ from typing import Any
 
 from tasks.augment import INPUT_SIZE
 from tasks.checkpoint import BACKBONE_FILE, read_phase
+from tasks.frozen import frozen_graph
 from tasks.params import BACKBONE
 from tasks.stage import Context, stage_main
 from tasks.whole import whole_file
@@ -20,7 +22,7 @@ _DATE = (1980, 1, 1, 0, 0, 0)
 
 
 def run(context: Context, item: str | None = None) -> None:
-    """Write `artifacts/model.keras` from the backbone and the last phase.
+    """Write `artifacts/model.keras` and `artifacts/model.pb` from the backbone and the last phase.
 
     Raises:
         ModelError: weights are missing or do not fit.
@@ -46,9 +48,12 @@ def assemble(context: Context, size: int = INPUT_SIZE) -> None:
     )
     put_tail(model, weights)
     freeze(model, 0)  # whoever fits the file further does not shift its batch norms
-    context.progress("assemble model", 0, 1)
+    context.progress("assemble model", 0, 2)
     save_model(model, layout.model)
-    context.progress("assemble model", 1, 1)
+    context.progress("assemble model", 1, 2)
+    with whole_file(layout.graph) as temporary:
+        temporary.write_bytes(frozen_graph(model))
+    context.progress("assemble model", 2, 2)
 
 
 def save_model(model: Any, path: Path) -> None:

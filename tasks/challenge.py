@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
-from tasks.classifier import Classifier, classify_files, load_classifier
+from tasks.classifier import classify_files
 from tasks.compare import Comparison, compare
 from tasks.dataset import open_dataset
 from tasks.errors import HandsignsError, PromotionError
@@ -16,6 +15,7 @@ from tasks.layout import Layout
 from tasks.pointer import Champion
 from tasks.progress import Progress, silent
 from tasks.release import fetch
+from tasks.release_reader import open_release
 from tasks.storage import Storage
 from tasks.whole import read_json
 
@@ -75,26 +75,6 @@ def challenge(
     probabilities = np.array([one.probabilities for one in found])
     result = compare(probabilities, challenger, labels, [path.name for path in photos])
     return Challenge(result.no_worse, result.reason, result)
-
-
-def open_release(folder: Path) -> Classifier:
-    """Load the classifier of a verified release.
-
-    Args:
-        folder: what `tasks.release.fetch` returned.
-
-    Raises:
-        PromotionError: its labels are not ours, in our order.
-        ModelError: its weights do not fit the architecture.
-    """
-    labels = read_json(folder / "labels.json")
-    if labels != list(LABELS):
-        raise PromotionError(
-            f"A release must have the labels {list(LABELS)} in this order. Received: {labels} "
-            f"in release {folder.name}. Promote a release of this project."
-        )
-    params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
-    return load_classifier(folder / "model.keras", int(params["preprocess"]["detail"]))
 
 
 def _unseen(

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from tasks.augment import enlarge
 from tasks.class_folders import Read
-from tasks.errors import DataError, ImageError
+from tasks.engine import Engine
+from tasks.errors import DataError, ImageError, ModelError
 from tasks.images import MAX_BYTES, decode, read_photo
 from tasks.labels import LABELS
+from tasks.parallel import in_order
 from tasks.progress import Progress, silent
 from tasks.shrink import shrink
 
@@ -109,10 +111,13 @@ class Classifier:
 
 
 def load_classifier(path: Path, detail: int, size: int = 224) -> Classifier:
-    """Load a model file; only its weights are read, the architecture is ours.
+    """Load a model file.
+
+    Of a `.keras` file only the weights are read, the architecture is ours. A `.pb` file
+    is run as it is, and is ready sooner: TensorFlow is not imported for it.
 
     Args:
-        path: a `.keras` file of the assemble stage or of a release.
+        path: a `.keras` or `.pb` file of the assemble stage or of a release.
         detail: `preprocess.detail` of the parameters it was trained with.
         size: side of the model's input in pixels.
 
@@ -122,6 +127,24 @@ def load_classifier(path: Path, detail: int, size: int = 224) -> Classifier:
     Raises:
         ModelError: the file is missing or does not fit the architecture.
     """
+    forward = _graph_forward(path, size) if path.suffix == ".pb" else _keras_forward(path, size)
+    return Classifier(forward, detail, size)
+
+
+def _graph_forward(path: Path, size: int) -> Forward:
+    engine = Engine(path)
+    if (engine.size, engine.shape) != (size, (len(LABELS),)):
+        raise ModelError(
+            f"A model's graph must give {len(LABELS)} probabilities for a photo of {size} pixels. "
+            f"Received: {engine.shape} for {engine.size} pixels from '{path}'. "
+            "Name a .pb file that the assemble stage wrote."
+        )
+    return lambda photos: np.stack(
+        list(in_order(lambda photo: engine(photo).copy(), photos, engine.cores))
+    )
+
+
+def _keras_forward(path: Path, size: int) -> Forward:
     import tensorflow as tf
 
     from tasks.model import load_model
@@ -131,7 +154,7 @@ def load_classifier(path: Path, detail: int, size: int = 224) -> Classifier:
     traced = tf.function(
         lambda photos: model(tf.cast(photos, tf.float32), training=False), input_signature=[shape]
     )
-    return Classifier(lambda photos: np.asarray(traced(photos)), detail, size)
+    return lambda photos: np.asarray(traced(photos))
 
 
 def classify_files(

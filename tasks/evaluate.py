@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks import plots
 from tasks.class_folders import arrange, folder_entries
 from tasks.classifier import Classifier, Prediction, classify, load_classifier
 from tasks.dataset import Dataset, open_dataset
@@ -74,6 +73,8 @@ def run(context: Context, item: str | None = None) -> None:
         ModelError: there is no model, or it does not fit the architecture.
         StageError: a phase's history is missing or broken.
     """
+    from tasks import plots
+
     layout = context.layout
     dataset = open_dataset(layout.dataset)
     rows = dataset.rows("test")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tasks.augment import INPUT_SIZE, one_thread_each, view
 from tasks.checkpoint import BACKBONE_FILE
 from tasks.dataset import Dataset, open_dataset
+from tasks.engine import engine_version
 from tasks.errors import BackboneError, DataError
 from tasks.feature_journal import Journal
 from tasks.feature_reader import Features, open_features
@@ -39,7 +40,7 @@ from tasks.layout import Layout
 from tasks.parallel import in_order
 from tasks.params import BACKBONE
 from tasks.stage import Context, stage_main
-from tasks.trunk_engine import TrunkEngine, engine_version, load_engine
+from tasks.trunk_engine import TrunkEngine, load_engine
 from tasks.whole import write_json
 
 __all__ = ["FeatureReport", "Features", "extract", "open_features", "run"]
@@ -50,7 +51,7 @@ CHANNELS = 192
 STRIDE = 32
 """Pixels of the input to one place of the trunk's output."""
 
-_CODE = ("augment.py", "trunk_engine.py")
+_CODE = ("augment.py", "engine.py", "frozen.py", "trunk_engine.py")
 _log = logging.getLogger(__name__)
 
 

@@ -82,6 +82,11 @@ class Layout:
         return self.artifacts / "model.keras"
 
     @property
+    def graph(self) -> Path:
+        """The model for inference alone, see `tasks.frozen`."""
+        return self.artifacts / "model.pb"
+
+    @property
     def metrics(self) -> Path:
         return self.artifacts / "metrics.json"
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from scipy.special import log_softmax, softmax
 from tasks.assemble import assemble
 from tasks.augment import enlarge
 from tasks.checkpoint import BACKBONE_FILE, read_phase
+from tasks.classifier import load_classifier
 from tasks.dataset import open_dataset
 from tasks.errors import ModelError, StageError
 from tasks.features import extract, open_features
@@ -22,6 +25,7 @@ from tasks.tail import Tail, put_tail
 from tasks.train import train
 from tasks.weights import write_weights
 from tests.fixtures.models import SIZE
+from tests.fixtures.photos import CHECKOUT
 
 Workshop = Callable[..., Context]
 PHASES = ["base", "fine_tune", "full"]
@@ -102,6 +106,36 @@ def test_model_file_gives_the_tails_probabilities(
         expected = softmax(logits / (temperature or 1.0), axis=1)
         np.testing.assert_allclose(given, expected, atol=tolerance)
     assert given.max() > 0.3
+
+
+def test_graph_gives_the_model_files_probabilities(trained: Context) -> None:
+    images = open_dataset(trained.layout.dataset).images
+    detail = trained.params.preprocess.detail
+    model, graph = (
+        load_classifier(path, detail, SIZE).probabilities(images)
+        for path in (trained.layout.model, trained.layout.graph)
+    )
+    np.testing.assert_allclose(graph, model, atol=1e-4)
+    assert np.ptp(graph, axis=0).max() > 0.1
+
+
+def test_another_process_writes_the_same_files(trained: Context, tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    shutil.copytree(trained.layout.artifacts, layout.artifacts)
+    written = [path.relative_to(tmp_path) for path in (layout.model, layout.graph)]
+    for path in written:
+        (tmp_path / path).unlink()
+    program = (
+        "import sys; from pathlib import Path; from tasks.assemble import assemble; "
+        "from tasks.layout import Layout; from tasks.params import load_params; "
+        "from tasks.stage import Context; "
+        "params = load_params(Path(sys.argv[2])); "
+        f"assemble(Context(Layout(Path(sys.argv[1])), params), {SIZE})"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), str(CHECKOUT.params)]
+    subprocess.run(command, check=True, capture_output=True)
+    for path in written:
+        assert (tmp_path / path).read_bytes() == (trained.layout.root / path).read_bytes(), path
 
 
 def test_kept_val_loss_is_the_model_files(trained: Context) -> None:

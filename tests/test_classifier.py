@@ -1,5 +1,7 @@
 """Scoring pictures through a model, from arrays and from files nobody vouches for."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,6 +114,65 @@ def test_a_prediction_in_json_has_probabilities_by_sign_or_a_reason() -> None:
 def test_a_missing_model_file_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model\.keras"):
         load_classifier(tmp_path / "model.keras", detail=64, size=32)
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A frozen graph of a random model for 32 pixels."""
+    from tasks.frozen import frozen_graph
+    from tasks.model import build_model
+
+    path = tmp_path_factory.mktemp("graph") / "model.pb"
+    path.write_bytes(frozen_graph(build_model(size=32, seed=3)))
+    return path
+
+
+def test_a_graph_gives_rows_that_do_not_depend_on_their_neighbours(graph: Path) -> None:
+    classifier = load_classifier(graph, detail=64, size=32)
+    images = np.random.default_rng(0).integers(0, 256, (BATCH + 3, 64, 64, 3), np.uint8)
+    together = classifier.probabilities(images)
+    alone = [classifier.probabilities(image[None])[0] for image in images]
+    turned = classifier.probabilities(images[::-1])[::-1]
+    assert together.dtype == np.float32
+    assert np.array_equal(together, alone)
+    assert np.array_equal(together, turned)
+    assert len(np.unique(together, axis=0)) > 1
+    assert np.allclose(together.sum(axis=1), 1, atol=1e-5)
+
+
+def test_predicting_with_a_graph_imports_no_library_it_does_not_need(
+    graph: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (30, 30)).save(tmp_path / "photo.png")
+    heavy = ("tensorflow", "keras", "mlflow", "matplotlib", "sklearn", "scipy", "pandas", "dvc")
+    program = (
+        "import sys; from pathlib import Path; import flows.cli, flows.tables, flows.workspace; "
+        "import tasks.champion, tasks.release, tasks.release_reader; "
+        "from tasks.classifier import classify_files, load_classifier; "
+        "graph, photo = map(Path, sys.argv[1:]); "
+        "(found,) = classify_files(load_classifier(graph, 64, 32), [photo]); "
+        f"print(found.label, [m for m in {heavy} if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", program, str(graph), str(tmp_path / "photo.png")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    label, _, loaded = done.stdout.strip().partition(" ")
+    assert label in LABELS, done.stderr
+    assert loaded == "[]"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no graph at all", b"\x0a\x04\x0a\x02ab"])
+def test_a_broken_graph_is_one_clear_error(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "model.pb"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"Received: '.*model\.pb'") as caught:
+        load_classifier(path, detail=64, size=32)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_graph_for_another_size_is_refused(graph: Path) -> None:
+    with pytest.raises(ModelError, match=r"of 64 pixels\. Received: \(6,\) for 32 pixels"):
+        load_classifier(graph, detail=64, size=64)
 
 
 @pytest.mark.slow

@@ -1,0 +1,88 @@
+"""The classifier of a release, at full size, with and without the frozen graph."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from tasks.assemble import save_model
+from tasks.augment import enlarge
+from tasks.classifier import classify_files
+from tasks.errors import ModelError, PromotionError
+from tasks.frozen import frozen_graph
+from tasks.labels import LABELS
+from tasks.manifest import MANIFEST, describe, verify_folder
+from tasks.model import backbone_of, build_model
+from tasks.params import Params
+from tasks.release_reader import open_release
+from tests.fixtures.photos import CHECKOUT, photo
+
+
+def lively(params: Params) -> Any:
+    """A random model that tells photos apart, as a fresh network would not."""
+    keras.utils.set_random_seed(1)
+    model = build_model(params.augmentation, 0.3, seed=1)
+    for layer in backbone_of(model).layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0.0
+    photos = np.stack([photo(label, 1) for label in range(6)])
+    backbone_of(model)(enlarge(photos).astype(np.float32), training=True)
+    head = model.get_layer("predictions")
+    head.kernel.assign(head.kernel * 8)
+    return model
+
+
+def release(folder: Path, files: dict[str, bytes]) -> str:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    manifest = describe({name: folder / name for name in files})
+    (folder / MANIFEST).write_bytes(manifest.to_bytes())
+    return manifest.id
+
+
+@pytest.mark.slow
+def test_a_release_runs_its_graph_and_an_older_one_its_keras_file(
+    tmp_path: Path, params: Params
+) -> None:
+    model = lively(params)
+    save_model(model, tmp_path / "model.keras")
+    older = {
+        "model.keras": (tmp_path / "model.keras").read_bytes(),
+        "labels.json": json.dumps(LABELS).encode(),
+        "params.yaml": CHECKOUT.params.read_bytes(),
+    }
+    found = []
+    files = [tmp_path / f"{number}.png" for number in range(12)]
+    for number, file in enumerate(files):
+        Image.fromarray(photo(number % 6, number)).save(file)
+    for name, content in (("old", older), ("new", older | {"model.pb": frozen_graph(model)})):
+        folder = tmp_path / name
+        folder.mkdir()
+        verify_folder(folder, release(folder, content))
+        if name == "new":
+            (folder / "model.keras").unlink()  # so that it cannot be what is run
+        found.append(
+            np.array([one.probabilities for one in classify_files(open_release(folder), files)])
+        )
+    assert np.abs(found[0] - found[1]).max() < 1e-4
+    assert np.ptp(found[1], axis=0).max() > 0.2
+
+
+def test_a_release_with_other_labels_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "labels.json").write_text(json.dumps(LABELS[::-1]))
+    with pytest.raises(PromotionError, match=r"labels .* in this order\. Received"):
+        open_release(tmp_path)
+
+
+def test_a_damaged_graph_is_named_even_beside_a_keras_file(tmp_path: Path) -> None:
+    shutil.copy(CHECKOUT.params, tmp_path)
+    (tmp_path / "labels.json").write_text(json.dumps(LABELS))
+    for name in ("model.pb", "model.keras"):
+        (tmp_path / name).write_bytes(b"torn")
+    with pytest.raises(ModelError, match=r"Received: '.*model\.pb'"):
+        open_release(tmp_path)
