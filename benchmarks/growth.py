@@ -1,0 +1,92 @@
+"""What more photos cost: time, memory and disk at 1, 3 and 10 times as many.
+
+    python -m benchmarks.growth [--photos N] [--json] [--picture FILE]
+
+The photos are rendered. Timed are all stages from the audit to the last phase.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.training import ROOT, measure
+from tasks import backbone
+from tasks.labels import LABELS
+from tasks.layout import Layout
+from tasks.params import load_params
+from tasks.sample import render_sample
+from tasks.stage import Context
+
+TIMES = (1, 3, 10)
+
+
+def main(
+    photos: Annotated[int, typer.Option(help="Photos at 1 time.")] = 600,
+    picture: Annotated[Path | None, typer.Option(help="Where to draw the curve.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Measure each size in a process of its own."""
+    results = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for times in TIMES:
+            count = photos * times
+            print(f"{count} photos", file=sys.stderr, flush=True)
+            base = Layout(Path(temporary) / "base")
+            base.root.mkdir()
+            shutil.copy(ROOT / "params.yaml", base.params)
+            render_sample(base.data, per_class=count // len(LABELS))
+            backbone.run(Context(base, load_params(base.params)))
+            results[count] = measure(base, Path(temporary) / "run", {}, {})
+            shutil.rmtree(base.root)
+    if picture:
+        draw(results).savefig(picture, dpi=110, metadata={"Software": None})
+    if json_:
+        print(json.dumps(results, indent=1))
+    else:
+        Console().print(table(results))
+
+
+def table(results: dict[int, Any]) -> Table:
+    """One row a size, each against the first."""
+    shown = Table(title="Growth")
+    for head in ("photos", "seconds", "times", "peak MiB", "more MiB", "features MiB"):
+        shown.add_column(head, justify="right")
+    first = next(iter(results.values()))
+    for count, result in results.items():
+        shown.add_row(
+            str(count),
+            f"{result['seconds']:.1f}",
+            f"{result['seconds'] / first['seconds']:.2f}",
+            f"{result['peak_mib']:.0f}",
+            f"{result['peak_mib'] - first['peak_mib']:.0f}",
+            f"{result['features_mib']:.0f}",
+        )
+    return shown
+
+
+def draw(results: dict[int, Any]) -> Figure:
+    """Seconds and memory by number of photos."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    counts = list(results)
+    for place, (key, title) in enumerate(
+        (("seconds", "seconds, audit to last phase"), ("peak_mib", "peak memory, MiB")), start=1
+    ):
+        axes = figure.add_subplot(1, 2, place)
+        axes.plot(counts, [result[key] for result in results.values()], marker="o")
+        axes.set_xlabel("photos")
+        axes.set_title(title, fontsize=10)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+if __name__ == "__main__":
+    typer.run(main)
