@@ -78,6 +78,10 @@ class Workspace:
         Raises:
             ReleaseError: there is no such release, or it is not what its manifest says.
         """
+        path = Path(name)
+        if not path.exists():
+            self.services.start_s3()  # while it gets ready, the imports below run
+
         from tasks.champion import find_release
         from tasks.classifier import load_classifier
         from tasks.manifest import verify_folder
@@ -86,7 +90,6 @@ class Workspace:
         from tasks.release_reader import open_release
         from tasks.whole import read_json
 
-        path = Path(name)
         if path.is_dir():
             release = str((read_json(path / "manifest.json") or {}).get("id"))
             verify_folder(path, release)

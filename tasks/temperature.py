@@ -5,7 +5,10 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-LIMITS = (0.25, 4.0)
+LIMITS = (1.0, 4.0)
+"""A model is never made surer: photos of its own kind would ask for it, and other
+people's hands pay for it (docs/accuracy.md)."""
+
 SPREAD = 0.5
 """Standard deviation of the temperature's logarithm, before any photo is seen."""
 
@@ -26,19 +29,19 @@ def score(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> tuple[floa
 
 
 def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> float:
-    """Find the number to divide logits by so that they are as sure as they are right.
+    """Find the number to divide logits by so that they are no surer than they are right.
 
     Guo et al., On Calibration of Modern Neural Networks, 2017, with a prior: a
-    hundred photos that are all answered right would ask for no doubt at all, so
-    the summed cross-entropy is joined by log(temperature)² / (2 `SPREAD`²).
-    Answers stay the same, only how sure they are changes.
+    few photos say little, so the summed cross-entropy is joined by
+    log(temperature)² / (2 `SPREAD`²). Answers stay the same, only how sure they
+    are changes.
 
     Args:
         logits: (n, 6), of photos that were not trained on.
         labels: int64, (n,).
 
     Returns:
-        The temperature, within `LIMITS`.
+        The temperature, within `LIMITS`; exactly 1 where doubt does not help.
     """
     low, high = np.log(LIMITS)
 
@@ -46,4 +49,6 @@ def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> 
         loss, _ = score(logits / np.exp(power), labels)
         return len(labels) * loss + power**2 / (2 * SPREAD**2)
 
-    return float(np.exp(minimize_scalar(doubt, bounds=(low, high), method="bounded").x))
+    # The search nears a limit but never reaches it.
+    power = float(minimize_scalar(doubt, bounds=(low, high), method="bounded").x)
+    return float(np.exp(power)) if doubt(power) < doubt(0.0) else 1.0

@@ -13,7 +13,7 @@ from tasks import audit
 from tasks.errors import DataError
 from tasks.labels import LABELS
 from tasks.layout import Layout
-from tasks.params import Params
+from tasks.params import AuditParams, Params
 from tasks.photos import find_photos
 from tasks.stage import Context
 from tests.fixtures.photos import write_photos
@@ -24,7 +24,8 @@ def context(tmp_path: Path, params: Params) -> Context:
     """Six photos of each class in train, no test, nothing alike."""
     layout = Layout(tmp_path)
     write_photos(layout.data / "train", 6)
-    return Context(layout, params)
+    alike = AuditParams(hash_distance=10, twin_rms=6.0)
+    return Context(layout, params.model_copy(update={"audit": alike}))
 
 
 def _copy(source: Path, target: Path, brighter: int = 0) -> Path:

@@ -167,7 +167,7 @@ def test_a_killed_run_takes_its_server_along(tmp_path: Path, how: signal.Signals
     assert run.stdout is not None
     weed = _process_on(run.stdout.readline().strip())
     run.send_signal(how)
-    run.wait(20)
+    run.wait(60)
     run.stdout.close()
     # The next run does not wait until it is gone; its own start does.
     with embedded(NOTHING_SET, Layout(tmp_path)) as services:
