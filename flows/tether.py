@@ -13,12 +13,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 BUSY = 75
 """Exit code when somebody else holds the lock; sysexits.h calls it EX_TEMPFAIL."""
+POLL = 0.1
+"""Seconds between two looks at the lock, the server and the wish to leave."""
 GRACE = 4.0
 """Seconds that a server gets between SIGTERM and SIGKILL."""
 
@@ -36,19 +39,25 @@ def main(lock: str, log: str, seconds: str, *command: str) -> int:
         `BUSY`, or 1 when the server ended by itself.
     """
     run = os.getppid()
-    signal.signal(signal.SIGTERM, _leave)
-    signal.signal(signal.SIGINT, _leave)
-    threading.Thread(target=_leave_when_abandoned, daemon=True).start()
-    try:
-        with FileLock(lock, timeout=float(seconds)):
+    # Handlers only take note: one that raised could come between the start of the
+    # server and the moment from which it is known, and leave it behind.
+    leave = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: leave.set())
+    signal.signal(signal.SIGINT, lambda *_: leave.set())
+    threading.Thread(target=_notice_abandonment, args=(leave,), daemon=True).start()
+    held = FileLock(lock)
+    deadline = time.monotonic() + float(seconds)
+    while not leave.is_set():
+        with contextlib.suppress(Timeout), held.acquire(timeout=POLL):
             Path(f"{lock}.pid").write_text(f"{run}\n", encoding="utf-8")
-            _hold(command, Path(log))
-    except Timeout:
-        return BUSY
-    return 1
+            _hold(command, Path(log), leave)
+            return 1
+        if time.monotonic() > deadline:
+            return BUSY
+    return 0
 
 
-def _hold(command: tuple[str, ...], log: Path) -> None:
+def _hold(command: tuple[str, ...], log: Path, leave: threading.Event) -> None:
     with log.open("wb") as output:
         try:
             server = subprocess.Popen(  # noqa: S603, the command comes from flows.servers
@@ -62,7 +71,8 @@ def _hold(command: tuple[str, ...], log: Path) -> None:
             output.write(str(error).encode())
             return
     try:
-        server.wait()
+        while server.poll() is None and not leave.wait(POLL):
+            pass
     finally:
         _stop(server)
 
@@ -78,17 +88,10 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
     server.wait()
 
 
-def _leave(*_: object) -> None:
-    # A second one must not cut the orderly stop short.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.exit(0)
-
-
-def _leave_when_abandoned() -> None:
+def _notice_abandonment(leave: threading.Event) -> None:
     while os.read(0, 1):
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    leave.set()
 
 
 if __name__ == "__main__":

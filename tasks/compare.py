@@ -3,7 +3,8 @@
 The two questions are kept apart. `verdict` says in words whether McNemar's
 exact test finds a difference in accuracy. `no_worse` is the rule for
 promotion: the challenger must be right on at least as many photos, and where
-both are right on equally many its mean loss must not be significantly higher.
+both are right on equally many its mean loss must not be higher by more than
+0.01, and significantly so.
 A rule on significance alone would let a model that is worse by a photo or two
 in through every nightly run, and the losses would add up.
 """
@@ -20,8 +21,8 @@ from tasks.labels import LABELS
 from tasks.metrics import DIGITS, Scores, checked, photo_losses, score
 
 SIGNIFICANCE = 0.05
-LOSS_MARGIN = 1e-4
-"""A rise in mean loss up to this is nothing: stored probabilities are rounded."""
+LOSS_MARGIN = 0.01
+"""A rise in mean loss (nats) up to this is nothing to a user, however significant."""
 
 Words = Literal["better", "worse", "no significant difference"]
 

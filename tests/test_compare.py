@@ -124,6 +124,8 @@ def test_equal_accuracy_with_a_little_higher_loss_is_no_worse() -> None:
     )
     assert compare(one, other, y).no_worse
     assert compare(other, one, y).no_worse
+    # Steadily higher, hence significant, but by 0.002 only.
+    assert compare(certain(y, 0.992), certain(y, 0.99), y).no_worse
 
 
 @FEW

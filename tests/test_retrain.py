@@ -1,6 +1,7 @@
 """The whole workflow as a person runs it: real DVC, Prefect, MLflow and S3 on loopback."""
 
 import json
+import sqlite3
 import time
 from pathlib import Path
 
@@ -47,6 +48,38 @@ def test_the_first_run_is_promoted_and_tells_all(workshop: Workshop, first: RunR
     for name in ("audit", "curves", "confusion", "roc_pr", "mistakes"):
         picture = (workshop.layout.plots / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
+
+
+def test_prefect_keeps_each_task_by_name_and_shows_what_was_found(workshop: Workshop) -> None:
+    with sqlite3.connect(workshop.layout.local / "prefect/prefect.db") as database:
+        tasks = {name for (name,) in database.execute("select name from task_run")}
+        shown = {key for (key,) in database.execute("select key from artifact")}
+        runs = [name for (name,) in database.execute("select name from flow_run")]
+    assert {"fetch", "version", "audit", "train@full", "gate", "publish", "promote"} <= tasks
+    assert {"audit", "phases", "curves", "confusion", "gate", "release", "comparison"} <= shown
+    version = (workshop.layout.root / "data.dvc").read_text().partition("md5: ")[2][:8]
+    assert all(name.startswith("retrain ") and name.endswith(version) for name in runs)
+
+
+def test_mlflow_keeps_one_run_with_its_curves_files_and_model(
+    workshop: Workshop, first: RunReport
+) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{workshop.layout.local / 'mlflow.db'}")
+    champion = client.get_model_version_by_alias("hand-signs", "champion")
+    assert champion.version == "1"
+    assert champion.tags["content_id"] == first.release.id
+    experiment = client.get_experiment_by_name("hand-signs")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.params["phases.full.epochs"] == "3"
+    curve = client.get_metric_history(run.info.run_id, "full/val_loss")
+    assert [point.step for point in curve] == [1, 2, 3]
+    assert run.data.metrics["test/accuracy"] == first.test.accuracy
+    assert run.data.tags["data_version"] == first.data.version
+    files = {item.path for item in client.list_artifacts(run.info.run_id, "files")}
+    assert files == {"files/dvc.lock", "files/params.yaml", "files/data.dvc"}
+    assert client.list_artifacts(run.info.run_id, "pictures")
 
 
 def test_nothing_changed_is_told_before_any_server_starts(
