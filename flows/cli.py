@@ -117,7 +117,6 @@ def retrain(
         _print_json(report.model_dump(mode="json"))
     else:
         _out.print(run_table(report))
-        _out.print(f"{report.status}: {report.reason}", highlight=False)
         _out.print(_WHERE, highlight=False)
     if report.status in ("rejected", "failed"):
         raise typer.Exit(1)

@@ -36,6 +36,9 @@ def import_table(report: ImportReport) -> Table:
 def run_table(report: RunReport) -> Table:
     """What a retrain did, from photos to release."""
     table = _table("", "", title="Retrain")
+    table.add_row("status", escape(f"{report.status}: {report.reason}"))
+    if not report.phases:
+        return table
     data, test = report.data, report.test
     table.add_row("data", f"{data.version}: {data.train} train, {data.val} val, {data.test} test")
     features = report.features
