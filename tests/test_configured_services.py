@@ -1,0 +1,61 @@
+"""A team's own services: storage, registry, orchestrator and DVC remote from the environment."""
+
+import shutil
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tasks.addresses import S3Address
+from tasks.storage import Storage
+from tests.fixtures.checkouts import make_checkout
+from tests.fixtures.photos import write_photos
+
+pytestmark = pytest.mark.slow
+
+
+def test_configured_services_take_everything_and_none_starts_here(
+    tmp_path: Path, s3_server: S3Address, s3: S3Address, mlflow_server: str, prefect_api: str
+) -> None:
+    named = {
+        "HANDSIGNS_S3_ENDPOINT_URL": s3.endpoint_url,
+        "HANDSIGNS_BUCKET": s3.bucket,
+        "HANDSIGNS_DVC_REMOTE_URL": f"s3://{s3.bucket}/dvc",
+        "AWS_ACCESS_KEY_ID": str(s3.access_key_id),
+        "AWS_SECRET_ACCESS_KEY": str(s3.secret_access_key),
+        "MLFLOW_TRACKING_URI": mlflow_server,
+        "PREFECT_API_URL": prefect_api,
+    }
+    one = make_checkout(tmp_path / "one")
+    imported = one.handsigns("import", write_photos(tmp_path / "photos", per_class=12), **named)
+    assert imported["pushed"] >= 72
+    report = one.handsigns("retrain", **named)
+    assert report["status"] == "promoted", report["reason"]
+    assert report["release"]["uri"].startswith(f"s3://{s3.bucket}/releases/")
+    assert not (one.layout.local / "seaweedfs").exists()
+    assert not (one.layout.local / "mlflow.db").exists()
+    assert not (one.layout.local / "prefect/prefect.db").exists()
+    names = {entry.key.split("/")[-1] for entry in Storage(s3).list("releases/")}
+    assert {"manifest.json", "model.keras", "labels.json", "metrics.json", "model_card.md"} <= names
+    question = urllib.request.Request(
+        f"{prefect_api}/flow_runs/count",
+        data=b"{}",
+        headers={"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(question) as answer:
+        assert int(answer.read()) >= 1
+    # A colleague's clone pulls the photos and asks the same champion.
+    two = make_checkout(tmp_path / "two")
+    shutil.copy(one.layout.root / "data.dvc", two.layout.root)
+    seen = two.handsigns("predict", tmp_path / "photos/4/0000.png", **named)
+    assert report["release"]["id"] in seen["model"]
+    same = two.handsigns("retrain", **named)
+    assert same["data"]["version"] == imported["version"]
+    assert same["release"]["id"] == report["release"]["id"]
+    assert same["status"] == "unchanged"
+    assert same["model"]["version"] == report["model"]["version"]
+    # Nothing of the keys is left in what others may read.
+    for place in (one.layout, two.layout):
+        secret = str(s3.secret_access_key)
+        written = [place.run, place.root / "dvc.lock", place.root / ".dvc/config"]
+        assert all(secret not in path.read_text() for path in written)
