@@ -27,7 +27,7 @@ run: $(READY) ## Retrain on the data of this checkout and say where to look.
 	$(BIN)/handsigns retrain
 
 test: lint ## Lint, types, all tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY) ## Style and types only.
 	$(BIN)/ruff check .

@@ -68,7 +68,7 @@ def test_mlflow_keeps_one_run_with_its_curves_files_and_model(
 
     client = MlflowClient(f"sqlite:///{workshop.layout.local / 'mlflow.db'}")
     champion = client.get_model_version_by_alias("hand-signs", "champion")
-    assert champion.version == "1"
+    assert int(champion.version) == 1
     assert champion.tags["content_id"] == first.release.id
     experiment = client.get_experiment_by_name("hand-signs")
     (run,) = client.search_runs([experiment.experiment_id])
