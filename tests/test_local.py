@@ -141,8 +141,10 @@ def test_a_reader_uses_the_server_of_a_run_and_leaves_it_running(tmp_path: Path)
 
 
 RUN = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+# As at a terminal, also where the tests were started in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from flows.local import embedded
 from tests.test_local import NOTHING_SET
 from tasks.layout import Layout
@@ -167,7 +169,7 @@ def test_a_killed_run_takes_its_server_along(tmp_path: Path, how: signal.Signals
     assert run.stdout is not None
     weed = _process_on(run.stdout.readline().strip())
     run.send_signal(how)
-    run.wait(60)
+    run.wait(20)
     run.stdout.close()
     # The next run does not wait until it is gone; its own start does.
     with embedded(NOTHING_SET, Layout(tmp_path)) as services:
