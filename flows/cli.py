@@ -66,11 +66,11 @@ def sample(json_: Json = False) -> None:
     from tasks.held import recover
 
     layout = _layout()
+    pipeline = _workspace(layout).pipeline
     with _progress() as progress:
         recover(layout)
-        said = render(layout, _workspace(layout).pipeline, progress)
-    version = _workspace(layout).pipeline.data_version()
-    _tell(json_, {"version": version, "said": said}, said)
+        said = render(layout, pipeline, progress)
+    _tell(json_, {"version": pipeline.data_version(), "said": said}, said)
 
 
 @app.command("import")
