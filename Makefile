@@ -6,7 +6,7 @@ UV := $(BIN)/uv pip
 PHOTOS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint format bench lock clean
+.PHONY: help install run test packages lint format bench lock clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,8 +26,11 @@ $(READY): requirements.lock pyproject.toml
 run: $(READY) ## Retrain on the data of this checkout and say where to look.
 	$(BIN)/handsigns retrain
 
-test: lint ## Lint, types, all tests.
+test: lint packages ## Lint, types, all tests.
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+packages: ## Install the browser and PostgreSQL that some tests drive (Debian).
+	tests/packages.sh
 
 lint: $(READY) ## Style and types only.
 	$(BIN)/ruff check .

@@ -1,3 +1,8 @@
 """Fixtures live by subject in `tests/fixtures/`."""
 
-pytest_plugins = ("tests.fixtures.photos", "tests.fixtures.models", "tests.fixtures.servers")
+pytest_plugins = (
+    "tests.fixtures.photos",
+    "tests.fixtures.models",
+    "tests.fixtures.programs",
+    "tests.fixtures.servers",
+)
