@@ -71,7 +71,7 @@ def arrange(entries: list[Entry], where: str) -> Source:
         SourceError: there is no file, or none is in a label's folder.
     """
     shown = printable(where)
-    seen = [entry for entry in entries if not any(map(_is_clutter, entry.parts))]
+    seen = [entry for entry in entries if not any(map(is_clutter, entry.parts))]
     if not seen:
         raise SourceError(f"Source is empty. Received: '{shown}'. Name a folder with photos.")
     depth = _depth(seen)
@@ -140,7 +140,8 @@ def _read_file(path: Path, limit: int) -> bytes:
         raise ImageError(f"cannot be read: {error.strerror}") from error
 
 
-def _is_clutter(part: str) -> bool:
+def is_clutter(part: str) -> bool:
+    """Whether a name is hidden, or one that systems leave behind."""
     return part.startswith(".") or part in _CLUTTER
 
 

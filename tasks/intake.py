@@ -1,14 +1,14 @@
 """Bring photos into `data/`: all of a source or none of it, each file judged by itself."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tasks.admission import ALREADY_THERE, TAKEN, Candidate, verdicts
-from tasks.class_folders import SPLITS, Item
+from tasks.class_folders import SPLITS, Item, Source
 from tasks.errors import ImageError, SourceError
 from tasks.held import Place, build, held_photos, locked, mend, recover, swap, workshop, writing
 from tasks.images import MAX_BYTES, printable, read_photo
@@ -37,6 +37,11 @@ class ImportReport:
     quarantined: tuple[SetAside, ...]
     ignored: int
     removed: int
+
+    @property
+    def usable(self) -> bool:
+        """Whether any file is a photo that is held now."""
+        return bool(self.taken or self.already_there)
 
     def kinds(self) -> dict[str, int]:
         """Files set aside by kind of reason, most frequent first."""
@@ -88,24 +93,77 @@ def import_photos(
         BusyError: another import runs for longer than `wait`.
         DataError: `data/` or the quarantine cannot be written.
     """
+    name = printable(str(source.resolve()))
+    with _bench(layout, wait), _items(layout, source, test) as opened:
+        report = _take_in(layout, opened, name, replace, progress)
+    if not report.usable:
+        raise SourceError(
+            f"Source has no usable photo. Received: '{name}' with {report.told_kinds()}. "
+            "The data held was kept; see quarantine.json."
+        )
+    return report
+
+
+def import_items(
+    layout: Layout,
+    source: Source,
+    name: str,
+    standing: Container[str] = (),
+    replace: bool = False,
+    progress: Progress = silent,
+    wait: float = 60.0,
+) -> ImportReport:
+    """Add to `data/` what is new in a source that is looked at again and again.
+
+    Works like `import_photos`. That nothing is usable is no error here: the files are
+    set aside, and `data/` stays as it is.
+
+    Args:
+        layout: the checkout.
+        source: the files to look at.
+        name: what the quarantine's list calls their source.
+        standing: origins of the same source that are there still and are not looked at
+            again; those that were set aside stay in the list.
+        replace: hold these photos alone, if any is usable.
+        progress: told about each file.
+        wait: seconds to wait for another import.
+
+    Returns:
+        What was taken, was there, and was set aside with its reason.
+
+    Raises:
+        BusyError: another import runs for longer than `wait`.
+        DataError: `data/` or the quarantine cannot be written.
+    """
+    with _bench(layout, wait):
+        return _take_in(layout, source, name, replace, progress, standing)
+
+
+@contextmanager
+def _bench(layout: Layout, wait: float) -> Iterator[None]:
     with locked(layout, wait):
         mend(layout)
-        with workshop(layout), _items(layout, source, test) as (items, ignored):
-            quarantine = Quarantine(layout)
-            intake = _Intake(layout, quarantine, replace, progress)
-            intake.read(items)
-            report = intake.settle(ignored)
-            usable = bool(report.taken or report.already_there)
-            name = printable(str(source.resolve()))
-            quarantine.finish(name, report.quarantined, forget=replace and usable)
-            if not usable:
-                raise SourceError(
-                    f"Source has no usable photo. Received: '{name}' with {report.told_kinds()}. "
-                    "The data held was kept; see quarantine.json."
-                )
-            if report.taken or report.removed:
-                intake.put_in_place()
-            return report
+        with workshop(layout):
+            yield
+
+
+def _take_in(
+    layout: Layout,
+    source: Source,
+    name: str,
+    replace: bool,
+    progress: Progress,
+    standing: Container[str] = (),
+) -> ImportReport:
+    quarantine = Quarantine(layout)
+    intake = _Intake(layout, quarantine, replace, progress)
+    intake.read(source.items)
+    report = intake.settle(source.ignored)
+    forget = replace and report.usable
+    quarantine.finish(name, report.quarantined, forget, standing)
+    if report.usable and (report.taken or report.removed):
+        intake.put_in_place()
+    return report
 
 
 class _Intake:
@@ -125,7 +183,7 @@ class _Intake:
         self._next: dict[str, Place] = {}
         self._aside: list[SetAside] = []
 
-    def read(self, items: list[Item]) -> None:
+    def read(self, items: Sequence[Item]) -> None:
         """Judge each file by itself; sound new ones are stored beside `data/`."""
         with writing(self._incoming):
             self._incoming.mkdir()
@@ -197,7 +255,7 @@ class _Intake:
 
 
 @contextmanager
-def _items(layout: Layout, source: Path, test: Path | None) -> Iterator[tuple[list[Item], int]]:
+def _items(layout: Layout, source: Path, test: Path | None) -> Iterator[Source]:
     with ExitStack() as stack:
         spools = [layout.intake / "source", layout.intake / "test"]
         with writing(layout.intake):
@@ -205,7 +263,7 @@ def _items(layout: Layout, source: Path, test: Path | None) -> Iterator[tuple[li
                 spool.mkdir()
         main = stack.enter_context(open_source(source, spools[0]))
         if test is None:
-            yield list(main.items), main.ignored
+            yield main
             return
         if any(item.split == "test" for item in main.items):
             raise SourceError(
@@ -213,7 +271,7 @@ def _items(layout: Layout, source: Path, test: Path | None) -> Iterator[tuple[li
                 f"--test '{printable(str(test))}'. Leave out --test, or name the train part alone."
             )
         other = as_test(stack.enter_context(open_source(test, spools[1])), test)
-        yield [*main.items, *other.items], main.ignored + other.ignored
+        yield Source((*main.items, *other.items), main.ignored + other.ignored)
 
 
 def _by_split(counts: dict[Place, int]) -> dict[str, dict[str, int]]:

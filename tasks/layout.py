@@ -34,9 +34,24 @@ class Layout:
         return self.local / "intake"
 
     @property
+    def inbox(self) -> Path:
+        """Which files of the inbox were looked at; see `tasks.inbox`."""
+        return self.local / "inbox.json"
+
+    @property
     def releases(self) -> Path:
         """Releases that were fetched, one folder each; verified again on every use."""
         return self.local / "releases"
+
+    @property
+    def champions_seen(self) -> Path:
+        """How many moves of each champion pointer were seen here."""
+        return self.local / "champions_seen.json"
+
+    @property
+    def keys(self) -> Path:
+        """Where `handsigns keys new` puts a key pair."""
+        return self.local / "keys"
 
     @property
     def artifacts(self) -> Path:

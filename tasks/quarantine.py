@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,18 +68,28 @@ class Quarantine:
                     temporary.write_bytes(content)
         return SetAside(origin, reason, copy)
 
-    def finish(self, source: str, aside: Sequence[SetAside], forget: bool) -> None:
+    def finish(
+        self,
+        source: str,
+        aside: Sequence[SetAside],
+        forget: bool,
+        standing: Container[str] = (),
+    ) -> None:
         """List this import's files in place of what the same source had set aside before.
 
         Args:
             source: what the list calls the source.
             aside: its files.
             forget: drop what other sources had set aside, too.
+            standing: origins of this source that were not read again; what was said of
+                them still holds.
         """
-        sources = {} if forget else _earlier(self._list)
-        sources.pop(source, None)
-        if aside:
-            sources[source] = [each.to_json() for each in aside]
+        earlier = _earlier(self._list)
+        sources = {} if forget else dict(earlier)
+        files = [each for each in earlier.get(source, []) if each["origin"] in standing]
+        sources[source] = files + [each.to_json() for each in aside]
+        if not sources[source]:
+            del sources[source]
         with writing(self._folder):
             if sources or self._folder.exists():
                 write_json(self._list, {"sources": sources})

@@ -5,9 +5,10 @@ import contextlib
 import hashlib
 import os
 import re
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +18,7 @@ import stamina
 
 from tasks.addresses import S3Address, shown
 from tasks.errors import ServiceError
+from tasks.signature import UNSIGNED, Trust
 from tasks.storage_errors import BUCKET, ChangedError, MissingObjectError, explain
 
 if TYPE_CHECKING:
@@ -33,10 +35,11 @@ _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
 @dataclass(frozen=True)
 class Entry:
-    """One object as a listing shows it."""
+    """One object as a listing shows it; the etag changes when the content does."""
 
     key: str
     size: int
+    etag: str = field(default="", compare=False)
 
 
 class Storage:
@@ -44,14 +47,17 @@ class Storage:
 
     Args:
         address: endpoint, bucket and credentials.
+        trust: whose signatures what is read from it must have, and how what is written
+            to it is signed; kept here, so that no reader can forget to ask.
 
     Every method raises `ServiceError` in one line within 30 s when the service
     is unreachable, refuses the credentials or has no such bucket, and
     `ValueError` for a key that is not plain names joined by slashes.
     """
 
-    def __init__(self, address: S3Address) -> None:
+    def __init__(self, address: S3Address, trust: Trust = UNSIGNED) -> None:
         self.address = address
+        self.trust = trust
         self._client = _client(address)
 
     def uri(self, key: str = "") -> str:
@@ -62,6 +68,31 @@ class Storage:
         """Raise `ServiceError` unless the bucket answers to the credentials."""
         self._call(lambda: self._client.head_bucket(Bucket=self.address.bucket), BUCKET)
 
+    def check_conditions(self) -> None:
+        """Raise `ServiceError` unless the endpoint honours conditional writes.
+
+        Some S3-compatible services take `If-None-Match` and `If-Match` without a word
+        and write all the same. The champion would then be whoever wrote last, so it is
+        tried on an object of its own, which is removed again.
+        """
+        probe = f"probes/{uuid.uuid4().hex}"
+        etag = self.put_if_absent(probe, b"first")
+        try:
+            honoured = {
+                "If-None-Match": not self._takes(lambda: self.put_if_absent(probe, b"second")),
+                "If-Match": self._takes(lambda: self.put_if_match(probe, b"third", etag))
+                and not self._takes(lambda: self.put_if_match(probe, b"fourth", etag)),
+            }
+        finally:
+            with contextlib.suppress(ServiceError):
+                self._call(lambda: self._client.delete_object(**self._at(probe)), probe)
+        if ignored := [header for header, holds in honoured.items() if not holds]:
+            raise ServiceError(
+                f"S3 at {shown(self.address.endpoint_url)} does not honour conditional writes, so "
+                f"two promotions at once could undo each other. Received: {' and '.join(ignored)} "
+                "without effect. Use a service, or a version of it, that keeps to them."
+            )
+
     def exists(self, key: str) -> bool:
         """Tell whether the object is there."""
         try:
@@ -70,14 +101,16 @@ class Storage:
             return False
         return True
 
-    def list(self, prefix: str) -> Iterator[Entry]:
-        """Yield the objects whose key starts with `prefix`, sorted by key."""
+    def list(self, prefix: str, most: int | None = None) -> Iterator[Entry]:
+        """Yield the objects whose key starts with `prefix`, sorted by key, `most` at most."""
         pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self.address.bucket, Prefix=prefix
+            Bucket=self.address.bucket,
+            Prefix=prefix,
+            PaginationConfig={"MaxItems": most} if most else {},
         )
         for page in self._call(lambda: list(pages), prefix):
             for found in page.get("Contents", []):
-                yield Entry(found["Key"], found["Size"])
+                yield Entry(found["Key"], found["Size"], found.get("ETag", ""))
 
     def put(self, key: str, source: Path | bytes) -> None:
         """Write one object whole; the service checks its MD5 on arrival."""
@@ -111,6 +144,25 @@ class Storage:
         def fetch() -> tuple[bytes, str]:
             answer = self._client.get_object(**self._at(key))
             return answer["Body"].read(), answer["ETag"]
+
+        return self._whole(fetch, key)
+
+    def read_start(self, key: str, limit: int) -> bytes:
+        """Return at most `limit` first bytes of an object that others named.
+
+        Args:
+            key: as a listing gave it; any name without empty or dotted parts, which
+                would lead to another place on the way to the service.
+            limit: bytes.
+        """
+        if not {"", ".", ".."}.isdisjoint(key.split("/")):
+            raise ValueError(
+                f"An object's key must have no empty or dotted part. Received: {key!r}."
+            )
+        at: Any = {"Bucket": self.address.bucket, "Key": key}
+
+        def fetch() -> bytes:
+            return bytes(self._client.get_object(**at)["Body"].read(limit))
 
         return self._whole(fetch, key)
 
@@ -166,6 +218,13 @@ class Storage:
                 if content == source:
                     return etag
             raise
+
+    def _takes(self, write: Callable[[], str]) -> bool:
+        try:
+            write()
+        except ChangedError:
+            return False
+        return True
 
     def _whole(self, fetch: Callable[[], T], key: str) -> T:
         """Call `fetch`, again if the body breaks off; botocore repeats only requests."""
