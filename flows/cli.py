@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from flows import cli_champion, cli_data, cli_models, cli_runs
+from flows import cli_champion, cli_data, cli_keys, cli_models, cli_runs
 from flows.terminal import err
 from tasks.errors import HandsignsError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 for _verbs in (cli_data, cli_runs, cli_models, cli_champion):
     app.add_typer(_verbs.app)
+app.add_typer(cli_keys.app, name="keys")
 
 
 def main() -> None:

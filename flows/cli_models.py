@@ -52,8 +52,9 @@ def verify(
     version: Annotated[str, typer.Argument(help="champion, challenger, or a version's number.")],
     json_: Json = False,
 ) -> None:
-    """Read a release back and compare every byte with its manifest."""
+    """Check a release's signature, read it back and compare every byte with its manifest."""
     with open_workspace() as workspace:
         found = workspace.verify(version)
     said = f"{found['uri']}: {found['files']} files, {found['bytes']} bytes, as the manifest says."
+    said += f" {found['signature']}"
     tell(json_, found, said)

@@ -34,6 +34,7 @@ def launch_retrain(workspace: Workspace, force: bool, progress: Progress) -> Run
             return found
         # A report of an earlier run must not pass for one of this.
         layout.run.unlink(missing_ok=True)
+        workspace.trust.check_signer()
         check_reachable(settings)
         _run_flow(workspace, force, progress)
         return RunReport.model_validate_json(layout.run.read_bytes())

@@ -108,6 +108,8 @@ class Retrain:
 
     def _run(self) -> None:
         check_reachable(self._workspace.settings)
+        self._workspace.trust.check_signer()
+        _log.info(self._workspace.trust.told())
         self._workspace.services.start_s3()
         self._task("fetch", self._fetch, network=True)
         version = self._task("version", self._version, network=True)

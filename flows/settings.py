@@ -2,23 +2,28 @@
 
 import difflib
 import os
+from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
     AliasChoices,
+    BeforeValidator,
     Field,
     SecretStr,
     ValidationError,
     model_validator,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from tasks.addresses import shown
 from tasks.errors import SettingsError
 
 PREFIX = "HANDSIGNS_"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SECRET = ("AWS_", "DATABASE_URL", "PREFECT_SERVER_API_AUTH_STRING")
+"""Variables whose value no message shows."""
 
 
 def _web_address(url: str) -> str:
@@ -38,8 +43,27 @@ def _any_address(url: str) -> str:
     return url
 
 
+def _postgresql(secret: SecretStr) -> SecretStr:
+    parts = urlsplit(secret.get_secret_value())
+    if parts.scheme not in ("postgresql", "postgres") or not parts.path.strip("/"):
+        raise ValueError("must be an address such as postgresql://user:password@host:5432/name")
+    return secret
+
+
+def _login(secret: SecretStr) -> SecretStr:
+    user, _, password = secret.get_secret_value().partition(":")
+    if not user or not password:
+        raise ValueError("must be user:password")
+    return secret
+
+
 WebAddress = Annotated[str, AfterValidator(_web_address)]
 AnyAddress = Annotated[str, AfterValidator(_any_address)]
+Paths = Annotated[
+    tuple[Path, ...],
+    NoDecode,
+    BeforeValidator(lambda text: text.split(os.pathsep) if isinstance(text, str) else text),
+]
 Bucket = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
 
 
@@ -64,6 +88,10 @@ class Settings(BaseSettings):
     model_name: str = Field(default="hand-signs", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     dvc_remote_url: AnyAddress | None = None
 
+    signing_key: Path | None = None
+    signing_passphrase: SecretStr | None = None
+    public_keys: Paths = ()
+
     mlflow_tracking_uri: AnyAddress | None = Field(
         default=None, validation_alias="MLFLOW_TRACKING_URI"
     )
@@ -73,12 +101,28 @@ class Settings(BaseSettings):
         default=None, validation_alias="AWS_SECRET_ACCESS_KEY"
     )
     aws_session_token: SecretStr | None = Field(default=None, validation_alias="AWS_SESSION_TOKEN")
+    host: str = "127.0.0.1"
+    prefect_auth: Annotated[SecretStr, AfterValidator(_login)] | None = Field(
+        default=None, validation_alias="PREFECT_SERVER_API_AUTH_STRING"
+    )
+    database_url: Annotated[SecretStr, AfterValidator(_postgresql)] | None = Field(
+        default=None, validation_alias="DATABASE_URL"
+    )
 
     @model_validator(mode="after")
     def _keys_come_in_pairs(self) -> "Settings":
         if (self.aws_access_key_id is None) != (self.aws_secret_access_key is None):
             raise ValueError(
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY must be set together or not at all"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_loopback_is_open(self) -> "Settings":
+        if self.host not in LOOPBACK and self.prefect_auth is None:
+            raise ValueError(
+                "HANDSIGNS_HOST lets others reach Prefect, so PREFECT_SERVER_API_AUTH_STRING must "
+                f"be set to user:password (received host {self.host!r} and no password)"
             )
         return self
 
@@ -118,6 +162,6 @@ def _explain(fault: Any) -> str:
     name = str(fault["loc"][0])
     variable = name if name.isupper() else PREFIX + name.upper()
     received = fault["input"]
-    if not isinstance(received, str) or variable.startswith("AWS_"):
+    if not isinstance(received, str) or variable.startswith(SECRET):
         return f"{variable}: {message}"
     return f"{variable}: {message} (received {shown(received)!r})"

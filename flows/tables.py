@@ -80,6 +80,7 @@ def status_table(found: Mapping[str, Any]) -> Table:
         held = found[role]
         told = f"version {held['version']}, {held['uri']}" if held else "none"
         table.add_row(role, told)
+    table.add_row("signatures", escape(found["signatures"]))
     for move in found["history"][-5:]:
         table.add_row("moved", escape(move["told"]))
     return table

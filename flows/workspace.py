@@ -9,6 +9,7 @@ from flows.local import Services, embedded
 from flows.settings import Settings
 from tasks.layout import Layout
 from tasks.pointer import Move, read_champion
+from tasks.signature import Trust
 from tasks.storage import Storage
 
 if TYPE_CHECKING:
@@ -54,7 +55,19 @@ class Workspace:
     @cached_property
     def storage(self) -> Storage:
         """Where releases are."""
-        return Storage(self.services.s3())
+        return Storage(self.services.s3(), self.trust)
+
+    @cached_property
+    def trust(self) -> Trust:
+        """Whose signatures releases must have, and how ours are made."""
+        known = self.settings
+        secret = known.signing_passphrase
+        return Trust(
+            known.public_keys,
+            known.signing_key,
+            secret.get_secret_value() if secret else None,
+            self.layout.champions_seen,
+        )
 
     @cached_property
     def registry(self) -> "Registry":
@@ -92,7 +105,7 @@ class Workspace:
 
         if path.is_dir():
             release = str((read_json(path / "manifest.json") or {}).get("id"))
-            verify_folder(path, release)
+            verify_folder(path, release, self.trust)
             return open_release(path), f"release {release}"
         if path.is_file():
             detail = load_params(self.layout.params).preprocess.detail
@@ -126,6 +139,7 @@ class Workspace:
             "files": len(files),
             "bytes": sum(digest.bytes for digest in files.values()),
             "facts": release.manifest.facts,
+            "signature": self.trust.told(),
         }
 
     def status(self) -> dict[str, Any]:
@@ -140,6 +154,7 @@ class Workspace:
                 "version": self.pipeline.data_version(),
                 "source": self.pipeline.data_source(),
             },
+            "signatures": self.trust.told(),
             "stale": sorted(self.pipeline.changed()),
             "champion": champion and self._role(champion.pointer.version, champion.pointer.release),
             "challenger": challenger and self._role(challenger.number, challenger.content_id),

@@ -1,7 +1,8 @@
 """What a release consists of: digests of its files, and the id they give.
 
 The id is derived from the digests alone, so the same files are the same release,
-and a manifest cannot be moved to another one.
+and a manifest cannot be moved to another one. A signature covers the manifest, and
+with its digests every file (see `tasks.signature`).
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tasks.errors import ReleaseError
+from tasks.signature import SIGNATURE, Trust, canonical
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
@@ -40,15 +42,21 @@ class Manifest(BaseModel):
     id: str
     files: dict[Name, Digest] = Field(min_length=1, max_length=100)
     facts: dict[str, Any] = {}
+    signature: dict[str, Any] | None = None
+
+    def signed(self, trust: Trust) -> "Manifest":
+        """Return the same manifest with our signature, where signatures are demanded."""
+        return Manifest(**trust.seal(MANIFEST, self.model_dump()))
 
     def to_bytes(self) -> bytes:
-        return _canonical(self.model_dump()) + b"\n"
+        left_out = {SIGNATURE} if self.signature is None else None
+        return canonical(self.model_dump(exclude=left_out)) + b"\n"
 
 
 def content_id(files: Mapping[str, Digest]) -> str:
     """Return the first 32 hex digits of SHA-256 over the canonical JSON of `files`."""
     plain = {name: digest.model_dump() for name, digest in files.items()}
-    return hashlib.sha256(_canonical(plain)).hexdigest()[:32]
+    return hashlib.sha256(canonical(plain)).hexdigest()[:32]
 
 
 def check_id(release_id: str) -> str:
@@ -82,22 +90,25 @@ def describe(files: Mapping[str, Path], facts: Mapping[str, Any] | None = None) 
         raise ReleaseError(f"A release needs plain file names. {_first(error)}") from error
 
 
-def parse(content: bytes, release_id: str, where: str) -> Manifest:
-    """Read a manifest and check that it is the one of `release_id`.
+def parse(content: bytes, release_id: str, where: str, trust: Trust) -> Manifest:
+    """Read a manifest and check that it is the one of `release_id`, and whose it is.
 
     Args:
         content: bytes of `manifest.json`.
         release_id: the release it must belong to.
         where: its folder, for messages.
+        trust: whose signature it must have.
 
     Raises:
-        ReleaseError: it is broken, or another release's.
+        ReleaseError: it is broken, another release's, or not signed as it must be.
     """
     try:
-        manifest = Manifest.model_validate_json(content)
-    except ValidationError as error:
+        fields = json.loads(content, parse_constant=_refuse_constant)
+        manifest = Manifest.model_validate(fields)
+    except (ValueError, RecursionError) as error:
+        fault = _first(error) if isinstance(error, ValidationError) else f"{error}."
         raise ReleaseError(
-            f"The manifest cannot be understood. Received: {where} ({_first(error)})"
+            f"The manifest cannot be understood. Received: {where} ({fault})"
         ) from None
     derived = content_id(manifest.files)
     if manifest.id != release_id or derived != release_id:
@@ -105,6 +116,7 @@ def parse(content: bytes, release_id: str, where: str) -> Manifest:
             f"The manifest belongs to another release. Received: {manifest.id} with files of "
             f"{derived} in {where}."
         )
+    trust.check(MANIFEST, fields, where)
     return manifest
 
 
@@ -128,17 +140,18 @@ def compare_sizes(manifest: Manifest, sizes: Mapping[str, int], where: str) -> N
             )
 
 
-def verify_folder(folder: Path, release_id: str) -> Manifest:
-    """Compare a local folder with its manifest, and the manifest with the id.
+def verify_folder(folder: Path, release_id: str, trust: Trust) -> Manifest:
+    """Compare a local folder with its manifest, and the manifest with id and signature.
 
     Raises:
-        ReleaseError: anything is missing, added, or differs; the message says which.
+        ReleaseError: anything is missing, added, or differs, or the signature is not one
+            that is believed; the message says which.
     """
     try:
         content = (folder / MANIFEST).read_bytes()
     except OSError:
         raise ReleaseError(f"The manifest is missing. Received: {folder}.") from None
-    manifest = parse(content, release_id, str(folder))
+    manifest = parse(content, release_id, str(folder), trust)
     sizes = {path.name: path.lstat().st_size for path in folder.iterdir() if path.name != MANIFEST}
     compare_sizes(manifest, sizes, str(folder))
     for name, wanted in manifest.files.items():
@@ -159,8 +172,8 @@ def _digest(path: Path) -> Digest:
         return Digest(sha256=sha256, bytes=file.tell())
 
 
-def _canonical(content: Any) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _first(error: ValidationError) -> str:

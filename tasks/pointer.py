@@ -1,5 +1,6 @@
 """The one object that says which release is champion, moved by compare-and-set."""
 
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,21 +90,27 @@ def read_champion(storage: Storage) -> Champion | None:
     """Return the present champion, or None before the first promotion.
 
     Raises:
-        ReleaseError: the pointer is not one.
+        ReleaseError: the pointer is not one, is not signed as it must be, or is older
+            than one seen before.
         ServiceError: the storage does not answer.
     """
+    place = storage.uri(KEY)
     try:
         content, etag = storage.read(KEY)
     except MissingObjectError:
+        storage.trust.check_newest(place, 0)
         return None
     try:
-        return Champion(Pointer.model_validate_json(content), etag)
-    except ValidationError as error:
-        fault = error.errors(include_input=False)[0]
+        pointer = Pointer.model_validate_json(content)
+        fields = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise ReleaseError(
-            f"The champion pointer cannot be understood. Received: {storage.uri(KEY)} "
-            f"({'.'.join(map(str, fault['loc']))}: {fault['msg']}). Promote a version to mend it."
+            f"The champion pointer cannot be understood. Received: {place} "
+            f"({_fault(error)}). Promote a version to mend it."
         ) from None
+    storage.trust.check(_signed_name(storage), fields, place)
+    storage.trust.check_newest(place, len(pointer.moves))
+    return Champion(pointer, etag)
 
 
 def move_champion(storage: Storage, expected: Champion | None, new: Pointer) -> Champion:
@@ -119,9 +126,11 @@ def move_champion(storage: Storage, expected: Champion | None, new: Pointer) -> 
 
     Raises:
         PromotionError: it was changed meanwhile; nothing was written.
+        SettingsError: it must be signed and cannot be.
         ServiceError: the storage does not answer.
     """
-    content = new.model_dump_json(indent=1).encode() + b"\n"
+    sealed = storage.trust.seal(_signed_name(storage), new.model_dump(mode="json"))
+    content = json.dumps(sealed, indent=1).encode() + b"\n"
     try:
         if expected is None:
             etag = storage.put_if_absent(KEY, content)
@@ -133,4 +142,31 @@ def move_champion(storage: Storage, expected: Champion | None, new: Pointer) -> 
             f"The champion was changed meanwhile, by another promotion. Received: {was} as the "
             "one to replace. Look at `handsigns status` and promote again if it still is right."
         ) from None
+    storage.trust.check_newest(storage.uri(KEY), len(new.moves))
     return Champion(new, etag)
+
+
+def sign_champion_again(storage: Storage) -> Champion | None:
+    """Replace the pointer's signature, whoever made it, by ours; nothing else changes.
+
+    Returns:
+        What the pointer says; None before the first promotion.
+
+    Raises:
+        PromotionError: it was changed meanwhile; nothing was written.
+        SettingsError: there is no usable signing key.
+    """
+    present = read_champion(Storage(storage.address))
+    return present and move_champion(storage, present, present.pointer)
+
+
+def _signed_name(storage: Storage) -> str:
+    """With the bucket in it: the champion of one place must not become that of another."""
+    return f"{storage.address.bucket}.{KEY}"
+
+
+def _fault(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    fault = error.errors(include_input=False)[0]
+    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"

@@ -59,9 +59,10 @@ def publish(
 
     Raises:
         ReleaseError: a file changes meanwhile, or the folder holds a foreign one.
+        SettingsError: it must be signed and cannot be.
         ServiceError: the storage does not answer.
     """
-    manifest = describe(files, facts)
+    manifest = describe(files, facts).signed(storage.trust)
     stored = _stored(storage, manifest.id)
     if foreign := sorted(stored.keys() - manifest.files.keys() - {MANIFEST}):
         raise ReleaseError(
@@ -70,15 +71,12 @@ def publish(
         )
     for name in sorted(files):
         _upload(storage, _key(manifest.id, name), files[name], manifest.files[name])
-    if MANIFEST not in stored:
-        # If another run published the same files meanwhile, its manifest stands.
-        with contextlib.suppress(ChangedError):
-            storage.put_if_absent(_key(manifest.id, MANIFEST), manifest.to_bytes())
+    _put_manifest(storage, manifest, MANIFEST in stored)
     return Release(manifest.id, _uri(storage, manifest.id), _manifest(storage, manifest.id))
 
 
 def verify(storage: Storage, release_id: str) -> Release:
-    """Read every byte of a release and compare it with the manifest.
+    """Check the signature, read every byte of a release and compare it with the manifest.
 
     Raises:
         ReleaseError: anything is missing, added, or differs; the message says which.
@@ -109,7 +107,7 @@ def fetch(storage: Storage, release_id: str, cache: Path) -> Path:
     target = cache / check_id(release_id)
     if target.exists():
         try:
-            verify_folder(target, release_id)
+            verify_folder(target, release_id, storage.trust)
         except ReleaseError:
             shutil.rmtree(target)
         else:
@@ -122,13 +120,29 @@ def fetch(storage: Storage, release_id: str, cache: Path) -> Path:
         for name in manifest.files:
             storage.download(_key(release_id, name), part / name)
         (part / MANIFEST).write_bytes(manifest.to_bytes())
-        verify_folder(part, release_id)
+        verify_folder(part, release_id, storage.trust)
         if not target.exists():
             part.replace(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    verify_folder(target, release_id)
+    verify_folder(target, release_id, storage.trust)
     return target
+
+
+def sign_again(storage: Storage, release_id: str) -> None:
+    """Replace a release's signature, whoever made it, by ours; every byte is read before.
+
+    Raises:
+        ReleaseError: the release is not what its manifest says.
+        SettingsError: there is no usable signing key.
+        ServiceError: the storage does not answer, or another writer came between.
+    """
+    anybody = Storage(storage.address)
+    content, etag = anybody.read(_key(check_id(release_id), MANIFEST))
+    manifest = verify(anybody, release_id).manifest
+    if parse(content, release_id, _uri(storage, release_id), anybody.trust) == manifest:
+        signed = manifest.signed(storage.trust)
+        storage.put_if_match(_key(release_id, MANIFEST), signed.to_bytes(), etag)
 
 
 def _upload(storage: Storage, key: str, source: Path, wanted: Digest) -> None:
@@ -142,6 +156,25 @@ def _upload(storage: Storage, key: str, source: Path, wanted: Digest) -> None:
         )
 
 
+def _put_manifest(storage: Storage, manifest: Manifest, stored: bool) -> None:
+    """Write the manifest; one that is there, of another run with the same files, stands.
+
+    One that lacks our signature where it must have one is replaced.
+    """
+    key = _key(manifest.id, MANIFEST)
+    if not stored:
+        with contextlib.suppress(ChangedError):
+            storage.put_if_absent(key, manifest.to_bytes())
+    if manifest.signature is None:
+        return
+    content, etag = storage.read(key)
+    try:
+        parse(content, manifest.id, _uri(storage, manifest.id), storage.trust)
+    except ReleaseError:
+        with contextlib.suppress(ChangedError):
+            storage.put_if_match(key, manifest.to_bytes(), etag)
+
+
 def _manifest(storage: Storage, release_id: str) -> Manifest:
     stored = _stored(storage, check_id(release_id))
     where = _uri(storage, release_id)
@@ -149,7 +182,7 @@ def _manifest(storage: Storage, release_id: str) -> Manifest:
         raise ReleaseError(f"There is no complete release. Received: {where}. Publish it first.")
     if stored.pop(MANIFEST) > MAX_MANIFEST_BYTES:
         raise ReleaseError(f"The manifest is too large to be one. Received: {where}{MANIFEST}.")
-    manifest = parse(storage.get(_key(release_id, MANIFEST)), release_id, where)
+    manifest = parse(storage.get(_key(release_id, MANIFEST)), release_id, where, storage.trust)
     compare_sizes(manifest, stored, where)
     return manifest
 

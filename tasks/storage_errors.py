@@ -9,6 +9,11 @@ BUCKET = "(bucket)"
 """Stands for the key in questions about the bucket itself."""
 
 
+EXPIRED = ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired")
+"""Refusals of credentials that come with status 400."""
+FULL = ("InsufficientStorage", "QuotaExceeded", "XMinioStorageFull")
+
+
 class ChangedError(HandsignsError):
     """A conditional write found another object than the one expected."""
 
@@ -37,10 +42,14 @@ def explain(response: Any, address: S3Address, key: str) -> HandsignsError:
         changed = ChangedError(f"{uri}{key} was changed meanwhile. Read it again.")
         changed.retried = facts.get("RetryAttempts", 0) > 0
         return changed
-    if status in (401, 403):
+    if status in (401, 403) or code in EXPIRED:
         return ServiceError(
             f"S3 refuses the credentials for {at} ({code}). "
             "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, their rights and the clock."
+        )
+    if status == 507 or code in FULL:
+        return ServiceError(
+            f"S3 has no room left for {at} ({status} {code}). Free some, then run again."
         )
     if code == "NoSuchBucket" or (status == 404 and key == BUCKET):
         return ServiceError(f"The bucket {at} does not exist. Create it, or set HANDSIGNS_BUCKET.")

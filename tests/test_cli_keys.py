@@ -1,0 +1,40 @@
+"""Making keys on the command line."""
+
+import json
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from flows.cli_keys import refuse_tracked
+from tasks.errors import SettingsError
+from tests.fixtures.checkouts import BIN
+
+
+def test_a_new_pair_lies_where_it_was_asked_for(tmp_path: Path) -> None:
+    command = [BIN / "handsigns", "keys", "new", "--folder", tmp_path / "keys", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    told = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert stat.S_IMODE(Path(told["private"]).stat().st_mode) == 0o600
+    assert len(told["key"]) == 16
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 1
+    assert "must not be replaced" in again.stderr
+    assert again.stderr.count("\n") == 1
+
+
+def test_no_private_key_where_git_would_take_it(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / ".gitignore").write_text("/.local/\n")
+    refuse_tracked(tmp_path / ".local" / "keys")
+    with pytest.raises(SettingsError, match="where git would take it"):
+        refuse_tracked(tmp_path / "keys")
+
+
+@pytest.mark.parametrize("verb", ["new", "sign"])
+def test_each_verb_explains_itself(verb: str) -> None:
+    done = subprocess.run([BIN / "handsigns", "keys", verb, "-h"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--json" in done.stdout
