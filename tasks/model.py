@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from zipfile import BadZipFile
 
 import keras
+import tensorflow as tf
 
 from tasks.augment import INPUT_SIZE
 from tasks.errors import ModelError
@@ -231,7 +232,14 @@ def with_fresh_names(build: Callable[[], _Built]) -> _Built:
     """Run `build` where automatic layer names start from the beginning.
 
     Keras counts them for each thread. Without this, names in a saved file would
-    depend on what else the process had built before.
+    depend on what else the process had built before. A distribution strategy, which
+    holds for a thread too, is carried over.
     """
+    strategy = tf.distribute.get_strategy()
+
+    def scoped() -> _Built:
+        with strategy.scope():
+            return build()
+
     with ThreadPoolExecutor(max_workers=1) as fresh:
-        return fresh.submit(build).result()
+        return fresh.submit(scoped).result()
