@@ -19,7 +19,7 @@ from tasks.augment import enlarge
 from tasks.class_folders import Read
 from tasks.engine import Engine
 from tasks.errors import DataError, ImageError, ModelError
-from tasks.images import MAX_BYTES, decode, read_photo
+from tasks.images import MAX_BYTES, look
 from tasks.labels import LABELS
 from tasks.parallel import in_order
 from tasks.progress import Progress, silent
@@ -139,9 +139,14 @@ def _graph_forward(path: Path, size: int) -> Forward:
             f"Received: {engine.shape} for {engine.size} pixels from '{path}'. "
             "Name a .pb file that the assemble stage wrote."
         )
-    return lambda photos: np.stack(
-        list(in_order(lambda photo: engine(photo).copy(), photos, engine.cores))
-    )
+
+    def forward(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if len(photos) == 1:  # threads would cost more than they bring
+            return engine(photos[0]).copy()[np.newaxis]
+        rows = in_order(lambda photo: engine(photo).copy(), photos, engine.cores)
+        return np.stack(list(rows))
+
+    return forward
 
 
 def _keras_forward(path: Path, size: int) -> Forward:
@@ -189,17 +194,16 @@ def classify(
         As `classify_files`.
     """
 
-    def look(source: tuple[Path, Read]) -> NDArray[np.uint8] | str:
+    def reduced(source: tuple[Path, Read]) -> NDArray[np.uint8] | str:
         path, read = source
         try:
-            photo = read_photo(read(MAX_BYTES + 1), path.name)
-            return shrink(decode(photo.content), classifier.detail)
+            return shrink(look(read(MAX_BYTES + 1), path.name), classifier.detail)
         except ImageError as error:
             return error.reason
 
     seen: list[NDArray[np.uint8] | str] = []
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for number, result in enumerate(pool.map(look, sources), start=1):
+        for number, result in enumerate(pool.map(reduced, sources), start=1):
             seen.append(result)
             progress("read photos", number, len(sources))
     images = [result for result in seen if not isinstance(result, str)]

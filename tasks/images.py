@@ -90,19 +90,29 @@ def read_photo(data: bytes, name: str) -> Photo:
         ImageError: the file is not a usable photo; `reason` says why.
     """
     with _faults_told(name):
-        _check_length(data)
-        image = _open(data, tuple(SUFFIXES))
-        _check_suffix(image, name)
-        if image.format != "MPO" and getattr(image, "is_animated", False):
-            raise ImageError("animated: more than one frame; save one frame as a picture")
-        image.load()
+        image = _loaded(data, name)
         if _is_plain(image, data):
             suffix = SUFFIXES["PNG" if image.format == "PNG" else "JPEG"][0]
             return Photo(data, suffix, image.width, image.height)
-        turn = _turn(image)
-        rgb = _to_rgb(image)
-        upright = rgb if turn is None else rgb.transpose(turn)
+        upright = _upright(image)
         return Photo(_png(upright), ".png", upright.width, upright.height)
+
+
+def look(data: bytes, name: str = "") -> NDArray[np.uint8]:
+    """Check one file that anybody may have made, and decode it without storing it.
+
+    Args:
+        data: the file's bytes.
+        name: the file's name, as for `read_photo`; without one its ending is not compared.
+
+    Returns:
+        uint8, (height, width, 3), RGB; the pixels that `read_photo` would store.
+
+    Raises:
+        ImageError: the file is not a usable photo; `reason` says why.
+    """
+    with _faults_told(name):
+        return np.array(_upright(_loaded(data, name)), dtype=np.uint8)
 
 
 def decode(content: bytes, name: str = "") -> NDArray[np.uint8]:
@@ -162,6 +172,22 @@ def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=6)
     return file.getvalue()
+
+
+def _loaded(data: bytes, name: str) -> Image.Image:
+    _check_length(data)
+    image = _open(data, tuple(SUFFIXES))
+    _check_suffix(image, name)
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise ImageError("animated: more than one frame; save one frame as a picture")
+    image.load()
+    return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = _turn(image)
+    rgb = _to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
