@@ -5,6 +5,7 @@ weights are those of one device but for rounding. `keras.Model.fit` cannot do th
 several machines (keras-team/keras#20585), so the loop is written out here.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from tasks.augment import enlarge
 from tasks.average import Average
+from tasks.errors import StageError
 from tasks.phase import Epoch, Plan
 from tasks.progress import Progress
 from tasks.temperature import score
@@ -22,15 +24,25 @@ from tasks.temperature import score
 _Photos = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 
 
+@functools.cache
 def find_strategy() -> Any:
-    """Choose how training is shared out, from what there is.
+    """Choose how training is shared out, from what there is; once for each process.
 
     Returns:
         tf.distribute.Strategy over the workers that `TF_CONFIG` names, else over
         this process's devices; None where there is one device only.
+
+    Raises:
+        StageError: TensorFlow was used before, and cannot join other workers any more.
     """
     if os.environ.get("TF_CONFIG"):
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        try:
+            return tf.distribute.MultiWorkerMirroredStrategy()
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise StageError(
+                f"TensorFlow cannot join the workers that TF_CONFIG names ({error}). Run "
+                "`dvc repro` on every worker, in a checkout of its own."
+            ) from error
     kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
     devices = [device.name for device in tf.config.list_logical_devices(kind)]
     return tf.distribute.MirroredStrategy(devices) if len(devices) > 1 else None

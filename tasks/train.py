@@ -48,8 +48,10 @@ def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
     tf.config.experimental.enable_op_determinism()
     dataset = open_dataset(context.layout.dataset)
     plan = plan_phase(context.params, name, dataset)
-    model = _starting_model(context, plan, size)
-    curve, logits = _fit(context, model, plan, dataset)
+    strategy = _strategy(plan)
+    with strategy.scope():
+        model = _starting_model(context, plan, size)
+    curve, logits = _fit(context, model, plan, dataset, strategy)
     _require_finite(plan, curve)
     weights = tail_weights(model)
     history = _history(plan, curve)
@@ -83,8 +85,19 @@ def _starting_model(context: Context, plan: Plan, size: int) -> Any:
     return model
 
 
+def _strategy(plan: Plan) -> Any:
+    """Only end-to-end training is worth sharing out: the tail alone is too short."""
+    import tensorflow as tf
+
+    if plan.training.mode == "end_to_end":
+        from tasks.distributed import find_strategy
+
+        return find_strategy() or tf.distribute.get_strategy()
+    return tf.distribute.get_strategy()
+
+
 def _fit(
-    context: Context, model: Any, plan: Plan, dataset: Dataset
+    context: Context, model: Any, plan: Plan, dataset: Dataset, strategy: Any
 ) -> tuple[list[Epoch], NDArray[np.float32]]:
     if plan.training.mode == "cached":
         from tasks.cached import fit_cached
@@ -92,6 +105,10 @@ def _fit(
 
         features = open_features(context.layout.features)
         return fit_cached(model, plan, dataset.names, features, context.progress)
+    if strategy.num_replicas_in_sync > 1:
+        from tasks.distributed import fit_distributed
+
+        return fit_distributed(strategy, model, plan, dataset.images, context.progress)
     from tasks.end_to_end import fit_end_to_end
 
     return fit_end_to_end(model, plan, dataset.images, context.progress)
