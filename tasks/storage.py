@@ -108,7 +108,7 @@ class Storage:
             Prefix=prefix,
             PaginationConfig={"MaxItems": most} if most else {},
         )
-        for page in self._call(lambda: list(pages), prefix):
+        for page in self._whole(lambda: list(pages), prefix):
             for found in page.get("Contents", []):
                 yield Entry(found["Key"], found["Size"], found.get("ETag", ""))
 
@@ -229,8 +229,9 @@ class Storage:
     def _whole(self, fetch: Callable[[], T], key: str) -> T:
         """Call `fetch`, again if the body breaks off; botocore repeats only requests."""
         from botocore.exceptions import IncompleteReadError, ResponseStreamingError
+        from urllib3.exceptions import ProtocolError
 
-        broken = (IncompleteReadError, ResponseStreamingError)
+        broken = (IncompleteReadError, ResponseStreamingError, ProtocolError)
         repeated = stamina.retry(on=broken, attempts=ATTEMPTS, timeout=READ_SECONDS)(fetch)
         return self._call(repeated, key)
 
@@ -241,6 +242,7 @@ class Storage:
             NoCredentialsError,
             PartialCredentialsError,
         )
+        from urllib3.exceptions import HTTPError
 
         try:
             return action()
@@ -251,7 +253,8 @@ class Storage:
                 f"No S3 credentials were found for {shown(self.address.endpoint_url)}. "
                 "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
             ) from None
-        except BotoCoreError as error:
+        except (BotoCoreError, HTTPError) as error:
+            # urllib3's own error comes from an answer that is not streamed and breaks off.
             raise ServiceError(
                 f"S3 does not answer at {shown(self.address.endpoint_url)} "
                 f"({type(error).__name__}). Check HANDSIGNS_S3_ENDPOINT_URL and the service."
