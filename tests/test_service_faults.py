@@ -1,0 +1,202 @@
+"""Storage, MLflow and Prefect that fail in every way: bounded, told in one line, nothing moved."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.local import check_reachable
+from flows.settings import Settings
+from tasks.addresses import S3Address
+from tasks.errors import HandsignsError, ReleaseError, ServiceError
+from tasks.pointer import KEY, Champion, Pointer, move_champion, read_champion
+from tasks.registry import CHAMPION, Registry
+from tasks.release import publish, verify
+from tasks.storage import Storage
+from tests.fixtures import faults
+from tests.fixtures.faults import Proxy, proxy_to
+
+SECONDS = 30
+"""Longest time in which one question to a service is answered or given up."""
+
+
+@pytest.fixture
+def proxy(s3: S3Address) -> Iterator[Proxy]:
+    with proxy_to(s3.endpoint_url) as made:
+        yield made
+
+
+def _through(proxy: Proxy, address: S3Address) -> Storage:
+    return Storage(replace(address, endpoint_url=proxy.url))
+
+
+def _settings(proxy: Proxy, address: S3Address) -> Settings:
+    return Settings.model_validate(
+        {
+            "s3_endpoint_url": proxy.url,
+            "bucket": address.bucket,
+            "AWS_ACCESS_KEY_ID": address.access_key_id,
+            "AWS_SECRET_ACCESS_KEY": address.secret_access_key,
+            "MLFLOW_TRACKING_URI": None,
+            "PREFECT_API_URL": None,
+        }
+    )
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    folder.mkdir()
+    for name in ("labels.json", "model.keras"):
+        (folder / name).write_bytes(name.encode() * 20_000)
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("ignored", "named"),
+    [
+        (("If-None-Match", "If-Match"), "If-None-Match and If-Match without effect"),
+        (("If-Match",), "Received: If-Match without effect"),
+    ],
+)
+def test_an_endpoint_that_ignores_conditions_is_refused_at_start(
+    s3: S3Address, proxy: Proxy, ignored: tuple[str, ...], named: str
+) -> None:
+    check_reachable(_settings(proxy, s3))
+    with (
+        proxy.failing(faults.unconditional(Storage(s3), *ignored)),
+        pytest.raises(ServiceError, match="does not honour conditional writes") as caught,
+    ):
+        check_reachable(_settings(proxy, s3))
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(Storage(s3).list("")) == []
+
+
+Fault = tuple[str, Callable[[Any], None], type[HandsignsError], str]
+FAULTS: list[Fault] = [
+    ("500", faults.answering(500, "InternalError"), ServiceError, "500 InternalError"),
+    ("503", faults.answering(503, "SlowDown"), ServiceError, "503 SlowDown"),
+    ("reset", faults.resetting, ServiceError, "does not answer"),
+    ("half a body", faults.on("^GET .*keras", faults.halving), ServiceError, "does not answer"),
+    (
+        "hangs in a body",
+        faults.on("^GET .*keras", faults.hanging_in_the_body(40)),
+        ServiceError,
+        "does not answer",
+    ),
+    ("flipped", faults.on("^GET .*keras", faults.flipping), ReleaseError, "came back different"),
+    ("expired", faults.answering(400, "ExpiredToken"), ServiceError, "refuses the credentials"),
+    ("clock", faults.answering(403, "RequestTimeTooSkewed"), ServiceError, "and the clock"),
+    ("bucket gone", faults.answering(404, "NoSuchBucket"), ServiceError, "does not exist"),
+    (
+        "full",
+        faults.on("^PUT ", faults.answering(507, "InsufficientStorage")),
+        ServiceError,
+        "no room left",
+    ),
+    (
+        "pointer only",
+        faults.on(f"^PUT .*{KEY}", faults.answering(500, "InternalError")),
+        ServiceError,
+        "500 InternalError",
+    ),
+]
+
+
+def test_a_failing_storage_is_told_in_time_and_the_champion_stays(
+    s3: S3Address, tmp_path: Path
+) -> None:
+    direct = Storage(s3)
+    first = publish(direct, _files(tmp_path / "first"))
+    champion = move_champion(direct, None, Pointer(release=first.id, version=1))
+
+    def promote(storage: Storage, folder: Path, expected: Champion) -> None:
+        files = _files(folder)
+        files["labels.json"].write_text(folder.name)
+        release = verify(storage, publish(storage, files).id)
+        move_champion(storage, expected, Pointer(release=release.id, version=2))
+
+    def suffer(number: int) -> tuple[HandsignsError, float, int]:
+        with proxy_to(s3.endpoint_url) as proxy, proxy.failing(FAULTS[number][1]):
+            began = time.monotonic()
+            with pytest.raises(HandsignsError) as caught:
+                promote(_through(proxy, s3), tmp_path / str(number), champion)
+            return caught.value, time.monotonic() - began, len(proxy.requests)
+
+    with ThreadPoolExecutor(len(FAULTS)) as pool:
+        results = list(pool.map(suffer, range(len(FAULTS))))
+    for (name, _, kind, words), (error, seconds, requests) in zip(FAULTS, results, strict=True):
+        assert type(error) is kind, f"{name}: {error!r}"
+        assert words in str(error), f"{name}: {error}"
+        assert "\n" not in str(error), name
+        assert seconds < SECONDS, f"{name}: {seconds}"
+        assert requests < 20, f"{name}: {requests}"
+    assert read_champion(direct) == champion
+    verify(direct, first.id)
+    # And none of it stands in the way once the service is well.
+    promote(direct, tmp_path / "well", champion)
+    after = read_champion(direct)
+    assert after is not None
+    assert after.pointer.version == 2
+
+
+def test_a_fault_that_passes_is_not_even_told(s3: S3Address, tmp_path: Path) -> None:
+    passing = {
+        "503": faults.answering(503, "SlowDown"),
+        "reset": faults.resetting,
+        "lost answer": faults.forgetful,
+        "half": faults.halving,
+    }
+
+    def suffer(name: str) -> None:
+        with proxy_to(s3.endpoint_url) as proxy:
+            files = _files(tmp_path / name)
+            files["labels.json"].write_text(name)
+            with proxy.failing(faults.on("GET|PUT .*keras", passing[name], times=2)):
+                release = publish(_through(proxy, s3), files)
+            verify(Storage(s3), release.id)
+
+    with ThreadPoolExecutor(len(passing)) as pool:
+        list(pool.map(suffer, passing))
+
+
+def test_a_pointer_whose_answer_was_lost_is_moved_once(s3: S3Address, proxy: Proxy) -> None:
+    storage = _through(proxy, s3)
+    with proxy.failing(faults.on(f"^PUT .*{KEY}", faults.forgetful, times=1)):
+        moved = move_champion(storage, None, Pointer(release="0" * 32, version=1))
+    with proxy.failing(faults.on(f"^PUT .*{KEY}", faults.forgetful, times=1)):
+        moved = move_champion(storage, moved, Pointer(release="1" * 32, version=2))
+    assert read_champion(Storage(s3)) == moved
+
+
+def test_a_release_is_not_put_into_a_bucket_that_is_gone(s3: S3Address, tmp_path: Path) -> None:
+    """SeaweedFS makes a missing bucket on the first put of an administrator."""
+    gone = Storage(replace(s3, bucket=f"{s3.bucket}-gone"))
+    with pytest.raises(ServiceError, match="does not exist"):
+        publish(gone, _files(tmp_path / "files"))
+    with pytest.raises(ServiceError, match="does not exist"):
+        gone.check()
+
+
+def test_a_failing_registry_is_told_in_time() -> None:
+    failing = {
+        "500": faults.answering(500, "INTERNAL_ERROR"),
+        "503": faults.answering(503, "UNAVAILABLE"),
+        "reset": faults.resetting,
+    }
+
+    def suffer(name: str) -> tuple[str, float, int]:
+        with proxy_to("http://127.0.0.1:9") as proxy, proxy.failing(failing[name]):
+            began = time.monotonic()
+            with pytest.raises(ServiceError, match="MLflow failed") as caught:
+                Registry(proxy.url, "signs").set_alias(CHAMPION, 1)
+            return str(caught.value), time.monotonic() - began, len(proxy.requests)
+
+    with ThreadPoolExecutor(len(failing)) as pool:
+        for name, (told, seconds, requests) in zip(failing, pool.map(suffer, failing), strict=True):
+            assert seconds < SECONDS, name
+            assert "\n" not in told, name
+            assert requests == 3, name
