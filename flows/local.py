@@ -140,7 +140,7 @@ def check_reachable(settings: Settings) -> None:
     """
     checks: list[Callable[[], None]] = []
     if settings.s3_endpoint_url:
-        checks.append(lambda: Storage(_configured_s3(settings)).check())
+        checks.append(lambda: _check_s3(Storage(_configured_s3(settings))))
     tracking, api = settings.mlflow_tracking_uri, settings.prefect_api_url
     if tracking and tracking.startswith("http"):
         checks.append(lambda: _check("MLflow", "MLFLOW_TRACKING_URI", tracking))
@@ -149,6 +149,11 @@ def check_reachable(settings: Settings) -> None:
     with ThreadPoolExecutor() as pool:
         for outcome in [pool.submit(check) for check in checks]:
             outcome.result()
+
+
+def _check_s3(storage: Storage) -> None:
+    storage.check()
+    storage.check_conditions()
 
 
 def _check(service: str, variable: str, url: str) -> None:
