@@ -6,7 +6,7 @@ UV := $(BIN)/uv pip
 PHOTOS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test packages lint format bench lock clean
+.PHONY: help install run test packages lint format bench audit lock clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,10 @@ format: $(READY) ## Mend style where a tool can.
 
 bench: $(READY) ## Measure this workflow against plain Keras; PHOTOS=folder of class folders.
 	$(BIN)/python -m benchmarks.training $(if $(PHOTOS),--photos "$(PHOTOS)")
+
+audit: $(READY) ## Look up the locked packages in the database of known weaknesses.
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes --progress-spinner off \
+	  --requirement requirements.lock
 
 lock: $(READY) ## Resolve requirements.lock anew from pyproject.toml.
 	$(UV) compile --quiet --universal --fork-strategy fewest --python-version 3.11 \

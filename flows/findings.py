@@ -22,16 +22,21 @@ def data_report(layout: Layout, version: str) -> DataReport:
     """Count photos by split, what was set aside, twins and leaks."""
     index = _artifact(layout.dataset / "index.json")
     splits = [photo["split"] for photo in index["photos"]]
-    quarantine = read_json(layout.quarantine / "quarantine.json") or {"sources": {}}
     return DataReport(
         version=version,
         train=splits.count("train"),
         val=splits.count("val"),
         test=splits.count("test"),
-        quarantined=sum(len(files) for files in quarantine["sources"].values()),
+        quarantined=quarantined(layout),
         duplicates=_artifact(layout.audit)["duplicates"],
         leaks=index["leaks"],
     )
+
+
+def quarantined(layout: Layout) -> int:
+    """Number of files that are set aside."""
+    listed = read_json(layout.quarantine / "quarantine.json") or {"sources": {}}
+    return sum(len(files) for files in listed["sources"].values())
 
 
 def histories(layout: Layout, params: Params) -> list[dict[str, Any]]:
@@ -78,7 +83,8 @@ def release_files(layout: Layout, folder: Path) -> dict[str, Path]:
 
     Args:
         layout: the checkout.
-        folder: holds what is written for the release alone: labels and model card.
+        folder: holds what is written for the release alone: labels, model card and
+            bill of materials.
     """
     return {
         "model.keras": layout.model,
@@ -91,6 +97,7 @@ def release_files(layout: Layout, folder: Path) -> dict[str, Path]:
         "params.yaml": layout.params,
         "dvc.lock": layout.root / "dvc.lock",
         "data.dvc": layout.root / "data.dvc",
+        "sbom.cdx.json": folder / "sbom.cdx.json",
     }
 
 

@@ -1,5 +1,6 @@
 """What leaves this machine: the release, and the record of the run."""
 
+import datetime
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from flows import findings
 from flows.report import RunReport
 from flows.workspace import Workspace
 from tasks.augment import enlarge
+from tasks.bill import write_bill
 from tasks.card import model_card
 from tasks.dataset import open_dataset
+from tasks.environment import environment
 from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.params import Params
@@ -59,11 +62,17 @@ def publish_release(workspace: Workspace, params: Params, report: RunReport) -> 
             data_note=NOTES[workspace.pipeline.data_source() or "photos"],
         )
         (folder / "model_card.md").write_text(card, encoding="utf-8")
-        return publish(
-            workspace.storage,
-            findings.release_files(layout, folder),
-            provenance(layout, report).to_json(),
+        write_bill(
+            layout.root / "requirements.lock",
+            layout.root / "pyproject.toml",
+            folder / "sbom.cdx.json",
         )
+        facts = {
+            **provenance(layout, report).to_json(),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "environment": environment(),
+        }
+        return publish(workspace.storage, findings.release_files(layout, folder), facts)
 
 
 def record_run(

@@ -40,12 +40,14 @@ def crown(
 
     Raises:
         PromotionError: the champion was changed meanwhile; nothing was moved.
-        ReleaseError: the release is not what its manifest says.
+        ReleaseError: the release is not what its manifest says, or not as new as the
+            registry says.
     """
-    release = _release_of(version)
-    verify(storage, release)
+    release = verify(storage, _release_of(version))
+    created = str(release.manifest.facts.get("created", ""))
+    _check_age(expected, version, created)
     kept = {name: metrics.get(name) for name in METRICS}
-    new = _pointer(expected, release, version.number, "promote", reason, kept)
+    new = _pointer(expected, release.id, version.number, "promote", reason, kept, created)
     move_champion(storage, expected, new)
     registry.set_alias(CHAMPION, version.number)
     return new
@@ -94,7 +96,13 @@ def rollback(storage: Storage, registry: Registry, reason: str) -> Move:
         )
     verify(storage, target.release)
     new = _pointer(
-        present, target.release, target.version, "rollback", reason, dict(target.metrics)
+        present,
+        target.release,
+        target.version,
+        "rollback",
+        reason,
+        dict(target.metrics),
+        target.created,
     )
     move_champion(storage, present, new)
     registry.set_alias(CHAMPION, target.version)
@@ -151,6 +159,22 @@ def _release_of(version: Version) -> str:
     return version.content_id
 
 
+def _check_age(present: Champion | None, version: Version, created: str) -> None:
+    """Whoever can write to the registry could name an old release by a new number.
+
+    Raises:
+        ReleaseError: the number is later than the champion's, the release earlier.
+    """
+    if present is None or version.number <= present.pointer.version:
+        return
+    if created and created < present.pointer.created:
+        raise ReleaseError(
+            f"An older release is presented as a newer version. Received: version "
+            f"{version.number}, made {created}, where version {present.pointer.version} was made "
+            f"{present.pointer.created}. See who registered it."
+        )
+
+
 def _who() -> str:
     try:
         return getpass.getuser()
@@ -165,6 +189,7 @@ def _pointer(
     action: str,
     reason: str,
     metrics: dict[str, float | None],
+    created: str,
 ) -> Pointer:
     return Pointer.model_validate(
         {
@@ -176,6 +201,7 @@ def _pointer(
             "reason": reason,
             "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "metrics": metrics,
+            "created": created,
             "history": before.pointer.moves if before else (),
         }
     )

@@ -25,6 +25,7 @@ class Move(BaseModel):
         reason: why.
         at: when, ISO 8601 in UTC.
         metrics: what it scored on its test split.
+        created: when the release was made, ISO 8601 in UTC.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -37,6 +38,7 @@ class Move(BaseModel):
     reason: str = ""
     at: str = ""
     metrics: dict[str, float | None] = {}
+    created: str = ""
 
     def told(self) -> str:
         """The move in one line."""
