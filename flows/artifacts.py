@@ -6,6 +6,7 @@ of a storage service in between.
 
 import base64
 import html
+from collections.abc import Sequence
 from pathlib import Path
 
 from prefect.artifacts import (
@@ -17,8 +18,40 @@ from prefect.artifacts import (
 
 from flows.report import GateReport, PhaseReport, TestReport
 from tasks.challenge import Challenge
+from tasks.intake import ImportReport
 from tasks.layout import Layout
 from tasks.whole import read_json
+
+SHOWN = 100
+"""Rows of a table that grows with the fault; the list on disk has them all."""
+
+
+def show_inbox(name: str, report: ImportReport) -> None:
+    """What came from the inbox, and which files were set aside."""
+    counts = {
+        "taken": sum(report.taken.values()),
+        "there already": sum(report.already_there.values()),
+        **{f"set aside: {kind}": number for kind, number in report.kinds().items()},
+    }
+    rows = ["## Inbox", f"`{name}`", "", "| files | number |", "|---|---|"]
+    rows += [f"| {kind} | {number} |" for kind, number in counts.items()]
+    create_markdown_artifact(
+        "\n".join(rows), key="inbox", description="What came from the inbox before this run."
+    )
+    if report.quarantined:
+        create_table_artifact(
+            [aside.to_json() for aside in report.quarantined[:SHOWN]],
+            key="quarantine",
+            description="Files of the inbox that were set aside, and why.",
+        )
+
+
+def show_versions(paths: Sequence[Path]) -> None:
+    """The files that name the photos and results of this run."""
+    parts = [f"## {path.name}\n```yaml\n{path.read_text(encoding='utf-8')}```" for path in paths]
+    create_markdown_artifact(
+        "\n\n".join(parts), key="versions", description="The versions this run is of."
+    )
 
 
 def show_audit(layout: Layout) -> None:

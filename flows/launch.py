@@ -3,7 +3,10 @@
 import os
 import threading
 
+from flows.inbox import look
+from flows.client import point_prefect_at
 from flows.local import check_reachable, embedded
+from flows.notification import tell
 from flows.record import unchanged_since
 from flows.report import ModelReport, RunReport
 from flows.workspace import Workspace
@@ -29,7 +32,7 @@ def launch_retrain(workspace: Workspace, force: bool, progress: Progress) -> Run
     layout, settings = workspace.layout, workspace.settings
     try:
         load_params(layout.params)
-        if not force and (found := unchanged_since(layout, settings, workspace.pipeline)):
+        if not force and (found := _unchanged(workspace)):
             found.write(layout)
             return found
         # A report of an earlier run must not pass for one of this.
@@ -43,7 +46,17 @@ def launch_retrain(workspace: Workspace, force: bool, progress: Progress) -> Run
             status="failed", reason=str(error), model=ModelReport(name=settings.model_name)
         )
         failed.write(layout)
+        tell(settings, "handsigns: retrain failed before it began", failed.reason)
         return failed
+
+
+def _unchanged(workspace: Workspace) -> RunReport | None:
+    layout, settings = workspace.layout, workspace.settings
+    with embedded(settings, layout, share=True) as services:
+        inbox = look(workspace, services)
+    if inbox and inbox.new:
+        return None
+    return unchanged_since(layout, settings, workspace.pipeline)
 
 
 def _run_flow(workspace: Workspace, force: bool, progress: Progress) -> None:
@@ -52,7 +65,9 @@ def _run_flow(workspace: Workspace, force: bool, progress: Progress) -> None:
         services.start_prefect()
         # While the server starts, so that training does not wait for it.
         threading.Thread(target=_import_tensorflow, daemon=True).start()
-        _point_prefect_at(services.prefect(), layout.local.resolve() / "prefect")
+        point_prefect_at(services.prefect(), layout.local.resolve() / "prefect", workspace.settings)
+        # The terminal shows progress; the UI has the whole log.
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         from prefect.logging.handlers import APILogWorker
 
         from flows.retrain import listener, retrain
@@ -70,19 +85,6 @@ def _run_flow(workspace: Workspace, force: bool, progress: Progress) -> None:
             listener.reset(token)
             # The last lines must reach the server before it stops.
             APILogWorker.drain_all(timeout=5)
-
-
-def _point_prefect_at(api: str, home: "os.PathLike[str]") -> None:
-    """Prefect reads its settings from the environment when it is first imported."""
-    os.environ["PREFECT_API_URL"] = api
-    os.environ.setdefault("PREFECT_HOME", str(home))
-    os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
-    # The terminal shows progress; the UI has the whole log.
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "flows,tasks")
-    # A proxy cannot reach this machine's loopback.
-    known = os.environ.get("NO_PROXY", "")
-    os.environ["NO_PROXY"] = ",".join(filter(None, [known, "127.0.0.1", "localhost"]))
 
 
 def _import_tensorflow() -> None:

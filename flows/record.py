@@ -7,6 +7,7 @@ imports nothing heavy.
 import hashlib
 from pathlib import Path
 
+from flows.findings import quarantined
 from flows.report import RunReport
 from flows.settings import Settings
 from tasks.addresses import shown
@@ -36,6 +37,7 @@ def unchanged_since(layout: Layout, settings: Settings, pipeline: Pipeline) -> R
         update={
             "status": "unchanged",
             "reason": f"Data, parameters and code are those of version {report.model.version}.",
+            "data": report.data.model_copy(update={"quarantined": quarantined(layout)}),
             "seconds": {},
         }
     )

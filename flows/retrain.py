@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,16 +21,20 @@ from prefect.states import Completed, Failed
 from prefect.tasks import exponential_backoff
 
 from flows import artifacts, findings
+from flows.inbox import look, take
 from flows.local import check_reachable
+from flows.notification import tell_bad_end
 from flows.publication import publish_release, record_run
 from flows.record import remember, unchanged_since
 from flows.report import ModelReport, ReleaseReport, RunReport
 from flows.settings import load_settings
+from flows.versions import commit_versions, recorded_version, version_files
 from flows.workspace import Workspace
 from tasks.challenge import Challenge, challenge
 from tasks.champion import crown, mend_alias
 from tasks.errors import HandsignsError, PromotionError, ServiceError
 from tasks.fetch import fetch_data
+from tasks.inbox import Inbox
 from tasks.layout import Layout
 from tasks.params import Params, load_params
 from tasks.pointer import Champion, read_champion
@@ -45,18 +50,16 @@ _log = logging.getLogger(__name__)
 
 
 def _name() -> str:
-    version = _recorded_version(Path("data.dvc"))
+    version = recorded_version(Path("data.dvc"))
     return f"retrain {datetime.date.today().isoformat()} data {version}"
 
 
-def _recorded_version(path: Path) -> str:
-    """First digits of the version in `data.dvc`, read without loading DVC."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    found = [line.partition("md5:")[2].strip() for line in lines if "md5:" in line]
-    return found[0][:8] if found else "none"
-
-
-@flow(name="retrain", flow_run_name=_name)
+@flow(
+    name="retrain",
+    flow_run_name=_name,
+    on_failure=[tell_bad_end],
+    on_crashed=[tell_bad_end],
+)
 def retrain(force: bool = False) -> State[Any]:
     """Bring the model up to date and promote it if it is sound and no worse.
 
@@ -87,6 +90,7 @@ class Retrain:
         self._progress = progress
         self._seconds: dict[str, float] = {}
         self._outcomes: dict[str, str] = {}
+        self._inbox: Inbox | None = None
         self._report = RunReport(
             status="failed", reason="", model=ModelReport(name=workspace.settings.model_name)
         )
@@ -111,6 +115,8 @@ class Retrain:
         self._workspace.trust.check_signer()
         _log.info(self._workspace.trust.told())
         self._workspace.services.start_s3()
+        if self._workspace.settings.inbox:
+            self._inbox = self._task("inbox", self._take_in, network=True)
         self._task("fetch", self._fetch, network=True)
         version = self._task("version", self._version, network=True)
         if not self._force and (
@@ -124,6 +130,7 @@ class Retrain:
         for name in self._workspace.pipeline.stages():
             self._stage(name)
         self._describe(params, version)
+        self._keep_versions()
         if not self._report.gate.passed:
             failed = [check["name"] for check in self._report.gate.checks if not check["passed"]]
             self._conclude("rejected", f"The gate refused the model: {', '.join(failed)}.")
@@ -152,6 +159,12 @@ class Retrain:
         finally:
             self._seconds[name] = time.monotonic() - began
 
+    def _take_in(self) -> Inbox | None:
+        inbox = look(self._workspace, self._workspace.services)
+        if inbox and inbox.new:
+            artifacts.show_inbox(inbox.name, take(self._workspace, inbox, self._progress))
+        return inbox
+
     def _fetch(self) -> None:
         said = fetch_data(self._layout, self._workspace.pipeline, self._progress)
         _log.info(said)
@@ -162,6 +175,10 @@ class Retrain:
         if version is None or pipeline.data_changed():
             version = pipeline.version_data("photos")
             _log.info("data/ changed; it is version %s now.", version)
+        if self._inbox:
+            self._inbox.remember(version)
+        self._report.data.version = version
+        self._report.data.quarantined = findings.quarantined(self._layout)
         if pipeline.has_remote():
             _log.info("%d files pushed to the DVC remote.", pipeline.push_data())
         return version
@@ -189,6 +206,12 @@ class Retrain:
         artifacts.show_phases(layout, report.phases)
         artifacts.show_evaluation(layout, report.test)
         artifacts.show_gate(report.gate)
+
+    def _keep_versions(self) -> None:
+        artifacts.show_versions(version_files(self._layout))
+        if branch := self._workspace.settings.git_push:
+            commit = partial(commit_versions, self._layout, branch, self._report)
+            _log.info("Branch %s: %s.", branch, self._task("git", commit, network=True))
 
     def _publish(self, params: Params) -> Release:
         release = publish_release(self._workspace, params, self._report)

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -22,7 +23,7 @@ from tasks.errors import SettingsError
 
 PREFIX = "HANDSIGNS_"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-SECRET = ("AWS_", "DATABASE_URL", "PREFECT_SERVER_API_AUTH_STRING")
+SECRET = ("AWS_", "DATABASE_URL", "PREFECT_SERVER_API_AUTH_STRING", "HANDSIGNS_SERVE_TOKEN")
 """Variables whose value no message shows."""
 
 
@@ -57,6 +58,19 @@ def _login(secret: SecretStr) -> SecretStr:
     return secret
 
 
+def _inbox(place: str) -> str:
+    if "://" in place and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", place):
+        raise ValueError("must be a folder or s3://bucket/prefix")
+    return place
+
+
+def _branch(name: str) -> str:
+    plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}", name)
+    if not plain or re.search(r"\.\.|//|/\.|[./]$|\.lock(/|$)", name):
+        raise ValueError("must be the plain name of a branch, such as handsigns/data")
+    return name
+
+
 WebAddress = Annotated[str, AfterValidator(_web_address)]
 AnyAddress = Annotated[str, AfterValidator(_any_address)]
 Paths = Annotated[
@@ -87,6 +101,14 @@ class Settings(BaseSettings):
     bucket: Bucket = "artifacts"
     model_name: str = Field(default="hand-signs", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     dvc_remote_url: AnyAddress | None = None
+    inbox: Annotated[str, AfterValidator(_inbox)] | None = None
+    git_push: Annotated[str, AfterValidator(_branch)] | None = None
+    notify_urls: SecretStr | None = None
+
+    serve_rate: str = Field(default="600/minute", pattern=r"^[1-9]\d{0,6}/(second|minute|hour)$")
+    serve_max_mb: int = Field(default=10, ge=1, le=64)
+    serve_follow_seconds: float = Field(default=10.0, ge=0.1, le=25.0)
+    serve_token: SecretStr | None = Field(default=None, min_length=16)
 
     signing_key: Path | None = None
     signing_passphrase: SecretStr | None = None

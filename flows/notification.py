@@ -1,0 +1,50 @@
+"""Who is told when a run ends badly, and what: a title, the reason, a link."""
+
+import logging
+import socket
+from typing import TYPE_CHECKING, Any
+
+from flows.settings import Settings, load_settings
+from tasks.errors import SettingsError
+from tasks.notify import notify
+
+if TYPE_CHECKING:
+    from prefect import Flow
+    from prefect.client.schemas.objects import FlowRun, State
+
+_log = logging.getLogger(__name__)
+
+
+def tell(settings: Settings, title: str, reason: str, link: str | None = None) -> bool:
+    """Send a message to the addresses in `HANDSIGNS_NOTIFY_URLS`, if there are any.
+
+    Args:
+        settings: hold the addresses.
+        title: which run, and how it ended.
+        reason: why.
+        link: where to look; None where no server knows of the run.
+
+    Returns:
+        Whether everybody was told.
+    """
+    if settings.notify_urls is None:
+        return False
+    where = link or f"Look at artifacts/run.json on {socket.gethostname()}."
+    return notify(settings.notify_urls.get_secret_value(), title, f"{reason}\n{where}")
+
+
+def tell_bad_end(flow: "Flow[..., Any]", flow_run: "FlowRun", state: "State[Any]") -> None:
+    """Prefect's hook for a run that failed, was rejected, or crashed.
+
+    The run's own process calls it, or the worker where that process was killed.
+    """
+    from prefect.utilities.urls import url_for
+
+    try:
+        settings = load_settings()
+    except SettingsError as error:
+        _log.warning("Nobody was told: %s", error)
+        return
+    ended = (state.name or state.type.value).lower()
+    title = f"handsigns: {flow_run.name} {ended}"
+    tell(settings, title, state.message or "No reason was given.", url_for(flow_run))

@@ -1,0 +1,55 @@
+"""Tell people over what they use: mail, chat, a pager, any address that apprise knows.
+
+An address is a secret: it holds tokens and passwords. It is handed to apprise and
+appears in no message, log or error; neither do apprise's own log lines, which quote it.
+"""
+
+import logging
+import threading
+
+SECONDS = 30
+"""Longest wait for all addresses together."""
+
+_log = logging.getLogger(__name__)
+
+
+def notify(addresses: str, title: str, body: str) -> bool:
+    """Send a message to every address; that it fails is never an error.
+
+    Args:
+        addresses: as apprise takes them, with spaces or commas between.
+        title: one line.
+        body: plain text.
+
+    Returns:
+        Whether every address took it within 30 s; if not, a warning is logged.
+    """
+    outcome: list[bool] = []
+    # A daemon, so that an address that never answers cannot hold up the end of a run.
+    thread = threading.Thread(
+        target=lambda: outcome.append(_send(addresses, title, body)), daemon=True
+    )
+    thread.start()
+    thread.join(SECONDS)
+    delivered = outcome == [True]
+    if not delivered:
+        _log.warning(
+            "Not everybody was told: an address in HANDSIGNS_NOTIFY_URLS %s.",
+            "was refused or did not answer" if outcome else f"took more than {SECONDS} s",
+        )
+    return delivered
+
+
+def _send(addresses: str, title: str, body: str) -> bool:
+    try:
+        import apprise
+
+        logging.getLogger("apprise").setLevel(logging.CRITICAL + 1)
+        people = apprise.Apprise()
+        known = people.add(addresses)
+        sent = people.notify(
+            body, title=title, notify_type=apprise.NotifyType.FAILURE, body_format="text"
+        )
+        return known and bool(sent)
+    except Exception:  # a plugin of apprise may raise anything, with the address in it
+        return False
