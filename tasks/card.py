@@ -144,12 +144,14 @@ def _gate(gate: Content) -> str:
             check["name"],
             _number(check["value"]),
             _number(check["limit"]),
+            _interval(check.get("interval")),
             "passed" if check["passed"] else f"failed {check.get('detail', '')}".strip(),
         )
         for check in gate["checks"]
     ]
     verdict = "Passed" if gate["passed"] else "Failed"
-    return f"## Gate\n\n{verdict}.\n\n{_table(('check', 'value', 'limit', 'verdict'), rows)}"
+    heads = ("check", "value", "limit", "interval", "verdict")
+    return f"## Gate\n\n{verdict}.\n\n{_table(heads, rows)}"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -159,6 +161,10 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _cell(value: Any) -> str:
     return " ".join(str(value).replace("|", "\\|").split())
+
+
+def _interval(bounds: Any) -> str:
+    return f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "-"
 
 
 def _number(value: Any) -> str:

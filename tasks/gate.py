@@ -5,8 +5,7 @@ ends and shows the verdict; whoever would publish reads `passed`.
 """
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,30 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tasks.checks import (
+    LARGEST,
+    Check,
+    at_least,
+    at_most,
+    count_at_least,
+    count_at_most,
+    mean_interval,
+    share_interval,
+    shown,
+    shown_interval,
+    surely_at_least,
+)
 from tasks.dataset import INDEX
 from tasks.labels import LABELS
 from tasks.params import GateParams
 from tasks.stage import Context, stage_main
 from tasks.whole import write_json
 
-Number = int | float
+DISTURBANCES = ("rotation", "brightness", "blur", "scale", "jpeg")
+"""What the model must have been tried under; see `tasks.robustness`."""
 
-_LARGEST = 1e12
-"""No loss and no count is larger; what is, is broken."""
-
-
-class Check(BaseModel):
-    """One limit and what was found; `value` is null where it is unusable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    name: str
-    value: Number | None
-    limit: Number | None
-    passed: bool
-    detail: str | None = None
+_USUAL_LEVEL = 0.95
+"""Confidence of the intervals that are shown where `gate.confidence` is not set."""
 
 
 class Verdict(BaseModel):
@@ -50,11 +51,7 @@ class Verdict(BaseModel):
     @property
     def reasons(self) -> tuple[str, ...]:
         """One line for each check that failed."""
-        return tuple(
-            f"{check.name}: {check.detail or _told(check)}"
-            for check in self.checks
-            if not check.passed
-        )
+        return tuple(check.told for check in self.checks if not check.passed)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `detail` only where there is one."""
@@ -91,29 +88,72 @@ def judge(metrics: Mapping[str, Any], leaks: Any, limits: GateParams) -> Verdict
     """
     if not isinstance(metrics, Mapping):
         metrics = {}
-    checks: list[Check] = []
-    if limits.min_accuracy is not None:
-        checks.append(_at_least("accuracy", metrics.get("accuracy"), limits.min_accuracy, 1.0))
-    if limits.min_recall is not None:
-        recalls = _recalls(metrics.get("per_class"))
-        checks += [
-            _at_least(f"recall of {label}", recalls.get(label), limits.min_recall, 1.0)
-            for label in LABELS
-        ]
-    if limits.max_loss is not None:
-        checks.append(_at_most("loss", metrics.get("loss"), limits.max_loss, _LARGEST))
-    if limits.max_calibration_error is not None:
-        ece = metrics.get("ece")
-        checks.append(_at_most("calibration error", ece, limits.max_calibration_error, 1.0))
-    if limits.max_leaks is not None:
-        checks.append(_at_most("leaks", leaks, limits.max_leaks, _LARGEST, whole=True))
-    if limits.min_test_photos is not None:
-        least = limits.min_test_photos
-        checks.append(_at_least("test photos", metrics.get("n"), least, _LARGEST, whole=True))
+    checks = [
+        *_accuracy(metrics, limits),
+        *_recalls(metrics, limits),
+        *_robust(metrics, limits),
+        *_errors(metrics, limits),
+        *_counts(metrics, leaks, limits),
+    ]
     if not checks:
         detail = "no limit is set; name at least one under gate in params.yaml"
         checks.append(Check(name="limits", value=None, limit=None, passed=False, detail=detail))
     return Verdict(passed=all(check.passed for check in checks), checks=tuple(checks))
+
+
+def _accuracy(metrics: Mapping[str, Any], limits: GateParams) -> Iterator[Check]:
+    limit, value = limits.min_accuracy, metrics.get("accuracy")
+    if limit is None:
+        return
+    interval = share_interval(value, metrics.get("n"), _level(limits))
+    if limits.confidence is None:
+        yield at_least("accuracy", value, limit, 1.0, interval)
+    else:
+        yield surely_at_least("accuracy", value, limit, interval, limits.confidence)
+
+
+def _recalls(metrics: Mapping[str, Any], limits: GateParams) -> Iterator[Check]:
+    if limits.min_recall is None:
+        return
+    rows = _by_label(metrics.get("per_class"))
+    for label in LABELS:
+        limit = limits.min_recall
+        row = rows.get(label, {})
+        value = row.get("recall")
+        interval = share_interval(value, row.get("support"), _level(limits))
+        least = limit[label] if isinstance(limit, dict) else limit
+        yield at_least(f"recall of {label}", value, least, 1.0, interval)
+
+
+def _robust(metrics: Mapping[str, Any], limits: GateParams) -> Iterator[Check]:
+    if limits.min_robust_accuracy is None:
+        return
+    found = _section(metrics, "robustness")
+    accuracy = _section(found, "accuracy")
+    for kind in DISTURBANCES:
+        value = accuracy.get(kind)
+        interval = share_interval(value, found.get("photos"), _level(limits))
+        name = f"accuracy under {kind}"
+        yield at_least(name, value, limits.min_robust_accuracy, 1.0, interval)
+
+
+def _errors(metrics: Mapping[str, Any], limits: GateParams) -> Iterator[Check]:
+    spread = _section(metrics, "standard_errors")
+    if limits.max_loss is not None:
+        loss = metrics.get("loss")
+        interval = mean_interval(loss, spread.get("loss"), _level(limits))
+        yield at_most("loss", loss, limits.max_loss, LARGEST, interval)
+    if limits.max_calibration_error is not None:
+        ece = metrics.get("ece")
+        interval = mean_interval(ece, spread.get("ece"), _level(limits))
+        yield at_most("calibration error", ece, limits.max_calibration_error, 1.0, interval)
+
+
+def _counts(metrics: Mapping[str, Any], leaks: Any, limits: GateParams) -> Iterator[Check]:
+    if limits.max_leaks is not None:
+        yield count_at_most("leaks", leaks, limits.max_leaks)
+    if limits.min_test_photos is not None:
+        yield count_at_least("test photos", metrics.get("n"), limits.min_test_photos)
 
 
 def verdict_table(verdict: Verdict) -> Table:
@@ -121,49 +161,35 @@ def verdict_table(verdict: Verdict) -> Table:
     colour = "green" if verdict.passed else "red"
     title = f"Gate: [bold {colour}]{'passed' if verdict.passed else 'failed'}[/]"
     table = Table("check", title=title, title_justify="left", caption_justify="left")
-    for heading in ("value", "limit"):
+    for heading in ("value", "limit", "interval"):
         table.add_column(heading, justify="right")
     table.add_column("verdict")
     for check in verdict.checks:
         words = Text("passed", "green") if check.passed else Text("failed", "red")
         words.append(f" {check.detail}" if check.detail else "", "default")
-        table.add_row(check.name, _shown(check.value), _shown(check.limit), words)
+        table.add_row(check.name, *_cells(check), words)
     return table
 
 
-def _at_least(name: str, value: Any, limit: Number, highest: float, whole: bool = False) -> Check:
-    fault = _fault(value, highest, whole)
-    if fault:
-        return Check(name=name, value=None, limit=limit, passed=False, detail=fault)
-    return Check(name=name, value=value, limit=limit, passed=value >= limit)
+def _cells(check: Check) -> tuple[str, str, str]:
+    return shown(check.value), shown(check.limit), shown_interval(check.interval)
 
 
-def _at_most(name: str, value: Any, limit: Number, highest: float, whole: bool = False) -> Check:
-    fault = _fault(value, highest, whole)
-    if fault:
-        return Check(name=name, value=None, limit=limit, passed=False, detail=fault)
-    return Check(name=name, value=value, limit=limit, passed=value <= limit)
+def _level(limits: GateParams) -> float:
+    return limits.confidence or _USUAL_LEVEL
 
 
-def _fault(value: Any, highest: float, whole: bool) -> str | None:
-    if value is None:
-        return "missing"
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        return f"not a {'whole ' if whole else ''}number: {value!r}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"not finite: {value!r}"
-    if not 0 <= value <= highest:
-        return f"out of range, 0 to {highest:g}"
-    return None
+def _section(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = content.get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
-def _recalls(per_class: Any) -> dict[str, Any]:
-    """Recall by label; a label that stands there twice counts as missing."""
+def _by_label(per_class: Any) -> dict[str, Mapping[str, Any]]:
+    """Scores by label; a label that stands there twice counts as missing."""
     rows = per_class if isinstance(per_class, list) else []
     rows = [row for row in rows if isinstance(row, Mapping) and isinstance(row.get("label"), str)]
     named = [row["label"] for row in rows]
-    return {row["label"]: row.get("recall") for row in rows if named.count(row["label"]) == 1}
+    return {row["label"]: row for row in rows if named.count(row["label"]) == 1}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -173,16 +199,6 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _told(check: Check) -> str:
-    return f"{_shown(check.value)} misses the limit of {_shown(check.limit)}"
-
-
-def _shown(value: Number | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tasks.errors import ParamsError
+from tasks.labels import LABELS
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 HeldOut = Annotated[float, Field(gt=0.0, lt=0.5)]
@@ -72,14 +73,33 @@ class PhaseParams(_Section):
 
 
 class GateParams(_Section):
-    """Limits; one that is left out is not checked, and none at all fails."""
+    """Limits; one that is left out is not checked, and none at all fails.
 
+    Args:
+        confidence: level of every interval; where it is set, the lower bound of the
+            accuracy's interval is held against `min_accuracy`, else its value.
+        min_recall: one limit for every class, or one for each.
+    """
+
+    confidence: float | None = Field(default=None, gt=0.0, lt=1.0)
     min_accuracy: Share | None = None
-    min_recall: Share | None = None
+    min_recall: Share | dict[str, Share] | None = None
+    min_robust_accuracy: Share | None = None
     max_loss: float | None = Field(default=None, gt=0.0)
     max_calibration_error: Share | None = None
     max_leaks: int | None = Field(default=None, ge=0)
     min_test_photos: int | None = Field(default=None, ge=1)
+
+    @field_validator("min_recall", mode="before")
+    @classmethod
+    def _every_class_is_named(cls, value: object) -> object:
+        """A class that a mapping forgets would go unchecked; YAML reads `0:` as a number."""
+        if not isinstance(value, dict):
+            return value
+        named = {str(label): limit for label, limit in value.items()}
+        if set(named) != set(LABELS):
+            raise ValueError(f"a mapping must name each of the classes {', '.join(LABELS)}")
+        return named
 
 
 class Params(_Section):

@@ -44,7 +44,7 @@ def test_the_card_carries_data_phases_scores_and_verdict(params: Params) -> None
     assert ["full", "10", "16", "0.0005 cosine", "3", "0.2500", "0.9000"] in table
     assert ["accuracy", "1.0000 (95% Wilson: 0.7575 to 1.0000)"] in table
     assert ["3", "1.0000", "1.0000", "1.0000", "2"] in table
-    assert ["test photos", "12", "50", "failed"] in table
+    assert ["test photos", "12", "50", "-", "failed"] in table
     assert "Failed." in text
     assert "Apache-2.0" in text
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from rich.console import Console
 
-from tasks.gate import Verdict, judge, run, verdict_table
+from tasks.gate import DISTURBANCES, Verdict, judge, run, verdict_table
 from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.params import GateParams, Params
@@ -22,12 +23,17 @@ FEW = settings(max_examples=100, deadline=None)  # a busy machine is no fault
 LIMITS = GateParams(
     min_accuracy=0.9,
     min_recall=0.75,
+    min_robust_accuracy=0.8,
     max_loss=0.5,
     max_calibration_error=0.1,
     max_leaks=0,
     min_test_photos=50,
 )
-FIELDS = ("accuracy", "loss", "ece", "n", "leaks", *(f"recall {label}" for label in LABELS))
+FIELDS = (
+    *("accuracy", "loss", "ece", "n", "leaks"),
+    *(f"recall {label}" for label in LABELS),
+    *DISTURBANCES,
+)
 
 bad_values = st.one_of(
     st.none(),
@@ -43,11 +49,15 @@ shares = st.floats(0, 1)
 
 def metrics(**changes: Any) -> dict[str, Any]:
     """A good model's metrics with some values changed, `recall 3` for one class."""
-    content: dict[str, Any] = {"accuracy": 0.95, "loss": 0.2, "ece": 0.02, "n": 120}
+    content: dict[str, Any] = {"accuracy": 0.97, "loss": 0.2, "ece": 0.02, "n": 120}
     content |= {key: value for key, value in changes.items() if key in content}
     content["per_class"] = [
-        {"label": label, "recall": changes.get(f"recall {label}", 0.9)} for label in LABELS
+        {"label": label, "recall": changes.get(f"recall {label}", 0.9), "support": 20}
+        for label in LABELS
     ]
+    disturbed = {kind: changes.get(kind, 0.9) for kind in DISTURBANCES}
+    content["robustness"] = {"photos": 120, "accuracy": disturbed}
+    content["standard_errors"] = {"loss": 0.05, "ece": 0.01}
     return content
 
 
@@ -61,6 +71,7 @@ def test_a_good_model_passes_every_check() -> None:
     assert [check.name for check in verdict.checks] == [
         "accuracy",
         *(f"recall of {label}" for label in LABELS),
+        *(f"accuracy under {kind}" for kind in DISTURBANCES),
         "loss",
         "calibration error",
         "leaks",
@@ -84,6 +95,7 @@ def test_values_exactly_at_the_limit_pass() -> None:
         ("n", 49, "test photos"),
         ("n", 120.0, "test photos"),
         ("recall 2", 0.74, "recall of 2"),
+        ("blur", 0.79, "accuracy under blur"),
         ("accuracy", 1.01, "accuracy"),
         ("ece", 5.0, "calibration error"),
     ],
@@ -114,7 +126,7 @@ def test_no_unusable_value_ever_passes(field: str, value: Any) -> None:
 @FEW
 @given(
     st.dictionaries(
-        st.sampled_from(["accuracy", "loss", "ece", "n", "per_class"]),
+        st.sampled_from(["accuracy", "loss", "ece", "n", "per_class", "robustness"]),
         st.one_of(bad_values, shares, st.lists(st.one_of(bad_values, st.just({"label": "0"})))),
     ),
     st.one_of(bad_values, st.integers(0, 3)),
@@ -156,6 +168,46 @@ def test_a_limit_that_is_left_out_is_not_checked() -> None:
     assert len(verdict.checks) == 1
 
 
+def test_with_a_confidence_the_lower_bound_must_reach_the_limit() -> None:
+    sure = LIMITS.model_copy(update={"confidence": 0.95})
+    few, many = (judge(metrics(accuracy=0.95, n=n), 0, sure) for n in (120, 1000))
+    assert failed(few) == ["accuracy"]
+    assert many.passed
+    # Newcombe 1998, "Two-sided confidence intervals for the single proportion", method 3.
+    assert judge(metrics(accuracy=81 / 263, n=263), 0, sure).checks[0].interval == pytest.approx(
+        (0.2553, 0.3662), abs=5e-5
+    )
+    assert "at 95% confidence at least 0.8952" in few.reasons[0]
+    assert failed(judge(metrics(n=None), 0, sure)) == ["accuracy", "test photos"]
+
+
+def test_every_share_and_mean_has_an_interval_and_counts_have_none() -> None:
+    for level in (None, 0.9, 0.99):
+        limits = LIMITS.model_copy(update={"confidence": level})
+        for check in judge(metrics(), 0, limits).checks:
+            if check.name in ("leaks", "test photos"):
+                assert check.interval is None
+            else:
+                assert check.interval is not None
+                assert check.interval[0] < float(check.value or 0) < check.interval[1]
+
+
+def test_each_class_can_have_a_limit_of_its_own(params: Params) -> None:
+    own = params.gate.model_dump() | {"min_recall": {0: 0.95, 1: 0, 2: 0, 3: 0.5, 4: 0, 5: 0}}
+    limits = GateParams.model_validate(own | {"confidence": None})
+    assert failed(judge(metrics(**{"recall 3": 0.49}), 0, limits)) == ["recall of 0", "recall of 3"]
+    with pytest.raises(ValidationError, match="each of the classes 0, 1, 2, 3, 4, 5"):
+        GateParams.model_validate({"min_recall": {0: 0.9}})
+
+
+def test_a_model_that_was_not_disturbed_fails() -> None:
+    content = metrics()
+    del content["robustness"]["accuracy"]["jpeg"]
+    assert failed(judge(content, 0, LIMITS)) == ["accuracy under jpeg"]
+    content["robustness"] = [0.9]
+    assert len(failed(judge(content, 0, LIMITS))) == len(DISTURBANCES)
+
+
 def test_a_class_that_is_missing_or_named_twice_fails() -> None:
     content = metrics()
     content["per_class"][4] = {"label": "3", "recall": 1.0}
@@ -166,11 +218,18 @@ def test_json_and_reasons_name_value_and_limit() -> None:
     verdict = judge(metrics(loss=0.75, ece=math.nan), 0, LIMITS)
     content = verdict.to_json()
     by_name = {check["name"]: check for check in content["checks"]}
-    assert by_name["loss"] == {"name": "loss", "value": 0.75, "limit": 0.5, "passed": False}
+    assert by_name["loss"] == {
+        "name": "loss",
+        "value": 0.75,
+        "limit": 0.5,
+        "interval": (0.652002, 0.847998),
+        "passed": False,
+    }
     assert by_name["calibration error"] == {
         "name": "calibration error",
         "value": None,
         "limit": 0.1,
+        "interval": None,
         "passed": False,
         "detail": "not finite: nan",
     }
