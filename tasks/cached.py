@@ -8,6 +8,8 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from tasks.average import Average
+from tasks.labels import LABELS
+from tasks.parallel import in_order
 from tasks.phase import Epoch, Plan
 from tasks.progress import Progress
 from tasks.tail import Tail
@@ -54,19 +56,21 @@ def fit_cached(
         for epoch in range(plan.phase.epochs)
     ]
     val = _rows(features, names, plan.val, np.zeros_like(plan.val))
+    seen = [rows for batches in epochs for _, rows in batches]
     inputs = _reader(features)
     pool: Callable[[Any], Any] = tail.pooled
     if plan.phase.trainable_layers == 0:
-        seen = [rows for batches in epochs for _, rows in batches]
-        inputs = _pooled_once(tail, features, np.unique(np.concatenate([*seen, val])))
+        inputs = _pooled_once(tail, inputs, np.unique(np.concatenate([*seen, val])))
         pool = tf.identity
-    learn = _learner(tail, pool, plan, average)
-    infer = tf.function(lambda batch: tail.logits(pool(batch)), reduce_retracing=True)
+    some = inputs(val[:1])
+    learn = _learner(tail, pool, plan, average, some)
+    infer = _compiled(lambda batch: tail.logits(pool(batch)), some)
+    coming = in_order(inputs, seen, workers=1)  # reads ahead while an update runs
     curve, update = [], 0
     for number, batches in enumerate(epochs, 1):
         loss = right = 0.0
-        for chosen, rows in batches:
-            now = learn(inputs(rows), plan.targets(chosen), tf.constant(update))
+        for chosen, _ in batches:
+            now = learn(next(coming), tf.constant(plan.targets(chosen)), tf.constant(update))
             update += 1
             loss += float(now[0]) * len(chosen)
             right += float(np.sum(now[1].numpy().argmax(axis=1) == plan.train_labels[chosen]))
@@ -81,7 +85,7 @@ def fit_cached(
 
 
 def _learner(
-    tail: Tail, pool: Callable[[Any], Any], plan: Plan, average: Average
+    tail: Tail, pool: Callable[[Any], Any], plan: Plan, average: Average, some: Any
 ) -> Callable[..., Any]:
     optimizer = plan.optimizer()
     optimizer.build(tail.variables)
@@ -96,8 +100,23 @@ def _learner(
         average.update()
         return loss, logits
 
-    compiled: Callable[..., Any] = tf.function(learn, reduce_retracing=True)
-    return compiled
+    return _compiled(learn, some, tf.zeros((1, len(LABELS))), tf.constant(0))
+
+
+def _compiled(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
+    """Trace `function` once, for any number of rows.
+
+    A plain `tf.function` is traced twice for its first call, and again for the last,
+    smaller batch; a trace takes as long as ten updates.
+    """
+    specs = [
+        tf.TensorSpec([None, *example.shape[1:]] if example.shape.rank else [], example.dtype)
+        for example in examples
+    ]
+    traced: Callable[..., Any] = tf.function(function, autograph=False).get_concrete_function(
+        *specs
+    )
+    return traced
 
 
 def _rows(features: FeatureStore, names: Sequence[str], photos: _Rows, views: _Rows) -> _Rows:
@@ -106,12 +125,12 @@ def _rows(features: FeatureStore, names: Sequence[str], photos: _Rows, views: _R
 
 
 def _reader(features: FeatureStore) -> Callable[[_Rows], Any]:
-    return lambda rows: tf.constant(features.batch(rows).astype(np.float32))
+    return lambda rows: tf.cast(features.batch(rows), tf.float32)
 
 
-def _pooled_once(tail: Tail, features: FeatureStore, rows: _Rows) -> Callable[[_Rows], Any]:
-    pooled = tf.function(tail.pooled, reduce_retracing=True)
-    vectors = _in_batches(pooled, _reader(features), rows)
+def _pooled_once(tail: Tail, inputs: Callable[[_Rows], Any], rows: _Rows) -> Callable[[_Rows], Any]:
+    pooled = _compiled(tail.pooled, inputs(rows[:1]))
+    vectors = _in_batches(pooled, inputs, rows)
     return lambda wanted: tf.constant(vectors[np.searchsorted(rows, wanted)])
 
 

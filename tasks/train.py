@@ -66,12 +66,12 @@ def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
 
 
 def _starting_model(context: Context, plan: Plan, size: int) -> Any:
-    from tasks.model import build_model, freeze
+    from tasks.model import build_model, build_tail, freeze
     from tasks.tail import put_tail
 
     weights, _ = read_phase(context.layout, plan.phase.starts_from)
     if plan.training.mode == "cached":
-        model = build_model(size=size, seed=plan.seed)
+        model = build_tail(size, plan.seed)
     else:
         model = build_model(
             context.params.augmentation,

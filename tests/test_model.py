@@ -10,22 +10,24 @@ import numpy as np
 import pytest
 
 from tasks.assemble import save_model
-from tasks.checkpoint import BACKBONE_FILE
+from tasks.checkpoint import BACKBONE_FILE, read_phase
 from tasks.errors import ModelError
 from tasks.model import (
     CUT,
+    FEATURE_SHAPE,
     HEAD,
     INPUT_SIZE,
     TAIL_LAYERS,
     backbone_of,
     build_model,
+    build_tail,
     build_trunk,
     freeze,
     load_model,
 )
-from tasks.params import MAX_TRAINABLE_LAYERS, Params
+from tasks.params import BACKBONE, MAX_TRAINABLE_LAYERS, Params
 from tasks.stage import Context
-from tasks.tail import Tail
+from tasks.tail import Tail, put_tail, tail_weights
 from tests.fixtures.models import SIZE
 
 Workshop = Callable[..., Context]
@@ -79,6 +81,27 @@ def test_trunk_then_tail_is_the_whole_model(
     expected = np.asarray(model(photos, training=False))
     np.testing.assert_allclose(keras.ops.softmax(logits), expected, atol=1e-5)
     assert expected.std() > 1e-3
+
+
+def test_model_without_trunk_trains_the_same_layers_from_the_same_start(
+    workshop: Workshop, model: Any
+) -> None:
+    without = build_tail(SIZE, seed=0)
+    weights, _ = read_phase(workshop().layout, BACKBONE)
+    for one in (model, without):
+        put_tail(one, weights)
+    whole, alone = tail_weights(model), tail_weights(without)
+    assert whole.keys() == alone.keys()
+    assert all(np.array_equal(whole[name], alone[name]) for name in whole)
+    features = np.random.default_rng(0).normal(0, 1, (4, *without.input_shape[1:]))
+    logits = [Tail(one).logits(Tail(one).pooled(features.astype("f4"))) for one in (model, without)]
+    assert np.array_equal(*logits)
+    for opened in (0, 10, 16):
+        for one in (model, without):
+            freeze(one, opened)
+        names = [[variable.path for variable in Tail(one).variables] for one in (model, without)]
+        assert names[0] == names[1]
+    assert build_tail().input_shape == (None, *FEATURE_SHAPE)
 
 
 def test_augmentation_runs_only_while_training(model: Any, photos: np.ndarray) -> None:
