@@ -1,0 +1,234 @@
+// The page's one script: gather a photo, ask /predict, show what it says.
+
+const SIGNS = {
+  0: "closed ring",
+  1: "index",
+  2: "index, middle",
+  3: "thumb and two",
+  4: "four fingers",
+  5: "open hand",
+};
+const HEALTH_SECONDS = 10;
+
+const at = (id) => document.getElementById(id);
+const [stage, hint, preview, video] = ["stage", "hint", "preview", "video"].map(at);
+const [sign, words, bars, tokenRow] = ["sign", "words", "bars", "token-row"].map(at);
+
+function made(tag, content, properties = {}) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...[content].flat());
+  return element;
+}
+
+const percent = (share) => `${(100 * share).toFixed(1)} %`;
+
+// What was read.
+
+for (const [label, meaning] of Object.entries(SIGNS)) {
+  const head = made("th", [made("b", label), made("span", meaning)], { scope: "row" });
+  const track = made("div", made("div", "", { className: "fill" }), { className: "track" });
+  track.setAttribute("aria-hidden", "true");
+  bars.append(made("tr", [head, made("td", track), made("td", "–")]));
+}
+
+function say(text, { label = null, bad = false, detail = "" } = {}) {
+  sign.textContent = label ?? "–";
+  sign.classList.toggle("known", label !== null);
+  words.classList.toggle("bad", bad);
+  words.replaceChildren(text, ...(detail ? [made("small", detail)] : []));
+}
+
+function draw(probabilities, best) {
+  [...bars.rows].forEach((row, label) => {
+    const share = probabilities ? probabilities[label] : null;
+    row.classList.toggle("best", String(label) === best);
+    row.querySelector(".fill").style.width = `${100 * (share ?? 0)}%`;
+    row.cells[2].textContent = share === null ? "–" : percent(share);
+  });
+}
+
+function told(answer) {
+  const share = answer.probabilities[answer.label];
+  const sure = share >= 0.9 ? "" : share >= 0.6 ? ", not certain" : ", a guess";
+  const version = answer.model.version === null ? "" : `, by version ${answer.model.version}`;
+  say(`Sign ${answer.label}: ${SIGNS[answer.label]}`, {
+    label: answer.label,
+    detail: `${percent(share)}${sure}${version}`,
+  });
+  draw(answer.probabilities, answer.label);
+}
+
+function refused(reason) {
+  say(reason, { bad: true });
+  draw(null, null);
+}
+
+// Ask.
+
+let asking = new AbortController();
+
+function show(photo) {
+  stopCamera();
+  URL.revokeObjectURL(preview.src);
+  preview.src = URL.createObjectURL(photo);
+  preview.alt = "Your photo";
+  preview.hidden = false;
+  hint.hidden = true;
+  stage.classList.add("full");
+}
+
+async function ask(photo) {
+  asking.abort();
+  asking = new AbortController();
+  const { signal } = asking;
+  show(photo);
+  say("Reading the photo.");
+  draw(null, null);
+  const form = new FormData();
+  form.append("file", photo, "photo");
+  const token = at("token").value;
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  try {
+    const response = await fetch("predict", { method: "POST", body: form, headers, signal });
+    const answer = await response.json();
+    if (signal.aborted) return;
+    if (response.ok) told(answer);
+    else refused(answer.error);
+    if (response.status === 401) {
+      tokenRow.hidden = false;
+      at("token").focus();
+    }
+  } catch (error) {
+    if (signal.aborted) return;
+    refused("The service did not answer. It may be down, or the photo too large.");
+  }
+}
+
+let last = null;
+
+function take(files) {
+  const photo = [...files].find((file) => file.type.startsWith("image/")) ?? files[0];
+  if (photo) ask((last = photo));
+}
+
+for (const id of ["file", "shot"]) {
+  at(id).addEventListener("change", ({ target }) => {
+    take(target.files);
+    target.value = ""; // so that the same file can be chosen again
+  });
+}
+at("ask").addEventListener("submit", (event) => event.preventDefault());
+at("token").addEventListener("change", () => last && ask(last));
+
+addEventListener("paste", (event) => {
+  if (event.clipboardData.files.length) take(event.clipboardData.files);
+});
+addEventListener("dragover", (event) => {
+  event.preventDefault();
+  stage.classList.add("over");
+});
+addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) stage.classList.remove("over");
+});
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  stage.classList.remove("over");
+  take(event.dataTransfer.files);
+});
+
+// The camera: a live picture where the browser gives one, else the phone's own app.
+
+const live = Boolean(navigator.mediaDevices?.getUserMedia);
+const phone = matchMedia("(pointer: coarse)").matches;
+at("camera").hidden = !live || phone;
+at("capture").hidden = !phone;
+
+function cameraOn(on) {
+  video.hidden = !on;
+  at("snap").hidden = at("stop").hidden = !on;
+  at("camera").hidden = on || !live || phone;
+  if (on) preview.hidden = hint.hidden = true;
+}
+
+function stopCamera() {
+  if (!video.srcObject) return;
+  video.srcObject.getTracks().forEach((track) => track.stop());
+  video.srcObject = null;
+  cameraOn(false);
+  hint.hidden = preview.hidden = !preview.src;
+  hint.hidden = !preview.hidden;
+}
+
+at("camera").addEventListener("click", async () => {
+  try {
+    video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 1280 } } });
+    await video.play();
+    cameraOn(true);
+    at("snap").focus();
+  } catch (error) {
+    refused(`The camera cannot be used: ${error.message}. Choose a photo instead.`);
+  }
+});
+at("stop").addEventListener("click", () => {
+  stopCamera();
+  at("camera").focus();
+});
+at("snap").addEventListener("click", () => {
+  const canvas = made("canvas", "", { width: video.videoWidth, height: video.videoHeight });
+  canvas.getContext("2d").drawImage(video, 0, 0);
+  canvas.toBlob((photo) => take([photo]), "image/jpeg", 0.92);
+  at("camera").focus();
+});
+
+// Examples.
+
+for (const label of Object.keys(SIGNS)) {
+  const image = made("img", "", {
+    src: `examples/${label}.png`,
+    alt: `Rendered hand, sign ${label}`,
+    width: 64,
+    height: 64,
+  });
+  const button = made("button", [image, made("span", `rendered ${label}`)], { type: "button" });
+  button.addEventListener("click", async () => ask((last = await (await fetch(image.src)).blob())));
+  at("examples").append(made("li", button));
+}
+
+// The model behind it all.
+
+const CHIPS = { ready: "ready", behind: "an older model answers", waiting: "no model yet" };
+
+function facts(health) {
+  const { model } = health;
+  if (!model) return [["Model", "none yet"]];
+  if (model.version === null) return [["Model", model.told]];
+  const since = new Date(model.promoted_at);
+  return [
+    ["Version", String(model.version)],
+    ["Release", made("code", model.release)],
+    ["Champion since", isNaN(since) ? "not known" : since.toLocaleString()],
+  ];
+}
+
+async function look() {
+  let health;
+  try {
+    health = await (await fetch("health")).json();
+  } catch {
+    health = { state: "waiting", model: null, problem: "The service does not answer." };
+  }
+  const version = health.model?.version;
+  const name = version && health.state === "ready" ? `version ${version}` : CHIPS[health.state];
+  at("chip").className = `chip ${health.state}`;
+  if (at("chip").textContent !== name) at("chip").textContent = name;
+  const problem = health.problem ?? "";
+  if (at("problem").textContent !== problem) at("problem").textContent = problem;
+  at("problem").hidden = !problem;
+  const rows = facts(health).map(([term, fact]) => made("div", [made("dt", term), made("dd", fact)]));
+  at("model").replaceChildren(...rows);
+}
+
+at("curl").textContent = `curl -F file=@photo.jpg ${new URL("predict", location.href)}`;
+setInterval(() => document.hidden || look(), 1000 * HEALTH_SECONDS);
+addEventListener("visibilitychange", () => document.hidden || look());
+look();

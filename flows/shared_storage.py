@@ -1,0 +1,59 @@
+"""This checkout's own S3 server, opened for a moment at a time.
+
+A process that runs for long must not keep the server, or no retrain could start. It
+looks at the files instead, and opens the server only when somebody wrote to them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flows.local import embedded
+from flows.settings import Settings
+from tasks.layout import Layout
+from tasks.signature import Trust
+from tasks.storage import Storage
+
+Mark = tuple[tuple[str, int], ...]
+
+
+class SharedStorage:
+    """Open the storage of a checkout; the configured one, or the local one for a moment.
+
+    Args:
+        settings: may name an S3 service.
+        layout: a local server keeps its files below `layout.local`.
+        trust: whose signatures releases must have.
+    """
+
+    def __init__(self, settings: Settings, layout: Layout, trust: Trust) -> None:
+        self._settings, self._layout, self._trust = settings, layout, trust
+        self._seen: Mark | None = None
+        self._configured: Storage | None = None
+
+    @contextmanager
+    def opened(self) -> Iterator[Storage | None]:
+        """Give the storage, or None where nothing was written since this was last left.
+
+        Raises:
+            BusyError: a run keeps the local server and does not answer yet, or no longer.
+            ServiceError: the local server did not start.
+        """
+        if self._configured:
+            yield self._configured
+            return
+        mark = self._mark()
+        if mark == self._seen:
+            yield None
+            return
+        with embedded(self._settings, self._layout, patience=0, share=True) as services:
+            storage = Storage(services.s3(), self._trust)
+            if self._settings.s3_endpoint_url:
+                self._configured = storage
+            yield storage
+        # What was written after the mark was taken is seen by the next look.
+        self._seen = mark
+
+    def _mark(self) -> Mark:
+        """Sizes of the volumes, which only ever grow by what is written."""
+        volumes = (self._layout.local / "seaweedfs").rglob("*.dat")
+        return tuple(sorted((str(path), path.stat().st_size) for path in volumes))
