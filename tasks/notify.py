@@ -10,6 +10,9 @@ import threading
 SECONDS = 30
 """Longest wait for all addresses together."""
 
+_TALKATIVE = ("apprise", "urllib3.connectionpool")
+"""Loggers that quote addresses, or the paths in them, when asked for details."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -41,10 +44,13 @@ def notify(addresses: str, title: str, body: str) -> bool:
 
 
 def _send(addresses: str, title: str, body: str) -> bool:
+    loggers = {name: logging.getLogger(name) for name in _TALKATIVE}
+    levels = {name: logger.level for name, logger in loggers.items()}
     try:
         import apprise
 
-        logging.getLogger("apprise").setLevel(logging.CRITICAL + 1)
+        for logger in loggers.values():
+            logger.setLevel(logging.CRITICAL + 1)
         people = apprise.Apprise()
         known = people.add(addresses)
         sent = people.notify(
@@ -53,3 +59,6 @@ def _send(addresses: str, title: str, body: str) -> bool:
         return known and bool(sent)
     except Exception:  # a plugin of apprise may raise anything, with the address in it
         return False
+    finally:
+        for name, logger in loggers.items():
+            logger.setLevel(levels[name])
