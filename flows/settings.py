@@ -58,6 +58,12 @@ def _login(secret: SecretStr) -> SecretStr:
     return secret
 
 
+def _remote(place: str) -> str:
+    if not urlsplit(place).scheme and not Path(place).is_absolute():
+        raise ValueError("must be an address such as s3://bucket/dvc, or a folder's full path")
+    return place
+
+
 def _inbox(place: str) -> str:
     if "://" in place and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", place):
         raise ValueError("must be a folder or s3://bucket/prefix")
@@ -100,7 +106,7 @@ class Settings(BaseSettings):
     )
     bucket: Bucket = "artifacts"
     model_name: str = Field(default="hand-signs", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
-    dvc_remote_url: AnyAddress | None = None
+    dvc_remote_url: Annotated[str, AfterValidator(_remote)] | None = None
     inbox: Annotated[str, AfterValidator(_inbox)] | None = None
     git_push: Annotated[str, AfterValidator(_branch)] | None = None
     notify_urls: SecretStr | None = None
