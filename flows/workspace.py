@@ -114,17 +114,29 @@ class Workspace:
         found = fetch(self.storage, release, self.layout.releases)
         return open_release(found), f"{name}, release {release}"
 
-    def promote(self, version: int, reason: str) -> Move:
-        """Make a version the champion."""
+    def promote(
+        self, version: int, reason: str, force: bool = False, by: str | None = None
+    ) -> Move:
+        """Make a version the champion; with force also one that something speaks against."""
         from tasks.champion import promote
+        from tasks.params import load_params
 
-        return promote(self.storage, self.registry, version, reason, self.layout.releases)
+        return promote(
+            self.storage,
+            self.registry,
+            version,
+            reason,
+            self.layout.releases,
+            load_params(self.layout.params).gate,
+            force=force,
+            by=by,
+        )
 
-    def rollback(self, reason: str) -> Move:
+    def rollback(self, reason: str, by: str | None = None) -> Move:
         """Return to the champion before the present one."""
         from tasks.champion import rollback
 
-        return rollback(self.storage, self.registry, reason)
+        return rollback(self.storage, self.registry, reason, by=by)
 
     def verify(self, name: str) -> dict[str, Any]:
         """Read a release back whole and compare it with its manifest."""

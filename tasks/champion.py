@@ -2,11 +2,14 @@
 
 import datetime
 import getpass
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tasks.errors import PromotionError, ReleaseError
+from tasks.objections import objections
+from tasks.params import GateParams
 from tasks.pointer import Champion, Move, Pointer, move_champion, read_champion
 from tasks.registry import CHALLENGER, CHAMPION, Registry, Version
 from tasks.release import fetch, verify
@@ -16,6 +19,8 @@ from tasks.whole import read_json
 METRICS = ("accuracy", "loss", "auc", "ece")
 """Scores that the history keeps of each champion."""
 
+_log = logging.getLogger(__name__)
+
 
 def crown(
     storage: Storage,
@@ -24,6 +29,9 @@ def crown(
     expected: Champion | None,
     reason: str,
     metrics: Mapping[str, float | None],
+    *,
+    by: str | None = None,
+    overruled: Sequence[str] = (),
 ) -> Move:
     """Make a verified version the champion.
 
@@ -34,33 +42,77 @@ def crown(
         expected: the champion that the decision was made against.
         reason: why, for the history.
         metrics: scores for the history.
+        by: who decided; None is the user of this process.
+        overruled: what spoke against it; with any of it the promotion is a forced one.
 
     Returns:
         The move.
 
     Raises:
-        PromotionError: the champion was changed meanwhile; nothing was moved.
+        PromotionError: the champion, or its alias, was changed meanwhile; nothing was
+            moved.
         ReleaseError: the release is not what its manifest says, or not as new as the
             registry says.
     """
     release = verify(storage, _release_of(version))
     created = str(release.manifest.facts.get("created", ""))
     _check_age(expected, version, created)
-    kept = {name: metrics.get(name) for name in METRICS}
-    new = _pointer(expected, release.id, version.number, "promote", reason, kept, created)
+    if expected is not None:
+        _check_alias(registry, expected)
+    move = Move(
+        release=release.id,
+        version=version.number,
+        by=by or _who(),
+        reason=reason,
+        metrics={name: metrics.get(name) for name in METRICS},
+        created=created,
+        overruled=tuple(overruled),
+    )
+    new = _pointer(expected, move)
     move_champion(storage, expected, new)
     registry.set_alias(CHAMPION, version.number)
+    if new.overruled:
+        told = {"forced_by": new.by, "forced_because": reason, "forced_over": "; ".join(overruled)}
+        registry.set_tags(version.number, {name: text[:5000] for name, text in told.items()})
     return new
 
 
-def promote(storage: Storage, registry: Registry, number: int, reason: str, cache: Path) -> Move:
+def promote(
+    storage: Storage,
+    registry: Registry,
+    number: int,
+    reason: str,
+    cache: Path,
+    limits: GateParams,
+    *,
+    force: bool = False,
+    by: str | None = None,
+) -> Move:
     """Make a version the champion because somebody says so.
 
+    Args:
+        storage: holds the releases and the pointer.
+        registry: knows the version.
+        number: of the version.
+        reason: why, for the history.
+        cache: takes the release.
+        limits: the gate's limits of today.
+        force: overrule what speaks against it; that is kept, and needs a reason.
+        by: who decided; None is the user of this process.
+
+    Returns:
+        The move.
+
     Raises:
-        PromotionError: there is no such version, it already is champion, or the
-            champion was changed meanwhile.
+        PromotionError: there is no such version, it already is champion, something
+            speaks against it, or the champion was changed meanwhile.
         ReleaseError: its release is missing or damaged.
     """
+    if not reason.strip():
+        raise PromotionError(
+            f"A promotion{' by force' if force else ''} needs a reason, for the history. "
+            "Received: none. Say why with --reason."
+        )
     version = registry.version(number)
     if version is None:
         known = ", ".join(str(one.number) for one in registry.versions()) or "none"
@@ -69,16 +121,29 @@ def promote(storage: Storage, registry: Registry, number: int, reason: str, cach
             "Promote one of these."
         )
     present = read_champion(storage)
+    if present is not None and (said := mend_alias(registry, present)):
+        _log.warning(said)
     if present is not None and present.pointer.release == _release_of(version):
-        mend_alias(registry, present)
         raise PromotionError(f"Version {number} is champion already. Nothing was moved.")
     folder = fetch(storage, _release_of(version), cache)
+    against = objections(version.tags, folder, present, limits)
+    if against and not force:
+        raise PromotionError(
+            f"Version {number} should not be champion: {'; '.join(against)}. Nothing was moved. "
+            "To overrule that, promote it with --force and a --reason."
+        )
     metrics = read_json(folder / "metrics.json") or {}
-    return crown(storage, registry, version, present, reason, metrics)
+    return crown(storage, registry, version, present, reason, metrics, by=by, overruled=against)
 
 
-def rollback(storage: Storage, registry: Registry, reason: str) -> Move:
+def rollback(storage: Storage, registry: Registry, reason: str, *, by: str | None = None) -> Move:
     """Give the place back to the champion before the present one.
+
+    Args:
+        storage: holds the releases and the pointer.
+        registry: must still know the earlier champion.
+        reason: why, for the history.
+        by: who decided; None is the user of this process.
 
     Raises:
         PromotionError: there is none, its version is gone, or the champion was
@@ -95,15 +160,8 @@ def rollback(storage: Storage, registry: Registry, reason: str) -> Move:
             "Promote another version."
         )
     verify(storage, target.release)
-    new = _pointer(
-        present,
-        target.release,
-        target.version,
-        "rollback",
-        reason,
-        dict(target.metrics),
-        target.created,
-    )
+    update = {"action": "rollback", "reason": reason, "by": by or _who()}
+    new = _pointer(present, target.model_copy(update=update))
     move_champion(storage, present, new)
     registry.set_alias(CHAMPION, target.version)
     return new
@@ -111,12 +169,15 @@ def rollback(storage: Storage, registry: Registry, reason: str) -> Move:
 
 def mend_alias(registry: Registry, champion: Champion) -> str | None:
     """Let the alias follow the pointer where a crash came between; what was done, in words."""
-    held = registry.version_by_alias(CHAMPION)
+    versions = registry.versions()
+    held = next((one.number for one in versions if CHAMPION in one.aliases), None)
     number = champion.pointer.version
-    if held is not None and held.number == number:
+    if held == number:
         return None
+    was = f"version {held}" if held else "nothing"
+    if all(one.number != number for one in versions):
+        return f"The champion, version {number}, is not in this registry; its alias names {was}."
     registry.set_alias(CHAMPION, number)
-    was = f"version {held.number}" if held else "nothing"
     return f"The alias named {was}; it follows the pointer to version {number} again."
 
 
@@ -159,6 +220,25 @@ def _release_of(version: Version) -> str:
     return version.content_id
 
 
+def _check_alias(registry: Registry, expected: Champion) -> None:
+    """Whoever moved the alias by hand meant something; it is not undone in silence.
+
+    Raises:
+        PromotionError: the alias names another version than the pointer.
+    """
+    versions = registry.versions()
+    held = next((one.number for one in versions if CHAMPION in one.aliases), None)
+    number = expected.pointer.version
+    # A registry that never knew the champion's version cannot name it.
+    known = any(one.number == number for one in versions)
+    if held != number and (known or held is not None):
+        raise PromotionError(
+            f"The alias '{CHAMPION}' was changed meanwhile, in the registry. Received: "
+            f"{f'version {held}' if held else 'nothing'}, where the champion is version {number}. "
+            "Find out who moved it, use `handsigns promote` for what was meant, and run again."
+        )
+
+
 def _check_age(present: Champion | None, version: Version, created: str) -> None:
     """Whoever can write to the registry could name an old release by a new number.
 
@@ -182,26 +262,12 @@ def _who() -> str:
         return f"uid {os.getuid()}"
 
 
-def _pointer(
-    before: Champion | None,
-    release: str,
-    version: int,
-    action: str,
-    reason: str,
-    metrics: dict[str, float | None],
-    created: str,
-) -> Pointer:
+def _pointer(before: Champion | None, move: Move) -> Pointer:
     return Pointer.model_validate(
         {
-            "release": release,
-            "version": version,
+            **move.model_dump(),
             "previous": before.pointer.version if before else None,
-            "action": action,
-            "by": _who(),
-            "reason": reason,
             "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "metrics": metrics,
-            "created": created,
             "history": before.pointer.moves if before else (),
         }
     )

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
 
 from tasks.errors import PromotionError, ReleaseError
 from tasks.storage import Storage
@@ -25,6 +25,7 @@ class Move(BaseModel):
         reason: why.
         at: when, ISO 8601 in UTC.
         metrics: what it scored on its test split.
+        overruled: what spoke against it when it was promoted all the same.
         created: when the release was made, ISO 8601 in UTC.
     """
 
@@ -38,14 +39,22 @@ class Move(BaseModel):
     reason: str = ""
     at: str = ""
     metrics: dict[str, float | None] = {}
+    overruled: tuple[str, ...] = ()
     created: str = ""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def forced(self) -> bool:
+        """Whether it stands there in spite of something."""
+        return bool(self.overruled)
 
     def told(self) -> str:
         """The move in one line."""
         before = f"version {self.previous}" if self.previous else "none"
+        force = f" (FORCED: {'; '.join(self.overruled)})" if self.forced else ""
         return (
             f"{self.at} {self.action}: {before} -> version {self.version}, "
-            f"by {self.by}: {self.reason}"
+            f"by {self.by}: {self.reason}{force}"
         )
 
 

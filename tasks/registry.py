@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tasks.addresses import shown
+from tasks.addresses import S3Address, shown
 from tasks.errors import ServiceError
 from tasks.run_record import RunRecord
 
@@ -54,13 +54,16 @@ class Registry:
     Args:
         tracking_uri: MLflow's server, or a database.
         model_name: name of the experiment and of the registered model.
-        artifacts: folder of the experiment's files; None lets the server decide.
+        artifacts: folder, or S3 bucket, of the experiment's files; None lets the server
+            decide.
 
     Every method raises `ServiceError` in one line within 30 s when MLflow does
     not answer.
     """
 
-    def __init__(self, tracking_uri: str, model_name: str, artifacts: Path | None = None) -> None:
+    def __init__(
+        self, tracking_uri: str, model_name: str, artifacts: Path | S3Address | None = None
+    ) -> None:
         self.tracking_uri = tracking_uri
         self.model_name = model_name
         self._artifacts = artifacts
@@ -144,6 +147,12 @@ class Registry:
         with self._asked() as client:
             client.set_registered_model_alias(self.model_name, alias, str(number))
 
+    def set_tags(self, number: int, tags: Mapping[str, str]) -> None:
+        """Add plain facts to a version; the last writer of each wins."""
+        with self._asked() as client:
+            for name, text in tags.items():
+                client.set_model_version_tag(self.model_name, str(number), name, text)
+
     @cached_property
     def _client(self) -> Any:
         _configure()
@@ -158,7 +167,8 @@ class Registry:
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
-            yield self._client
+            with _environment(self._artifacts):
+                yield self._client
         except (MlflowException, SQLAlchemyError, OSError) as error:
             raise ServiceError(self._explain(error)) from None
 
@@ -175,7 +185,7 @@ class Registry:
     def _experiment(self, client: Any) -> str:
         known = client.get_experiment_by_name(self.model_name)
         if known is None:
-            place = self._artifacts.resolve().as_uri() if self._artifacts else None
+            place = _place(self._artifacts, self.model_name)
             return str(client.create_experiment(self.model_name, artifact_location=place))
         return str(known.experiment_id)
 
@@ -255,6 +265,28 @@ class Registry:
         for alias, number in sorted(named.items()):
             aliases[str(number)] = (*aliases.get(str(number), ()), alias)
         return aliases
+
+
+def _place(artifacts: Path | S3Address | None, experiment: str) -> str | None:
+    if isinstance(artifacts, S3Address):
+        return f"s3://{artifacts.bucket}/mlflow/{experiment}"
+    return artifacts.resolve().as_uri() if artifacts else None
+
+
+@contextmanager
+def _environment(artifacts: Path | S3Address | None) -> Iterator[None]:
+    """MLflow takes credentials from the environment only; others must not find them there."""
+    ours = artifacts.environment() if isinstance(artifacts, S3Address) else {}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, text in before.items():
+            if text is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = text
 
 
 def _configure() -> None:
