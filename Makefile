@@ -6,7 +6,7 @@ UV := $(BIN)/uv pip
 PHOTOS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test packages lint format bench audit lock clean
+.PHONY: help install run up down test packages lint format bench audit lock clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,12 @@ $(READY): requirements.lock pyproject.toml
 
 run: $(READY) ## Retrain on the data of this checkout and say where to look.
 	$(BIN)/handsigns retrain
+
+up: $(READY) ## Start the whole service on loopback: S3, MLflow, Prefect, a worker, the schedule.
+	$(BIN)/handsigns up
+
+down: $(READY) ## Stop it; its data stays.
+	$(BIN)/handsigns down
 
 test: lint packages ## Lint, types, all tests.
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

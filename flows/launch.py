@@ -3,8 +3,8 @@
 import os
 import threading
 
-from flows.inbox import look
 from flows.client import point_prefect_at
+from flows.inbox import look
 from flows.local import check_reachable, embedded
 from flows.notification import tell
 from flows.record import unchanged_since

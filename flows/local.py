@@ -1,7 +1,8 @@
 """Services that the environment names, and real local ones for those it does not.
 
-Nothing starts before it is asked for, and nothing outlives the `with` block or the
-process, however it ends: see `flows.tether`.
+Where `handsigns up` left its service running, that one is used. Else nothing starts before
+it is asked for, and nothing outlives the `with` block or the process, however it ends: see
+`flows.tether`.
 """
 
 import contextlib
@@ -10,11 +11,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import SecretStr
 
 from flows import servers
+from flows.running import Running, find_running
 from flows.server import Server
 from flows.settings import Settings
 from tasks.addresses import S3Address, shown
@@ -51,8 +54,10 @@ class Services:
 
     def start_prefect(self) -> None:
         """Let the local Prefect server start in the background, if one is needed."""
-        if self.settings.prefect_api_url is None and self._prefect is None:
-            self._prefect = servers.prefect(self.folder, self.patience)
+        if self.prefect_named() is None and self._prefect is None:
+            self._prefect = servers.prefect(
+                self.folder, self.patience, database=self._database("prefect")
+            )
             self._prefect[0].start()
 
     def s3(self) -> S3Address:
@@ -63,7 +68,7 @@ class Services:
             BusyError: another run of this checkout keeps it.
         """
         if self.settings.s3_endpoint_url:
-            return _configured_s3(self.settings)
+            return configured_s3(self.settings)
         if shared := self._shared_s3():
             return shared
         server, address = self._own_s3()
@@ -71,12 +76,14 @@ class Services:
         return address
 
     def mlflow(self) -> str:
-        """Return MLflow's tracking URI; locally a database file, which needs no server."""
-        return self.settings.mlflow_tracking_uri or f"sqlite:///{self.folder / 'mlflow.db'}"
+        """Return MLflow's tracking URI; locally a database, which needs no server."""
+        if named := self.settings.mlflow_tracking_uri or (self._running and self._running.mlflow):
+            return named
+        return self._database("mlflow") or f"sqlite:///{self.folder / 'mlflow.db'}"
 
-    def mlflow_artifacts(self) -> Path | None:
-        """Return the folder of MLflow's files, or None where its server decides."""
-        return None if self.settings.mlflow_tracking_uri else self.folder / "mlartifacts"
+    def mlflow_artifacts(self) -> S3Address | None:
+        """Return where MLflow's files are, or None where its server decides."""
+        return None if self.settings.mlflow_tracking_uri else self.s3()
 
     def prefect(self) -> str:
         """Return the URL of Prefect's API once it is ready.
@@ -87,7 +94,7 @@ class Services:
         """
         self.start_prefect()
         if self._prefect is None:
-            return str(self.settings.prefect_api_url)
+            return str(self.prefect_named())
         server, url = self._prefect
         server.wait()
         return url
@@ -99,8 +106,29 @@ class Services:
         with ThreadPoolExecutor() as pool:
             list(pool.map(Server.stop, started))
 
+    @cached_property
+    def _running(self) -> Running | None:
+        return find_running(self.folder)
+
+    def prefect_named(self) -> str | None:
+        """Return the API that the environment or `handsigns up` names, or None."""
+        running = self._running.prefect if self._running else None
+        return self.settings.prefect_api_url or running
+
+    def _database(self, name: str) -> str | None:
+        if self.settings.database_url is None:
+            return None
+        from flows.database import database_url, make_databases
+
+        url = self.settings.database_url.get_secret_value()
+        make_databases(url)
+        return database_url(url, name)
+
     def _shared_s3(self) -> S3Address | None:
-        if not self.share or self._s3:
+        if self._s3:
+            return None
+        kept_running = self._running and self._running.s3
+        if not kept_running and not self.share:
             return None
         return servers.running_seaweedfs(self.folder, self.settings.bucket)
 
@@ -140,7 +168,7 @@ def check_reachable(settings: Settings) -> None:
     """
     checks: list[Callable[[], None]] = []
     if settings.s3_endpoint_url:
-        checks.append(lambda: _check_s3(Storage(_configured_s3(settings))))
+        checks.append(lambda: _check_s3(Storage(configured_s3(settings))))
     tracking, api = settings.mlflow_tracking_uri, settings.prefect_api_url
     if tracking and tracking.startswith("http"):
         checks.append(lambda: _check("MLflow", "MLFLOW_TRACKING_URI", tracking))
@@ -173,7 +201,7 @@ def _check(service: str, variable: str, url: str) -> None:
     )
 
 
-def _configured_s3(settings: Settings) -> S3Address:
+def configured_s3(settings: Settings) -> S3Address:
     return S3Address(
         str(settings.s3_endpoint_url),
         settings.bucket,

@@ -82,12 +82,12 @@ class Server:
             if code == BUSY:
                 raise BusyError(self._busy())
             if code is not None:
-                raise ServiceError(f"The local {self.name} server did not start. {self._advice()}")
+                raise ServiceError(f"The local {self.name} server did not start. {self.advice()}")
             if time.monotonic() > deadline:
                 seconds = self.patience + self.start_seconds
                 raise ServiceError(
                     f"The local {self.name} server was not ready in {seconds:.0f} s. "
-                    f"{self._advice()}"
+                    f"{self.advice()}"
                 )
             time.sleep(POLL_SECONDS)
         remember_ports(self.folder, self.name, self.ports)
@@ -116,7 +116,8 @@ class Server:
             "Let it end, or stop it, and run again."
         )
 
-    def _advice(self) -> str:
+    def advice(self) -> str:
+        """Point to the log, with its last line."""
         lines = (
             self.log.read_bytes()[-4096:].decode(errors="replace").split("\n")
             if self.log.exists()

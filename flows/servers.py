@@ -18,20 +18,29 @@ from tasks.storage import Storage
 
 HOST = "127.0.0.1"
 DVC_BUCKET = "dvc"
+SEAWEEDFS_PORTS = 5
+MLFLOW_PREFIX = "mlflow"
+"""Below it, in the bucket of the releases, MLflow's files."""
+WORKER = "local"
+_LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 
 
-def seaweedfs(folder: Path, bucket: str, patience: float) -> tuple[Server, S3Address]:
+def seaweedfs(
+    folder: Path, bucket: str, patience: float, ports: tuple[int, ...] = ()
+) -> tuple[Server, S3Address]:
     """Describe an S3 server that keeps its data and credentials below `folder`.
 
     Args:
         folder: takes `seaweedfs/` and `credentials.json`.
         bucket: bucket that exists once it is ready, besides `DVC_BUCKET`.
         patience: longest wait in seconds for another run that uses the folder.
+        ports: the five to listen on; by default some that are free.
 
     Returns:
         The server, not started yet, and its address.
     """
-    return _seaweedfs(folder, bucket, patience, choose_ports(folder, "seaweedfs", 5))
+    ports = ports or choose_ports(folder, "seaweedfs", SEAWEEDFS_PORTS)
+    return _seaweedfs(folder, bucket, patience, ports)
 
 
 def running_seaweedfs(folder: Path, bucket: str) -> S3Address | None:
@@ -91,27 +100,43 @@ def _seaweedfs(
     return server, address
 
 
-def prefect(folder: Path, patience: float) -> tuple[Server, str]:
-    """Describe a Prefect server with its database and UI below `folder`.
+def prefect(
+    folder: Path,
+    patience: float,
+    *,
+    host: str = HOST,
+    ports: tuple[int, ...] = (),
+    database: str | None = None,
+    auth: str | None = None,
+) -> tuple[Server, str]:
+    """Describe a Prefect server with its UI and, if need be, its database below `folder`.
 
     Args:
         folder: takes `prefect/`.
         patience: longest wait in seconds for another run that uses the folder.
+        host: address to listen on.
+        ports: the one to listen on; by default one that is free.
+        database: SQLAlchemy URL for asyncpg, a secret; SQLite by default.
+        auth: `user:password` that its API and UI then ask for, a secret.
 
     Returns:
         The server, not started yet, and the URL of its API.
     """
-    ports = choose_ports(folder, "prefect", 1)
-    url = f"http://{HOST}:{ports[0]}/api"
+    ports = ports or choose_ports(folder, "prefect", 1)
+    url = f"http://{reachable(host)}:{ports[0]}/api"
     command = [sys.executable, "-m", "prefect", "server", "start"]
-    command += ["--host", HOST, "--port", str(ports[0])]
-    # Its own settings only: neither secrets nor another server's address or database.
-    foreign = ("AWS_", "MLFLOW_", "HANDSIGNS_", "PREFECT_")
-    environment = {name: text for name, text in os.environ.items() if not name.startswith(foreign)}
-    environment |= {
+    command += ["--host", host, "--port", str(ports[0])]
+    environment = _without_foreign() | {
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # In memory, a restart forgets who holds a concurrency slot, and it stays taken.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": _LEASES,
     }
+    if database:
+        environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database
+    if auth:
+        environment["PREFECT_SERVER_API_AUTH_STRING"] = auth
+        environment["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] = "true"
     server = Server(
         "prefect",
         folder,
@@ -122,6 +147,77 @@ def prefect(folder: Path, patience: float) -> tuple[Server, str]:
         patience=patience,
     )
     return server, url
+
+
+def mlflow(
+    folder: Path,
+    patience: float,
+    store: S3Address,
+    *,
+    ports: tuple[int, ...] = (),
+    database: str | None = None,
+) -> tuple[Server, str]:
+    """Describe an MLflow server with its UI, its files on S3 and its database in `folder`.
+
+    Args:
+        folder: takes `mlflow.db`, the same that runs without a server use.
+        patience: longest wait in seconds for another run that uses the folder.
+        store: where files go, and with which credentials.
+        ports: the one to listen on; by default one that is free.
+        database: SQLAlchemy URL for psycopg2, a secret; SQLite by default.
+
+    Returns:
+        The server, not started yet, and its tracking URI.
+    """
+    ports = ports or choose_ports(folder, "mlflow", 1)
+    url = f"http://{HOST}:{ports[0]}"
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+    command += ["--host", HOST, "--port", str(ports[0])]
+    # Otherwise a page elsewhere could reach it through a name that points here.
+    command += ["--allowed-hosts", f"{HOST}:{ports[0]},localhost:{ports[0]}"]
+    command += ["--artifacts-destination", f"s3://{store.bucket}/{MLFLOW_PREFIX}"]
+    environment = _without_foreign() | {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        # Not an argument, as it may hold a password.
+        "MLFLOW_BACKEND_STORE_URI": database or f"sqlite:///{folder / 'mlflow.db'}",
+    }
+    server = Server(
+        "mlflow",
+        folder,
+        command,
+        environment | store.environment(),
+        ready=lambda: ask(f"{url}/health") is not None,
+        ports=ports,
+        patience=patience,
+    )
+    return server, url
+
+
+def worker(folder: Path, patience: float, pool: str, environment: dict[str, str]) -> Server:
+    """Describe the process that fetches flow runs from a pool and starts them.
+
+    Args:
+        folder: takes its lock and log.
+        patience: longest wait in seconds for another worker of the checkout.
+        pool: work pool of type process.
+        environment: all of its environment; flow runs inherit it.
+    """
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--type", "process"]
+    command += ["--pool", pool, "--name", WORKER, "--install-policy", "never"]
+    return Server("worker", folder, command, environment, lambda: True, (), patience)
+
+
+def reachable(host: str) -> str:
+    """The address at which this machine itself reaches what listens on `host`."""
+    return HOST if host in ("0.0.0.0", "::") else host  # noqa: S104, compared only
+
+
+def _without_foreign() -> dict[str, str]:
+    """This environment without secrets, and without another server's address or database."""
+    foreign = ("AWS_", "MLFLOW_", "HANDSIGNS_", "PREFECT_", "DATABASE_URL")
+    return {name: text for name, text in os.environ.items() if not name.startswith(foreign)}
 
 
 def ask(url: str, seconds: float = 2.0) -> bytes | None:

@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.report import RunReport
+from flows.running import Running
 from tasks.intake import ImportReport
 from tasks.labels import LABELS
 
@@ -30,6 +31,22 @@ def import_table(report: ImportReport) -> Table:
         more = len(report.quarantined) - len(shown)
         lines.append(f"and {more} more, in artifacts/quarantine/quarantine.json")
     table.caption = "\n".join(lines) or None
+    return table
+
+
+def service_table(running: Running, fresh: bool) -> Table:
+    """Where each part of the service answers."""
+    table = _table("", "", title="Service" if fresh else "Service, up already")
+    parts = {
+        "Prefect": (running.prefect or "").removesuffix("/api"),
+        "MLflow": running.mlflow,
+        "S3": running.s3,
+        "database": running.database or "SQLite in .local/",
+    }
+    for name, address in parts.items():
+        table.add_row(name, escape(address or "as the environment says"))
+    table.add_row("logs", ".local/logs/")
+    table.caption = "handsigns status, predict and retrain use it. To stop it: make down"
     return table
 
 

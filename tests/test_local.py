@@ -74,7 +74,6 @@ def test_configured_services_start_nothing(tmp_path: Path) -> None:
 def test_nothing_starts_before_it_is_asked_for(tmp_path: Path) -> None:
     with embedded(NOTHING_SET, Layout(tmp_path)) as services:
         assert services.mlflow() == f"sqlite:///{tmp_path / '.local' / 'mlflow.db'}"
-        assert services.mlflow_artifacts() == tmp_path / ".local" / "mlartifacts"
     assert list((tmp_path / ".local").iterdir()) == []
 
 

@@ -1,0 +1,33 @@
+"""What a process needs to know before it first imports Prefect."""
+
+import os
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from flows.settings import Settings
+
+HEARTBEAT_SECONDS = 30
+"""The least that Prefect takes; see `flows.deploy` for what silence means."""
+
+
+def point_prefect_at(
+    api: str, home: Path, settings: Settings, environment: MutableMapping[str, str] = os.environ
+) -> None:
+    """Let a process, by default this one, talk to one Prefect server.
+
+    Args:
+        api: URL of its API.
+        home: Prefect's folder, where the environment names none.
+        settings: may hold the server's password.
+        environment: changed in place.
+    """
+    environment["PREFECT_API_URL"] = api
+    environment["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+    environment.setdefault("PREFECT_HOME", str(home))
+    environment.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
+    environment.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "flows,tasks")
+    if settings.prefect_auth:
+        environment.setdefault("PREFECT_API_AUTH_STRING", settings.prefect_auth.get_secret_value())
+    # A proxy cannot reach this machine's loopback.
+    known = environment.get("NO_PROXY", "")
+    environment["NO_PROXY"] = ",".join(filter(None, [known, "127.0.0.1", "localhost"]))
