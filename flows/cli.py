@@ -8,7 +8,15 @@ import sys
 
 import typer
 
-from flows import cli_champion, cli_data, cli_deployment, cli_keys, cli_models, cli_runs
+from flows import (
+    cli_champion,
+    cli_data,
+    cli_deployment,
+    cli_keys,
+    cli_models,
+    cli_runs,
+    cli_service,
+)
 from flows.terminal import err
 from tasks.errors import HandsignsError
 
@@ -20,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verbs in (cli_data, cli_runs, cli_models, cli_champion, cli_deployment):
+for _verbs in (cli_data, cli_runs, cli_models, cli_champion, cli_deployment, cli_service):
     app.add_typer(_verbs.app)
 app.add_typer(cli_keys.app, name="keys")
 
