@@ -13,6 +13,7 @@ from flows.settings import Settings
 from tasks.storage import Storage
 from tests.fixtures.checkouts import Workshop, make_checkout
 from tests.fixtures.photos import write_photos
+from tests.fixtures.receiver import receiving
 
 pytestmark = pytest.mark.slow
 
@@ -142,7 +143,13 @@ def test_a_refused_model_leaves_champion_registry_and_storage_alone(workshop: Wo
     sizes = [path.stat().st_size for path in releases]
     workshop.change("gate", min_test_photos=10_000)
     try:
-        refused = workshop.handsigns("retrain", code=1)
+        with receiving("secret") as receiver:
+            address = {"HANDSIGNS_NOTIFY_URLS": receiver.address}
+            refused = workshop.handsigns("retrain", code=1, **address)
+        (told,) = receiver.messages
+        assert told["title"].endswith(" rejected")
+        assert told["message"].startswith(refused["reason"])
+        assert "/runs/flow-run/" in told["message"]
         assert refused["status"] == "rejected"
         assert "test photos" in refused["reason"]
         assert refused["model"]["version"] is None
