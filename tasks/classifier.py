@@ -19,6 +19,7 @@ from tasks.augment import enlarge
 from tasks.class_folders import Read
 from tasks.engine import Engine
 from tasks.errors import DataError, ImageError, ModelError
+from tasks.foreign import examined
 from tasks.images import MAX_BYTES, look
 from tasks.labels import LABELS
 from tasks.parallel import in_order
@@ -110,23 +111,34 @@ class Classifier:
         return result
 
 
-def load_classifier(path: Path, detail: int, size: int = 224) -> Classifier:
+def load_classifier(
+    path: Path, detail: int, size: int = 224, *, vouched: bool = False
+) -> Classifier:
     """Load a model file.
 
     Of a `.keras` file only the weights are read, the architecture is ours. A `.pb` file
-    is run as it is, and is ready sooner: TensorFlow is not imported for it.
+    is run as it is, and is ready sooner: TensorFlow is not imported for it. Neither can
+    bring code; see `tasks.foreign` for what else a file can do.
 
     Args:
         path: a `.keras` or `.pb` file of the assemble stage or of a release.
         detail: `preprocess.detail` of the parameters it was trained with.
         size: side of the model's input in pixels.
+        vouched: it is of a verified release, or a stage here wrote it; any other file
+            is examined first, which takes a second or two.
 
     Returns:
         The classifier; inference only.
 
     Raises:
-        ModelError: the file is missing or does not fit the architecture.
+        ModelError: the file is missing, refused, or does not fit the architecture.
     """
+    if not vouched:
+        with examined(path, size) as safe:
+            try:
+                return load_classifier(safe, detail, size, vouched=True)
+            except ModelError as error:
+                raise ModelError(str(error).replace(str(safe), str(path))) from error
     forward = _graph_forward(path, size) if path.suffix == ".pb" else _keras_forward(path, size)
     return Classifier(forward, detail, size)
 

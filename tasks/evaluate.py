@@ -87,7 +87,7 @@ def run(context: Context, item: str | None = None) -> None:
             "or import an official test set."
         )
     histories = [_history(layout, phase) for phase in context.params.phases]
-    classifier = load_classifier(layout.model, context.params.preprocess.detail)
+    classifier = load_classifier(layout.model, context.params.preprocess.detail, vouched=True)
     raw = classifier.probabilities(dataset.images[rows], context.progress)
     rounded = raw.astype(np.float64).round(DIGITS)
     probabilities, labels = checked(rounded, dataset.labels[rows])

@@ -30,4 +30,4 @@ def open_release(folder: Path) -> Classifier:
     params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
     graph = folder / "model.pb"
     model = graph if graph.is_file() else folder / "model.keras"
-    return load_classifier(model, int(params["preprocess"]["detail"]))
+    return load_classifier(model, int(params["preprocess"]["detail"]), vouched=True)

@@ -172,6 +172,8 @@ def test_a_broken_graph_is_one_clear_error(tmp_path: Path, content: bytes | None
 
 def test_a_graph_for_another_size_is_refused(graph: Path) -> None:
     with pytest.raises(ModelError, match=r"of 64 pixels\. Received: \(6,\) for 32 pixels"):
+        load_classifier(graph, detail=64, size=64, vouched=True)
+    with pytest.raises(ModelError, match=r"takes photos of 32 pixels, not of 64"):
         load_classifier(graph, detail=64, size=64)
 
 

@@ -2,17 +2,18 @@
 
 import json
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tasks.addresses import S3Address
+from tasks.champion import crown
 from tasks.errors import ReleaseError, SettingsError
 from tasks.keys import fingerprint, new_keys, public_pem
 from tasks.manifest import MANIFEST, verify_folder
 from tasks.pointer import KEY, Pointer, move_champion, read_champion, sign_champion_again
+from tasks.registry import Version
 from tasks.release import Release, fetch, publish, sign_again, verify
 from tasks.signature import UNSIGNED, Trust
 from tasks.storage import Storage
@@ -169,29 +170,31 @@ def _of_no_key(fields: Any, other: Any) -> str:
 FORGERIES = (_unsigned, _by_another_key, _in_anothers_name, _other_facts, _garbled, _of_no_key)
 
 
-@pytest.mark.parametrize("forge", FORGERIES)
 def test_each_forgery_is_refused_in_its_own_words(
     signed: Storage,
     files: dict[str, Path],
     theirs: tuple[Path, Path],
     tmp_path: Path,
-    forge: Callable[[Any, Any], str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     release = publish(signed, files, {"git_revision": "abc"})
-    fields = json.loads(signed.get(_key(release)))
-    other = Trust((theirs[1],), theirs[0]).seal(MANIFEST, fields)
-    words = forge(fields, other)
-    signed.put(_key(release), json.dumps(fields).encode())
-    for use in (
-        lambda: verify(signed, release.id),
-        lambda: fetch(signed, release.id, tmp_path / "cache"),
-    ):
-        with pytest.raises(ReleaseError, match=words) as caught:
-            use()
-        assert "\n" not in str(caught.value)
+    good = signed.get(_key(release))
+    for forge in FORGERIES:
+        fields = json.loads(good)
+        other = Trust((theirs[1],), theirs[0]).seal(MANIFEST, fields)
+        words = forge(fields, other)
+        signed.put(_key(release), json.dumps(fields).encode())
+        for use in (
+            lambda: verify(signed, release.id),
+            lambda: fetch(signed, release.id, tmp_path / "cache"),
+        ):
+            with pytest.raises(ReleaseError, match=words) as caught:
+                use()
+            assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").glob("*"))
     assert capsys.readouterr().out == ""
+    publish(signed, files)
+    verify(signed, release.id)
 
 
 def test_a_file_changed_and_its_manifest_mended_without_the_key_is_refused(
@@ -261,6 +264,21 @@ def test_an_older_pointer_put_back_is_refused_by_who_saw_a_newer_one(signed: Sto
     signed._client.delete_object(Bucket=signed.address.bucket, Key=KEY)
     with pytest.raises(ReleaseError, match=r"0 moves"):
         read_champion(signed)
+
+
+def test_an_older_release_under_a_newer_number_is_refused(
+    signed: Storage, files: dict[str, Path]
+) -> None:
+    old = publish(signed, files, {"created": "2026-01-01T00:00:00+00:00"})
+    files["labels.json"].write_bytes(b"[1]")
+    new = publish(signed, files, {"created": "2026-02-01T00:00:00+00:00"})
+    pointer = Pointer(release=new.id, version=2, created="2026-02-01T00:00:00+00:00")
+    champion = move_champion(signed, None, pointer)
+    forged = Version(3, old.id, None, (), {})
+    unused: Any = None  # it is refused before the registry is asked
+    with pytest.raises(ReleaseError, match="An older release is presented as a newer version"):
+        crown(signed, unused, forged, champion, "newer, they say", {})
+    assert read_champion(signed) == champion
 
 
 def test_keys_are_changed_without_losing_the_champion(

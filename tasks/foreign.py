@@ -1,0 +1,228 @@
+"""Model files that nobody vouches for.
+
+A file of no verified release may crash, hang or exhaust whatever parses it, or name layers
+that run code. So a child with limits reads it first (`python -m tasks.foreign FILE COPY
+SIZE`) and leaves what is safe to load: of a `.keras` file its numbers alone, rewritten; of a
+`.pb` file a copy that was run once. The file's own description of layers is only looked
+at, to refuse what ours could not stand for.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tasks.errors import ModelError
+
+if TYPE_CHECKING:
+    import h5py
+
+MAX_FILE = 256 << 20
+MAX_WEIGHTS = 64 << 20
+"""Bytes; those of EfficientNetB0 are 16 million, in three copies at most while training."""
+
+MAX_CONFIG = 8 << 20
+MAX_ARRAYS = 2_000
+MAX_DEPTH = 12
+MEMORY = 4 << 30
+SECONDS = 60
+WEIGHTS = "model.weights.h5"
+CONFIG = "config.json"
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE")
+_REFUSED = 3
+_PLAIN = ("__keras_tensor__", "__ellipsis__", "__slice__", "__numpy__", "__tensor__")
+
+
+@contextmanager
+def examined(path: Path, size: int) -> Iterator[Path]:
+    """Give a file with the same numbers that is safe to load; it is gone after the block.
+
+    Args:
+        path: a `.keras` or `.pb` file that anybody may have made.
+        size: side in pixels that its photos must have.
+
+    Yields:
+        A `.weights.h5` or `.pb` file.
+
+    Raises:
+        ModelError: the file is missing or refused; one line says why.
+    """
+    if not path.is_file():
+        raise _refused(path, "does not exist")
+    if path.stat().st_size > MAX_FILE:
+        raise _refused(path, f"is larger than {MAX_FILE >> 20} MiB")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / ("model.pb" if path.suffix == ".pb" else WEIGHTS)
+        root = str(Path(__file__).resolve().parents[1])
+        # Neither the credentials in our environment nor plug-ins are for such a file.
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        environment |= {"PYTHONPATH": root, "HDF5_PLUGIN_PATH": "::"}
+        command = [sys.executable, "-P", "-m", "tasks.foreign", str(path.resolve()), str(copy)]
+        try:
+            child = subprocess.run(  # noqa: S603, our own interpreter and module
+                [*command, str(size)], env=environment, capture_output=True, timeout=SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            raise _refused(path, f"takes more than {SECONDS} s to read") from None
+        if child.returncode == _REFUSED:
+            raise _refused(path, " ".join(child.stderr.decode(errors="replace").split())[-300:])
+        if child.returncode:
+            raise _refused(
+                path,
+                f"is damaged, or asks for more than {MEMORY >> 30} GiB "
+                f"(its reader ended with {child.returncode})",
+            )
+        yield copy
+
+
+def _refused(path: Path, fault: str) -> ModelError:
+    return ModelError(
+        f"Model file {fault}. Received: '{path}'. Name a .keras or .pb file that the assemble "
+        "stage wrote, or a release."
+    )
+
+
+class _RefusedError(Exception):
+    """Why the child refuses the file; becomes a `ModelError` in the parent."""
+
+
+def _main(path: Path, copy: Path, size: int) -> None:
+    import resource
+
+    with suppress(OSError, ValueError):  # not every system has these limits
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE, MAX_FILE))
+    try:
+        if path.suffix == ".pb":
+            _run_graph(path, copy, size)
+        else:
+            _rewrite_weights(path, copy)
+    except MemoryError:
+        _refuse(f"asks for more than {MEMORY >> 30} GiB")
+    except (_RefusedError, ModelError) as error:
+        _refuse(str(error))
+    except Exception as error:  # a damaged file raises anything
+        _refuse(f"is damaged ({' '.join(str(error).split())[:160]})")
+
+
+def _refuse(reason: str) -> None:
+    print(reason, file=sys.stderr)
+    sys.exit(_REFUSED)
+
+
+def _run_graph(path: Path, copy: Path, size: int) -> None:
+    from tasks.engine import Engine
+
+    copy.write_bytes(path.read_bytes())
+    try:
+        engine = Engine(copy, cores=1)
+    except ModelError as error:
+        raise _RefusedError(str(error).removeprefix("Model file ").split(". Received")[0]) from None
+    if engine.size != size:
+        raise _RefusedError(f"takes photos of {engine.size} pixels, not of {size}")
+    if not np.isfinite(engine(np.full((size, size, 3), 128, np.uint8))).all():
+        raise _RefusedError("holds numbers that are not finite")
+
+
+def _rewrite_weights(path: Path, copy: Path) -> None:
+    import zipfile
+
+    import h5py
+
+    with zipfile.ZipFile(path) as archive:
+        config = json.loads(_member(archive, CONFIG, MAX_CONFIG))
+        content = _member(archive, WEIGHTS, MAX_WEIGHTS)
+    _check_config(config)
+    with h5py.File(BytesIO(content), "r") as source, h5py.File(copy, "w") as target:
+        total = [0, 0]
+        _copy_group(source, target, 0, total)
+
+
+def _member(archive: Any, name: str, limit: int) -> bytes:
+    """Content of one file of a zip; how large it says it is may be a lie."""
+    try:
+        with archive.open(name) as member:
+            content: bytes = member.read(limit + 1)
+    except KeyError:
+        raise _RefusedError(f"holds no {name}") from None
+    if len(content) > limit:
+        raise _RefusedError(f"unpacks to more than {limit >> 20} MiB ({name})")
+    return content
+
+
+def _check_config(config: Any) -> None:
+    """Refuse layers that are not Keras's own, and those that hold code."""
+    waiting = [config]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, list):
+            waiting.extend(found)
+        elif isinstance(found, dict):
+            waiting.extend(found.values())
+            name = found.get("class_name")
+            if name is not None and name not in _PLAIN:
+                _check_class(str(name), str(found.get("module")), found.get("registered_name"))
+
+
+def _check_class(name: str, module: str, registered: Any) -> None:
+    if name in ("Lambda", "__lambda__", "TorchModuleWrapper", "TFSMLayer"):
+        raise _RefusedError(f"brings code of its own ({name})")
+    if module.split(".")[0] != "keras" or (registered and ">" in str(registered)):
+        raise _RefusedError(
+            f"needs code that is not Keras's ({(str(registered) if registered else module)[:60]}: "
+            f"{name[:60]})"
+        )
+
+
+def _copy_group(source: "h5py.Group", target: "h5py.Group", depth: int, total: list[int]) -> None:
+    """Copy arrays, checking each before it is read.
+
+    Args:
+        source: group of the file.
+        target: the same group of the copy.
+        depth: how far down it lies.
+        total: number of arrays and bytes so far.
+    """
+    import h5py
+
+    if depth > MAX_DEPTH:
+        raise _RefusedError("nests its arrays too deep")
+    for name in source:
+        if not isinstance(source.get(name, getlink=True), h5py.HardLink):
+            raise _RefusedError(f"has a link that may lead out of it ('{name[:60]}')")
+        found = source[name]
+        total[0] += 1
+        if total[0] > MAX_ARRAYS:
+            raise _RefusedError(f"holds more than {MAX_ARRAYS} arrays")
+        if isinstance(found, h5py.Dataset):
+            target[name] = _array(found, total)
+        else:
+            _copy_group(found, target.create_group(name), depth + 1, total)
+
+
+def _array(dataset: "h5py.Dataset", total: list[int]) -> Any:
+    """One array, whose type and size are looked at before memory is taken for it."""
+    if dataset.external or dataset.is_virtual:
+        raise _RefusedError(f"keeps '{dataset.name[:60]}' in another file")
+    if dataset.dtype.kind not in "fiu":
+        raise _RefusedError(f"holds {dataset.dtype}, not numbers ('{dataset.name[:60]}')")
+    total[1] += dataset.size * dataset.dtype.itemsize
+    if total[1] > MAX_WEIGHTS:
+        raise _RefusedError(f"holds too much: {dataset.shape} ('{dataset.name[:60]}')")
+    values = dataset[()]
+    if not np.isfinite(values).all():
+        raise _RefusedError(f"holds numbers that are not finite ('{dataset.name[:60]}')")
+    return values
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
