@@ -5,4 +5,6 @@ pytest_plugins = (
     "tests.fixtures.models",
     "tests.fixtures.programs",
     "tests.fixtures.servers",
+    "tests.fixtures.service",
+    "tests.fixtures.browser",
 )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tasks.errors import ImageError
-from tasks.images import MAX_BYTES, MAX_SCANS, Photo, decode, encode, read_photo
+from tasks.images import MAX_BYTES, MAX_SCANS, Photo, decode, encode, look, read_photo
 from tests.fixtures.photos import photo
 
 PICTURE = photo(3, 0, 48)
@@ -244,3 +244,12 @@ def test_mangled_file_is_a_photo_or_an_image_error(
     except ImageError:
         return
     assert decode(taken.content).shape == (taken.height, taken.width, 3)
+
+
+@pytest.mark.parametrize("turn", [1, 3, 6])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_looking_sees_the_pixels_that_would_be_stored(mode: str, turn: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = turn
+    content = saved(picture_in(mode), "PNG", exif=exif)
+    assert np.array_equal(look(content), decode(read_photo(content, "a.png").content))

@@ -20,7 +20,11 @@ function made(tag, content, properties = {}) {
   return element;
 }
 
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
+function percent(share) {
+  if (share < 0.0005) return share > 0 ? "< 0.1 %" : "0 %";
+  if (share >= 0.9995) return share < 1 ? "> 99.9 %" : "100 %";
+  return `${(100 * share).toFixed(1)} %`;
+}
 
 // What was read.
 
@@ -190,12 +194,16 @@ for (const label of Object.keys(SIGNS)) {
     height: 64,
   });
   const button = made("button", [image, made("span", `rendered ${label}`)], { type: "button" });
-  button.addEventListener("click", async () => ask((last = await (await fetch(image.src)).blob())));
+  button.addEventListener("click", async () => {
+    ask((last = await (await fetch(image.src)).blob()));
+    at("ask").scrollIntoView({ block: "nearest" });
+  });
   at("examples").append(made("li", button));
 }
 
 // The model behind it all.
 
+const MOMENT = { dateStyle: "medium", timeStyle: "short" };
 const CHIPS = { ready: "ready", behind: "an older model answers", waiting: "no model yet" };
 
 function facts(health) {
@@ -203,10 +211,11 @@ function facts(health) {
   if (!model) return [["Model", "none yet"]];
   if (model.version === null) return [["Model", model.told]];
   const since = new Date(model.promoted_at);
+  const shown = isNaN(since) ? "not known" : since.toLocaleString([], MOMENT);
   return [
     ["Version", String(model.version)],
     ["Release", made("code", model.release)],
-    ["Champion since", isNaN(since) ? "not known" : since.toLocaleString()],
+    ["Champion since", made("time", shown, { dateTime: model.promoted_at })],
   ];
 }
 

@@ -1,0 +1,379 @@
+"""`handsigns serve` as a process, with real releases in real storage."""
+
+import asyncio
+import base64
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from starlette.exceptions import HTTPException
+
+from benchmarks.load import drive, resident
+from flows.serve_admission import QUEUE, Desk
+from tasks.addresses import S3Address
+from tasks.release import Release
+from tasks.storage import Storage
+from tests.fixtures.checkouts import BIN
+from tests.fixtures.photos import CHECKOUT
+from tests.fixtures.service import Service, grey, named, point, publish_graph, serving
+
+JSON = {"content-type": "application/json"}
+TOKEN = "a token of sixteen or more"
+
+
+@pytest.fixture(scope="module")
+def place(s3_server: S3Address, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for this file's checkouts."""
+    return tmp_path_factory.mktemp("serve")
+
+
+@pytest.fixture(scope="module")
+def first(s3_server: S3Address, graphs: tuple[bytes, bytes], place: Path) -> Release:
+    """A champion in the shared bucket."""
+    storage = Storage(s3_server)
+    release = publish_graph(storage, place / "first", graphs[0])
+    point(storage, release.id, 1)
+    return release
+
+
+@pytest.fixture(scope="module")
+def service(s3_server: S3Address, first: Release, place: Path) -> Iterator[Service]:
+    """A service without a limit that a test could meet."""
+    rate = {"HANDSIGNS_SERVE_RATE": "1000000/minute"}
+    with serving(place / "service", **named(s3_server), **rate) as running:
+        yield running
+
+
+def test_a_form_and_json_get_the_same_reading(service: Service, first: Release) -> None:
+    for sign in range(6):
+        photo = grey(sign)
+        form = service.predict(photo)
+        image = base64.b64encode(photo).decode()
+        plain = service.client.post("/predict", json={"image": image})
+        assert form.status_code == plain.status_code == 200
+        assert form.json() == plain.json()
+        assert form.json()["label"] == str(sign)
+        assert sum(form.json()["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+    assert form.json()["model"]["version"] == 1
+    assert form.json()["model"]["release"] == first.id
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_every_format_that_import_takes_is_read(service: Service, kind: str) -> None:
+    assert service.predict(grey(2, kind)).json()["label"] == "2"
+
+
+def test_health_tells_version_release_age_and_state(service: Service, first: Release) -> None:
+    told = service.health()
+    assert told["state"] == "ready"
+    assert told["model"]["release"] == first.id
+    assert told["model"]["promoted_at"] == "2026-11-22T12:00:01+00:00"
+    assert told["age_seconds"] > 0
+    assert told["problem"] is None
+
+
+def _animation() -> bytes:
+    file = BytesIO()
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    return file.getvalue()
+
+
+def _header_of(width: int, height: int) -> bytes:
+    whole = bytearray(grey(1))
+    whole[16:24] = width.to_bytes(4) + height.to_bytes(4)
+    whole[29:33] = zlib.crc32(whole[12:29]).to_bytes(4)
+    return bytes(whole)
+
+
+BAD: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "text": (415, "not an image", {"files": {"file": ("a.png", b"just words")}}),
+    "empty": (422, "zero bytes", {"files": {"file": ("a.png", b"")}}),
+    "half": (422, "truncated|damaged", {"files": {"file": ("a.png", grey(1)[:90])}}),
+    "small": (422, "too small", {"files": {"file": ("a.png", grey(1, side=8))}}),
+    "animated": (422, "animated", {"files": {"file": ("a.gif", _animation())}}),
+    "a bomb": (422, "too many pixels", {"files": {"file": ("a", _header_of(9000, 9000))}}),
+    "no file": (400, "'file'", {"files": {"photo": ("a.png", grey(1))}}),
+    "a field": (400, "'file'", {"data": {"file": "x"}, "files": {"b": ("a", b"")}}),
+    "two files": (400, "files", {"files": [("file", ("a", b"a")), ("file", ("b", b"b"))]}),
+    "no form": (400, ".", {"content": b"--x", "headers": {"content-type": "multipart/form-data"}}),
+    "bytes": (415, "image/png", {"content": grey(1), "headers": {"content-type": "image/png"}}),
+    "nothing": (415, "Received: ''", {}),
+    "JSON cut off": (400, "not JSON", {"content": b'{"image": "', "headers": JSON}),
+    "JSON nested": (400, "not JSON", {"content": b"[" * 100_000, "headers": JSON}),
+    "JSON latin": (400, "not JSON", {"content": b'"\xe4"', "headers": JSON}),
+    "JSON list": (422, "nothing else", {"json": ["image"]}),
+    "JSON more": (422, "nothing else", {"json": {"image": "", "label": 2}}),
+    "JSON number": (422, "not base64", {"json": {"image": 12}}),
+    "JSON no base64": (422, "not base64", {"json": {"image": "%%%%"}}),
+    "JSON no photo": (415, "not an image", {"json": {"image": "AAAA"}}),
+    "too large": (413, "more than 10 MB", {"content": bytes(10 * 2**20 + 1), "headers": JSON}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_upload_gets_a_clear_refusal(service: Service, name: str) -> None:
+    status, reason, request = BAD[name]
+    answer = service.client.post("/predict", **request)
+    assert answer.status_code == status, answer.text
+    (error,) = answer.json().values()
+    assert re.search(reason, error)
+    assert answer.json().keys() == {"error"}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.binary(max_size=300), st.sampled_from([b"", grey(1)[:60], b"GIF89a", b"\xff\xd8\xff\xe0"])
+)
+def test_whatever_is_uploaded_the_answer_is_a_refusal(
+    service: Service, content: bytes, start: bytes
+) -> None:
+    answer = service.predict(start + content)
+    assert 400 <= answer.status_code < 500
+    assert answer.json().keys() == {"error"}
+
+
+def test_a_body_that_says_it_is_too_large_is_refused_before_it_is_sent(service: Service) -> None:
+    line = http.client.HTTPConnection(
+        str(service.client.base_url.host), service.client.base_url.port
+    )
+    line.putrequest("POST", "/predict")
+    line.putheader("Content-Type", "application/json")
+    line.putheader("Content-Length", str(2**40))
+    line.endheaders()
+    answer = line.getresponse()
+    assert answer.status == 413
+    assert "10 MB" in json.loads(answer.read())["error"]
+    line.close()
+
+
+def test_an_endless_body_is_refused_at_the_limit_and_cut_off(service: Service) -> None:
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        while sent < 2**30:
+            sent += 2**16
+            yield bytes(2**16)
+
+    try:
+        answer = service.client.post("/predict", content=endless(), headers=JSON)
+        assert answer.status_code == 413
+    except httpx.WriteError:  # it wrote on after the end, and had no time to read the answer
+        pass
+    assert 10 * 2**20 < sent < 40 * 2**20
+    assert service.metric('handsigns_requests_total{method="POST",path="/predict",status="413"}')
+
+
+def test_nothing_on_the_page_comes_from_elsewhere(service: Service) -> None:
+    page = service.client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    for name in ("", "page.css", "page.js", "icon.svg"):
+        answer = service.client.get(f"/{name}")
+        assert answer.status_code == 200
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert not re.search(r"(src|href|url|import)[^\n]{0,3}[\"'(]\s*(https?:)?//", answer.text)
+
+
+def test_the_examples_are_rendered_hands_that_can_be_read(service: Service) -> None:
+    for label in range(6):
+        picture = service.client.get(f"/examples/{label}.png")
+        assert Image.open(BytesIO(picture.content)).size == (64, 64)
+        assert service.predict(picture.content).status_code == 200
+    missing = service.client.get("/examples/6.png")
+    assert (missing.status_code, missing.json()) == (404, {"error": "Not Found"})
+
+
+def test_openapi_names_both_forms_of_a_question_and_every_refusal(service: Service) -> None:
+    told = service.client.get("/openapi.json").json()
+    predict = told["paths"]["/predict"]["post"]
+    assert set(predict["requestBody"]["content"]) == {"multipart/form-data", "application/json"}
+    assert {"200", "401", "413", "415", "422", "429", "503"} <= set(predict["responses"])
+    assert service.client.get("/docs").status_code == 404
+
+
+def test_prometheus_can_ask_for_everything_that_is_counted(
+    service: Service, first: Release
+) -> None:
+    predicted = 'handsigns_predictions_total{label="4"}'
+    answered = 'handsigns_requests_total{method="POST",path="/predict",status="200"}'
+    before = service.metric(predicted), service.metric(answered)
+    service.predict(grey(4))
+    assert (service.metric(predicted), service.metric(answered)) == (before[0] + 1, before[1] + 1)
+    assert service.metric(f'handsigns_model_info{{release="{first.id}",version="1"}}') == 1
+    assert service.metric('handsigns_request_seconds_bucket{le="+Inf",path="/predict"}') > 0
+    assert service.metric("handsigns_follow_problem") == 0
+    assert service.metric("process_resident_memory_bytes") > 0
+
+
+def test_many_clients_with_bad_uploads_among_them_meet_no_failure(service: Service) -> None:
+    url = str(service.client.base_url)
+    asyncio.run(drive(url, 16, 1))
+    before = resident(url)
+    tally = asyncio.run(drive(url, 16, 5))
+    assert tally.unexpected == []
+    assert tally.statuses["200"] > 50
+    assert {"400", "413", "415", "422"} <= tally.statuses.keys()
+    assert resident(url) - before < 60
+
+
+def test_who_asks_too_often_is_told_when_to_come_back(
+    s3_server: S3Address, first: Release, place: Path
+) -> None:
+    limits = {"HANDSIGNS_SERVE_RATE": "4/minute", "HANDSIGNS_SERVE_TOKEN": TOKEN}
+    with serving(place / "limited", "--model", "champion", **named(s3_server), **limits) as service:
+        unknown = service.predict(grey(1))
+        assert unknown.status_code == 401
+        assert unknown.headers["www-authenticate"] == "Bearer"
+        wrong = service.predict(grey(1), headers={"Authorization": f"Bearer {TOKEN}s"})
+        assert wrong.status_code == 401
+        known = {"Authorization": f"Bearer {TOKEN}"}
+        assert service.predict(grey(1), headers=known).status_code == 200
+        assert service.predict(grey(1), headers=known).status_code == 200
+        fifth = service.predict(grey(1), headers=known)
+        assert fifth.status_code == 429
+        assert 1 <= int(fifth.headers["retry-after"]) <= 60
+        # Another name for the same client does not help.
+        forged = {**known, "X-Forwarded-For": "192.0.2.7"}
+        assert service.predict(grey(1), headers=forged).status_code == 429
+        assert service.health()["state"] == "ready"
+        command = Path(f"/proc/{service.process.pid}/cmdline").read_bytes()
+        assert TOKEN.encode() not in command
+        assert TOKEN not in service.log.read_text()
+
+
+def _soon(seen: Callable[[], bool], seconds: float = 20.0) -> None:
+    ends = time.monotonic() + seconds
+    while not seen():
+        assert time.monotonic() < ends, "it never came to pass"
+        time.sleep(0.1)
+
+
+def test_it_waits_for_a_champion_follows_it_and_refuses_a_damaged_one(
+    s3: S3Address, storage: Storage, graphs: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    with serving(tmp_path / "checkout", **named(s3)) as service:
+        assert service.client.get("/health").status_code == 503
+        assert service.health()["state"] == "waiting"
+        early = service.predict(grey(1))
+        assert early.status_code == 503
+        assert "no champion yet" in early.json()["error"]
+        assert service.client.get("/").status_code == 200
+
+        one = publish_graph(storage, tmp_path / "one", graphs[0])
+        point(storage, one.id, 1)
+        _soon(lambda: service.health()["state"] == "ready")
+        assert service.predict(grey(1)).json()["label"] == "1"
+
+        two = publish_graph(storage, tmp_path / "two", graphs[1])
+        point(storage, two.id, 2)
+        labels = []  # somebody asks all the while, and never meets a gap
+        while not labels or labels[-1] != ("4", 2):
+            answer = service.predict(grey(1))
+            assert answer.status_code == 200
+            labels.append((answer.json()["label"], answer.json()["model"]["version"]))
+        assert set(labels) <= {("1", 1), ("4", 2)}
+
+        three = publish_graph(storage, tmp_path / "three", graphs[0] + b"\x0a\x00")
+        torn = bytearray(storage.get(f"releases/{three.id}/model.pb"))
+        torn[100] ^= 1
+        storage.put(f"releases/{three.id}/model.pb", bytes(torn))
+        point(storage, three.id, 3)
+        _soon(lambda: service.health()["state"] == "behind")
+        told = service.health()
+        assert "differs from its digest" in told["problem"]
+        assert told["model"]["version"] == 2
+        assert service.predict(grey(1)).json()["label"] == "4"
+        assert service.metric("handsigns_follow_problem") == 1
+        assert service.metric('handsigns_follow_failures_total{kind="release"}') >= 1
+        assert "Still serving the champion, version 2" in service.log.read_text()
+
+        point(storage, one.id, 4)
+        _soon(lambda: service.health()["state"] == "ready")
+        assert service.predict(grey(1)).json()["label"] == "1"
+
+
+def test_a_request_under_way_is_answered_before_it_stops(
+    s3_server: S3Address, first: Release, place: Path
+) -> None:
+    with serving(place / "stopped", **named(s3_server)) as service:
+        body = json.dumps({"image": base64.b64encode(grey(3)).decode()}).encode()
+        port = service.client.base_url.port
+        with socket.create_connection(("127.0.0.1", port or 0)) as line:
+            head = "POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            line.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:10])
+            time.sleep(0.3)
+            service.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            line.sendall(body[10:])
+            answer = line.makefile("rb").read()
+        assert b"200 OK" in answer
+        assert b'"label":"3"' in answer
+        assert service.process.wait(15) == 0
+        assert "Traceback" not in service.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--host", "0.0.0.0"], "HANDSIGNS_SERVE_TOKEN must be set"),
+        (["--host", "::"], "HANDSIGNS_SERVE_TOKEN must be set"),
+        (["--host", "203.0.113.1"], "HANDSIGNS_SERVE_TOKEN must be set"),
+    ],
+)
+def test_an_address_that_others_reach_is_refused_without_a_token(
+    words: list[str], told: str, tmp_path: Path
+) -> None:
+    assert told in _refusal(tmp_path, *words)
+
+
+def test_an_address_in_use_is_refused_in_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "in use" in _refusal(tmp_path, "--port", str(taken.getsockname()[1]))
+
+
+def _refusal(folder: Path, *words: str) -> str:
+    (folder / "dvc.yaml").write_bytes((CHECKOUT.root / "dvc.yaml").read_bytes())
+    command = [BIN / "handsigns", "serve", *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    go = threading.Event()
+
+    async def crowd() -> HTTPException:
+        desk = Desk()
+        waiting = [asyncio.create_task(desk.run(go.wait)) for _ in range(QUEUE)]
+        await asyncio.sleep(0)
+        with pytest.raises(HTTPException) as caught:
+            await desk.run(go.wait)
+        go.set()
+        assert all(await asyncio.gather(*waiting))
+        assert desk.waiting == 0
+        desk.close()
+        return caught.value
+
+    refused = asyncio.run(crowd())
+    assert refused.status_code == 503
+    assert refused.headers == {"Retry-After": "1"}
