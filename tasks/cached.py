@@ -1,6 +1,6 @@
 """Train one phase on stored features: the trunk never runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ from tasks.labels import LABELS
 from tasks.parallel import in_order
 from tasks.phase import Epoch, Plan
 from tasks.progress import Progress
+from tasks.style import mix_styles
 from tasks.tail import Tail
 from tasks.temperature import score
 
@@ -58,14 +59,15 @@ def fit_cached(
     val = _rows(features, names, plan.val, np.zeros_like(plan.val))
     seen = [rows for batches in epochs for _, rows in batches]
     inputs = _reader(features)
+    mixing = plan.training.style_mixing
     pool: Callable[[Any], Any] = tail.pooled
     if plan.phase.trainable_layers == 0:
         inputs = _pooled_once(tail, inputs, np.unique(np.concatenate([*seen, val])))
-        pool = tf.identity
+        pool, mixing = tf.identity, 0.0
     some = inputs(val[:1])
     learn = _learner(tail, pool, plan, average, some)
     infer = _compiled(lambda batch: tail.logits(pool(batch)), some)
-    coming = in_order(inputs, seen, workers=1)  # reads ahead while an update runs
+    coming = _read_ahead(inputs, seen, plan, mixing)
     curve, update = [], 0
     for number, batches in enumerate(epochs, 1):
         loss = right = 0.0
@@ -126,6 +128,18 @@ def _rows(features: FeatureStore, names: Sequence[str], photos: _Rows, views: _R
 
 def _reader(features: FeatureStore) -> Callable[[_Rows], Any]:
     return lambda rows: tf.cast(features.batch(rows), tf.float32)
+
+
+def _read_ahead(
+    inputs: Callable[[_Rows], Any], seen: Iterable[_Rows], plan: Plan, mixing: float
+) -> Iterator[Any]:
+    """Read the next batches, and let their photos trade styles, while an update runs."""
+
+    def read(item: tuple[int, _Rows]) -> Any:
+        update, rows = item
+        return tf.constant(mix_styles(inputs(rows).numpy(), plan.random(2, update), mixing))
+
+    return in_order(read, enumerate(seen), workers=1)
 
 
 def _pooled_once(tail: Tail, inputs: Callable[[_Rows], Any], rows: _Rows) -> Callable[[_Rows], Any]:

@@ -59,6 +59,7 @@ class TrainingParams(_Section):
     dropout: float = Field(ge=0.0, lt=1.0)
     weight_decay: float = Field(ge=0.0, le=1.0)
     label_smoothing: float = Field(ge=0.0, lt=1.0)
+    style_mixing: Share
     ema: float = Field(ge=0.0, lt=1.0)
     calibrate: bool
 

@@ -74,14 +74,17 @@ class Plan:
         Yields:
             int64, (batch,) positions in `train`, and int64, (batch,) view numbers.
         """
-        phase = zlib.crc32(self.name.encode())
         cycle, place = divmod(epoch, self.views + 1)
         every = np.tile(np.arange(self.views + 1), (len(self.train), 1))
-        orders = np.random.default_rng([self.seed, phase, 0, cycle]).permuted(every, axis=1)
-        shuffled = np.random.default_rng([self.seed, phase, 1, epoch]).permutation(len(self.train))
+        orders = self.random(0, cycle).permuted(every, axis=1)
+        shuffled = self.random(1, epoch).permutation(len(self.train))
         for start in range(0, len(shuffled), self.training.batch_size):
             chosen = shuffled[start : start + self.training.batch_size]
             yield chosen, orders[chosen, place]
+
+    def random(self, purpose: int, number: int) -> np.random.Generator:
+        """Give the random numbers of one purpose in one epoch or update of this phase."""
+        return np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), purpose, number])
 
     def targets(self, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
         """Class probabilities to learn; float32, (batch, 6), smoothed as asked for."""

@@ -38,6 +38,7 @@ def plan_of(
             dropout=0.0,
             weight_decay=more.get("weight_decay", 0.0),
             label_smoothing=more.get("label_smoothing", 0.0),
+            style_mixing=0.0,
             ema=0.0,
             calibrate=False,
         ),
