@@ -1,7 +1,8 @@
 """Stage: ImageNet weights of EfficientNetB0, verified and in one form.
 
-Writes `artifacts/weights/backbone/backbone.safetensors` and `source.json`, which says
-where they came from and their digests.
+Writes into `artifacts/weights/backbone/`: `backbone.safetensors`; `trunk.pb`, their frozen
+part as a graph, so that who runs it need not build a network; and `source.json`, which
+says where they came from and their digests.
 """
 
 import hashlib
@@ -16,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from tasks.checkpoint import BACKBONE_FILE
+from tasks.augment import INPUT_SIZE
+from tasks.checkpoint import BACKBONE_FILE, TRUNK_FILE
 from tasks.errors import BackboneError, ModelError
 from tasks.folded import read_package
 from tasks.stage import Context, stage_main
@@ -47,9 +49,29 @@ def run(context: Context, item: str | None = None) -> None:
     context.progress("fetch backbone", 0, 1)
     weights, origin = fetch(context.params.backbone.source, context.layout.local / "backbone")
     with whole_folder(context.layout.weights("backbone")) as folder:
-        write_weights(folder / BACKBONE_FILE, weights)
-        write_json(folder / "source.json", origin | {"weights": digest(folder / BACKBONE_FILE)})
+        write_backbone(folder, weights)
+        digests = {
+            "weights": digest(folder / BACKBONE_FILE),
+            "trunk": digest(folder / TRUNK_FILE),
+        }
+        write_json(folder / "source.json", origin | digests)
     context.progress("fetch backbone", 1, 1)
+
+
+def write_backbone(folder: Path, weights: Weights, size: int = INPUT_SIZE) -> None:
+    """Write weights and their trunk's graph; the same weights give the same bytes.
+
+    Args:
+        folder: there already.
+        weights: of EfficientNetB0 without top.
+        size: side of the trunk's input in pixels.
+    """
+    from tasks.frozen import frozen_graph
+    from tasks.model import build_trunk
+
+    write_weights(folder / BACKBONE_FILE, weights)
+    graph = frozen_graph(build_trunk(folder / BACKBONE_FILE, size))
+    (folder / TRUNK_FILE).write_bytes(graph)
 
 
 def fetch(source: str, cache: Path) -> tuple[Weights, Origin]:

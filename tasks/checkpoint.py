@@ -7,6 +7,7 @@ from tasks.params import BACKBONE
 from tasks.weights import Weights, read_weights
 
 BACKBONE_FILE = "backbone.safetensors"
+TRUNK_FILE = "trunk.pb"
 WEIGHTS_FILE = "weights.safetensors"
 TEMPERATURE = "temperature"
 

@@ -3,7 +3,8 @@
 Everything below the cut is the same function in all phases and epochs, so what it
 gives is stored under the photo, the view and the recipe it was made by. The next
 run computes only what is not there, or damaged. What is written depends on the
-photos and the parameters alone, not on what was there before.
+photos and the parameters alone, not on what was there before. `training.mode:
+end_to_end` reads no features; the store is empty then.
 """
 
 import hashlib
@@ -11,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import cv2
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.augment import INPUT_SIZE, one_thread_each, view
-from tasks.checkpoint import BACKBONE_FILE
+from tasks.checkpoint import TRUNK_FILE
 from tasks.dataset import Dataset, open_dataset
 from tasks.engine import engine_version
 from tasks.errors import BackboneError, DataError
@@ -40,18 +40,16 @@ from tasks.layout import Layout
 from tasks.parallel import in_order
 from tasks.params import BACKBONE
 from tasks.stage import Context, stage_main
-from tasks.trunk_engine import TrunkEngine, load_engine
+from tasks.trunk_engine import TrunkEngine
 from tasks.whole import write_json
 
 __all__ = ["FeatureReport", "Features", "extract", "open_features", "run"]
 
-CUT = "block6d_add"
-"""Where the trunk ends; `tasks.model.CUT`, which would have to import Keras to tell."""
 CHANNELS = 192
 STRIDE = 32
 """Pixels of the input to one place of the trunk's output."""
 
-_CODE = ("augment.py", "engine.py", "frozen.py", "trunk_engine.py")
+_CODE = ("augment.py", "engine.py", "trunk_engine.py")
 _log = logging.getLogger(__name__)
 
 
@@ -88,14 +86,14 @@ def run(context: Context, item: str | None = None) -> None:
 def extract(
     context: Context,
     size: int = INPUT_SIZE,
-    engine: Callable[[Path, int], TrunkEngine] = load_engine,
+    engine: Callable[[Path, int], TrunkEngine] = TrunkEngine,
 ) -> FeatureReport:
     """Bring the stored activations up to date.
 
     Args:
         context: where, and with which parameters.
         size: side of the trunk's input in pixels.
-        engine: called as `engine(backbone, size)`, only where rows are missing.
+        engine: called as `engine(graph, size)`, only where rows are missing.
 
     Returns:
         What was computed and what was there.
@@ -106,7 +104,8 @@ def extract(
     """
     layout, views = context.layout, context.params.features.views
     dataset = open_dataset(layout.dataset)
-    wanted = dict(sorted(_wanted(dataset, views)))
+    cached = context.params.training.mode == "cached"
+    wanted = dict(sorted(_wanted(dataset, views))) if cached else {}
     recipe = _recipe(context, size)
     shape = (size // STRIDE, size // STRIDE, CHANNELS)
     stored = _stored(layout.features, recipe, shape)
@@ -117,7 +116,7 @@ def extract(
         if missing:
             _announce(layout.artifacts, len(wanted), len(missing), row_bytes(shape))
             pictures = ((key, dataset.images[wanted[key]]) for key in missing)
-            trunk = engine(_backbone(layout), size)
+            trunk = engine(_trunk(layout), size)
             speed = _compute(context, pictures, len(missing), size, trunk, journal)
         if missing or stored is None or not stored.intact or list(stored.places) != list(wanted):
             found = ((key, _found(sources, key)) for key in wanted)
@@ -142,18 +141,17 @@ def _recipe(context: Context, size: int) -> Recipe:
     params = context.params
     return {
         "augmentation": params.augmentation.model_dump(),
-        "backbone": _sha256(_backbone(context.layout)),
         "code": {name: _sha256(Path(__file__).with_name(name)) for name in _CODE},
         "engine": engine_version(),
         "opencv": cv2.__version__,
         "seed": params.seed,
         "size": size,
-        "trunk": f"EfficientNetB0 of Keras {version('keras')} up to {CUT}",
+        "trunk": _sha256(_trunk(context.layout)),
     }
 
 
-def _backbone(layout: Layout) -> Path:
-    return layout.weights(BACKBONE) / BACKBONE_FILE
+def _trunk(layout: Layout) -> Path:
+    return layout.weights(BACKBONE) / TRUNK_FILE
 
 
 def _sha256(path: Path) -> str:
@@ -162,7 +160,7 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise BackboneError(
-            f"The backbone's weights cannot be read ({error.strerror}). Received: '{path}'. "
+            f"The backbone's trunk cannot be read ({error.strerror}). Received: '{path}'. "
             "Run the backbone stage first."
         ) from error
 

