@@ -129,6 +129,8 @@ def prefect(
     environment = _without_foreign() | {
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # The UI asks port 4200 otherwise, whichever one it was loaded from.
+        "PREFECT_SERVER_UI_API_URL": "/api",
         # In memory, a restart forgets who holds a concurrency slot, and it stays taken.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": _LEASES,
     }
