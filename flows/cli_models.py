@@ -58,3 +58,18 @@ def verify(
     said = f"{found['uri']}: {found['files']} files, {found['bytes']} bytes, as the manifest says."
     said += f" {found['signature']}"
     tell(json_, found, said)
+
+
+@app.command()
+def reproduce(
+    version: Annotated[str, typer.Argument(help="champion, challenger, or a version's number.")],
+    json_: Json = False,
+) -> None:
+    """Rebuild a release from its recorded code, data and parameters, and compare."""
+    with open_workspace() as workspace, shown_progress() as progress:
+        from flows.reproduce import reproduce as rebuild
+
+        found = rebuild(workspace, version, progress)
+    tell(json_, found.to_json(), found.told())
+    if not found.identical:
+        raise typer.Exit(1)

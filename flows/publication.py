@@ -70,6 +70,7 @@ def publish_release(workspace: Workspace, params: Params, report: RunReport) -> 
         facts = {
             **provenance(layout, report).to_json(),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "changed": changed_files(layout.root),
             "environment": environment(),
         }
         return publish(workspace.storage, findings.release_files(layout, folder), facts)
@@ -110,6 +111,16 @@ def git_revision(root: Path) -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return done.stdout.strip()
+
+
+def changed_files(root: Path) -> list[str]:
+    """Tracked files that differ from the commit; none outside of git."""
+    command = ["git", "-C", str(root), "diff", "--name-only", "-z", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return sorted(filter(None, done.stdout.split("\0")))
 
 
 def _example(layout: Layout) -> Any:

@@ -50,7 +50,7 @@ class Workspace:
         """The stages and the data's versions."""
         from tasks.pipeline import Pipeline
 
-        return Pipeline(self.layout, self._remote())
+        return Pipeline(self.layout, self.pipeline_remote())
 
     @cached_property
     def storage(self) -> Storage:
@@ -138,6 +138,14 @@ class Workspace:
 
         return rollback(self.storage, self.registry, reason, by=by)
 
+    def release(self, name: str) -> tuple[str, Path]:
+        """Fetch and verify a release that a person named; its id and its local folder."""
+        from tasks.champion import find_release
+        from tasks.release import fetch
+
+        release = find_release(self.storage, lambda: self.registry, name)
+        return release, fetch(self.storage, release, self.layout.releases)
+
     def verify(self, name: str) -> dict[str, Any]:
         """Read a release back whole and compare it with its manifest."""
         from tasks.champion import find_release
@@ -152,7 +160,14 @@ class Workspace:
             "bytes": sum(digest.bytes for digest in files.values()),
             "facts": release.manifest.facts,
             "signature": self.trust.told(),
+            "forced": self._forced(release.id),
         }
+
+    def _forced(self, release: str) -> list[str]:
+        """Moves that made a release champion in spite of something, in words."""
+        champion = read_champion(self.storage)
+        moves = champion.pointer.moves if champion else ()
+        return [move.told() for move in moves if move.release == release and move.forced]
 
     def status(self) -> dict[str, Any]:
         """Where the checkout, the registry and the champion stand."""
@@ -168,7 +183,11 @@ class Workspace:
             },
             "signatures": self.trust.told(),
             "stale": sorted(self.pipeline.changed()),
-            "champion": champion and self._role(champion.pointer.version, champion.pointer.release),
+            "champion": champion
+            and {
+                **self._role(champion.pointer.version, champion.pointer.release),
+                "overruled": list(champion.pointer.overruled),
+            },
             "challenger": challenger and self._role(challenger.number, challenger.content_id),
             "history": [{**move.model_dump(mode="json"), "told": move.told()} for move in moves],
         }
@@ -177,7 +196,8 @@ class Workspace:
         uri = self.storage.uri(f"releases/{release}/") if release else "no release"
         return {"version": version, "release": release, "uri": uri}
 
-    def _remote(self) -> "Remote | None":
+    def pipeline_remote(self) -> "Remote | None":
+        """Where photos are pushed, if a setting says so."""
         from tasks.pipeline import Remote
 
         known = self.settings

@@ -5,6 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from tasks.engine import usable_cores
+
 LIBRARIES = (
     "tensorflow",
     "tensorflow-cpu",
@@ -26,7 +28,8 @@ def environment() -> dict[str, Any]:
     """Name the interpreter, the libraries and the processor of this process.
 
     Returns:
-        `python`, `system`, `libraries` (version by name), `processor` and `instructions`.
+        `python`, `system`, `libraries` (version by name), `processor`,
+        `cores` and `instructions`.
     """
     processor, flags = _processor()
     return {
@@ -34,6 +37,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "libraries": {name: found for name in LIBRARIES if (found := _version(name))},
         "processor": processor,
+        "cores": usable_cores(),
         "instructions": [name for name in INSTRUCTIONS if name in flags],
     }
 
@@ -51,8 +55,7 @@ def _processor() -> tuple[str, list[str]]:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return platform.processor() or platform.machine(), []
-    fields = dict(
-        (part.strip() for part in line.split(":", 1)) for line in text.splitlines() if ":" in line
-    )
+    lines = (line.partition(":") for line in text.splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in lines}
     name = fields.get("model name") or platform.machine()
     return name, (fields.get("flags") or fields.get("Features") or "").split()

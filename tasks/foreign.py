@@ -73,7 +73,9 @@ def examined(path: Path, size: int) -> Iterator[Path]:
         except subprocess.TimeoutExpired:
             raise _refused(path, f"takes more than {SECONDS} s to read") from None
         if child.returncode == _REFUSED:
-            raise _refused(path, " ".join(child.stderr.decode(errors="replace").split())[-300:])
+            # Libraries may have had their say before.
+            said = child.stderr.decode(errors="replace").strip().splitlines()[-1]
+            raise _refused(path, said.replace(str(copy), path.name))
         if child.returncode:
             raise _refused(
                 path,
@@ -115,7 +117,7 @@ def _main(path: Path, copy: Path, size: int) -> None:
 
 
 def _refuse(reason: str) -> None:
-    print(reason, file=sys.stderr)
+    print(" ".join(reason.split())[:300], file=sys.stderr)
     sys.exit(_REFUSED)
 
 
