@@ -54,10 +54,13 @@ audit: $(READY) ## Look up the locked packages in the database of known weakness
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes --progress-spinner off \
 	  --requirement requirements.lock
 
-lock: $(READY) ## Resolve requirements.lock anew from pyproject.toml.
+lock: $(READY) ## Resolve requirements.lock anew from pyproject.toml, and the images' share of it.
 	$(UV) compile --quiet --universal --fork-strategy fewest --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header --extra dev --upgrade \
 	  --output-file requirements.lock pyproject.toml
+	$(UV) compile --quiet --universal --fork-strategy fewest --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-header --constraint requirements.lock \
+	  --output-file docker/requirements.lock pyproject.toml
 
 clean: ## Remove what runs leave behind; data/, .local/ and the DVC cache stay.
 	rm -rf artifacts build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
