@@ -17,7 +17,6 @@ from prefect.artifacts import (
 )
 
 from flows.report import GateReport, PhaseReport, TestReport
-from tasks.challenge import Challenge
 from tasks.intake import ImportReport
 from tasks.layout import Layout
 from tasks.whole import read_json
@@ -99,9 +98,10 @@ def show_phases(layout: Layout, phases: list[PhaseReport]) -> None:
 
 def show_evaluation(layout: Layout, test: TestReport) -> None:
     """Scores on the test split, and the pictures that explain them."""
-    scores = test.model_dump(exclude={"per_class"}, mode="json")
+    scores = test.model_dump(exclude={"per_class", "robustness"}, mode="json")
+    disturbed = {f"accuracy under {n}": v for n, v in test.robustness.get("accuracy", {}).items()}
     create_table_artifact(
-        [{"measure": name, "value": str(value)} for name, value in scores.items()],
+        [{"measure": name, "value": str(value)} for name, value in (scores | disturbed).items()],
         key="evaluation",
         description="Scores on the test split.",
     )
@@ -123,7 +123,8 @@ def show_gate(gate: GateReport) -> None:
                 "check": check["name"],
                 "value": check["value"],
                 "limit": check["limit"],
-                "verdict": "passed" if check["passed"] else "FAILED",
+                "interval": _interval(check.get("interval")),
+                "verdict": "passed" if check["passed"] else f"FAILED {check.get('detail', '')}",
             }
             for check in gate.checks
         ],
@@ -132,24 +133,15 @@ def show_gate(gate: GateReport) -> None:
     )
 
 
-def show_comparison(challenge: Challenge) -> None:
-    """The challenger beside the champion, on the same photos."""
-    lines = ["## Challenger and champion", "", html.escape(challenge.reason)]
-    if challenge.comparison is not None:
-        comparison = challenge.comparison.to_json()
-        lines += ["", "| | champion | challenger |", "|---|---|---|"]
-        lines += [
-            f"| {name} | {comparison['champion'][name]} | {comparison['challenger'][name]} |"
-            for name in ("accuracy", "loss", "auc", "ece")
-        ]
-    create_markdown_artifact("\n".join(lines), key="comparison", description="Who is champion.")
-
-
 def show_release(uri: str, address: str) -> None:
     """Where the release lies."""
     create_link_artifact(
         address, link_text=uri, key="release", description="The published release."
     )
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else ""
 
 
 def _show_picture(path: Path, key: str, description: str) -> None:

@@ -12,12 +12,20 @@ app = typer.Typer()
 @app.command()
 def promote(
     version: Annotated[int, typer.Argument(help="Version in the registry.")],
-    reason: Reason = "promoted by hand",
+    reason: Reason = "",
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Overrule the gate or a lost comparison; needs --reason, and is kept."
+        ),
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Make a version the champion."""
     with open_workspace() as workspace:
-        move = workspace.promote(version, reason)
+        from flows.moves import promote as move_to
+
+        move = move_to(workspace, version, reason or ("" if force else "promoted by hand"), force)
     tell(json_, move.model_dump(mode="json"), move.told())
 
 
@@ -25,5 +33,7 @@ def promote(
 def rollback(reason: Reason = "rolled back by hand", json_: Json = False) -> None:
     """Give the champion's place back to the version that had it before."""
     with open_workspace() as workspace:
-        move = workspace.rollback(reason)
+        from flows.moves import rollback as move_back
+
+        move = move_back(workspace, reason)
     tell(json_, move.model_dump(mode="json"), move.told())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.report import (
+    DataChanges,
     DataReport,
     FeaturesReport,
     GateReport,
@@ -13,6 +14,7 @@ from flows.report import (
     TestReport,
 )
 from tasks.errors import StageError
+from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.params import Params
 from tasks.whole import read_json
@@ -37,6 +39,37 @@ def quarantined(layout: Layout) -> int:
     """Number of files that are set aside."""
     listed = read_json(layout.quarantine / "quarantine.json") or {"sources": {}}
     return sum(len(files) for files in listed["sources"].values())
+
+
+def data_changes(layout: Layout, former: Any, since: int | None) -> DataChanges:
+    """Compare the photos with those that the champion knew.
+
+    Args:
+        layout: holds the photos of today, by the hash of their content.
+        former: `dataset.json` of the champion's release; None where there is none.
+        since: version of the champion.
+    """
+    before = {photo["name"]: photo["label"] for photo in (former or {"photos": []})["photos"]}
+    now = {
+        photo["name"]: photo["label"]
+        for photo in _artifact(layout.dataset / "index.json")["photos"]
+    }
+    rows = {
+        label: {
+            "before": list(before.values()).count(label),
+            "added": sum(now[name] == label for name in now.keys() - before.keys()),
+            "removed": sum(before[name] == label for name in before.keys() - now.keys()),
+            "now": list(now.values()).count(label),
+        }
+        for label in LABELS
+    }
+    return DataChanges(
+        since=since,
+        added=len(now.keys() - before.keys()),
+        removed=len(before.keys() - now.keys()),
+        relabelled=sum(before[name] != now[name] for name in before.keys() & now.keys()),
+        per_class=rows,
+    )
 
 
 def histories(layout: Layout, params: Params) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from flows.client import point_prefect_at
 from flows.inbox import look
 from flows.local import check_reachable, embedded
 from flows.notification import tell
+from flows.policy import check_policy
 from flows.record import unchanged_since
 from flows.report import ModelReport, RunReport
 from flows.workspace import Workspace
@@ -38,6 +39,8 @@ def launch_retrain(workspace: Workspace, force: bool, progress: Progress) -> Run
         # A report of an earlier run must not pass for one of this.
         layout.run.unlink(missing_ok=True)
         workspace.trust.check_signer()
+        with embedded(settings, layout) as services:
+            check_policy(services)
         check_reachable(settings)
         _run_flow(workspace, force, progress)
         return RunReport.model_validate_json(layout.run.read_bytes())

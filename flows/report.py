@@ -14,6 +14,24 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class DataChanges(_Part):
+    """Photos that came and went since the champion was trained.
+
+    Args:
+        since: version of the champion; None where there is none yet.
+        added: photos that it did not know.
+        removed: photos that it knew and that are gone.
+        relabelled: photos that have another label now.
+        per_class: `before`, `added`, `removed` and `now` by label.
+    """
+
+    since: int | None = None
+    added: int = 0
+    removed: int = 0
+    relabelled: int = 0
+    per_class: dict[str, dict[str, int]] = Field(default_factory=dict)
+
+
 class DataReport(_Part):
     version: str = ""
     train: int = 0
@@ -22,6 +40,7 @@ class DataReport(_Part):
     quarantined: int = 0
     duplicates: int = 0
     leaks: int = 0
+    changes: DataChanges | None = None
 
 
 class PhaseReport(_Part):
@@ -40,6 +59,7 @@ class TestReport(_Part):
     auc: float | None = None
     ece: float | None = None
     per_class: list[dict[str, Any]] = Field(default_factory=list)
+    robustness: dict[str, Any] = Field(default_factory=dict)
 
 
 class GateReport(_Part):
@@ -74,6 +94,7 @@ class RunReport(_Part):
     phases: list[PhaseReport] = Field(default_factory=list)
     test: TestReport = Field(default_factory=TestReport)
     gate: GateReport = Field(default_factory=GateReport)
+    comparison: dict[str, Any] | None = None
     model: ModelReport
     release: ReleaseReport = Field(default_factory=ReleaseReport)
     features: FeaturesReport = Field(default_factory=FeaturesReport)

@@ -24,22 +24,21 @@ from flows import artifacts, findings
 from flows.inbox import look, take
 from flows.local import check_reachable
 from flows.notification import tell_bad_end
+from flows.policy import check_policy
 from flows.publication import publish_release, record_run
 from flows.record import remember, unchanged_since
 from flows.report import ModelReport, ReleaseReport, RunReport
 from flows.settings import load_settings
+from flows.succession import Succession
 from flows.versions import commit_versions, recorded_version, version_files
 from flows.workspace import Workspace
-from tasks.challenge import Challenge, challenge
-from tasks.champion import crown, mend_alias
-from tasks.errors import HandsignsError, PromotionError, ServiceError
+from tasks.errors import HandsignsError, ServiceError
 from tasks.fetch import fetch_data
 from tasks.inbox import Inbox
 from tasks.layout import Layout
 from tasks.params import Params, load_params
-from tasks.pointer import Champion, read_champion
 from tasks.progress import Progress, silent
-from tasks.registry import CHALLENGER, CHAMPION, Version
+from tasks.registry import CHALLENGER, Version
 from tasks.release import Release
 
 listener: ContextVar[Progress] = ContextVar("listener", default=silent)
@@ -94,6 +93,7 @@ class Retrain:
         self._report = RunReport(
             status="failed", reason="", model=ModelReport(name=workspace.settings.model_name)
         )
+        self._succession = Succession(workspace, self._report, self._task, progress)
 
     def conduct(self) -> RunReport:
         """Run everything and leave `run.json`, whatever happens."""
@@ -113,6 +113,7 @@ class Retrain:
     def _run(self) -> None:
         check_reachable(self._workspace.settings)
         self._workspace.trust.check_signer()
+        check_policy(self._workspace.services)
         _log.info(self._workspace.trust.told())
         self._workspace.services.start_s3()
         if self._workspace.settings.inbox:
@@ -126,6 +127,7 @@ class Retrain:
         ):
             self._report = found
             return
+        self._succession.begin()
         params = load_params(self._layout.params)
         for name in self._workspace.pipeline.stages():
             self._stage(name)
@@ -137,7 +139,7 @@ class Retrain:
             return
         release = self._task("publish", lambda: self._publish(params), network=True)
         registered = self._task("register", lambda: self._register(params, release), network=True)
-        self._task("promote", lambda: self._promote(release, registered), network=True)
+        self._conclude(*self._succession.settle(release, registered))
         remember(self._layout, self._workspace.settings, self._report)
 
     def _task(self, name: str, call: Callable[[], _Result], network: bool = False) -> _Result:
@@ -192,11 +194,14 @@ class Retrain:
         self._outcomes[name] = self._task(name, run)
         if name == "audit":
             artifacts.show_audit(self._layout)
+        elif name == "preprocess":
+            self._succession.show_changes()
 
     def _describe(self, params: Params, version: str) -> None:
         """Read what the stages found into the report and show it."""
         layout, report = self._layout, self._report
         report.data = findings.data_report(layout, version)
+        report.data.changes = self._succession.changes
         report.features = findings.features_report(
             layout, params, ran=self._outcomes["features"] == "ran"
         )
@@ -228,33 +233,6 @@ class Retrain:
             name=registry.model_name, version=version.number, alias=CHALLENGER
         )
         return version
-
-    def _promote(self, release: Release, version: Version) -> None:
-        storage, registry = self._workspace.storage, self._workspace.registry
-        champion = read_champion(storage)
-        if champion and (said := mend_alias(registry, champion)):
-            _log.warning(said)
-        if champion and champion.pointer.release == release.id:
-            self._report.model.alias = CHAMPION
-            self._conclude("unchanged", f"Version {version.number} is champion already.")
-            return
-        decision = self._challenge(champion)
-        artifacts.show_comparison(decision)
-        if not decision.won:
-            self._conclude(
-                "registered", f"Version {version.number} stays challenger: {decision.reason}."
-            )
-            return
-        scores = self._report.test.model_dump(include={"accuracy", "loss", "auc", "ece"})
-        crown(storage, registry, version, champion, decision.reason, scores)
-        self._report.model.alias = CHAMPION
-        self._conclude("promoted", f"Version {version.number} is champion: {decision.reason}.")
-
-    def _challenge(self, champion: Champion | None) -> Challenge:
-        try:
-            return challenge(self._layout, self._workspace.storage, champion, self._progress)
-        except PromotionError as error:
-            return Challenge(False, str(error).rstrip("."))
 
     def _conclude(self, status: Any, reason: str) -> None:
         self._report.status, self._report.reason = status, reason

@@ -4,7 +4,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -110,6 +110,8 @@ class Settings(BaseSettings):
     inbox: Annotated[str, AfterValidator(_inbox)] | None = None
     git_push: Annotated[str, AfterValidator(_branch)] | None = None
     notify_urls: SecretStr | None = None
+    promotion: Literal["auto", "approval"] = "auto"
+    approval_seconds: int = Field(default=86_400, ge=1, le=30 * 86_400)
 
     serve_rate: str = Field(default="600/minute", pattern=r"^[1-9]\d{0,6}/(second|minute|hour)$")
     serve_max_mb: int = Field(default=10, ge=1, le=64)

@@ -1,6 +1,6 @@
 """Results as tables for a terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -56,8 +56,11 @@ def run_table(report: RunReport) -> Table:
     table.add_row("status", escape(f"{report.status}: {report.reason}"))
     if not report.phases:
         return table
-    data, test = report.data, report.test
+    data = report.data
     table.add_row("data", f"{data.version}: {data.train} train, {data.val} val, {data.test} test")
+    if changes := data.changes:
+        since = f"version {changes.since}" if changes.since else "the beginning"
+        table.add_row("photos", f"{changes.added} came, {changes.removed} went since {since}")
     features = report.features
     if features.computed or features.reused:
         speed = f", {features.images_per_second:.0f}/s" if features.computed else ""
@@ -69,15 +72,8 @@ def run_table(report: RunReport) -> Table:
             f"{phase.images} images, {phase.epochs} epochs, {phase.seconds:.1f} s: "
             f"val accuracy {phase.val_accuracy:.4f}, loss {phase.val_loss:.4f}",
         )
-    if test.accuracy is not None:
-        low, high = test.accuracy_interval or (0.0, 1.0)
-        table.add_row(
-            "test",
-            f"accuracy {test.accuracy:.4f} ({low:.3f} to {high:.3f}), loss {test.loss}, "
-            f"AUC {test.auc}, calibration error {test.ece}",
-        )
-    if report.gate.checks:
-        table.add_row("gate", "passed" if report.gate.passed else "failed")
+    for name, words in _judged(report):
+        table.add_row(name, words)
     if report.model.version is not None:
         alias = f" ({report.model.alias})" if report.model.alias else ""
         table.add_row("model", f"{report.model.name} version {report.model.version}{alias}")
@@ -88,6 +84,25 @@ def run_table(report: RunReport) -> Table:
     return table
 
 
+def _judged(report: RunReport) -> Iterator[tuple[str, str]]:
+    """Test scores, the gate's verdict and the comparison with the champion."""
+    test = report.test
+    if test.accuracy is not None:
+        low, high = test.accuracy_interval or (0.0, 1.0)
+        scores = f"loss {test.loss}, AUC {test.auc}, calibration error {test.ece}"
+        yield "test", f"accuracy {test.accuracy:.4f} ({low:.3f} to {high:.3f}), {scores}"
+    if report.gate.checks:
+        failed = [check["name"] for check in report.gate.checks if not check["passed"]]
+        yield "gate", f"failed: {', '.join(failed)}" if failed else "passed"
+    if found := report.comparison:
+        before = found["champion"]
+        yield (
+            "champion",
+            f"accuracy {before['accuracy']:.4f} on the same {before['n']} photos; "
+            f"{found['won']} won, {found['lost']} lost: {found['verdict']}",
+        )
+
+
 def status_table(found: Mapping[str, Any]) -> Table:
     """Where the checkout and its services stand."""
     table = _table("", "", title="Status")
@@ -95,7 +110,8 @@ def status_table(found: Mapping[str, Any]) -> Table:
     table.add_row("out of date", ", ".join(found["stale"]) or "nothing")
     for role in ("champion", "challenger"):
         held = found[role]
-        told = f"version {held['version']}, {held['uri']}" if held else "none"
+        force = ", FORCED" if held and held.get("overruled") else ""
+        told = f"version {held['version']}{force}, {held['uri']}" if held else "none"
         table.add_row(role, told)
     table.add_row("signatures", escape(found["signatures"]))
     for move in found["history"][-5:]:

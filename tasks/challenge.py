@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from tasks.classifier import classify_files
 from tasks.compare import Comparison, compare
 from tasks.dataset import open_dataset
-from tasks.errors import HandsignsError, PromotionError
+from tasks.errors import HandsignsError, PromotionError, ServiceError
 from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.pointer import Champion
@@ -62,15 +62,17 @@ def challenge(
     """
     if champion is None:
         return Challenge(True, "there was no champion")
-    release = fetch(storage, champion.pointer.release, layout.releases)
-    photos, labels, challenger = _unseen(layout, release)
     try:
+        release = fetch(storage, champion.pointer.release, layout.releases)
         classifier = open_release(release)
+    except ServiceError:
+        raise
     except HandsignsError as error:
         raise PromotionError(
             f"The champion cannot be scored, so nothing can be said to be no worse: {error} "
             "Promote a version by hand if that is right."
         ) from error
+    photos, labels, challenger = _unseen(layout, release)
     found = classify_files(classifier, photos, progress)
     probabilities = np.array([one.probabilities for one in found])
     result = compare(probabilities, challenger, labels, [path.name for path in photos])

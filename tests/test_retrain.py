@@ -182,7 +182,7 @@ def test_one_phases_rate_reruns_that_phase_and_what_follows(
 def test_promote_and_rollback_move_the_champion_and_tell_the_history(workshop: Workshop) -> None:
     present = workshop.handsigns("status")["champion"]["version"]
     other = 2 if present == 1 else 1
-    move = workshop.handsigns("promote", str(other), "--reason", "a test of mine")
+    move = workshop.handsigns("promote", str(other), "--force", "--reason", "a test of mine")
     assert (move["previous"], move["version"]) == (present, other)
     refused = workshop.handsigns("promote", str(other), code=1)
     assert "champion already" in refused

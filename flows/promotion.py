@@ -1,0 +1,52 @@
+"""Moving the champion by hand, as flows: for the Prefect UI and for the command line."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from flows.champion_artifacts import show_history
+from flows.settings import load_settings
+from flows.workspace import Workspace
+from tasks.errors import HandsignsError
+from tasks.layout import Layout
+from tasks.pointer import Move, read_champion
+
+
+@flow(name="promote", flow_run_name="promote version {version}")
+def promote(version: int, reason: str, force: bool = False, by: str | None = None) -> State[Any]:
+    """Make a registered version the champion.
+
+    Args:
+        version: Number of the version in the registry.
+        reason: Why; kept in the champion's history.
+        force: Overrule the gate or a lost comparison; what was overruled is kept too.
+        by: Who decides; the worker's user when left empty.
+    """
+    return _move("Promoted", lambda workspace: workspace.promote(version, reason, force, by))
+
+
+@flow(name="rollback", flow_run_name="rollback")
+def rollback(reason: str, by: str | None = None) -> State[Any]:
+    """Give the champion's place back to the version that had it before.
+
+    Args:
+        reason: Why; kept in the champion's history.
+        by: Who decides; the worker's user when left empty.
+    """
+    return _move("Rolled back", lambda workspace: workspace.rollback(reason, by))
+
+
+def _move(done: str, move: Callable[[Workspace], Move]) -> State[Any]:
+    try:
+        with Workspace(Layout(Path.cwd()), load_settings()) as workspace:
+            made = move(workspace)
+            champion = read_champion(workspace.storage)
+    except HandsignsError as error:
+        return Failed(name="Refused", message=str(error))
+    if champion:
+        show_history(champion.pointer.moves)
+    return Completed(name=done, message=made.told(), data=made.model_dump(mode="json"))

@@ -1,0 +1,225 @@
+"""Promotion as a person meets it: approval, comparison and history in the Prefect UI."""
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from tasks.addresses import S3Address
+from tests.fixtures.checkouts import BIN, Workshop, make_checkout
+from tests.fixtures.photos import CHECKOUT, write_photos
+
+pytestmark = pytest.mark.slow
+
+
+class Api:
+    """Prefect's API, asked as its UI asks it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def post(self, path: str, **body: Any) -> Any:
+        question = urllib.request.Request(
+            f"{self.url}/{path}",
+            data=json.dumps(body).encode(),
+            headers={"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(question) as answer:
+            return json.loads(answer.read())
+
+    def runs(self, flow: str) -> list[Any]:
+        """Runs of a flow, the latest first."""
+        found = self.post(
+            "flow_runs/filter",
+            flows={"name": {"any_": [flow]}},
+            sort="EXPECTED_START_TIME_DESC",
+        )
+        return list(found)
+
+    def paused(self, flow: str, seconds: float = 500) -> Any:
+        """Wait until a run of a flow asks for approval."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for run in self.runs(flow):
+                keys = run["state"]["state_details"].get("run_input_keyset")
+                if run["state_type"] == "PAUSED" and self.inputs(run, keys["description"]):
+                    return run
+            time.sleep(0.3)
+        raise TimeoutError(flow)
+
+    def inputs(self, run: Any, key: str) -> str:
+        """What a paused run shows above or in its form."""
+        found = self.post(f"flow_runs/{run['id']}/input/filter", prefix=key)
+        return str(found[0]["value"]) if found else ""
+
+    def resume(self, run: Any, **answer: str) -> str:
+        done = self.post(f"flow_runs/{run['id']}/resume", run_input=answer)
+        return str(done["status"])
+
+    def artifact(self, key: str) -> Any:
+        """The latest artifact with a key."""
+        return self.post("artifacts/latest/filter", artifacts={"key": {"any_": [key]}})[0]
+
+
+@pytest.fixture(scope="module")
+def api(prefect_api: str) -> Api:
+    return Api(prefect_api)
+
+
+@pytest.fixture(scope="module")
+def named(s3_server: S3Address, prefect_api: str) -> dict[str, str]:
+    """Services that outlive a run, with a bucket of this module's own."""
+    address = replace(s3_server, bucket=f"test-{uuid.uuid4().hex[:16]}")
+    keys = {
+        "aws_access_key_id": str(address.access_key_id),
+        "aws_secret_access_key": str(address.secret_access_key),
+    }
+    client = boto3.client(
+        "s3", endpoint_url=address.endpoint_url, region_name=address.region, **keys
+    )
+    client.create_bucket(Bucket=address.bucket)
+    return {
+        "HANDSIGNS_S3_ENDPOINT_URL": address.endpoint_url,
+        "HANDSIGNS_BUCKET": address.bucket,
+        "PREFECT_API_URL": prefect_api,
+        **{name.upper(): text for name, text in keys.items()},
+    }
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory, named: dict[str, str]) -> Workshop:
+    """A checkout whose champion hardly learned anything."""
+    folder = tmp_path_factory.mktemp("promotion")
+    made = make_checkout(folder / "checkout")
+    made.change("gate", min_accuracy=0.0)
+    for phase in ("base", "fine_tune", "full"):
+        made.change(f"phases.{phase}", epochs=1, learning_rate=1e-7)
+    made.handsigns("import", write_photos(folder / "photos", per_class=20), **named)
+    first = made.handsigns("retrain", **named)
+    assert first["status"] == "promoted", first["reason"]
+    assert first["test"]["accuracy"] < 0.7
+    return made
+
+
+def test_a_better_model_waits_for_a_person_and_then_is_champion(
+    workshop: Workshop, api: Api, named: dict[str, str]
+) -> None:
+    for phase, rate in (("base", 0.001), ("fine_tune", 0.0001), ("full", 0.0005)):
+        workshop.change(f"phases.{phase}", epochs=3, learning_rate=rate)
+    later = {**named, "HANDSIGNS_PROMOTION": "approval", "HANDSIGNS_APPROVAL_SECONDS": "500"}
+    started = subprocess.Popen(
+        [BIN / "handsigns", "retrain", "--json"],
+        cwd=workshop.layout.root,
+        env=workshop.environment(**later),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        run = api.paused("retrain")
+        question = api.inputs(run, run["state"]["state_details"]["run_input_keyset"]["description"])
+        for words in ("Version 2", "McNemar", "better", "Recall of each sign", "changed verdict"):
+            assert words in question
+        # Nothing is locked meanwhile, and the champion still is the old one.
+        workshop.run("dvc", "status", "gate")
+        assert workshop.handsigns("status", **named)["champion"]["version"] == 1
+        assert api.resume(run) == "REJECT"
+        assert api.resume(run, name="Ann") == "REJECT"
+        assert api.resume(run, name="", decision="approve") == "REJECT"
+        answer = {"name": "Ann", "decision": "approve", "comment": "looks right"}
+        assert api.resume(run, **answer) == "ACCEPT"
+        report = json.loads(started.communicate(timeout=300)[0])
+    finally:
+        started.kill()
+        started.wait()
+    assert report["status"] == "promoted"
+    assert "approved by Ann: looks right" in report["reason"]
+    found = report["comparison"]
+    assert (found["verdict"], found["no_worse"]) == ("better", True)
+    assert found["won"] == sum(photo["now"] == "right" for photo in found["changed"])
+    assert [row["label"] for row in found["recalls"]] == list("012345")
+    assert report["data"]["changes"]["since"] == 1
+    assert report["data"]["changes"]["added"] == report["data"]["changes"]["removed"] == 0
+    move = workshop.handsigns("status", **named)["history"][-1]
+    assert (move["by"], move["previous"], move["version"]) == ("Ann", 1, 2)
+    assert "Ann" in api.artifact("champion-history")["data"]
+    assert "McNemar" in api.artifact("comparison")["data"]
+    assert "since version 1" in api.artifact("data-changes")["data"]
+
+
+def test_the_champion_is_moved_by_hand_in_flow_runs_that_say_what_they_are(
+    workshop: Workshop, api: Api, named: dict[str, str]
+) -> None:
+    refused = workshop.handsigns("promote", "1", code=1, **named)
+    assert "should not be champion: it was not compared with the present champion" in refused
+    refused = workshop.handsigns("promote", "1", "--force", code=1, **named)
+    assert "by force needs a reason" in refused
+    why = ("--force", "--reason", "the new one dazzles")
+    forced = workshop.handsigns("promote", "1", *why, **named)
+    assert forced["forced"]
+    status = workshop.handsigns("status", **named)
+    assert "FORCED" in status["history"][-1]["told"]
+    assert workshop.handsigns("verify", "1", **named)["forced"] == [status["history"][-1]["told"]]
+    assert "promote, FORCED" in api.artifact("champion-history")["data"]
+    # Without Prefect the same is done, and sooner.
+    apart = {name: text for name, text in named.items() if name != "PREFECT_API_URL"}
+    began = time.monotonic()
+    assert workshop.handsigns("rollback", **apart)["version"] == 2
+    assert time.monotonic() - began < 30
+    assert workshop.handsigns("rollback", **named)["version"] == 1
+    assert "no earlier champion" in workshop.handsigns("rollback", code=1, **named)
+    runs = {(run["name"], run["state_name"]) for run in api.runs("promote") + api.runs("rollback")}
+    assert {("promote version 1", "Promoted"), ("promote version 1", "Refused")} <= runs
+    assert {("rollback", "Rolled back"), ("rollback", "Refused")} <= runs
+
+
+def test_approval_without_services_that_outlive_the_run_is_refused(workshop: Workshop) -> None:
+    told = workshop.handsigns("retrain", "--force", code=1, HANDSIGNS_PROMOTION="approval")
+    assert told["status"] == "failed"
+    assert "without PREFECT_API_URL and HANDSIGNS_S3_ENDPOINT_URL" in told["reason"]
+
+
+ASKING = """
+import json, sys
+from prefect import flow
+from flows.approval import ask
+
+@flow(name=sys.argv[1])
+def asking(seconds):
+    answer = ask("Shall it?", seconds)
+    print(json.dumps([answer.approved, answer.by, answer.told]))
+
+asking(int(sys.argv[2]))
+"""
+
+
+def asking(flow: str, seconds: int, url: str) -> subprocess.Popen[str]:
+    """Start a flow that asks and prints the answer."""
+    return subprocess.Popen(
+        [sys.executable, "-c", ASKING, flow, str(seconds)],
+        cwd=CHECKOUT.root,
+        env={"PATH": str(BIN), "PREFECT_API_URL": url, "HOME": str(Path.home())},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_rejection_and_silence_both_leave_the_champion(api: Api) -> None:
+    rejected, silent = asking("rejected", 60, api.url), asking("silent", 3, api.url)
+    run = api.paused("rejected")
+    assert api.resume(run, name="Ben", decision="reject", comment="too early") == "ACCEPT"
+    for process, expected in (
+        (rejected, [False, "Ben", "rejected by Ben: too early"]),
+        (silent, [False, None, "nobody approved it within 3 s"]),
+    ):
+        said = process.communicate(timeout=300)[0].splitlines()
+        assert json.loads(said[-1]) == expected
+    # A run that was not answered ends as what it is: done.
+    assert [run["state_type"] for run in api.runs("silent")] == ["COMPLETED"]
