@@ -69,8 +69,7 @@ def crown(
         overruled=tuple(overruled),
     )
     new = _pointer(expected, move)
-    move_champion(storage, expected, new)
-    registry.set_alias(CHAMPION, version.number)
+    _lead_alias(storage, registry, move_champion(storage, expected, new))
     if new.overruled:
         told = {"forced_by": new.by, "forced_because": reason, "forced_over": "; ".join(overruled)}
         registry.set_tags(version.number, {name: text[:5000] for name, text in told.items()})
@@ -162,8 +161,7 @@ def rollback(storage: Storage, registry: Registry, reason: str, *, by: str | Non
     verify(storage, target.release)
     update = {"action": "rollback", "reason": reason, "by": by or _who()}
     new = _pointer(present, target.model_copy(update=update))
-    move_champion(storage, present, new)
-    registry.set_alias(CHAMPION, target.version)
+    _lead_alias(storage, registry, move_champion(storage, present, new))
     return new
 
 
@@ -237,6 +235,16 @@ def _check_alias(registry: Registry, expected: Champion) -> None:
             f"{f'version {held}' if held else 'nothing'}, where the champion is version {number}. "
             "Find out who moved it, use `handsigns promote` for what was meant, and run again."
         )
+
+
+def _lead_alias(storage: Storage, registry: Registry, moved: Champion) -> None:
+    """Let the alias name the champion, also where the next promotion overtook this one."""
+    for _ in range(10):
+        registry.set_alias(CHAMPION, moved.pointer.version)
+        present = read_champion(storage)
+        if present is None or present.etag == moved.etag:
+            return
+        moved = present
 
 
 def _check_age(present: Champion | None, version: Version, created: str) -> None:
