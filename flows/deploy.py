@@ -33,6 +33,8 @@ POOLS = {POOL: "process", f"{POOL}-docker": "docker", f"{POOL}-kubernetes": "kub
 """Work pools and their types."""
 SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS
 """Without a sign of life for this long, a run counts as crashed."""
+ALIVE = ("Running", "heartbeat", "Cancelling")
+"""Events of a run after which another must come."""
 AUTOMATION = "Mark silent runs as crashed"
 FLOWS = ("retrain", "promote", "rollback")
 DEPLOY_SECONDS = 120
@@ -118,7 +120,7 @@ def automation(silence: float) -> "AutomationCore":
         name=AUTOMATION,
         description="A run whose process is gone sends no heartbeats and cannot say so itself.",
         trigger=EventTrigger(
-            after={"prefect.flow-run.Running", "prefect.flow-run.heartbeat"},
+            after={f"prefect.flow-run.{event}" for event in ALIVE},
             expect={"prefect.flow-run.*"},
             match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
             match_related=ResourceSpecification(

@@ -23,7 +23,7 @@ from tasks.layout import Layout
 
 PROCFILE = "Procfile"
 LOG = "logs/service.log"
-START_SECONDS = 180.0
+START_SECONDS = 300.0
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.2
 
