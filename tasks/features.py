@@ -10,15 +10,13 @@ end_to_end` reads no features; the store is empty then.
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cv2
-import numpy as np
-from numpy.typing import NDArray
 
-from tasks.augment import INPUT_SIZE, one_thread_each, view
+from tasks.augment import INPUT_SIZE
 from tasks.checkpoint import TRUNK_FILE
 from tasks.dataset import Dataset, open_dataset
 from tasks.engine import engine_version
@@ -37,10 +35,9 @@ from tasks.feature_store import (
     write_rows,
 )
 from tasks.layout import Layout
-from tasks.parallel import in_order
 from tasks.params import BACKBONE
+from tasks.shards import Runner, cut, runner
 from tasks.stage import Context, stage_main
-from tasks.trunk_engine import TrunkEngine
 from tasks.whole import write_json
 
 __all__ = ["FeatureReport", "Features", "extract", "open_features", "run"]
@@ -49,7 +46,7 @@ CHANNELS = 192
 STRIDE = 32
 """Pixels of the input to one place of the trunk's output."""
 
-_CODE = ("augment.py", "engine.py", "trunk_engine.py")
+_CODE = ("augment.py", "engine.py", "shards.py", "trunk_engine.py")
 _log = logging.getLogger(__name__)
 
 
@@ -86,14 +83,14 @@ def run(context: Context, item: str | None = None) -> None:
 def extract(
     context: Context,
     size: int = INPUT_SIZE,
-    engine: Callable[[Path, int], TrunkEngine] = TrunkEngine,
+    run_shards: Runner | None = None,
 ) -> FeatureReport:
     """Bring the stored activations up to date.
 
     Args:
         context: where, and with which parameters.
         size: side of the trunk's input in pixels.
-        engine: called as `engine(graph, size)`, only where rows are missing.
+        run_shards: computes the rows that are missing; None for `tasks.shards.runner`.
 
     Returns:
         What was computed and what was there.
@@ -116,8 +113,9 @@ def extract(
         if missing:
             _announce(layout.artifacts, len(wanted), len(missing), row_bytes(shape))
             pictures = ((key, dataset.images[wanted[key]]) for key in missing)
-            trunk = engine(_trunk(layout), size)
-            speed = _compute(context, pictures, len(missing), size, trunk, journal)
+            shards = cut(pictures, context.params.seed, context.params.augmentation, size)
+            rows = (run_shards or runner.get())(shards, _trunk(layout))
+            speed = _keep(context, rows, len(missing), journal)
         if missing or stored is None or not stored.intact or list(stored.places) != list(wanted):
             found = ((key, _found(sources, key)) for key in wanted)
             write_rows(layout.features, recipe, shape, found, len(wanted))
@@ -204,32 +202,12 @@ def _announce(folder: Path, wanted: int, missing: int, size: int) -> None:
     )
 
 
-def _compute(
-    context: Context,
-    pictures: Iterable[tuple[Key, NDArray[np.uint8]]],
-    count: int,
-    size: int,
-    trunk: TrunkEngine,
-    journal: Journal,
-) -> float:
-    """Compute rows into the journal and return how many a second.
-
-    Each worker makes a view and then waits for its activations without holding the
-    interpreter, so with two workers to a core one always has a picture ready.
-    """
-    params = context.params
-
-    def activations(item: tuple[Key, NDArray[np.uint8]]) -> tuple[Key, Row]:
-        key, picture = item
-        made = view(picture, key.name, key.view, params.seed, params.augmentation, size)
-        return key, trunk(made)
-
+def _keep(context: Context, rows: Iterable[tuple[Key, Row]], count: int, journal: Journal) -> float:
+    """Add rows to the journal as they come, and return how many a second."""
     began = time.perf_counter()
-    with one_thread_each():
-        rows = in_order(activations, pictures, workers=2 * trunk.cores)
-        for done, (key, row) in enumerate(rows, 1):
-            journal.add(key, row)
-            context.progress("features", done, count)
+    for done, (key, row) in enumerate(rows, 1):
+        journal.add(key, row)
+        context.progress("features", done, count)
     return count / (time.perf_counter() - began)
 
 

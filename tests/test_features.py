@@ -2,7 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,13 +19,14 @@ from tasks.backbone import write_backbone
 from tasks.checkpoint import BACKBONE_FILE, TRUNK_FILE
 from tasks.errors import BackboneError, DataError, ModelError
 from tasks.feature_journal import Journal
-from tasks.feature_store import INDEX, ROWS, Key, check_space, open_rows, write_rows
+from tasks.feature_store import INDEX, ROWS, Key, Row, check_space, open_rows, write_rows
 from tasks.features import CHANNELS, STRIDE, FeatureReport, open_features, run
 from tasks.features import extract as extract_features
 from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.model import FEATURE_SHAPE, build_backbone, build_trunk
 from tasks.params import Params, load_params
+from tasks.shards import Shard, compute
 from tasks.stage import Context
 from tasks.trunk_engine import TrunkEngine
 from tasks.weights import take
@@ -84,7 +85,13 @@ def _engine_of(graph: bytes, size: int) -> TrunkEngine:
 
 def extract(context: Context) -> FeatureReport:
     """Run the stage at a small size, building the engine once for each backbone."""
-    return extract_features(context, SIZE, lambda path, size: _engine_of(path.read_bytes(), size))
+
+    def run(shards: Iterable[Shard], graph: Path) -> Iterator[tuple[Key, Row]]:
+        trunk = _engine_of(graph.read_bytes(), SIZE)
+        for shard in shards:
+            yield from zip(shard.keys, compute(shard, trunk), strict=True)
+
+    return extract_features(context, SIZE, run)
 
 
 def _views(views: int, params: Params) -> Any:

@@ -1,0 +1,90 @@
+"""Shards of features as Prefect tasks, in this process or on a Dask cluster."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from prefect import Task
+from prefect.cache_policies import NO_CACHE
+from prefect.utilities.annotations import quote
+
+from tasks.errors import ServiceError
+from tasks.feature_store import Key, Row
+from tasks.shards import Runner, Shard, compute_anywhere
+
+
+def shard_runner(dask_address: str | None, patience: float = 30.0) -> Runner:
+    """Say who computes the features stage's shards.
+
+    Args:
+        dask_address: scheduler of a Dask cluster; None for this process.
+        patience: longest wait in seconds for the scheduler's first answer.
+
+    Returns:
+        What goes into `tasks.shards.runner`.
+    """
+
+    def run(shards: Iterable[Shard], graph: Path) -> Iterator[tuple[Key, Row]]:
+        content = graph.read_bytes()
+        if dask_address:
+            made = _on_dask(dask_address, patience, shards, content)
+        else:
+            made = _here(shards, content)
+        for shard, rows in made:
+            yield from zip(shard.keys, rows, strict=True)
+
+    return run
+
+
+def _here(shards: Iterable[Shard], graph: bytes) -> Iterator[tuple[Shard, Any]]:
+    for number, shard in enumerate(shards, 1):
+        yield shard, _task(number)(quote(shard), quote(graph))
+
+
+def _on_dask(
+    address: str, patience: float, shards: Iterable[Shard], graph: bytes
+) -> Iterator[tuple[Shard, Any]]:
+    """Keep two shards waiting for each worker, so that memory stays bounded.
+
+    A shard whose worker dies is given to another one by Dask; one that fails otherwise
+    is tried again by Prefect.
+    """
+    from prefect_dask import DaskTaskRunner
+
+    options = {"timeout": patience}
+    try:
+        with DaskTaskRunner(address=address, client_kwargs=options) as cluster:
+            workers = len(cluster.client.scheduler_info(n_workers=-1)["workers"])
+            numbered = enumerate(shards, 1)
+            under_way: deque[tuple[Shard, Any]] = deque()
+
+            def submit(count: int) -> None:
+                for number, shard in islice(numbered, count):
+                    parameters = {"shard": quote(shard), "graph": quote(graph)}
+                    under_way.append((shard, cluster.submit(_task(number), parameters)))
+
+            submit(2 * max(workers, 1))
+            while under_way:
+                shard, future = under_way.popleft()
+                rows = future.result()
+                submit(1)
+                yield shard, rows
+    except (OSError, TimeoutError) as error:
+        raise ServiceError(
+            f"The Dask cluster does not answer ({type(error).__name__}). Received: {address}. "
+            "Check HANDSIGNS_DASK_ADDRESS and the scheduler, or unset it to compute here."
+        ) from error
+
+
+def _task(number: int) -> Task[Any, Any]:
+    return Task(
+        compute_anywhere,
+        name="features shard",
+        task_run_name=f"features shard {number}",
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retries=2,
+        retry_delay_seconds=1,
+    )

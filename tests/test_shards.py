@@ -1,0 +1,115 @@
+"""Shards of features: the same rows wherever they are computed."""
+
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows.ports import choose_ports
+from flows.shards import shard_runner
+from tasks.dataset import open_dataset
+from tasks.errors import ServiceError
+from tasks.feature_store import Key
+from tasks.frozen import frozen_graph
+from tasks.shards import Shard, cut, run_here
+from tasks.stage import Context
+from tests.fixtures.checkouts import BIN
+from tests.fixtures.models import SIZE
+
+Shards = Callable[[], Iterator[Shard]]
+Cluster = tuple[str, list[subprocess.Popen[bytes]]]
+
+
+@pytest.fixture(scope="module")
+def graph(workshop: Callable[..., Context], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workshop's trunk, frozen, at 32 x 32."""
+    from tasks.checkpoint import BACKBONE_FILE
+    from tasks.model import build_trunk
+
+    trunk = build_trunk(workshop().layout.weights("backbone") / BACKBONE_FILE, SIZE)
+    path = tmp_path_factory.mktemp("trunk") / "trunk.pb"
+    path.write_bytes(frozen_graph(trunk))
+    return path
+
+
+@pytest.fixture(scope="module")
+def shards(workshop: Callable[..., Context]) -> Shards:
+    """Twelve shards of 24 rows: every photo in eight views."""
+    context = workshop()
+    dataset = open_dataset(context.layout.dataset)
+    pictures = [
+        (Key(name, number, ""), image)
+        for name, image in zip(dataset.names, dataset.images, strict=True)
+        for number in range(8)
+    ]
+    return lambda: cut(pictures, 7, context.params.augmentation, SIZE, rows=24)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Address of a Dask scheduler, and its two workers, each a process."""
+    folder = tmp_path_factory.mktemp("dask")
+    address = f"tcp://127.0.0.1:{choose_ports(folder, 'dask', 1)[0]}"
+    scheduler = ["scheduler", "--port", address.rpartition(":")[2]]
+    worker = ["worker", address, "--nthreads", "1", "--no-nanny", "--local-directory", str(folder)]
+    with ExitStack() as stack:
+
+        def start(name: str, words: list[str], ready: str) -> subprocess.Popen[bytes]:
+            log = folder / f"{name}.log"
+            process = subprocess.Popen(
+                [BIN / "dask", *words, "--no-dashboard", "--host", "127.0.0.1"],
+                stdout=stack.enter_context(log.open("wb")),
+                stderr=subprocess.STDOUT,
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            deadline = time.monotonic() + 90
+            while ready not in log.read_text():
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+            return process
+
+        start("scheduler", scheduler, "Scheduler at:")
+        yield address, [start(f"worker{number}", worker, "Registered to:") for number in (1, 2)]
+
+
+def rows_of(made: Iterator[tuple[Key, Any]]) -> dict[Key, bytes]:
+    return {key: row.tobytes() for key, row in made}
+
+
+@given(count=st.integers(0, 40), rows=st.integers(1, 12))
+def test_every_row_is_in_one_shard_and_none_is_too_large(count: int, rows: int) -> None:
+    keys = [Key("photo", number, "") for number in range(count)]
+    picture = np.zeros((2, 2, 3), np.uint8)
+    made = list(cut(((key, picture) for key in keys), 0, None, 2, rows))  # type: ignore[arg-type]
+    assert [key for shard in made for key in shard.keys] == keys
+    assert all(len(shard.keys) == len(shard.pictures) <= rows for shard in made)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_loses_a_worker_gives_the_same_bytes(
+    prefect_api: str, graph: Path, shards: Shards, cluster: Cluster
+) -> None:
+    address, workers = cluster
+    alone = rows_of(run_here(shards(), graph))
+    with temporary_settings({PREFECT_API_URL: prefect_api}):
+        assert rows_of(shard_runner(None)(shards(), graph)) == alone
+        made = shard_runner(address)(shards(), graph)
+        first, row = next(made)
+        workers[0].kill()
+        assert {first: row.tobytes(), **rows_of(made)} == alone
+
+
+def test_a_cluster_that_is_not_there_is_named(graph: Path, shards: Shards, tmp_path: Path) -> None:
+    address = f"tcp://127.0.0.1:{choose_ports(tmp_path, 'dask', 1)[0]}"
+    with pytest.raises(ServiceError, match=f"does not answer.*{address}"):
+        next(shard_runner(address, patience=2)(shards(), graph))
