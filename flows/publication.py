@@ -109,7 +109,9 @@ def git_revision(root: Path) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        # An image has no git; its build wrote down what it was made of.
+        stated = root / "REVISION"
+        return stated.read_text(encoding="utf-8").strip() if stated.is_file() else "unknown"
     return done.stdout.strip()
 
 
