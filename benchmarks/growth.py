@@ -1,8 +1,9 @@
 """What more photos cost: time, memory and disk at 1, 3 and 10 times as many.
 
-    python -m benchmarks.growth [--photos N] [--json] [--picture FILE]
+    python -m benchmarks.growth [--photos N] [--picture FILE] [--json]
 
-The photos are rendered. Timed are all stages from the audit to the last phase.
+The photos are rendered. Timed are all stages from the audit to the last phase; memory is
+the most that the process, or one that it starts, holds at a time.
 """
 
 import json
@@ -14,9 +15,8 @@ from typing import Annotated, Any
 
 import typer
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks import markdown
 from benchmarks.training import ROOT, measure
 from tasks import backbone
 from tasks.labels import LABELS
@@ -29,47 +29,59 @@ TIMES = (1, 3, 10)
 
 
 def main(
-    photos: Annotated[int, typer.Option(help="Photos at 1 time.")] = 600,
+    photos: Annotated[int, typer.Option(help="Photos at 1 time.")] = 300,
     picture: Annotated[Path | None, typer.Option(help="Where to draw the curve.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure each size in a process of its own."""
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
+        base, every = Layout(Path(temporary) / "base"), Path(temporary) / "every"
+        base.root.mkdir()
+        shutil.copy(ROOT / "params.yaml", base.params)
+        backbone.run(Context(base, load_params(base.params)))
+        print("render", file=sys.stderr, flush=True)
+        render_sample(every, per_class=photos * max(TIMES) // len(LABELS))
         for times in TIMES:
             count = photos * times
             print(f"{count} photos", file=sys.stderr, flush=True)
-            base = Layout(Path(temporary) / "base")
-            base.root.mkdir()
-            shutil.copy(ROOT / "params.yaml", base.params)
-            render_sample(base.data, per_class=count // len(LABELS))
-            backbone.run(Context(base, load_params(base.params)))
+            choose(every, base.data, count // len(LABELS))
             results[count] = measure(base, Path(temporary) / "run", {}, {})
-            shutil.rmtree(base.root)
     if picture:
         draw(results).savefig(picture, dpi=110, metadata={"Software": None})
     if json_:
         print(json.dumps(results, indent=1))
     else:
-        Console().print(table(results))
+        print(table(results))
 
 
-def table(results: dict[int, Any]) -> Table:
+def choose(every: Path, data: Path, per_class: int) -> None:
+    """Copy the first photos of each class; a smaller choice lies within a larger one."""
+    for label in LABELS:
+        target = data / "train" / label
+        target.mkdir(parents=True, exist_ok=True)
+        for path in sorted((every / "train" / label).iterdir())[:per_class]:
+            shutil.copy(path, target)
+
+
+def table(results: dict[int, Any]) -> str:
     """One row a size, each against the first."""
-    shown = Table(title="Growth")
-    for head in ("photos", "seconds", "times", "peak MiB", "more MiB", "features MiB"):
-        shown.add_column(head, justify="right")
     first = next(iter(results.values()))
-    for count, result in results.items():
-        shown.add_row(
-            str(count),
-            f"{result['seconds']:.1f}",
-            f"{result['seconds'] / first['seconds']:.2f}",
-            f"{result['peak_mib']:.0f}",
-            f"{result['peak_mib'] - first['peak_mib']:.0f}",
-            f"{result['features_mib']:.0f}",
-        )
-    return shown
+    return markdown.table(
+        ("photos", "seconds", "times", "peak MiB", "more MiB", "features, rows", "on disk, MiB"),
+        [
+            (
+                f"{count:,}",
+                f"{result['seconds']:.1f}",
+                f"{result['seconds'] / first['seconds']:.2f}",
+                f"{result['peak_mib']:,.0f}",
+                f"{result['peak_mib'] - first['peak_mib']:,.0f}",
+                f"{result['rows']:,}",
+                f"{result['features_mib']:.0f}",
+            )
+            for count, result in results.items()
+        ],
+    )
 
 
 def draw(results: dict[int, Any]) -> Figure:

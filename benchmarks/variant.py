@@ -1,8 +1,8 @@
 """One way of training, in a process of its own: `python -m benchmarks.variant RESULT`.
 
 Runs in a prepared folder (see `benchmarks.training`): times every stage whose result
-is not there yet, scores the model on the test split afterwards, and writes what it
-measured to RESULT.
+is not there yet, and writes what it measured to RESULT. Scoring the test split comes
+after that, and is not timed.
 """
 
 import json
@@ -10,19 +10,27 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from tasks import assemble, audit, evaluate, features, preprocess, train
+import numpy as np
+
+from tasks import assemble, audit, features, preprocess, train
+from tasks.classifier import load_classifier
+from tasks.dataset import open_dataset
 from tasks.layout import Layout
+from tasks.metrics import score
 from tasks.params import load_params
 from tasks.stage import Context, Stage
+from tasks.whole import read_json
 
 
 class Stopwatch:
-    """Times stages, and the moment at which each update of a phase was done."""
+    """Times stages, and what the stages themselves say they have done by when."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.seconds: dict[str, float] = {}
+        self.work: dict[str, float] = {}
         self.updates: list[tuple[str, int, int, float]] = []
 
     def progress(self, what: str, done: int, total: int) -> None:
@@ -34,6 +42,9 @@ class Stopwatch:
         began = time.monotonic()
         stage(context, item)
         self.seconds[name] = time.monotonic() - began
+        moments = [moment for phase, *_, moment in self.updates if phase == name]
+        if len(moments) > 1:
+            self.work[name] = moments[-1] - moments[0]
         print(f"  {name}: {self.seconds[name]:.1f} s", flush=True)
 
 
@@ -48,29 +59,47 @@ def main(result: Path) -> None:
     if not layout.dataset.exists():
         watch.run("audit", audit.run, context)
         watch.run("preprocess", preprocess.run, context)
+    computed: dict[str, Any] = {}
     if params.training.mode == "cached":
         watch.run("features", features.run, context)
+        computed = read_json(layout.features_report)
+        watch.work["features"] = computed["computed"] / computed["images_per_second"]
     for phase in params.phases:
         watch.run(phase, train.run, context, phase)
     trained = sum(watch.seconds.values())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    features_bytes = sum(path.stat().st_size for path in layout.features.rglob("*"))
-    assemble.run(context)
-    evaluate.run(context)
+    peak = peak_mib()
     histories = {
-        phase: json.loads((layout.weights(phase) / "history.json").read_text())
-        for phase in params.phases
+        phase: read_json(layout.weights(phase) / "history.json") for phase in params.phases
     }
     content = {
         "seconds": trained,
         "stages": watch.seconds,
-        "peak_mib": peak / 1024,
-        "features_mib": features_bytes / 2**20,
+        "work": watch.work,
+        "rows": computed.get("computed", 0),
+        "peak_mib": peak,
+        "features_mib": sum(path.stat().st_size for path in layout.features.rglob("*")) / 2**20,
         "curve": curve(histories, watch.updates),
         "val": {name: histories[params.last_phase][f"val_{name}"] for name in ("accuracy", "loss")},
-        "test": json.loads(layout.metrics.read_text()),
+        "test": scores(context),
     }
     result.write_text(json.dumps(content))
+
+
+def scores(context: Context) -> dict[str, float]:
+    """Accuracy and loss on the test split."""
+    assemble.run(context)
+    dataset = open_dataset(context.layout.dataset)
+    rows = dataset.rows("test")
+    classifier = load_classifier(context.layout.graph, context.params.preprocess.detail)
+    given = classifier.probabilities(dataset.images[rows])
+    found = score(given.astype(np.float64), dataset.labels[rows])
+    return {"accuracy": found.accuracy, "loss": found.loss}
+
+
+def peak_mib() -> float:
+    """The most memory that this process, or one that it started, held at a time."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(kind).ru_maxrss for kind in kinds) / 1024
 
 
 def curve(
