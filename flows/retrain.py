@@ -17,10 +17,12 @@ from typing import Any, TypeVar
 from prefect import Task, flow
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.states import Completed, Failed
+from prefect.exceptions import TerminationSignal
+from prefect.states import Cancelled, Completed, Failed
 from prefect.tasks import exponential_backoff
 
 from flows import artifacts, findings
+from flows.exclusion import holder, only_retrain
 from flows.inbox import look, take
 from flows.local import check_reachable
 from flows.notification import tell_bad_end
@@ -29,6 +31,7 @@ from flows.publication import publish_release, record_run
 from flows.record import remember, unchanged_since
 from flows.report import ModelReport, ReleaseReport, RunReport
 from flows.settings import load_settings
+from flows.shown_progress import ShownProgress
 from flows.succession import Succession
 from flows.versions import commit_versions, recorded_version, version_files
 from flows.workspace import Workspace
@@ -65,8 +68,12 @@ def retrain(force: bool = False) -> State[Any]:
     Args:
         force: Run every stage, also those whose inputs did not change.
     """
-    with Workspace(Layout(Path.cwd()), load_settings()) as workspace:
-        report = Retrain(workspace, force, listener.get()).conduct()
+    layout = Layout(Path.cwd())
+    with only_retrain(layout) as alone:
+        if not alone:
+            return Cancelled(message=f"Another retrain of this checkout runs: {holder(layout)}.")
+        with Workspace(layout, load_settings()) as workspace:
+            report = Retrain(workspace, force, listener.get()).conduct()
     result = report.model_dump(mode="json")
     if report.status in ("failed", "rejected"):
         return Failed(name=report.status.capitalize(), message=report.reason, data=None)
@@ -102,6 +109,9 @@ class Retrain:
             self._run()
         except HandsignsError as error:
             self._conclude("failed", str(error))
+        except TerminationSignal:
+            self._conclude("failed", "Stopped from outside. What was there before is whole.")
+            raise
         except BaseException as error:
             self._conclude("failed", f"{type(error).__name__}: {error}".strip(": "))
             raise
@@ -187,7 +197,8 @@ class Retrain:
 
     def _stage(self, name: str) -> None:
         def run() -> str:
-            outcome = self._workspace.pipeline.run(name, self._force, self._progress)
+            shown = ShownProgress(self._progress)
+            outcome = self._workspace.pipeline.run(name, self._force, shown)
             _log.info("Stage %s: %s.", name, outcome)
             return outcome
 
