@@ -30,6 +30,7 @@ from tasks.release import Release
 from tasks.storage import Storage
 from tests.fixtures.checkouts import BIN
 from tests.fixtures.photos import CHECKOUT
+from tests.fixtures.servers import new_bucket
 from tests.fixtures.service import Service, grey, named, point, publish_graph, serving
 
 JSON = {"content-type": "application/json"}
@@ -37,25 +38,31 @@ TOKEN = "a token of sixteen or more"
 
 
 @pytest.fixture(scope="module")
-def place(s3_server: S3Address, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for this file's checkouts."""
     return tmp_path_factory.mktemp("serve")
 
 
 @pytest.fixture(scope="module")
-def first(s3_server: S3Address, graphs: tuple[bytes, bytes], place: Path) -> Release:
+def bucket(s3_server: S3Address) -> S3Address:
+    """A bucket for this file's tests."""
+    return new_bucket(s3_server)
+
+
+@pytest.fixture(scope="module")
+def first(bucket: S3Address, graphs: tuple[bytes, bytes], place: Path) -> Release:
     """A champion in the shared bucket."""
-    storage = Storage(s3_server)
+    storage = Storage(bucket)
     release = publish_graph(storage, place / "first", graphs[0])
     point(storage, release.id, 1)
     return release
 
 
 @pytest.fixture(scope="module")
-def service(s3_server: S3Address, first: Release, place: Path) -> Iterator[Service]:
+def service(bucket: S3Address, first: Release, place: Path) -> Iterator[Service]:
     """A service without a limit that a test could meet."""
     rate = {"HANDSIGNS_SERVE_RATE": "1000000/minute"}
-    with serving(place / "service", **named(s3_server), **rate) as running:
+    with serving(place / "service", **named(bucket), **rate) as running:
         yield running
 
 
@@ -236,10 +243,10 @@ def test_many_clients_with_bad_uploads_among_them_meet_no_failure(service: Servi
 
 
 def test_who_asks_too_often_is_told_when_to_come_back(
-    s3_server: S3Address, first: Release, place: Path
+    bucket: S3Address, first: Release, place: Path
 ) -> None:
     limits = {"HANDSIGNS_SERVE_RATE": "4/minute", "HANDSIGNS_SERVE_TOKEN": TOKEN}
-    with serving(place / "limited", "--model", "champion", **named(s3_server), **limits) as service:
+    with serving(place / "limited", "--model", "champion", **named(bucket), **limits) as service:
         unknown = service.predict(grey(1))
         assert unknown.status_code == 401
         assert unknown.headers["www-authenticate"] == "Bearer"
@@ -312,9 +319,9 @@ def test_it_waits_for_a_champion_follows_it_and_refuses_a_damaged_one(
 
 
 def test_a_request_under_way_is_answered_before_it_stops(
-    s3_server: S3Address, first: Release, place: Path
+    bucket: S3Address, first: Release, place: Path
 ) -> None:
-    with serving(place / "stopped", **named(s3_server)) as service:
+    with serving(place / "stopped", **named(bucket)) as service:
         body = json.dumps({"image": base64.b64encode(grey(3)).decode()}).encode()
         port = service.client.base_url.port
         with socket.create_connection(("127.0.0.1", port or 0)) as line:

@@ -1,0 +1,190 @@
+"""What a person sees, in a real browser: the page, a run in Prefect, a version in MLflow."""
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+from tasks.addresses import S3Address
+from tests.fixtures.browser import DESKTOP, PHONE, see, shoot
+from tests.fixtures.checkouts import make_checkout
+from tests.fixtures.photos import write_photos
+from tests.fixtures.screens import open_page, open_run, open_version, read_example, text, until
+from tests.fixtures.servers import new_bucket
+from tests.fixtures.service import Service, named, serving
+
+pytestmark = [pytest.mark.slow, pytest.mark.program("chromedriver")]
+
+SHARE = "return [...document.querySelectorAll('.fill')].map(f => parseFloat(f.style.width))"
+CONTRAST = """
+const light = (c) => c.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255)
+  .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+const behind = (e) => {
+  const colour = getComputedStyle(e).backgroundColor;
+  return /rgba\\(.*, 0\\)/.test(colour) ? behind(e.parentElement) : colour;
+};
+return [...document.querySelectorAll("body *")]
+  .filter((e) => e.checkVisibility())
+  .filter((e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
+  .map((e) => {
+    const [a, b] = [getComputedStyle(e).color, behind(e)].map(light).sort((x, y) => y - x);
+    return [(a + 0.05) / (b + 0.05), e.textContent];
+  })
+  .sort((x, y) => x[0] - y[0])[0];
+"""
+"""The text that stands out least, after WCAG 2.2's relative luminance."""
+
+
+@pytest.fixture(scope="module")
+def report(
+    s3_server: S3Address, mlflow_server: str, prefect_api: str, tmp_path_factory: Any
+) -> Iterator[dict[str, Any]]:
+    """A quick retrain with running servers, and the service of its champion as `service`."""
+    folder = tmp_path_factory.mktemp("seen")
+    s3 = named(new_bucket(s3_server))
+    servers = {**s3, "MLFLOW_TRACKING_URI": mlflow_server, "PREFECT_API_URL": prefect_api}
+    made = make_checkout(folder / "checkout")
+    made.change("phases.full", epochs=8)
+    made.handsigns("import", write_photos(folder / "photos", per_class=16), **servers)
+    told = made.handsigns("retrain", **servers)
+    assert told["status"] == "promoted", told["reason"]
+    with serving(folder / "checkout", **s3) as service:
+        yield {**told, "photos": folder / "photos", "service": service}
+
+
+@pytest.fixture(scope="module")
+def service(report: dict[str, Any]) -> Service:
+    return report["service"]
+
+
+@pytest.fixture
+def page(browser: Any, service: Service) -> Any:
+    """The page, freshly loaded on a desktop."""
+    see(browser, DESKTOP)
+    browser.get_log("browser")
+    open_page(browser, str(service.client.base_url))
+    yield browser
+    complaints = [line["message"] for line in browser.get_log("browser")]
+    assert not [line for line in complaints if "Content Security Policy" in line]
+
+
+def test_an_uploaded_photo_shows_its_sign_and_what_else_it_might_be(
+    page: Any, service: Service, report: dict[str, Any]
+) -> None:
+    for sign in ("1", "4"):
+        photo = report["photos"] / sign / "0003.png"
+        page.find_element(By.ID, "file").send_keys(str(photo))
+        until(page, lambda d, sign=sign: text(d, "#sign") == sign)
+        assert f"Sign {sign}" in text(page, "#words")
+    shares = service.predict(photo.read_bytes()).json()["probabilities"]
+    assert page.execute_script(SHARE) == pytest.approx([100 * p for p in shares.values()], abs=0.01)
+    rows = page.find_elements(By.CSS_SELECTOR, "#bars tr")
+    assert all("%" in row.text for row in rows)
+    assert [row.get_attribute("class") for row in rows].index("best") == 4
+    assert report["release"]["id"] in text(page, "#model")
+    assert text(page, "#chip") == f"version {report['model']['version']}"
+
+
+def test_everything_works_from_the_keyboard_and_says_what_it_is(page: Any) -> None:
+    names = []
+    outline = "return getComputedStyle(arguments[0].labels?.[0] ?? arguments[0]).outlineStyle"
+    for _ in range(9):
+        ActionChains(page).send_keys(Keys.TAB).perform()
+        active = page.switch_to.active_element
+        names.append(active.accessible_name)
+        assert page.execute_script(outline, active) == "solid", active.accessible_name
+        if "sign 3" in active.accessible_name:
+            ActionChains(page).send_keys(Keys.ENTER).perform()
+            until(page, lambda d: "Sign" in text(d, "#words"))
+    assert names[:2] == ["Choose a photo", "Use the camera"]
+    assert all(name for name in names)
+    status = page.find_element(By.ID, "answer")
+    assert status.get_attribute("aria-live") == "polite"
+    assert page.find_element(By.TAG_NAME, "html").get_attribute("lang") == "en"
+
+
+def test_a_pasted_and_a_dropped_photo_are_read(page: Any, report: dict[str, Any]) -> None:
+    for kind, sign in (("paste", "2"), ("drop", "5")):
+        content = base64.b64encode((report["photos"] / sign / "0001.png").read_bytes()).decode()
+        page.execute_script(
+            "const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0));"
+            "const data = new DataTransfer();"
+            "data.items.add(new File([bytes], 'a.png', { type: 'image/png' }));"
+            "const event = new Event(arguments[1], { bubbles: true, cancelable: true });"
+            "Object.assign(event, { clipboardData: data, dataTransfer: data });"
+            "document.body.dispatchEvent(event);",
+            content,
+            kind,
+        )
+        until(page, lambda d, sign=sign: text(d, "#sign") == sign)
+
+
+def test_a_photo_from_the_camera_is_read(page: Any) -> None:
+    page.find_element(By.ID, "camera").click()
+    until(page, lambda d: d.find_element(By.ID, "snap").is_displayed())
+    assert page.find_element(By.ID, "video").is_displayed()
+    page.find_element(By.ID, "snap").click()
+    until(page, lambda d: "Sign" in text(d, "#words"))
+    assert not page.find_element(By.ID, "video").is_displayed()
+    assert page.execute_script("return document.getElementById('preview').naturalWidth") > 100
+
+
+def test_a_file_that_is_no_photo_is_refused_in_words(page: Any, tmp_path: Path) -> None:
+    (tmp_path / "note.png").write_text("no picture")
+    page.find_element(By.ID, "file").send_keys(str(tmp_path / "note.png"))
+    until(page, lambda d: "not a usable photo" in text(d, "#words"))
+    assert not text(page, "#sign").isdigit()
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_can_be_read_on_every_screen(
+    browser: Any, service: Service, size: tuple[int, int], scheme: str
+) -> None:
+    see(browser, size, scheme)
+    open_page(browser, str(service.client.base_url))
+    read_example(browser, 0)
+    wide = "return document.documentElement.scrollWidth"
+    assert browser.execute_script(wide) <= size[0]
+    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    brightness = sum(int(level) for level in ground[4:-1].split(",")) / 3
+    assert (brightness > 128) == (scheme == "light")
+    least, words = browser.execute_script(CONTRAST)
+    assert least >= 4.5, words
+    phone = size == PHONE
+    assert browser.find_element(By.CSS_SELECTOR, "label[for=shot]").is_displayed() == phone
+    assert len(shoot(browser)) > 20_000
+
+
+def test_prefect_shows_the_run_and_what_it_found(
+    browser: Any, prefect_api: str, report: dict[str, Any]
+) -> None:
+    import httpx
+
+    found = httpx.post(f"{prefect_api}/flow_runs/filter", json={}).json()
+    data = report["data"]["version"][:8]
+    run = next(run for run in found if run["name"].endswith(data))
+    see(browser, (1400, 1000))
+    open_run(browser, prefect_api.removesuffix("/api"), run["id"])
+    shown = text(browser)
+    assert run["name"] in shown
+    assert "Promoted" in shown
+    for artifact in ("audit", "curves", "confusion", "gate", "release", "comparison"):
+        assert artifact in shown
+
+
+def test_mlflow_shows_the_version_with_its_alias(
+    browser: Any, mlflow_server: str, report: dict[str, Any]
+) -> None:
+    see(browser, (1400, 1000))
+    open_version(browser, mlflow_server, "hand-signs", report["model"]["version"])
+    shown = text(browser)
+    assert f"Version {report['model']['version']}" in shown
+    assert "champion" in shown
+    assert report["release"]["id"] in shown.replace("\n", "")
