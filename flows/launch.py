@@ -4,7 +4,7 @@ import os
 import threading
 
 from flows.client import point_prefect_at
-from flows.inbox import look
+from flows.exclusion import holder, only_retrain
 from flows.local import check_reachable, embedded
 from flows.notification import tell
 from flows.policy import check_policy
@@ -31,6 +31,14 @@ def launch_retrain(workspace: Workspace, force: bool, progress: Progress) -> Run
         What `run.json` says; also when the run failed.
     """
     layout, settings = workspace.layout, workspace.settings
+    with only_retrain(layout) as alone:
+        if not alone:  # run.json is the other one's
+            return RunReport(
+                status="failed",
+                reason=f"Another retrain of this checkout runs. Received: {holder(layout)}. "
+                "Let it end, or cancel it, and run again.",
+                model=ModelReport(name=settings.model_name),
+            )
     try:
         load_params(layout.params)
         if not force and (found := _unchanged(workspace)):
@@ -55,11 +63,18 @@ def launch_retrain(workspace: Workspace, force: bool, progress: Progress) -> Run
 
 def _unchanged(workspace: Workspace) -> RunReport | None:
     layout, settings = workspace.layout, workspace.settings
-    with embedded(settings, layout, share=True) as services:
-        inbox = look(workspace, services)
-    if inbox and inbox.new:
+    if settings.inbox and _has_news(workspace):
         return None
     return unchanged_since(layout, settings, workspace.pipeline)
+
+
+def _has_news(workspace: Workspace) -> bool:
+    # Reading photos takes libraries that a run without an inbox need not wait for here.
+    from flows.inbox import look
+
+    with embedded(workspace.settings, workspace.layout, share=True) as services:
+        inbox = look(workspace, services)
+    return bool(inbox and inbox.new)
 
 
 def _run_flow(workspace: Workspace, force: bool, progress: Progress) -> None:
