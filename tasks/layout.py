@@ -29,6 +29,11 @@ class Layout:
         return self.root / ".local"
 
     @property
+    def retrain_lock(self) -> Path:
+        """Held by the one retrain that may run in this checkout."""
+        return self.local / "retrain.lock"
+
+    @property
     def intake(self) -> Path:
         """The next state of `data/` while an import builds it."""
         return self.local / "intake"

@@ -1,0 +1,50 @@
+"""At most one retrain in a checkout, whoever started it: a schedule, the UI or a person.
+
+Prefect's limit holds for the deployment's runs only. The kernel lets go of this lock
+however a run ends.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from tasks.layout import Layout
+
+
+@contextmanager
+def only_retrain(layout: Layout) -> Iterator[bool]:
+    """Be the checkout's only retrain for as long as the block lasts.
+
+    Args:
+        layout: the checkout.
+
+    Yields:
+        Whether that is so; False at once where another one runs.
+    """
+    layout.local.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = FileLock(layout.retrain_lock)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        _holder_file(layout).write_text(f"process {os.getpid()}\n", encoding="utf-8")
+        yield True
+    finally:
+        lock.release()
+
+
+def holder(layout: Layout) -> str:
+    """Name the process that runs a retrain."""
+    try:
+        return _holder_file(layout).read_text(encoding="utf-8").strip()
+    except OSError:
+        return "unknown process"
+
+
+def _holder_file(layout: Layout) -> Path:
+    return layout.retrain_lock.with_suffix(".pid")
