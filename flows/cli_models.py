@@ -56,7 +56,7 @@ def verify(
     with open_workspace() as workspace:
         found = workspace.verify(version)
     said = f"{found['uri']}: {found['files']} files, {found['bytes']} bytes, as the manifest says."
-    said += f" {found['signature']}"
+    said += "".join(f" {words}" for words in (found["signature"], *found["forced"]))
     tell(json_, found, said)
 
 
