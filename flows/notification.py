@@ -46,5 +46,5 @@ def tell_bad_end(flow: "Flow[..., Any]", flow_run: "FlowRun", state: "State[Any]
         _log.warning("Nobody was told: %s", error)
         return
     ended = (state.name or state.type.value).lower()
-    title = f"handsigns: {flow_run.name} {ended}"
-    tell(settings, title, state.message or "No reason was given.", url_for(flow_run))
+    reason = state.message or "No reason was given."
+    tell(settings, f"handsigns: {flow.name} {ended}", reason, url_for(flow_run))

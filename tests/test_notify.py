@@ -3,10 +3,11 @@
 import logging
 import subprocess
 import sys
+import uuid
 
 import pytest
 
-from flows.notification import tell
+from flows.notification import tell, tell_bad_end
 from flows.settings import load_settings
 from tasks.notify import notify
 from tests.fixtures.receiver import receiving
@@ -27,6 +28,32 @@ def test_a_message_has_title_reason_and_link(monkeypatch: pytest.MonkeyPatch) ->
             assert message["type"] == "failure"
         assert tell(settings, "failed before it began", "No photos.")
         assert "artifacts/run.json on " in one.messages[1]["message"]
+
+
+def test_a_killed_run_is_told_by_the_hook_that_its_worker_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from prefect.client.schemas.objects import FlowRun
+    from prefect.settings import PREFECT_UI_URL, temporary_settings
+    from prefect.states import Crashed
+
+    from flows.retrain import retrain
+
+    assert retrain.on_crashed_hooks == retrain.on_failure_hooks == [tell_bad_end]
+    assert not retrain.on_cancellation_hooks
+    run = FlowRun(flow_id=uuid.uuid4(), name="dancing-monkey")
+    state = Crashed(message="Process exited with status code: -9.")
+    with receiving(SECRET) as receiver:
+        monkeypatch.setenv("HANDSIGNS_NOTIFY_URLS", receiver.address)
+        with temporary_settings({PREFECT_UI_URL: "http://ui"}):
+            for hook in retrain.on_crashed_hooks:
+                hook(retrain, run, state)
+        # Settings that cannot be read must not stop what calls the hook.
+        monkeypatch.setenv("HANDSIGNS_NONSENSE", "1")
+        tell_bad_end(retrain, run, state)
+    (message,) = receiver.messages
+    assert message["title"] == "handsigns: retrain crashed"
+    assert message["message"].startswith("Process exited with status code: -9.\nhttp://ui/runs/")
 
 
 def test_nobody_is_told_where_nobody_is_named() -> None:
