@@ -17,7 +17,7 @@ from tasks.pointer import Move, read_champion
 
 
 @flow(name="promote", flow_run_name="promote version {version}")
-def promote(version: int, reason: str, force: bool = False, by: str | None = None) -> State[Any]:
+def promote(version: int, reason: str, force: bool = False, by: str = "") -> State[Any]:
     """Make a registered version the champion.
 
     Args:
@@ -26,18 +26,20 @@ def promote(version: int, reason: str, force: bool = False, by: str | None = Non
         force: Overrule the gate or a lost comparison; what was overruled is kept too.
         by: Who decides; the worker's user when left empty.
     """
-    return _move("Promoted", lambda workspace: workspace.promote(version, reason, force, by))
+    return _move(
+        "Promoted", lambda workspace: workspace.promote(version, reason, force, by or None)
+    )
 
 
 @flow(name="rollback", flow_run_name="rollback")
-def rollback(reason: str, by: str | None = None) -> State[Any]:
+def rollback(reason: str, by: str = "") -> State[Any]:
     """Give the champion's place back to the version that had it before.
 
     Args:
         reason: Why; kept in the champion's history.
         by: Who decides; the worker's user when left empty.
     """
-    return _move("Rolled back", lambda workspace: workspace.rollback(reason, by))
+    return _move("Rolled back", lambda workspace: workspace.rollback(reason, by or None))
 
 
 def _move(done: str, move: Callable[[Workspace], Move]) -> State[Any]:
