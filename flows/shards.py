@@ -8,7 +8,6 @@ from typing import Any
 
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
-from prefect.utilities.annotations import quote
 
 from tasks.errors import ServiceError
 from tasks.feature_store import Key, Row
@@ -40,7 +39,7 @@ def shard_runner(dask_address: str | None, patience: float = 30.0) -> Runner:
 
 def _here(shards: Iterable[Shard], graph: bytes) -> Iterator[tuple[Shard, Any]]:
     for number, shard in enumerate(shards, 1):
-        yield shard, _task(number)(quote(shard), quote(graph))
+        yield shard, _task(number, shard, graph)()
 
 
 def _on_dask(
@@ -51,7 +50,7 @@ def _on_dask(
     A shard whose worker dies is given to another one by Dask; one that fails otherwise
     is tried again by Prefect.
     """
-    from prefect_dask import DaskTaskRunner
+    from prefect_dask.task_runners import DaskTaskRunner
 
     options = {"timeout": patience}
     try:
@@ -62,8 +61,7 @@ def _on_dask(
 
             def submit(count: int) -> None:
                 for number, shard in islice(numbered, count):
-                    parameters = {"shard": quote(shard), "graph": quote(graph)}
-                    under_way.append((shard, cluster.submit(_task(number), parameters)))
+                    under_way.append((shard, cluster.submit(_task(number, shard, graph), {})))
 
             submit(2 * max(workers, 1))
             while under_way:
@@ -78,9 +76,10 @@ def _on_dask(
         ) from error
 
 
-def _task(number: int) -> Task[Any, Any]:
+def _task(number: int, shard: Shard, graph: bytes) -> Task[Any, Any]:
+    """Without parameters: Prefect would walk through every one of a shard's keys."""
     return Task(
-        compute_anywhere,
+        lambda: compute_anywhere(shard, graph),
         name="features shard",
         task_run_name=f"features shard {number}",
         cache_policy=NO_CACHE,
