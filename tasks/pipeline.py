@@ -22,6 +22,7 @@ from tasks.errors import BusyError, DataError, ServiceError, StageError
 from tasks.in_process import InProcess, source_digests
 from tasks.layout import Layout
 from tasks.progress import Progress, silent
+from tasks.stored_objects import drop_damaged_version, put_back, send_again
 from tasks.whole import whole_file
 
 Outcome = Literal["unchanged", "restored", "ran"]
@@ -71,6 +72,8 @@ class Pipeline:
             if remote.url.startswith("s3://"):
                 # Without it a damaged remote object is pulled with no complaint.
                 section["verify"] = "true"
+                # By default a silent remote is waited for a minute, five times.
+                section |= {"connect_timeout": "5", "read_timeout": "20"}
             config = {"core": {"remote": REMOTE}, "remote": {REMOTE: section}}
         try:
             self._repo = Repo(str(layout.root), config=config)
@@ -118,7 +121,23 @@ class Pipeline:
         done = self._locked(reproduce)
         if runner.ran:
             return "ran"
+        if done and not force and self._drop_damaged_results(done):
+            return self.run(name, force=True, progress=progress)
         return "restored" if done else "unchanged"
+
+    def _drop_damaged_results(self, stages: list[Any]) -> bool:
+        """Whether what was restored from the cache is not what it was."""
+        cache = self._repo.cache.local
+        spoilt = [
+            name
+            for stage in stages
+            for out in stage.outs
+            if out.use_cache and out.hash_info.value
+            for name in drop_damaged_version(cache, out.hash_info.value)
+        ]
+        if spoilt:
+            _log.warning("%d objects in the local DVC cache were damaged.", len(spoilt))
+        return bool(spoilt)
 
     def data_version(self) -> str | None:
         """DVC's hash of `data/` as recorded in `data.dvc`; None where there is none."""
@@ -180,13 +199,39 @@ class Pipeline:
         return bool(self._repo.config["core"].get("remote"))
 
     def push_data(self) -> int:
-        """Send the present version of `data/` to the remote; number of files sent."""
-        return self._transfer("pushed", lambda: self._repo.push([DATA_FILE]))
+        """Send the present version of `data/` to the remote; number of files sent.
+
+        What the remote holds damaged, or lost since it was sent, is sent again: DVC
+        itself does not look at what it has pushed before.
+        """
+
+        def push() -> int:
+            version = self._mended_cache()
+            sent = int(self._repo.push([DATA_FILE]))
+            remote = self._repo.cloud.get_remote_odb()
+            if again := send_again(self._repo.cache.local, remote, version):
+                _log.warning("%d objects were missing or damaged in the remote.", len(again))
+            return sent + len(again)
+
+        return self._transfer("pushed", push)
+
+    def _mended_cache(self) -> str:
+        """Make the cache hold the version of `data/` that is recorded; that version."""
+        cache, version = self._repo.cache.local, self.data_version()
+        if version is None:
+            raise DataError("data/ has no version yet. Import photos, or render the sample.")
+        if drop_damaged_version(cache, version):
+            _log.warning("The local DVC cache was damaged; it is mended from data/.")
+        if not cache.exists(version):
+            version = self.version_data(self.data_source() or "photos")
+        put_back(cache, self._layout.data, version)
+        return version
 
     def pull_data(self) -> int:
         """Fetch the version named in `data.dvc`; number of files fetched."""
 
         def pull() -> int:
+            self._drop_damaged_data()
             result = self._repo.pull([DATA_FILE])
             return int(result.get("fetched", 0))
 
@@ -197,6 +242,7 @@ class Pipeline:
         from dvc.exceptions import CheckoutError
 
         def checkout() -> bool:
+            self._drop_damaged_data()
             try:
                 self._repo.checkout([DATA_FILE], force=True)
             except CheckoutError:
@@ -204,6 +250,12 @@ class Pipeline:
             return self._layout.data.is_dir()
 
         return self._locked(checkout)
+
+    def _drop_damaged_data(self) -> None:
+        """DVC lays out what the cache holds without looking at it."""
+        version = self.data_version()
+        if version and (spoilt := drop_damaged_version(self._repo.cache.local, version)):
+            _log.warning("%d objects in the local DVC cache were damaged.", len(spoilt))
 
     def _transfer(self, verb: str, call: Callable[[], int]) -> int:
         from dvc.exceptions import DvcException
@@ -245,7 +297,8 @@ class Pipeline:
                 f"{_one_line(error)} Wait for it to end, then run again."
             ) from error
         except DvcException as error:
-            raise StageError(f"DVC stopped: {_one_line(error)}") from error
+            advice = "" if "dvc.lock" not in str(error) else " Take dvc.lock back from git."
+            raise StageError(f"DVC stopped: {_one_line(error)}{advice}") from error
         raise AssertionError("a retry context either returns or raises")
 
 

@@ -1,0 +1,282 @@
+"""Photos and results that are damaged, gone or fought over: nothing corrupt is trained on."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks.addresses import S3Address
+from tasks.errors import HandsignsError, ServiceError
+from tasks.fetch import fetch_data
+from tasks.layout import Layout
+from tasks.pipeline import Pipeline, Remote
+from tasks.storage import Storage
+from tests.fixtures import faults
+from tests.fixtures.faults import Proxy, proxy_to
+from tests.fixtures.photos import CHECKOUT, write_photos
+
+BIN = Path(sys.executable).parent
+SECONDS = 60
+"""Longest time in which a remote that fails is given up."""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout with photos and one version of them."""
+    root = tmp_path_factory.mktemp("data") / "checkout"
+    root.mkdir()
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(CHECKOUT.root / name, root)
+    shutil.copytree(CHECKOUT.root / "tasks", root / "tasks")
+    subprocess.run(["git", "init", "-q", root], check=True)
+    (root / ".gitignore").write_text("/artifacts/\n/data\n")
+    (root / ".dvc").mkdir()
+    shutil.copy(CHECKOUT.root / ".dvc/config", root / ".dvc")
+    write_photos(root / "data/train", per_class=12)
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        Pipeline(Layout(root)).version_data("photos")
+    finally:
+        os.chdir(before)
+    return root
+
+
+@pytest.fixture
+def checkout(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+    root = tmp_path / "checkout"
+    shutil.copytree(prepared, root)
+    monkeypatch.chdir(root)
+    return Layout(root)
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Remote:
+    return Remote(str(tmp_path / "remote"), {"verify": "true"})
+
+
+@pytest.fixture
+def proxy(s3: S3Address) -> Iterator[Proxy]:
+    with proxy_to(s3.endpoint_url) as made:
+        yield made
+
+
+def _s3_remote(address: S3Address, url: str, **other: str) -> Remote:
+    options = {
+        "endpointurl": url,
+        "region": address.region,
+        "access_key_id": str(address.access_key_id),
+        "secret_access_key": str(address.secret_access_key),
+    }
+    return Remote(f"s3://{address.bucket}/photos", {**options, **other})
+
+
+def _photos(layout: Layout) -> dict[str, str]:
+    return {
+        str(path.relative_to(layout.data)): hashlib.md5(path.read_bytes()).hexdigest()
+        for path in layout.data.rglob("*.png")
+    }
+
+
+def _objects(folder: Path) -> list[Path]:
+    """Stored photos, largest names first; not the lists of them."""
+    return sorted(path for path in folder.glob("files/md5/??/*") if path.suffix != ".dir")
+
+
+def _flip(path: Path) -> None:
+    """Change one byte and leave size, times and rights as they are."""
+    facts, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+    path.chmod(facts.st_mode & 0o777)
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+def _is_sound(path: Path) -> bool:
+    return hashlib.md5(path.read_bytes()).hexdigest() == "".join(path.parts[-2:])
+
+
+def test_a_flipped_byte_in_the_cache_is_found_before_it_is_laid_out(
+    checkout: Layout, remote: Remote
+) -> None:
+    before = _photos(checkout)
+    Pipeline(checkout, remote).push_data()
+    shutil.rmtree(checkout.data)
+    _flip(_objects(checkout.root / ".dvc/cache")[3])
+    assert "pulled" in fetch_data(checkout, Pipeline(checkout, remote))
+    assert _photos(checkout) == before
+    shutil.rmtree(checkout.data)
+    _flip(_objects(checkout.root / ".dvc/cache")[3])
+    with pytest.raises(HandsignsError, match="not in the local DVC cache"):
+        fetch_data(checkout, Pipeline(checkout))
+    assert not any(checkout.data.glob("*/*/*"))
+
+
+def test_a_flipped_byte_in_a_cached_result_is_computed_anew(checkout: Layout) -> None:
+    pipeline = Pipeline(checkout)
+    assert [pipeline.run(name) for name in ("audit", "preprocess")] == ["ran", "ran"]
+    wanted = (checkout.dataset / "images.npy").read_bytes()
+    digest = hashlib.md5(wanted).hexdigest()
+    shutil.rmtree(checkout.dataset)
+    _flip(checkout.root / ".dvc/cache/files/md5" / digest[:2] / digest[2:])
+    assert Pipeline(checkout).run("preprocess") == "ran"
+    assert (checkout.dataset / "images.npy").read_bytes() == wanted
+    shutil.rmtree(checkout.dataset)
+    assert Pipeline(checkout).run("preprocess") == "restored"
+
+
+def test_push_repairs_what_the_remote_lost_or_holds_damaged(
+    checkout: Layout, remote: Remote, tmp_path: Path
+) -> None:
+    pipeline = Pipeline(checkout, remote)
+    assert pipeline.push_data() == 73
+    assert pipeline.push_data() == 0
+    stored = _objects(tmp_path / "remote")
+    stored[0].unlink()
+    _flip(stored[1])
+    # What is sent must not come from a damaged cache.
+    _flip(_objects(checkout.root / ".dvc/cache")[2])
+    stored[2].unlink()
+    assert Pipeline(checkout, remote).push_data() == 3
+    assert len(stored) == 72
+    assert all(_is_sound(path) for path in stored)
+
+
+def test_push_repairs_objects_in_s3(checkout: Layout, s3: S3Address) -> None:
+    pipeline = Pipeline(checkout, _s3_remote(s3, s3.endpoint_url))
+    assert pipeline.push_data() == 73
+    storage = Storage(s3)
+    keys = [entry.key for entry in storage.list("photos/") if not entry.key.endswith(".dir")]
+    storage.put(keys[0], b"damaged")
+    content = storage.get(keys[1])
+    storage.put(keys[1], content[:-1] + bytes([content[-1] ^ 1]))
+    storage._client.delete_object(Bucket=s3.bucket, Key=keys[2])
+    assert Pipeline(checkout, _s3_remote(s3, s3.endpoint_url)).push_data() == 3
+    for key in keys:
+        digest = hashlib.md5(storage.get(key)).hexdigest()
+        assert key.endswith(f"{digest[:2]}/{digest[2:]}")
+
+
+def test_a_failing_remote_is_told_in_one_line_and_lays_out_nothing(
+    checkout: Layout, s3: S3Address, proxy: Proxy
+) -> None:
+    before = _photos(checkout)
+    Pipeline(checkout, _s3_remote(s3, s3.endpoint_url)).push_data()
+    shutil.rmtree(checkout.data)
+    shutil.rmtree(checkout.root / ".dvc/cache")
+    storage = Storage(s3)
+    key = next(entry.key for entry in storage.list("photos/") if not entry.key.endswith(".dir"))
+    content = storage.get(key)
+    removal = lambda: storage._client.delete_object(Bucket=s3.bucket, Key=key)  # noqa: E731
+    through = _s3_remote(s3, proxy.url)
+    cases: list[tuple[str, Remote, Callable[[], object], object]] = [
+        ("down", _s3_remote(s3, "http://127.0.0.1:9"), lambda: None, None),
+        ("wrong key", _s3_remote(s3, proxy.url, secret_access_key="sentinel"), lambda: None, None),
+        ("500", through, lambda: None, faults.answering(500, "InternalError")),
+        ("object damaged", through, lambda: storage.put(key, b"damaged"), None),
+        ("object missing", through, removal, None),
+    ]
+    for name, remote, spoil, fault in cases:
+        spoil()
+        proxy.fault = fault  # type: ignore[assignment]
+        began = time.monotonic()
+        with pytest.raises(ServiceError, match="could not be pulled") as caught:
+            fetch_data(checkout, Pipeline(checkout, remote))
+        assert time.monotonic() - began < SECONDS, name
+        assert "\n" not in str(caught.value), name
+        assert "sentinel" not in str(caught.value)
+        assert not any(checkout.data.glob("*/*/*")), name
+    proxy.fault = None
+    storage.put(key, content)
+    fetch_data(checkout, Pipeline(checkout, through))
+    assert _photos(checkout) == before
+
+
+def test_a_lock_file_edited_by_hand_is_mended_or_told(checkout: Layout) -> None:
+    lock = checkout.root / "dvc.lock"
+    Pipeline(checkout).run("audit")
+    written = lock.read_bytes()
+    digest = written.split(b"md5: ")[-1][:32]
+    lock.write_bytes(written.replace(digest, b"f" * 32))
+    assert Pipeline(checkout).run("audit") in ("ran", "restored")
+    assert lock.read_bytes() == written
+    for broken in (
+        b"stages: [",
+        written.replace(digest, b"0" * 32),
+        b"schema: '2.0'\nstages: 7\n",
+        b"\xff\xfe",
+    ):
+        lock.write_bytes(broken)
+        with pytest.raises(HandsignsError, match=r"Take dvc\.lock back") as caught:
+            Pipeline(checkout).run("audit")
+        assert "\n" not in str(caught.value)
+    lock.unlink()
+    assert Pipeline(checkout).run("audit") in ("ran", "restored")
+    assert lock.read_bytes() == written
+
+
+def test_locks_of_the_dead_are_no_obstacle(checkout: Layout) -> None:
+    code = (
+        "import sys, zc.lockfile; lock = zc.lockfile.LockFile('.dvc/tmp/lock');"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=checkout.root,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        holder.send_signal(signal.SIGKILL)
+    dead = {"pid": holder.pid, "cmd": "dvc repro"}
+    held = {"write": {str(checkout.root / "artifacts/audit.json"): dead}}
+    (checkout.root / ".dvc/tmp/rwlock").write_text(json.dumps(held))
+    assert Pipeline(checkout, lock_timeout=1.0).run("audit") == "ran"
+
+
+def test_repro_during_a_flow_is_turned_away_and_harms_nothing(checkout: Layout) -> None:
+    said: list[subprocess.CompletedProcess[str]] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if not said:
+            said.append(
+                subprocess.run(
+                    [BIN / "dvc", "repro", "audit"],
+                    cwd=checkout.root,
+                    env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
+                    capture_output=True,
+                    text=True,
+                )
+            )
+
+    assert Pipeline(checkout).run("audit", progress=progress) == "ran"
+    assert said[0].returncode != 0
+    assert "lock" in said[0].stderr
+    assert Pipeline(checkout).run("audit") == "unchanged"
+
+
+def test_a_flow_waits_for_repro_and_then_finds_its_work_done(checkout: Layout) -> None:
+    with subprocess.Popen(
+        [BIN / "dvc", "repro", "audit"],
+        cwd=checkout.root,
+        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        while "Running stage" not in other.stdout.readline():
+            assert other.poll() is None
+        assert Pipeline(checkout, lock_timeout=120).run("audit") == "unchanged"
+        other.stdout.read()
+    assert other.returncode == 0
