@@ -31,6 +31,7 @@ from flows.publication import publish_release, record_run
 from flows.record import remember, unchanged_since
 from flows.report import ModelReport, ReleaseReport, RunReport
 from flows.settings import load_settings
+from flows.shards import shard_runner
 from flows.shown_progress import ShownProgress
 from flows.succession import Succession
 from flows.versions import commit_versions, recorded_version, version_files
@@ -43,6 +44,7 @@ from tasks.params import Params, load_params
 from tasks.progress import Progress, silent
 from tasks.registry import CHALLENGER, Version
 from tasks.release import Release
+from tasks.shards import runner
 
 listener: ContextVar[Progress] = ContextVar("listener", default=silent)
 """Whom a flow in this process tells how far it is; the command line sets it."""
@@ -198,7 +200,11 @@ class Retrain:
     def _stage(self, name: str) -> None:
         def run() -> str:
             shown = ShownProgress(self._progress)
-            outcome = self._workspace.pipeline.run(name, self._force, shown)
+            token = runner.set(shard_runner(self._workspace.settings.dask_address))
+            try:
+                outcome = self._workspace.pipeline.run(name, self._force, shown)
+            finally:
+                runner.reset(token)
             _log.info("Stage %s: %s.", name, outcome)
             return outcome
 

@@ -64,6 +64,12 @@ def _remote(place: str) -> str:
     return place
 
 
+def _scheduler(address: str) -> str:
+    if not re.fullmatch(r"(tcp|tls)://[^/@:]+:\d{1,5}", address):
+        raise ValueError("must be a scheduler's address such as tcp://host:8786")
+    return address
+
+
 def _inbox(place: str) -> str:
     if "://" in place and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", place):
         raise ValueError("must be a folder or s3://bucket/prefix")
@@ -108,6 +114,7 @@ class Settings(BaseSettings):
     model_name: str = Field(default="hand-signs", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     dvc_remote_url: Annotated[str, AfterValidator(_remote)] | None = None
     inbox: Annotated[str, AfterValidator(_inbox)] | None = None
+    dask_address: Annotated[str, AfterValidator(_scheduler)] | None = None
     git_push: Annotated[str, AfterValidator(_branch)] | None = None
     notify_urls: SecretStr | None = None
     promotion: Literal["auto", "approval"] = "auto"
