@@ -6,9 +6,12 @@ looks at the files instead, and opens the server only when somebody wrote to the
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 from flows.local import embedded
+from flows.servers import running_seaweedfs
 from flows.settings import Settings
+from tasks.addresses import S3Address
 from tasks.layout import Layout
 from tasks.signature import Trust
 from tasks.storage import Storage
@@ -28,7 +31,11 @@ class SharedStorage:
     def __init__(self, settings: Settings, layout: Layout, trust: Trust) -> None:
         self._settings, self._layout, self._trust = settings, layout, trust
         self._seen: Mark | None = None
-        self._configured: Storage | None = None
+
+    @cached_property
+    def _configured(self) -> Storage:
+        with embedded(self._settings, self._layout) as services:
+            return Storage(services.s3(), self._trust)
 
     @contextmanager
     def opened(self) -> Iterator[Storage | None]:
@@ -38,20 +45,23 @@ class SharedStorage:
             BusyError: a run keeps the local server and does not answer yet, or no longer.
             ServiceError: the local server did not start.
         """
-        if self._configured:
+        if self._settings.s3_endpoint_url:
             yield self._configured
             return
         mark = self._mark()
         if mark == self._seen:
             yield None
-            return
-        with embedded(self._settings, self._layout, patience=0, share=True) as services:
-            storage = Storage(services.s3(), self._trust)
-            if self._settings.s3_endpoint_url:
-                self._configured = storage
-            yield storage
-        # What was written after the mark was taken is seen by the next look.
-        self._seen = mark
+        elif kept := self._kept_by_a_run():
+            yield Storage(kept, self._trust)
+            self._seen = mark  # what is written after it was taken is seen by the next look
+        else:
+            with embedded(self._settings, self._layout, patience=0) as services:
+                yield Storage(services.s3(), self._trust)
+            # The server writes notes of its own while it stops, and nobody else could.
+            self._seen = self._mark()
+
+    def _kept_by_a_run(self) -> S3Address | None:
+        return running_seaweedfs(self._layout.local.resolve(), self._settings.bucket)
 
     def _mark(self) -> Mark:
         """Sizes of the volumes, which only ever grow by what is written."""

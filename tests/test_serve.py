@@ -24,9 +24,14 @@ from PIL import Image
 from starlette.exceptions import HTTPException
 
 from benchmarks.load import drive, resident
+from flows.local import embedded
 from flows.serve_admission import QUEUE, Desk
+from flows.settings import Settings
+from flows.shared_storage import SharedStorage
 from tasks.addresses import S3Address
+from tasks.layout import Layout
 from tasks.release import Release
+from tasks.signature import Trust
 from tasks.storage import Storage
 from tests.fixtures.checkouts import BIN
 from tests.fixtures.photos import CHECKOUT
@@ -384,3 +389,25 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     refused = asyncio.run(crowd())
     assert refused.status_code == 503
     assert refused.headers == {"Retry-After": "1"}
+
+
+def test_the_local_server_is_opened_for_what_was_written_and_let_go(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    shared = SharedStorage(Settings(), layout, Trust())
+    with embedded(Settings(), layout) as services:
+        Storage(services.s3()).put("one", b"1")
+        with shared.opened() as storage:  # another run's server will do
+            assert storage is not None
+            assert storage.get("one") == b"1"
+    with shared.opened() as storage:  # that server wrote notes of its own as it stopped
+        assert storage is not None
+    with shared.opened() as storage:
+        assert storage is None
+    with embedded(Settings(), layout) as services:
+        Storage(services.s3()).put("two", b"2")
+    with shared.opened() as storage:
+        assert storage is not None
+        assert storage.get("two") == b"2"
+    with shared.opened() as storage:
+        assert storage is None
+    assert not list((layout.local / "logs").glob("*.pid"))
