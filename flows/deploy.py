@@ -1,8 +1,8 @@
-"""Register work pools, deployments and the crash automation with a Prefect server.
+"""Register work pools, deployments and the crash automations with a Prefect server.
 
 `prefect.yaml` holds the deployments. The pools are `handsigns` for processes on this
 machine, and `handsigns-docker` and `handsigns-kubernetes` from the templates in
-`docker/pools/`. The automation marks a run as crashed once nothing has been heard of it.
+`docker/pools/`. Two automations mark a run as crashed once nothing has been heard of it.
 """
 
 import asyncio
@@ -33,9 +33,10 @@ POOLS = {POOL: "process", f"{POOL}-docker": "docker", f"{POOL}-kubernetes": "kub
 """Work pools and their types."""
 SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS
 """Without a sign of life for this long, a run counts as crashed."""
-ALIVE = ("Running", "heartbeat", "Cancelling")
-"""Events of a run after which another must come."""
-AUTOMATION = "Mark silent runs as crashed"
+START_SECONDS = 900
+"""A worker that took a run and did not start it in this time is gone, image pull and all."""
+SILENT = "Mark silent runs as crashed"
+NEVER_STARTED = "Mark runs that never start as crashed"
 FLOWS = ("retrain", "promote", "rollback")
 DEPLOY_SECONDS = 120
 
@@ -103,24 +104,26 @@ def pool_template(layout: Layout, kind: str) -> dict[str, Any]:
     return template
 
 
-def automation(silence: float) -> "AutomationCore":
-    """Describe the automation that marks silent runs as crashed.
+def automation(name: str, after: tuple[str, ...], silence: float) -> "AutomationCore":
+    """Describe an automation that marks runs as crashed of which nothing is heard.
 
-    Every event of a run, a heartbeat too, is a sign of life; after one that says that it
-    runs, another must come. Only our own flows are meant: others may beat more slowly.
+    Every event of a run, a heartbeat too, is a sign of life. Only our own flows are
+    meant: others may beat more slowly.
 
     Args:
-        silence: seconds that may pass between two signs of life.
+        name: names the automation.
+        after: events of a run after which another must come.
+        silence: seconds that may pass until then.
     """
     from prefect.client.schemas.objects import StateType
     from prefect.events import AutomationCore, EventTrigger, Posture, ResourceSpecification
     from prefect.events.actions import ChangeFlowRunState
 
     return AutomationCore(
-        name=AUTOMATION,
+        name=name,
         description="A run whose process is gone sends no heartbeats and cannot say so itself.",
         trigger=EventTrigger(
-            after={f"prefect.flow-run.{event}" for event in ALIVE},
+            after={f"prefect.flow-run.{event}" for event in after},
             expect={"prefect.flow-run.*"},
             match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
             match_related=ResourceSpecification(
@@ -150,11 +153,13 @@ async def _register(layout: Layout, silence: float) -> None:
             template = pool_template(layout, kind)
             pool = WorkPoolCreate(name=name, type=kind, base_job_template=template)
             await client.create_work_pool(pool, overwrite=True)
-        await _keep_automation(client, automation(silence))
+        beating = ("Running", "heartbeat", "Cancelling")
+        await _keep_automation(client, automation(SILENT, beating, silence))
+        await _keep_automation(client, automation(NEVER_STARTED, ("Pending",), START_SECONDS))
 
 
 async def _keep_automation(client: "PrefectClient", wanted: "AutomationCore") -> None:
-    known = await client.read_automations_by_name(AUTOMATION)
+    known = await client.read_automations_by_name(wanted.name)
     if known:
         await client.update_automation(known[0].id, wanted)
     else:

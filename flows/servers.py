@@ -14,13 +14,12 @@ from flows.ports import PAIR, choose_ports, known_ports
 from flows.server import Server
 from tasks.addresses import S3Address
 from tasks.errors import ServiceError
+from tasks.registry_files import PREFIX
 from tasks.storage import Storage
 
 HOST = "127.0.0.1"
 DVC_BUCKET = "dvc"
 SEAWEEDFS_PORTS = 5
-MLFLOW_PREFIX = "mlflow"
-"""Below it, in the bucket of the releases, MLflow's files."""
 WORKER = "local"
 _LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 
@@ -177,7 +176,7 @@ def mlflow(
     command += ["--host", HOST, "--port", str(ports[0])]
     # Otherwise a page elsewhere could reach it through a name that points here.
     command += ["--allowed-hosts", f"{HOST}:{ports[0]},localhost:{ports[0]}"]
-    command += ["--artifacts-destination", f"s3://{store.bucket}/{MLFLOW_PREFIX}"]
+    command += ["--artifacts-destination", f"s3://{store.bucket}/{PREFIX}"]
     environment = _without_foreign() | {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",

@@ -19,6 +19,7 @@ from typing import Any
 
 from tasks.addresses import S3Address, shown
 from tasks.errors import ServiceError
+from tasks.registry_files import credentials_of, place_of
 from tasks.run_record import RunRecord
 
 CHALLENGER = "challenger"
@@ -167,7 +168,7 @@ class Registry:
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
-            with _environment(self._artifacts):
+            with credentials_of(self._artifacts):
                 yield self._client
         except (MlflowException, SQLAlchemyError, OSError) as error:
             raise ServiceError(self._explain(error)) from None
@@ -185,7 +186,7 @@ class Registry:
     def _experiment(self, client: Any) -> str:
         known = client.get_experiment_by_name(self.model_name)
         if known is None:
-            place = _place(self._artifacts, self.model_name)
+            place = place_of(self._artifacts, self.model_name)
             return str(client.create_experiment(self.model_name, artifact_location=place))
         return str(known.experiment_id)
 
@@ -265,28 +266,6 @@ class Registry:
         for alias, number in sorted(named.items()):
             aliases[str(number)] = (*aliases.get(str(number), ()), alias)
         return aliases
-
-
-def _place(artifacts: Path | S3Address | None, experiment: str) -> str | None:
-    if isinstance(artifacts, S3Address):
-        return f"s3://{artifacts.bucket}/mlflow/{experiment}"
-    return artifacts.resolve().as_uri() if artifacts else None
-
-
-@contextmanager
-def _environment(artifacts: Path | S3Address | None) -> Iterator[None]:
-    """MLflow takes credentials from the environment only; others must not find them there."""
-    ours = artifacts.environment() if isinstance(artifacts, S3Address) else {}
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name, text in before.items():
-            if text is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = text
 
 
 def _configure() -> None:
