@@ -12,7 +12,8 @@ from scipy.sparse.csgraph import connected_components
 
 Pairs = NDArray[np.int64]
 
-_BLOCK = 1024
+_COMPARED = 1 << 22
+"""Pairs of hashes compared at a time, so that memory does not grow with the photos."""
 _CHUNK = 128
 
 
@@ -111,7 +112,8 @@ def group(count: int, pairs: Iterable[tuple[int, int]] | Pairs) -> NDArray[np.in
 def _near_by_hash(
     hashes: NDArray[np.uint64], distance: int
 ) -> Iterator[tuple[Pairs, NDArray[np.int64]]]:
-    for start in range(0, len(hashes), _BLOCK):
-        bits = np.bitwise_count(hashes[start : start + _BLOCK, None] ^ hashes[None, start:])
+    block = max(1, _COMPARED // max(1, len(hashes)))
+    for start in range(0, len(hashes), block):
+        bits = np.bitwise_count(hashes[start : start + block, None] ^ hashes[None, start:])
         left, right = np.nonzero(np.triu(bits <= distance, k=1))
         yield np.stack([left, right], axis=1) + start, bits[left, right].astype(np.int64)
