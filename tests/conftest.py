@@ -4,6 +4,7 @@ pytest_plugins = (
     "tests.fixtures.photos",
     "tests.fixtures.models",
     "tests.fixtures.programs",
+    "tests.fixtures.postgresql",
     "tests.fixtures.servers",
     "tests.fixtures.service",
     "tests.fixtures.browser",

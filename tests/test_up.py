@@ -1,0 +1,289 @@
+"""The whole service as processes: started, used, overlapped, cancelled, killed, stopped."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+from prefect.server.schemas.actions import DeploymentCreate, WorkPoolCreate
+
+from flows.deploy import POOLS, pool_template
+from flows.local import embedded
+from flows.servers import ask
+from flows.settings import Settings
+from tasks.storage import Storage
+from tests.fixtures.checkouts import SERVICES, Workshop, make_checkout
+from tests.fixtures.photos import CHECKOUT, write_photos
+
+pytestmark = pytest.mark.slow
+SILENCE = 35
+QUICK = {"PREFECT_WORKER_QUERY_SECONDS": "1"}
+TRAINING = "train@base"
+FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+@dataclass
+class Service:
+    """A service that is up in a checkout of its own, and Prefect's API as a client sees it."""
+
+    workshop: Workshop
+    told: dict[str, Any]
+
+    def ask(self, path: str, content: Any = None) -> Any:
+        question = urllib.request.Request(
+            self.told["prefect"] + path,
+            data=None if content is None else json.dumps(content).encode(),
+            headers={"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(question, timeout=30) as answer:
+            return json.loads(answer.read() or "null")
+
+    def run(self, deployment: str = "retrain/retrain") -> str:
+        found = self.ask(f"/deployments/name/{deployment}")["id"]
+        return str(self.ask(f"/deployments/{found}/create_flow_run", {})["id"])
+
+    def state(self, run: str) -> dict[str, Any]:
+        return dict(self.ask(f"/flow_runs/{run}")["state"])
+
+    def wait(self, run: str, *types: str, seconds: float = 240) -> dict[str, Any]:
+        """Poll until the run is in a state of one of these types, or in a final one."""
+        deadline = time.monotonic() + seconds
+        while (state := self.state(run))["type"] not in (*types, *FINAL):
+            assert time.monotonic() < deadline, state
+            time.sleep(0.2)
+        assert state["type"] in types, state
+        return state
+
+    def training(self, run: str) -> dict[str, Any]:
+        """The task of a run that trains its first phase, once it began."""
+        wanted = {"flow_runs": {"id": {"any_": [run]}}, "task_runs": {"name": {"any_": [TRAINING]}}}
+        deadline = time.monotonic() + 240
+        while not (found := self.ask("/task_runs/filter", wanted)) or not found[0]["start_time"]:
+            assert time.monotonic() < deadline, self.state(run)
+            time.sleep(0.2)
+        return dict(found[0])
+
+    def processes(self, word: str = "") -> list[psutil.Process]:
+        """What runs in the checkout, or is part of its service, with `word` in its arguments."""
+        return [one for one in _processes(self.workshop) if word in " ".join(one.cmdline())]
+
+
+def _processes(workshop: Workshop) -> list[psutil.Process]:
+    root = str(workshop.layout.root)
+    found = []
+    for one in psutil.process_iter():
+        try:
+            ours = one.cwd() == root or root in " ".join(one.cmdline())
+        except psutil.Error:
+            continue
+        if ours and one.status() != psutil.STATUS_ZOMBIE:
+            found.append(one)
+    return found
+
+
+def _gone(processes: list[psutil.Process], seconds: float) -> bool:
+    return not psutil.wait_procs(processes, timeout=seconds)[1]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service on SQLite, with photos on which training takes longer than any test."""
+    folder = tmp_path_factory.mktemp("up")
+    workshop = make_checkout(folder / "checkout")
+    workshop.handsigns("import", write_photos(folder / "photos", per_class=8))
+    workshop.change("phases.base", epochs=1000)
+    with embedded(Settings(), workshop.layout) as services:
+        MlflowClient(services.mlflow()).create_registered_model("before")
+        Storage(services.s3()).put("before", b"kept")
+    told = workshop.handsigns("up", **QUICK)
+    try:
+        yield Service(workshop, told)
+    finally:
+        workshop.handsigns("down")
+
+
+def test_up_answers_everywhere_and_says_where(service: Service) -> None:
+    assert service.told["started"]
+    for address in (f"{service.told['mlflow']}/health", f"{service.told['prefect']}/health"):
+        assert ask(address)
+    page = ask(service.told["prefect"].removesuffix("/api"), seconds=10)
+    assert page is not None
+    assert b"<html" in page.lower()
+    again = service.workshop.handsigns("up", **QUICK)
+    assert again == {**service.told, "started": False}
+
+
+def test_it_works_on_the_data_that_was_there_before(service: Service) -> None:
+    assert MlflowClient(service.told["mlflow"]).get_registered_model("before")
+    with embedded(Settings(), service.workshop.layout) as services:
+        assert services.s3().endpoint_url == service.told["s3"]
+        assert services.mlflow() == service.told["mlflow"]
+        assert services.prefect() == service.told["prefect"]
+        assert Storage(services.s3()).get("before") == b"kept"
+    assert service.workshop.handsigns("status")["champion"] is None
+
+
+def test_deployments_pools_and_the_schedule_are_registered(service: Service) -> None:
+    retrain = service.ask("/deployments/name/retrain/retrain")
+    (schedule,) = retrain["schedules"]
+    assert schedule["schedule"]["cron"] == "0 2 * * *"
+    assert schedule["schedule"]["timezone"] == "Etc/UTC"
+    assert retrain["global_concurrency_limit"]["limit"] == 1
+    assert retrain["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+    for name in ("retrain/retrain", "promote/promote", "rollback/rollback"):
+        parameters = service.ask(f"/deployments/name/{name}")["parameter_openapi_schema"]
+        assert all(one["description"] for one in parameters["properties"].values()), name
+    pools = {pool["name"]: pool for pool in service.ask("/work_pools/filter", {})}
+    assert {name: pools[name]["type"] for name in POOLS} == POOLS
+    assert pools["handsigns"]["status"] == "READY"
+
+
+def test_nothing_listens_beyond_loopback_and_no_secret_is_shown(service: Service) -> None:
+    ours = {one.pid for one in service.processes()}
+    listening = {
+        one.laddr.ip
+        for one in psutil.net_connections("tcp")
+        if one.status == "LISTEN" and one.pid in ours
+    }
+    assert listening == {"127.0.0.1"}
+    local = service.workshop.layout.local
+    secret = json.loads((local / "credentials.json").read_text())["secret_access_key"]
+    assert not service.processes(secret)
+    shown = [local / "service.json", *(local / "logs").iterdir()]
+    assert all(secret not in path.read_text(errors="replace") for path in shown)
+    assert service.ask("/variables/filter", {}) == []
+    assert (local / "service.json").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.fixture(scope="module")
+def training(service: Service) -> str:
+    """A run that has begun to train, and one that came meanwhile."""
+    first, second = service.run(), service.run()
+    states = {run: service.wait(run, "RUNNING", "CANCELLED") for run in (first, second)}
+    (refused,) = [state for state in states.values() if state["type"] == "CANCELLED"]
+    assert "concurrency limit" in refused["message"]
+    (run,) = [run for run, state in states.items() if state["type"] == "RUNNING"]
+    service.training(run)
+    return run
+
+
+def test_a_schedule_that_fires_twice_trains_once(service: Service, training: str) -> None:
+    assert service.state(training)["type"] == "RUNNING"
+    assert len(service.processes("prefect.engine")) == 1
+    refused = service.workshop.handsigns("retrain", code=1)
+    assert "Another retrain" in refused["reason"]
+    assert str(service.processes("prefect.engine")[0].pid) in refused["reason"]
+
+
+def test_a_cancelled_run_stops_within_10_s_and_leaves_nothing(
+    service: Service, training: str
+) -> None:
+    engine = service.processes("prefect.engine")
+    asked = datetime.now(UTC)
+    service.ask(f"/flow_runs/{training}/set_state", {"state": {"type": "CANCELLING"}})
+    service.wait(training, "CANCELLED")
+    assert _gone(engine, 1)
+    while not (stopped := service.training(training)["end_time"]):
+        time.sleep(0.2)
+    assert (datetime.fromisoformat(stopped) - asked).total_seconds() < 10
+    layout = service.workshop.layout
+    assert json.loads((layout.root / ".dvc/tmp/rwlock").read_text()) == {}
+    assert not layout.weights("base").exists()
+    assert not list(layout.artifacts.rglob(".*"))
+    report = service.workshop.report()
+    assert (report["status"], report["reason"].split(".")[0]) == ("failed", "Stopped from outside")
+
+
+@pytest.fixture(scope="module")
+def killed(service: Service, training: str) -> tuple[str, float]:
+    """The run after the cancelled one, killed in its training together with its worker."""
+    assert service.wait(training, "CANCELLED")
+    service.workshop.handsigns("deploy", "--silence", str(SILENCE))
+    run = service.run()
+    service.training(run)
+    for one in service.processes("worker start") + service.processes("prefect.engine"):
+        one.kill()
+    return run, time.monotonic()
+
+
+@pytest.mark.program("initdb")
+@pytest.mark.usefixtures("killed")
+def test_a_database_url_moves_prefect_and_mlflow_to_postgresql(
+    postgresql: str, tmp_path: Path
+) -> None:
+    workshop = make_checkout(tmp_path / "checkout")
+    told = workshop.handsigns("up", DATABASE_URL=postgresql)
+    password = postgresql.rpartition("@")[0][-16:]
+    try:
+        service = Service(workshop, told)
+        assert service.ask("/deployments/count", {}) == 3
+        assert MlflowClient(told["mlflow"]).create_registered_model("hands")
+        assert password not in json.dumps(told)
+        assert not service.processes(password)
+        for one in service.processes("worker start"):
+            assert password not in one.environ().get("DATABASE_URL", "")
+    finally:
+        workshop.handsigns("down", DATABASE_URL=postgresql)
+    assert not (workshop.layout.local / "mlflow.db").exists()
+    assert not list((workshop.layout.local / "prefect").glob("*.db"))
+    logs = (workshop.layout.local / "logs").iterdir()
+    assert all(password not in path.read_text(errors="replace") for path in logs)
+    # The same versions are there without a server, for who names the same database.
+    code = "from flows.local import *; from flows.settings import *; from mlflow import *\n"
+    code += "from tasks.layout import Layout\nwith embedded(load_settings(), Layout(Path())) as s:"
+    code += " print(MlflowClient(s.mlflow()).get_registered_model('hands').name)"
+    assert workshop.run("python", "-c", code, DATABASE_URL=postgresql).stdout.strip() == "hands"
+
+
+def test_a_run_whose_worker_died_is_marked_crashed_and_the_worker_returns(
+    service: Service, killed: tuple[str, float]
+) -> None:
+    run, at = killed
+    state = service.wait(run, "CRASHED", seconds=120 - (time.monotonic() - at))
+    assert "Nothing was heard" in state["message"]
+    assert service.processes("worker start")
+
+
+def test_down_stops_all_of_it_and_the_data_stays(service: Service) -> None:
+    before = service.processes()
+    assert len(before) > 8
+    assert service.workshop.handsigns("down") == {"stopped": True}
+    assert _gone(before, 1)
+    assert not service.processes()
+    assert service.workshop.handsigns("down") == {"stopped": False}
+    with embedded(Settings(), service.workshop.layout) as services:
+        assert MlflowClient(services.mlflow()).get_registered_model("before")
+        assert Storage(services.s3()).get("before") == b"kept"
+
+
+def test_prefect_is_not_opened_to_others_without_a_password(tmp_path: Path) -> None:
+    kept = {name: text for name, text in os.environ.items() if not name.startswith(SERVICES)}
+    done = subprocess.run(
+        [Path(sys.executable).parent / "handsigns", "up"],
+        cwd=CHECKOUT.root,
+        env={**kept, "HANDSIGNS_HOST": "0.0.0.0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "PREFECT_SERVER_API_AUTH_STRING" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", POOLS.values())
+def test_a_pools_template_is_one_that_prefect_takes(kind: str) -> None:
+    template = pool_template(CHECKOUT, kind)
+    WorkPoolCreate(name="pool", type=kind, base_job_template=template)
+    deployment = DeploymentCreate(name="retrain", flow_id=uuid.uuid4())
+    deployment.check_valid_configuration(template)
