@@ -2,6 +2,8 @@
 
 import json
 import stat
+import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +36,33 @@ def signer(ours: tuple[Path, Path], tmp_path: Path) -> Trust:
     return Trust((ours[1],), ours[0], memory=tmp_path / "seen.json")
 
 
+@pytest.fixture(scope="module")
+def bucket(s3_server: S3Address) -> S3Address:
+    """One bucket for this file: a fresh one for each test takes a second each."""
+    address = replace(s3_server, bucket=f"test-{uuid.uuid4().hex[:16]}")
+    Storage(address)._client.create_bucket(Bucket=address.bucket)
+    return address
+
+
 @pytest.fixture
-def signed(s3: S3Address, signer: Trust) -> Storage:
-    """A fresh bucket whose releases must be signed by us."""
-    return Storage(s3, signer)
+def unsigned(bucket: S3Address) -> Storage:
+    """The bucket, without a champion, to who configured no key."""
+    storage = Storage(bucket)
+    storage._client.delete_object(Bucket=bucket.bucket, Key=KEY)
+    return storage
+
+
+@pytest.fixture
+def signed(unsigned: Storage, signer: Trust) -> Storage:
+    """The same to who demands our signature."""
+    return Storage(unsigned.address, signer)
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
+    """Files of a release that is like no other."""
     (tmp_path / "labels.json").write_bytes(b"[]")
-    (tmp_path / "model.pb").write_bytes(b"weights" * 100)
+    (tmp_path / "model.pb").write_bytes(uuid.uuid4().bytes * 100)
     return {name: tmp_path / name for name in ("labels.json", "model.pb")}
 
 
@@ -90,12 +109,12 @@ def test_a_key_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | Non
 
 
 def test_nothing_is_signed_or_asked_for_where_no_key_is_configured(
-    storage: Storage, files: dict[str, Path]
+    unsigned: Storage, files: dict[str, Path]
 ) -> None:
-    release = publish(storage, files)
-    assert "signature" not in json.loads(storage.get(_key(release)))
+    release = publish(unsigned, files)
+    assert "signature" not in json.loads(unsigned.get(_key(release)))
     assert "not checked" in UNSIGNED.told()
-    verify(storage, release.id)
+    verify(unsigned, release.id)
 
 
 def test_a_signed_release_is_believed_by_who_knows_the_key(
@@ -120,19 +139,20 @@ def test_of_several_public_keys_any_one_will_do(
 
 
 def test_who_may_not_sign_cannot_publish_and_nothing_is_uploaded(
-    s3: S3Address, files: dict[str, Path], ours: tuple[Path, Path], theirs: tuple[Path, Path]
+    unsigned: Storage, files: dict[str, Path], ours: tuple[Path, Path], theirs: tuple[Path, Path]
 ) -> None:
+    before = list(unsigned.list(""))
     for trust, words in (
         (Trust((ours[1],)), "no HANDSIGNS_SIGNING_KEY"),
         (Trust((ours[1],), theirs[0]), "none of those that are believed"),
     ):
-        storage = Storage(s3, trust)
+        storage = Storage(unsigned.address, trust)
         with pytest.raises(SettingsError, match=words):
             publish(storage, files)
-        assert list(storage.list("")) == []
+        assert list(storage.list("")) == before
         with pytest.raises(SettingsError, match=words):
             move_champion(storage, None, Pointer(release="0" * 32, version=1))
-        assert list(storage.list("")) == []
+        assert list(storage.list("")) == before
 
 
 def _unsigned(fields: Any, other: Any) -> str:
@@ -217,16 +237,15 @@ def test_a_file_changed_and_its_manifest_mended_without_the_key_is_refused(
 
 
 def test_an_unsigned_copy_in_the_cache_is_not_used(
-    storage: Storage, files: dict[str, Path], signer: Trust, tmp_path: Path
+    unsigned: Storage, signed: Storage, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    release = publish(storage, files)
-    fetch(storage, release.id, tmp_path / "cache")
-    strict = Storage(storage.address, signer)
+    release = publish(unsigned, files)
+    fetch(unsigned, release.id, tmp_path / "cache")
     with pytest.raises(ReleaseError, match="signature is missing"):
-        fetch(strict, release.id, tmp_path / "cache")
-    publish(strict, files)
-    folder = fetch(strict, release.id, tmp_path / "cache")
-    verify_folder(folder, release.id, signer)
+        fetch(signed, release.id, tmp_path / "cache")
+    publish(signed, files)
+    folder = fetch(signed, release.id, tmp_path / "cache")
+    verify_folder(folder, release.id, signed.trust)
 
 
 def test_the_pointer_is_signed_for_its_bucket(
