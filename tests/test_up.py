@@ -142,8 +142,11 @@ def test_deployments_pools_and_the_schedule_are_registered(service: Service) -> 
     assert retrain["global_concurrency_limit"]["limit"] == 1
     assert retrain["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
     for name in ("retrain/retrain", "promote/promote", "rollback/rollback"):
-        parameters = service.ask(f"/deployments/name/{name}")["parameter_openapi_schema"]
-        assert all(one["description"] for one in parameters["properties"].values()), name
+        deployment = service.ask(f"/deployments/name/{name}")
+        parameters = deployment["parameter_openapi_schema"]["properties"].values()
+        assert all(one["description"] for one in parameters), name
+        # With Prefect's default of 180 s, every run would seem to have crashed.
+        assert deployment["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
     pools = {pool["name"]: pool for pool in service.ask("/work_pools/filter", {})}
     assert {name: pools[name]["type"] for name in POOLS} == POOLS
     assert pools["handsigns"]["status"] == "READY"
