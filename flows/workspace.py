@@ -121,6 +121,7 @@ class Workspace:
         from tasks.champion import promote
         from tasks.params import load_params
 
+        self.storage.check_conditions()
         return promote(
             self.storage,
             self.registry,
@@ -136,6 +137,7 @@ class Workspace:
         """Return to the champion before the present one."""
         from tasks.champion import rollback
 
+        self.storage.check_conditions()
         return rollback(self.storage, self.registry, reason, by=by)
 
     def release(self, name: str) -> tuple[str, Path]:
