@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -60,9 +60,7 @@ class Fixed:
     served: Served | None
     problem: str | None = None
     looked_at: float | None = None
-
-    def __post_init__(self) -> None:
-        self.failures: dict[str, int] = {}
+    failures: dict[str, int] = field(default_factory=dict)
 
     def stop(self) -> None:
         """There is nothing to stop."""
