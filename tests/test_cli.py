@@ -12,7 +12,7 @@ from tests.fixtures.photos import CHECKOUT, write_photos
 
 VERBS = (
     "sample", "import", "retrain", "status", "evaluate", "predict", "promote", "rollback", "verify",
-    "up", "down", "deploy", "serve",
+    "up", "down", "deploy", "serve", "reproduce",
 )  # fmt: skip
 
 

@@ -185,6 +185,11 @@ def test_the_release_is_signed_and_verify_says_by_whom(run: Run) -> None:
     assert "sbom.cdx.json" in manifest["files"]
     assert "signature" in manifest
     assert "signature" in json.loads(run.storage.get(KEY))
+    again = run.workshop.handsigns("keys", "sign", **run.settings)
+    assert again["releases"] == [told["id"]]
+    assert (
+        "are checked" in run.workshop.handsigns("verify", "champion", **run.settings)["signature"]
+    )
 
 
 def test_every_verb_refuses_what_is_not_signed(run: Run, tmp_path: Path) -> None:
