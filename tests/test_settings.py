@@ -121,3 +121,10 @@ def test_a_password_in_an_address_is_never_shown(user: str, password: str, schem
 @pytest.mark.parametrize("url", ["sqlite:////srv/mlflow.db", "http://127.0.0.1:5000", "nonsense"])
 def test_an_address_without_secrets_is_shown_as_it_is(url: str) -> None:
     assert shown(url) == url
+
+
+def test_a_token_that_is_too_short_is_refused_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HANDSIGNS_SERVE_TOKEN", "hush-hush")
+    told = _refusal()
+    assert "HANDSIGNS_SERVE_TOKEN" in told
+    assert "hush" not in told
