@@ -84,6 +84,7 @@ class Registry:
             experiment = self._experiment(client)
             if found := self._finished(client, experiment, record.content_id):
                 return found
+            self._end_broken(client, experiment, record.content_id)
             run_id = client.create_run(
                 experiment, tags={**record.tags, CONTENT_ID: record.content_id}
             ).info.run_id
@@ -197,6 +198,12 @@ class Registry:
             if outputs and outputs.model_outputs:
                 return RecordedRun(run.info.run_id, outputs.model_outputs[0].model_id)
         return None
+
+    def _end_broken(self, client: Any, experiment: str, content_id: str) -> None:
+        """Runs of this release whose process was killed would else be shown as running."""
+        wanted = f"tags.{CONTENT_ID} = '{content_id}' and attributes.status = 'RUNNING'"
+        for run in client.search_runs([experiment], wanted):
+            client.set_terminated(run.info.run_id, "KILLED")
 
     def _log(self, client: Any, run_id: str, record: RunRecord) -> None:
         from mlflow.entities import Metric, Param
