@@ -6,15 +6,17 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tasks.errors import PromotionError, ReleaseError
-from tasks.objections import objections
-from tasks.params import GateParams
 from tasks.pointer import Champion, Move, Pointer, move_champion, read_champion
 from tasks.registry import CHALLENGER, CHAMPION, Registry, Version
 from tasks.release import fetch, verify
 from tasks.storage import Storage
 from tasks.whole import read_json
+
+if TYPE_CHECKING:
+    from tasks.params import GateParams
 
 METRICS = ("accuracy", "loss", "auc", "ece")
 """Scores that the history keeps of each champion."""
@@ -82,7 +84,7 @@ def promote(
     number: int,
     reason: str,
     cache: Path,
-    limits: GateParams,
+    limits: "GateParams",
     *,
     force: bool = False,
     by: str | None = None,
@@ -124,6 +126,9 @@ def promote(
         _log.warning(said)
     if present is not None and present.pointer.release == _release_of(version):
         raise PromotionError(f"Version {number} is champion already. Nothing was moved.")
+    # Statistics take a second to import; whoever only looks for a release needs none.
+    from tasks.objections import objections
+
     folder = fetch(storage, _release_of(version), cache)
     against = objections(version.tags, folder, present, limits)
     if against and not force:
