@@ -1,0 +1,71 @@
+"""What the benchmarks make of what they measured."""
+
+from pathlib import Path
+
+from benchmarks import growth, increment, markdown, training
+from benchmarks.variant import curve
+from tasks.labels import LABELS
+
+
+def result(seconds: float, points: list[tuple[float, float]], rows: int = 0) -> dict[str, object]:
+    """One variant's measurement."""
+    scores = {"accuracy": points[-1][1], "loss": 0.25}
+    return {
+        "seconds": seconds,
+        "stages": {"full": seconds},
+        "work": {"full": seconds - 1},
+        "rows": rows,
+        "peak_mib": 1234.5,
+        "features_mib": 10.0,
+        "curve": points,
+        "val": scores,
+        "test": scores,
+    }
+
+
+def test_tables_are_markdown() -> None:
+    assert markdown.table(("", "a"), [("b", "1")]) == "|  | a |\n| --- | ---: |\n| b | 1 |"
+
+
+def test_ratios_are_against_plain_keras_and_its_last_accuracy() -> None:
+    results = {
+        "plain": result(100.0, [(50.0, 0.8), (98.0, 0.9)]),
+        "cached": result(10.0, [(4.0, 0.85), (4.9, 0.92), (9.0, 0.89)], rows=7),
+        "default": result(40.0, [(39.0, 0.7)]),
+    }
+    _, _, plain, cached, default = training.table(results).splitlines()
+    assert "| 100.0 | 1.0 | - | 98.0 s, 1.0 times sooner | 90.0%, 0.250 |" in plain
+    assert "| 10.0 | 10.0 | - | 4.9 s, 20.0 times sooner | 89.0%, 0.250 |" in cached
+    assert "| 40.0 | 2.5 | - | not reached |" in default
+    assert "| 7 | 10.0 (1.0) |" in training.stages(results).splitlines()[3]
+
+
+def test_an_epochs_moment_is_its_last_update() -> None:
+    updates = [("full", done, 6, float(done)) for done in range(1, 7)]
+    history = {"full": {"epochs": [{"val_accuracy": 0.5}, {"val_accuracy": 0.75}]}}
+    assert curve(history, updates) == [(3.0, 0.5), (6.0, 0.75)]
+
+
+def test_growth_is_against_the_first_size() -> None:
+    first, second = result(10.0, [(1.0, 0.5)]), result(30.0, [(1.0, 0.5)])
+    second["peak_mib"] = 1334.5
+    last = growth.table({100: first, 300: second}).splitlines()[-1]
+    assert last.startswith("| 300 | 30.0 | 3.00 | 1,334 | 100 |")
+
+
+def test_five_percent_of_the_photos_come_later(tmp_path: Path) -> None:
+    for label in LABELS:
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number in range(40):
+            (tmp_path / "photos" / label / f"{number:02d}.png").touch()
+    increment.divide(tmp_path / "photos", tmp_path / "first", tmp_path / "later")
+    counts = [len(list((tmp_path / part).rglob("*.png"))) for part in ("first", "later")]
+    assert counts == [38 * len(LABELS), 2 * len(LABELS)]
+
+
+def test_a_changes_share_is_of_the_first_retrain() -> None:
+    features = {"computed": 5, "reused": 95}
+    whole = {"wall": 60.0, "stages": {"full": 30.0}, "status": "promoted", "features": features}
+    nothing = {"wall": 1.5, "stages": {}, "status": "unchanged", "features": features}
+    last = increment.table({"everything": whole, "nothing": nothing}).splitlines()[-1]
+    assert last == "| nothing | 1.5 | 2% | 0.0 | 0% | 5 | 95 | unchanged |"
