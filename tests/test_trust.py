@@ -25,7 +25,7 @@ from tests.fixtures.checkouts import Workshop, make_checkout
 from tests.fixtures.photos import write_photos
 
 pytestmark = pytest.mark.slow
-SENTINEL = "Xq7-never-seen-anywhere"
+SENTINEL = "-".join(("Xq7", "never", "seen"))  # not in one piece: this file is searched too
 NOWHERE = "127.0.0.1:9"
 """Nobody listens there."""
 
