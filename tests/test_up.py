@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import stamina
 from mlflow import MlflowClient
 from prefect.server.schemas.actions import DeploymentCreate, WorkPoolCreate
 
@@ -46,8 +47,14 @@ class Service:
             data=None if content is None else json.dumps(content).encode(),
             headers={"content-type": "application/json"},
         )
-        with urllib.request.urlopen(question, timeout=30) as answer:
-            return json.loads(answer.read() or "null")
+
+        # As Prefect's own client does: on a busy machine SQLite makes it say 503.
+        @stamina.retry(on=OSError, attempts=None, timeout=90)
+        def once() -> Any:
+            with urllib.request.urlopen(question, timeout=60) as answer:
+                return json.loads(answer.read() or "null")
+
+        return once()
 
     def run(self, deployment: str = "retrain/retrain") -> str:
         found = self.ask(f"/deployments/name/{deployment}")["id"]
