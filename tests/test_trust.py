@@ -232,7 +232,7 @@ def test_without_the_signing_key_nothing_is_trained_in_vain(run: Run) -> None:
 def test_a_release_is_rebuilt_from_its_record_and_is_identical(run: Run) -> None:
     root = run.workshop.layout.root
     before = sorted(
-        path.name for path in Path(os.environ.get("TMPDIR", "/tmp")).glob("handsigns-*")
+        path.name for path in Path(os.environ.get("TMPDIR", "/tmp")).glob("handsigns-reproduce-*")
     )
     told = run.workshop.handsigns("reproduce", "champion", **run.settings)
     assert told["identical"], told
@@ -241,5 +241,7 @@ def test_a_release_is_rebuilt_from_its_record_and_is_identical(run: Run) -> None
     assert released == rebuilt == run.report["test"]["loss"]
     listed = subprocess.run(["git", "-C", root, "worktree", "list"], capture_output=True, text=True)
     assert len(listed.stdout.splitlines()) == 1
-    after = sorted(path.name for path in Path(os.environ.get("TMPDIR", "/tmp")).glob("handsigns-*"))
+    after = sorted(
+        path.name for path in Path(os.environ.get("TMPDIR", "/tmp")).glob("handsigns-reproduce-*")
+    )
     assert after == before
