@@ -25,6 +25,8 @@ from tasks.errors import ServiceError
 from tasks.layout import Layout
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from prefect.client.orchestration import PrefectClient
     from prefect.events import AutomationCore
 
@@ -38,6 +40,7 @@ START_SECONDS = 900
 SILENT = "Mark silent runs as crashed"
 NEVER_STARTED = "Mark runs that never start as crashed"
 FLOWS = ("retrain", "promote", "rollback")
+TELLER = "tell/crash"
 DEPLOY_SECONDS = 120
 
 
@@ -64,8 +67,10 @@ def deploy(
         ServiceError: the server refuses, with its own words.
     """
     point_prefect_at(api, layout.local.resolve() / "prefect", settings)
-    asyncio.run(_register(layout, silence))
-    return _deploy_flows(layout, pool)
+    asyncio.run(_register_pools(layout))
+    deployed = _deploy_flows(layout, pool)
+    asyncio.run(_register_automations(silence))
+    return deployed
 
 
 def wait_for_worker(seconds: float) -> None:
@@ -104,7 +109,9 @@ def pool_template(layout: Layout, kind: str) -> dict[str, Any]:
     return template
 
 
-def automation(name: str, after: tuple[str, ...], silence: float) -> "AutomationCore":
+def automation(
+    name: str, after: tuple[str, ...], silence: float, teller: "UUID"
+) -> "AutomationCore":
     """Describe an automation that marks runs as crashed of which nothing is heard.
 
     Every event of a run, a heartbeat too, is a sign of life. Only our own flows are
@@ -114,10 +121,11 @@ def automation(name: str, after: tuple[str, ...], silence: float) -> "Automation
         name: names the automation.
         after: events of a run after which another must come.
         silence: seconds that may pass until then.
+        teller: deployment that tells people of it.
     """
     from prefect.client.schemas.objects import StateType
     from prefect.events import AutomationCore, EventTrigger, Posture, ResourceSpecification
-    from prefect.events.actions import ChangeFlowRunState
+    from prefect.events.actions import ChangeFlowRunState, RunDeployment
 
     return AutomationCore(
         name=name,
@@ -139,12 +147,15 @@ def automation(name: str, after: tuple[str, ...], silence: float) -> "Automation
                 state=StateType.CRASHED,
                 message=f"Nothing was heard of this run for {silence:.0f} s: its process, its "
                 "worker or its machine is gone. What was there before is whole; run it again.",
-            )
+            ),
+            RunDeployment(
+                deployment_id=teller, parameters={"run": "{{ labels.prefect.resource.id }}"}
+            ),
         ],
     )
 
 
-async def _register(layout: Layout, silence: float) -> None:
+async def _register_pools(layout: Layout) -> None:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
 
@@ -153,9 +164,19 @@ async def _register(layout: Layout, silence: float) -> None:
             template = pool_template(layout, kind)
             pool = WorkPoolCreate(name=name, type=kind, base_job_template=template)
             await client.create_work_pool(pool, overwrite=True)
-        beating = ("Running", "heartbeat", "Cancelling")
-        await _keep_automation(client, automation(SILENT, beating, silence))
-        await _keep_automation(client, automation(NEVER_STARTED, ("Pending",), START_SECONDS))
+
+
+async def _register_automations(silence: float) -> None:
+    from prefect.client.orchestration import get_client
+
+    kinds = {
+        SILENT: (("Running", "heartbeat", "Cancelling"), silence),
+        NEVER_STARTED: (("Pending",), START_SECONDS),
+    }
+    async with get_client() as client:
+        teller = (await client.read_deployment_by_name(TELLER)).id
+        for name, (after, seconds) in kinds.items():
+            await _keep_automation(client, automation(name, after, seconds, teller))
 
 
 async def _keep_automation(client: "PrefectClient", wanted: "AutomationCore") -> None:

@@ -10,6 +10,7 @@ from tasks.notify import notify
 
 if TYPE_CHECKING:
     from prefect import Flow
+    from prefect.client.schemas.objects import Flow as KnownFlow
     from prefect.client.schemas.objects import FlowRun, State
 
 _log = logging.getLogger(__name__)
@@ -33,10 +34,13 @@ def tell(settings: Settings, title: str, reason: str, link: str | None = None) -
     return notify(settings.notify_urls.get_secret_value(), title, f"{reason}\n{where}")
 
 
-def tell_bad_end(flow: "Flow[..., Any]", flow_run: "FlowRun", state: "State[Any]") -> None:
+def tell_bad_end(
+    flow: "Flow[..., Any] | KnownFlow", flow_run: "FlowRun", state: "State[Any]"
+) -> None:
     """Prefect's hook for a run that failed, was rejected, or crashed.
 
-    The run's own process calls it, or the worker where that process was killed.
+    The run's own process calls it, or the worker where that process was killed, or
+    `flows.crash` where the worker was gone too.
     """
     from prefect.utilities.urls import url_for
 

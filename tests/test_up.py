@@ -26,6 +26,7 @@ from flows.settings import Settings
 from tasks.storage import Storage
 from tests.fixtures.checkouts import SERVICES, Workshop, make_checkout
 from tests.fixtures.photos import CHECKOUT, write_photos
+from tests.fixtures.receiver import Receiver, receiving
 
 pytestmark = pytest.mark.slow
 SILENCE = 35
@@ -104,7 +105,14 @@ def _gone(processes: list[psutil.Process], seconds: float) -> bool:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def receiver() -> Iterator[Receiver]:
+    """Where the service's notifications arrive."""
+    with receiving("hush") as listening:
+        yield listening
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iterator[Service]:
     """A service on SQLite, with photos on which training takes longer than any test."""
     folder = tmp_path_factory.mktemp("up")
     workshop = make_checkout(folder / "checkout")
@@ -113,7 +121,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with embedded(Settings(), workshop.layout) as services:
         MlflowClient(services.mlflow()).create_registered_model("before")
         Storage(services.s3()).put("before", b"kept")
-    told = workshop.handsigns("up", **QUICK)
+    told = workshop.handsigns("up", **QUICK, HANDSIGNS_NOTIFY_URLS=receiver.address)
     try:
         yield Service(workshop, told)
     finally:
@@ -237,7 +245,7 @@ def test_a_database_url_moves_prefect_and_mlflow_to_postgresql(
     password = postgresql.rpartition("@")[0][-16:]
     try:
         service = Service(workshop, told)
-        assert service.ask("/deployments/count", {}) == 3
+        assert service.ask("/deployments/count", {}) == 4
         assert MlflowClient(told["mlflow"]).create_registered_model("hands")
         assert password not in json.dumps(told)
         assert not service.processes(password)
@@ -256,13 +264,20 @@ def test_a_database_url_moves_prefect_and_mlflow_to_postgresql(
     assert workshop.run("python", "-c", code, DATABASE_URL=postgresql).stdout.strip() == "hands"
 
 
-def test_a_run_whose_worker_died_is_marked_crashed_and_the_worker_returns(
-    service: Service, killed: tuple[str, float]
+def test_a_run_whose_worker_died_is_marked_crashed_and_told_by_the_next_worker(
+    service: Service, killed: tuple[str, float], receiver: Receiver
 ) -> None:
     run, at = killed
     state = service.wait(run, "CRASHED", seconds=120 - (time.monotonic() - at))
     assert "Nothing was heard" in state["message"]
     assert service.processes("worker start")
+    deadline = time.monotonic() + 90
+    while not (told := [one for one in receiver.messages if "crashed" in one["title"]]):
+        assert time.monotonic() < deadline, receiver.messages
+        time.sleep(0.2)
+    assert told[0]["title"] == "handsigns: retrain crashed"
+    assert "Nothing was heard" in told[0]["message"]
+    assert run in told[0]["message"]
 
 
 def test_down_stops_all_of_it_and_the_data_stays(service: Service) -> None:
