@@ -18,7 +18,9 @@ from tasks.registry import CHAMPION, Registry
 from tasks.release import publish, verify
 from tasks.storage import Storage
 from tests.fixtures import faults
+from tests.fixtures.checkouts import make_checkout
 from tests.fixtures.faults import Proxy, proxy_to
+from tests.fixtures.photos import write_photos
 
 SECONDS = 30
 """Longest time in which one question to a service is answered or given up."""
@@ -200,3 +202,41 @@ def test_a_failing_registry_is_told_in_time() -> None:
             assert seconds < SECONDS, name
             assert "\n" not in told, name
             assert requests == 3, name
+
+
+@pytest.mark.slow
+def test_a_run_that_a_service_failed_is_resumed_without_training_again(
+    tmp_path: Path, s3: S3Address, mlflow_server: str
+) -> None:
+    workshop = make_checkout(tmp_path / "checkout")
+    workshop.handsigns("import", write_photos(tmp_path / "photos", per_class=12))
+    with proxy_to(s3.endpoint_url) as storage, proxy_to(mlflow_server) as registry:
+        named = {
+            "HANDSIGNS_S3_ENDPOINT_URL": storage.url,
+            "HANDSIGNS_BUCKET": s3.bucket,
+            "AWS_ACCESS_KEY_ID": str(s3.access_key_id),
+            "AWS_SECRET_ACCESS_KEY": str(s3.secret_access_key),
+            "MLFLOW_TRACKING_URI": registry.url,
+        }
+        with registry.failing(faults.on("POST .*/runs/create", faults.answering(503, "DOWN"))):
+            first = workshop.handsigns("retrain", code=1, **named)
+        assert first["status"] == "failed"
+        assert "MLflow failed" in first["reason"]
+        assert first["features"]["computed"] > 0
+        lock = (workshop.layout.root / "dvc.lock").read_bytes()
+        # Then storage fails at the very last write, the pointer's.
+        pointer = faults.on(f"PUT .*/{KEY}", faults.answering(500, "InternalError"))
+        with storage.failing(pointer):
+            second = workshop.handsigns("retrain", code=1, **named)
+        assert "500 InternalError" in second["reason"]
+        assert read_champion(Storage(s3)) is None
+
+        last = workshop.handsigns("retrain", **named)
+        assert last["status"] == "promoted", last["reason"]
+        for report in (second, last):
+            assert report["features"]["computed"] == 0
+        assert (workshop.layout.root / "dvc.lock").read_bytes() == lock
+        champion = read_champion(Storage(s3))
+        assert champion is not None
+        assert champion.pointer.release == last["release"]["id"]
+        assert len(Registry(mlflow_server, "hand-signs").versions()) == 1
