@@ -10,7 +10,7 @@ import pytest
 from tasks.layout import Layout
 from tasks.params import load_params
 from tasks.stage import Context
-from tests.fixtures.models import SIZE, write_backbone, write_dataset
+from tests.fixtures.models import SIZE, random_backbone, write_dataset
 from tests.fixtures.photos import CHECKOUT
 
 Digests = dict[str, str]
@@ -23,7 +23,7 @@ def run_recipe(root: Path, seed: int) -> Digests:
 
     layout = Layout(root)
     write_dataset(layout, per_class=15)
-    write_backbone(layout)
+    random_backbone(layout)
     params = load_params(CHECKOUT.params).model_copy(update={"seed": seed})
     context = Context(layout, params)
     extract(context, SIZE)
