@@ -41,6 +41,8 @@ SILENT = "Mark silent runs as crashed"
 NEVER_STARTED = "Mark runs that never start as crashed"
 FLOWS = ("retrain", "promote", "rollback")
 TELLER = "tell/crash"
+RUN = {"__prefect_kind": "jinja", "template": "{{ labels.prefect.resource.id }}"}
+"""Named as a template, for a bare one is taken for an object and not for its text."""
 DEPLOY_SECONDS = 120
 
 
@@ -148,9 +150,7 @@ def automation(
                 message=f"Nothing was heard of this run for {silence:.0f} s: its process, its "
                 "worker or its machine is gone. What was there before is whole; run it again.",
             ),
-            RunDeployment(
-                deployment_id=teller, parameters={"run": "{{ labels.prefect.resource.id }}"}
-            ),
+            RunDeployment(deployment_id=teller, parameters={"run": RUN}),
         ],
     )
 
