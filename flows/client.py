@@ -26,6 +26,9 @@ def point_prefect_at(
     environment.setdefault("PREFECT_HOME", str(home))
     environment.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
     environment.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "flows,tasks")
+    # Two tries more for each question: a server that is gone is asked several before a
+    # run can end, and with Prefect's own default each would wait for more than a minute.
+    environment.setdefault("PREFECT_CLIENT_MAX_RETRIES", "2")
     if settings.prefect_auth:
         environment.setdefault("PREFECT_API_AUTH_STRING", settings.prefect_auth.get_secret_value())
     # A proxy cannot reach this machine's loopback.

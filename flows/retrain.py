@@ -96,6 +96,7 @@ class Retrain:
         self._layout = workspace.layout
         self._force = force
         self._progress = progress
+        self._shown = ShownProgress(progress)
         self._seconds: dict[str, float] = {}
         self._outcomes: dict[str, str] = {}
         self._inbox: Inbox | None = None
@@ -199,10 +200,9 @@ class Retrain:
 
     def _stage(self, name: str) -> None:
         def run() -> str:
-            shown = ShownProgress(self._progress)
             token = runner.set(shard_runner(self._workspace.settings.dask_address))
             try:
-                outcome = self._workspace.pipeline.run(name, self._force, shown)
+                outcome = self._workspace.pipeline.run(name, self._force, self._shown)
             finally:
                 runner.reset(token)
             _log.info("Stage %s: %s.", name, outcome)
