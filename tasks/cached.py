@@ -127,7 +127,7 @@ def _rows(features: FeatureStore, names: Sequence[str], photos: _Rows, views: _R
 
 
 def _reader(features: FeatureStore) -> Callable[[_Rows], Any]:
-    return lambda rows: tf.cast(features.batch(rows), tf.float32)
+    return lambda rows: tf.constant(features.batch(rows).astype(np.float32))
 
 
 def _read_ahead(
