@@ -101,7 +101,9 @@ def _processes(workshop: Workshop) -> list[psutil.Process]:
 
 
 def _gone(processes: list[psutil.Process], seconds: float) -> bool:
-    return not psutil.wait_procs(processes, timeout=seconds)[1]
+    """Whether all have ended, if only their parent has not taken notice yet."""
+    left = psutil.wait_procs(processes, timeout=seconds)[1]
+    return all(one.status() == psutil.STATUS_ZOMBIE for one in left)
 
 
 @pytest.fixture(scope="module")
