@@ -94,7 +94,7 @@ def draw(results: dict[int, Any]) -> Figure:
         axes.plot(counts, [result[key] for result in results.values()], marker="o")
         axes.set_xlabel("photos")
         axes.set_title(title, fontsize=10)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.dataLim.y1)
         axes.grid(alpha=0.3)
     return figure
 
