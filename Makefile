@@ -33,7 +33,7 @@ down: $(READY) ## Stop it; its data stays.
 	$(BIN)/handsigns down
 
 test: lint packages ## Lint, types, all tests.
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 packages: ## Install the browser and PostgreSQL that some tests drive (Debian).
 	tests/packages.sh

@@ -233,6 +233,7 @@ def test_a_run_that_a_service_failed_is_resumed_without_training_again(
             "AWS_ACCESS_KEY_ID": str(s3.access_key_id),
             "AWS_SECRET_ACCESS_KEY": str(s3.secret_access_key),
             "MLFLOW_TRACKING_URI": registry.url,
+            "HANDSIGNS_MODEL_NAME": "resumed",
         }
         with registry.failing(faults.on("POST .*/runs/create", faults.answering(503, "DOWN"))):
             first = workshop.handsigns("retrain", code=1, **named)
@@ -254,4 +255,4 @@ def test_a_run_that_a_service_failed_is_resumed_without_training_again(
         champion = read_champion(Storage(s3))
         assert champion is not None
         assert champion.pointer.release == last["release"]["id"]
-        assert len(Registry(mlflow_server, "hand-signs").versions()) == 1
+        assert len(Registry(mlflow_server, "resumed").versions()) == 1
