@@ -119,7 +119,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Ite
     folder = tmp_path_factory.mktemp("up")
     workshop = make_checkout(folder / "checkout")
     workshop.handsigns("import", write_photos(folder / "photos", per_class=8))
-    workshop.change("phases.base", epochs=1000)
+    workshop.change("phases.base", epochs=1000, trainable_layers=16)
     with embedded(Settings(), workshop.layout) as services:
         MlflowClient(services.mlflow()).create_registered_model("before")
         Storage(services.s3()).put("before", b"kept")
