@@ -21,6 +21,7 @@ from tasks.pipeline import Pipeline, Remote
 from tasks.storage import Storage
 from tests.fixtures import faults
 from tests.fixtures.faults import Proxy, proxy_to
+from tests.fixtures.locks import held
 from tests.fixtures.photos import CHECKOUT, write_photos
 
 BIN = Path(sys.executable).parent
@@ -225,23 +226,11 @@ def test_a_lock_file_edited_by_hand_is_mended_or_told(checkout: Layout) -> None:
 
 
 def test_locks_of_the_dead_are_no_obstacle(checkout: Layout) -> None:
-    code = (
-        "import sys, zc.lockfile; lock = zc.lockfile.LockFile('.dvc/tmp/lock');"
-        "print('held', flush=True); sys.stdin.read()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=checkout.root,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
+    with held(checkout) as holder:
         holder.send_signal(signal.SIGKILL)
     dead = {"pid": holder.pid, "cmd": "dvc repro"}
-    held = {"write": {str(checkout.root / "artifacts/audit.json"): dead}}
-    (checkout.root / ".dvc/tmp/rwlock").write_text(json.dumps(held))
+    entry = {"write": {str(checkout.root / "artifacts/audit.json"): dead}}
+    (checkout.root / ".dvc/tmp/rwlock").write_text(json.dumps(entry))
     assert Pipeline(checkout, lock_timeout=1.0).run("audit") == "ran"
 
 

@@ -6,8 +6,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ import yaml
 from tasks.errors import BusyError, DataError, StageError
 from tasks.layout import Layout
 from tasks.pipeline import Pipeline, Remote
+from tests.fixtures.locks import held
 from tests.fixtures.photos import CHECKOUT, write_photos
 
 EARLY = ("audit", "preprocess")
@@ -132,30 +131,6 @@ def test_a_stages_own_error_comes_through_as_it_is(checkout: Layout) -> None:
     shutil.rmtree(checkout.data / "train/3")
     with pytest.raises(DataError, match="train/3"):
         Pipeline(checkout).run("audit")
-
-
-@contextmanager
-def held(layout: Layout) -> Iterator[None]:
-    """Another process that keeps DVC's lock."""
-    code = (
-        "import sys, zc.lockfile; lock = zc.lockfile.LockFile('.dvc/tmp/lock');"
-        "print('held', flush=True); sys.stdin.read()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=layout.root,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as holder:
-        assert holder.stdout is not None
-        assert holder.stdin is not None
-        assert holder.stdout.readline() == "held\n"
-        try:
-            yield
-        finally:
-            holder.stdin.close()
-            holder.wait()
 
 
 def test_somebody_elses_lock_is_waited_for_and_then_told(checkout: Layout) -> None:
