@@ -1,10 +1,16 @@
 """What the benchmarks make of what they measured."""
 
+import shutil
 from pathlib import Path
 
-from benchmarks import growth, increment, markdown, training
+from benchmarks import growth, halves, increment, markdown, training
 from benchmarks.variant import curve
+from tasks.dataset import INDEX
 from tasks.labels import LABELS
+from tasks.layout import Layout
+from tasks.params import load_params
+from tasks.whole import read_json, write_json
+from tests.fixtures.photos import CHECKOUT
 
 
 def result(seconds: float, points: list[tuple[float, float]], rows: int = 0) -> dict[str, object]:
@@ -69,3 +75,33 @@ def test_a_changes_share_is_of_the_first_retrain() -> None:
     nothing = {"wall": 1.5, "stages": {}, "status": "unchanged", "features": features}
     last = increment.table({"everything": whole, "nothing": nothing}).splitlines()[-1]
     assert last == "| nothing | 1.5 | 2% | 0.0 | 0% | 5 | 95 | unchanged |"
+
+
+def test_a_half_is_the_photos_that_the_camera_numbered_first(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    photos = [
+        {"name": f"{label}-{number}.png", "label": label, "split": "test"}
+        for label in LABELS
+        for number in range(5)
+    ]
+    write_json(layout.dataset / INDEX, {"photos": photos})
+    numbers = {str(photo["name"]): 100 - place for place, photo in enumerate(photos)}
+    for half, trained in ((0, {0, 1}), (1, {2, 3, 4})):
+        halves.hold_out(layout, numbers, half)
+        told = read_json(layout.dataset / INDEX)["photos"]
+        assert {photo["split"] for photo in told} == {"train", "val"}
+        kept = {int(photo["name"][2]) for photo in told if photo["split"] == "train"}
+        assert kept == trained
+
+
+def test_a_setting_of_a_trial_goes_into_the_parameters(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    shutil.copy(CHECKOUT.params, layout.params)
+    halves.change(layout, ["training.style_mixing=0.5", "phases.full.epochs=3", "seed=7"])
+    params = load_params(layout.params)
+    assert (params.training.style_mixing, params.phases["full"].epochs, params.seed) == (0.5, 3, 7)
+
+
+def test_a_cameras_number_is_the_last_in_a_files_name() -> None:
+    names = ("IMG_4242.JPG", "2026 hand 7.png", "hand.png")
+    assert [halves.camera_number(Path(name)) for name in names] == [4242, 7, 0]
