@@ -2,10 +2,12 @@
 
 import logging
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 from uuid import UUID
 
+from httpx import HTTPError
 from prefect.client.orchestration import get_client
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
@@ -15,6 +17,8 @@ from pydantic import Field
 
 GRACE = 600
 """Seconds that Prefect waits longer than we do: what it ends by itself, it calls failed."""
+AGAIN = 2.0
+"""Seconds between two tries to end the wait."""
 
 _log = logging.getLogger(__name__)
 
@@ -59,9 +63,10 @@ def ask(question: str, seconds: int) -> Answer:
     Returns:
         The answer.
     """
-    expired = threading.Event()
-    end = threading.Timer(seconds, _give_up, (UUID(str(flow_run.id)), seconds, expired))
-    end.daemon = True
+    ended, expired = threading.Event(), threading.Event()
+    end = threading.Thread(
+        target=_give_up, args=(UUID(str(flow_run.id)), seconds, ended, expired), daemon=True
+    )
     end.start()
     _log.info("Waiting for approval in the Prefect UI, %d s at most.", seconds)
     try:
@@ -73,7 +78,8 @@ def ask(question: str, seconds: int) -> Answer:
     except FlowPauseTimeout:
         given = None
     finally:
-        end.cancel()
+        ended.set()
+        end.join(AGAIN)  # it may be about to say that it answered
     if given is None or expired.is_set():
         return Answer(False, None, f"nobody approved it within {seconds} s")
     approved = given.decision == "approve"
@@ -83,11 +89,16 @@ def ask(question: str, seconds: int) -> Answer:
     )
 
 
-def _give_up(run: UUID, seconds: int, expired: threading.Event) -> None:
-    """Answer in nobody's name, so that the run goes on and ends as what it is."""
+def _give_up(run: UUID, seconds: int, ended: threading.Event, expired: threading.Event) -> None:
+    """Answer in nobody's name, so that the run goes on and ends as what it is.
+
+    A server that does not hear it, or not yet, is asked again until the wait is over.
+    """
     comment = f"no answer within {seconds} s"
-    with get_client(sync_client=True) as client:
-        answer = {"name": "nobody", "decision": "reject", "comment": comment}
-        done = client.resume_flow_run(run, run_input=answer)
-    if done.status == "ACCEPT":
-        expired.set()
+    answer = {"name": "nobody", "decision": "reject", "comment": comment}
+    pause: float = seconds
+    while not expired.is_set() and not ended.wait(pause):
+        pause = AGAIN
+        with suppress(HTTPError), get_client(sync_client=True) as client:
+            if client.resume_flow_run(run, run_input=answer).status == "ACCEPT":
+                expired.set()

@@ -2,12 +2,12 @@
 
 import json
 import subprocess
-import sys
 import time
 import urllib.request
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import boto3
@@ -15,7 +15,7 @@ import pytest
 
 from tasks.addresses import S3Address
 from tests.fixtures.checkouts import BIN, Workshop, make_checkout
-from tests.fixtures.photos import CHECKOUT, write_photos
+from tests.fixtures.photos import write_photos
 
 pytestmark = pytest.mark.slow
 
@@ -109,20 +109,32 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, named: dict[str, str]) ->
     return made
 
 
+@contextmanager
+def retraining(
+    workshop: Workshop, seconds: int, named: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a retrain that waits so long for a person, while the block lasts."""
+    policy = {"HANDSIGNS_PROMOTION": "approval", "HANDSIGNS_APPROVAL_SECONDS": str(seconds)}
+    started = subprocess.Popen(
+        [BIN / "handsigns", "retrain", "--json"],
+        cwd=workshop.layout.root,
+        env=workshop.environment(**named, **policy),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.communicate()
+
+
 def test_a_better_model_waits_for_a_person_and_then_is_champion(
     workshop: Workshop, api: Api, named: dict[str, str]
 ) -> None:
     for phase, rate in (("base", 0.001), ("fine_tune", 0.0001), ("full", 0.0005)):
         workshop.change(f"phases.{phase}", epochs=3, learning_rate=rate)
-    later = {**named, "HANDSIGNS_PROMOTION": "approval", "HANDSIGNS_APPROVAL_SECONDS": "500"}
-    started = subprocess.Popen(
-        [BIN / "handsigns", "retrain", "--json"],
-        cwd=workshop.layout.root,
-        env=workshop.environment(**later),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
+    with retraining(workshop, 500, named) as started:
         run = api.paused("retrain")
         question = api.inputs(run, run["state"]["state_details"]["run_input_keyset"]["description"])
         for words in ("Version 2", "McNemar", "better", "Recall of each sign", "changed verdict"):
@@ -136,9 +148,6 @@ def test_a_better_model_waits_for_a_person_and_then_is_champion(
         answer = {"name": "Ann", "decision": "approve", "comment": "looks right"}
         assert api.resume(run, **answer) == "ACCEPT"
         report = json.loads(started.communicate(timeout=300)[0])
-    finally:
-        started.kill()
-        started.wait()
     assert report["status"] == "promoted"
     assert "approved by Ann: looks right" in report["reason"]
     found = report["comparison"]
@@ -185,40 +194,33 @@ def test_approval_without_services_that_outlive_the_run_is_refused(workshop: Wor
     assert "without PREFECT_API_URL and HANDSIGNS_S3_ENDPOINT_URL" in told["reason"]
 
 
-ASKING = """
-import json, sys
-from prefect import flow
-from flows.approval import ask
-
-@flow(name=sys.argv[1])
-def asking(seconds):
-    answer = ask("Shall it?", seconds)
-    print(json.dumps([answer.approved, answer.by, answer.told]))
-
-asking(int(sys.argv[2]))
-"""
-
-
-def asking(flow: str, seconds: int, url: str) -> subprocess.Popen[str]:
-    """Start a flow that asks and prints the answer."""
-    return subprocess.Popen(
-        [sys.executable, "-c", ASKING, flow, str(seconds)],
-        cwd=CHECKOUT.root,
-        env={"PATH": str(BIN), "PREFECT_API_URL": url, "HOME": str(Path.home())},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_a_rejection_and_silence_both_leave_the_champion(api: Api) -> None:
-    rejected, silent = asking("rejected", 60, api.url), asking("silent", 3, api.url)
-    run = api.paused("rejected")
-    assert api.resume(run, name="Ben", decision="reject", comment="too early") == "ACCEPT"
-    for process, expected in (
-        (rejected, [False, "Ben", "rejected by Ben: too early"]),
-        (silent, [False, None, "nobody approved it within 3 s"]),
+def test_a_rejection_and_silence_both_leave_the_champion(
+    workshop: Workshop, api: Api, named: dict[str, str]
+) -> None:
+    before = workshop.handsigns("status", **named)
+    assert before["champion"]["version"] == 1
+    # A release differs by its parameters too, so there is a version each without training.
+    workshop.change("gate", max_loss=4.9)
+    with retraining(workshop, 500, named) as started:
+        run = api.paused("retrain")
+        answer = {"name": "Ben", "decision": "reject", "comment": "too early"}
+        assert api.resume(run, **answer) == "ACCEPT"
+        rejected = json.loads(started.communicate(timeout=300)[0])
+    workshop.change("gate", max_loss=4.8)
+    with retraining(workshop, 3, named) as started:
+        silent = json.loads(started.communicate(timeout=300)[0])
+    assert started.returncode == 0
+    for number, report, told in (
+        (3, rejected, "Version 3 stays challenger: rejected by Ben: too early."),
+        (4, silent, "Version 4 stays challenger: nobody approved it within 3 s."),
     ):
-        said = process.communicate(timeout=300)[0].splitlines()
-        assert json.loads(said[-1]) == expected
+        assert (report["status"], report["reason"]) == ("registered", told)
+        assert report["comparison"]["verdict"] == "better"
+        assert (report["model"]["version"], report["model"]["alias"]) == (number, "challenger")
+    assert workshop.report() == silent
+    after = workshop.handsigns("status", **named)
+    assert (after["champion"], after["history"]) == (before["champion"], before["history"])
+    assert after["challenger"]["version"] == 4
     # A run that was not answered ends as what it is: done.
-    assert [run["state_type"] for run in api.runs("silent")] == ["COMPLETED"]
+    ended = [(run["state_type"], run["state_name"]) for run in api.runs("retrain")[:2]]
+    assert ended == [("COMPLETED", "Registered")] * 2
