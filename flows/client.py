@@ -4,6 +4,7 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from flows.credentials import prefect_login
 from flows.settings import Settings
 
 HEARTBEAT_SECONDS = 30
@@ -11,25 +12,29 @@ HEARTBEAT_SECONDS = 30
 
 
 def point_prefect_at(
-    api: str, home: Path, settings: Settings, environment: MutableMapping[str, str] = os.environ
+    api: str, folder: Path, settings: Settings, environment: MutableMapping[str, str] = os.environ
 ) -> None:
     """Let a process, by default this one, talk to one Prefect server.
 
     Args:
         api: URL of its API.
-        home: Prefect's folder, where the environment names none.
-        settings: may hold the server's password.
+        folder: the checkout's `.local/`; Prefect's folder is below, where the environment
+            names none.
+        settings: says whether the server is a person's own, whose credentials the
+            environment then holds.
         environment: changed in place.
     """
     environment["PREFECT_API_URL"] = api
     environment["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
-    environment.setdefault("PREFECT_HOME", str(home))
+    environment.setdefault("PREFECT_HOME", str(folder / "prefect"))
     environment.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
     environment.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "flows,tasks")
     # Two tries more for each question: a server that is gone is asked several before a
     # run can end, and with Prefect's own default each would wait for more than a minute.
     environment.setdefault("PREFECT_CLIENT_MAX_RETRIES", "2")
-    if settings.prefect_auth:
+    if settings.prefect_api_url is None:
+        environment["PREFECT_API_AUTH_STRING"] = prefect_login(settings, folder)
+    elif settings.prefect_auth:
         environment.setdefault("PREFECT_API_AUTH_STRING", settings.prefect_auth.get_secret_value())
     # A proxy cannot reach this machine's loopback.
     known = environment.get("NO_PROXY", "")

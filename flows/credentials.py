@@ -1,22 +1,42 @@
-"""Keys of the local S3 server: generated once, kept in a file only its owner can read."""
+"""Credentials of the local servers: generated once, in a file only its owner can read."""
 
 import json
 import os
 import secrets
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from flows.settings import Settings
 from tasks.errors import SettingsError
 
+FILE = "credentials.json"
 
-def local_credentials(file: Path) -> tuple[str, str]:
-    """Return the local access key id and secret, generated on first use.
+
+@dataclass(frozen=True)
+class Credentials:
+    """What the local servers ask for.
 
     Args:
-        file: JSON file with mode 0600; its folder is made when missing.
+        access_key_id: for S3.
+        secret_access_key: for S3.
+        login: `user:password` for Prefect and MLflow, API and pages.
+    """
+
+    access_key_id: str
+    secret_access_key: str = field(repr=False)
+    login: str = field(repr=False)
+
+
+def local_credentials(folder: Path) -> Credentials:
+    """Return the credentials of the local servers, generated on first use.
+
+    Args:
+        folder: the checkout's `.local/`, made when missing; takes `FILE` with mode 0600.
 
     Raises:
-        SettingsError: others may read the file, or it holds no keys.
+        SettingsError: others may read the file, or it does not hold all of them.
     """
+    file = folder / FILE
     if not file.exists():
         _generate(file)
     mode = file.stat().st_mode & 0o777
@@ -27,7 +47,7 @@ def local_credentials(file: Path) -> tuple[str, str]:
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return str(content["access_key_id"]), str(content["secret_access_key"])
+        return Credentials(**{one.name: str(content[one.name]) for one in fields(Credentials)})
     except (OSError, ValueError, KeyError, TypeError):
         raise SettingsError(
             f"Local credentials cannot be read. Received: {file}. "
@@ -35,16 +55,29 @@ def local_credentials(file: Path) -> tuple[str, str]:
         ) from None
 
 
+def prefect_login(settings: Settings, folder: Path) -> str:
+    """Return the `user:password` that the local Prefect asks for.
+
+    Args:
+        settings: may hold one of the person's own.
+        folder: the checkout's `.local/`.
+    """
+    if settings.prefect_auth:
+        return settings.prefect_auth.get_secret_value()
+    return local_credentials(folder).login
+
+
 def _generate(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     part = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
-    content = {
-        "access_key_id": "handsigns-" + secrets.token_hex(6),
-        "secret_access_key": secrets.token_urlsafe(30),
-    }
+    made = Credentials(
+        access_key_id="handsigns-" + secrets.token_hex(6),
+        secret_access_key=secrets.token_urlsafe(30),
+        login="handsigns:" + secrets.token_urlsafe(24),
+    )
     try:
         with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
-            json.dump(content, opened)
+            json.dump(asdict(made), opened, indent=2)
         # A link appears whole and never replaces what another run wrote first.
         os.link(part, file)
     except FileExistsError:

@@ -57,7 +57,7 @@ def deploy(
 
     Args:
         layout: the checkout.
-        settings: may hold the server's password.
+        settings: say whose server it is.
         api: URL of Prefect's API.
         pool: which of `POOLS` runs the deployments.
         silence: seconds without a sign of life after which a run counts as crashed.
@@ -68,7 +68,7 @@ def deploy(
     Raises:
         ServiceError: the server refuses, with its own words.
     """
-    point_prefect_at(api, layout.local.resolve() / "prefect", settings)
+    point_prefect_at(api, layout.local.resolve(), settings)
     asyncio.run(_register_pools(layout))
     deployed = _deploy_flows(layout, pool)
     asyncio.run(_register_automations(silence))

@@ -83,7 +83,7 @@ def _run_flow(workspace: Workspace, force: bool, progress: Progress) -> None:
         services.start_prefect()
         # While the server starts, so that training does not wait for it.
         threading.Thread(target=_import_tensorflow, daemon=True).start()
-        point_prefect_at(services.prefect(), layout.local.resolve() / "prefect", workspace.settings)
+        point_prefect_at(services.prefect(), services.folder, workspace.settings)
         # The terminal shows progress; the UI has the whole log.
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         from prefect.logging.handlers import APILogWorker

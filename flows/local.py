@@ -17,6 +17,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from flows import servers
+from flows.credentials import prefect_login
 from flows.running import Running, find_running
 from flows.server import Server
 from flows.settings import Settings
@@ -56,7 +57,10 @@ class Services:
         """Let the local Prefect server start in the background, if one is needed."""
         if self.prefect_named() is None and self._prefect is None:
             self._prefect = servers.prefect(
-                self.folder, self.patience, database=self._database("prefect")
+                self.folder,
+                self.patience,
+                prefect_login(self.settings, self.folder),
+                database=self._database("prefect"),
             )
             self._prefect[0].start()
 

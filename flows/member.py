@@ -14,6 +14,7 @@ from pathlib import Path
 
 from flows import servers
 from flows.client import point_prefect_at
+from flows.credentials import prefect_login
 from flows.local import configured_s3
 from flows.ports import known_ports
 from flows.running import find_running
@@ -57,10 +58,10 @@ def prefect(settings: Settings, folder: Path) -> tuple[Server, str]:
     return servers.prefect(
         folder,
         PATIENCE,
+        prefect_login(settings, folder),
         host=settings.host,
         ports=known_ports(folder, "prefect"),
         database=_database(settings, "prefect"),
-        auth=settings.prefect_auth.get_secret_value() if settings.prefect_auth else None,
     )
 
 
@@ -75,10 +76,10 @@ def worker(settings: Settings, folder: Path, api: str) -> Server:
     environment = {
         name: text
         for name, text in os.environ.items()
-        if not name.startswith(("PREFECT_SERVER_", "PREFECT_API_"))
+        if not name.startswith(("PREFECT_SERVER_", "PREFECT_API_DATABASE_"))
         and name not in ("DATABASE_URL", "HANDSIGNS_HOST")
     }
-    point_prefect_at(api, folder / "prefect", settings, environment)
+    point_prefect_at(api, folder, settings, environment)
     return servers.worker(folder, PATIENCE, POOL, environment)
 
 

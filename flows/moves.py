@@ -45,7 +45,7 @@ def _through_prefect(workspace: Workspace) -> bool:
     if ask(f"{api}/health", seconds=3.0) is None:
         _log.warning("Prefect does not answer at %s; its UI will not show this.", shown(api))
         return False
-    point_prefect_at(api, workspace.layout.local.resolve() / "prefect", workspace.settings)
+    point_prefect_at(api, workspace.services.folder, workspace.settings)
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     return True
 

@@ -30,7 +30,7 @@ def seaweedfs(
     """Describe an S3 server that keeps its data and credentials below `folder`.
 
     Args:
-        folder: takes `seaweedfs/` and `credentials.json`.
+        folder: takes `seaweedfs/` and the credentials.
         bucket: bucket that exists once it is ready, besides `DVC_BUCKET`.
         patience: longest wait in seconds for another run that uses the folder.
         ports: the five to listen on; by default some that are free.
@@ -54,7 +54,8 @@ def running_seaweedfs(folder: Path, bucket: str) -> S3Address | None:
 def _seaweedfs(
     folder: Path, bucket: str, patience: float, ports: tuple[int, ...]
 ) -> tuple[Server, S3Address]:
-    key, secret = local_credentials(folder / "credentials.json")
+    known = local_credentials(folder)
+    key, secret = known.access_key_id, known.secret_access_key
     address = S3Address(f"http://{HOST}:{ports[0]}", bucket, "us-east-1", key, secret)
     listen = [
         flag
@@ -102,21 +103,21 @@ def _seaweedfs(
 def prefect(
     folder: Path,
     patience: float,
+    login: str,
     *,
     host: str = HOST,
     ports: tuple[int, ...] = (),
     database: str | None = None,
-    auth: str | None = None,
 ) -> tuple[Server, str]:
     """Describe a Prefect server with its UI and, if need be, its database below `folder`.
 
     Args:
         folder: takes `prefect/`.
         patience: longest wait in seconds for another run that uses the folder.
+        login: `user:password` that its API and UI ask for, a secret.
         host: address to listen on.
         ports: the one to listen on; by default one that is free.
         database: SQLAlchemy URL for asyncpg, a secret; SQLite by default.
-        auth: `user:password` that its API and UI then ask for, a secret.
 
     Returns:
         The server, not started yet, and the URL of its API.
@@ -128,6 +129,8 @@ def prefect(
     environment = _without_foreign() | {
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_API_AUTH_STRING": login,
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         # The UI asks port 4200 otherwise, whichever one it was loaded from.
         "PREFECT_SERVER_UI_API_URL": "/api",
         # In memory, a restart forgets who holds a concurrency slot, and it stays taken.
@@ -135,9 +138,6 @@ def prefect(
     }
     if database:
         environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database
-    if auth:
-        environment["PREFECT_SERVER_API_AUTH_STRING"] = auth
-        environment["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] = "true"
     server = Server(
         "prefect",
         folder,

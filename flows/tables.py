@@ -6,6 +6,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from flows.credentials import FILE
 from flows.report import RunReport
 from flows.running import Running
 from tasks.intake import ImportReport
@@ -46,6 +47,7 @@ def service_table(running: Running, fresh: bool) -> Table:
     for name, address in parts.items():
         table.add_row(name, escape(address or "as the environment says"))
     table.add_row("logs", ".local/logs/")
+    table.add_row("login", f"in .local/{FILE}, for what is started here")
     table.caption = "handsigns status, predict and retrain use it. To stop it: make down"
     return table
 

@@ -6,6 +6,7 @@ pytest_plugins = (
     "tests.fixtures.programs",
     "tests.fixtures.postgresql",
     "tests.fixtures.servers",
+    "tests.fixtures.prefect_api",
     "tests.fixtures.service",
     "tests.fixtures.browser",
 )

@@ -7,10 +7,8 @@ photos do not belong into a repository.
 """
 
 import io
-import json
 import sys
 import tempfile
-import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,12 @@ from typing import Any
 from PIL import Image
 
 from flows import servers
+from flows.credentials import local_credentials
 from tasks.whole import whole_file
 from tests.fixtures.browser import DESKTOP, PHONE, chromium, see, shoot
 from tests.fixtures.photos import CHECKOUT
-from tests.fixtures.screens import open_page, open_run, open_version, read_example
+from tests.fixtures.prefect_api import PrefectApi
+from tests.fixtures.screens import log_in, open_page, open_run, open_version, read_example
 from tests.fixtures.servers import running
 from tests.fixtures.service import serving
 
@@ -43,7 +43,8 @@ def main(folder: Path) -> None:
     with ExitStack() as kept:
         store, address = servers.seaweedfs(local, "artifacts", PATIENCE)
         kept.enter_context(running(store))
-        prefect, api = servers.prefect(local, PATIENCE)
+        login = local_credentials(local).login
+        prefect, api = servers.prefect(local, PATIENCE, login)
         mlflow, tracking = servers.mlflow(local, PATIENCE, address)
         for server in (prefect, mlflow):
             kept.enter_context(running(server))
@@ -65,23 +66,18 @@ def main(folder: Path) -> None:
         save(driver, folder / "phone.png", whole=False)
 
         see(driver, WIDE)
-        open_run(driver, api.removesuffix("/api"), newest_run(api))
+        log_in(driver, api.removesuffix("/api"), login)
+        open_run(driver, api.removesuffix("/api"), newest_run(PrefectApi(api, login)))
         save(driver, folder / "prefect.png", whole=False)
         open_version(driver, tracking, "hand-signs", version)
         driver.execute_script(CLOSE)
         save(driver, folder / "mlflow.png", whole=False)
 
 
-def newest_run(api: str) -> str:
+def newest_run(prefect: PrefectApi) -> str:
     """Id of the last run that was completed."""
     wanted = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}, "sort": "END_TIME_DESC"}
-    request = urllib.request.Request(
-        f"{api}/flow_runs/filter",
-        data=json.dumps(wanted).encode(),
-        headers={"content-type": "application/json"},
-    )
-    with urllib.request.urlopen(request) as answer:
-        return str(json.load(answer)[0]["id"])
+    return str(prefect.ask("flow_runs/filter", wanted)[0]["id"])
 
 
 def save(driver: Any, target: Path, whole: bool = True) -> None:

@@ -14,7 +14,16 @@ from tasks.addresses import S3Address
 from tests.fixtures.browser import DESKTOP, PHONE, see, shoot
 from tests.fixtures.checkouts import make_checkout
 from tests.fixtures.photos import write_photos
-from tests.fixtures.screens import open_page, open_run, open_version, read_example, text, until
+from tests.fixtures.prefect_api import PrefectApi
+from tests.fixtures.screens import (
+    log_in,
+    open_page,
+    open_run,
+    open_version,
+    read_example,
+    text,
+    until,
+)
 from tests.fixtures.servers import new_bucket
 from tests.fixtures.service import Service, named, serving
 
@@ -43,12 +52,12 @@ return [...document.querySelectorAll("body *")]
 
 @pytest.fixture(scope="module")
 def report(
-    s3_server: S3Address, mlflow_server: str, prefect_api: str, tmp_path_factory: Any
+    s3_server: S3Address, mlflow_server: str, prefect_api: PrefectApi, tmp_path_factory: Any
 ) -> Iterator[dict[str, Any]]:
     """A quick retrain with running servers, and the service of its champion as `service`."""
     folder = tmp_path_factory.mktemp("seen")
     s3 = named(new_bucket(s3_server))
-    servers = {**s3, "MLFLOW_TRACKING_URI": mlflow_server, "PREFECT_API_URL": prefect_api}
+    servers = {**s3, "MLFLOW_TRACKING_URI": mlflow_server, **prefect_api.named}
     made = make_checkout(folder / "checkout")
     made.change("phases.full", epochs=8)
     made.handsigns("import", write_photos(folder / "photos", per_class=16), **servers)
@@ -163,15 +172,15 @@ def test_it_can_be_read_on_every_screen(
 
 
 def test_prefect_shows_the_run_and_what_it_found(
-    browser: Any, prefect_api: str, report: dict[str, Any]
+    browser: Any, prefect_api: PrefectApi, report: dict[str, Any]
 ) -> None:
-    import httpx
-
-    found = httpx.post(f"{prefect_api}/flow_runs/filter", json={}).json()
+    found = prefect_api.ask("flow_runs/filter", {})
     data = report["data"]["version"][:8]
     run = next(run for run in found if run["name"].endswith(data))
     see(browser, (1400, 1000))
-    open_run(browser, prefect_api.removesuffix("/api"), run["id"])
+    address = prefect_api.url.removesuffix("/api")
+    log_in(browser, address, prefect_api.login)
+    open_run(browser, address, run["id"])
     shown = text(browser)
     assert run["name"] in shown
     assert "Promoted" in shown

@@ -1,7 +1,6 @@
 """A team's own services: storage, registry, orchestrator and DVC remote from the environment."""
 
 import shutil
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,13 @@ from tasks.addresses import S3Address
 from tasks.storage import Storage
 from tests.fixtures.checkouts import make_checkout
 from tests.fixtures.photos import write_photos
+from tests.fixtures.prefect_api import PrefectApi
 
 pytestmark = pytest.mark.slow
 
 
 def test_configured_services_take_everything_and_none_starts_here(
-    tmp_path: Path, s3_server: S3Address, s3: S3Address, mlflow_server: str, prefect_api: str
+    tmp_path: Path, s3_server: S3Address, s3: S3Address, mlflow_server: str, prefect_api: PrefectApi
 ) -> None:
     named = {
         "HANDSIGNS_S3_ENDPOINT_URL": s3.endpoint_url,
@@ -24,7 +24,7 @@ def test_configured_services_take_everything_and_none_starts_here(
         "AWS_ACCESS_KEY_ID": str(s3.access_key_id),
         "AWS_SECRET_ACCESS_KEY": str(s3.secret_access_key),
         "MLFLOW_TRACKING_URI": mlflow_server,
-        "PREFECT_API_URL": prefect_api,
+        **prefect_api.named,
     }
     one = make_checkout(tmp_path / "one")
     imported = one.handsigns("import", write_photos(tmp_path / "photos", per_class=12), **named)
@@ -37,13 +37,7 @@ def test_configured_services_take_everything_and_none_starts_here(
     assert not (one.layout.local / "prefect/prefect.db").exists()
     names = {entry.key.split("/")[-1] for entry in Storage(s3).list("releases/")}
     assert {"manifest.json", "model.keras", "labels.json", "metrics.json", "model_card.md"} <= names
-    question = urllib.request.Request(
-        f"{prefect_api}/flow_runs/count",
-        data=b"{}",
-        headers={"content-type": "application/json"},
-    )
-    with urllib.request.urlopen(question) as answer:
-        assert int(answer.read()) >= 1
+    assert prefect_api.ask("flow_runs/count", {}) >= 1
     # A colleague's clone pulls the photos and asks the same champion.
     two = make_checkout(tmp_path / "two")
     shutil.copy(one.layout.root / "data.dvc", two.layout.root)

@@ -15,6 +15,7 @@ from flows.settings import load_settings
 from tasks.addresses import S3Address
 from tasks.errors import SettingsError
 from tests.fixtures.photos import CHECKOUT
+from tests.fixtures.prefect_api import PrefectApi, basic
 
 LISTENING = "0A"
 LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
@@ -52,7 +53,7 @@ def _listeners(pids: set[int]) -> list[str]:
 
 
 def test_every_server_that_we_start_listens_on_loopback_only(
-    s3_server: S3Address, prefect_api: str
+    s3_server: S3Address, prefect_api: PrefectApi
 ) -> None:
     addresses = _listeners(_family(os.getpid()))
     assert len(addresses) >= 6  # five of SeaweedFS, one of Prefect
@@ -69,11 +70,33 @@ def test_the_store_asks_everybody_for_credentials(s3_server: S3Address) -> None:
         assert caught.value.code == 403
 
 
+def status(url: str, content: bytes | None = None, **headers: str) -> int:
+    """Status of the answer to a request."""
+    question = urllib.request.Request(url, content, headers)
+    try:
+        with urllib.request.urlopen(question, timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_prefect_asks_everybody_for_the_login(prefect_api: PrefectApi) -> None:
+    wrong = basic(prefect_api.login + "x")
+    for path, content in (("admin/version", None), ("flow_runs/filter", b"{}")):
+        assert status(f"{prefect_api.url}/{path}", content) in (401, 403)
+        assert status(f"{prefect_api.url}/{path}", content, **wrong) in (401, 403)
+    assert prefect_api.ask("admin/version")
+    assert isinstance(prefect_api.ask("flow_runs/filter", {}), list)
+    # A page elsewhere, in a browser that knows the login, has no token.
+    known = basic(prefect_api.login)
+    assert status(f"{prefect_api.url}/flow_runs/filter", b"{}", **known) == 403
+
+
 def test_servers_tell_their_makers_nothing_and_read_no_pickles(tmp_path: Path) -> None:
     store = S3Address("http://127.0.0.1:9", "artifacts", "us-east-1", "key", "a-secret-of-ours")
     seaweedfs, _ = servers.seaweedfs(tmp_path, "artifacts", 0)
     mlflow, _ = servers.mlflow(tmp_path, 0, store, database="postgresql://u:a-secret-of-ours@h/d")
-    prefect, _ = servers.prefect(tmp_path, 0, auth="someone:a-secret-of-ours")
+    prefect, _ = servers.prefect(tmp_path, 0, "someone:a-secret-of-ours")
     assert "-master.telemetry=false" in seaweedfs.command
     assert "--allowed-hosts" in mlflow.command
     assert mlflow.environment["MLFLOW_DISABLE_TELEMETRY"] == "true"

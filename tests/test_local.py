@@ -14,10 +14,12 @@ from flows.credentials import local_credentials
 from flows.local import Services, check_reachable, embedded
 from flows.ports import PAIR, choose_ports, remember_ports
 from flows.server import Server
+from flows.servers import ask
 from flows.settings import Settings
 from tasks.errors import BusyError, ServiceError, SettingsError
 from tasks.layout import Layout
 from tasks.storage import Storage
+from tests.fixtures.prefect_api import PrefectApi
 
 NOTHING_SET = Settings.model_construct(
     s3_endpoint_url=None,
@@ -104,6 +106,14 @@ def test_the_local_store_is_closed_to_others(tmp_path: Path) -> None:
     assert listening == {"127.0.0.1"}
     assert address.secret_access_key is not None
     assert address.secret_access_key not in arguments
+
+
+def test_a_runs_own_prefect_asks_for_the_login(tmp_path: Path) -> None:
+    with embedded(NOTHING_SET, Layout(tmp_path)) as services:
+        url = services.prefect()
+        assert ask(f"{url}/admin/version") is None
+        login = local_credentials(services.folder).login
+        assert PrefectApi(url, login).ask("admin/version")
 
 
 def _process_on(url: str) -> int:
@@ -244,29 +254,40 @@ def test_starting_returns_at_once(tmp_path: Path) -> None:
 
 
 def test_credentials_are_generated_once_and_private(tmp_path: Path) -> None:
-    file = tmp_path / ".local" / "credentials.json"
+    folder = tmp_path / ".local"
     previous = os.umask(0)
     try:
-        first = local_credentials(file)
+        first = local_credentials(folder)
     finally:
         os.umask(previous)
+    (file,) = folder.iterdir()
     assert file.stat().st_mode & 0o777 == 0o600
-    assert local_credentials(file) == first
-    assert list(file.parent.iterdir()) == [file]
-    assert len(first[1]) >= 32
+    assert local_credentials(folder) == first
+    user, _, password = first.login.partition(":")
+    assert user == "handsigns"
+    assert min(len(first.secret_access_key), len(password)) >= 32
+    assert password not in repr(first)
 
 
-@pytest.mark.parametrize(("mode", "content"), [(0o644, None), (0o600, "{}"), (0o600, "nonsense")])
+@pytest.mark.parametrize(
+    ("mode", "content"),
+    [
+        (0o644, None),
+        (0o600, "{}"),
+        (0o600, "nonsense"),
+        (0o600, '{"access_key_id": "a", "secret_access_key": "b"}'),
+    ],
+)
 def test_credentials_that_cannot_be_trusted_are_refused(
     tmp_path: Path, mode: int, content: str | None
 ) -> None:
-    file = tmp_path / "credentials.json"
-    secret = local_credentials(file)[1]
+    secret = local_credentials(tmp_path).secret_access_key
+    (file,) = tmp_path.iterdir()
     if content is not None:
         file.write_text(content)
     file.chmod(mode)
     with pytest.raises(SettingsError, match="Remove the file") as caught:
-        local_credentials(file)
+        local_credentials(tmp_path)
     assert secret not in str(caught.value)
 
 
@@ -306,6 +327,6 @@ def test_services_that_hang_are_given_up_within_30_s() -> None:
 
 
 @pytest.mark.slow
-def test_services_that_answer_pass(s3_server, prefect_api: str) -> None:
+def test_services_that_answer_pass(s3_server, prefect_api: PrefectApi) -> None:
     check_reachable(NOTHING_SET)
-    check_reachable(NOTHING_SET.model_copy(update={"prefect_api_url": prefect_api}))
+    check_reachable(NOTHING_SET.model_copy(update={"prefect_api_url": prefect_api.url}))

@@ -3,11 +3,10 @@
 import json
 import subprocess
 import time
-import urllib.request
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import boto3
@@ -16,24 +15,19 @@ import pytest
 from tasks.addresses import S3Address
 from tests.fixtures.checkouts import BIN, Workshop, make_checkout
 from tests.fixtures.photos import write_photos
+from tests.fixtures.prefect_api import PrefectApi
 
 pytestmark = pytest.mark.slow
 
 
+@dataclass(frozen=True)
 class Api:
-    """Prefect's API, asked as its UI asks it."""
+    """What the UI shows of runs and lets a person answer."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    prefect: PrefectApi
 
     def post(self, path: str, **body: Any) -> Any:
-        question = urllib.request.Request(
-            f"{self.url}/{path}",
-            data=json.dumps(body).encode(),
-            headers={"content-type": "application/json"},
-        )
-        with urllib.request.urlopen(question) as answer:
-            return json.loads(answer.read())
+        return self.prefect.ask(path, body)
 
     def runs(self, flow: str) -> list[Any]:
         """Runs of a flow, the latest first."""
@@ -70,12 +64,12 @@ class Api:
 
 
 @pytest.fixture(scope="module")
-def api(prefect_api: str) -> Api:
+def api(prefect_api: PrefectApi) -> Api:
     return Api(prefect_api)
 
 
 @pytest.fixture(scope="module")
-def named(s3_server: S3Address, prefect_api: str) -> dict[str, str]:
+def named(s3_server: S3Address, prefect_api: PrefectApi) -> dict[str, str]:
     """Services that outlive a run, with a bucket of this module's own."""
     address = replace(s3_server, bucket=f"test-{uuid.uuid4().hex[:16]}")
     keys = {
@@ -89,7 +83,7 @@ def named(s3_server: S3Address, prefect_api: str) -> dict[str, str]:
     return {
         "HANDSIGNS_S3_ENDPOINT_URL": address.endpoint_url,
         "HANDSIGNS_BUCKET": address.bucket,
-        "PREFECT_API_URL": prefect_api,
+        **prefect_api.named,
         **{name.upper(): text for name, text in keys.items()},
     }
 

@@ -21,6 +21,7 @@ from tests.fixtures import faults
 from tests.fixtures.checkouts import Workshop, make_checkout
 from tests.fixtures.faults import Exchange, Proxy, proxy_to
 from tests.fixtures.photos import write_photos
+from tests.fixtures.prefect_api import PrefectApi
 
 SECONDS = 30
 """Longest time in which one question to a service is answered or given up."""
@@ -204,14 +205,18 @@ def test_a_failing_registry_is_told_in_time() -> None:
             assert requests == 3, name
 
 
-def _lose_prefect(workshop: Workshop, api: str) -> None:
+def _lose_prefect(workshop: Workshop, api: PrefectApi) -> None:
     """Let Prefect be gone for good once a retrain has its features."""
 
     def gone(exchange: Exchange) -> None:
         (faults.resetting if workshop.layout.features.exists() else faults.passed)(exchange)
 
-    with proxy_to(api.removesuffix("/api")) as prefect, prefect.failing(gone):
-        named = {"PREFECT_API_URL": f"{prefect.url}/api", "PREFECT_CLIENT_MAX_RETRIES": "0"}
+    with proxy_to(api.url.removesuffix("/api")) as prefect, prefect.failing(gone):
+        named = {
+            **api.named,
+            "PREFECT_API_URL": f"{prefect.url}/api",
+            "PREFECT_CLIENT_MAX_RETRIES": "0",
+        }
         began = time.monotonic()
         lost = workshop.handsigns("retrain", code=1, **named)
     assert lost["status"] == "failed"
@@ -221,7 +226,7 @@ def _lose_prefect(workshop: Workshop, api: str) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_a_service_failed_is_resumed_without_training_again(
-    tmp_path: Path, s3: S3Address, mlflow_server: str, prefect_api: str
+    tmp_path: Path, s3: S3Address, mlflow_server: str, prefect_api: PrefectApi
 ) -> None:
     workshop = make_checkout(tmp_path / "checkout")
     workshop.handsigns("import", write_photos(tmp_path / "photos", per_class=12))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from flows.ports import choose_ports
 from flows.shards import shard_runner
@@ -23,6 +23,7 @@ from tasks.shards import Shard, cut, run_here
 from tasks.stage import Context
 from tests.fixtures.checkouts import BIN
 from tests.fixtures.models import SIZE
+from tests.fixtures.prefect_api import PrefectApi
 
 Shards = Callable[[], Iterator[Shard]]
 Cluster = tuple[str, list[subprocess.Popen[bytes]]]
@@ -97,11 +98,12 @@ def test_every_row_is_in_one_shard_and_none_is_too_large(count: int, rows: int) 
 
 @pytest.mark.slow
 def test_a_cluster_that_loses_a_worker_gives_the_same_bytes(
-    prefect_api: str, graph: Path, shards: Shards, cluster: Cluster
+    prefect_api: PrefectApi, graph: Path, shards: Shards, cluster: Cluster
 ) -> None:
     address, workers = cluster
     alone = rows_of(run_here(shards(), graph))
-    with temporary_settings({PREFECT_API_URL: prefect_api}):
+    named = {PREFECT_API_URL: prefect_api.url, PREFECT_API_AUTH_STRING: prefect_api.login}
+    with temporary_settings(named):
         assert rows_of(shard_runner(None)(shards(), graph)) == alone
         made = shard_runner(address)(shards(), graph)
         first, row = next(made)

@@ -23,6 +23,7 @@ from tasks.pointer import KEY
 from tasks.storage import Storage
 from tests.fixtures.checkouts import Workshop, make_checkout
 from tests.fixtures.photos import write_photos
+from tests.fixtures.prefect_api import PrefectApi
 
 pytestmark = pytest.mark.slow
 SENTINEL = "-".join(("Xq7", "never", "seen"))  # not in one piece: this file is searched too
@@ -53,8 +54,9 @@ def secret_settings(s3: S3Address) -> dict[str, str]:
 
 def spellings(secrets: dict[str, str]) -> list[bytes]:
     """What must not be found: the secrets, plain, quoted and in base64."""
-    plain = [secrets["AWS_SECRET_ACCESS_KEY"], SENTINEL]
-    logins = [f"someone:{SENTINEL}-{name}" for name in ("notify", "prefect", "remote")]
+    login = secrets["PREFECT_API_AUTH_STRING"]
+    plain = [secrets["AWS_SECRET_ACCESS_KEY"], login.partition(":")[2], SENTINEL]
+    logins = [login, *(f"someone:{SENTINEL}-{name}" for name in ("notify", "prefect", "remote"))]
     return [
         *(text.encode() for text in plain),
         *(quote(text, safe="").encode() for text in plain),
@@ -109,7 +111,9 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Address, prefect_api: str) -> Run:
+def run(
+    tmp_path_factory: pytest.TempPathFactory, s3_server: S3Address, prefect_api: PrefectApi
+) -> Run:
     """A run that fails in the middle, and one that ends with a champion."""
     folder = tmp_path_factory.mktemp("trust")
     secrets = secret_settings(s3_server)
@@ -120,7 +124,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Address, prefect_
         "HANDSIGNS_BUCKET": s3_server.bucket,
         "HANDSIGNS_SIGNING_KEY": str(keys[0]),
         "HANDSIGNS_PUBLIC_KEYS": str(keys[1]),
-        "PREFECT_API_URL": prefect_api,
+        **prefect_api.named,
     }
     workshop = make_checkout(folder / "checkout")
     workshop.handsigns("import", write_photos(folder / "photos", per_class=12))

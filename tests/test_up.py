@@ -1,24 +1,28 @@
 """The whole service as processes: started, used, overlapped, cancelled, killed, stopped."""
 
+import base64
 import json
 import os
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import stamina
 from mlflow import MlflowClient
 from prefect.server.schemas.actions import DeploymentCreate, WorkPoolCreate
 
+from flows.credentials import FILE, local_credentials
 from flows.deploy import POOLS, pool_template
 from flows.local import embedded
 from flows.servers import ask
@@ -26,6 +30,7 @@ from flows.settings import Settings
 from tasks.storage import Storage
 from tests.fixtures.checkouts import SERVICES, Workshop, make_checkout
 from tests.fixtures.photos import CHECKOUT, write_photos
+from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.receiver import Receiver, receiving
 
 pytestmark = pytest.mark.slow
@@ -43,19 +48,12 @@ class Service:
     told: dict[str, Any]
 
     def ask(self, path: str, content: Any = None) -> Any:
-        question = urllib.request.Request(
-            self.told["prefect"] + path,
-            data=None if content is None else json.dumps(content).encode(),
-            headers={"content-type": "application/json"},
-        )
+        return self.prefect.ask(path, content)
 
-        # As Prefect's own client does: on a busy machine SQLite makes it say 503.
-        @stamina.retry(on=OSError, attempts=None, timeout=90)
-        def once() -> Any:
-            with urllib.request.urlopen(question, timeout=60) as answer:
-                return json.loads(answer.read() or "null")
-
-        return once()
+    @cached_property
+    def prefect(self) -> PrefectApi:
+        login = local_credentials(self.workshop.layout.local).login
+        return PrefectApi(self.told["prefect"], login)
 
     def run(self, deployment: str = "retrain/retrain") -> str:
         found = self.ask(f"/deployments/name/{deployment}")["id"]
@@ -169,6 +167,13 @@ def test_deployments_pools_and_the_schedule_are_registered(service: Service) -> 
     assert pools["handsigns"]["status"] == "READY"
 
 
+def _holds(path: Path, secrets: list[str]) -> bool:
+    with suppress(FileNotFoundError):  # a database's journal comes and goes
+        content = path.read_bytes()
+        return any(secret.encode() in content for secret in secrets)
+    return False
+
+
 def test_nothing_listens_beyond_loopback_and_no_secret_is_shown(service: Service) -> None:
     ours = {one.pid for one in service.processes()}
     listening = {
@@ -178,12 +183,22 @@ def test_nothing_listens_beyond_loopback_and_no_secret_is_shown(service: Service
     }
     assert listening == {"127.0.0.1"}
     local = service.workshop.layout.local
-    secret = json.loads((local / "credentials.json").read_text())["secret_access_key"]
-    assert not service.processes(secret)
-    shown = [local / "service.json", *(local / "logs").iterdir()]
-    assert all(secret not in path.read_text(errors="replace") for path in shown)
+    known = local_credentials(local)
+    secrets = [known.secret_access_key, known.login.partition(":")[2]]
+    secrets += [base64.b64encode(known.login.encode()).decode()]
+    assert not any(service.processes(secret) for secret in secrets)
+    files = [path for path in service.workshop.layout.root.rglob("*") if path.is_file()]
+    assert {path for path in files if _holds(path, secrets)} == {local / FILE}
     assert service.ask("/variables/filter", {}) == []
     assert (local / "service.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_nobody_gets_in_without_the_credentials(service: Service) -> None:
+    for url in (service.told["s3"], f"{service.told['prefect']}/admin/version"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(url)
+        assert refused.value.code in (401, 403), url
+    assert service.ask("/admin/version")
 
 
 @pytest.fixture(scope="module")
