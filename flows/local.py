@@ -22,6 +22,7 @@ from flows.running import Running, find_running
 from flows.server import Server
 from flows.settings import Settings
 from tasks.addresses import S3Address, shown
+from tasks.conditions import check_conditions
 from tasks.errors import ServiceError
 from tasks.layout import Layout
 from tasks.storage import Storage
@@ -185,7 +186,7 @@ def check_reachable(settings: Settings) -> None:
 
 def _check_s3(storage: Storage) -> None:
     storage.check()
-    storage.check_conditions()
+    check_conditions(storage)
 
 
 def _check(service: str, variable: str, url: str) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from flows.local import Services, embedded
 from flows.settings import Settings
+from tasks.conditions import check_conditions
 from tasks.layout import Layout
 from tasks.pointer import Move, read_champion
 from tasks.signature import Trust
@@ -121,7 +122,7 @@ class Workspace:
         from tasks.champion import promote
         from tasks.params import load_params
 
-        self.storage.check_conditions()
+        check_conditions(self.storage)
         return promote(
             self.storage,
             self.registry,
@@ -137,7 +138,7 @@ class Workspace:
         """Return to the champion before the present one."""
         from tasks.champion import rollback
 
-        self.storage.check_conditions()
+        check_conditions(self.storage)
         return rollback(self.storage, self.registry, reason, by=by)
 
     def release(self, name: str) -> tuple[str, Path]:

@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass, field
 
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+
 
 def shown(url: str) -> str:
     """Return `url` without the user, password and query that it may carry.
@@ -45,3 +47,12 @@ class S3Address:
             "AWS_SESSION_TOKEN": self.session_token,
         }
         return {name: value for name, value in known.items() if value is not None}
+
+
+def check_key(key: str) -> str:
+    """Return `key`, or raise `ValueError` if it is not plain names joined by slashes."""
+    if not _KEY.fullmatch(key) or len(key) > 512:
+        raise ValueError(
+            f"An object's key must be plain names joined by slashes. Received: {key!r}."
+        )
+    return key

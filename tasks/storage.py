@@ -1,23 +1,20 @@
 """Objects in S3-compatible storage; the only module that touches boto3."""
 
-import base64
 import contextlib
 import hashlib
 import os
-import re
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import stamina
 
-from tasks.addresses import S3Address, shown
+from tasks.addresses import S3Address, check_key, shown
+from tasks.deadline import SECONDS, Deadline, allow, heed_deadlines
 from tasks.errors import ServiceError
+from tasks.sending import Sent, md5, opened, size_of
 from tasks.signature import UNSIGNED, Trust
 from tasks.storage_errors import BUCKET, ChangedError, MissingObjectError, explain
 
@@ -29,8 +26,9 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CONNECT_SECONDS = 3
 READ_SECONDS = 8
 ATTEMPTS = 3
-"""Three attempts and their pauses end within 30 s, whatever the endpoint does."""
-_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+PIECE = 256 << 10
+PAGE = 1 << 20
+"""Bytes that a page of a listing stands for where time is measured out."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +47,20 @@ class Storage:
         address: endpoint, bucket and credentials.
         trust: whose signatures what is read from it must have, and how what is written
             to it is signed; kept here, so that no reader can forget to ask.
+        seconds: longest time for one question, besides that for the bytes it moves.
 
-    Every method raises `ServiceError` in one line within 30 s when the service
-    is unreachable, refuses the credentials or has no such bucket, and
-    `ValueError` for a key that is not plain names joined by slashes.
+    Every method raises `ServiceError` in one line within 30 s, and a second more for
+    each 128 KiB that were moved, when the service is unreachable, trickles, refuses the
+    credentials or has no such bucket, and `ValueError` for a key that is not plain names
+    joined by slashes.
     """
 
-    def __init__(self, address: S3Address, trust: Trust = UNSIGNED) -> None:
+    def __init__(
+        self, address: S3Address, trust: Trust = UNSIGNED, seconds: float = SECONDS
+    ) -> None:
         self.address = address
         self.trust = trust
+        self._seconds = seconds
         self._client = _client(address)
 
     def uri(self, key: str = "") -> str:
@@ -67,31 +70,6 @@ class Storage:
     def check(self) -> None:
         """Raise `ServiceError` unless the bucket answers to the credentials."""
         self._call(lambda: self._client.head_bucket(Bucket=self.address.bucket), BUCKET)
-
-    def check_conditions(self) -> None:
-        """Raise `ServiceError` unless the endpoint honours conditional writes.
-
-        Some S3-compatible services take `If-None-Match` and `If-Match` without a word
-        and write all the same. The champion would then be whoever wrote last, so it is
-        tried on an object of its own, which is removed again.
-        """
-        probe = f"probes/{uuid.uuid4().hex}"
-        etag = self.put_if_absent(probe, b"first")
-        try:
-            honoured = {
-                "If-None-Match": not self._takes(lambda: self.put_if_absent(probe, b"second")),
-                "If-Match": self._takes(lambda: self.put_if_match(probe, b"third", etag))
-                and not self._takes(lambda: self.put_if_match(probe, b"fourth", etag)),
-            }
-        finally:
-            with contextlib.suppress(ServiceError):
-                self._call(lambda: self._client.delete_object(**self._at(probe)), probe)
-        if ignored := [header for header, holds in honoured.items() if not holds]:
-            raise ServiceError(
-                f"S3 at {shown(self.address.endpoint_url)} does not honour conditional writes, so "
-                f"two promotions at once could undo each other. Received: {' and '.join(ignored)} "
-                "without effect. Use a service, or a version of it, that keeps to them."
-            )
 
     def exists(self, key: str) -> bool:
         """Tell whether the object is there."""
@@ -108,11 +86,23 @@ class Storage:
             Prefix=prefix,
             PaginationConfig={"MaxItems": most} if most else {},
         )
-        for page in self._whole(lambda: list(pages), prefix):
+
+        def fetch() -> list[Any]:
+            found: list[Any] = []
+            for page in pages:
+                allow(PAGE)
+                found.append(page)
+            return found
+
+        for page in self._whole(fetch, prefix):
             for found in page.get("Contents", []):
                 yield Entry(found["Key"], found["Size"], found.get("ETag", ""))
 
-    def put(self, key: str, source: Path | bytes) -> None:
+    def remove(self, key: str) -> None:
+        """Remove an object; one that is not there is none the worse."""
+        self._call(lambda: self._client.delete_object(**self._at(key)), key)
+
+    def put(self, key: str, source: Sent) -> None:
         """Write one object whole; the service checks its MD5 on arrival."""
         self._put(key, source)
 
@@ -143,7 +133,7 @@ class Storage:
 
         def fetch() -> tuple[bytes, str]:
             answer = self._client.get_object(**self._at(key))
-            return answer["Body"].read(), answer["ETag"]
+            return b"".join(_pieces(answer)), _etag(answer)
 
         return self._whole(fetch, key)
 
@@ -162,7 +152,12 @@ class Storage:
         at: Any = {"Bucket": self.address.bucket, "Key": key}
 
         def fetch() -> bytes:
-            return bytes(self._client.get_object(**at)["Body"].read(limit))
+            start = b""
+            for piece in _pieces(self._client.get_object(**at)):
+                start += piece
+                if len(start) >= limit:
+                    break
+            return start[:limit]
 
         return self._whole(fetch, key)
 
@@ -190,24 +185,25 @@ class Storage:
 
     def _pour(self, key: str, target: Path | None) -> tuple[str, int]:
         digest, size = hashlib.sha256(), 0
-        body = self._client.get_object(**self._at(key))["Body"]
+        answer = self._client.get_object(**self._at(key))
         with target.open("wb") if target else contextlib.nullcontext() as file:
-            for chunk in body.iter_chunks(1 << 20):
-                digest.update(chunk)
-                size += len(chunk)
+            for piece in _pieces(answer):
+                digest.update(piece)
+                size += len(piece)
                 if file:
-                    file.write(chunk)
+                    file.write(piece)
         return digest.hexdigest(), size
 
-    def _put(self, key: str, source: Path | bytes, **condition: Any) -> str:
+    def _put(self, key: str, source: Sent, **condition: Any) -> str:
         at = self._at(key)
 
         def send() -> str:
-            with _opened(source) as body:
+            allow(size_of(source))
+            with opened(source) as body:
                 answer = self._client.put_object(
-                    **at, Body=body, ContentMD5=_md5(source), **condition
+                    **at, Body=body, ContentMD5=md5(source), **condition
                 )
-            return answer["ETag"]
+            return _etag(answer)
 
         try:
             return self._call(send, key)
@@ -218,13 +214,6 @@ class Storage:
                 if content == source:
                     return etag
             raise
-
-    def _takes(self, write: Callable[[], str]) -> bool:
-        try:
-            write()
-        except ChangedError:
-            return False
-        return True
 
     def _whole(self, fetch: Callable[[], T], key: str) -> T:
         """Call `fetch`, again if the body breaks off; botocore repeats only requests."""
@@ -245,7 +234,7 @@ class Storage:
         from urllib3.exceptions import HTTPError
 
         try:
-            return action()
+            return self._in_time(action, what)
         except ClientError as error:
             raise explain(error.response, self.address, what) from None
         except (NoCredentialsError, PartialCredentialsError):
@@ -260,24 +249,27 @@ class Storage:
                 f"({type(error).__name__}). Check HANDSIGNS_S3_ENDPOINT_URL and the service."
             ) from None
 
+    def _in_time(self, action: Callable[[], T], what: str) -> T:
+        deadline = Deadline(self._seconds)
+        try:
+            with deadline:
+                return action()
+        finally:
+            if deadline.passed:  # what came through by then may look whole, and is not
+                raise ServiceError(
+                    f"S3 at {shown(self.address.endpoint_url)} takes too long. Received: "
+                    f"{what} not through in {deadline.told}. Check the network and the service."
+                ) from None
+
     def _at(self, key: str) -> Any:
         return {"Bucket": self.address.bucket, "Key": check_key(key)}
-
-
-def check_key(key: str) -> str:
-    """Return `key`, or raise `ValueError` if it is not plain names joined by slashes."""
-    if not _KEY.fullmatch(key) or len(key) > 512:
-        raise ValueError(
-            f"An object's key must be plain names joined by slashes. Received: {key!r}."
-        )
-    return key
 
 
 def _client(address: S3Address) -> "S3Client":
     import boto3
     from botocore.config import Config
 
-    return boto3.session.Session().client(
+    client = boto3.session.Session().client(
         "s3",
         endpoint_url=address.endpoint_url,
         region_name=address.region,
@@ -297,14 +289,23 @@ def _client(address: S3Address) -> "S3Client":
             proxies={} if urlsplit(address.endpoint_url).hostname in LOOPBACK else None,
         ),
     )
+    # botocore has no setting for a deadline; its pools' classes are where one can be added.
+    heed_deadlines(client._endpoint.http_session._pool_classes_by_scheme)  # type: ignore[attr-defined]
+    return client
 
 
-def _opened(source: Path | bytes) -> AbstractContextManager[Any]:
-    return source.open("rb") if isinstance(source, Path) else contextlib.nullcontext(source)
+def _pieces(answer: Any) -> Iterator[bytes]:
+    """The body of an answer; each piece that arrives gives time for the next."""
+    _etag(answer)
+    for piece in answer["Body"].iter_chunks(PIECE):
+        allow(len(piece))
+        yield piece
 
 
-def _md5(source: Path | bytes) -> str:
-    with _opened(source) as body:
-        content = BytesIO(body) if isinstance(body, bytes) else body
-        digest = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False))
-    return base64.b64encode(digest.digest()).decode()
+def _etag(answer: Any) -> str:
+    """The object's etag; an answer without one broke off in its head and seems empty."""
+    from botocore.exceptions import IncompleteReadError
+
+    if "ETag" not in answer:
+        raise IncompleteReadError(actual_bytes=0, expected_bytes=1)
+    return str(answer["ETag"])

@@ -1,9 +1,10 @@
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.addresses import S3Address
+from tasks.addresses import S3Address, check_key
 from tasks.errors import ServiceError
-from tasks.storage import Entry, Storage, check_key
+from tasks.storage import Entry, Storage
 from tasks.storage_errors import ChangedError, MissingObjectError
+from tests.fixtures import faults
+from tests.fixtures.faults import Exchange, proxy_to
 
 
 def test_what_is_put_comes_back(storage: Storage, tmp_path: Path) -> None:
@@ -219,3 +222,51 @@ def test_a_body_that_always_breaks_off_leaves_no_file(tmp_path: Path) -> None:
     ):
         storage.download("a", target)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fault"),
+    [
+        ("^GET .*/old", faults.trickling),
+        ("^GET .*/old", faults.trickling_in_the_head),
+        ("^PUT .*/new", faults.trickling_in_the_head),
+    ],
+)
+def test_an_endpoint_that_trickles_is_given_up_when_time_is_over(
+    s3: S3Address, tmp_path: Path, pattern: str, fault: Callable[[Exchange], None]
+) -> None:
+    Storage(s3).put("old", b"x" * 1000)
+    with proxy_to(s3.endpoint_url) as proxy, proxy.failing(faults.on(pattern, fault)):
+        impatient = Storage(replace(s3, endpoint_url=proxy.url), seconds=1)
+        began = time.monotonic()
+        ask = partial(impatient.download, "old", tmp_path / "copy")
+        with pytest.raises(ServiceError, match="takes too long") as caught:
+            ask() if "GET" in pattern else impatient.put("new", b"content")
+    assert time.monotonic() - began < 8  # of which botocore's own pauses may be three
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_answer_that_breaks_off_in_its_head_is_not_taken_for_an_empty_one(
+    s3: S3Address,
+) -> None:
+    Storage(s3).put("old", b"content")
+    with proxy_to(s3.endpoint_url) as proxy, proxy.failing(faults.halving_the_head):
+        storage = Storage(replace(s3, endpoint_url=proxy.url))
+        for ask in (storage.get, storage.digest, lambda key: storage.put(key, b"new")):
+            with pytest.raises(ServiceError, match="does not answer"):
+                ask("old")
+    with proxy_to(s3.endpoint_url) as proxy:
+        storage = Storage(replace(s3, endpoint_url=proxy.url))
+        with proxy.failing(faults.on("^GET", faults.halving_the_head, times=2)):
+            assert storage.get("old") == b"new"
+
+
+def test_a_slow_line_that_moves_has_the_time_it_needs(s3: S3Address, tmp_path: Path) -> None:
+    content = bytes(1 << 20)
+    Storage(s3).put("old", content)
+    with proxy_to(s3.endpoint_url) as proxy, proxy.failing(faults.on("^GET", faults.slowing(3))):
+        patient = Storage(replace(s3, endpoint_url=proxy.url), seconds=2)
+        began = time.monotonic()
+        assert patient.download("old", tmp_path / "copy")[1] == len(content)
+    assert time.monotonic() - began > 2
