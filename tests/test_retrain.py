@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tasks.storage import Storage
 from tests.fixtures.checkouts import Workshop, make_checkout
 from tests.fixtures.photos import write_photos
 from tests.fixtures.receiver import receiving
+from tests.fixtures.service import Clients, serving
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +38,15 @@ def first(workshop: Workshop) -> RunReport:
     """What the first retrain of the checkout reported."""
     path = workshop.layout.root.parent / "first.json"
     return RunReport.model_validate_json(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def clients(workshop: Workshop) -> Iterator[Clients]:
+    """A service of the same checkout, as a person starts it, that is asked all the while."""
+    beside = serving(workshop.layout.root, HANDSIGNS_SERVE_FOLLOW_SECONDS="")
+    with beside as service, Clients(service).asking() as asked:
+        asked.seconds_until(1)
+        yield asked
 
 
 def test_the_first_run_is_promoted_and_tells_all(workshop: Workshop, first: RunReport) -> None:
@@ -163,7 +174,7 @@ def test_a_refused_model_leaves_champion_registry_and_storage_alone(workshop: Wo
 
 
 def test_one_phases_rate_reruns_that_phase_and_what_follows(
-    workshop: Workshop, first: RunReport
+    workshop: Workshop, first: RunReport, clients: Clients
 ) -> None:
     workshop.change("phases.full", learning_rate=0.0007)
     second = RunReport.model_validate(workshop.handsigns("retrain"))
@@ -177,19 +188,28 @@ def test_one_phases_rate_reruns_that_phase_and_what_follows(
     back = RunReport.model_validate(workshop.handsigns("retrain"))
     assert back.release.id == first.release.id
     assert back.model.version == 1
+    clients.seconds_until(workshop.handsigns("status")["champion"]["version"])
 
 
-def test_promote_and_rollback_move_the_champion_and_tell_the_history(workshop: Workshop) -> None:
+def test_promote_and_rollback_tell_the_history_and_reach_a_running_service_within_30_s(
+    workshop: Workshop, clients: Clients
+) -> None:
     present = workshop.handsigns("status")["champion"]["version"]
     other = 2 if present == 1 else 1
     move = workshop.handsigns("promote", str(other), "--force", "--reason", "a test of mine")
     assert (move["previous"], move["version"]) == (present, other)
+    clients.seconds_until(other)
     refused = workshop.handsigns("promote", str(other), code=1)
     assert "champion already" in refused
     back = workshop.handsigns("rollback")
     assert (back["previous"], back["version"]) == (other, present)
+    clients.seconds_until(present)
     history = workshop.handsigns("status")["history"]
     assert [one["reason"] for one in history[-2:]] == ["a test of mine", "rolled back by hand"]
+    # Nobody met a gap: not while retrains ran, nor while the champion was moved.
+    assert {status for status, _ in clients.answers} == {200}
+    assert clients.service.health()["state"] == "ready"
+    assert "Traceback" not in clients.service.log.read_text()
 
 
 def test_an_unreachable_service_is_named_within_30_seconds(workshop: Workshop) -> None:
