@@ -8,6 +8,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from tasks.average import Average
+from tasks.erasing import erase_patches
 from tasks.labels import LABELS
 from tasks.parallel import in_order
 from tasks.phase import Epoch, Plan
@@ -18,6 +19,7 @@ from tasks.temperature import score
 
 _BATCH = 64
 _Rows = NDArray[np.int64]
+_Change = Callable[[NDArray[np.float32], int], NDArray[np.float32]]
 
 
 class FeatureStore(Protocol):
@@ -59,15 +61,15 @@ def fit_cached(
     val = _rows(features, names, plan.val, np.zeros_like(plan.val))
     seen = [rows for batches in epochs for _, rows in batches]
     inputs = _reader(features)
-    mixing = plan.training.style_mixing
     pool: Callable[[Any], Any] = tail.pooled
+    change = _changes(plan)
     if plan.phase.trainable_layers == 0:
         inputs = _pooled_once(tail, inputs, np.unique(np.concatenate([*seen, val])))
-        pool, mixing = tf.identity, 0.0
+        pool, change = tf.identity, lambda vectors, _: vectors
     some = inputs(val[:1])
     learn = _learner(tail, pool, plan, average, some)
     infer = _compiled(lambda batch: tail.logits(pool(batch)), some)
-    coming = _read_ahead(inputs, seen, plan, mixing)
+    coming = _read_ahead(inputs, seen, change)
     curve, update = [], 0
     for number, batches in enumerate(epochs, 1):
         loss = right = 0.0
@@ -130,14 +132,26 @@ def _reader(features: FeatureStore) -> Callable[[_Rows], Any]:
     return lambda rows: tf.constant(features.batch(rows).astype(np.float32))
 
 
+def _changes(plan: Plan) -> _Change:
+    """What a batch goes through before an update of a phase that opens layers."""
+    training = plan.training
+
+    def change(features: NDArray[np.float32], update: int) -> NDArray[np.float32]:
+        random = plan.random(2, update)
+        mixed = mix_styles(features, random, training.style_mixing)
+        return erase_patches(mixed, random, training.erasing)
+
+    return change
+
+
 def _read_ahead(
-    inputs: Callable[[_Rows], Any], seen: Iterable[_Rows], plan: Plan, mixing: float
+    inputs: Callable[[_Rows], Any], seen: Iterable[_Rows], change: _Change
 ) -> Iterator[Any]:
-    """Read the next batches, and let their photos trade styles, while an update runs."""
+    """Read and change the next batches while an update runs."""
 
     def read(item: tuple[int, _Rows]) -> Any:
         update, rows = item
-        return tf.constant(mix_styles(inputs(rows).numpy(), plan.random(2, update), mixing))
+        return tf.constant(change(inputs(rows).numpy(), update))
 
     return in_order(read, enumerate(seen), workers=1)
 

@@ -60,6 +60,7 @@ class TrainingParams(_Section):
     weight_decay: float = Field(ge=0.0, le=1.0)
     label_smoothing: float = Field(ge=0.0, lt=1.0)
     style_mixing: Share
+    erasing: Share
     ema: float = Field(ge=0.0, lt=1.0)
     calibrate: bool
 

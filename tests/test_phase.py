@@ -39,6 +39,7 @@ def plan_of(
             weight_decay=more.get("weight_decay", 0.0),
             label_smoothing=more.get("label_smoothing", 0.0),
             style_mixing=0.0,
+            erasing=0.0,
             ema=0.0,
             calibrate=False,
         ),
