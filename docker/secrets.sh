@@ -12,5 +12,7 @@ keep postgres_password "$(random)"
 keep s3_access_key "handsigns-$(random | cut -c1-12)"
 keep s3_secret_key "$(random)"
 keep prefect_login "admin:$(random)"
+keep mlflow_password "$(random)"
+keep mlflow_secret_key "$(random)"
 keep serve_token "$(random)"
 keep notify_urls ''

@@ -1,5 +1,7 @@
 """Credentials of the local servers: generated once, in a file only its owner can read."""
 
+import configparser
+import hashlib
 import json
 import os
 import secrets
@@ -8,6 +10,7 @@ from pathlib import Path
 
 from flows.settings import Settings
 from tasks.errors import SettingsError
+from tasks.whole import whole_file
 
 FILE = "credentials.json"
 
@@ -65,6 +68,36 @@ def prefect_login(settings: Settings, folder: Path) -> str:
     if settings.prefect_auth:
         return settings.prefect_auth.get_secret_value()
     return local_credentials(folder).login
+
+
+def mlflow_guard(folder: Path) -> dict[str, str]:
+    """Return the environment in which MLflow's `basic-auth` asks for the local login.
+
+    Args:
+        folder: the checkout's `.local/`; takes MLflow's own notes of who may come in.
+    """
+    login = local_credentials(folder).login
+    user, _, password = login.partition(":")
+    # MLflow keeps the first password that it is given, so a new one takes a new file.
+    digest = hashlib.sha256(login.encode()).hexdigest()[:16]
+    config = configparser.RawConfigParser()
+    config["mlflow"] = {
+        "database_uri": f"sqlite:///{folder}/mlflow_login_{digest}.db".replace("%", "%%"),
+        "default_permission": "READ",
+        # Comparing takes longer than most answers; what was right stays so for a minute.
+        "auth_cache_ttl_seconds": "60",
+    }
+    file = folder / "mlflow_login.ini"
+    with whole_file(file) as part, part.open("w", encoding="utf-8") as opened:
+        config.write(opened)
+    return {
+        "MLFLOW_AUTH_CONFIG_PATH": str(file),
+        "MLFLOW_AUTH_ADMIN_USERNAME": user,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_urlsafe(32),
+        # A route for which MLflow has no rule is closed too.
+        "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true",
+    }
 
 
 def _generate(file: Path) -> None:

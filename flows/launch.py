@@ -97,12 +97,19 @@ def _run_flow(workspace: Workspace, force: bool, progress: Progress) -> None:
         except Exception as error:
             raise ServiceError(
                 f"Prefect failed ({type(error).__name__}). Received: {services.prefect()}. "
-                "Look at its log, then run again."
+                f"{_advice(error)}, then run again."
             ) from error
         finally:
             listener.reset(token)
             # The last lines must reach the server before it stops.
             APILogWorker.drain_all(timeout=5)
+
+
+def _advice(error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return "It lets nobody in without a login: set PREFECT_API_AUTH_STRING to user:password"
+    return "Look at its log"
 
 
 def _import_tensorflow() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from flows import servers
-from flows.credentials import prefect_login
+from flows.credentials import local_credentials, prefect_login
 from flows.running import Running, find_running
 from flows.server import Server
 from flows.settings import Settings
@@ -89,6 +89,12 @@ class Services:
     def mlflow_artifacts(self) -> S3Address | None:
         """Return where MLflow's files are, or None where its server decides."""
         return None if self.settings.mlflow_tracking_uri else self.s3()
+
+    def mlflow_login(self) -> str | None:
+        """Return what the MLflow of `handsigns up` asks for; None where it is not used."""
+        if self.settings.mlflow_tracking_uri or not (self._running and self._running.mlflow):
+            return None
+        return local_credentials(self.folder).login
 
     def prefect(self) -> str:
         """Return the URL of Prefect's API once it is ready.

@@ -3,13 +3,14 @@
 import http.client
 import json
 import os
+import secrets
 import shutil
 import sys
 import sysconfig
 import urllib.request
 from pathlib import Path
 
-from flows.credentials import local_credentials
+from flows.credentials import local_credentials, mlflow_guard
 from flows.ports import PAIR, choose_ports, known_ports
 from flows.server import Server
 from tasks.addresses import S3Address
@@ -87,6 +88,9 @@ def _seaweedfs(
     # store would be open to everybody.
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment |= {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
+    # What lies behind S3 would else hand files to everybody by plain HTTP.
+    doors = ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ")
+    environment |= {f"WEED_JWT_{door}_KEY": secrets.token_urlsafe(32) for door in doors}
     storage = Storage(address)
     server = Server(
         "seaweedfs",
@@ -160,6 +164,8 @@ def mlflow(
 ) -> tuple[Server, str]:
     """Describe an MLflow server with its UI, its files on S3 and its database in `folder`.
 
+    It asks for the login in the local credentials.
+
     Args:
         folder: takes `mlflow.db`, the same that runs without a server use.
         patience: longest wait in seconds for another run that uses the folder.
@@ -177,13 +183,18 @@ def mlflow(
     # Otherwise a page elsewhere could reach it through a name that points here.
     command += ["--allowed-hosts", f"{HOST}:{ports[0]},localhost:{ports[0]}"]
     command += ["--artifacts-destination", f"s3://{store.bucket}/{PREFIX}"]
-    environment = _without_foreign() | {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-        # Not an argument, as it may hold a password.
-        "MLFLOW_BACKEND_STORE_URI": database or f"sqlite:///{folder / 'mlflow.db'}",
-    }
+    command += ["--app-name", "basic-auth"]
+    environment = (
+        _without_foreign()
+        | mlflow_guard(folder)
+        | {
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+            # Not an argument, as it may hold a password.
+            "MLFLOW_BACKEND_STORE_URI": database or f"sqlite:///{folder / 'mlflow.db'}",
+        }
+    )
     server = Server(
         "mlflow",
         folder,

@@ -76,7 +76,10 @@ class Workspace:
         from tasks.registry import Registry
 
         return Registry(
-            self.services.mlflow(), self.settings.model_name, self.services.mlflow_artifacts()
+            self.services.mlflow(),
+            self.settings.model_name,
+            self.services.mlflow_artifacts(),
+            self.services.mlflow_login(),
         )
 
     def classifier(self, name: str) -> "tuple[Classifier, str]":

@@ -57,17 +57,23 @@ class Registry:
         model_name: name of the experiment and of the registered model.
         artifacts: folder, or S3 bucket, of the experiment's files; None lets the server
             decide.
+        login: `user:password` that the server asks for; None takes the environment's.
 
     Every method raises `ServiceError` in one line within 30 s when MLflow does
     not answer.
     """
 
     def __init__(
-        self, tracking_uri: str, model_name: str, artifacts: Path | S3Address | None = None
+        self,
+        tracking_uri: str,
+        model_name: str,
+        artifacts: Path | S3Address | None = None,
+        login: str | None = None,
     ) -> None:
         self.tracking_uri = tracking_uri
         self.model_name = model_name
         self._artifacts = artifacts
+        self._login = login
 
     def record_run(
         self, record: RunRecord, model_file: Path, load: Callable[[], Any], example: Any
@@ -169,7 +175,7 @@ class Registry:
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
-            with credentials_of(self._artifacts):
+            with credentials_of(self._artifacts, self._login):
                 yield self._client
         except (MlflowException, SQLAlchemyError, OSError) as error:
             raise ServiceError(self._explain(error)) from None

@@ -23,12 +23,22 @@ def place_of(artifacts: Path | S3Address | None, experiment: str) -> str | None:
 
 
 @contextmanager
-def credentials_of(artifacts: Path | S3Address | None) -> Iterator[None]:
-    """Show MLflow a bucket's endpoint and keys for as long as the block lasts.
+def credentials_of(artifacts: Path | S3Address | None, login: str | None = None) -> Iterator[None]:
+    """Show MLflow what opens a bucket, and its own server, for as long as the block lasts.
 
-    It looks for them in the environment only; DVC, in the same process, may have others.
+    It looks for that in the environment only; DVC, in the same process, may have other keys.
+
+    Args:
+        artifacts: a bucket's endpoint and keys are shown.
+        login: `user:password` of MLflow's server; None leaves the environment's own.
     """
     ours = artifacts.environment() if isinstance(artifacts, S3Address) else {}
+    if login:
+        ours |= zip(
+            ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+            login.split(":", 1),
+            strict=True,
+        )
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update(ours)
     try:

@@ -69,7 +69,7 @@ def main(folder: Path) -> None:
         log_in(driver, api.removesuffix("/api"), login)
         open_run(driver, api.removesuffix("/api"), newest_run(PrefectApi(api, login)))
         save(driver, folder / "prefect.png", whole=False)
-        open_version(driver, tracking, "hand-signs", version)
+        open_version(driver, tracking, login, "hand-signs", version)
         driver.execute_script(CLOSE)
         save(driver, folder / "mlflow.png", whole=False)
 

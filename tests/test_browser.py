@@ -24,7 +24,7 @@ from tests.fixtures.screens import (
     text,
     until,
 )
-from tests.fixtures.servers import new_bucket
+from tests.fixtures.servers import MlflowServer, new_bucket
 from tests.fixtures.service import Service, named, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.program("chromedriver")]
@@ -52,12 +52,15 @@ return [...document.querySelectorAll("body *")]
 
 @pytest.fixture(scope="module")
 def report(
-    s3_server: S3Address, mlflow_server: str, prefect_api: PrefectApi, tmp_path_factory: Any
+    s3_server: S3Address,
+    local_mlflow: MlflowServer,
+    prefect_api: PrefectApi,
+    tmp_path_factory: Any,
 ) -> Iterator[dict[str, Any]]:
     """A quick retrain with running servers, and the service of its champion as `service`."""
     folder = tmp_path_factory.mktemp("seen")
     s3 = named(new_bucket(s3_server))
-    servers = {**s3, "MLFLOW_TRACKING_URI": mlflow_server, **prefect_api.named}
+    servers = {**s3, **local_mlflow.named, **prefect_api.named}
     made = make_checkout(folder / "checkout")
     made.change("phases.full", epochs=8)
     made.handsigns("import", write_photos(folder / "photos", per_class=16), **servers)
@@ -189,10 +192,12 @@ def test_prefect_shows_the_run_and_what_it_found(
 
 
 def test_mlflow_shows_the_version_with_its_alias(
-    browser: Any, mlflow_server: str, report: dict[str, Any]
+    browser: Any, local_mlflow: MlflowServer, report: dict[str, Any]
 ) -> None:
     see(browser, (1400, 1000))
-    open_version(browser, mlflow_server, "hand-signs", report["model"]["version"])
+    open_version(
+        browser, local_mlflow.url, local_mlflow.login, "hand-signs", report["model"]["version"]
+    )
     shown = text(browser)
     assert f"Version {report['model']['version']}" in shown
     assert "champion" in shown

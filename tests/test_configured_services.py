@@ -10,12 +10,13 @@ from tasks.storage import Storage
 from tests.fixtures.checkouts import make_checkout
 from tests.fixtures.photos import write_photos
 from tests.fixtures.prefect_api import PrefectApi
+from tests.fixtures.servers import MlflowServer
 
 pytestmark = pytest.mark.slow
 
 
 def test_configured_services_take_everything_and_none_starts_here(
-    tmp_path: Path, s3_server: S3Address, s3: S3Address, mlflow_server: str, prefect_api: PrefectApi
+    tmp_path: Path, s3: S3Address, local_mlflow: MlflowServer, prefect_api: PrefectApi
 ) -> None:
     named = {
         "HANDSIGNS_S3_ENDPOINT_URL": s3.endpoint_url,
@@ -23,7 +24,7 @@ def test_configured_services_take_everything_and_none_starts_here(
         "HANDSIGNS_DVC_REMOTE_URL": f"s3://{s3.bucket}/dvc",
         "AWS_ACCESS_KEY_ID": str(s3.access_key_id),
         "AWS_SECRET_ACCESS_KEY": str(s3.secret_access_key),
-        "MLFLOW_TRACKING_URI": mlflow_server,
+        **local_mlflow.named,
         **prefect_api.named,
     }
     one = make_checkout(tmp_path / "one")
@@ -48,8 +49,12 @@ def test_configured_services_take_everything_and_none_starts_here(
     assert same["release"]["id"] == report["release"]["id"]
     assert same["status"] == "unchanged"
     assert same["model"]["version"] == report["model"]["version"]
+    # Without the login, the variable to set is named.
+    nameless = {name: text for name, text in named.items() if name != "PREFECT_API_AUTH_STRING"}
+    refused = two.handsigns("retrain", "--force", code=1, **nameless)
+    assert "PREFECT_API_AUTH_STRING" in refused["reason"]
     # Nothing of the keys is left in what others may read.
     for place in (one.layout, two.layout):
-        secret = str(s3.secret_access_key)
+        secrets = (str(s3.secret_access_key), local_mlflow.login[-16:], prefect_api.login[-16:])
         written = [place.run, place.root / "dvc.lock", place.root / ".dvc/config"]
-        assert all(secret not in path.read_text() for path in written)
+        assert all(secret not in path.read_text() for path in written for secret in secrets)

@@ -68,6 +68,20 @@ def test_secrets_come_from_files_and_each_part_has_only_its_own(compose: Any) ->
     assert all(set(secret) == {"file"} for secret in compose["secrets"].values())
 
 
+def test_prefect_mlflow_and_s3_ask_for_a_secret(compose: Any) -> None:
+    services = compose["services"]
+    asked = {
+        "prefect": "PREFECT_SERVER_API_AUTH_STRING_FILE",
+        "mlflow": "MLFLOW_AUTH_ADMIN_PASSWORD_FILE",
+        "seaweedfs": "AWS_SECRET_ACCESS_KEY_FILE",
+    }
+    for name, variable in asked.items():
+        secret = services[name]["environment"][variable]
+        assert secret in services["worker"]["environment"].values(), name
+    command = services["mlflow"]["command"]
+    assert command[command.index("--app-name") + 1] == "basic-auth"
+
+
 def test_the_secrets_script_makes_each_once_and_closes_their_folder(
     compose: Any, tmp_path: Path
 ) -> None:

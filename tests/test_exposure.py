@@ -1,6 +1,8 @@
 """Who can reach the servers that we start, and what they tell their makers."""
 
 import configparser
+import contextlib
+import http.client
 import os
 import subprocess
 import sys
@@ -8,14 +10,18 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flows import servers
+from flows.credentials import FILE, local_credentials, mlflow_guard
 from flows.settings import load_settings
 from tasks.addresses import S3Address
 from tasks.errors import SettingsError
+from tasks.storage import Storage
 from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.prefect_api import PrefectApi, basic
+from tests.fixtures.servers import MlflowServer
 
 LISTENING = "0A"
 LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
@@ -53,10 +59,10 @@ def _listeners(pids: set[int]) -> list[str]:
 
 
 def test_every_server_that_we_start_listens_on_loopback_only(
-    s3_server: S3Address, prefect_api: PrefectApi
+    s3_server: S3Address, prefect_api: PrefectApi, local_mlflow: MlflowServer
 ) -> None:
     addresses = _listeners(_family(os.getpid()))
-    assert len(addresses) >= 6  # five of SeaweedFS, one of Prefect
+    assert len(addresses) >= 7  # five of SeaweedFS, one each of Prefect and MLflow
     assert set(addresses) <= LOOPBACK
 
 
@@ -68,6 +74,35 @@ def test_the_store_asks_everybody_for_credentials(s3_server: S3Address) -> None:
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(request, timeout=10)
         assert caught.value.code == 403
+
+
+def test_nothing_behind_the_store_hands_out_or_takes_a_file(
+    s3_server: S3Address, storage: Storage
+) -> None:
+    storage.put("kept", b"for those who have the keys")
+    port = int(s3_server.endpoint_url.rpartition(":")[2])
+    others = {
+        one.laddr.port
+        for one in psutil.Process(_listener(port)).net_connections("tcp")
+        if one.status == "LISTEN" and one.laddr.port != port
+    }
+    path = f"/buckets/{storage.address.bucket}/kept"
+    answers = {}
+    for other in others:
+        with contextlib.suppress(OSError, http.client.HTTPException):  # some speak no HTTP/1
+            url = f"http://127.0.0.1:{other}{path}"
+            answers[other] = {status(url), status(url, b"theirs")}
+    assert {401} in answers.values()
+    assert all(min(codes) >= 400 for codes in answers.values()), answers
+    assert storage.get("kept") == b"for those who have the keys"
+
+
+def _listener(port: int) -> int:
+    return next(
+        one.pid
+        for one in psutil.net_connections("tcp")
+        if one.status == "LISTEN" and one.laddr.port == port and one.pid
+    )
 
 
 def status(url: str, content: bytes | None = None, **headers: str) -> int:
@@ -92,6 +127,53 @@ def test_prefect_asks_everybody_for_the_login(prefect_api: PrefectApi) -> None:
     assert status(f"{prefect_api.url}/flow_runs/filter", b"{}", **known) == 403
 
 
+MLFLOW_PATHS = {
+    "/": None,
+    "/version": None,
+    "/signup": None,
+    "/graphql": b"{}",
+    "/v1/traces": b"",
+    "/gateway/mlflow/v1/chat/completions": b"{}",
+    "/get-artifact?path=a&run_uuid=b": None,
+    "/ajax-api/2.0/mlflow-artifacts/artifacts/a": None,
+    "/api/2.0/mlflow-artifacts/artifacts?path=": None,
+    "/api/2.0/mlflow/experiments/search?max_results=1": None,
+    "/api/2.0/mlflow/users/create": b"{}",
+    "/ajax-api/3.0/jobs/search": b"{}",
+    "/no/such/page": None,
+}
+"""One of each kind: pages, API, proxied files, traces, gateway; with what is posted."""
+
+
+def test_mlflow_asks_everybody_for_the_login(local_mlflow: MlflowServer) -> None:
+    sent = {"content-type": "application/json"}
+    for path, content in MLFLOW_PATHS.items():
+        for wrong in ({}, basic(local_mlflow.login + "x"), basic("admin:password1234")):
+            assert status(local_mlflow.url + path, content, **sent, **wrong) == 401, path
+    known = basic(local_mlflow.login)
+    for path in ("/", "/version", "/api/2.0/mlflow/experiments/search?max_results=1"):
+        assert status(local_mlflow.url + path, **known) == 200, path
+    # Made for a page elsewhere, whose browser knows the login.
+    foreign = {**known, **sent, "Origin": "http://elsewhere.example"}
+    create = "/api/2.0/mlflow/experiments/create"
+    assert status(local_mlflow.url + create, b'{"name": "theirs"}', **foreign) == 403
+
+
+def test_a_new_login_shuts_out_the_old_one(tmp_path: Path) -> None:
+    """MLflow keeps the password that it was given first, in a database; so that one changes."""
+
+    def known() -> tuple[str, str]:
+        guard = mlflow_guard(tmp_path)
+        config = configparser.ConfigParser()
+        config.read(guard["MLFLOW_AUTH_CONFIG_PATH"])
+        return guard["MLFLOW_AUTH_ADMIN_PASSWORD"], config["mlflow"]["database_uri"]
+
+    before = known()
+    assert known() == before
+    (tmp_path / FILE).unlink()
+    assert not set(known()) & set(before)
+
+
 def test_servers_tell_their_makers_nothing_and_read_no_pickles(tmp_path: Path) -> None:
     store = S3Address("http://127.0.0.1:9", "artifacts", "us-east-1", "key", "a-secret-of-ours")
     seaweedfs, _ = servers.seaweedfs(tmp_path, "artifacts", 0)
@@ -102,8 +184,10 @@ def test_servers_tell_their_makers_nothing_and_read_no_pickles(tmp_path: Path) -
     assert mlflow.environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
     assert mlflow.environment["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
     assert prefect.environment["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
+    known = local_credentials(tmp_path)
+    kept = ("a-secret-of-ours", known.secret_access_key, known.login.partition(":")[2])
     for server in (seaweedfs, mlflow, prefect):
-        assert "a-secret-of-ours" not in " ".join(server.command)
+        assert not any(secret in " ".join(server.command) for secret in kept)
 
 
 def test_dvc_is_told_once_for_all_to_keep_quiet() -> None:

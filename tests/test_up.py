@@ -27,10 +27,11 @@ from flows.deploy import POOLS, pool_template
 from flows.local import embedded
 from flows.servers import ask
 from flows.settings import Settings
+from tasks.registry_files import credentials_of
 from tasks.storage import Storage
 from tests.fixtures.checkouts import SERVICES, Workshop, make_checkout
 from tests.fixtures.photos import CHECKOUT, write_photos
-from tests.fixtures.prefect_api import PrefectApi
+from tests.fixtures.prefect_api import PrefectApi, basic
 from tests.fixtures.receiver import Receiver, receiving
 
 pytestmark = pytest.mark.slow
@@ -50,10 +51,13 @@ class Service:
     def ask(self, path: str, content: Any = None) -> Any:
         return self.prefect.ask(path, content)
 
+    @property
+    def login(self) -> str:
+        return local_credentials(self.workshop.layout.local).login
+
     @cached_property
     def prefect(self) -> PrefectApi:
-        login = local_credentials(self.workshop.layout.local).login
-        return PrefectApi(self.told["prefect"], login)
+        return PrefectApi(self.told["prefect"], self.login)
 
     def run(self, deployment: str = "retrain/retrain") -> str:
         found = self.ask(f"/deployments/name/{deployment}")["id"]
@@ -140,7 +144,8 @@ def test_up_answers_everywhere_and_says_where(service: Service) -> None:
 
 
 def test_it_works_on_the_data_that_was_there_before(service: Service) -> None:
-    assert MlflowClient(service.told["mlflow"]).get_registered_model("before")
+    with credentials_of(None, service.login):
+        assert MlflowClient(service.told["mlflow"]).get_registered_model("before")
     with embedded(Settings(), service.workshop.layout) as services:
         assert services.s3().endpoint_url == service.told["s3"]
         assert services.mlflow() == service.told["mlflow"]
@@ -194,11 +199,21 @@ def test_nothing_listens_beyond_loopback_and_no_secret_is_shown(service: Service
 
 
 def test_nobody_gets_in_without_the_credentials(service: Service) -> None:
-    for url in (service.told["s3"], f"{service.told['prefect']}/admin/version"):
+    told = service.told
+    pages = [
+        told["s3"],
+        told["mlflow"],
+        f"{told['mlflow']}/version",
+        f"{told['prefect']}/admin/version",
+    ]
+    for url in pages:
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(url)
         assert refused.value.code in (401, 403), url
     assert service.ask("/admin/version")
+    known = urllib.request.Request(f"{told['mlflow']}/version", headers=basic(service.login))
+    with urllib.request.urlopen(known) as answer:
+        assert answer.status == 200
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +278,8 @@ def test_a_database_url_moves_prefect_and_mlflow_to_postgresql(
     try:
         service = Service(workshop, told)
         assert service.ask("/deployments/count", {}) == 4
-        assert MlflowClient(told["mlflow"]).create_registered_model("hands")
+        with credentials_of(None, service.login):
+            assert MlflowClient(told["mlflow"]).create_registered_model("hands")
         assert password not in json.dumps(told)
         assert not service.processes(password)
         for one in service.processes("worker start"):
