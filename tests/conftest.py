@@ -1,4 +1,8 @@
-"""Fixtures live by subject in `tests/fixtures/`."""
+"""Fixtures live by subject in `tests/fixtures/`; the order of the files is made here."""
+
+from collections import Counter
+
+import pytest
 
 pytest_plugins = (
     "tests.fixtures.photos",
@@ -10,3 +14,9 @@ pytest_plugins = (
     "tests.fixtures.service",
     "tests.fixtures.browser",
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of most slow tests, so that none of them runs alone at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])

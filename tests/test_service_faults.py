@@ -239,6 +239,7 @@ def test_a_run_that_a_service_failed_is_resumed_without_training_again(
             "AWS_SECRET_ACCESS_KEY": str(s3.secret_access_key),
             "MLFLOW_TRACKING_URI": registry.url,
             "HANDSIGNS_MODEL_NAME": "resumed",
+            **prefect_api.named,
         }
         with registry.failing(faults.on("POST .*/runs/create", faults.answering(503, "DOWN"))):
             first = workshop.handsigns("retrain", code=1, **named)
