@@ -32,6 +32,8 @@ up: $(READY) ## Start the whole service on loopback: S3, MLflow, Prefect, a work
 down: $(READY) ## Stop it; its data stays.
 	$(BIN)/handsigns down
 
+# Hundreds of processes import this package, so Python may keep what it compiled.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: lint packages ## Lint, types, all tests.
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
