@@ -20,7 +20,6 @@ from typing import Any
 import psutil
 import pytest
 from mlflow import MlflowClient
-from prefect.server.schemas.actions import DeploymentCreate, WorkPoolCreate
 
 from flows.credentials import FILE, local_credentials
 from flows.deploy import POOLS, pool_template
@@ -341,6 +340,8 @@ def test_prefect_is_not_opened_to_others_without_a_password(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", POOLS.values())
 def test_a_pools_template_is_one_that_prefect_takes(kind: str) -> None:
+    from prefect.server.schemas.actions import DeploymentCreate, WorkPoolCreate
+
     template = pool_template(CHECKOUT, kind)
     WorkPoolCreate(name="pool", type=kind, base_job_template=template)
     deployment = DeploymentCreate(name="retrain", flow_id=uuid.uuid4())
