@@ -21,6 +21,7 @@ from tasks.augment import INPUT_SIZE
 from tasks.checkpoint import BACKBONE_FILE, TRUNK_FILE
 from tasks.errors import BackboneError, ModelError
 from tasks.folded import read_package
+from tasks.foreign import examined
 from tasks.stage import Context, stage_main
 from tasks.weights import Weights, read_weights, take, write_weights
 from tasks.whole import whole_file, whole_folder, write_json
@@ -117,7 +118,7 @@ def from_file(path: Path) -> tuple[Weights, Origin]:
     try:
         return _read_keras(path), origin
     except (ModelError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].split(". Received")[0]
         raise BackboneError(
             f"Backbone file does not hold EfficientNetB0 without top ({reason}). "
             f"Received: '{path}'. {THREE_WAYS}"
@@ -189,8 +190,9 @@ def _read_keras(path: Path) -> Weights:
 
     if path.suffix == ".safetensors":
         return read_weights(path)
-    backbone = build_backbone()
-    backbone.load_weights(path)
+    with examined(path) as safe:
+        backbone = build_backbone()
+        backbone.load_weights(safe)
     return _squared(take(backbone.layers))
 
 

@@ -2,9 +2,9 @@
 
 A file of no verified release may crash, hang or exhaust whatever parses it, or name layers
 that run code. So a child with limits reads it first (`python -m tasks.foreign FILE COPY
-SIZE`) and leaves what is safe to load: of a `.keras` file its numbers alone, rewritten; of a
-`.pb` file a copy that was run once. The file's own description of layers is only looked
-at, to refuse what ours could not stand for.
+SIZE`) and leaves what is safe to load: of a `.keras` or `.h5` file its numbers alone,
+rewritten; of a `.pb` file a copy that was run once. The file's own description of layers
+is only looked at, to refuse what ours could not stand for.
 """
 
 import json
@@ -16,41 +16,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from tasks.errors import ModelError
-
-if TYPE_CHECKING:
-    import h5py
+from tasks.foreign_arrays import MAX_WEIGHTS, RefusedError, copy_arrays
 
 MAX_FILE = 256 << 20
-MAX_WEIGHTS = 64 << 20
-"""Bytes; those of EfficientNetB0 are 16 million, in three copies at most while training."""
-
 MAX_CONFIG = 8 << 20
-MAX_ARRAYS = 2_000
-MAX_DEPTH = 12
 MEMORY = 4 << 30
 SECONDS = 60
 WEIGHTS = "model.weights.h5"
 CONFIG = "config.json"
+LEGACY = "weights.h5"
+"""What Keras reads as its older form of HDF5, in which attributes name the arrays."""
+_HDF5 = (".h5", ".hdf5")
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE")
 _REFUSED = 3
 _PLAIN = ("__keras_tensor__", "__ellipsis__", "__slice__", "__numpy__", "__tensor__")
 
 
 @contextmanager
-def examined(path: Path, size: int) -> Iterator[Path]:
+def examined(path: Path, size: int = 0) -> Iterator[Path]:
     """Give a file with the same numbers that is safe to load; it is gone after the block.
 
     Args:
-        path: a `.keras` or `.pb` file that anybody may have made.
-        size: side in pixels that its photos must have.
+        path: a `.keras`, `.h5` or `.pb` file that anybody may have made.
+        size: side in pixels that the photos of a `.pb` file must have.
 
     Yields:
-        A `.weights.h5` or `.pb` file.
+        A `.weights.h5`, `.h5` or `.pb` file.
 
     Raises:
         ModelError: the file is missing or refused; one line says why.
@@ -60,7 +56,7 @@ def examined(path: Path, size: int) -> Iterator[Path]:
     if path.stat().st_size > MAX_FILE:
         raise _refused(path, f"is larger than {MAX_FILE >> 20} MiB")
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / ("model.pb" if path.suffix == ".pb" else WEIGHTS)
+        copy = Path(folder) / _copy_name(path)
         root = str(Path(__file__).resolve().parents[1])
         # Neither the credentials in our environment nor plug-ins are for such a file.
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
@@ -85,15 +81,18 @@ def examined(path: Path, size: int) -> Iterator[Path]:
         yield copy
 
 
+def _copy_name(path: Path) -> str:
+    if path.suffix == ".pb":
+        return "model.pb"
+    older = path.suffix in _HDF5 and not path.name.endswith(".weights.h5")
+    return LEGACY if older else WEIGHTS
+
+
 def _refused(path: Path, fault: str) -> ModelError:
     return ModelError(
         f"Model file {fault}. Received: '{path}'. Name a .keras or .pb file that the assemble "
         "stage wrote, or a release."
     )
-
-
-class _RefusedError(Exception):
-    """Why the child refuses the file; becomes a `ModelError` in the parent."""
 
 
 def _main(path: Path, copy: Path, size: int) -> None:
@@ -110,7 +109,7 @@ def _main(path: Path, copy: Path, size: int) -> None:
             _rewrite_weights(path, copy)
     except MemoryError:
         _refuse(f"asks for more than {MEMORY >> 30} GiB")
-    except (_RefusedError, ModelError) as error:
+    except (RefusedError, ModelError) as error:
         _refuse(str(error))
     except Exception as error:  # a damaged file raises anything
         _refuse(f"is damaged ({' '.join(str(error).split())[:160]})")
@@ -128,11 +127,11 @@ def _run_graph(path: Path, copy: Path, size: int) -> None:
     try:
         engine = Engine(copy, cores=1)
     except ModelError as error:
-        raise _RefusedError(str(error).removeprefix("Model file ").split(". Received")[0]) from None
+        raise RefusedError(str(error).removeprefix("Model file ").split(". Received")[0]) from None
     if engine.size != size:
-        raise _RefusedError(f"takes photos of {engine.size} pixels, not of {size}")
+        raise RefusedError(f"takes photos of {engine.size} pixels, not of {size}")
     if not np.isfinite(engine(np.full((size, size, 3), 128, np.uint8))).all():
-        raise _RefusedError("holds numbers that are not finite")
+        raise RefusedError("holds numbers that are not finite")
 
 
 def _rewrite_weights(path: Path, copy: Path) -> None:
@@ -140,13 +139,15 @@ def _rewrite_weights(path: Path, copy: Path) -> None:
 
     import h5py
 
-    with zipfile.ZipFile(path) as archive:
-        config = json.loads(_member(archive, CONFIG, MAX_CONFIG))
-        content = _member(archive, WEIGHTS, MAX_WEIGHTS)
-    _check_config(config)
+    if path.suffix in _HDF5:
+        content = path.read_bytes()
+    else:
+        with zipfile.ZipFile(path) as archive:
+            config = json.loads(_member(archive, CONFIG, MAX_CONFIG))
+            content = _member(archive, WEIGHTS, MAX_WEIGHTS)
+        _check_config(config)
     with h5py.File(BytesIO(content), "r") as source, h5py.File(copy, "w") as target:
-        total = [0, 0]
-        _copy_group(source, target, 0, total)
+        copy_arrays(source, target)
 
 
 def _member(archive: Any, name: str, limit: int) -> bytes:
@@ -155,9 +156,9 @@ def _member(archive: Any, name: str, limit: int) -> bytes:
         with archive.open(name) as member:
             content: bytes = member.read(limit + 1)
     except KeyError:
-        raise _RefusedError(f"holds no {name}") from None
+        raise RefusedError(f"holds no {name}") from None
     if len(content) > limit:
-        raise _RefusedError(f"unpacks to more than {limit >> 20} MiB ({name})")
+        raise RefusedError(f"unpacks to more than {limit >> 20} MiB ({name})")
     return content
 
 
@@ -177,53 +178,12 @@ def _check_config(config: Any) -> None:
 
 def _check_class(name: str, module: str, registered: Any) -> None:
     if name in ("Lambda", "__lambda__", "TorchModuleWrapper", "TFSMLayer"):
-        raise _RefusedError(f"brings code of its own ({name})")
+        raise RefusedError(f"brings code of its own ({name})")
     if module.split(".")[0] != "keras" or (registered and ">" in str(registered)):
-        raise _RefusedError(
+        raise RefusedError(
             f"needs code that is not Keras's ({(str(registered) if registered else module)[:60]}: "
             f"{name[:60]})"
         )
-
-
-def _copy_group(source: "h5py.Group", target: "h5py.Group", depth: int, total: list[int]) -> None:
-    """Copy arrays, checking each before it is read.
-
-    Args:
-        source: group of the file.
-        target: the same group of the copy.
-        depth: how far down it lies.
-        total: number of arrays and bytes so far.
-    """
-    import h5py
-
-    if depth > MAX_DEPTH:
-        raise _RefusedError("nests its arrays too deep")
-    for name in source:
-        if not isinstance(source.get(name, getlink=True), h5py.HardLink):
-            raise _RefusedError(f"has a link that may lead out of it ('{name[:60]}')")
-        found = source[name]
-        total[0] += 1
-        if total[0] > MAX_ARRAYS:
-            raise _RefusedError(f"holds more than {MAX_ARRAYS} arrays")
-        if isinstance(found, h5py.Dataset):
-            target[name] = _array(found, total)
-        else:
-            _copy_group(found, target.create_group(name), depth + 1, total)
-
-
-def _array(dataset: "h5py.Dataset", total: list[int]) -> Any:
-    """One array, whose type and size are looked at before memory is taken for it."""
-    if dataset.external or dataset.is_virtual:
-        raise _RefusedError(f"keeps '{dataset.name[:60]}' in another file")
-    if dataset.dtype.kind not in "fiu":
-        raise _RefusedError(f"holds {dataset.dtype}, not numbers ('{dataset.name[:60]}')")
-    total[1] += dataset.size * dataset.dtype.itemsize
-    if total[1] > MAX_WEIGHTS:
-        raise _RefusedError(f"holds too much: {dataset.shape} ('{dataset.name[:60]}')")
-    values = dataset[()]
-    if not np.isfinite(values).all():
-        raise _RefusedError(f"holds numbers that are not finite ('{dataset.name[:60]}')")
-    return values
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 
@@ -152,3 +153,58 @@ def test_file_that_holds_something_else_is_refused(tmp_path: Path, name: str) ->
     (tmp_path / name).write_bytes(b"something else")
     with pytest.raises(BackboneError, match="EfficientNetB0 without top"):
         fetch(str(tmp_path / name), tmp_path)
+
+
+def _linked_out(file: h5py.File) -> None:
+    file["layers"] = h5py.ExternalLink("elsewhere.h5", "/")
+
+
+def _kept_elsewhere(file: h5py.File) -> None:
+    file.create_dataset("x", (8,), "f4", external=[("elsewhere.h5", 0, 32)])
+
+
+def _huge(file: h5py.File) -> None:
+    file.create_dataset("x", (1 << 40,), "f4", chunks=(1 << 20,), compression="gzip")
+
+
+def _many(file: h5py.File) -> None:
+    for number in range(2_001):
+        file.create_group(str(number))
+
+
+def _named_outside(file: h5py.File) -> None:
+    file.attrs["layer_names"] = [b"../../elsewhere"]
+
+
+def _not_finite(file: h5py.File) -> None:
+    file["x"] = np.full(3, np.inf, "f4")
+
+
+def _of_another_network(file: h5py.File) -> None:
+    file["layers/dense/vars/0"] = np.zeros((3, 3), "f4")
+
+
+@pytest.mark.parametrize("name", ["bad.weights.h5", "bad.h5"])
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (_linked_out, "a link that may lead out"),
+        (_kept_elsewhere, "in another file"),
+        (_huge, "holds too much"),
+        (_many, "more than 2000 arrays"),
+        (_named_outside, "in a way that Keras does not"),
+        (_not_finite, "not finite"),
+        (_of_another_network, "without top"),
+    ],
+)
+def test_harmful_hdf5_is_refused_by_a_process_of_its_own(
+    tmp_path: Path, name: str, harm: Callable[[h5py.File], None], words: str
+) -> None:
+    with h5py.File(tmp_path / "elsewhere.h5", "w") as file:
+        file["secret"] = np.ones(8, "f4")
+    with h5py.File(tmp_path / name, "w") as file:
+        harm(file)
+    with pytest.raises(BackboneError, match=words) as caught:
+        from_file(tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).count("Received") == 1
