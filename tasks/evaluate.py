@@ -1,7 +1,8 @@
 """Stage: score the assembled model on the test split, once.
 
 The test split is looked at here and nowhere before, so its numbers are not
-chosen by; a part of it is scored once more, slightly disturbed. Scores are
+chosen by; a part of it is scored once more, slightly disturbed. What is scored is
+`model.pb`, the file that predicts wherever the release goes. Scores are
 computed from the rounded probabilities that `predictions.json` keeps, so anybody
 can compute them again from that file.
 """
@@ -87,7 +88,7 @@ def run(context: Context, item: str | None = None) -> None:
             "or import an official test set."
         )
     histories = [_history(layout, phase) for phase in context.params.phases]
-    classifier = load_classifier(layout.model, context.params.preprocess.detail, vouched=True)
+    classifier = load_classifier(layout.graph, context.params.preprocess.detail, vouched=True)
     raw = classifier.probabilities(dataset.images[rows], context.progress)
     rounded = raw.astype(np.float64).round(DIGITS)
     probabilities, labels = checked(rounded, dataset.labels[rows])

@@ -145,16 +145,17 @@ def test_a_dataset_without_a_test_split_is_refused(context: Context) -> None:
 
 @pytest.mark.slow
 def test_a_missing_model_is_named(context: Context) -> None:
-    with pytest.raises(ModelError, match=r"model\.keras"):
+    with pytest.raises(ModelError, match=r"model\.pb"):
         run(context)
 
 
 @pytest.mark.slow
 def test_the_stage_scores_the_test_split_and_repeats_itself_to_the_byte(context: Context) -> None:
+    from tasks.frozen import frozen_graph
     from tasks.model import build_model
 
     layout = context.layout
-    build_model(seed=1).save(layout.model)
+    layout.graph.write_bytes(frozen_graph(build_model(seed=1)))
     run(context)
     outputs = [layout.metrics, layout.predictions, *sorted(layout.plots.glob("*.png"))]
     names = ["confusion", "curves", "mistakes", "reliability", "roc_pr"]
