@@ -9,6 +9,7 @@ DVC is pinned, and a test runs both ways and compares.
 """
 
 import logging
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,6 +83,8 @@ class Pipeline:
                 f"DVC knows no project here. Received: '{layout.root}'. "
                 "Run from the checkout's root, where dvc.yaml lies."
             ) from error
+        except sqlite3.Error as error:
+            raise _unkept(error) from error
         self._sources = source_digests(layout.root)
 
     def stages(self) -> list[str]:
@@ -296,10 +299,19 @@ class Pipeline:
                 f"Another process held DVC's lock for {self._lock_timeout:.0f} s: "
                 f"{_one_line(error)} Wait for it to end, then run again."
             ) from error
+        except sqlite3.Error as error:
+            raise _unkept(error) from error
         except DvcException as error:
             advice = "" if "dvc.lock" not in str(error) else " Take dvc.lock back from git."
             raise StageError(f"DVC stopped: {_one_line(error)}{advice}") from error
         raise AssertionError("a retry context either returns or raises")
+
+
+def _unkept(error: sqlite3.Error) -> StageError:
+    return StageError(
+        f"DVC cannot keep its notes. Received: {_one_line(error)}, which mostly means a full disk. "
+        "Free some room, then run again; what was there before is whole."
+    )
 
 
 def _unwrapped(call: Callable[[], _Result]) -> _Result:

@@ -56,5 +56,6 @@ def explain(response: Any, address: S3Address, key: str) -> HandsignsError:
     if status == 404:
         return MissingObjectError(f"{uri}{key} does not exist.")
     return ServiceError(
-        f"S3 failed with {status} {code} for {at}. Look at the service, then run again."
+        f"S3 failed with {status} {code} for {at}. Look at the service, its log and its disk, "
+        "then run again."
     )

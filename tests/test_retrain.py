@@ -223,3 +223,21 @@ def test_an_unreachable_service_is_named_within_30_seconds(workshop: Workshop) -
         told = workshop.handsigns("retrain", "--force", code=1, **{name: address}, **keys)
         assert "127.0.0.1:9" in str(told)
         assert time.monotonic() - began < 30
+
+
+def test_a_full_disk_fails_the_run_in_one_line_and_spoils_nothing(workshop: Workshop) -> None:
+    before = workshop.handsigns("status")
+    lock = (workshop.layout.root / "dvc.lock").read_bytes()
+    workshop.run_limited(10_000_000, "retrain", "--force")  # the backbone's weights are larger
+    report = workshop.report()
+    assert report["status"] == "failed"
+    assert "File too large" in report["reason"]
+    assert "\n" not in report["reason"]
+    after = workshop.handsigns("status")
+    for part in ("data", "champion", "challenger", "history"):
+        assert after[part] == before[part]
+    assert workshop.handsigns("verify", "champion")["id"] == before["champion"]["release"]
+    # With room again it comes to what was there before.
+    again = workshop.handsigns("retrain")
+    assert again["release"]["id"] in [move["release"] for move in before["history"]]
+    assert (workshop.layout.root / "dvc.lock").read_bytes() == lock
