@@ -2,7 +2,8 @@
 
 What HTTP clients call a timeout bounds each read, so a service that sends a byte a second
 is waited for without end. Here a timer shuts the line once the time is over; who reads
-from it then finds that it ended.
+from it then finds that it ended. It counts from the moment that the line is there: looking
+up a name and a TLS handshake are left to the system's and the client's own timeouts.
 """
 
 import contextlib
