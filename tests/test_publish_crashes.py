@@ -18,7 +18,7 @@ from tasks.pointer import Champion, read_champion
 from tasks.registry import CHAMPION, Registry
 from tasks.release import fetch, verify
 from tasks.storage import Storage
-from tests.fixtures import publishing
+from tests.fixtures import forked, publishing
 from tests.fixtures.faults import Kill, Proxy, proxy_to
 from tests.fixtures.publishing import FILES, Publisher, started, write_files
 
@@ -126,7 +126,7 @@ class Stage:
 @pytest.fixture(scope="module")
 def source() -> ForkServerContext:
     """The process server, asked for before the services so that all start at once."""
-    made = publishing.context()
+    made = forked.context()
     made.Process(target=int).start()
     return made
 
