@@ -51,7 +51,13 @@ BRIEF_PHASES = {
         "trainable_layers": 10,
     },
 }
-SOURCE_TRAINING = {"dropout": 0.0, "ema": 0.0, "calibrate": False}
+SOURCE_TRAINING = {
+    "dropout": 0.0,
+    "style_mixing": 0.0,
+    "erasing": 0.0,
+    "ema": 0.0,
+    "calibrate": False,
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "plain": (
         "plain Keras, oneDNN on",
