@@ -12,6 +12,7 @@ pytest_plugins = (
     "tests.fixtures.servers",
     "tests.fixtures.prefect_api",
     "tests.fixtures.service",
+    "tests.fixtures.trained",
     "tests.fixtures.browser",
 )
 
