@@ -7,16 +7,19 @@ import pytest
 
 from tasks.addresses import S3Address
 from tasks.storage import Storage
-from tests.fixtures.checkouts import make_checkout
-from tests.fixtures.photos import write_photos
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.servers import MlflowServer
+from tests.fixtures.trained import Trained
 
 pytestmark = pytest.mark.slow
 
 
 def test_configured_services_take_everything_and_none_starts_here(
-    tmp_path: Path, s3: S3Address, local_mlflow: MlflowServer, prefect_api: PrefectApi
+    tmp_path: Path,
+    trained: Trained,
+    s3: S3Address,
+    local_mlflow: MlflowServer,
+    prefect_api: PrefectApi,
 ) -> None:
     named = {
         "HANDSIGNS_S3_ENDPOINT_URL": s3.endpoint_url,
@@ -27,9 +30,9 @@ def test_configured_services_take_everything_and_none_starts_here(
         **local_mlflow.named,
         **prefect_api.named,
     }
-    one = make_checkout(tmp_path / "one")
-    imported = one.handsigns("import", write_photos(tmp_path / "photos", per_class=12), **named)
-    assert imported["pushed"] >= 72
+    one = trained.checkout(tmp_path / "one")
+    imported = one.handsigns("import", trained.photos, **named)
+    assert imported["pushed"] >= 120
     report = one.handsigns("retrain", **named)
     assert report["status"] == "promoted", report["reason"]
     assert report["release"]["uri"].startswith(f"s3://{s3.bucket}/releases/")
@@ -40,9 +43,9 @@ def test_configured_services_take_everything_and_none_starts_here(
     assert {"manifest.json", "model.keras", "labels.json", "metrics.json", "model_card.md"} <= names
     assert prefect_api.ask("flow_runs/count", {}) >= 1
     # A colleague's clone pulls the photos and asks the same champion.
-    two = make_checkout(tmp_path / "two")
+    two = trained.checkout(tmp_path / "two")
     shutil.copy(one.layout.root / "data.dvc", two.layout.root)
-    seen = two.handsigns("predict", tmp_path / "photos/4/0000.png", **named)
+    seen = two.handsigns("predict", trained.photos / "4/0000.png", **named)
     assert report["release"]["id"] in seen["model"]
     same = two.handsigns("retrain", **named)
     assert same["data"]["version"] == imported["version"]

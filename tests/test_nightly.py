@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.checkouts import make_checkout
-from tests.fixtures.photos import CHECKOUT, write_photos
+from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.receiver import receiving
+from tests.fixtures.trained import Trained
 
 pytestmark = pytest.mark.slow
 SECRET = "sentinel-do-not-show"
@@ -21,13 +21,16 @@ def _git(root: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def test_the_inbox_is_trained_on_once_and_its_versions_reach_the_branch(tmp_path: Path) -> None:
-    made = make_checkout(tmp_path / "checkout")
+def test_the_inbox_is_trained_on_once_and_its_versions_reach_the_branch(
+    tmp_path: Path, trained: Trained
+) -> None:
+    made = trained.checkout(tmp_path / "checkout")
     root = made.layout.root
     shutil.copy(CHECKOUT.root / "data.dvc", root)  # names the rendered sample
     subprocess.run(["git", "init", "-q", "--bare", tmp_path / "origin"], check=True)
     _git(root, "remote", "add", "origin", str(tmp_path / "origin"))
-    inbox = write_photos(tmp_path / "inbox", per_class=12)
+    inbox = tmp_path / "inbox"
+    shutil.copytree(trained.photos, inbox)
     (inbox / "3/torn.jpg").write_bytes(b"no picture")
     with receiving(SECRET) as receiver:
         named = {
@@ -40,17 +43,17 @@ def test_the_inbox_is_trained_on_once_and_its_versions_reach_the_branch(tmp_path
         assert first["status"] == "promoted", first["reason"]
         assert first["data"]["quarantined"] == 1
         counts = first["data"]
-        assert counts["train"] + counts["val"] + counts["test"] == 72
+        assert counts["train"] + counts["val"] + counts["test"] == 120
         remote = tmp_path / "remote/files/md5"
-        assert len([path for path in remote.rglob("*") if path.is_file()]) == 73
+        assert len([path for path in remote.rglob("*") if path.is_file()]) == 121
         for name in ("data.dvc", "dvc.lock"):
             pushed = _git(tmp_path / "origin", "show", f"handsigns/data:{name}")
             assert pushed == (root / name).read_text().strip()
-        assert len(list(inbox.rglob("*.*"))) == 73
+        assert len(list(inbox.rglob("*.*"))) == 121
 
         # Nothing new: told without a server, and without reading a photo again.
         began = time.monotonic()
-        again = made.handsigns("retrain", **named)
+        again = made.handsigns("retrain", fresh=True, **named)
         assert again["status"] == "unchanged"
         assert again["data"]["quarantined"] == 1
         assert time.monotonic() - began < 30

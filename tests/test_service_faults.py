@@ -18,10 +18,10 @@ from tasks.registry import CHAMPION, Registry
 from tasks.release import publish, verify
 from tasks.storage import Storage
 from tests.fixtures import faults
-from tests.fixtures.checkouts import Workshop, make_checkout
+from tests.fixtures.checkouts import Workshop
 from tests.fixtures.faults import Exchange, Proxy, proxy_to
-from tests.fixtures.photos import write_photos
 from tests.fixtures.prefect_api import PrefectApi
+from tests.fixtures.trained import Trained
 
 SECONDS = 30
 """Longest time in which one question to a service is answered or given up."""
@@ -226,10 +226,15 @@ def _lose_prefect(workshop: Workshop, api: PrefectApi) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_a_service_failed_is_resumed_without_training_again(
-    tmp_path: Path, s3: S3Address, mlflow_server: str, prefect_api: PrefectApi
+    tmp_path: Path,
+    trained: Trained,
+    s3: S3Address,
+    mlflow_server: str,
+    prefect_api: PrefectApi,
 ) -> None:
-    workshop = make_checkout(tmp_path / "checkout")
-    workshop.handsigns("import", write_photos(tmp_path / "photos", per_class=12))
+    workshop = trained.checkout(tmp_path / "checkout")
+    workshop.change("training", batch_size=16)  # otherwise nothing would be trained here
+    workshop.handsigns("import", trained.photos)
     _lose_prefect(workshop, prefect_api)
     with proxy_to(s3.endpoint_url) as storage, proxy_to(mlflow_server) as registry:
         named = {

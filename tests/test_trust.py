@@ -21,9 +21,9 @@ from tasks.addresses import S3Address
 from tasks.keys import new_keys
 from tasks.pointer import KEY
 from tasks.storage import Storage
-from tests.fixtures.checkouts import Workshop, make_checkout
-from tests.fixtures.photos import write_photos
+from tests.fixtures.checkouts import Workshop
 from tests.fixtures.prefect_api import PrefectApi
+from tests.fixtures.trained import Trained
 
 pytestmark = pytest.mark.slow
 SENTINEL = "-".join(("Xq7", "never", "seen"))  # not in one piece: this file is searched too
@@ -98,6 +98,7 @@ class Run:
     """A checkout whose releases are signed, and all that its runs left."""
 
     workshop: Workshop
+    photos: Path
     settings: dict[str, str]
     s3: S3Address
     keys: tuple[Path, Path]
@@ -112,7 +113,10 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(
-    tmp_path_factory: pytest.TempPathFactory, s3_server: S3Address, prefect_api: PrefectApi
+    tmp_path_factory: pytest.TempPathFactory,
+    trained: Trained,
+    s3_server: S3Address,
+    prefect_api: PrefectApi,
 ) -> Run:
     """A run that fails in the middle, and one that ends with a champion."""
     folder = tmp_path_factory.mktemp("trust")
@@ -126,8 +130,8 @@ def run(
         "HANDSIGNS_PUBLIC_KEYS": str(keys[1]),
         **prefect_api.named,
     }
-    workshop = make_checkout(folder / "checkout")
-    workshop.handsigns("import", write_photos(folder / "photos", per_class=12))
+    workshop = trained.checkout(folder / "checkout")
+    workshop.handsigns("import", trained.photos)
     witness = Witness()
     bad_remote = f"http://someone:{SENTINEL}-remote@{NOWHERE}/dvc"
     with witness.watching():
@@ -135,11 +139,12 @@ def run(
         database = settings.pop("DATABASE_URL")
         for remote, code in ((bad_remote, 1), ("", 0)):
             more = {"HANDSIGNS_DVC_REMOTE_URL": remote, "DATABASE_URL": database if remote else ""}
-            done = workshop.run("handsigns", "retrain", "--json", code=code, **settings, **more)
+            more |= settings
+            done = workshop.run("handsigns", "retrain", "--json", code=code, fresh=True, **more)
             witness.printed += [done.stdout, done.stderr]
     failed, report = (json.loads(text) for text in witness.printed[::2])
     assert report["status"] == "promoted", report["reason"]
-    return Run(workshop, settings, s3_server, keys, witness, failed, report)
+    return Run(workshop, trained.photos, settings, s3_server, keys, witness, failed, report)
 
 
 def found_in(content: bytes, wanted: list[bytes]) -> bool:
@@ -197,7 +202,6 @@ def test_the_release_is_signed_and_verify_says_by_whom(run: Run) -> None:
 
 
 def test_every_verb_refuses_what_is_not_signed(run: Run, tmp_path: Path) -> None:
-    photos = run.workshop.layout.root.parent / "photos"
     release = run.report["release"]["id"]
     place = f"releases/{release}/manifest.json"
     good = run.storage.get(place)
@@ -210,8 +214,8 @@ def test_every_verb_refuses_what_is_not_signed(run: Run, tmp_path: Path) -> None
             cached_manifest.chmod(0o644)
             cached_manifest.write_text(json.dumps(bad))
         for words in (
-            ("predict", photos / "4/0000.png"),
-            ("evaluate", photos),
+            ("predict", run.photos / "4/0000.png"),
+            ("evaluate", run.photos),
             ("verify", "champion"),
             ("promote", "1", "--reason", "by hand"),
         ):
@@ -221,7 +225,7 @@ def test_every_verb_refuses_what_is_not_signed(run: Run, tmp_path: Path) -> None
                 assert "signature is missing" in told
     finally:
         run.storage.put(place, good)
-    run.workshop.handsigns("predict", photos / "4/0000.png", **run.settings)
+    run.workshop.handsigns("predict", run.photos / "4/0000.png", **run.settings)
 
 
 def test_without_the_signing_key_nothing_is_trained_in_vain(run: Run) -> None:
