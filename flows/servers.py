@@ -1,7 +1,6 @@
 """The servers that can run on loopback, and how each is started."""
 
 import http.client
-import json
 import os
 import secrets
 import shutil
@@ -10,6 +9,7 @@ import sysconfig
 import urllib.request
 from pathlib import Path
 
+from flows.certificates import seaweedfs_guard
 from flows.credentials import local_credentials, mlflow_guard
 from flows.ports import PAIR, choose_ports, known_ports
 from flows.server import Server
@@ -78,6 +78,8 @@ def _seaweedfs(
         "-master.resumeState=false",
         "-master.telemetry=false",
         "-webdav=false",
+        # Its parts speak gRPC; what they offer over HTTP besides asks for nothing.
+        "-disableHttp",
         "-admin.ui=false",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
@@ -91,13 +93,14 @@ def _seaweedfs(
     # What lies behind S3 would else hand files to everybody by plain HTTP.
     doors = ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ")
     environment |= {f"WEED_JWT_{door}_KEY": secrets.token_urlsafe(32) for door in doors}
+    environment |= seaweedfs_guard(folder)
     storage = Storage(address)
     server = Server(
         "seaweedfs",
         folder,
         command,
         environment,
-        ready=lambda: _has_volumes(ports[1]) and _has_bucket(storage),
+        ready=lambda: _answers(address) and _has_bucket(storage),
         ports=ports,
         patience=patience,
     )
@@ -242,10 +245,9 @@ def ask(url: str, seconds: float = 2.0) -> bytes | None:
         return None
 
 
-def _has_volumes(master: int) -> bool:
-    """Without this, the first read after a start finds no volume and the first write waits."""
-    status = ask(f"http://{HOST}:{master}/dir/status")
-    return status is not None and json.loads(status)["Topology"]["Max"] > 0
+def _answers(address: S3Address) -> bool:
+    """Whether to ask for the bucket at all, which takes a while where nobody listens."""
+    return ask(f"{address.endpoint_url}/healthz") is not None
 
 
 def _has_bucket(storage: Storage) -> bool:

@@ -14,7 +14,9 @@ import psutil
 import pytest
 
 from flows import servers
+from flows.certificates import local_certificates, seaweedfs_guard
 from flows.credentials import FILE, local_credentials, mlflow_guard
+from flows.ports import PAIR, known_ports
 from flows.settings import load_settings
 from tasks.addresses import S3Address
 from tasks.errors import SettingsError
@@ -92,9 +94,58 @@ def test_nothing_behind_the_store_hands_out_or_takes_a_file(
         with contextlib.suppress(OSError, http.client.HTTPException):  # some speak no HTTP/1
             url = f"http://127.0.0.1:{other}{path}"
             answers[other] = {status(url), status(url, b"theirs")}
-    assert {401} in answers.values()
+    assert any(401 in codes for codes in answers.values()), answers
     assert all(min(codes) >= 400 for codes in answers.values()), answers
     assert storage.get("kept") == b"for those who have the keys"
+
+
+def test_the_parts_of_the_store_speak_only_with_each_other(
+    s3_server: S3Address, tmp_path: Path
+) -> None:
+    """Over gRPC with a certificate, and over HTTP not at all; `weed shell` is who would."""
+    port = int(s3_server.endpoint_url.rpartition(":")[2])
+    authority = psutil.Process(_listener(port)).environ()["WEED_GRPC_CA"]
+    folder = Path(authority).parents[1]
+    ports = known_ports(folder, "seaweedfs")
+    shell = [str(Path(sys.executable).with_name("weed")), "shell"]
+    for name, port in zip(("master", "filer"), (ports[1], ports[3]), strict=True):
+        shell += [f"-{name}=127.0.0.1:{port}.{port + PAIR}"]
+    bare = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+
+    def seen(environment: dict[str, str]) -> str:
+        with subprocess.Popen(
+            shell,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as process:
+            try:
+                return process.communicate("fs.ls /buckets\n", timeout=4)[0]
+            except subprocess.TimeoutExpired:  # who is not let in tries on
+                process.kill()
+                return process.communicate()[0]
+
+    assert s3_server.bucket not in seen(bare)
+    other = seaweedfs_guard(tmp_path)
+    assert s3_server.bucket not in seen(bare | other)
+    assert s3_server.bucket in seen(bare | seaweedfs_guard(folder))
+    for path in ("dir/assign", "dir/lookup?volumeId=1", "dir/status", "submit"):
+        assert status(f"http://127.0.0.1:{ports[1]}/{path}") == 404
+
+
+def test_certificates_are_made_once_and_kept_for_their_owner(tmp_path: Path) -> None:
+    first = local_certificates(tmp_path / "local")
+    content = first.key.read_bytes()
+    assert local_certificates(tmp_path / "local").key.read_bytes() == content
+    assert first.key.stat().st_mode & 0o077 == 0
+    assert first.key.parent.stat().st_mode & 0o077 == 0
+    assert sorted(path.name for path in first.key.parent.iterdir()) == [
+        "authority.pem",
+        "certificate.pem",
+        "key.pem",
+    ]
 
 
 def _listener(port: int) -> int:
