@@ -29,9 +29,10 @@ from flows.settings import Settings
 from tasks.registry_files import credentials_of
 from tasks.storage import Storage
 from tests.fixtures.checkouts import SERVICES, Workshop, make_checkout
-from tests.fixtures.photos import CHECKOUT, write_photos
+from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.prefect_api import PrefectApi, basic
 from tests.fixtures.receiver import Receiver, receiving
+from tests.fixtures.trained import Trained
 
 pytestmark = pytest.mark.slow
 SILENCE = 35
@@ -115,20 +116,22 @@ def receiver() -> Iterator[Receiver]:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iterator[Service]:
+def service(
+    tmp_path_factory: pytest.TempPathFactory, trained: Trained, receiver: Receiver
+) -> Iterator[Service]:
     """A service on SQLite, with photos on which training takes longer than any test."""
     folder = tmp_path_factory.mktemp("up")
-    workshop = make_checkout(folder / "checkout")
-    workshop.handsigns("import", write_photos(folder / "photos", per_class=8))
+    workshop = trained.checkout(folder / "checkout")
+    workshop.handsigns("import", trained.photos)
     workshop.change("phases.base", epochs=1000, trainable_layers=16)
     with embedded(Settings(), workshop.layout) as services:
         MlflowClient(services.mlflow()).create_registered_model("before")
         Storage(services.s3()).put("before", b"kept")
-    told = workshop.handsigns("up", **QUICK, HANDSIGNS_NOTIFY_URLS=receiver.address)
+    told = workshop.handsigns("up", fresh=True, **QUICK, HANDSIGNS_NOTIFY_URLS=receiver.address)
     try:
         yield Service(workshop, told)
     finally:
-        workshop.handsigns("down")
+        workshop.handsigns("down", fresh=True)
 
 
 def test_up_answers_everywhere_and_says_where(service: Service) -> None:
@@ -138,7 +141,7 @@ def test_up_answers_everywhere_and_says_where(service: Service) -> None:
     page = ask(service.told["prefect"].removesuffix("/api"), seconds=10)
     assert page is not None
     assert b"<html" in page.lower()
-    again = service.workshop.handsigns("up", **QUICK)
+    again = service.workshop.handsigns("up", fresh=True, **QUICK)
     assert again == {**service.told, "started": False}
 
 
@@ -272,7 +275,7 @@ def test_a_database_url_moves_prefect_and_mlflow_to_postgresql(
     postgresql: str, tmp_path: Path
 ) -> None:
     workshop = make_checkout(tmp_path / "checkout")
-    told = workshop.handsigns("up", DATABASE_URL=postgresql)
+    told = workshop.handsigns("up", fresh=True, DATABASE_URL=postgresql)
     password = postgresql.rpartition("@")[0][-16:]
     try:
         service = Service(workshop, told)
@@ -284,7 +287,7 @@ def test_a_database_url_moves_prefect_and_mlflow_to_postgresql(
         for one in service.processes("worker start"):
             assert password not in one.environ().get("DATABASE_URL", "")
     finally:
-        workshop.handsigns("down", DATABASE_URL=postgresql)
+        workshop.handsigns("down", fresh=True, DATABASE_URL=postgresql)
     assert not (workshop.layout.local / "mlflow.db").exists()
     assert not list((workshop.layout.local / "prefect").glob("*.db"))
     logs = (workshop.layout.local / "logs").iterdir()
@@ -315,10 +318,10 @@ def test_a_run_whose_worker_died_is_marked_crashed_and_told_by_the_next_worker(
 def test_down_stops_all_of_it_and_the_data_stays(service: Service) -> None:
     before = service.processes()
     assert len(before) > 8
-    assert service.workshop.handsigns("down") == {"stopped": True}
+    assert service.workshop.handsigns("down", fresh=True) == {"stopped": True}
     assert _gone(before, 1)
     assert not service.processes()
-    assert service.workshop.handsigns("down") == {"stopped": False}
+    assert service.workshop.handsigns("down", fresh=True) == {"stopped": False}
     with embedded(Settings(), service.workshop.layout) as services:
         assert MlflowClient(services.mlflow()).get_registered_model("before")
         assert Storage(services.s3()).get("before") == b"kept"
