@@ -1,10 +1,9 @@
 """Promotion as a person meets it: approval, comparison and history in the Prefect UI."""
 
-import json
-import subprocess
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,9 +12,9 @@ import boto3
 import pytest
 
 from tasks.addresses import S3Address
-from tests.fixtures.checkouts import BIN, Workshop, make_checkout
-from tests.fixtures.photos import write_photos
+from tests.fixtures.checkouts import Workshop
 from tests.fixtures.prefect_api import PrefectApi
+from tests.fixtures.trained import Trained
 
 pytestmark = pytest.mark.slow
 
@@ -89,14 +88,16 @@ def named(s3_server: S3Address, prefect_api: PrefectApi) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory, named: dict[str, str]) -> Workshop:
+def workshop(
+    tmp_path_factory: pytest.TempPathFactory, trained: Trained, named: dict[str, str]
+) -> Workshop:
     """A checkout whose champion hardly learned anything."""
     folder = tmp_path_factory.mktemp("promotion")
-    made = make_checkout(folder / "checkout")
+    made = trained.checkout(folder / "checkout")
     made.change("gate", min_accuracy=0.0)
     for phase in ("base", "fine_tune", "full"):
         made.change(f"phases.{phase}", epochs=1, learning_rate=1e-7)
-    made.handsigns("import", write_photos(folder / "photos", per_class=20), **named)
+    made.handsigns("import", trained.photos, **named)
     first = made.handsigns("retrain", **named)
     assert first["status"] == "promoted", first["reason"]
     assert first["test"]["accuracy"] < 0.7
@@ -104,23 +105,11 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, named: dict[str, str]) ->
 
 
 @contextmanager
-def retraining(
-    workshop: Workshop, seconds: int, named: dict[str, str]
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a retrain that waits so long for a person, while the block lasts."""
+def retraining(workshop: Workshop, seconds: int, named: dict[str, str]) -> Iterator[Future[Any]]:
+    """Run a retrain that waits so long for a person; its report is there after the block."""
     policy = {"HANDSIGNS_PROMOTION": "approval", "HANDSIGNS_APPROVAL_SECONDS": str(seconds)}
-    started = subprocess.Popen(
-        [BIN / "handsigns", "retrain", "--json"],
-        cwd=workshop.layout.root,
-        env=workshop.environment(**named, **policy),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield started
-    finally:
-        started.kill()
-        started.communicate()
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(workshop.handsigns, "retrain", **named, **policy)
 
 
 def test_a_better_model_waits_for_a_person_and_then_is_champion(
@@ -128,7 +117,7 @@ def test_a_better_model_waits_for_a_person_and_then_is_champion(
 ) -> None:
     for phase, rate in (("base", 0.001), ("fine_tune", 0.0001), ("full", 0.0005)):
         workshop.change(f"phases.{phase}", epochs=3, learning_rate=rate)
-    with retraining(workshop, 500, named) as started:
+    with retraining(workshop, 200, named) as started:
         run = api.paused("retrain")
         question = api.inputs(run, run["state"]["state_details"]["run_input_keyset"]["description"])
         for words in ("Version 2", "McNemar", "better", "Recall of each sign", "changed verdict"):
@@ -141,7 +130,7 @@ def test_a_better_model_waits_for_a_person_and_then_is_champion(
         assert api.resume(run, name="", decision="approve") == "REJECT"
         answer = {"name": "Ann", "decision": "approve", "comment": "looks right"}
         assert api.resume(run, **answer) == "ACCEPT"
-        report = json.loads(started.communicate(timeout=300)[0])
+    report = started.result()
     assert report["status"] == "promoted"
     assert "approved by Ann: looks right" in report["reason"]
     found = report["comparison"]
@@ -174,7 +163,7 @@ def test_the_champion_is_moved_by_hand_in_flow_runs_that_say_what_they_are(
     # Without Prefect the same is done, and sooner.
     apart = {name: text for name, text in named.items() if name != "PREFECT_API_URL"}
     began = time.monotonic()
-    assert workshop.handsigns("rollback", **apart)["version"] == 2
+    assert workshop.handsigns("rollback", fresh=True, **apart)["version"] == 2
     assert time.monotonic() - began < 30
     assert workshop.handsigns("rollback", **named)["version"] == 1
     runs = {(run["name"], run["state_name"]) for run in api.runs("promote") + api.runs("rollback")}
@@ -195,15 +184,14 @@ def test_a_rejection_and_silence_both_leave_the_champion(
     assert before["champion"]["version"] == 1
     # A release differs by its parameters too, so there is a version each without training.
     workshop.change("gate", max_loss=4.9)
-    with retraining(workshop, 500, named) as started:
+    with retraining(workshop, 200, named) as started:
         run = api.paused("retrain")
         answer = {"name": "Ben", "decision": "reject", "comment": "too early"}
         assert api.resume(run, **answer) == "ACCEPT"
-        rejected = json.loads(started.communicate(timeout=300)[0])
+    rejected = started.result()
     workshop.change("gate", max_loss=4.8)
     with retraining(workshop, 3, named) as started:
-        silent = json.loads(started.communicate(timeout=300)[0])
-    assert started.returncode == 0
+        silent = started.result()
     for number, report, told in (
         (3, rejected, "Version 3 stays challenger: rejected by Ben: too early."),
         (4, silent, "Version 4 stays challenger: nobody approved it within 3 s."),
