@@ -19,6 +19,7 @@ from flows import (
 )
 from flows.terminal import err
 from tasks.errors import HandsignsError
+from tasks.garbage import rare_collection
 
 app = typer.Typer(
     name="handsigns",
@@ -37,7 +38,8 @@ def main() -> None:
     """Run the command; whatever is refused or fails ends in one line and exit code 1."""
     _show_logs()
     try:
-        app()
+        with rare_collection():
+            app()
     except HandsignsError as error:
         _fail(str(error))
     except OSError as error:

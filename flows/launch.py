@@ -1,7 +1,6 @@
 """Start a flow from the command line: with its own Prefect server if none is named."""
 
 import os
-import threading
 
 from flows.client import point_prefect_at
 from flows.exclusion import holder, only_retrain
@@ -80,23 +79,26 @@ def _has_news(workspace: Workspace) -> bool:
 def _run_flow(workspace: Workspace, force: bool, progress: Progress) -> None:
     layout = workspace.layout
     with embedded(workspace.settings, layout) as services:
-        services.start_prefect()
-        # While the server starts, so that training does not wait for it.
-        threading.Thread(target=_import_tensorflow, daemon=True).start()
-        point_prefect_at(services.prefect(), services.folder, workspace.settings)
+        point_prefect_at(services.start_prefect(), services.folder, workspace.settings)
         # The terminal shows progress; the UI has the whole log.
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        # Imported while the server starts, one after the other: modules that two threads
+        # import at once can see each other half made.
+        import tensorflow  # noqa: F401
         from prefect.logging.handlers import APILogWorker
 
         from flows.retrain import listener, retrain
+        from tasks.registry import load_mlflow
 
+        load_mlflow()
+        api = services.prefect()
         token = listener.set(progress)
         try:
             # The flow keeps its own failures; what is raised here is the server's.
             retrain(force=force, return_state=True)
         except Exception as error:
             raise ServiceError(
-                f"Prefect failed ({type(error).__name__}). Received: {services.prefect()}. "
+                f"Prefect failed ({type(error).__name__}). Received: {api}. "
                 f"{_advice(error)}, then run again."
             ) from error
         finally:
@@ -110,7 +112,3 @@ def _advice(error: Exception) -> str:
     if status in (401, 403):
         return "It lets nobody in without a login: set PREFECT_API_AUTH_STRING to user:password"
     return "Look at its log"
-
-
-def _import_tensorflow() -> None:
-    import tensorflow  # noqa: F401

@@ -54,9 +54,15 @@ class Services:
         if self.settings.s3_endpoint_url is None and self._shared_s3() is None:
             self._own_s3()
 
-    def start_prefect(self) -> None:
-        """Let the local Prefect server start in the background, if one is needed."""
-        if self.prefect_named() is None and self._prefect is None:
+    def start_prefect(self) -> str:
+        """Let the local Prefect server start in the background, if one is needed.
+
+        Returns:
+            The URL at which Prefect's API answers, once it is ready.
+        """
+        if named := self.prefect_named():
+            return named
+        if self._prefect is None:
             self._prefect = servers.prefect(
                 self.folder,
                 self.patience,
@@ -64,6 +70,7 @@ class Services:
                 database=self._database("prefect"),
             )
             self._prefect[0].start()
+        return self._prefect[1]
 
     def s3(self) -> S3Address:
         """Return the address of S3 once it is ready.
@@ -103,11 +110,9 @@ class Services:
             ServiceError: the local server did not start.
             BusyError: another run of this checkout keeps it.
         """
-        self.start_prefect()
-        if self._prefect is None:
-            return str(self.prefect_named())
-        server, url = self._prefect
-        server.wait()
+        url = self.start_prefect()
+        if self._prefect:
+            self._prefect[0].wait()
         return url
 
     def stop(self) -> None:

@@ -13,6 +13,7 @@ from flows.certificates import seaweedfs_guard
 from flows.credentials import local_credentials, mlflow_guard
 from flows.ports import PAIR, choose_ports, known_ports
 from flows.server import Server
+from tasks import garbage
 from tasks.addresses import S3Address
 from tasks.errors import ServiceError
 from tasks.registry_files import PREFIX
@@ -131,7 +132,7 @@ def prefect(
     """
     ports = ports or choose_ports(folder, "prefect", 1)
     url = f"http://{reachable(host)}:{ports[0]}/api"
-    command = [sys.executable, "-m", "prefect", "server", "start"]
+    command = [*_program("prefect"), "server", "start"]
     command += ["--host", host, "--port", str(ports[0])]
     environment = _without_foreign() | {
         "PREFECT_HOME": str(folder / "prefect"),
@@ -181,7 +182,7 @@ def mlflow(
     """
     ports = ports or choose_ports(folder, "mlflow", 1)
     url = f"http://{HOST}:{ports[0]}"
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+    command = [*_program("mlflow"), "server", "--workers", "1"]
     command += ["--host", HOST, "--port", str(ports[0])]
     # Otherwise a page elsewhere could reach it through a name that points here.
     command += ["--allowed-hosts", f"{HOST}:{ports[0]},localhost:{ports[0]}"]
@@ -219,7 +220,7 @@ def worker(folder: Path, patience: float, pool: str, environment: dict[str, str]
         pool: work pool of type process.
         environment: all of its environment; flow runs inherit it.
     """
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--type", "process"]
+    command = [*_program("prefect"), "worker", "start", "--type", "process"]
     command += ["--pool", pool, "--name", WORKER, "--install-policy", "never"]
     return Server("worker", folder, command, environment, lambda: True, (), patience)
 
@@ -256,6 +257,11 @@ def _has_bucket(storage: Storage) -> bool:
     except ServiceError:
         return False
     return True
+
+
+def _program(module: str) -> list[str]:
+    """Run a large library's program, see `tasks.garbage`."""
+    return [sys.executable, "-P", garbage.__file__, module]
 
 
 def _weed() -> str:

@@ -163,14 +163,14 @@ class Registry:
 
     @cached_property
     def _client(self) -> Any:
-        _configure()
+        load_mlflow()
         from mlflow import MlflowClient
 
         return MlflowClient(self.tracking_uri, self.tracking_uri)
 
     @contextmanager
     def _asked(self) -> Iterator[Any]:
-        _configure()
+        load_mlflow()
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
@@ -281,8 +281,8 @@ class Registry:
         return aliases
 
 
-def _configure() -> None:
-    """Set what MLflow reads from the environment, before its first import."""
+def load_mlflow() -> None:
+    """Import MLflow, having set what it reads from the environment."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
     os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.errors import HandsignsError
+from tasks.garbage import rare_collection
 from tasks.layout import Layout
 from tasks.params import Params, load_params
 from tasks.progress import Progress, silent
@@ -33,7 +34,8 @@ def stage_main(stage: Stage) -> None:
     layout = Layout(Path.cwd())
     item = sys.argv[1] if len(sys.argv) > 1 else None
     try:
-        stage(Context(layout, load_params(layout.params), _print_progress), item)
+        with rare_collection():
+            stage(Context(layout, load_params(layout.params), _print_progress), item)
     except HandsignsError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

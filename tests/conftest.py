@@ -1,8 +1,11 @@
 """Fixtures live by subject in `tests/fixtures/`; the order of the files is made here."""
 
+import gc
 from collections import Counter
 
 import pytest
+
+from tasks.garbage import RARELY
 
 pytest_plugins = (
     "tests.fixtures.photos",
@@ -15,6 +18,16 @@ pytest_plugins = (
     "tests.fixtures.trained",
     "tests.fixtures.browser",
 )
+
+
+def pytest_configure() -> None:
+    """Import what is large as fast as the programs do."""
+    gc.set_threshold(RARELY)
+
+
+def pytest_unconfigure() -> None:
+    """Leave as fast, too."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

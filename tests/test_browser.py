@@ -12,8 +12,6 @@ from selenium.webdriver.common.keys import Keys
 
 from tasks.addresses import S3Address
 from tests.fixtures.browser import DESKTOP, PHONE, see, shoot
-from tests.fixtures.checkouts import make_checkout
-from tests.fixtures.photos import write_photos
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.screens import (
     log_in,
@@ -26,6 +24,7 @@ from tests.fixtures.screens import (
 )
 from tests.fixtures.servers import MlflowServer, new_bucket
 from tests.fixtures.service import Service, named, serving
+from tests.fixtures.trained import Trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.program("chromedriver")]
 
@@ -55,19 +54,20 @@ def report(
     s3_server: S3Address,
     local_mlflow: MlflowServer,
     prefect_api: PrefectApi,
+    trained: Trained,
     tmp_path_factory: Any,
 ) -> Iterator[dict[str, Any]]:
     """A quick retrain with running servers, and the service of its champion as `service`."""
     folder = tmp_path_factory.mktemp("seen")
     s3 = named(new_bucket(s3_server))
     servers = {**s3, **local_mlflow.named, **prefect_api.named}
-    made = make_checkout(folder / "checkout")
+    made = trained.checkout(folder / "checkout")
     made.change("phases.full", epochs=8)
-    made.handsigns("import", write_photos(folder / "photos", per_class=16), **servers)
+    made.handsigns("import", trained.photos, **servers)
     told = made.handsigns("retrain", **servers)
     assert told["status"] == "promoted", told["reason"]
     with serving(folder / "checkout", **s3) as service:
-        yield {**told, "photos": folder / "photos", "service": service}
+        yield {**told, "photos": trained.photos, "service": service}
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from flows.settings import Settings
 from tasks.storage import Storage
 from tests.fixtures.checkouts import Workshop, make_checkout
 from tests.fixtures.photos import write_photos
+from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.receiver import receiving
 from tests.fixtures.service import Clients, serving
 from tests.fixtures.trained import PER_CLASS, Trained
@@ -150,14 +151,16 @@ def test_the_champion_predicts_evaluates_and_verifies(
     assert verified["facts"]["data_version"] == first.data.version
 
 
-def test_a_refused_model_leaves_champion_registry_and_storage_alone(workshop: Workshop) -> None:
+def test_a_refused_model_leaves_champion_registry_and_storage_alone(
+    workshop: Workshop, prefect_api: PrefectApi
+) -> None:
     before = workshop.handsigns("status")
     releases = sorted((workshop.layout.local / "seaweedfs").rglob("*.dat"))
     sizes = [path.stat().st_size for path in releases]
     workshop.change("gate", min_test_photos=10_000)
     try:
         with receiving("secret") as receiver:
-            address = {"HANDSIGNS_NOTIFY_URLS": receiver.address}
+            address = {"HANDSIGNS_NOTIFY_URLS": receiver.address, **prefect_api.named}
             refused = workshop.handsigns("retrain", code=1, **address)
         (told,) = receiver.messages
         assert told["title"].endswith(" rejected")
@@ -176,10 +179,10 @@ def test_a_refused_model_leaves_champion_registry_and_storage_alone(workshop: Wo
 
 
 def test_one_phases_rate_reruns_that_phase_and_what_follows(
-    workshop: Workshop, first: RunReport, clients: Clients
+    workshop: Workshop, first: RunReport, clients: Clients, prefect_api: PrefectApi
 ) -> None:
     workshop.change("phases.full", learning_rate=0.0007)
-    second = RunReport.model_validate(workshop.handsigns("retrain"))
+    second = RunReport.model_validate(workshop.handsigns("retrain", **prefect_api.named))
     assert second.status in ("promoted", "registered")
     assert second.features.computed == 0
     assert second.model.version == 2
@@ -228,7 +231,9 @@ def test_an_unreachable_service_is_named_within_30_seconds(workshop: Workshop) -
         assert time.monotonic() - began < 30
 
 
-def test_a_full_disk_fails_the_run_in_one_line_and_spoils_nothing(workshop: Workshop) -> None:
+def test_a_full_disk_fails_the_run_in_one_line_and_spoils_nothing(
+    workshop: Workshop, prefect_api: PrefectApi
+) -> None:
     before = workshop.handsigns("status")
     lock = (workshop.layout.root / "dvc.lock").read_bytes()
     workshop.run_limited(10_000_000, "retrain", "--force")  # the backbone's weights are larger
@@ -241,6 +246,6 @@ def test_a_full_disk_fails_the_run_in_one_line_and_spoils_nothing(workshop: Work
         assert after[part] == before[part]
     assert workshop.handsigns("verify", "champion")["id"] == before["champion"]["release"]
     # With room again it comes to what was there before.
-    again = workshop.handsigns("retrain")
+    again = workshop.handsigns("retrain", **prefect_api.named)
     assert again["release"]["id"] in [move["release"] for move in before["history"]]
     assert (workshop.layout.root / "dvc.lock").read_bytes() == lock
