@@ -35,7 +35,7 @@ down: $(READY) ## Stop it; its data stays.
 # Hundreds of processes import this package, so Python may keep what it compiled.
 test: export PYTHONDONTWRITEBYTECODE :=
 test: lint packages ## Lint, types, all tests.
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder \
+	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder \
 	  --durations 25 --durations-min 10
 
 packages: ## Install the browser and PostgreSQL that some tests drive (Debian).

@@ -16,6 +16,7 @@ from tasks.progress import Progress
 from tasks.style import mix_styles
 from tasks.tail import Tail
 from tasks.temperature import score
+from tasks.traced import traced
 
 _BATCH = 64
 _Rows = NDArray[np.int64]
@@ -68,7 +69,7 @@ def fit_cached(
         pool, change = tf.identity, lambda vectors, _: vectors
     some = inputs(val[:1])
     learn = _learner(tail, pool, plan, average, some)
-    infer = _compiled(lambda batch: tail.logits(pool(batch)), some)
+    infer = traced(lambda batch: tail.logits(pool(batch)), some)
     coming = _read_ahead(inputs, seen, change)
     curve, update = [], 0
     for number, batches in enumerate(epochs, 1):
@@ -104,23 +105,7 @@ def _learner(
         average.update()
         return loss, logits
 
-    return _compiled(learn, some, tf.zeros((1, len(LABELS))), tf.constant(0))
-
-
-def _compiled(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
-    """Trace `function` once, for any number of rows.
-
-    A plain `tf.function` is traced twice for its first call, and again for the last,
-    smaller batch; a trace takes as long as ten updates.
-    """
-    specs = [
-        tf.TensorSpec([None, *example.shape[1:]] if example.shape.rank else [], example.dtype)
-        for example in examples
-    ]
-    traced: Callable[..., Any] = tf.function(function, autograph=False).get_concrete_function(
-        *specs
-    )
-    return traced
+    return traced(learn, some, tf.zeros((1, len(LABELS))), tf.constant(0))
 
 
 def _rows(features: FeatureStore, names: Sequence[str], photos: _Rows, views: _Rows) -> _Rows:
@@ -157,7 +142,7 @@ def _read_ahead(
 
 
 def _pooled_once(tail: Tail, inputs: Callable[[_Rows], Any], rows: _Rows) -> Callable[[_Rows], Any]:
-    pooled = _compiled(tail.pooled, inputs(rows[:1]))
+    pooled = traced(tail.pooled, inputs(rows[:1]))
     vectors = _in_batches(pooled, inputs, rows)
     return lambda wanted: tf.constant(vectors[np.searchsorted(rows, wanted)])
 

@@ -20,6 +20,7 @@ from tasks.errors import StageError
 from tasks.phase import Epoch, Plan
 from tasks.progress import Progress
 from tasks.temperature import score
+from tasks.validation import validation
 
 _Photos = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 
@@ -77,6 +78,7 @@ def fit_distributed(
         optimizer.build(model.trainable_variables)
         average = Average(model.trainable_variables, plan.training.ema)
     learn = _learner(strategy, model, optimizer)
+    validate = validation(model, plan, images)
     curve: list[Epoch] = []
     for number in range(1, plan.phase.epochs + 1):
         loss = right = 0.0
@@ -88,7 +90,7 @@ def fit_distributed(
             done = (number - 1) * plan.updates_per_epoch + place
             progress(f"train {plan.name}", done, plan.updates)
         with average.in_place():
-            logits = _logits(model, plan, photos)
+            logits = validate()
         val_loss, val_accuracy = score(logits, plan.val_labels)
         count = len(plan.train)
         curve.append(Epoch(number, loss / count, right / count, val_loss, val_accuracy))
@@ -140,13 +142,3 @@ def _shared_out(
         part(lambda at: plan.targets(padded[at])),
         part(lambda at: shares[at]),
     )
-
-
-def _logits(model: Any, plan: Plan, photos: _Photos) -> NDArray[np.float32]:
-    batch = plan.training.batch_size
-    parts = [plan.val[start : start + batch] for start in range(0, len(plan.val), batch)]
-    probabilities = np.concatenate(
-        [np.asarray(model(photos(rows), training=False)) for rows in parts]
-    )
-    logits: NDArray[np.float32] = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
-    return logits

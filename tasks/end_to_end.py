@@ -3,7 +3,7 @@
 For GPUs, and as the reference that training on stored features is measured by.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -16,6 +16,7 @@ from tasks.average import Average
 from tasks.phase import Epoch, Plan
 from tasks.progress import Progress
 from tasks.temperature import score
+from tasks.validation import validation
 
 
 def fit_end_to_end(
@@ -40,8 +41,13 @@ def fit_end_to_end(
         loss=keras.losses.CategoricalCrossentropy(),
         metrics=["accuracy"],
     )
+    # Variables made in the first update would have it traced twice.
+    model.optimizer.build(model.trainable_variables)
     watch = _watch(
-        plan, images, size, progress, Average(model.trainable_variables, plan.training.ema)
+        plan,
+        validation(model, plan, images),
+        progress,
+        Average(model.trainable_variables, plan.training.ema),
     )
     model.fit(
         _photos(plan, images, size),
@@ -72,7 +78,10 @@ def _photos(plan: Plan, images: NDArray[np.uint8], size: int) -> Any:
 
 
 def _watch(
-    plan: Plan, images: NDArray[np.uint8], size: int, progress: Progress, average: Average
+    plan: Plan,
+    validate: Callable[[], NDArray[np.float32]],
+    progress: Progress,
+    average: Average,
 ) -> Any:
     class Watch(keras.callbacks.Callback):  # type: ignore[misc]
         """Average after each update, score the average after each epoch."""
@@ -91,7 +100,7 @@ def _watch(
 
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             with average.in_place():
-                self.logits = _logits(self.model, plan, images, size)
+                self.logits = validate()
             val_loss, val_accuracy = score(self.logits, plan.val_labels)
             self.curve.append(
                 Epoch(
@@ -100,13 +109,3 @@ def _watch(
             )
 
     return Watch()
-
-
-def _logits(model: Any, plan: Plan, images: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
-    batch = plan.training.batch_size
-    parts = [plan.val[start : start + batch] for start in range(0, len(plan.val), batch)]
-    probabilities = np.concatenate(
-        [model.predict_on_batch(enlarge(images[rows], size).astype(np.float32)) for rows in parts]
-    )
-    logits: NDArray[np.float32] = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
-    return logits

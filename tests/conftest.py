@@ -1,11 +1,14 @@
 """Fixtures live by subject in `tests/fixtures/`; the order of the files is made here."""
 
 import gc
+import os
 from collections import Counter
 
 import pytest
 
 from tasks.garbage import RARELY
+
+THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
 
 pytest_plugins = (
     "tests.fixtures.photos",
@@ -21,8 +24,13 @@ pytest_plugins = (
 
 
 def pytest_configure() -> None:
-    """Import what is large as fast as the programs do."""
+    """Import what is large as fast as the programs do, and leave the cores to each other.
+
+    Several tests run at once; the threads of one would only spin while others work.
+    """
     gc.set_threshold(RARELY)
+    for name in THREADS:
+        os.environ.setdefault(name, "1")
 
 
 def pytest_unconfigure() -> None:

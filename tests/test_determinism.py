@@ -2,6 +2,7 @@
 
 import hashlib
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from tasks.layout import Layout
 from tasks.params import load_params
 from tasks.stage import Context
+from tests.conftest import THREADS
 from tests.fixtures.models import SIZE, random_backbone, write_dataset
 from tests.fixtures.photos import CHECKOUT
 
@@ -21,6 +23,8 @@ def run_recipe(root: Path, seed: int) -> Digests:
     from tasks.features import extract
     from tasks.train import train
 
+    for name in THREADS:
+        os.environ.pop(name, None)  # as many as there are cores
     layout = Layout(root)
     write_dataset(layout, per_class=15)
     random_backbone(layout)
