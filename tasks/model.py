@@ -22,6 +22,7 @@ import tensorflow as tf
 from tasks.augment import INPUT_SIZE
 from tasks.errors import ModelError
 from tasks.labels import LABELS
+from tasks.live_augmentation import augmentation_layers
 from tasks.params import AugmentationParams
 from tasks.weights import put, read_weights
 
@@ -190,7 +191,7 @@ def _build(
     backbone = _build_backbone(size, include_top=False)
     if backbone_weights is not None:
         put(backbone.layers, read_weights(backbone_weights))
-    inside = photo if augmentation is None else _augmentation(augmentation, size, seed)(photo)
+    inside = photo if augmentation is None else augmentation_layers(augmentation, size, seed)(photo)
     top = backbone(inside, training=False)
     pooled = keras.layers.GlobalAveragePooling2D(name="pool")(top)
     if dropout:
@@ -251,39 +252,6 @@ def _build_backbone(size: int, include_top: bool) -> Any:
             # Never drawn from again, but saved: a fixed value keeps files equal.
             layer.seed_generator.state.assign([0, 0])
     return backbone
-
-
-def _augmentation(params: AugmentationParams, size: int, seed: int) -> Any:
-    """Stock Keras layers only, so that the saved model opens without this package.
-
-    One gain for each colour channel has no stock layer; each channel is
-    brightened by its own amount instead.
-    """
-    layers = keras.layers
-    shapes: list[Any] = [
-        layers.RandomRotation(params.rotation / 360, fill_mode="reflect", seed=seed),
-        layers.RandomZoom(params.zoom, fill_mode="reflect", seed=seed + 1),
-        layers.RandomTranslation(params.shift, params.shift, fill_mode="reflect", seed=seed + 2),
-    ]
-    if params.horizontal_flip:
-        shapes.append(layers.RandomFlip("horizontal", seed=seed + 3))
-    light = [
-        layers.RandomBrightness(params.brightness, seed=seed + 4),
-        layers.RandomContrast(params.contrast, seed=seed + 5),
-        _channels(params.channel, size, seed + 6),
-    ]
-    return keras.Sequential([keras.Input((size, size, 3)), *shapes, *light], name="augmentation")
-
-
-def _channels(share: float, size: int, seed: int) -> Any:
-    picture = keras.Input((size, size, 3))
-    changed = [
-        keras.layers.RandomBrightness(share, seed=seed + channel)(
-            picture[..., channel : channel + 1]
-        )
-        for channel in range(3)
-    ]
-    return keras.Model(picture, keras.layers.Concatenate()(changed), name="channels")
 
 
 def with_fresh_names(build: Callable[[], _Built]) -> _Built:
