@@ -9,8 +9,9 @@ from pathlib import Path
 FILE = "ports.json"
 PAIR = 10_000
 """SeaweedFS's admin worker looks for its server this far above the web port."""
-RANGE = range(20_000, 32_000)
-"""Below Linux's ephemeral ports, so that no outgoing connection takes one first."""
+RANGE = range(12_000, 22_000)
+"""With `PAIR` above each below Linux's ephemeral ports, which begin at 32,768, so that no
+outgoing connection takes one first."""
 
 
 def choose_ports(folder: Path, name: str, count: int) -> tuple[int, ...]:
