@@ -35,7 +35,8 @@ from tasks.feature_store import (
     write_rows,
 )
 from tasks.layout import Layout
-from tasks.params import BACKBONE
+from tasks.params import BACKBONE, Params
+from tasks.phase import training_rows
 from tasks.shards import Runner, cut, runner
 from tasks.stage import Context, stage_main
 from tasks.whole import write_json
@@ -102,7 +103,7 @@ def extract(
     layout, views = context.layout, context.params.features.views
     dataset = open_dataset(layout.dataset)
     cached = context.params.training.mode == "cached"
-    wanted = dict(sorted(_wanted(dataset, views))) if cached else {}
+    wanted = dict(sorted(_wanted(dataset, context.params))) if cached else {}
     recipe = _recipe(context, size)
     shape = (size // STRIDE, size // STRIDE, CHANNELS)
     stored = _stored(layout.features, recipe, shape)
@@ -123,13 +124,16 @@ def extract(
     return FeatureReport(len(missing), len(wanted) - len(missing), speed, views)
 
 
-def _wanted(dataset: Dataset, views: int) -> Iterator[tuple[Key, int]]:
-    """Name every row to store, and the photo it is of.
+def _wanted(dataset: Dataset, params: Params) -> Iterator[tuple[Key, int]]:
+    """Name every row that a phase reads, and the photo it is of.
 
     Test photos are scored through the assembled model and need no row.
     """
-    for split, numbers in (("train", range(views + 1)), ("val", range(1))):
-        for photo in dataset.rows(split):
+    largest = max(phase.data_fraction for phase in params.phases.values())
+    train = training_rows(dataset, largest, params.seed)
+    for photos, views in ((train, params.features.views), (dataset.rows("val"), 0)):
+        numbers = range(views + 1)
+        for photo in photos:
             pixels = digest(dataset.images[photo].tobytes())
             for number in numbers:
                 yield Key(dataset.names[photo], number, pixels), int(photo)

@@ -105,6 +105,22 @@ class Plan:
         return optimizer
 
 
+def training_rows(dataset: Dataset, fraction: float, seed: int) -> NDArray[np.int64]:
+    """Choose the photos that a phase trains on; a smaller fraction's are among a larger's.
+
+    Args:
+        dataset: the preprocessed photos.
+        fraction: share of each class of the training split.
+        seed: `seed` of params.yaml.
+
+    Returns:
+        int64, (n,); rows of `dataset`, ascending.
+    """
+    rows = dataset.rows("train")
+    names = [dataset.names[row] for row in rows]
+    return rows[subset(names, dataset.labels[rows], fraction, seed)]
+
+
 def plan_phase(params: Params, name: str | None, dataset: Dataset) -> Plan:
     """Settle one phase of `params` for the photos of `dataset`.
 
@@ -119,9 +135,7 @@ def plan_phase(params: Params, name: str | None, dataset: Dataset) -> Plan:
             "Name one: python -m tasks.train <phase>."
         )
     phase = params.phases[name]
-    rows = dataset.rows("train")
-    names = [dataset.names[row] for row in rows]
-    train = rows[subset(names, dataset.labels[rows], phase.data_fraction, params.seed)]
+    train = training_rows(dataset, phase.data_fraction, params.seed)
     val = dataset.rows("val")
     return Plan(
         name=name,

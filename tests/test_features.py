@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tasks.augment import enlarge
 from tasks.backbone import write_backbone
 from tasks.checkpoint import BACKBONE_FILE, TRUNK_FILE
+from tasks.dataset import open_dataset
 from tasks.errors import BackboneError, DataError, ModelError
 from tasks.feature_journal import Journal
 from tasks.feature_store import INDEX, ROWS, Key, Row, check_space, open_rows, write_rows
@@ -26,6 +27,7 @@ from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.model import FEATURE_SHAPE, build_backbone, build_trunk
 from tasks.params import Params, load_params
+from tasks.phase import plan_phase
 from tasks.shards import Shard, compute
 from tasks.stage import Context
 from tasks.trunk_engine import TrunkEngine
@@ -286,6 +288,28 @@ def test_bytes_do_not_depend_on_what_was_there_before(
             report = extract(now)
         assert sum(_counts(report)) == (last - first) * (views + 1) + held_out
         assert _content(now.layout) == _afresh(now, Path(folder) / "afresh")
+
+
+@pytest.mark.parametrize("fractions", [(0.1, 0.1, 0.5), (0.6, 0.1, 0.3), (0.1, 0.1, 1.0)])
+def test_photos_that_no_phase_reads_are_left_out(
+    context: Context, fractions: tuple[float, ...]
+) -> None:
+    _photos(context.layout, range(12), range(50, 52), range(60, 62))
+    params = context.params
+    phases = {
+        name: phase.model_copy(update={"data_fraction": fraction})
+        for (name, phase), fraction in zip(params.phases.items(), fractions, strict=True)
+    }
+    params = params.model_copy(update={"phases": phases})
+    extract(replace(context, params=params))
+    dataset = open_dataset(context.layout.dataset)
+    plans = [plan_phase(params, name, dataset) for name in phases]
+    read = {dataset.names[row] for plan in plans for row in plan.train}
+    assert len(read) == (12 if max(fractions) == 1 else 6)
+    features = open_features(context.layout.features)
+    assert len(features) == len(read) * (VIEWS + 1) + 2
+    for name in read:
+        features.row(name, VIEWS)
 
 
 def test_training_end_to_end_has_no_features(context: Context) -> None:
