@@ -94,6 +94,7 @@ def show_phases(layout: Layout, phases: list[PhaseReport]) -> None:
         description="The three training phases.",
     )
     _show_picture(layout.plots / "curves.png", "curves", "Loss and accuracy by epoch.")
+    _show_picture(layout.plots / "views.png", "views", "What the phases see of some photos.")
 
 
 def show_evaluation(layout: Layout, test: TestReport) -> None:

@@ -1,8 +1,8 @@
 """Views of a photo: the photo enlarged, and random variations of it.
 
 Every view is one affine map straight from the stored size to the model's size, so
-that a picture is interpolated once. Colour is changed before it, at the stored
-size, where a picture has a twelfth of the pixels.
+that a picture is interpolated once. Backdrop and colour are changed before it, at the
+stored size, where a picture has a twelfth of the pixels.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.backdrop import exchange_backdrop
 from tasks.params import AugmentationParams
 
 INPUT_SIZE = 224
@@ -67,7 +68,10 @@ def view(
     """
     if number == 0:
         return _warp(image, _placement(len(image), size), size)
-    random = np.random.default_rng([seed, number, _number_of(name)])
+    key = [seed, number, _number_of(name)]
+    random, behind = np.random.default_rng(key), np.random.default_rng([*key, 1])
+    if behind.random() < params.backdrop:
+        image = exchange_backdrop(image, behind)
     mirror = bool(random.random() < 0.5) and params.horizontal_flip
     angle, zoom, right, down, light, contrast, *channels = random.uniform(-1, 1, 9)
     coloured = _recolour(

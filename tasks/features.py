@@ -37,6 +37,7 @@ from tasks.feature_store import (
 from tasks.layout import Layout
 from tasks.params import BACKBONE, Params
 from tasks.phase import training_rows
+from tasks.plot_views import draw_views
 from tasks.shards import Runner, cut, runner
 from tasks.stage import Context, stage_main
 from tasks.whole import write_json
@@ -47,7 +48,7 @@ CHANNELS = 192
 STRIDE = 32
 """Pixels of the input to one place of the trunk's output."""
 
-_CODE = ("augment.py", "engine.py", "shards.py", "trunk_engine.py")
+_CODE = ("augment.py", "backdrop.py", "engine.py", "shards.py", "trunk_engine.py")
 _log = logging.getLogger(__name__)
 
 
@@ -69,9 +70,10 @@ class FeatureReport:
 
 
 def run(context: Context, item: str | None = None) -> None:
-    """Write `artifacts/features/`, and how it went to `.local/features.json`."""
+    """Write `artifacts/features/` and `plots/views.png`; how it went to `.local/features.json`."""
     try:
         report = extract(context)
+        _draw(context)
     except OSError as error:
         raise DataError(
             f"The features cannot be written ({error.strerror}). Received: "
@@ -137,6 +139,13 @@ def _wanted(dataset: Dataset, params: Params) -> Iterator[tuple[Key, int]]:
             pixels = digest(dataset.images[photo].tobytes())
             for number in numbers:
                 yield Key(dataset.names[photo], number, pixels), int(photo)
+
+
+def _draw(context: Context) -> None:
+    params = context.params
+    views = params.features.views if params.training.mode == "cached" else 0
+    dataset, path = open_dataset(context.layout.dataset), context.layout.plots / "views.png"
+    draw_views(path, dataset, views, params.seed, params.augmentation)
 
 
 def _recipe(context: Context, size: int) -> Recipe:

@@ -15,7 +15,7 @@ def augmentation_layers(params: AugmentationParams, size: int, seed: int) -> Any
 
     Stock Keras layers only, so that the saved model opens without this package. One gain
     for each colour channel has no stock layer; each channel is brightened by its own amount
-    instead.
+    instead. Nor has another backdrop, which is left out.
 
     Args:
         params: strength of each variation.

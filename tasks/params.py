@@ -47,6 +47,7 @@ class AugmentationParams(_Section):
     brightness: Share
     contrast: Share
     channel: Share
+    backdrop: Share
 
 
 class FeaturesParams(_Section):

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 from tasks.augment import INPUT_SIZE, enlarge, one_thread_each, view
 from tasks.params import AugmentationParams
+from tasks.sample import draw
 from tests.fixtures.photos import photo
 
 STILL = AugmentationParams(
@@ -16,6 +17,7 @@ STILL = AugmentationParams(
     brightness=0,
     contrast=0,
     channel=0,
+    backdrop=0,
 )
 MEDIUM = AugmentationParams(
     horizontal_flip=True,
@@ -25,6 +27,7 @@ MEDIUM = AugmentationParams(
     brightness=0.15,
     contrast=0.25,
     channel=0.08,
+    backdrop=0.5,
 )
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -109,6 +112,16 @@ def test_name_number_and_seed_each_change_the_view() -> None:
         for seed in (0, 1)
     ]
     assert len(set(views)) == 8
+
+
+def test_the_share_of_backdrops_that_was_asked_for_is_exchanged() -> None:
+    image = draw((20, 5, 1))
+    plain = enlarge(image[None], 64)[0]
+    changed = [
+        not np.array_equal(view(image, f"{n}.png", 1, 0, _only(backdrop=0.5), 64), plain)
+        for n in range(200)
+    ]
+    assert 70 < sum(changed) < 130
 
 
 def test_hands_are_mirrored_but_never_turned_over() -> None:
