@@ -113,7 +113,7 @@ def _recolour(
     image: NDArray[np.uint8], light: float, contrast: float, gains: NDArray[np.float64]
 ) -> NDArray[np.uint8]:
     """Stretch each channel about its mean, as `tf.image.adjust_contrast`, then shift and scale."""
-    means = image.mean(axis=(0, 1))
+    means = np.array(cv2.mean(image)[:3])
     levels = np.arange(256)[:, np.newaxis]
     changed: NDArray[np.float64] = ((levels - means) * contrast + means + light) * gains
     table = np.rint(np.clip(changed, 0, 255)).astype(np.uint8)

@@ -5,6 +5,8 @@ hand can be told from it by colour, as with a screen in a film studio, and put b
 something else.
 """
 
+from functools import lru_cache
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,9 @@ _PLAIN = 0.5
 """Share of the rim that a wall covers; with less there is none, or no plain one."""
 _HANDS = (0.1, 0.7)
 """Least and largest share of a photo that is a hand."""
+_SQUARE = np.ones((3, 3), np.uint8)
+_TRACE = 0.02
+"""Least share of the hand around a pixel that tells its colour."""
 _SCALES = (2, 4, 8, 16, 32)
 """Of the noise in clouds: how many values lie along a side."""
 _POLES = 0.3
@@ -38,14 +43,19 @@ def exchange_backdrop(image: NDArray[np.uint8], random: np.random.Generator) -> 
     hand = find_hand(image)
     if hand is None:
         return image
-    inside = cv2.erode(hand, np.ones((3, 3), np.float32))
-    share = cv2.GaussianBlur(inside, (5, 5), 0)[..., np.newaxis]
+    inside = cv2.erode(hand, _SQUARE)
     # At the edge the wall shines through; colours from within the hand take its place.
-    near = cv2.GaussianBlur(image * inside[..., np.newaxis], (5, 5), 0) / np.maximum(share, 0.02)
-    pure = np.where((inside[..., np.newaxis] > 0) | (share <= 0.02), image, near)
+    weighted = np.dstack([image * inside[..., np.newaxis], inside])
+    near = cv2.GaussianBlur(weighted, (5, 5), 0)
+    share = near[..., 3:]
+    outer = (inside == 0) & (share[..., 0] > _TRACE)
+    pure = image.astype(np.float32)
+    pure[outer] = near[outer, :3] / share[outer]
     cover = cv2.GaussianBlur(hand, (3, 3), 0)[..., np.newaxis]
-    mixed = pure * cover + _backdrop(len(image), random) * (1 - cover)
-    result: NDArray[np.uint8] = np.rint(np.clip(mixed, 0, 255)).astype(np.uint8)
+    behind = _backdrop(len(image), random)
+    result: NDArray[np.uint8] = np.rint(np.clip(behind + (pure - behind) * cover, 0, 255)).astype(
+        np.uint8
+    )
     return result
 
 
@@ -68,7 +78,8 @@ def find_hand(image: NDArray[np.uint8]) -> NDArray[np.float32] | None:
     if wall is None:
         return None
     weights = np.array([_LIGHTNESS, _COLOUR, _COLOUR], np.float32)
-    distance = np.sqrt((((lab - wall) * weights) ** 2).sum(axis=2))
+    apart = (lab - wall) * weights
+    distance = np.sqrt(np.einsum("ijk,ijk->ij", apart, apart))
     levels = np.clip(distance * 3, 0, 255).astype(np.uint8)
     limit, _ = cv2.threshold(levels, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
     different = cv2.medianBlur((levels > limit).astype(np.uint8), 3)
@@ -85,52 +96,54 @@ def find_hand(image: NDArray[np.uint8]) -> NDArray[np.float32] | None:
 
 def _wall(lab: NDArray[np.float32]) -> NDArray[np.float32] | None:
     """The wall's colour at each pixel: a plane through the rim's, wrists left out."""
-    side = len(lab)
-    rim = np.zeros((side, side), bool)
-    rim[:3] = True
-    rim[: side * 2 // 3, [0, 1, 2, -3, -2, -1]] = True
-    down, right = np.nonzero(rim)
-    colours = lab[rim]
+    terms, rim = _rim(len(lab))
+    colours = lab.reshape(-1, 3)[rim]
     near = np.abs(colours - np.median(colours, axis=0)).sum(axis=1) < _NEAR
     if near.mean() < _PLAIN:
         return None
-    places = np.linspace(-1, 1, side, dtype=np.float32)
-    terms = np.column_stack([np.ones_like(places[down]), places[right], places[down]])
-    (level, across, along), *_ = np.linalg.lstsq(terms[near], colours[near], rcond=None)
-    wall: NDArray[np.float32] = (
-        level + places[:, np.newaxis, np.newaxis] * along + places[:, np.newaxis] * across
-    )
+    plane, *_ = np.linalg.lstsq(terms[rim][near], colours[near], rcond=None)
+    wall: NDArray[np.float32] = (terms @ plane).reshape(lab.shape)
     return wall
 
 
-def _backdrop(side: int, random: np.random.Generator) -> NDArray[np.float64]:
-    """Draw one of three kinds; float64, (side, side, 3), not yet cut to [0, 255]."""
+@lru_cache(maxsize=4)
+def _rim(side: int) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    """What a plane is made of at each pixel, float32 (side * side, 3), and the rim's pixels."""
+    down, right = np.indices((side, side)).reshape(2, -1)
+    places = np.linspace(-1, 1, side, dtype=np.float32)
+    terms = np.column_stack([np.ones(side * side, np.float32), places[right], places[down]])
+    beside = (right < 3) | (right >= side - 3)
+    return terms, np.flatnonzero((down < 3) | (beside & (down < side * 2 // 3)))
+
+
+def _backdrop(side: int, random: np.random.Generator) -> NDArray[np.float32]:
+    """Draw one of three kinds; float32, (side, side, 3), not yet cut to [0, 255]."""
     kind = (_gradient, _clouds, _things)[random.integers(3)]
     return kind(side, random)
 
 
-def _gradient(side: int, random: np.random.Generator) -> NDArray[np.float64]:
+def _gradient(side: int, random: np.random.Generator) -> NDArray[np.float32]:
     """From one colour to another, in one of four directions."""
-    share = np.linspace(0, 1, side)[:, np.newaxis, np.newaxis]
+    share = np.linspace(0, 1, side, dtype=np.float32)[:, np.newaxis, np.newaxis]
     falling = _colour(random) * (1 - share) + _colour(random) * share
     turned = np.rot90(np.broadcast_to(falling, (side, side, 3)), int(random.integers(4)))
-    picture: NDArray[np.float64] = turned.copy()
+    picture: NDArray[np.float32] = turned.copy()
     return picture
 
 
-def _clouds(side: int, random: np.random.Generator) -> NDArray[np.float64]:
+def _clouds(side: int, random: np.random.Generator) -> NDArray[np.float32]:
     """Noise of all scales about one colour, more or less of it, grey or in colours."""
     clouds = np.tile(_colour(random), (side, side, 1))
     strength, colourful = random.uniform(10, 70), 0.7 * random.random()
     for scale in _SCALES:
-        noise = random.standard_normal((scale, scale, 4)).astype(np.float32)
-        large = cv2.resize(noise, (side, side), interpolation=cv2.INTER_CUBIC)
-        tinted = (1 - colourful) * large[..., :1] + colourful * large[..., 1:]
-        clouds += strength * (_SCALES[0] / scale) ** 0.5 * tinted
+        noise = random.standard_normal((scale, scale, 4), np.float32)
+        tinted = (1 - colourful) * noise[..., :1] + colourful * noise[..., 1:]
+        tinted *= strength * (_SCALES[0] / scale) ** 0.5
+        clouds += cv2.resize(tinted, (side, side), interpolation=cv2.INTER_CUBIC)
     return clouds
 
 
-def _things(side: int, random: np.random.Generator) -> NDArray[np.float64]:
+def _things(side: int, random: np.random.Generator) -> NDArray[np.float32]:
     """Boards, books and poles: rectangles, upright or not, sharp or out of focus."""
     picture = _gradient(side, random)
     for _ in range(random.integers(2, 12)):
@@ -140,13 +153,12 @@ def _things(side: int, random: np.random.Generator) -> NDArray[np.float64]:
         angle = random.uniform(0, 180) if random.random() < 0.5 else 0.0
         corners = cv2.boxPoints((tuple(centre), tuple(shape), angle))
         places = np.rint(corners * 2**_SHIFT).astype(np.int32)
-        cv2.fillConvexPoly(picture, places, tuple(_colour(random)), cv2.LINE_AA, _SHIFT)
-    blurred: NDArray[np.float64] = cv2.GaussianBlur(picture, (5, 5), random.uniform(0.1, 1.5))
+        cv2.fillConvexPoly(picture, places, _colour(random).tolist(), cv2.LINE_AA, _SHIFT)
+    blurred: NDArray[np.float32] = cv2.GaussianBlur(picture, (5, 5), random.uniform(0.1, 1.5))
     return blurred
 
 
-def _colour(random: np.random.Generator) -> NDArray[np.float64]:
+def _colour(random: np.random.Generator) -> NDArray[np.float32]:
     """A colour, mostly a dull one, as rooms have them."""
     tint = random.normal(0, 30, 3) * random.random()
-    colour: NDArray[np.float64] = np.clip(random.uniform(15, 240) + tint, 0, 255)
-    return colour
+    return np.clip(random.uniform(15, 240) + tint, 0, 255).astype(np.float32)

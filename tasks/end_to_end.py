@@ -74,7 +74,12 @@ def _photos(plan: Plan, images: NDArray[np.uint8], size: int) -> Any:
         tf.TensorSpec((None, size, size, 3), tf.float32),
         tf.TensorSpec((None, None), tf.float32),
     )
-    return tf.data.Dataset.from_generator(batches, output_signature=shapes).prefetch(2)
+    options = tf.data.Options()
+    # A thread that tunes a pipeline sleeps for up to a minute, and TensorFlow 2.20 lets
+    # `fit` return only once it has woken. There is nothing to tune in two batches ahead.
+    options.autotune.enabled = False
+    photos = tf.data.Dataset.from_generator(batches, output_signature=shapes)
+    return photos.prefetch(2).with_options(options)
 
 
 def _watch(
