@@ -7,18 +7,8 @@ from numpy.typing import NDArray
 from tasks.augment import INPUT_SIZE, enlarge, one_thread_each, view
 from tasks.params import AugmentationParams
 from tasks.sample import draw
-from tests.fixtures.photos import photo
+from tests.fixtures.photos import STILL, photo
 
-STILL = AugmentationParams(
-    horizontal_flip=False,
-    rotation=0,
-    zoom=0,
-    shift=0,
-    brightness=0,
-    contrast=0,
-    channel=0,
-    backdrop=0,
-)
 MEDIUM = AugmentationParams(
     horizontal_flip=True,
     rotation=29,
