@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from benchmarks import markdown
 from benchmarks.training import ROOT
 from tasks.engine import Engine
-from tasks.parallel import in_order
 from tasks.sample import draw, encode
 
 HANDSIGNS = Path(sys.executable).with_name("handsigns")
@@ -86,11 +85,11 @@ def prepared(artifacts: Path) -> Iterator[tuple[str, Callable[[Pictures], Any]]]
     every, one = Engine(graph), Engine(graph, cores=1)
     yield (
         "model.pb, OpenVINO, as predict and serve run it",
-        lambda photos: list(in_order(lambda photo: every(photo).copy(), photos, every.cores)),
+        lambda photos: list(every.stream(photos)),
     )
     yield (
         "the same, one stream of one core",
-        lambda photos: [one(photo).copy() for photo in photos],
+        lambda photos: [one(photo) for photo in photos],
     )
     model = load_model(artifacts / "model.keras", SIZE)
     traced = tf.function(

@@ -17,6 +17,7 @@ import numpy as np
 from tasks import assemble, audit, features, preprocess, train
 from tasks.classifier import load_classifier
 from tasks.dataset import open_dataset
+from tasks.garbage import rare_collection
 from tasks.layout import Layout
 from tasks.metrics import score
 from tasks.params import load_params
@@ -118,4 +119,5 @@ def curve(
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with rare_collection():  # as every stage's own process does
+        main(Path(sys.argv[1]))

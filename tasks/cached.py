@@ -1,6 +1,7 @@
 """Train one phase on stored features: the trunk never runs."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ from tasks.erasing import erase_patches
 from tasks.labels import LABELS
 from tasks.parallel import in_order
 from tasks.phase import Epoch, Plan
+from tasks.precision import product_in
 from tasks.progress import Progress
 from tasks.style import mix_styles
 from tasks.tail import Tail
@@ -63,12 +65,15 @@ def fit_cached(
     seen = [rows for batches in epochs for _, rows in batches]
     inputs = _reader(features)
     pool: Callable[[Any], Any] = tail.pooled
+    product = product_in(plan.training.precision)
+    pool_to_learn: Callable[[Any], Any] = partial(tail.pooled, product=product)
     change = _changes(plan)
     if plan.phase.trainable_layers == 0:
         inputs = _pooled_once(tail, inputs, np.unique(np.concatenate([*seen, val])))
-        pool, change = tf.identity, lambda vectors, _: vectors
+        pool = pool_to_learn = tf.identity
+        change = _unchanged
     some = inputs(val[:1])
-    learn = _learner(tail, pool, plan, average, some)
+    learn = _learner(tail, pool_to_learn, plan, average, some)
     infer = traced(lambda batch: tail.logits(pool(batch)), some)
     coming = _read_ahead(inputs, seen, change)
     curve, update = [], 0
@@ -127,6 +132,10 @@ def _changes(plan: Plan) -> _Change:
         return erase_patches(mixed, random, training.erasing)
 
     return change
+
+
+def _unchanged(vectors: NDArray[np.float32], update: int) -> NDArray[np.float32]:
+    return vectors
 
 
 def _read_ahead(

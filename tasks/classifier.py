@@ -22,7 +22,6 @@ from tasks.errors import DataError, ImageError, ModelError
 from tasks.foreign import examined
 from tasks.images import MAX_BYTES, look
 from tasks.labels import LABELS
-from tasks.parallel import in_order
 from tasks.progress import Progress, silent
 from tasks.shrink import shrink
 
@@ -153,10 +152,7 @@ def _graph_forward(path: Path, size: int) -> Forward:
         )
 
     def forward(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
-        if len(photos) == 1:  # threads would cost more than they bring
-            return engine(photos[0]).copy()[np.newaxis]
-        rows = in_order(lambda photo: engine(photo).copy(), photos, engine.cores)
-        return np.stack(list(rows))
+        return np.stack(list(engine.stream(photos)))
 
     return forward
 

@@ -7,17 +7,25 @@ each other, and a picture's result cannot depend on which ones are worked on bes
 """
 
 import os
-import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tasks.errors import ModelError
 
+AHEAD = 4
+"""Pictures for each core that `Engine.stream` holds at a time, being worked on or waiting."""
+
+_UnderWay = tuple[Any, NDArray[np.uint8]]
+"""A request, and the picture that it reads."""
+
 
 class Engine:
-    """Run a frozen graph on single pictures, from as many threads as wanted.
+    """Run a frozen graph on single pictures: one from any thread, or a stream of them.
 
     Args:
         graph: file of `tasks.frozen.frozen_graph`.
@@ -57,7 +65,7 @@ class Engine:
                 f"Model file does not hold a graph of photos ({_reason(error)}). "
                 f"Received: '{graph}'. Name a .pb file that the assemble stage wrote."
             ) from error
-        self._of_this_thread = threading.local()
+        self._free: deque[Any] = deque()
         # OpenVINO's binding sets itself up in the first call of a process and lets
         # go of Python's lock in between: two first calls at once wait for each
         # other for ever. So the first one is made here, alone.
@@ -70,14 +78,48 @@ class Engine:
             picture: uint8, (size, size, 3), RGB in [0, 255].
 
         Returns:
-            float32, what the graph gives for one picture; valid until this thread's
-            next call.
+            float32, what the graph gives for one picture.
         """
-        request = getattr(self._of_this_thread, "request", None)
-        if request is None:
-            request = self._of_this_thread.request = self._compiled.create_infer_request()
-        outputs = request.infer({0: picture[np.newaxis]}, share_inputs=True, share_outputs=True)
-        result: NDArray[np.float32] = outputs[0][0]
+        return next(self.stream([picture]))
+
+    def stream(self, pictures: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
+        """Compute many pictures on all cores, while this thread makes the next ones.
+
+        Threads that each make a picture and wait for its result get in each other's way:
+        views drawn on the way come a twelfth quicker so.
+
+        Args:
+            pictures: as for one; taken as there is room.
+
+        Yields:
+            Each picture's result, in their order.
+        """
+        under_way: deque[_UnderWay] = deque()
+        try:
+            for picture in pictures:
+                if len(under_way) == AHEAD * self.cores:
+                    yield self._finish(under_way.popleft())
+                under_way.append(self._start(picture))
+            while under_way:
+                yield self._finish(under_way.popleft())
+        finally:
+            for request, _ in under_way:  # it still reads the picture's memory
+                request.wait()
+
+    def _start(self, picture: NDArray[np.uint8]) -> _UnderWay:
+        try:
+            request = self._free.pop()
+        except IndexError:
+            request = self._compiled.create_infer_request()
+        batch = picture[np.newaxis]
+        request.start_async({0: batch}, share_inputs=True)
+        return request, batch
+
+    def _finish(self, under_way: _UnderWay) -> NDArray[np.float32]:
+        request, _ = under_way
+        request.wait()
+        result: NDArray[np.float32] = request.get_output_tensor().data[0].copy()
+        self._free.append(request)
         return result
 
 

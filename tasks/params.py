@@ -56,6 +56,7 @@ class FeaturesParams(_Section):
 
 class TrainingParams(_Section):
     mode: Literal["cached", "end_to_end"]
+    precision: Literal["mixed_bfloat16", "float32"]
     batch_size: int = Field(ge=1, le=1024)
     dropout: float = Field(ge=0.0, lt=1.0)
     weight_decay: float = Field(ge=0.0, le=1.0)

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from tasks.augment import one_thread_each, view
 from tasks.feature_store import Key, Row
-from tasks.parallel import in_order
 from tasks.params import AugmentationParams
 from tasks.trunk_engine import TrunkEngine
 
@@ -63,19 +62,13 @@ def cut(
 
 
 def compute(shard: Shard, trunk: TrunkEngine) -> Iterator[Row]:
-    """Yield a shard's rows in the order of its keys.
-
-    Each worker makes a view and then waits for its activations without holding the
-    interpreter, so with two workers to a core one always has a picture ready.
-    """
-
-    def activations(number: int) -> Row:
-        key = shard.keys[number]
-        picture = shard.pictures[number]
-        return trunk(view(picture, key.name, key.view, shard.seed, shard.augmentation, shard.size))
-
+    """Yield a shard's rows in the order of its keys; views are drawn on the way."""
+    views = (
+        view(picture, key.name, key.view, shard.seed, shard.augmentation, shard.size)
+        for key, picture in zip(shard.keys, shard.pictures, strict=True)
+    )
     with one_thread_each():
-        yield from in_order(activations, range(len(shard.keys)), workers=2 * trunk.cores)
+        yield from trunk.stream(views)
 
 
 def compute_anywhere(shard: Shard, graph: bytes) -> NDArray[np.float16]:

@@ -1,12 +1,13 @@
 """Stage: train one phase, starting from the one before it.
 
 Writes `artifacts/weights/<phase>/`: `weights.safetensors`, the layers above the cut
-and the head, and `history.json`, the learning curve. The last phase may bring a
+and the head, and `history.json`, the learning curve and the precision. The last phase may bring a
 `temperature`, which the assemble stage divides the head by.
 """
 
+import logging
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from tasks.weights import write_weights
 from tasks.whole import whole_folder, write_json
 
 HISTORY_FILE = "history.json"
+_log = logging.getLogger(__name__)
 
 
 def run(context: Context, item: str | None = None) -> None:
@@ -47,7 +49,7 @@ def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
     # Measured to cost nothing here; without it bits would hang on thread timing.
     tf.config.experimental.enable_op_determinism()
     dataset = open_dataset(context.layout.dataset)
-    plan = plan_phase(context.params, name, dataset)
+    plan = _on_this_machine(plan_phase(context.params, name, dataset))
     strategy = _strategy(plan)
     with strategy.scope():
         model = _starting_model(context, plan, size)
@@ -63,6 +65,17 @@ def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
     with whole_folder(context.layout.weights(plan.name)) as folder:
         write_weights(folder / WEIGHTS_FILE, weights)
         write_json(folder / HISTORY_FILE, history)
+
+
+def _on_this_machine(plan: Plan) -> Plan:
+    """Settle the precision that `plan` trains in here."""
+    from tasks.precision import FULL, usable_precision
+
+    wanted = plan.training.precision
+    usable = usable_precision(wanted) if plan.training.mode == "cached" else FULL
+    if usable != wanted and plan.training.mode == "cached":
+        _log.info("Phase %s trains in %s: %s would be emulated here.", plan.name, usable, wanted)
+    return replace(plan, training=plan.training.model_copy(update={"precision": usable}))
 
 
 def _starting_model(context: Context, plan: Plan, size: int) -> Any:
@@ -128,6 +141,7 @@ def _history(plan: Plan, curve: list[Epoch]) -> dict[str, Any]:
     return {
         "phase": plan.name,
         "images": len(plan.train),
+        "precision": plan.training.precision,
         "epochs": [asdict(epoch) for epoch in curve],
         "val_accuracy": curve[-1].val_accuracy,
         "val_loss": curve[-1].val_loss,

@@ -1,5 +1,6 @@
 """The frozen trunk as a fast function of one picture, see `tasks.engine`."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +45,26 @@ class TrunkEngine:
         Raises:
             ModelError: an activation is not finite in float16.
         """
-        activations = self._engine(picture)
-        with np.errstate(over="ignore"):
-            features: NDArray[np.float16] = activations.astype("<f2")
-        if not np.isfinite(features).all():
-            raise ModelError(
-                "The trunk's activations do not fit float16. "
-                f"Received: a largest value of {np.abs(activations).max()}. "
-                "The backbone's weights are broken: remove artifacts/weights/backbone "
-                "and run the backbone stage again."
-            )
-        return features
+        return _stored(self._engine(picture))
+
+    def stream(self, pictures: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float16]]:
+        """Compute many pictures' activations in their order, as `Engine.stream` does.
+
+        Raises:
+            ModelError: an activation is not finite in float16.
+        """
+        return map(_stored, self._engine.stream(pictures))
+
+
+def _stored(activations: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Round to what the features stage keeps."""
+    with np.errstate(over="ignore"):
+        features: NDArray[np.float16] = activations.astype("<f2")
+    if not np.isfinite(features).all():
+        raise ModelError(
+            "The trunk's activations do not fit float16. "
+            f"Received: a largest value of {np.abs(activations).max()}. "
+            "The backbone's weights are broken: remove artifacts/weights/backbone "
+            "and run the backbone stage again."
+        )
+    return features

@@ -1,6 +1,7 @@
 """The whole chain at 32 x 32: features, three phases, one model file."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pytest import LogCaptureFixture
 from scipy.special import log_softmax, softmax
 
 from tasks.assemble import assemble
@@ -20,6 +22,7 @@ from tasks.errors import ModelError, StageError
 from tasks.features import extract, open_features
 from tasks.layout import Layout
 from tasks.model import build_model, build_trunk, load_model
+from tasks.precision import FULL, MIXED
 from tasks.stage import Context
 from tasks.tail import Tail, put_tail
 from tasks.train import train
@@ -79,6 +82,30 @@ def test_history_tells_each_epoch_and_no_times(trained: Context) -> None:
             "val_accuracy",
         }
         assert ("temperature" in history) == (phase == "full")
+
+
+def test_a_phase_trains_in_float32_where_bfloat16_would_be_emulated(
+    trained: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tasks.precision.usable_precision", lambda wanted: FULL)
+    runs = []
+    for wanted in (MIXED, FULL):
+        layout = Layout(tmp_path / wanted)
+        shutil.copytree(trained.layout.artifacts, layout.artifacts)
+        training = trained.params.training.model_copy(update={"precision": wanted})
+        with caplog.at_level(logging.INFO, "tasks.train"):
+            train(
+                Context(layout, trained.params.model_copy(update={"training": training})),
+                "full",
+                SIZE,
+            )
+        folder = layout.weights("full")
+        runs.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert runs[0] == runs[1]
+    assert json.loads(runs[0]["history.json"])["precision"] == FULL
+    assert [record.getMessage() for record in caplog.records] == [
+        "Phase full trains in float32: mixed_bfloat16 would be emulated here."
+    ]
 
 
 @pytest.mark.parametrize("temperature", [None, 2.5])

@@ -18,6 +18,7 @@ from tasks.augment import enlarge
 from tasks.backbone import write_backbone
 from tasks.checkpoint import BACKBONE_FILE, TRUNK_FILE
 from tasks.dataset import open_dataset
+from tasks.engine import AHEAD
 from tasks.errors import BackboneError, DataError, ModelError
 from tasks.feature_journal import Journal
 from tasks.feature_store import INDEX, ROWS, Key, Row, check_space, open_rows, write_rows
@@ -410,6 +411,41 @@ def test_engine_agrees_with_keras_and_ignores_its_neighbours(backbone: Path) -> 
     assert np.array_equal(alone, turned)
     expected = np.asarray(trunk(pictures.astype(np.float32), training=False))
     np.testing.assert_allclose(np.stack(alone), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_stream_gives_each_pictures_result_and_takes_few_ahead(backbone: Path) -> None:
+    trunk = TrunkEngine(backbone / TRUNK_FILE, SIZE, cores=2)
+    pictures = enlarge(np.stack([photo(n % 6, n, DETAIL) for n in range(40)]), SIZE)
+    taken = 0
+
+    def coming() -> Iterator[np.ndarray]:
+        nonlocal taken
+        for picture in pictures:
+            taken += 1
+            yield picture
+
+    for done, row in enumerate(trunk.stream(coming())):
+        assert np.array_equal(row, trunk(pictures[done]))
+        assert taken <= done + 1 + 2 * AHEAD
+    assert taken == done + 1 == len(pictures)
+    assert list(trunk.stream([])) == []
+
+
+def test_a_stream_that_fails_or_is_left_does_not_disturb_the_next(backbone: Path) -> None:
+    trunk = TrunkEngine(backbone / TRUNK_FILE, SIZE, cores=2)
+    picture = enlarge(photo(0, 0, DETAIL)[np.newaxis], SIZE)[0]
+    alone = trunk(picture)
+
+    def torn() -> Iterator[np.ndarray]:
+        yield from [255 - picture] * 5
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        list(trunk.stream(torn()))
+    left = trunk.stream([255 - picture] * 20)
+    assert not np.array_equal(next(left), alone)
+    del left
+    assert all(np.array_equal(row, alone) for row in trunk.stream([picture] * 20))
 
 
 def test_engine_refuses_activations_that_float16_cannot_hold(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_trunk_and_batch_norms_stay_under_live_augmentation(workshop: Workshop) 
 def test_both_modes_give_the_same_losses_for_the_same_views(
     workshop: Workshop, stored: StoredArrays, phase: str
 ) -> None:
-    context = workshop(dropout=0.0, weight_decay=0.01, label_smoothing=0.1)
+    context = workshop(dropout=0.0, weight_decay=0.01, label_smoothing=0.1, precision="float32")
     views = context.params.features.model_copy(update={"views": 0})
     context = Context(context.layout, context.params.model_copy(update={"features": views}))
     models = start(context, phase), start(context, phase)
@@ -119,6 +119,21 @@ def test_both_modes_give_the_same_losses_for_the_same_views(
     np.testing.assert_allclose(*centred, atol=1e-3)
     kept = [tail_weights(model)["predictions/kernel"] for model in models]
     np.testing.assert_allclose(*kept, atol=1e-4)
+
+
+def test_mixed_precision_follows_the_same_curve(workshop: Workshop, stored: StoredArrays) -> None:
+    curves, weights = [], []
+    for precision in ("float32", "mixed_bfloat16"):
+        context = workshop(precision=precision)
+        model = start(context, "full")
+        curve, _ = fit(context, "full", "cached", model, stored)
+        curves.append(curve)
+        weights.append(tail_weights(model))
+    for full, mixed in zip(*curves, strict=True):
+        assert mixed.loss == pytest.approx(full.loss, rel=0.05)
+        assert mixed.val_loss == pytest.approx(full.val_loss, rel=0.05)
+    assert not same(*weights)
+    assert all(values.dtype == np.float32 for values in weights[1].values())
 
 
 @pytest.mark.parametrize("mode", ["cached", pytest.param("end_to_end", marks=pytest.mark.slow)])
