@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pytest import LogCaptureFixture
 from scipy.special import log_softmax, softmax
 
 from tasks.assemble import assemble
@@ -85,7 +84,10 @@ def test_history_tells_each_epoch_and_no_times(trained: Context) -> None:
 
 
 def test_a_phase_trains_in_float32_where_bfloat16_would_be_emulated(
-    trained: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: LogCaptureFixture
+    trained: Context,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("tasks.precision.usable_precision", lambda wanted: FULL)
     runs = []
