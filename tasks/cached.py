@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from tasks.adam import Adam
 from tasks.average import Average
 from tasks.erasing import erase_patches
 from tasks.labels import LABELS
@@ -97,7 +98,7 @@ def fit_cached(
 def _learner(
     tail: Tail, pool: Callable[[Any], Any], plan: Plan, average: Average, some: Any
 ) -> Callable[..., Any]:
-    optimizer = plan.optimizer()
+    optimizer = plan.optimizer(Adam)
     optimizer.build(tail.variables)
 
     def learn(batch: Any, targets: Any, update: Any) -> Any:

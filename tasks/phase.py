@@ -92,14 +92,19 @@ class Plan:
         exact = np.eye(len(LABELS), dtype=np.float32)[self.train_labels[chosen]]
         return exact * np.float32(1 - smoothing) + np.float32(smoothing / len(LABELS))
 
-    def optimizer(self) -> Any:
-        """Adam, its rate constant or falling along half a cosine to zero."""
+    def optimizer(self, adam: type[Any] | None = None) -> Any:
+        """Adam, its rate constant or falling along half a cosine to zero.
+
+        Args:
+            adam: its class; None for Keras's own.
+        """
         import keras
 
+        adam = adam or keras.optimizers.Adam
         rate = self.phase.learning_rate
         if self.phase.schedule == "cosine":
             rate = keras.optimizers.schedules.CosineDecay(rate, self.updates)
-        optimizer = keras.optimizers.Adam(rate, weight_decay=self.training.weight_decay or None)
+        optimizer = adam(rate, weight_decay=self.training.weight_decay or None)
         if self.training.weight_decay:
             optimizer.exclude_from_weight_decay(var_names=["bias"])
         return optimizer

@@ -60,8 +60,7 @@ class Tail:
         share = tf.sigmoid(_places(share, *self._own("block7a_se_expand")))
         project = self._folded("block7a_project_conv", "block7a_project_bn")
         x = _places(x * share, *project, product)
-        x = _swish(_places(x, *self._folded("top_conv", "top_bn"), product))
-        return tf.reduce_mean(x, [1, 2])
+        return _mean_of_swish(_places(x, *self._folded("top_conv", "top_bn"), product))
 
     def logits(self, pooled: Any, update: Any = None) -> Any:
         """Run the head without its softmax.
@@ -106,7 +105,17 @@ def _swish_and_gradient(x: Any) -> tuple[Any, Callable[[Any], Any]]:
     return y, lambda upstream: upstream * (sigmoid + y * (1.0 - sigmoid))
 
 
+def _mean_of_swish_and_gradient(x: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Swish and its mean over places, whose gradient is never written out for each place."""
+    y, gradient = _swish_and_gradient(x)
+    share = 1.0 / (x.shape[1] * x.shape[2])
+    return tf.reduce_mean(y, [1, 2]), lambda upstream: gradient(
+        (share * upstream)[:, tf.newaxis, tf.newaxis]
+    )
+
+
 _swish: Callable[[Any], Any] = tf.custom_gradient(_swish_and_gradient)
+_mean_of_swish: Callable[[Any], Any] = tf.custom_gradient(_mean_of_swish_and_gradient)
 
 
 def tail_layers(model: Any, with_head: bool = True) -> list[Any]:
