@@ -3,7 +3,9 @@
 import shutil
 from pathlib import Path
 
-from benchmarks import growth, halves, increment, markdown, training
+import pytest
+
+from benchmarks import growth, halves, increment, markdown, tail, training
 from benchmarks.variant import curve
 from tasks.dataset import INDEX
 from tasks.labels import LABELS
@@ -57,6 +59,20 @@ def test_growth_is_against_the_first_size() -> None:
     second["peak_mib"] = 1334.5
     last = growth.table({100: first, 300: second}).splitlines()[-1]
     assert last.startswith("| 300 | 30.0 | 3.00 | 1,334 | 100 |")
+
+
+def test_a_products_speed_is_counted_in_both_its_factors() -> None:
+    products = {f"product {number}": 1.0 for number in range(2 * len(tail.PRODUCTS))}
+    last = tail.tables({"updates": {"one way": 30.0}, "products": products}).splitlines()[-1]
+    assert last == "| product 5 | 1.00 | 1285 |"  # 2 x 1,568 x 320 x 1,280 in a thousandth second
+
+
+def test_all_ways_to_compute_an_update_learn_the_same() -> None:
+    first, *others = ([run() for _ in range(3)] for run in tail.updates().values())
+    assert len(others) == 3
+    assert first[2] < first[0]
+    for losses in others:
+        assert losses == pytest.approx(first, rel=0.02)
 
 
 def test_five_percent_of_the_photos_come_later(tmp_path: Path) -> None:
