@@ -85,8 +85,8 @@ class Engine:
     def stream(self, pictures: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
         """Compute many pictures on all cores, while this thread makes the next ones.
 
-        Threads that each make a picture and wait for its result get in each other's way:
-        views drawn on the way come a twelfth quicker so.
+        Threads that each make a picture and wait for its result get in each other's way,
+        which costs some hundredths of the time.
 
         Args:
             pictures: as for one; taken as there is room.

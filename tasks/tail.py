@@ -3,7 +3,7 @@
 Block 7a and the top are written out here, on the model's own variables: each convolution
 takes its frozen batch norm in, one of a single place is a matrix product, and swish keeps
 its sigmoid for the gradient. An update so takes a sixth less time than through the layers,
-and half as much where the large products are of bfloat16 numbers (`tasks.precision`).
+and two fifths less where the large products are of bfloat16 numbers (`tasks.precision`).
 """
 
 from collections.abc import Callable

@@ -34,6 +34,7 @@ def plan_of(
         ),
         training=TrainingParams(
             mode="cached",
+            precision="float32",
             batch_size=batch_size,
             dropout=0.0,
             weight_decay=more.get("weight_decay", 0.0),
