@@ -89,7 +89,7 @@ def test_a_phase_trains_in_float32_where_bfloat16_would_be_emulated(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("tasks.precision.usable_precision", lambda wanted: FULL)
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
     runs = []
     for wanted in (MIXED, FULL):
         layout = Layout(tmp_path / wanted)
