@@ -93,7 +93,7 @@ def view(
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Keep OpenCV from splitting single pictures, where a pool makes many at once.
+    """Keep OpenCV from splitting single pictures, where the cores have other work.
 
     The setting is the whole process's; it is put back at the end.
     """

@@ -26,7 +26,8 @@ def usable_precision(wanted: str, processors: Path = Path("/proc/cpuinfo")) -> s
     """Say which precision this machine trains in.
 
     Where the processor has no instructions for bfloat16, or oneDNN, which uses them,
-    is off, TensorFlow emulates them, many times slower than float32.
+    is off, TensorFlow emulates them. The tail's products then took 1.1 times (oneDNN
+    off) to 2.8 times (AVX-512 alone) as long as those of float32.
 
     Args:
         wanted: `training.precision` of params.yaml.
