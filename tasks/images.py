@@ -33,6 +33,8 @@ SUFFIXES = {
 """The formats that are read at all, each with the file name endings it goes by."""
 
 _STORED = ("JPEG", "PNG")
+_PHONES = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"avif")
+"""Kinds of HEIF, as they stand after `ftyp`; its decoders are no part of this project."""
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -176,6 +178,8 @@ def _png(image: Image.Image) -> bytes:
 
 def _loaded(data: bytes, name: str) -> Image.Image:
     _check_length(data)
+    if data[4:8] == b"ftyp" and data[8:12] in _PHONES:
+        raise ImageError("HEIC or AVIF, as phones may save photos: not read; export it as JPEG")
     image = _open(data, tuple(SUFFIXES))
     _check_suffix(image, name)
     if image.format != "MPO" and getattr(image, "is_animated", False):

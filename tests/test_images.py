@@ -168,6 +168,9 @@ FRAMES = {"save_all": True, "append_images": [Image.fromarray(photo(1, 1, 48))]}
 BAD = [
     ("zero bytes", b"", "a.jpg"),
     ("not an image", b"label,file\n3,a.jpg\n" * 50, "a.jpg"),
+    ("HEIC or AVIF", b"\0\0\0\x18ftypheic" + bytes(99), "IMG_0001.HEIC"),
+    ("HEIC or AVIF", b"\0\0\0\x1cftypavif" + bytes(99), "a.avif"),
+    ("not an image", b"\0\0\0\x14ftypqt  " + bytes(99), "IMG_0001.MOV"),
     ("truncated", JPEG[: len(JPEG) // 2], "a.jpg"),
     ("wrong extension", PNG, "a.jpg"),
     ("wrong extension: the content is JPEG, the name says '.txt'", JPEG, "a.txt"),
