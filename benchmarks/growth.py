@@ -22,7 +22,7 @@ from tasks import backbone
 from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.params import load_params
-from tasks.sample import render_sample
+from tasks.rendering.sample import render_sample
 from tasks.stage import Context
 
 TIMES = (1, 3, 10)

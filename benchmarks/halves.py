@@ -20,10 +20,10 @@ import yaml
 
 from benchmarks.training import merge, prepare
 from tasks import features, train
-from tasks.dataset import INDEX
-from tasks.images import read_photo
 from tasks.layout import Layout
 from tasks.params import load_params
+from tasks.pictures.dataset import INDEX
+from tasks.pictures.images import read_photo
 from tasks.stage import Context
 from tasks.whole import read_json, write_json
 

@@ -20,7 +20,7 @@ import httpx
 import numpy as np
 import typer
 
-from tasks.sample import draw, encode
+from tasks.rendering.sample import draw, encode
 
 BAD_SHARE = 0.1
 SEED = 22

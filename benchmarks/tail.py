@@ -21,14 +21,14 @@ import typer
 
 from benchmarks import markdown
 from benchmarks.training import ROOT
-from tasks.adam import Adam
-from tasks.average import Average
 from tasks.labels import LABELS
-from tasks.model import FEATURE_SHAPE, backbone_of, build_tail, freeze
+from tasks.network.model import FEATURE_SHAPE, backbone_of, build_tail, freeze
 from tasks.params import load_params
-from tasks.precision import FULL, MIXED, product_in
-from tasks.tail import Tail, tail_layers
-from tasks.traced import traced
+from tasks.training.adam import Adam
+from tasks.training.average import Average
+from tasks.training.precision import FULL, MIXED, product_in
+from tasks.training.tail import Tail, tail_layers
+from tasks.training.traced import traced
 
 BATCH, OPEN = 32, 16
 PLACES = BATCH * FEATURE_SHAPE[0] * FEATURE_SHAPE[1]

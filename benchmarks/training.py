@@ -24,10 +24,10 @@ import yaml
 
 from benchmarks import markdown
 from tasks import audit, backbone, preprocess
-from tasks.intake import import_photos
+from tasks.incoming.intake import import_photos
 from tasks.layout import Layout
 from tasks.params import load_params
-from tasks.sample import render_sample
+from tasks.rendering.sample import render_sample
 from tasks.stage import Context
 
 ROOT = Path(__file__).resolve().parents[1]

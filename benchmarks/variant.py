@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from tasks import assemble, audit, features, preprocess, train
-from tasks.classifier import load_classifier
-from tasks.dataset import open_dataset
 from tasks.garbage import rare_collection
 from tasks.layout import Layout
-from tasks.metrics import score
+from tasks.network.classifier import load_classifier
 from tasks.params import load_params
+from tasks.pictures.dataset import open_dataset
+from tasks.scoring.metrics import score
 from tasks.stage import Context, Stage
 from tasks.whole import read_json
 

@@ -8,16 +8,8 @@ import sys
 
 import typer
 
-from flows import (
-    cli_champion,
-    cli_data,
-    cli_deployment,
-    cli_keys,
-    cli_models,
-    cli_runs,
-    cli_service,
-)
-from flows.terminal import err
+from flows.commands import champion, data, deployment, keys, models, runs, service
+from flows.commands.terminal import err
 from tasks.errors import HandsignsError
 from tasks.garbage import rare_collection
 
@@ -29,9 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verbs in (cli_data, cli_runs, cli_models, cli_champion, cli_deployment, cli_service):
+for _verbs in (data, runs, models, champion, deployment, service):
     app.add_typer(_verbs.app)
-app.add_typer(cli_keys.app, name="keys")
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:

@@ -4,11 +4,11 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from flows.credentials import prefect_login
+from flows.loopback.credentials import prefect_login
 from flows.settings import Settings
 
 HEARTBEAT_SECONDS = 30
-"""The least that Prefect takes; see `flows.deploy` for what silence means."""
+"""The least that Prefect takes; see `flows.deployment.deploy` for what silence means."""
 
 
 def point_prefect_at(

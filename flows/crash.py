@@ -1,6 +1,6 @@
 """A flow that tells people of a run which crashed and could not say so itself.
 
-The crash automations of `flows.deploy` start it: a state that an automation sets calls
+The crash automations of `flows.deployment.deploy` start it: a state that an automation sets calls
 none of the run's own hooks.
 """
 

@@ -4,13 +4,13 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from flows.local import Services
+from flows.loopback.local import Services
 from flows.workspace import Workspace
-from tasks.fetch import fetch_data
-from tasks.inbox import Inbox, list_bucket, list_folder
-from tasks.intake import ImportReport
+from tasks.incoming.fetch import fetch_data
+from tasks.incoming.inbox import Inbox, list_bucket, list_folder
+from tasks.incoming.intake import ImportReport
 from tasks.progress import Progress
-from tasks.storage import Storage
+from tasks.services.storage import Storage
 
 S3 = "s3://"
 

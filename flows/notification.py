@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.settings import Settings, load_settings
 from tasks.errors import SettingsError
-from tasks.notify import notify
+from tasks.services.notify import notify
 
 if TYPE_CHECKING:
     from prefect import Flow

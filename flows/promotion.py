@@ -8,12 +8,12 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.champion_artifacts import show_history
+from flows.champions.champion_artifacts import show_history
 from flows.settings import load_settings
 from flows.workspace import Workspace
 from tasks.errors import HandsignsError
 from tasks.layout import Layout
-from tasks.pointer import Move, read_champion
+from tasks.releases.pointer import Move, read_champion
 
 
 @flow(name="promote", flow_run_name="promote version {version}")

@@ -20,19 +20,19 @@ from typing import Any
 import yaml
 
 from flows.workspace import Workspace
-from tasks.environment import environment
 from tasks.errors import HandsignsError, ReleaseError, ServiceError, StageError
 from tasks.layout import Layout
 from tasks.progress import Progress
-from tasks.reproduction import Comparison, compare_builds
+from tasks.releases.environment import environment
+from tasks.releases.reproduction import Comparison, compare_builds
 from tasks.whole import read_json
 
 RECORDED = ("data.dvc", "dvc.lock", "params.yaml")
 """Files that a release brings itself, so that they may differ from the commit."""
 
 FETCH = (
-    "from pathlib import Path; from tasks.fetch import fetch_data; "
-    "from tasks.layout import Layout; from tasks.pipeline import Pipeline; "
+    "from pathlib import Path; from tasks.incoming.fetch import fetch_data; "
+    "from tasks.layout import Layout; from tasks.services.pipeline import Pipeline; "
     "layout = Layout(Path.cwd()); print(fetch_data(layout, Pipeline(layout)))"
 )
 

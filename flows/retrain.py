@@ -21,30 +21,30 @@ from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled, Completed, Failed
 from prefect.tasks import exponential_backoff
 
-from flows import artifacts, findings
+from flows.champions.policy import check_policy
+from flows.champions.succession import Succession
 from flows.exclusion import holder, only_retrain
 from flows.inbox import look, take
-from flows.local import check_reachable
+from flows.loopback.local import check_reachable
 from flows.notification import tell_bad_end
-from flows.policy import check_policy
-from flows.publication import publish_release, record_run
-from flows.record import remember, unchanged_since
-from flows.report import ModelReport, ReleaseReport, RunReport
+from flows.reports import artifacts, findings
+from flows.reports.publication import publish_release, record_run
+from flows.reports.record import remember, unchanged_since
+from flows.reports.report import ModelReport, ReleaseReport, RunReport
+from flows.reports.versions import commit_versions, recorded_version, version_files
 from flows.settings import load_settings
 from flows.shards import shard_runner
 from flows.shown_progress import ShownProgress
-from flows.succession import Succession
-from flows.versions import commit_versions, recorded_version, version_files
 from flows.workspace import Workspace
+from tasks.activations.shards import runner
 from tasks.errors import HandsignsError, ServiceError
-from tasks.fetch import fetch_data
-from tasks.inbox import Inbox
+from tasks.incoming.fetch import fetch_data
+from tasks.incoming.inbox import Inbox
 from tasks.layout import Layout
 from tasks.params import Params, load_params
 from tasks.progress import Progress, silent
-from tasks.registry import CHALLENGER, Version
-from tasks.release import Release
-from tasks.shards import runner
+from tasks.releases.release import Release
+from tasks.services.registry import CHALLENGER, Version
 
 listener: ContextVar[Progress] = ContextVar("listener", default=silent)
 """Whom a flow in this process tells how far it is; the command line sets it."""

@@ -18,8 +18,8 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from tasks.addresses import shown
 from tasks.errors import SettingsError
+from tasks.services.addresses import shown
 
 PREFIX = "HANDSIGNS_"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -9,9 +9,9 @@ from typing import Any
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
 
+from tasks.activations.feature_store import Key, Row
+from tasks.activations.shards import Runner, Shard, compute_anywhere
 from tasks.errors import ServiceError
-from tasks.feature_store import Key, Row
-from tasks.shards import Runner, Shard, compute_anywhere
 
 
 def shard_runner(dask_address: str | None, patience: float = 30.0) -> Runner:
@@ -22,7 +22,7 @@ def shard_runner(dask_address: str | None, patience: float = 30.0) -> Runner:
         patience: longest wait in seconds for the scheduler's first answer.
 
     Returns:
-        What goes into `tasks.shards.runner`.
+        What goes into `tasks.activations.shards.runner`.
     """
 
     def run(shards: Iterable[Shard], graph: Path) -> Iterator[tuple[Key, Row]]:

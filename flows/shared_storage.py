@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 
-from flows.local import embedded
-from flows.servers import running_seaweedfs
+from flows.loopback.local import embedded
+from flows.loopback.servers import running_seaweedfs
 from flows.settings import Settings
-from tasks.addresses import S3Address
 from tasks.layout import Layout
-from tasks.signature import Trust
-from tasks.storage import Storage
+from tasks.services.addresses import S3Address
+from tasks.services.signature import Trust
+from tasks.services.storage import Storage
 
 Mark = tuple[tuple[str, int], ...]
 

@@ -5,18 +5,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from flows.local import Services, embedded
+from flows.loopback.local import Services, embedded
 from flows.settings import Settings
-from tasks.conditions import check_conditions
 from tasks.layout import Layout
-from tasks.pointer import Move, read_champion
-from tasks.signature import Trust
-from tasks.storage import Storage
+from tasks.releases.pointer import Move, read_champion
+from tasks.services.conditions import check_conditions
+from tasks.services.signature import Trust
+from tasks.services.storage import Storage
 
 if TYPE_CHECKING:
-    from tasks.classifier import Classifier
-    from tasks.pipeline import Pipeline, Remote
-    from tasks.registry import Registry
+    from tasks.network.classifier import Classifier
+    from tasks.services.pipeline import Pipeline, Remote
+    from tasks.services.registry import Registry
 
 
 class Workspace:
@@ -49,7 +49,7 @@ class Workspace:
     @cached_property
     def pipeline(self) -> "Pipeline":
         """The stages and the data's versions."""
-        from tasks.pipeline import Pipeline
+        from tasks.services.pipeline import Pipeline
 
         return Pipeline(self.layout, self.pipeline_remote())
 
@@ -73,7 +73,7 @@ class Workspace:
     @cached_property
     def registry(self) -> "Registry":
         """Where versions are."""
-        from tasks.registry import Registry
+        from tasks.services.registry import Registry
 
         return Registry(
             self.services.mlflow(),
@@ -99,12 +99,12 @@ class Workspace:
         if not path.exists():
             self.services.start_s3()  # while it gets ready, the imports below run
 
-        from tasks.champion import find_release
-        from tasks.classifier import load_classifier
-        from tasks.manifest import verify_folder
+        from tasks.network.classifier import load_classifier
         from tasks.params import load_params
-        from tasks.release import fetch
-        from tasks.release_reader import open_release
+        from tasks.releases.champion import find_release
+        from tasks.releases.manifest import verify_folder
+        from tasks.releases.release import fetch
+        from tasks.releases.release_reader import open_release
         from tasks.whole import read_json
 
         if path.is_dir():
@@ -122,8 +122,8 @@ class Workspace:
         self, version: int, reason: str, force: bool = False, by: str | None = None
     ) -> Move:
         """Make a version the champion; with force also one that something speaks against."""
-        from tasks.champion import promote
         from tasks.params import load_params
+        from tasks.releases.champion import promote
 
         check_conditions(self.storage)
         return promote(
@@ -139,23 +139,23 @@ class Workspace:
 
     def rollback(self, reason: str, by: str | None = None) -> Move:
         """Return to the champion before the present one."""
-        from tasks.champion import rollback
+        from tasks.releases.champion import rollback
 
         check_conditions(self.storage)
         return rollback(self.storage, self.registry, reason, by=by)
 
     def release(self, name: str) -> tuple[str, Path]:
         """Fetch and verify a release that a person named; its id and its local folder."""
-        from tasks.champion import find_release
-        from tasks.release import fetch
+        from tasks.releases.champion import find_release
+        from tasks.releases.release import fetch
 
         release = find_release(self.storage, lambda: self.registry, name)
         return release, fetch(self.storage, release, self.layout.releases)
 
     def verify(self, name: str) -> dict[str, Any]:
         """Read a release back whole and compare it with its manifest."""
-        from tasks.champion import find_release
-        from tasks.release import verify
+        from tasks.releases.champion import find_release
+        from tasks.releases.release import verify
 
         release = verify(self.storage, find_release(self.storage, lambda: self.registry, name))
         files = release.manifest.files
@@ -177,7 +177,7 @@ class Workspace:
 
     def status(self) -> dict[str, Any]:
         """Where the checkout, the registry and the champion stand."""
-        from tasks.registry import CHALLENGER
+        from tasks.services.registry import CHALLENGER
 
         champion = read_champion(self.storage)
         challenger = self.registry.version_by_alias(CHALLENGER)
@@ -204,7 +204,7 @@ class Workspace:
 
     def pipeline_remote(self) -> "Remote | None":
         """Where photos are pushed, if a setting says so."""
-        from tasks.pipeline import Remote
+        from tasks.services.pipeline import Remote
 
         known = self.settings
         if known.dvc_remote_url is None:

@@ -10,10 +10,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from tasks.augment import INPUT_SIZE
-from tasks.checkpoint import BACKBONE_FILE, read_phase
-from tasks.frozen import frozen_graph
+from tasks.network.checkpoint import BACKBONE_FILE, read_phase
+from tasks.network.frozen import frozen_graph
 from tasks.params import BACKBONE
+from tasks.pictures.augment import INPUT_SIZE
 from tasks.stage import Context, stage_main
 from tasks.whole import whole_file
 
@@ -32,8 +32,8 @@ def run(context: Context, item: str | None = None) -> None:
 
 def assemble(context: Context, size: int = INPUT_SIZE) -> None:
     """Do `run`'s work for an input of `size` pixels a side."""
-    from tasks.model import HEAD, build_model, freeze
-    from tasks.tail import put_tail
+    from tasks.network.model import HEAD, build_model, freeze
+    from tasks.training.tail import put_tail
 
     layout, params = context.layout, context.params
     weights, temperature = read_phase(layout, params.last_phase)

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 
 from tasks.errors import DataError
 from tasks.params import AuditParams
-from tasks.photos import Photo, count_classes, each_photo, find_photos
-from tasks.plot_audit import draw_audit
+from tasks.pictures.photos import Photo, count_classes, each_photo, find_photos
+from tasks.pictures.shrink import shrink
+from tasks.pictures.splits import require_enough
+from tasks.pictures.twins import Twins, find_twins, group, perceptual_hash
 from tasks.progress import Progress
-from tasks.shrink import shrink
-from tasks.splits import require_enough
+from tasks.scoring.plot_audit import draw_audit
 from tasks.stage import Context, stage_main
-from tasks.twins import Twins, find_twins, group, perceptual_hash
 from tasks.whole import whole_file, write_json
 
 COMPARED = 64

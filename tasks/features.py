@@ -16,14 +16,9 @@ from pathlib import Path
 
 import cv2
 
-from tasks.augment import INPUT_SIZE
-from tasks.checkpoint import TRUNK_FILE
-from tasks.dataset import Dataset, open_dataset
-from tasks.engine import engine_version
-from tasks.errors import BackboneError, DataError
-from tasks.feature_journal import Journal
-from tasks.feature_reader import Features, open_features
-from tasks.feature_store import (
+from tasks.activations.feature_journal import Journal
+from tasks.activations.feature_reader import Features, open_features
+from tasks.activations.feature_store import (
     Key,
     Recipe,
     Row,
@@ -34,12 +29,17 @@ from tasks.feature_store import (
     row_bytes,
     write_rows,
 )
+from tasks.activations.shards import Runner, cut, runner
+from tasks.errors import BackboneError, DataError
 from tasks.layout import Layout
+from tasks.network.checkpoint import TRUNK_FILE
+from tasks.network.engine import engine_version
 from tasks.params import BACKBONE, Params
-from tasks.phase import training_rows
-from tasks.plot_views import draw_views
-from tasks.shards import Runner, cut, runner
+from tasks.pictures.augment import INPUT_SIZE
+from tasks.pictures.dataset import Dataset, open_dataset
+from tasks.scoring.plot_views import draw_views
 from tasks.stage import Context, stage_main
+from tasks.training.phase import training_rows
 from tasks.whole import write_json
 
 __all__ = ["FeatureReport", "Features", "extract", "open_features", "run"]
@@ -48,7 +48,13 @@ CHANNELS = 192
 STRIDE = 32
 """Pixels of the input to one place of the trunk's output."""
 
-_CODE = ("augment.py", "backdrop.py", "engine.py", "shards.py", "trunk_engine.py")
+_CODE = (
+    "pictures/augment.py",
+    "pictures/backdrop.py",
+    "network/engine.py",
+    "activations/shards.py",
+    "activations/trunk_engine.py",
+)
 _log = logging.getLogger(__name__)
 
 
@@ -93,7 +99,7 @@ def extract(
     Args:
         context: where, and with which parameters.
         size: side of the trunk's input in pixels.
-        run_shards: computes the rows that are missing; None for `tasks.shards.runner`.
+        run_shards: computes the rows that are missing; None for `tasks.activations.shards.runner`.
 
     Returns:
         What was computed and what was there.
@@ -152,7 +158,7 @@ def _recipe(context: Context, size: int) -> Recipe:
     params = context.params
     return {
         "augmentation": params.augmentation.model_dump(),
-        "code": {name: _sha256(Path(__file__).with_name(name)) for name in _CODE},
+        "code": {name: _sha256(Path(__file__).parent / name) for name in _CODE},
         "engine": engine_version(),
         "opencv": cv2.__version__,
         "seed": params.seed,

@@ -14,7 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tasks.checks import (
+from tasks.labels import LABELS
+from tasks.params import GateParams
+from tasks.pictures.dataset import INDEX
+from tasks.scoring.checks import (
     LARGEST,
     Check,
     at_least,
@@ -27,14 +30,11 @@ from tasks.checks import (
     shown_interval,
     surely_at_least,
 )
-from tasks.dataset import INDEX
-from tasks.labels import LABELS
-from tasks.params import GateParams
 from tasks.stage import Context, stage_main
 from tasks.whole import write_json
 
 DISTURBANCES = ("rotation", "brightness", "blur", "scale", "jpeg")
-"""What the model must have been tried under; see `tasks.robustness`."""
+"""What the model must have been tried under; see `tasks.scoring.robustness`."""
 
 _USUAL_LEVEL = 0.95
 """Confidence of the intervals that are shown where `gate.confidence` is not set."""
@@ -79,7 +79,7 @@ def judge(metrics: Mapping[str, Any], leaks: Any, limits: GateParams) -> Verdict
     limit is set.
 
     Args:
-        metrics: content of `metrics.json`, see `tasks.metrics.Scores`.
+        metrics: content of `metrics.json`, see `tasks.scoring.metrics.Scores`.
         leaks: number of test photos with a twin that training still sees.
         limits: the `gate` section of `params.yaml`.
 

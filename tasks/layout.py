@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def inbox(self) -> Path:
-        """Which files of the inbox were looked at; see `tasks.inbox`."""
+        """Which files of the inbox were looked at; see `tasks.incoming.inbox`."""
         return self.local / "inbox.json"
 
     @property
@@ -103,7 +103,7 @@ class Layout:
 
     @property
     def graph(self) -> Path:
-        """The model for inference alone, see `tasks.frozen`."""
+        """The model for inference alone, see `tasks.network.frozen`."""
         return self.artifacts / "model.pb"
 
     @property

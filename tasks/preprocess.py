@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from tasks.dataset import IMAGES, INDEX
 from tasks.errors import DataError
 from tasks.params import SplitParams
-from tasks.photos import Photo, count_classes, each_photo, find_photos
-from tasks.shrink import shrink
-from tasks.splits import assign
+from tasks.pictures.dataset import IMAGES, INDEX
+from tasks.pictures.photos import Photo, count_classes, each_photo, find_photos
+from tasks.pictures.shrink import shrink
+from tasks.pictures.splits import assign
+from tasks.pictures.twins import group
 from tasks.stage import Context, stage_main
-from tasks.twins import group
 from tasks.whole import whole_folder, write_json
 
 SPLITS = ("train", "val", "test")

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.augment import INPUT_SIZE
-from tasks.checkpoint import BACKBONE_FILE, TEMPERATURE, WEIGHTS_FILE, read_phase
-from tasks.dataset import Dataset, open_dataset
 from tasks.errors import StageError
+from tasks.network.checkpoint import BACKBONE_FILE, TEMPERATURE, WEIGHTS_FILE, read_phase
+from tasks.network.weights import write_weights
 from tasks.params import BACKBONE
-from tasks.phase import Epoch, Plan, plan_phase
+from tasks.pictures.augment import INPUT_SIZE
+from tasks.pictures.dataset import Dataset, open_dataset
 from tasks.stage import Context, stage_main
-from tasks.temperature import fit_temperature, score
-from tasks.weights import write_weights
+from tasks.training.phase import Epoch, Plan, plan_phase
+from tasks.training.temperature import fit_temperature, score
 from tasks.whole import whole_folder, write_json
 
 HISTORY_FILE = "history.json"
@@ -44,7 +44,7 @@ def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
     """Do `run`'s work for an input of `size` pixels a side."""
     import tensorflow as tf
 
-    from tasks.tail import tail_weights
+    from tasks.training.tail import tail_weights
 
     # Measured to cost nothing here; without it bits would hang on thread timing.
     tf.config.experimental.enable_op_determinism()
@@ -69,7 +69,7 @@ def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
 
 def _on_this_machine(plan: Plan) -> Plan:
     """Settle the precision that `plan` trains in here."""
-    from tasks.precision import FULL, usable_precision
+    from tasks.training.precision import FULL, usable_precision
 
     wanted = plan.training.precision
     usable = usable_precision(wanted) if plan.training.mode == "cached" else FULL
@@ -79,8 +79,8 @@ def _on_this_machine(plan: Plan) -> Plan:
 
 
 def _starting_model(context: Context, plan: Plan, size: int) -> Any:
-    from tasks.model import build_model, build_tail, freeze
-    from tasks.tail import put_tail
+    from tasks.network.model import build_model, build_tail, freeze
+    from tasks.training.tail import put_tail
 
     weights, _ = read_phase(context.layout, plan.phase.starts_from)
     if plan.training.mode == "cached":
@@ -103,7 +103,7 @@ def _strategy(plan: Plan) -> Any:
     import tensorflow as tf
 
     if plan.training.mode == "end_to_end":
-        from tasks.distributed import find_strategy
+        from tasks.training.distributed import find_strategy
 
         return find_strategy() or tf.distribute.get_strategy()
     return tf.distribute.get_strategy()
@@ -113,16 +113,16 @@ def _fit(
     context: Context, model: Any, plan: Plan, dataset: Dataset, strategy: Any
 ) -> tuple[list[Epoch], NDArray[np.float32]]:
     if plan.training.mode == "cached":
-        from tasks.cached import fit_cached
-        from tasks.feature_reader import open_features
+        from tasks.activations.feature_reader import open_features
+        from tasks.training.cached import fit_cached
 
         features = open_features(context.layout.features)
         return fit_cached(model, plan, dataset.names, features, context.progress)
     if strategy.num_replicas_in_sync > 1:
-        from tasks.distributed import fit_distributed
+        from tasks.training.distributed import fit_distributed
 
         return fit_distributed(strategy, model, plan, dataset.images, context.progress)
-    from tasks.end_to_end import fit_end_to_end
+    from tasks.training.end_to_end import fit_end_to_end
 
     return fit_end_to_end(model, plan, dataset.images, context.progress)
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from PIL import Image
 
-from flows import servers
-from flows.credentials import local_credentials
+from flows.loopback import servers
+from flows.loopback.credentials import local_credentials
 from tasks.whole import whole_file
 from tests.fixtures.browser import DESKTOP, PHONE, chromium, see, shoot
 from tests.fixtures.photos import CHECKOUT

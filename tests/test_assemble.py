@@ -13,19 +13,19 @@ import pytest
 from scipy.special import log_softmax, softmax
 
 from tasks.assemble import assemble
-from tasks.augment import enlarge
-from tasks.checkpoint import BACKBONE_FILE, read_phase
-from tasks.classifier import load_classifier
-from tasks.dataset import open_dataset
 from tasks.errors import ModelError, StageError
 from tasks.features import extract, open_features
 from tasks.layout import Layout
-from tasks.model import build_model, build_trunk, load_model
-from tasks.precision import FULL, MIXED
+from tasks.network.checkpoint import BACKBONE_FILE, read_phase
+from tasks.network.classifier import load_classifier
+from tasks.network.model import build_model, build_trunk, load_model
+from tasks.network.weights import write_weights
+from tasks.pictures.augment import enlarge
+from tasks.pictures.dataset import open_dataset
 from tasks.stage import Context
-from tasks.tail import Tail, put_tail
 from tasks.train import train
-from tasks.weights import write_weights
+from tasks.training.precision import FULL, MIXED
+from tasks.training.tail import Tail, put_tail
 from tests.fixtures.models import SIZE
 from tests.fixtures.photos import CHECKOUT
 

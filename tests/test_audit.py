@@ -14,7 +14,7 @@ from tasks.errors import DataError
 from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.params import AuditParams, Params
-from tasks.photos import find_photos
+from tasks.pictures.photos import find_photos
 from tasks.stage import Context
 from tests.fixtures.photos import write_photos
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from tasks.average import Average
+from tasks.training.average import Average
 
 
 def averaged(values: list[float], decay: float) -> tuple[Average, keras.Variable]:

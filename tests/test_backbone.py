@@ -22,13 +22,13 @@ from tasks.backbone import (
     from_file,
     run,
 )
-from tasks.checkpoint import BACKBONE_FILE, TRUNK_FILE
 from tasks.errors import BackboneError
-from tasks.folded import read_package
 from tasks.layout import Layout
+from tasks.network.checkpoint import BACKBONE_FILE, TRUNK_FILE
+from tasks.network.folded import read_package
+from tasks.network.weights import put, take
 from tasks.params import BackboneParams
 from tasks.stage import Context
-from tasks.weights import put, take
 from tests.fixtures.photos import CHECKOUT
 
 Workshop = Callable[..., Context]
@@ -59,7 +59,7 @@ def picture(package: Path, name: str) -> np.ndarray:
 def test_folded_weights_recognise_the_packages_pictures(
     package: Path, name: str, label: int
 ) -> None:
-    from tasks.model import build_backbone
+    from tasks.network.model import build_backbone
 
     classifier = build_backbone(include_top=True)
     put(classifier.layers, read_package(package))
@@ -85,7 +85,7 @@ def test_stage_writes_the_same_bytes_from_npm_and_from_a_path(
 
 @pytest.mark.parametrize("name", ["saved.weights.h5", "legacy.h5"])
 def test_keras_files_are_read_and_their_variance_squared(tmp_path: Path, name: str) -> None:
-    from tasks.model import build_backbone
+    from tasks.network.model import build_backbone
 
     backbone = build_backbone()
     normalization = backbone.get_layer("normalization")

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tasks.backdrop import exchange_backdrop, find_hand
-from tasks.sample import draw
+from tasks.pictures.backdrop import exchange_backdrop, find_hand
+from tasks.rendering.sample import draw
 
 SIDE = 64
 SKIN = st.tuples(st.integers(90, 230), st.integers(50, 160), st.integers(30, 120)).filter(

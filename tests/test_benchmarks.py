@@ -7,10 +7,10 @@ import pytest
 
 from benchmarks import growth, halves, increment, markdown, tail, training
 from benchmarks.variant import curve
-from tasks.dataset import INDEX
 from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.params import load_params
+from tasks.pictures.dataset import INDEX
 from tasks.whole import read_json, write_json
 from tests.fixtures.photos import CHECKOUT
 

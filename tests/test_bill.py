@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks.bill import write_bill
-from tasks.environment import environment
 from tasks.errors import StageError
+from tasks.releases.bill import write_bill
+from tasks.releases.environment import environment
 from tests.fixtures.photos import CHECKOUT
 
 LOCK, PROJECT = CHECKOUT.root / "requirements.lock", CHECKOUT.root / "pyproject.toml"

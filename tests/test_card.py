@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from tasks.card import model_card
 from tasks.gate import judge
-from tasks.metrics import score
 from tasks.params import Params
+from tasks.releases.card import model_card
+from tasks.scoring.metrics import score
 
 
 def card(params: Params, probabilities: np.ndarray | None = None, note: str = "") -> str:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from tasks.challenge import challenge
 from tasks.errors import PromotionError
 from tasks.labels import LABELS
 from tasks.layout import Layout
-from tasks.pointer import Champion, Pointer, move_champion
-from tasks.release import publish
-from tasks.storage import Storage
+from tasks.releases.challenge import challenge
+from tasks.releases.pointer import Champion, Pointer, move_champion
+from tasks.releases.release import publish
+from tasks.services.storage import Storage
 from tasks.whole import write_json
 
 

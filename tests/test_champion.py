@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from tasks.champion import crown, mend_alias, promote, rollback
 from tasks.errors import PromotionError, ReleaseError
 from tasks.gate import judge
-from tasks.metrics import DIGITS
-from tasks.objections import comparison_tags
 from tasks.params import GateParams
-from tasks.pointer import Champion, Move, read_champion
-from tasks.registry import CHAMPION, CONTENT_ID, Registry, Version
-from tasks.release import publish
-from tasks.storage import Storage
+from tasks.releases.champion import crown, mend_alias, promote, rollback
+from tasks.releases.objections import comparison_tags
+from tasks.releases.pointer import Champion, Move, read_champion
+from tasks.releases.release import publish
+from tasks.scoring.metrics import DIGITS
+from tasks.services.registry import CHAMPION, CONTENT_ID, Registry, Version
+from tasks.services.storage import Storage
 from tasks.whole import write_json
 
 LIMITS = GateParams(min_accuracy=0.9, max_leaks=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli_keys import refuse_tracked
+from flows.commands.keys import refuse_tracked
 from tasks.errors import SettingsError
 from tests.fixtures.checkouts import BIN
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.compare import Comparison, compare, mcnemar
 from tasks.errors import DataError
-from tasks.metrics import CLASSES
+from tasks.scoring.compare import Comparison, compare, mcnemar
+from tasks.scoring.metrics import CLASSES
 
 FEW = settings(max_examples=30, deadline=None)  # a busy machine is no fault
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.addresses import S3Address
-from tasks.storage import Storage
+from tasks.services.addresses import S3Address
+from tasks.services.storage import Storage
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.servers import MlflowServer
 from tests.fixtures.trained import Trained

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tasks.addresses import S3Address
 from tasks.errors import HandsignsError, ServiceError
-from tasks.fetch import fetch_data
+from tasks.incoming.fetch import fetch_data
 from tasks.layout import Layout
-from tasks.pipeline import Pipeline, Remote
-from tasks.storage import Storage
+from tasks.services.addresses import S3Address
+from tasks.services.pipeline import Pipeline, Remote
+from tasks.services.storage import Storage
 from tests.fixtures import faults
 from tests.fixtures.faults import Proxy, proxy_to
 from tests.fixtures.locks import held

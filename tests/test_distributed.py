@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flows.ports import choose_ports
-from tasks.distributed import find_strategy
+from flows.loopback.ports import choose_ports
 from tasks.layout import Layout
+from tasks.network.weights import read_weights
 from tasks.stage import Context
-from tasks.weights import read_weights
+from tasks.training.distributed import find_strategy
 from tests.fixtures.worker import plain_context
 
 Checkout = Callable[[str], Path]

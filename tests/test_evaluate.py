@@ -11,8 +11,8 @@ from tasks.errors import DataError, ModelError, StageError
 from tasks.evaluate import evaluate_folder, run
 from tasks.labels import LABELS
 from tasks.layout import Layout
-from tasks.metrics import score
 from tasks.params import Params
+from tasks.scoring.metrics import score
 from tasks.stage import Context
 from tasks.whole import write_json
 from tests.fixtures.photos import photo
@@ -151,8 +151,8 @@ def test_a_missing_model_is_named(context: Context) -> None:
 
 @pytest.mark.slow
 def test_the_stage_scores_the_test_split_and_repeats_itself_to_the_byte(context: Context) -> None:
-    from tasks.frozen import frozen_graph
-    from tasks.model import build_model
+    from tasks.network.frozen import frozen_graph
+    from tasks.network.model import build_model
 
     layout = context.layout
     layout.graph.write_bytes(frozen_graph(build_model(seed=1)))

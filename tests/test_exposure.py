@@ -13,14 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import servers
-from flows.certificates import local_certificates, seaweedfs_guard
-from flows.credentials import FILE, local_credentials, mlflow_guard
-from flows.ports import PAIR, known_ports
+from flows.loopback import servers
+from flows.loopback.certificates import local_certificates, seaweedfs_guard
+from flows.loopback.credentials import FILE, local_credentials, mlflow_guard
+from flows.loopback.ports import PAIR, known_ports
 from flows.settings import load_settings
-from tasks.addresses import S3Address
 from tasks.errors import SettingsError
-from tasks.storage import Storage
+from tasks.services.addresses import S3Address
+from tasks.services.storage import Storage
 from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.prefect_api import PrefectApi, basic
 from tests.fixtures.servers import MlflowServer

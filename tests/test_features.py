@@ -14,25 +14,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.augment import enlarge
+from tasks.activations.feature_journal import Journal
+from tasks.activations.feature_store import (
+    INDEX,
+    ROWS,
+    Key,
+    Row,
+    check_space,
+    open_rows,
+    write_rows,
+)
+from tasks.activations.shards import Shard, compute
+from tasks.activations.trunk_engine import TrunkEngine
 from tasks.backbone import write_backbone
-from tasks.checkpoint import BACKBONE_FILE, TRUNK_FILE
-from tasks.dataset import open_dataset
-from tasks.engine import AHEAD
 from tasks.errors import BackboneError, DataError, ModelError
-from tasks.feature_journal import Journal
-from tasks.feature_store import INDEX, ROWS, Key, Row, check_space, open_rows, write_rows
 from tasks.features import CHANNELS, STRIDE, FeatureReport, open_features, run
 from tasks.features import extract as extract_features
 from tasks.labels import LABELS
 from tasks.layout import Layout
-from tasks.model import FEATURE_SHAPE, build_backbone, build_trunk
+from tasks.network.checkpoint import BACKBONE_FILE, TRUNK_FILE
+from tasks.network.engine import AHEAD
+from tasks.network.model import FEATURE_SHAPE, build_backbone, build_trunk
+from tasks.network.weights import take
 from tasks.params import Params, load_params
-from tasks.phase import plan_phase
-from tasks.shards import Shard, compute
+from tasks.pictures.augment import enlarge
+from tasks.pictures.dataset import open_dataset
 from tasks.stage import Context
-from tasks.trunk_engine import TrunkEngine
-from tasks.weights import take
+from tasks.training.phase import plan_phase
 from tasks.whole import write_json
 from tests.fixtures.photos import CHECKOUT, photo
 

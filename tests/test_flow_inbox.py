@@ -9,11 +9,11 @@ import pytest
 from flows.inbox import look, take
 from flows.settings import load_settings
 from flows.workspace import Workspace
-from tasks.addresses import S3Address
 from tasks.errors import SettingsError
-from tasks.held import held_photos
+from tasks.incoming.held import held_photos
 from tasks.progress import silent
-from tasks.storage import Storage
+from tasks.services.addresses import S3Address
+from tasks.services.storage import Storage
 from tests.fixtures.checkouts import make_checkout
 from tests.fixtures.photos import CHECKOUT, write_photos
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tasks.classifier import load_classifier
 from tasks.errors import ModelError
-from tasks.foreign import CONFIG, MAX_FILE, WEIGHTS, examined
+from tasks.network.classifier import load_classifier
+from tasks.network.foreign import CONFIG, MAX_FILE, WEIGHTS, examined
 from tests.fixtures.checkouts import BIN, make_checkout
 from tests.fixtures.models import SIZE
 
@@ -31,7 +31,7 @@ sys.exit(done.returncode)
 
 @pytest.fixture(scope="module")
 def built() -> Any:
-    from tasks.model import build_model
+    from tasks.network.model import build_model
 
     return build_model(size=SIZE, seed=3)
 
@@ -48,7 +48,7 @@ def good(built: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def graph(built: Any) -> bytes:
-    from tasks.frozen import frozen_graph
+    from tasks.network.frozen import frozen_graph
 
     return frozen_graph(built)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from flows import servers
-from tasks.addresses import S3Address
+from flows.loopback import servers
 from tasks.errors import ServiceError
-from tasks.pointer import Pointer, move_champion, read_champion
-from tasks.release import publish, verify
-from tasks.storage import Storage
+from tasks.releases.pointer import Pointer, move_champion, read_champion
+from tasks.releases.release import publish, verify
+from tasks.services.addresses import S3Address
+from tasks.services.storage import Storage
 from tests.fixtures.checkouts import make_checkout
 from tests.fixtures.photos import write_photos
 from tests.fixtures.publishing import write_files

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.hand import BONES, INDEX, MIDDLE, RAISED, THUMB, Hand, capsules, pose
+from tasks.rendering.hand import BONES, INDEX, MIDDLE, RAISED, THUMB, Hand, capsules, pose
 
 labels = st.integers(0, 5)
 seeds = st.integers(0, 2**32 - 1)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tasks.errors import ImageError
-from tasks.images import MAX_BYTES, MAX_SCANS, Photo, decode, encode, look, read_photo
+from tasks.pictures.images import MAX_BYTES, MAX_SCANS, Photo, decode, encode, look, read_photo
 from tests.fixtures.photos import photo
 
 PICTURE = photo(3, 0, 48)

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from tasks.addresses import S3Address
 from tasks.errors import ServiceError, SourceError
-from tasks.held import held_photos
-from tasks.inbox import Inbox, list_bucket, list_folder
-from tasks.intake import import_photos
+from tasks.incoming.held import held_photos
+from tasks.incoming.inbox import Inbox, list_bucket, list_folder
+from tasks.incoming.intake import import_photos
 from tasks.layout import Layout
-from tasks.storage import Storage
+from tasks.services.addresses import S3Address
+from tasks.services.storage import Storage
 from tasks.whole import read_json
 from tests.fixtures.photos import write_photos
 

@@ -19,11 +19,11 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.admission import ALREADY_THERE, TAKEN, Candidate, verdicts
 from tasks.errors import BusyError, DataError, SourceError
-from tasks.images import encode
-from tasks.intake import import_photos, recover
+from tasks.incoming.admission import ALREADY_THERE, TAKEN, Candidate, verdicts
+from tasks.incoming.intake import import_photos, recover
 from tasks.layout import Layout
+from tasks.pictures.images import encode
 from tests.fixtures.photos import CHECKOUT, photo, write_photos
 
 PNG = [encode(photo(label, 9, 32)) for label in range(6)]
@@ -274,7 +274,7 @@ CHILD = """
     import os, resource, signal, sys
     from pathlib import Path
     from tasks.errors import HandsignsError
-    from tasks.intake import import_photos
+    from tasks.incoming.intake import import_photos
     from tasks.layout import Layout
 
     def killer(what, done, total):

@@ -10,15 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.credentials import local_credentials
-from flows.local import Services, check_reachable, embedded
-from flows.ports import PAIR, choose_ports, remember_ports
-from flows.server import Server
-from flows.servers import ask
+from flows.loopback.credentials import local_credentials
+from flows.loopback.local import Services, check_reachable, embedded
+from flows.loopback.ports import PAIR, choose_ports, remember_ports
+from flows.loopback.server import Server
+from flows.loopback.servers import ask
 from flows.settings import Settings
 from tasks.errors import BusyError, ServiceError, SettingsError
 from tasks.layout import Layout
-from tasks.storage import Storage
+from tasks.services.storage import Storage
 from tests.fixtures.prefect_api import PrefectApi
 
 NOTHING_SET = Settings.model_construct(
@@ -154,10 +154,10 @@ import signal, sys, time
 from pathlib import Path
 # As at a terminal, also where the tests were started in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from flows.local import embedded
+from flows.loopback.local import embedded
 from tests.test_local import NOTHING_SET
 from tasks.layout import Layout
-from tasks.storage import Storage
+from tasks.services.storage import Storage
 with embedded(NOTHING_SET, Layout(Path(sys.argv[1]))) as services:
     address = services.s3()
     Storage(address).put("a", b"kept")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.errors import DataError
-from tasks.metrics import CALIBRATION_BINS, CLASSES, Scores, calibration_error, score
+from tasks.scoring.metrics import CALIBRATION_BINS, CLASSES, Scores, calibration_error, score
 
 FEW = settings(max_examples=30, deadline=None)  # a busy machine is no fault
 SIX = np.eye(CLASSES)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tasks.assemble import save_model
-from tasks.checkpoint import BACKBONE_FILE, read_phase
 from tasks.errors import ModelError
-from tasks.model import (
+from tasks.network.checkpoint import BACKBONE_FILE, read_phase
+from tasks.network.model import (
     CUT,
     FEATURE_SHAPE,
     HEAD,
@@ -27,7 +27,7 @@ from tasks.model import (
 )
 from tasks.params import BACKBONE, MAX_TRAINABLE_LAYERS, Params
 from tasks.stage import Context
-from tasks.tail import Tail, put_tail, tail_weights
+from tasks.training.tail import Tail, put_tail, tail_weights
 from tests.fixtures.models import SIZE
 
 Workshop = Callable[..., Context]

@@ -9,7 +9,7 @@ import pytest
 
 from flows.notification import tell, tell_bad_end
 from flows.settings import load_settings
-from tasks.notify import notify
+from tasks.services.notify import notify
 from tests.fixtures.receiver import receiving
 
 SECRET = "sentinel-do-not-show"
@@ -72,7 +72,7 @@ def test_nobody_is_told_where_nobody_is_named() -> None:
 def test_an_address_that_fails_is_a_warning_without_the_address(address: str) -> None:
     code = (
         "import logging, sys; logging.basicConfig(level=logging.DEBUG); "
-        "from tasks.notify import notify; print(notify(sys.stdin.read(), 'title', 'body'))"
+        "from tasks.services.notify import notify; print(notify(sys.stdin.read(), 'title', 'body'))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], input=address, capture_output=True, text=True, check=True

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.dataset import open_dataset
 from tasks.errors import ParamsError
 from tasks.params import PhaseParams, TrainingParams
-from tasks.phase import Plan, plan_phase
+from tasks.pictures.dataset import open_dataset
 from tasks.stage import Context
+from tasks.training.phase import Plan, plan_phase
 from tests.fixtures.models import smaller
 
 Workshop = Callable[..., Context]

@@ -13,7 +13,7 @@ import yaml
 
 from tasks.errors import BusyError, DataError, StageError
 from tasks.layout import Layout
-from tasks.pipeline import Pipeline, Remote
+from tasks.services.pipeline import Pipeline, Remote
 from tests.fixtures.locks import held
 from tests.fixtures.photos import CHECKOUT, write_photos
 

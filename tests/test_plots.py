@@ -8,8 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tasks import plots
-from tasks.metrics import score
+from tasks.scoring import plots
+from tasks.scoring.metrics import score
 from tests.fixtures.photos import photo
 
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tasks import audit, preprocess
-from tasks.dataset import open_dataset
 from tasks.errors import DataError
 from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.params import AuditParams, Params, SplitParams
-from tasks.photos import Photo
+from tasks.pictures.dataset import open_dataset
+from tasks.pictures.photos import Photo
+from tasks.pictures.shrink import shrink
 from tasks.preprocess import count_leaks, split_photos
-from tasks.shrink import shrink
 from tasks.stage import Context
 from tests.fixtures.photos import photo, write_photos
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from tasks.champion import crown
 from tasks.errors import PromotionError
-from tasks.pointer import Champion, read_champion
-from tasks.registry import CHAMPION, Registry, Version
-from tasks.release import publish
-from tasks.storage import Storage
+from tasks.releases.champion import crown
+from tasks.releases.pointer import Champion, read_champion
+from tasks.releases.release import publish
+from tasks.services.registry import CHAMPION, Registry, Version
+from tasks.services.storage import Storage
 
 ROUNDS = 50
 

@@ -13,11 +13,11 @@ from typing import Self
 
 import pytest
 
-from tasks.addresses import S3Address
-from tasks.pointer import Champion, read_champion
-from tasks.registry import CHAMPION, Registry
-from tasks.release import fetch, verify
-from tasks.storage import Storage
+from tasks.releases.pointer import Champion, read_champion
+from tasks.releases.release import fetch, verify
+from tasks.services.addresses import S3Address
+from tasks.services.registry import CHAMPION, Registry
+from tasks.services.storage import Storage
 from tests.fixtures import forked, publishing
 from tests.fixtures.faults import Kill, Proxy, proxy_to
 from tests.fixtures.publishing import FILES, Publisher, started, write_files

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tasks.hand import Capsules, Part
-from tasks.raycast import Camera, cast
+from tasks.rendering.hand import Capsules, Part
+from tasks.rendering.raycast import Camera, cast
 
 CAMERA = Camera(distance=50.0, focal=200.0, centre=(0.0, 0.0), size=64)
 

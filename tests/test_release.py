@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.addresses import S3Address
 from tasks.errors import PromotionError, ReleaseError
-from tasks.manifest import MANIFEST, Digest, content_id, describe
-from tasks.pointer import KEY, Champion, Pointer, move_champion, read_champion
-from tasks.release import Release, fetch, publish, verify
-from tasks.storage import Storage
+from tasks.releases.manifest import MANIFEST, Digest, content_id, describe
+from tasks.releases.pointer import KEY, Champion, Pointer, move_champion, read_champion
+from tasks.releases.release import Release, fetch, publish, verify
+from tasks.services.addresses import S3Address
+from tasks.services.storage import Storage
 
 OTHER = "0" * 32
 

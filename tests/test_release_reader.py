@@ -11,16 +11,16 @@ import pytest
 from PIL import Image
 
 from tasks.assemble import save_model
-from tasks.augment import enlarge
-from tasks.classifier import classify_files
 from tasks.errors import ModelError, PromotionError
-from tasks.frozen import frozen_graph
 from tasks.labels import LABELS
-from tasks.manifest import MANIFEST, describe, verify_folder
-from tasks.model import backbone_of, build_model
+from tasks.network.classifier import classify_files
+from tasks.network.frozen import frozen_graph
+from tasks.network.model import backbone_of, build_model
 from tasks.params import Params
-from tasks.release_reader import open_release
-from tasks.signature import UNSIGNED
+from tasks.pictures.augment import enlarge
+from tasks.releases.manifest import MANIFEST, describe, verify_folder
+from tasks.releases.release_reader import open_release
+from tasks.services.signature import UNSIGNED
 from tests.fixtures.photos import CHECKOUT, photo
 
 

@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from flows.reproduce import checkout, recorded_revision
-from tasks.environment import environment
 from tasks.errors import ReleaseError
 from tasks.layout import Layout
-from tasks.reproduction import Comparison, compare_builds
+from tasks.releases.environment import environment
+from tasks.releases.reproduction import Comparison, compare_builds
 from tasks.whole import write_json
 
 LOCK: dict[str, Any] = {

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.local import embedded
-from flows.report import RunReport
+from flows.loopback.local import embedded
+from flows.reports.report import RunReport
 from flows.settings import Settings
-from tasks.storage import Storage
+from tasks.services.storage import Storage
 from tests.fixtures.checkouts import Workshop, make_checkout
 from tests.fixtures.photos import write_photos
 from tests.fixtures.prefect_api import PrefectApi

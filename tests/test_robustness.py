@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tasks.gate import DISTURBANCES
-from tasks.robustness import CORRUPTIONS, MOST_PHOTOS, evenly, robustness
+from tasks.scoring.robustness import CORRUPTIONS, MOST_PHOTOS, evenly, robustness
 from tests.fixtures.photos import photo
 from tests.test_classifier import BRIGHTNESS
 

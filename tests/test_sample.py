@@ -13,7 +13,7 @@ from PIL import Image
 
 from tasks.errors import DataError
 from tasks.labels import LABELS
-from tasks.sample import contact_sheet, draw, encode, render_sample
+from tasks.rendering.sample import contact_sheet, draw, encode, render_sample
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import uniform_filter
 
-from tasks.hand import Part, capsules, pose, unit
-from tasks.light import Light, light_on_wall
-from tasks.pixels import FRAME, blur, clouds, develop, shift
-from tasks.raycast import Camera, cast
-from tasks.scene import Turn, frame_hand, photograph, turned
+from tasks.rendering.hand import Part, capsules, pose, unit
+from tasks.rendering.light import Light, light_on_wall
+from tasks.rendering.pixels import FRAME, blur, clouds, develop, shift
+from tasks.rendering.raycast import Camera, cast
+from tasks.rendering.scene import Turn, frame_hand, photograph, turned
 
 angles = st.floats(-180, 180)
 labels = st.integers(0, 5)

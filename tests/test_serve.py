@@ -24,15 +24,15 @@ from PIL import Image
 from starlette.exceptions import HTTPException
 
 from benchmarks.load import drive, resident
-from flows.local import embedded
-from flows.serve_admission import QUEUE, Desk
+from flows.loopback.local import embedded
+from flows.service.serve_admission import QUEUE, Desk
 from flows.settings import Settings
 from flows.shared_storage import SharedStorage
-from tasks.addresses import S3Address
 from tasks.layout import Layout
-from tasks.release import Release
-from tasks.signature import Trust
-from tasks.storage import Storage
+from tasks.releases.release import Release
+from tasks.services.addresses import S3Address
+from tasks.services.signature import Trust
+from tasks.services.storage import Storage
 from tests.fixtures.checkouts import BIN
 from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.servers import new_bucket

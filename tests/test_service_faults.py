@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from flows.local import check_reachable
+from flows.loopback.local import check_reachable
 from flows.settings import Settings
-from tasks.addresses import S3Address
 from tasks.errors import HandsignsError, ReleaseError, ServiceError
-from tasks.pointer import KEY, Champion, Pointer, move_champion, read_champion
-from tasks.registry import CHAMPION, Registry
-from tasks.release import publish, verify
-from tasks.storage import Storage
+from tasks.releases.pointer import KEY, Champion, Pointer, move_champion, read_champion
+from tasks.releases.release import publish, verify
+from tasks.services.addresses import S3Address
+from tasks.services.registry import CHAMPION, Registry
+from tasks.services.storage import Storage
 from tests.fixtures import faults
 from tests.fixtures.checkouts import Workshop
 from tests.fixtures.faults import Exchange, Proxy, proxy_to

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flows.settings import Settings, load_settings
-from tasks.addresses import shown
 from tasks.errors import SettingsError
+from tasks.services.addresses import shown
 
 SECRET = "sentinel-do-not-show"
 
@@ -101,7 +101,7 @@ def test_a_mistyped_setting_is_not_silently_ignored(monkeypatch: pytest.MonkeyPa
 def test_reading_settings_imports_nothing_heavy() -> None:
     code = (
         "import sys; from flows.settings import load_settings; load_settings(); "
-        "import flows.local; "
+        "import flows.loopback.local; "
         "print([m for m in ('boto3', 'mlflow', 'prefect', 'tensorflow', 'numpy') "
         "if m in sys.modules])"
     )

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from flows.ports import choose_ports
+from flows.loopback.ports import choose_ports
 from flows.shards import shard_runner
-from tasks.dataset import open_dataset
+from tasks.activations.feature_store import Key
+from tasks.activations.shards import Shard, cut, run_here
 from tasks.errors import ServiceError
-from tasks.feature_store import Key
-from tasks.frozen import frozen_graph
-from tasks.shards import Shard, cut, run_here
+from tasks.network.frozen import frozen_graph
+from tasks.pictures.dataset import open_dataset
 from tasks.stage import Context
 from tests.fixtures.checkouts import BIN
 from tests.fixtures.models import SIZE
@@ -32,8 +32,8 @@ Cluster = tuple[str, list[subprocess.Popen[bytes]]]
 @pytest.fixture(scope="module")
 def graph(workshop: Callable[..., Context], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workshop's trunk, frozen, at 32 x 32."""
-    from tasks.checkpoint import BACKBONE_FILE
-    from tasks.model import build_trunk
+    from tasks.network.checkpoint import BACKBONE_FILE
+    from tasks.network.model import build_trunk
 
     trunk = build_trunk(workshop().layout.weights("backbone") / BACKBONE_FILE, SIZE)
     path = tmp_path_factory.mktemp("trunk") / "trunk.pb"

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from tasks.addresses import S3Address
-from tasks.champion import crown
 from tasks.errors import ReleaseError, SettingsError
-from tasks.keys import fingerprint, new_keys, public_pem
-from tasks.manifest import MANIFEST, verify_folder
-from tasks.pointer import KEY, Pointer, move_champion, read_champion, sign_champion_again
-from tasks.registry import Version
-from tasks.release import Release, fetch, publish, sign_again, verify
-from tasks.signature import UNSIGNED, Trust
-from tasks.storage import Storage
+from tasks.releases.champion import crown
+from tasks.releases.manifest import MANIFEST, verify_folder
+from tasks.releases.pointer import KEY, Pointer, move_champion, read_champion, sign_champion_again
+from tasks.releases.release import Release, fetch, publish, sign_again, verify
+from tasks.services.addresses import S3Address
+from tasks.services.keys import fingerprint, new_keys, public_pem
+from tasks.services.registry import Version
+from tasks.services.signature import UNSIGNED, Trust
+from tasks.services.storage import Storage
 
 
 @pytest.fixture(scope="module")

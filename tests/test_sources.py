@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tasks.class_folders import Item
 from tasks.errors import ImageError, SourceError
-from tasks.images import MAX_BYTES, decode, encode
-from tasks.sources import as_test, open_source
+from tasks.incoming.class_folders import Item
+from tasks.incoming.sources import as_test, open_source
+from tasks.pictures.images import MAX_BYTES, decode, encode
 from tests.fixtures.photos import photo
 
 PNG = encode(photo(2, 0, 32))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tasks.errors import DataError
 from tasks.labels import LABELS
-from tasks.splits import assign, require_enough, subset
+from tasks.pictures.splits import assign, require_enough, subset
 
 SHARES = {"test": 0.15, "val": 0.10}
 

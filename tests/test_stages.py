@@ -11,7 +11,10 @@ import yaml
 
 from tests.fixtures.photos import CHECKOUT
 
-NEUTRAL = {"__init__", "errors", "labels", "layout", "params", "progress", "stage", "whole"}
+NEUTRAL = {
+    f"tasks.{name}"
+    for name in ("errors", "labels", "layout", "params", "progress", "stage", "whole")
+}
 """What carries values but decides none; `params.yaml` itself is tracked key by key."""
 
 
@@ -19,12 +22,15 @@ def imports(path: Path) -> set[str]:
     """Modules of `tasks` that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "tasks":
-                found |= {alias.name for alias in node.names}
-            elif node.module.startswith("tasks."):
-                found.add(node.module.removeprefix("tasks."))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tasks"):
+            named = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in named if source(name).is_file()} or {node.module}
     return found
+
+
+def source(module: str) -> Path:
+    """The file of a module."""
+    return CHECKOUT.root / f"{module.replace('.', '/')}.py"
 
 
 def needed(module: str) -> set[str]:
@@ -35,8 +41,20 @@ def needed(module: str) -> set[str]:
         name = waiting.pop()
         if name not in seen and name not in NEUTRAL:
             seen.add(name)
-            waiting += imports(CHECKOUT.root / f"tasks/{name}.py")
+            waiting += imports(source(name))
     return seen
+
+
+def dotted(path: Path) -> str:
+    """The module of a file below the checkout's root."""
+    return ".".join(path.with_suffix("").parts)
+
+
+def modules() -> list[Path]:
+    """All files of `tasks`, from the checkout's root."""
+    return sorted(
+        path.relative_to(CHECKOUT.root) for path in (CHECKOUT.root / "tasks").rglob("*.py")
+    )
 
 
 def stages() -> dict[str, tuple[str, set[str]]]:
@@ -44,8 +62,8 @@ def stages() -> dict[str, tuple[str, set[str]]]:
     found = {}
     for name, stage in yaml.safe_load((CHECKOUT.root / "dvc.yaml").read_text())["stages"].items():
         body = stage.get("do", stage)
-        module = shlex.split(body["cmd"])[2].removeprefix("tasks.")
-        code = {Path(dep).stem for dep in body["deps"] if dep.startswith("tasks/")}
+        module = shlex.split(body["cmd"])[2]
+        code = {dotted(Path(dep)) for dep in body["deps"] if dep.startswith("tasks/")}
         found[name] = (module, code)
     return found
 
@@ -57,8 +75,7 @@ def test_a_stage_depends_on_all_the_code_that_it_runs(name: str) -> None:
 
 
 def test_no_task_reaches_up_to_prefect() -> None:
-    modules = sorted(f"tasks.{path.stem}" for path in (CHECKOUT.root / "tasks").glob("[a-z]*.py"))
-    code = "; ".join(f"import {name}" for name in modules)
+    code = "; ".join(f"import {dotted(path)}" for path in modules() if path.stem != "__init__")
     code += "; import sys; print('prefect' in sys.modules, 'flows' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
@@ -69,11 +86,11 @@ def test_no_task_reaches_up_to_prefect() -> None:
 )
 def test_each_service_is_touched_in_one_module_only(library: str, home: str) -> None:
     touching = set()
-    for path in (CHECKOUT.root / "tasks").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path in modules():
+        for node in ast.walk(ast.parse((CHECKOUT.root / path).read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module]
             if any(name.split(".")[0] == library for name in names):
-                touching.add(path.stem)
-    assert touching == {home}
+                touching.add(dotted(path))
+    assert touching == {f"tasks.services.{home}"}

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.addresses import S3Address, check_key
 from tasks.errors import ServiceError
-from tasks.storage import Entry, Storage
-from tasks.storage_errors import ChangedError, MissingObjectError
+from tasks.services.addresses import S3Address, check_key
+from tasks.services.storage import Entry, Storage
+from tasks.services.storage_errors import ChangedError, MissingObjectError
 from tests.fixtures import faults
 from tests.fixtures.faults import Exchange, proxy_to
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from flows.champion_artifacts import MOST_PHOTOS, comparison_text
-from flows.findings import data_changes
-from tasks.challenge import Challenge
-from tasks.compare import compare
+from flows.champions.champion_artifacts import MOST_PHOTOS, comparison_text
+from flows.reports.findings import data_changes
 from tasks.layout import Layout
+from tasks.releases.challenge import Challenge
+from tasks.scoring.compare import compare
 from tasks.whole import write_json
 
 

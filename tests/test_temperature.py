@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.temperature import LIMITS, fit_temperature, score
+from tasks.training.temperature import LIMITS, fit_temperature, score
 
 
 def drawn(scale: float, count: int = 20_000) -> tuple[np.ndarray, np.ndarray]:

@@ -6,16 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.cached import fit_cached
-from tasks.checkpoint import BACKBONE_FILE
-from tasks.dataset import open_dataset
-from tasks.end_to_end import fit_end_to_end
-from tasks.model import backbone_of, build_model, freeze, trunk_of
-from tasks.phase import plan_phase
+from tasks.network.checkpoint import BACKBONE_FILE
+from tasks.network.model import backbone_of, build_model, freeze, trunk_of
+from tasks.network.weights import Weights, take
+from tasks.pictures.dataset import open_dataset
 from tasks.progress import silent
 from tasks.stage import Context
-from tasks.tail import tail_weights
-from tasks.weights import Weights, take
+from tasks.training.cached import fit_cached
+from tasks.training.end_to_end import fit_end_to_end
+from tasks.training.phase import plan_phase
+from tasks.training.tail import tail_weights
 from tests.fixtures.models import SIZE, StoredArrays
 
 PHASES = ["base", "fine_tune", "full"]

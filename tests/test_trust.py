@@ -17,10 +17,10 @@ import pytest
 from pydantic import SecretStr
 
 from flows.settings import PREFIX, Settings
-from tasks.addresses import S3Address
-from tasks.keys import new_keys
-from tasks.pointer import KEY
-from tasks.storage import Storage
+from tasks.releases.pointer import KEY
+from tasks.services.addresses import S3Address
+from tasks.services.keys import new_keys
+from tasks.services.storage import Storage
 from tests.fixtures.checkouts import Workshop
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.trained import Trained

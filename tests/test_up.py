@@ -21,13 +21,13 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from flows.credentials import FILE, local_credentials
-from flows.deploy import POOLS, pool_template
-from flows.local import embedded
-from flows.servers import ask
+from flows.deployment.deploy import POOLS, pool_template
+from flows.loopback.credentials import FILE, local_credentials
+from flows.loopback.local import embedded
+from flows.loopback.servers import ask
 from flows.settings import Settings
-from tasks.registry_files import credentials_of
-from tasks.storage import Storage
+from tasks.services.registry_files import credentials_of
+from tasks.services.storage import Storage
 from tests.fixtures.checkouts import SERVICES, Workshop, make_checkout
 from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.prefect_api import PrefectApi, basic
@@ -293,7 +293,9 @@ def test_a_database_url_moves_prefect_and_mlflow_to_postgresql(
     logs = (workshop.layout.local / "logs").iterdir()
     assert all(password not in path.read_text(errors="replace") for path in logs)
     # The same versions are there without a server, for who names the same database.
-    code = "from flows.local import *; from flows.settings import *; from mlflow import *\n"
+    code = (
+        "from flows.loopback.local import *; from flows.settings import *; from mlflow import *\n"
+    )
     code += "from tasks.layout import Layout\nwith embedded(load_settings(), Layout(Path())) as s:"
     code += " print(MlflowClient(s.mlflow()).get_registered_model('hands').name)"
     assert workshop.run("python", "-c", code, DATABASE_URL=postgresql).stdout.strip() == "hands"

@@ -1,0 +1,1 @@
+"""Verbs of the `handsigns` command, and what they print."""

@@ -1,0 +1,60 @@
+"""Verbs that bring photos into `data/`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.commands.terminal import (
+    Json,
+    open_layout,
+    open_workspace,
+    out,
+    print_json,
+    shown_progress,
+    tell,
+)
+
+app = typer.Typer()
+
+
+@app.command()
+def sample(json_: Json = False) -> None:
+    """Render the sample data set into data/ and version it."""
+    from tasks.incoming.fetch import render
+    from tasks.incoming.held import recover
+
+    layout = open_layout()
+    pipeline = open_workspace(layout).pipeline
+    with shown_progress() as progress:
+        recover(layout)
+        said = render(layout, pipeline, progress)
+    tell(json_, {"version": pipeline.data_version(), "said": said}, said)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="Class folders, a .zip of them, or an .h5 file.")],
+    test: Annotated[Path | None, typer.Option(help="The test set, where it is apart.")] = None,
+    replace: Annotated[bool, typer.Option(help="Hold these photos only.")] = False,
+    json_: Json = False,
+) -> None:
+    """Bring photos into data/, set bad files aside, and version the result."""
+    from flows.commands.tables import import_table
+    from tasks.incoming.fetch import fetch_data
+    from tasks.incoming.intake import import_photos
+
+    layout = open_layout()
+    pipeline = open_workspace(layout).pipeline
+    with shown_progress() as progress:
+        # A sample that was never rendered is nothing that photos could be added to.
+        if not replace and pipeline.data_source() == "photos":
+            fetch_data(layout, pipeline, progress)
+        report = import_photos(layout, source, test, replace, progress)
+        version = pipeline.version_data("photos")
+        pushed = pipeline.push_data() if pipeline.has_remote() else None
+    if json_:
+        print_json({**report.to_json(), "version": version, "pushed": pushed})
+        return
+    out.print(import_table(report))
+    out.print(f"data/ is version {version}.", highlight=False)

@@ -1,0 +1,76 @@
+"""Verbs for the keys that releases are signed with."""
+
+import subprocess
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.commands.terminal import Json, open_layout, open_workspace, tell
+from tasks.errors import SettingsError
+
+app = typer.Typer(help="Make keys, and sign what is there.", no_args_is_help=True)
+
+
+@app.command()
+def new(
+    folder: Annotated[
+        Path | None, typer.Option(help="Takes both keys; .local/keys if not named.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Make a key pair; HANDSIGNS_SIGNING_PASSPHRASE, if set, locks the private key."""
+    from flows.settings import load_settings
+    from tasks.services.keys import fingerprint, new_keys, public_pem
+
+    place = (folder or open_layout().keys).resolve()
+    refuse_tracked(place)
+    secret = load_settings().signing_passphrase
+    private, public = new_keys(place, secret.get_secret_value() if secret else None)
+    name = fingerprint(public_pem(public))[:16]
+    said = (
+        f"Key {name}. Keep {private} where releases are made, as HANDSIGNS_SIGNING_KEY; "
+        f"give {public} to all who use them, in HANDSIGNS_PUBLIC_KEYS."
+    )
+    tell(json_, {"key": name, "private": str(private), "public": str(public)}, said)
+
+
+@app.command()
+def sign(json_: Json = False) -> None:
+    """Sign the champion, and every release that was one, with the present key."""
+    from tasks.releases.pointer import sign_champion_again
+    from tasks.releases.release import sign_again
+
+    with open_workspace() as workspace:
+        workspace.trust.check_signer()
+        if workspace.trust.signing_key is None:
+            raise SettingsError(
+                "There is no key to sign with. Received: no HANDSIGNS_SIGNING_KEY. Make one with "
+                "`handsigns keys new` and set it."
+            )
+        champion = sign_champion_again(workspace.storage)
+        moves = champion.pointer.moves if champion else ()
+        releases = sorted({move.release for move in moves})
+        for release in releases:
+            sign_again(workspace.storage, release)
+    said = f"Signed: the champion pointer and {len(releases)} releases."
+    tell(json_, {"releases": releases}, said if champion else "There is no champion to sign.")
+
+
+def refuse_tracked(folder: Path) -> None:
+    """Refuse a folder from which the next `git add` would take a private key.
+
+    Raises:
+        SettingsError: it lies in a git checkout that does not ignore it.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    command = ["git", "-C", str(existing), "check-ignore", "--quiet", str(folder / "signing.pem")]
+    try:
+        code = subprocess.run(command, capture_output=True, timeout=20, check=False).returncode  # noqa: S603
+    except OSError:
+        return  # without git nothing can be added to it
+    if code == 1:
+        raise SettingsError(
+            f"A private key must not lie where git would take it. Received: '{folder}'. "
+            "Name a folder that is ignored, or one outside of the checkout."
+        )

@@ -1,0 +1,114 @@
+"""Start a flow from the command line: with its own Prefect server if none is named."""
+
+import os
+
+from flows.champions.policy import check_policy
+from flows.client import point_prefect_at
+from flows.exclusion import holder, only_retrain
+from flows.loopback.local import check_reachable, embedded
+from flows.notification import tell
+from flows.reports.record import unchanged_since
+from flows.reports.report import ModelReport, RunReport
+from flows.workspace import Workspace
+from tasks.errors import HandsignsError, ServiceError
+from tasks.params import load_params
+from tasks.progress import Progress
+
+
+def launch_retrain(workspace: Workspace, force: bool, progress: Progress) -> RunReport:
+    """Run the retrain flow, unless there is nothing to do.
+
+    Whether there is nothing to do is found out before any server or TensorFlow is
+    loaded.
+
+    Args:
+        workspace: the checkout.
+        force: run every stage.
+        progress: told how far long stages are.
+
+    Returns:
+        What `run.json` says; also when the run failed.
+    """
+    layout, settings = workspace.layout, workspace.settings
+    with only_retrain(layout) as alone:
+        if not alone:  # run.json is the other one's
+            return RunReport(
+                status="failed",
+                reason=f"Another retrain of this checkout runs. Received: {holder(layout)}. "
+                "Let it end, or cancel it, and run again.",
+                model=ModelReport(name=settings.model_name),
+            )
+    try:
+        load_params(layout.params)
+        if not force and (found := _unchanged(workspace)):
+            found.write(layout)
+            return found
+        # A report of an earlier run must not pass for one of this.
+        layout.run.unlink(missing_ok=True)
+        workspace.trust.check_signer()
+        with embedded(settings, layout) as services:
+            check_policy(services)
+        check_reachable(settings)
+        _run_flow(workspace, force, progress)
+        return RunReport.model_validate_json(layout.run.read_bytes())
+    except HandsignsError as error:
+        failed = RunReport(
+            status="failed", reason=str(error), model=ModelReport(name=settings.model_name)
+        )
+        failed.write(layout)
+        tell(settings, "handsigns: retrain failed before it began", failed.reason)
+        return failed
+
+
+def _unchanged(workspace: Workspace) -> RunReport | None:
+    layout, settings = workspace.layout, workspace.settings
+    if settings.inbox and _has_news(workspace):
+        return None
+    return unchanged_since(layout, settings, workspace.pipeline)
+
+
+def _has_news(workspace: Workspace) -> bool:
+    # Reading photos takes libraries that a run without an inbox need not wait for here.
+    from flows.inbox import look
+
+    with embedded(workspace.settings, workspace.layout, share=True) as services:
+        inbox = look(workspace, services)
+    return bool(inbox and inbox.new)
+
+
+def _run_flow(workspace: Workspace, force: bool, progress: Progress) -> None:
+    layout = workspace.layout
+    with embedded(workspace.settings, layout) as services:
+        point_prefect_at(services.start_prefect(), services.folder, workspace.settings)
+        # The terminal shows progress; the UI has the whole log.
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        # Imported while the server starts, one after the other: modules that two threads
+        # import at once can see each other half made.
+        import tensorflow  # noqa: F401
+        from prefect.logging.handlers import APILogWorker
+
+        from flows.retrain import listener, retrain
+        from tasks.services.registry import load_mlflow
+
+        load_mlflow()
+        api = services.prefect()
+        token = listener.set(progress)
+        try:
+            # The flow keeps its own failures; what is raised here is the server's.
+            retrain(force=force, return_state=True)
+        except Exception as error:
+            raise ServiceError(
+                f"Prefect failed ({type(error).__name__}). Received: {api}. "
+                f"{_advice(error)}, then run again."
+            ) from error
+        finally:
+            listener.reset(token)
+            # The last lines must reach the server before it stops.
+            APILogWorker.drain_all(timeout=5)
+
+
+def _advice(error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return "It lets nobody in without a login: set PREFECT_API_AUTH_STRING to user:password"
+    return "Look at its log"

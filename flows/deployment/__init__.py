@@ -1,0 +1,1 @@
+"""The whole service of a team: its servers kept up, its worker, its schedules."""

@@ -1,0 +1,219 @@
+"""Register work pools, deployments and the crash automations with a Prefect server.
+
+`prefect.yaml` holds the deployments. The pools are `handsigns` for processes on this
+machine, and `handsigns-docker` and `handsigns-kubernetes` from the templates in
+`docker/pools/`. Two automations mark a run as crashed once nothing has been heard of it.
+"""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from flows.client import HEARTBEAT_SECONDS, point_prefect_at
+from flows.deployment.member import POOL
+from flows.settings import Settings
+from tasks.errors import ServiceError
+from tasks.layout import Layout
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from prefect.client.orchestration import PrefectClient
+    from prefect.events import AutomationCore
+
+TEMPLATES = Path("docker/pools")
+POOLS = {POOL: "process", f"{POOL}-docker": "docker", f"{POOL}-kubernetes": "kubernetes"}
+"""Work pools and their types."""
+SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS
+"""Without a sign of life for this long, a run counts as crashed."""
+START_SECONDS = 900
+"""A worker that took a run and did not start it in this time is gone, image pull and all."""
+SILENT = "Mark silent runs as crashed"
+NEVER_STARTED = "Mark runs that never start as crashed"
+FLOWS = ("retrain", "promote", "rollback")
+TELLER = "tell/crash"
+RUN = {"__prefect_kind": "jinja", "template": "{{ labels.prefect.resource.id }}"}
+"""Named as a template, for a bare one is taken for an object and not for its text."""
+DEPLOY_SECONDS = 120
+
+
+def deploy(
+    layout: Layout,
+    settings: Settings,
+    api: str,
+    pool: str = POOL,
+    silence: float = SILENCE_SECONDS,
+) -> list[str]:
+    """Register everything, or bring it up to date.
+
+    Args:
+        layout: the checkout.
+        settings: say whose server it is.
+        api: URL of Prefect's API.
+        pool: which of `POOLS` runs the deployments.
+        silence: seconds without a sign of life after which a run counts as crashed.
+
+    Returns:
+        Names of the deployments, `<flow>/<deployment>`.
+
+    Raises:
+        ServiceError: the server refuses, with its own words.
+    """
+    point_prefect_at(api, layout.local.resolve(), settings)
+    asyncio.run(_register_pools(layout))
+    deployed = _deploy_flows(layout, pool)
+    asyncio.run(_register_automations(silence))
+    return deployed
+
+
+def wait_for_worker(seconds: float) -> None:
+    """Return once a worker of the process pool has reported to the server.
+
+    Args:
+        seconds: longest wait.
+
+    Raises:
+        ServiceError: none did.
+    """
+    deadline = time.monotonic() + seconds
+    while not asyncio.run(_has_worker()):
+        if time.monotonic() > deadline:
+            raise ServiceError(
+                f"No worker reported to the pool {POOL!r} in {seconds:.0f} s. "
+                "Look at .local/logs/worker.log."
+            )
+        time.sleep(0.5)
+
+
+def pool_template(layout: Layout, kind: str) -> dict[str, Any]:
+    """Return the base job template of a pool.
+
+    Args:
+        layout: the checkout, in which processes run.
+        kind: `process`, `docker` or `kubernetes`.
+    """
+    if kind != "process":
+        content = (layout.root / TEMPLATES / f"{kind}.json").read_text(encoding="utf-8")
+        return dict(json.loads(content))
+    from prefect.workers.process import ProcessWorker
+
+    template = ProcessWorker.get_default_base_job_template()
+    template["variables"]["properties"]["working_dir"]["default"] = str(layout.root.resolve())
+    return template
+
+
+def automation(
+    name: str, after: tuple[str, ...], silence: float, teller: "UUID"
+) -> "AutomationCore":
+    """Describe an automation that marks runs as crashed of which nothing is heard.
+
+    Every event of a run, a heartbeat too, is a sign of life. Only our own flows are
+    meant: others may beat more slowly.
+
+    Args:
+        name: names the automation.
+        after: events of a run after which another must come.
+        silence: seconds that may pass until then.
+        teller: deployment that tells people of it.
+    """
+    from prefect.client.schemas.objects import StateType
+    from prefect.events import AutomationCore, EventTrigger, Posture, ResourceSpecification
+    from prefect.events.actions import ChangeFlowRunState, RunDeployment
+
+    return AutomationCore(
+        name=name,
+        description="A run whose process is gone sends no heartbeats and cannot say so itself.",
+        trigger=EventTrigger(
+            after={f"prefect.flow-run.{event}" for event in after},
+            expect={"prefect.flow-run.*"},
+            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+            match_related=ResourceSpecification(
+                {"prefect.resource.role": ["flow"], "prefect.resource.name": list(FLOWS)}
+            ),
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=silence),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED,
+                message=f"Nothing was heard of this run for {silence:.0f} s: its process, its "
+                "worker or its machine is gone. What was there before is whole; run it again.",
+            ),
+            RunDeployment(deployment_id=teller, parameters={"run": RUN}),
+        ],
+    )
+
+
+async def _register_pools(layout: Layout) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+
+    async with get_client() as client:
+        for name, kind in POOLS.items():
+            template = pool_template(layout, kind)
+            pool = WorkPoolCreate(name=name, type=kind, base_job_template=template)
+            await client.create_work_pool(pool, overwrite=True)
+
+
+async def _register_automations(silence: float) -> None:
+    from prefect.client.orchestration import get_client
+
+    kinds = {
+        SILENT: (("Running", "heartbeat", "Cancelling"), silence),
+        NEVER_STARTED: (("Pending",), START_SECONDS),
+    }
+    async with get_client() as client:
+        teller = (await client.read_deployment_by_name(TELLER)).id
+        for name, (after, seconds) in kinds.items():
+            await _keep_automation(client, automation(name, after, seconds, teller))
+
+
+async def _keep_automation(client: "PrefectClient", wanted: "AutomationCore") -> None:
+    known = await client.read_automations_by_name(wanted.name)
+    if known:
+        await client.update_automation(known[0].id, wanted)
+    else:
+        await client.create_automation(wanted)
+
+
+async def _has_worker() -> bool:
+    from prefect.client.orchestration import get_client
+
+    async with get_client() as client:
+        workers = await client.read_workers_for_work_pool(POOL)
+    return any(worker.status == "ONLINE" for worker in workers)
+
+
+def _deploy_flows(layout: Layout, pool: str) -> list[str]:
+    declared = yaml.safe_load((layout.root / "prefect.yaml").read_text(encoding="utf-8"))
+    for one in declared["deployments"]:
+        one["work_pool"] = {**one["work_pool"], "name": pool}
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "prefect.yaml"
+        file.write_text(yaml.safe_dump(declared), encoding="utf-8")
+        command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+        done = subprocess.run(  # noqa: S603, the command is ours
+            [*command, "--prefect-file", str(file)],
+            cwd=layout.root,
+            env={**os.environ, "NO_COLOR": "1"},
+            capture_output=True,
+            text=True,
+            timeout=DEPLOY_SECONDS,
+        )
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())
+        raise ServiceError(f"Prefect took no deployment. It said: {said[-400:]}")
+    return [
+        f"{one['entrypoint'].rpartition(':')[2]}/{one['name']}" for one in declared["deployments"]
+    ]

@@ -1,0 +1,1 @@
+"""Real servers on loopback, for services that the environment does not name."""

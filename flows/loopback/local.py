@@ -1,0 +1,232 @@
+"""Services that the environment names, and real local ones for those it does not.
+
+Where `handsigns up` left its service running, that one is used. Else nothing starts before
+it is asked for, and nothing outlives the `with` block or the process, however it ends: see
+`flows.loopback.tether`.
+"""
+
+import contextlib
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from flows.loopback import servers
+from flows.loopback.credentials import local_credentials, prefect_login
+from flows.loopback.running import Running, find_running
+from flows.loopback.server import Server
+from flows.settings import Settings
+from tasks.errors import ServiceError
+from tasks.layout import Layout
+from tasks.services.addresses import S3Address, shown
+from tasks.services.conditions import check_conditions
+from tasks.services.storage import Storage
+
+CHECK_SECONDS = 10.0
+
+
+@dataclass
+class Services:
+    """Addresses of S3, MLflow and Prefect; asking for one starts it if need be.
+
+    Args:
+        settings: what the environment names is used as it is.
+        folder: servers keep their state here.
+        patience: longest wait in seconds for another run's server.
+        share: use the S3 server that another run of this checkout keeps, while it
+            does; for what only reads and is soon done.
+    """
+
+    settings: Settings
+    folder: Path
+    patience: float = 30.0
+    share: bool = False
+    _s3: tuple[Server, S3Address] | None = field(default=None, init=False)
+    _prefect: tuple[Server, str] | None = field(default=None, init=False)
+
+    def start_s3(self) -> None:
+        """Let the local S3 server start in the background, if one is needed."""
+        if self.settings.s3_endpoint_url is None and self._shared_s3() is None:
+            self._own_s3()
+
+    def start_prefect(self) -> str:
+        """Let the local Prefect server start in the background, if one is needed.
+
+        Returns:
+            The URL at which Prefect's API answers, once it is ready.
+        """
+        if named := self.prefect_named():
+            return named
+        if self._prefect is None:
+            self._prefect = servers.prefect(
+                self.folder,
+                self.patience,
+                prefect_login(self.settings, self.folder),
+                database=self._database("prefect"),
+            )
+            self._prefect[0].start()
+        return self._prefect[1]
+
+    def s3(self) -> S3Address:
+        """Return the address of S3 once it is ready.
+
+        Raises:
+            ServiceError: the local server did not start.
+            BusyError: another run of this checkout keeps it.
+        """
+        if self.settings.s3_endpoint_url:
+            return configured_s3(self.settings)
+        if shared := self._shared_s3():
+            return shared
+        server, address = self._own_s3()
+        server.wait()
+        return address
+
+    def mlflow(self) -> str:
+        """Return MLflow's tracking URI; locally a database, which needs no server."""
+        if named := self.settings.mlflow_tracking_uri or (self._running and self._running.mlflow):
+            return named
+        return self._database("mlflow") or f"sqlite:///{self.folder / 'mlflow.db'}"
+
+    def mlflow_artifacts(self) -> S3Address | None:
+        """Return where MLflow's files are, or None where its server decides."""
+        return None if self.settings.mlflow_tracking_uri else self.s3()
+
+    def mlflow_login(self) -> str | None:
+        """Return what the MLflow of `handsigns up` asks for; None where it is not used."""
+        if self.settings.mlflow_tracking_uri or not (self._running and self._running.mlflow):
+            return None
+        return local_credentials(self.folder).login
+
+    def prefect(self) -> str:
+        """Return the URL of Prefect's API once it is ready.
+
+        Raises:
+            ServiceError: the local server did not start.
+            BusyError: another run of this checkout keeps it.
+        """
+        url = self.start_prefect()
+        if self._prefect:
+            self._prefect[0].wait()
+        return url
+
+    def stop(self) -> None:
+        """Stop every server that was started here, and return when all are gone."""
+        started = [pair[0] for pair in (self._s3, self._prefect) if pair]
+        self._s3 = self._prefect = None
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(Server.stop, started))
+
+    @cached_property
+    def _running(self) -> Running | None:
+        return find_running(self.folder)
+
+    def prefect_named(self) -> str | None:
+        """Return the API that the environment or `handsigns up` names, or None."""
+        running = self._running.prefect if self._running else None
+        return self.settings.prefect_api_url or running
+
+    def _database(self, name: str) -> str | None:
+        if self.settings.database_url is None:
+            return None
+        from flows.loopback.database import database_url, make_databases
+
+        url = self.settings.database_url.get_secret_value()
+        make_databases(url)
+        return database_url(url, name)
+
+    def _shared_s3(self) -> S3Address | None:
+        if self._s3:
+            return None
+        kept_running = self._running and self._running.s3
+        if not kept_running and not self.share:
+            return None
+        return servers.running_seaweedfs(self.folder, self.settings.bucket)
+
+    def _own_s3(self) -> tuple[Server, S3Address]:
+        if self._s3 is None:
+            self._s3 = servers.seaweedfs(self.folder, self.settings.bucket, self.patience)
+            self._s3[0].start()
+        return self._s3
+
+
+@contextlib.contextmanager
+def embedded(
+    settings: Settings, layout: Layout, patience: float = 30.0, share: bool = False
+) -> Iterator[Services]:
+    """Resolve the services for one run and stop with it what was started.
+
+    Args:
+        settings: names the services that exist already.
+        layout: local servers keep their state below `layout.local`.
+        patience: longest wait in seconds for another run's local server.
+        share: use another run's S3 server instead of waiting; for short readers.
+    """
+    folder = layout.local.resolve()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    services = Services(settings, folder, patience, share)
+    try:
+        yield services
+    finally:
+        services.stop()
+
+
+def check_reachable(settings: Settings) -> None:
+    """Ask every configured service for a sign of life, all at once, within 30 s.
+
+    Raises:
+        ServiceError: one does not answer; the message names its address.
+    """
+    checks: list[Callable[[], None]] = []
+    if settings.s3_endpoint_url:
+        checks.append(lambda: _check_s3(Storage(configured_s3(settings))))
+    tracking, api = settings.mlflow_tracking_uri, settings.prefect_api_url
+    if tracking and tracking.startswith("http"):
+        checks.append(lambda: _check("MLflow", "MLFLOW_TRACKING_URI", tracking))
+    if api:
+        checks.append(lambda: _check("Prefect", "PREFECT_API_URL", api))
+    with ThreadPoolExecutor() as pool:
+        for outcome in [pool.submit(check) for check in checks]:
+            outcome.result()
+
+
+def _check_s3(storage: Storage) -> None:
+    storage.check()
+    check_conditions(storage)
+
+
+def _check(service: str, variable: str, url: str) -> None:
+    address = url.rstrip("/") + "/health"
+    try:
+        with urllib.request.urlopen(address, timeout=CHECK_SECONDS):  # noqa: S310
+            return
+    except urllib.error.HTTPError as error:
+        # It answers; whether it lets us in is for its own client to find out.
+        if error.code in (401, 403):
+            return
+        reason = f"status {error.code}"
+    except OSError as error:
+        reason = str(getattr(error, "reason", error))
+    raise ServiceError(
+        f"{service} does not answer at {shown(url)} ({reason}). Check {variable} and the service."
+    )
+
+
+def configured_s3(settings: Settings) -> S3Address:
+    return S3Address(
+        str(settings.s3_endpoint_url),
+        settings.bucket,
+        settings.s3_region,
+        _plain(settings.aws_access_key_id),
+        _plain(settings.aws_secret_access_key),
+        _plain(settings.aws_session_token),
+    )
+
+
+def _plain(secret: SecretStr | None) -> str | None:
+    return secret.get_secret_value() if secret else None

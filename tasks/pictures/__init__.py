@@ -1,0 +1,1 @@
+"""Photos as pixels: read, shrunk, compared, split, varied and put before other backdrops."""

@@ -1,0 +1,1 @@
+"""Releases and the champion among them: written whole, signed, compared, moved."""

@@ -1,0 +1,108 @@
+"""The challenger against the champion, on the same test photos."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.errors import HandsignsError, PromotionError, ServiceError
+from tasks.labels import LABELS
+from tasks.layout import Layout
+from tasks.network.classifier import classify_files
+from tasks.pictures.dataset import open_dataset
+from tasks.progress import Progress, silent
+from tasks.releases.pointer import Champion
+from tasks.releases.release import fetch
+from tasks.releases.release_reader import open_release
+from tasks.scoring.compare import Comparison, compare
+from tasks.services.storage import Storage
+from tasks.whole import read_json
+
+DATASET_INDEX = "dataset.json"
+"""Name in a release of the list that says which photo was in which split."""
+
+
+@dataclass(frozen=True)
+class Challenge:
+    """Whether a challenger may become champion.
+
+    Args:
+        won: whether it may.
+        reason: why, in one sentence.
+        comparison: None where there was nobody to compare with.
+    """
+
+    won: bool
+    reason: str
+    comparison: Comparison | None = None
+
+
+def challenge(
+    layout: Layout, storage: Storage, champion: Champion | None, progress: Progress = silent
+) -> Challenge:
+    """Score the champion again on the test photos and compare the new model with it.
+
+    Photos that the champion was trained on are left out: it would be examined on
+    what it has seen.
+
+    Args:
+        layout: its `predictions.json` holds the challenger's probabilities.
+        storage: holds the champion's release.
+        champion: None where there is none yet.
+        progress: told how far scoring is.
+
+    Returns:
+        The decision.
+
+    Raises:
+        PromotionError: the champion cannot be loaded, has its labels in another
+            order, or has seen every test photo.
+        ServiceError: the storage does not answer.
+    """
+    if champion is None:
+        return Challenge(True, "there was no champion")
+    try:
+        release = fetch(storage, champion.pointer.release, layout.releases)
+        classifier = open_release(release)
+    except ServiceError:
+        raise
+    except HandsignsError as error:
+        raise PromotionError(
+            f"The champion cannot be scored, so nothing can be said to be no worse: {error} "
+            "Promote a version by hand if that is right."
+        ) from error
+    photos, labels, challenger = _unseen(layout, release)
+    found = classify_files(classifier, photos, progress)
+    probabilities = np.array([one.probabilities for one in found])
+    result = compare(probabilities, challenger, labels, [path.name for path in photos])
+    return Challenge(result.no_worse, result.reason, result)
+
+
+def _unseen(
+    layout: Layout, release: Path
+) -> tuple[list[Path], NDArray[np.int64], NDArray[np.float64]]:
+    """Test photos that the champion was not trained on, and what the challenger says."""
+    index = read_json(release / DATASET_INDEX) or {"photos": []}
+    seen = {photo["name"] for photo in index["photos"] if photo["split"] != "test"}
+    dataset = open_dataset(layout.dataset)
+    predicted = {
+        one["name"]: one["probabilities"] for one in read_json(layout.predictions)["photos"]
+    }
+    rows = [row for row in dataset.rows("test") if dataset.names[row] not in seen]
+    if not rows:
+        raise PromotionError(
+            "The champion was trained on every test photo, so it cannot be compared. Received: "
+            f"release {release.name}. Promote a version by hand if that is right."
+        )
+    names = [dataset.names[row] for row in rows]
+    labels = dataset.labels[rows]
+    photos = [
+        _photo(layout, LABELS[label], name) for label, name in zip(labels, names, strict=True)
+    ]
+    return photos, labels, np.array([predicted[name] for name in names])
+
+
+def _photo(layout: Layout, label: str, name: str) -> Path:
+    official = layout.data / "test" / label / name
+    return official if official.is_file() else layout.data / "train" / label / name

@@ -1,0 +1,286 @@
+"""Who is champion: the pointer in storage decides, the registry's alias follows."""
+
+import datetime
+import getpass
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks.errors import PromotionError, ReleaseError
+from tasks.releases.pointer import Champion, Move, Pointer, move_champion, read_champion
+from tasks.releases.release import fetch, verify
+from tasks.services.registry import CHALLENGER, CHAMPION, Registry, Version
+from tasks.services.storage import Storage
+from tasks.whole import read_json
+
+if TYPE_CHECKING:
+    from tasks.params import GateParams
+
+METRICS = ("accuracy", "loss", "auc", "ece")
+"""Scores that the history keeps of each champion."""
+
+_log = logging.getLogger(__name__)
+
+
+def crown(
+    storage: Storage,
+    registry: Registry,
+    version: Version,
+    expected: Champion | None,
+    reason: str,
+    metrics: Mapping[str, float | None],
+    *,
+    by: str | None = None,
+    overruled: Sequence[str] = (),
+) -> Move:
+    """Make a verified version the champion.
+
+    Args:
+        storage: holds the releases and the pointer.
+        registry: its alias is moved after the pointer.
+        version: the new champion.
+        expected: the champion that the decision was made against.
+        reason: why, for the history.
+        metrics: scores for the history.
+        by: who decided; None is the user of this process.
+        overruled: what spoke against it; with any of it the promotion is a forced one.
+
+    Returns:
+        The move.
+
+    Raises:
+        PromotionError: the champion, or its alias, was changed meanwhile; nothing was
+            moved.
+        ReleaseError: the release is not what its manifest says, or not as new as the
+            registry says.
+    """
+    release = verify(storage, _release_of(version))
+    created = str(release.manifest.facts.get("created", ""))
+    _check_age(expected, version, created)
+    if expected is not None:
+        _check_alias(registry, expected)
+    move = Move(
+        release=release.id,
+        version=version.number,
+        by=by or _who(),
+        reason=reason,
+        metrics={name: metrics.get(name) for name in METRICS},
+        created=created,
+        overruled=tuple(overruled),
+    )
+    new = _pointer(expected, move)
+    _lead_alias(storage, registry, move_champion(storage, expected, new))
+    if new.overruled:
+        told = {"forced_by": new.by, "forced_because": reason, "forced_over": "; ".join(overruled)}
+        registry.set_tags(version.number, {name: text[:5000] for name, text in told.items()})
+    return new
+
+
+def promote(
+    storage: Storage,
+    registry: Registry,
+    number: int,
+    reason: str,
+    cache: Path,
+    limits: "GateParams",
+    *,
+    force: bool = False,
+    by: str | None = None,
+) -> Move:
+    """Make a version the champion because somebody says so.
+
+    Args:
+        storage: holds the releases and the pointer.
+        registry: knows the version.
+        number: of the version.
+        reason: why, for the history.
+        cache: takes the release.
+        limits: the gate's limits of today.
+        force: overrule what speaks against it; that is kept, and needs a reason.
+        by: who decided; None is the user of this process.
+
+    Returns:
+        The move.
+
+    Raises:
+        PromotionError: there is no such version, it already is champion, something
+            speaks against it, or the champion was changed meanwhile.
+        ReleaseError: its release is missing or damaged.
+    """
+    if not reason.strip():
+        raise PromotionError(
+            f"A promotion{' by force' if force else ''} needs a reason, for the history. "
+            "Received: none. Say why with --reason."
+        )
+    version = registry.version(number)
+    if version is None:
+        known = ", ".join(str(one.number) for one in registry.versions()) or "none"
+        raise PromotionError(
+            f"There must be such a version in the registry. Received: {number}; known: {known}. "
+            "Promote one of these."
+        )
+    present = read_champion(storage)
+    if present is not None and (said := mend_alias(registry, present)):
+        _log.warning(said)
+    if present is not None and present.pointer.release == _release_of(version):
+        raise PromotionError(f"Version {number} is champion already. Nothing was moved.")
+    # Statistics take a second to import; whoever only looks for a release needs none.
+    from tasks.releases.objections import objections
+
+    folder = fetch(storage, _release_of(version), cache)
+    against = objections(version.tags, folder, present, limits)
+    if against and not force:
+        raise PromotionError(
+            f"Version {number} should not be champion: {'; '.join(against)}. Nothing was moved. "
+            "To overrule that, promote it with --force and a --reason."
+        )
+    metrics = read_json(folder / "metrics.json") or {}
+    return crown(storage, registry, version, present, reason, metrics, by=by, overruled=against)
+
+
+def rollback(storage: Storage, registry: Registry, reason: str, *, by: str | None = None) -> Move:
+    """Give the place back to the champion before the present one.
+
+    Args:
+        storage: holds the releases and the pointer.
+        registry: must still know the earlier champion.
+        reason: why, for the history.
+        by: who decided; None is the user of this process.
+
+    Raises:
+        PromotionError: there is none, its version is gone, or the champion was
+            changed meanwhile.
+        ReleaseError: its release is missing or damaged.
+    """
+    present = read_champion(storage)
+    target = present.pointer.former() if present else None
+    if present is None or target is None:
+        raise PromotionError("There is no earlier champion to return to. Nothing was moved.")
+    if registry.version(target.version) is None:
+        raise PromotionError(
+            f"The earlier champion is gone from the registry. Received: version {target.version}. "
+            "Promote another version."
+        )
+    verify(storage, target.release)
+    update = {"action": "rollback", "reason": reason, "by": by or _who()}
+    new = _pointer(present, target.model_copy(update=update))
+    _lead_alias(storage, registry, move_champion(storage, present, new))
+    return new
+
+
+def mend_alias(registry: Registry, champion: Champion) -> str | None:
+    """Let the alias follow the pointer where a crash came between; what was done, in words."""
+    versions = registry.versions()
+    held = next((one.number for one in versions if CHAMPION in one.aliases), None)
+    number = champion.pointer.version
+    if held == number:
+        return None
+    was = f"version {held}" if held else "nothing"
+    if all(one.number != number for one in versions):
+        return f"The champion, version {number}, is not in this registry; its alias names {was}."
+    registry.set_alias(CHAMPION, number)
+    return f"The alias named {was}; it follows the pointer to version {number} again."
+
+
+def find_release(storage: Storage, registry: Callable[[], Registry], name: str) -> str:
+    """Id of the release that a person means.
+
+    Args:
+        storage: holds the pointer.
+        registry: opened only when the pointer does not answer the question.
+        name: `champion`, `challenger`, or the number of a version.
+
+    Raises:
+        ReleaseError: there is no such release.
+    """
+    if name == CHAMPION:
+        champion = read_champion(storage)
+        if champion is None:
+            raise ReleaseError("There is no champion yet. Run `handsigns retrain` first.")
+        return champion.pointer.release
+    if name == CHALLENGER:
+        version = registry().version_by_alias(CHALLENGER)
+    elif name.isdecimal():
+        version = registry().version(int(name))
+    else:
+        raise ReleaseError(
+            "A model is named champion, challenger, by its version's number, or by the path of "
+            f"a release. Received: '{name}', which is none of these."
+        )
+    if version is None:
+        raise ReleaseError(f"There is no such model in the registry. Received: {name}.")
+    return _release_of(version)
+
+
+def _release_of(version: Version) -> str:
+    if version.content_id is None:
+        raise ReleaseError(
+            f"Version {version.number} names no release. It was not registered by this workflow; "
+            "retrain, and use the version that it makes."
+        )
+    return version.content_id
+
+
+def _check_alias(registry: Registry, expected: Champion) -> None:
+    """Whoever moved the alias by hand meant something; it is not undone in silence.
+
+    Raises:
+        PromotionError: the alias names another version than the pointer.
+    """
+    versions = registry.versions()
+    held = next((one.number for one in versions if CHAMPION in one.aliases), None)
+    number = expected.pointer.version
+    # A registry that never knew the champion's version cannot name it.
+    known = any(one.number == number for one in versions)
+    if held != number and (known or held is not None):
+        raise PromotionError(
+            f"The alias '{CHAMPION}' was changed meanwhile, in the registry. Received: "
+            f"{f'version {held}' if held else 'nothing'}, where the champion is version {number}. "
+            "Find out who moved it, use `handsigns promote` for what was meant, and run again."
+        )
+
+
+def _lead_alias(storage: Storage, registry: Registry, moved: Champion) -> None:
+    """Let the alias name the champion, also where the next promotion overtook this one."""
+    for _ in range(10):
+        registry.set_alias(CHAMPION, moved.pointer.version)
+        present = read_champion(storage)
+        if present is None or present.etag == moved.etag:
+            return
+        moved = present
+
+
+def _check_age(present: Champion | None, version: Version, created: str) -> None:
+    """Whoever can write to the registry could name an old release by a new number.
+
+    Raises:
+        ReleaseError: the number is later than the champion's, the release earlier.
+    """
+    if present is None or version.number <= present.pointer.version:
+        return
+    if created and created < present.pointer.created:
+        raise ReleaseError(
+            f"An older release is presented as a newer version. Received: version "
+            f"{version.number}, made {created}, where version {present.pointer.version} was made "
+            f"{present.pointer.created}. See who registered it."
+        )
+
+
+def _who() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return f"uid {os.getuid()}"
+
+
+def _pointer(before: Champion | None, move: Move) -> Pointer:
+    return Pointer.model_validate(
+        {
+            **move.model_dump(),
+            "previous": before.pointer.version if before else None,
+            "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "history": before.pointer.moves if before else (),
+        }
+    )

@@ -1,0 +1,183 @@
+"""The one object that says which release is champion, moved by compare-and-set."""
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
+
+from tasks.errors import PromotionError, ReleaseError
+from tasks.services.storage import Storage
+from tasks.services.storage_errors import ChangedError, MissingObjectError
+
+KEY = "champion.json"
+
+
+class Move(BaseModel):
+    """One move of the champion, as it is kept for good.
+
+    Args:
+        release: id of the release that became champion.
+        version: its number in the model registry.
+        previous: version that was champion before.
+        action: how it came about.
+        by: who moved it.
+        reason: why.
+        at: when, ISO 8601 in UTC.
+        metrics: what it scored on its test split.
+        overruled: what spoke against it when it was promoted all the same.
+        created: when the release was made, ISO 8601 in UTC.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    release: str = Field(pattern=r"^[0-9a-f]{32}$")
+    version: int = Field(ge=1)
+    previous: int | None = Field(default=None, ge=1)
+    action: Literal["promote", "rollback"] = "promote"
+    by: str = ""
+    reason: str = ""
+    at: str = ""
+    metrics: dict[str, float | None] = {}
+    overruled: tuple[str, ...] = ()
+    created: str = ""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def forced(self) -> bool:
+        """Whether it stands there in spite of something."""
+        return bool(self.overruled)
+
+    def told(self) -> str:
+        """The move in one line."""
+        before = f"version {self.previous}" if self.previous else "none"
+        force = f" (FORCED: {'; '.join(self.overruled)})" if self.forced else ""
+        return (
+            f"{self.at} {self.action}: {before} -> version {self.version}, "
+            f"by {self.by}: {self.reason}{force}"
+        )
+
+
+class Pointer(Move):
+    """What `champion.json` says: the last move, and all moves before it.
+
+    The history lies in the same object as the pointer, so that no crash can leave
+    one without the other.
+
+    Args:
+        history: earlier moves, oldest first.
+    """
+
+    history: tuple[Move, ...] = ()
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """Every move, oldest first."""
+        return (*self.history, Move(**self.model_dump(exclude={"history"})))
+
+    def former(self) -> Move | None:
+        """The champion that a rollback returns to; None where there is none.
+
+        A rollback takes back one promotion, so two in a row go back by two.
+        """
+        standing: list[Move] = []
+        for move in self.moves:
+            if move.action == "rollback":
+                standing.pop()
+            else:
+                standing.append(move)
+        return standing[-2] if len(standing) > 1 else None
+
+
+@dataclass(frozen=True)
+class Champion:
+    """A pointer as it was read, with the etag that a move must match."""
+
+    pointer: Pointer
+    etag: str
+
+
+def read_champion(storage: Storage) -> Champion | None:
+    """Return the present champion, or None before the first promotion.
+
+    Raises:
+        ReleaseError: the pointer is not one, is not signed as it must be, or is older
+            than one seen before.
+        ServiceError: the storage does not answer.
+    """
+    place = storage.uri(KEY)
+    try:
+        content, etag = storage.read(KEY)
+    except MissingObjectError:
+        storage.trust.check_newest(place, 0)
+        return None
+    try:
+        pointer = Pointer.model_validate_json(content)
+        fields = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ReleaseError(
+            f"The champion pointer cannot be understood. Received: {place} "
+            f"({_fault(error)}). Promote a version to mend it."
+        ) from None
+    storage.trust.check(_signed_name(storage), fields, place)
+    storage.trust.check_newest(place, len(pointer.moves))
+    return Champion(pointer, etag)
+
+
+def move_champion(storage: Storage, expected: Champion | None, new: Pointer) -> Champion:
+    """Point to another release if nobody moved the pointer since it was read.
+
+    Args:
+        storage: bucket that holds the pointer.
+        expected: what `read_champion` returned when the decision was made.
+        new: what the pointer shall say.
+
+    Returns:
+        The new champion.
+
+    Raises:
+        PromotionError: it was changed meanwhile; nothing was written.
+        SettingsError: it must be signed and cannot be.
+        ServiceError: the storage does not answer.
+    """
+    sealed = storage.trust.seal(_signed_name(storage), new.model_dump(mode="json"))
+    content = json.dumps(sealed, indent=1).encode() + b"\n"
+    try:
+        if expected is None:
+            etag = storage.put_if_absent(KEY, content)
+        else:
+            etag = storage.put_if_match(KEY, content, expected.etag)
+    except ChangedError:
+        was = f"version {expected.pointer.version}" if expected else "none"
+        raise PromotionError(
+            f"The champion was changed meanwhile, by another promotion. Received: {was} as the "
+            "one to replace. Look at `handsigns status` and promote again if it still is right."
+        ) from None
+    storage.trust.check_newest(storage.uri(KEY), len(new.moves))
+    return Champion(new, etag)
+
+
+def sign_champion_again(storage: Storage) -> Champion | None:
+    """Replace the pointer's signature, whoever made it, by ours; nothing else changes.
+
+    Returns:
+        What the pointer says; None before the first promotion.
+
+    Raises:
+        PromotionError: it was changed meanwhile; nothing was written.
+        SettingsError: there is no usable signing key.
+    """
+    present = read_champion(Storage(storage.address))
+    return present and move_champion(storage, present, present.pointer)
+
+
+def _signed_name(storage: Storage) -> str:
+    """With the bucket in it: the champion of one place must not become that of another."""
+    return f"{storage.address.bucket}.{KEY}"
+
+
+def _fault(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    fault = error.errors(include_input=False)[0]
+    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"

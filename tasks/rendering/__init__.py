@@ -1,0 +1,1 @@
+"""Hands drawn in three dimensions, for the sample data set and nobody's photographs."""

@@ -1,0 +1,176 @@
+"""Where the rays of a pinhole camera meet capsules.
+
+Every pixel's value comes of additions, multiplications, divisions and square
+roots of single elements only. IEEE 754 rounds these correctly, so they give the
+same bits on every processor; a matrix product, a sum over an array or a
+transcendental function would not.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.rendering.hand import Capsules, Floats
+
+BLEND = 0.55
+"""Depth in cm within which two capsules are one smooth surface."""
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Looks from (0, 0, distance) along -z; the picture's x is right and its y is down.
+
+    Args:
+        distance: from the eye to the plane z = 0, in cm.
+        focal: pixels; a length at z = 0 appears `focal / distance` times as large.
+        centre: x and y in cm at z = 0 that the picture's middle shows.
+        size: pixels of a side.
+    """
+
+    distance: float
+    focal: float
+    centre: tuple[float, float]
+    size: int
+
+
+@dataclass(frozen=True)
+class Hits:
+    """What the pixels see that see anything; m of them, row by row.
+
+    Args:
+        seen: bool, (size, size); the pixels where a ray meets a capsule.
+        owners: int64, (m,); nearest capsule.
+        along: float64, (m,); 0 at the capsule's start, 1 at its end.
+        points: float64, (3, m); where the surface is, in cm.
+        normals: float64, (3, m); unit vectors out of it.
+    """
+
+    seen: NDArray[np.bool_]
+    owners: NDArray[np.int64]
+    along: Floats
+    points: Floats
+    normals: Floats
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """The k pixels that see one capsule, if nothing else is in the way."""
+
+    pixels: NDArray[np.int64]
+    distance: Floats
+    normals: Floats
+    along: Floats
+
+
+def cast(shapes: Capsules, camera: Camera) -> Hits:
+    """Intersect every pixel's ray with every capsule.
+
+    Args:
+        shapes: the capsules, all in front of the camera.
+        camera: the view.
+
+    Returns:
+        The nearest hits, with normals blended where capsules run into each other.
+    """
+    rays = _rays(camera)
+    eye = np.array([*camera.centre, camera.distance])
+    patches = [_patch(shapes, index, rays, eye, camera) for index in range(len(shapes.starts))]
+    nearest = np.full(camera.size**2, np.inf)
+    owners = np.full(camera.size**2, -1, dtype=np.int64)
+    along = np.zeros(camera.size**2)
+    for index, patch in enumerate(patches):
+        closer = patch.distance < nearest[patch.pixels]
+        pixels = patch.pixels[closer]
+        nearest[pixels], along[pixels] = patch.distance[closer], patch.along[closer]
+        owners[pixels] = index
+    normals = np.zeros_like(rays)
+    for patch in patches:
+        gap = (patch.distance - nearest[patch.pixels]) / BLEND
+        weight = np.maximum(1.0 - gap, 0.0)
+        normals[:, patch.pixels] += weight * weight * patch.normals
+    seen = owners >= 0
+    points = eye[:, None] + nearest[seen] * rays[:, seen]
+    return Hits(
+        seen.reshape(camera.size, camera.size),
+        owners[seen],
+        along[seen],
+        points,
+        _normalise(normals[:, seen]),
+    )
+
+
+def _rays(camera: Camera) -> Floats:
+    """Unit vectors, (3, size * size)."""
+    steps = (np.arange(camera.size) + 0.5 - camera.size / 2) / camera.focal
+    rays = np.empty((3, camera.size, camera.size))
+    rays[0], rays[1], rays[2] = steps[None, :], -steps[:, None], -1.0
+    return _normalise(rays.reshape(3, -1))
+
+
+def _normalise(vectors: Floats) -> Floats:
+    return vectors / np.sqrt(inner(vectors, vectors))
+
+
+def _window(ends: Floats, radii: Floats, eye: Floats, camera: Camera) -> NDArray[np.int64]:
+    """Pixels of a rectangle that holds the picture of a capsule; may be none."""
+    edges = []
+    for (x, y, z), radius in zip((ends - eye).tolist(), radii.tolist(), strict=True):
+        near = max(-z - radius, 1.0)
+        edges.append((x / near, y / near, 1.1 * radius / near))
+    scale, middle = camera.focal, camera.size / 2
+    left = min(x - radius for x, _, radius in edges) * scale + middle
+    right = max(x + radius for x, _, radius in edges) * scale + middle
+    top = middle - max(y + radius for _, y, radius in edges) * scale
+    bottom = middle - min(y - radius for _, y, radius in edges) * scale
+    rows = np.arange(max(math.floor(top), 0), min(math.ceil(bottom), camera.size))
+    columns = np.arange(max(math.floor(left), 0), min(math.ceil(right), camera.size))
+    return (rows[:, None] * camera.size + columns).ravel()
+
+
+def _patch(shapes: Capsules, index: int, rays: Floats, eye: Floats, camera: Camera) -> _Patch:
+    """Ray and round cone, after Inigo Quilez, 'Intersectors', `roundConeIntersect`."""
+    start, end = shapes.starts[index], shapes.ends[index]
+    first, second = shapes.radii[index].tolist()
+    pixels = _window(np.stack([start, end]), shapes.radii[index], eye, camera)
+    ray = rays[:, pixels]
+    axis, from_start, from_end = end - start, eye - start, eye - end
+    slope = first - second
+    length2, axis_start = float(inner(axis, axis)), float(inner(axis, from_start))
+    axis_ray, ray_start = inner(axis, ray), inner(from_start, ray)
+    side2 = length2 - slope * slope
+    a = side2 - axis_ray * axis_ray
+    b = side2 * ray_start + (slope * first - axis_start) * axis_ray
+    c = (
+        side2 * float(inner(from_start, from_start))
+        - axis_start * axis_start
+        + 2.0 * axis_start * slope * first
+        - length2 * first * first
+    )
+    root = b * b - c * a
+    distance = (-np.sqrt(np.maximum(root, 0.0)) - b) / np.where(np.abs(a) > 1e-9, a, 1e-9)
+    height = axis_start - first * slope + distance * axis_ray
+    on_side = (root >= 0.0) & (height > 0.0) & (height < side2)
+    ball = np.minimum(_ball(from_start, first, ray), _ball(from_end, second, ray))
+    distance = np.where(on_side, distance, ball)
+    hit = distance < np.inf
+    distance = distance[hit]
+    point = from_start[:, None] + distance * ray[:, hit]
+    height = inner(axis, point)
+    foot = np.clip(height - first * slope, 0.0, side2) / side2
+    normals = _normalise(point - axis[:, None] * foot)
+    return _Patch(pixels[hit], distance, normals, np.clip(height / length2, 0.0, 1.0))
+
+
+def _ball(centre: Floats, radius: float, ray: Floats) -> Floats:
+    """Distance to a sphere along each ray; infinite where it is missed."""
+    middle = inner(centre, ray)
+    root = middle * middle - (float(inner(centre, centre)) - radius * radius)
+    return np.where(root >= 0.0, -middle - np.sqrt(np.maximum(root, 0.0)), np.inf)
+
+
+def inner(left: Floats, right: Floats) -> Floats:
+    """Inner product over the first axis, added up in a fixed order."""
+    product: Floats = left[0] * right[0] + left[1] * right[1] + left[2] * right[2]
+    return product

@@ -1,0 +1,97 @@
+"""One rendered photo: a posed hand, turned, lit, before a wall and a camera."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.rendering.hand import Capsules, Floats, Hand, Part, capsules, circle
+from tasks.rendering.light import draw_light, gloss, light_on_hand, light_on_wall
+from tasks.rendering.pixels import FRAME, develop
+from tasks.rendering.raycast import Camera, cast
+from tasks.rendering.surface import skin, wall
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Rotation about y, then x, then z, in degrees."""
+
+    yaw: float
+    pitch: float
+    roll: float
+
+    def apply(self, points: Floats) -> Floats:
+        """Turn vectors, (3, ...)."""
+        return _spin(_spin(_spin(points, self.yaw, 2, 0), self.pitch, 1, 2), self.roll, 0, 1)
+
+    def undo(self, points: Floats) -> Floats:
+        """Turn vectors, (3, ...), back."""
+        return _spin(_spin(_spin(points, -self.roll, 0, 1), -self.pitch, 1, 2), -self.yaw, 2, 0)
+
+
+def _spin(points: Floats, degrees: float, first: int, second: int) -> Floats:
+    cos, sin = circle(degrees)
+    turned = points.copy()
+    turned[first] = cos * points[first] - sin * points[second]
+    turned[second] = sin * points[first] + cos * points[second]
+    return turned
+
+
+def photograph(label: int, hand: Hand, random: np.random.Generator) -> NDArray[np.uint8]:
+    """Render one photo of a hand.
+
+    Args:
+        label: the sign; the ring (0) is seen from the thumb's side.
+        hand: its pose.
+        random: source of view, light, skin, wall and noise.
+
+    Returns:
+        uint8, (64, 64, 3), RGB.
+    """
+    turn = _draw_turn(label, random)
+    shapes = turned(capsules(hand), turn)
+    camera = frame_hand(shapes, random)
+    hits = cast(shapes, camera)
+    light = draw_light(random)
+    lowest = float(shapes.starts[shapes.parts != Part.ARM, 2].min())
+    gap = random.uniform(1.0, 7.0)
+    depth = np.full((FRAME, FRAME), lowest - 1.0 - gap)
+    depth[hits.seen] = np.maximum(hits.points[2], lowest - 1.0 - gap)
+    picture = wall(random) * light_on_wall(hits, light, camera, gap + 2.5, random)
+    lit = skin(hits, shapes, turn.undo(hits.points), random) * light_on_hand(
+        depth, hits, light, camera
+    )
+    picture[:, hits.seen] = lit + gloss(hits, light, random)
+    if random.integers(2):
+        picture = picture[:, :, ::-1]
+    return develop(picture, random)
+
+
+def _draw_turn(label: int, random: np.random.Generator) -> Turn:
+    yaw = random.uniform(-82, -56) if label == 0 else random.uniform(-26, 26)
+    if label != 0 and random.uniform() < 0.15:
+        yaw += 180.0
+    roll = random.uniform(-22, 22) + random.uniform(-22, 22)
+    pitch = random.uniform(-9, 9) if label == 0 else random.uniform(-16, 16)
+    return Turn(yaw, pitch, roll)
+
+
+def turned(shapes: Capsules, turn: Turn) -> Capsules:
+    """The same capsules, turned about the wrist."""
+    starts, ends, dorsal = (
+        turn.apply(points.T).T for points in (shapes.starts, shapes.ends, shapes.dorsal)
+    )
+    return Capsules(starts, ends, shapes.radii, dorsal, shapes.parts)
+
+
+def frame_hand(shapes: Capsules, random: np.random.Generator) -> Camera:
+    """Put the whole hand, without the forearm, into the frame."""
+    hand = shapes.parts != Part.ARM
+    ends = np.concatenate([shapes.starts[hand], shapes.ends[hand]])[:, :2]
+    low, high = ends.min(axis=0) - 1.0, ends.max(axis=0) + 1.0
+    extent = high - low
+    shown = float(extent.max()) / random.uniform(0.58, 0.9)
+    slack = 0.45 * (shown - extent) * random.uniform(-1.0, 1.0, 2)
+    x, y = (low + high) / 2 + slack * np.array([1.0, 0.8])
+    distance = random.uniform(38.0, 80.0)
+    return Camera(distance, distance * FRAME / shown, (float(x), float(y)), FRAME)

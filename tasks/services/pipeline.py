@@ -1,0 +1,340 @@
+"""The pipeline of `dvc.yaml` and the version of `data/`; the only module that touches DVC.
+
+DVC itself decides what is out of date, restores earlier results from its run
+cache and writes `dvc.lock`. One thing differs from `dvc repro`: the stage's
+function is called in this process instead of in a new one, which would import
+TensorFlow once more for every stage. That is done by putting another function
+in the place of `dvc.stage.run.cmd_run`, which is not documented: the version of
+DVC is pinned, and a test runs both ways and compares.
+"""
+
+import logging
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import stamina
+import yaml
+
+from tasks.errors import BusyError, DataError, ServiceError, StageError
+from tasks.layout import Layout
+from tasks.progress import Progress, silent
+from tasks.services.in_process import InProcess, source_digests
+from tasks.services.stored_objects import drop_damaged_version, put_back, send_again
+from tasks.whole import whole_file
+
+Outcome = Literal["unchanged", "restored", "ran"]
+DataSource = Literal["sample", "photos"]
+DATA_FILE = "data.dvc"
+REMOTE = "handsigns"
+
+_log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Where DVC pushes to, when it is not the one in `.dvc/config`.
+
+    Args:
+        url: as DVC takes it, such as `s3://dvc`.
+        options: further keys of DVC's remote section, credentials among them.
+    """
+
+    url: str
+    options: dict[str, str]
+
+
+class Pipeline:
+    """One checkout's stages and data.
+
+    Args:
+        layout: the checkout, which must be the working directory: DVC asks for it.
+        remote: overrides the default remote of `.dvc/config`.
+        lock_timeout: seconds to wait for somebody else's lock before giving up.
+    """
+
+    def __init__(
+        self, layout: Layout, remote: Remote | None = None, lock_timeout: float = 600.0
+    ) -> None:
+        from dvc.exceptions import NotDvcRepoError
+        from dvc.repo import Repo
+
+        # What DVC advises a person to type next is not for those who run this.
+        logging.getLogger("dvc").setLevel(logging.WARNING)
+        self._layout = layout
+        self._lock_timeout = lock_timeout
+        config: dict[str, Any] = {}
+        if remote is not None:
+            section = {"url": remote.url, **remote.options}
+            if remote.url.startswith("s3://"):
+                # Without it a damaged remote object is pulled with no complaint.
+                section["verify"] = "true"
+                # By default a silent remote is waited for a minute, five times.
+                section |= {"connect_timeout": "5", "read_timeout": "20"}
+            config = {"core": {"remote": REMOTE}, "remote": {REMOTE: section}}
+        try:
+            self._repo = Repo(str(layout.root), config=config)
+        except NotDvcRepoError as error:
+            raise DataError(
+                f"DVC knows no project here. Received: '{layout.root}'. "
+                "Run from the checkout's root, where dvc.yaml lies."
+            ) from error
+        except sqlite3.Error as error:
+            raise _unkept(error) from error
+        self._sources = source_digests(layout.root)
+
+    def stages(self) -> list[str]:
+        """Names of the stages, each after what it depends on."""
+        import networkx
+
+        order = reversed(list(networkx.topological_sort(self._repo.index.graph)))
+        return [stage.name for stage in order if stage.cmd]
+
+    def changed(self) -> dict[str, list[Any]]:
+        """What is out of date, by stage; empty when there is nothing to do."""
+        return dict(self._locked(self._repo.status))
+
+    def run(self, name: str, force: bool = False, progress: Progress = silent) -> Outcome:
+        """Bring one stage up to date, given that those before it are.
+
+        Args:
+            name: as in `stages()`, such as `train@base`.
+            force: run it even if nothing changed.
+            progress: told how far the stage is.
+
+        Returns:
+            Whether it ran, was restored from DVC's run cache, or needed neither.
+
+        Raises:
+            StageError: the stage failed, or a file it depends on changed while
+                it ran.
+            BusyError: another process holds the lock for too long.
+        """
+        runner = InProcess(self._layout, self._sources, progress)
+
+        def reproduce() -> list[Any]:
+            with _in_process(runner):
+                result: list[Any] = self._repo.reproduce(name, single_item=True, force=force)
+                return result
+
+        done = self._locked(reproduce)
+        if runner.ran:
+            return "ran"
+        if done and not force and self._drop_damaged_results(done):
+            return self.run(name, force=True, progress=progress)
+        return "restored" if done else "unchanged"
+
+    def _drop_damaged_results(self, stages: list[Any]) -> bool:
+        """Whether what was restored from the cache is not what it was."""
+        cache = self._repo.cache.local
+        spoilt = [
+            name
+            for stage in stages
+            for out in stage.outs
+            if out.use_cache and out.hash_info.value
+            for name in drop_damaged_version(cache, out.hash_info.value)
+        ]
+        if spoilt:
+            _log.warning("%d objects in the local DVC cache were damaged.", len(spoilt))
+        return bool(spoilt)
+
+    def data_version(self) -> str | None:
+        """DVC's hash of `data/` as recorded in `data.dvc`; None where there is none."""
+        record = self._data_record()
+        return None if record is None else str(record["outs"][0]["md5"])
+
+    def data_source(self) -> DataSource | None:
+        """Whether the recorded version is the rendered sample or imported photos."""
+        record = self._data_record()
+        if record is None:
+            return None
+        return "sample" if record.get("meta", {}).get("source") == "sample" else "photos"
+
+    def version_data(self, source: DataSource) -> str:
+        """Record `data/` as it is now (`dvc add`).
+
+        Args:
+            source: kept in `data.dvc`, so that a fresh clone knows whether it can
+                render what it cannot pull.
+
+        Returns:
+            The hash of the version.
+        """
+        if not self._layout.data.is_dir():
+            raise DataError("There is no data/ to version. Import photos, or render the sample.")
+        self._locked(lambda: self._repo.add(str(self._layout.data)))
+        record = self._data_record()
+        if record is None:
+            raise DataError(f"DVC wrote no {DATA_FILE}. Run `dvc doctor` and see what it says.")
+        record["meta"] = {"source": source}
+        with whole_file(self._data_file) as path:
+            path.write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
+        return str(record["outs"][0]["md5"])
+
+    @property
+    def _data_file(self) -> Path:
+        return self._layout.root / DATA_FILE
+
+    def _data_record(self) -> dict[str, Any] | None:
+        if not self._data_file.is_file():
+            return None
+        try:
+            record = yaml.safe_load(self._data_file.read_text(encoding="utf-8"))
+            if not isinstance(record["outs"][0]["md5"], str):
+                raise TypeError(record["outs"][0]["md5"])
+        except (yaml.YAMLError, KeyError, IndexError, TypeError) as error:
+            raise DataError(
+                f"{DATA_FILE} is not what DVC writes. Take it back from git, "
+                "or import the photos again."
+            ) from error
+        return dict(record)
+
+    def data_changed(self) -> bool:
+        """Whether `data/` differs from the version in `data.dvc`."""
+        return bool(self._locked(lambda: self._repo.status([DATA_FILE])))
+
+    def has_remote(self) -> bool:
+        """Whether there is anywhere to push to."""
+        return bool(self._repo.config["core"].get("remote"))
+
+    def push_data(self) -> int:
+        """Send the present version of `data/` to the remote; number of files sent.
+
+        What the remote holds damaged, or lost since it was sent, is sent again: DVC
+        itself does not look at what it has pushed before.
+        """
+
+        def push() -> int:
+            version = self._mended_cache()
+            sent = int(self._repo.push([DATA_FILE]))
+            remote = self._repo.cloud.get_remote_odb()
+            if again := send_again(self._repo.cache.local, remote, version):
+                _log.warning("%d objects were missing or damaged in the remote.", len(again))
+            return sent + len(again)
+
+        return self._transfer("pushed", push)
+
+    def _mended_cache(self) -> str:
+        """Make the cache hold the version of `data/` that is recorded; that version."""
+        cache, version = self._repo.cache.local, self.data_version()
+        if version is None:
+            raise DataError("data/ has no version yet. Import photos, or render the sample.")
+        if drop_damaged_version(cache, version):
+            _log.warning("The local DVC cache was damaged; it is mended from data/.")
+        if not cache.exists(version):
+            version = self.version_data(self.data_source() or "photos")
+        put_back(cache, self._layout.data, version)
+        return version
+
+    def pull_data(self) -> int:
+        """Fetch the version named in `data.dvc`; number of files fetched."""
+
+        def pull() -> int:
+            self._drop_damaged_data()
+            result = self._repo.pull([DATA_FILE])
+            return int(result.get("fetched", 0))
+
+        return self._transfer("pulled", pull)
+
+    def checkout_data(self) -> bool:
+        """Lay out `data/` from the local cache, where it holds the version whole."""
+        from dvc.exceptions import CheckoutError
+
+        def checkout() -> bool:
+            self._drop_damaged_data()
+            try:
+                self._repo.checkout([DATA_FILE], force=True)
+            except CheckoutError:
+                return False
+            return self._layout.data.is_dir()
+
+        return self._locked(checkout)
+
+    def _drop_damaged_data(self) -> None:
+        """DVC lays out what the cache holds without looking at it."""
+        version = self.data_version()
+        if version and (spoilt := drop_damaged_version(self._repo.cache.local, version)):
+            _log.warning("%d objects in the local DVC cache were damaged.", len(spoilt))
+
+    def _transfer(self, verb: str, call: Callable[[], int]) -> int:
+        from dvc.exceptions import DvcException
+        from dvc.lock import LockError
+
+        def transfer() -> int:
+            try:
+                return call()
+            except LockError:
+                raise
+            except (DvcException, OSError) as error:
+                remote = self._repo.config["core"].get("remote")
+                raise ServiceError(
+                    f"data/ could not be {verb} ({_one_line(error)}). Received: remote "
+                    f"'{remote}'. Check its address and credentials, then run again."
+                ) from error
+
+        return int(self._locked(transfer))
+
+    def _locked(self, call: Callable[[], _Result]) -> _Result:
+        """Call into DVC, waiting a bounded time for its locks."""
+        from dvc.exceptions import DvcException
+        from dvc.lock import LockError
+
+        try:
+            for attempt in stamina.retry_context(
+                on=LockError, attempts=None, timeout=self._lock_timeout, wait_max=5.0
+            ):
+                with attempt:
+                    if attempt.num == 2:
+                        _log.warning(
+                            "Another process works on this pipeline; waiting up to %.0f s.",
+                            self._lock_timeout,
+                        )
+                    return _unwrapped(call)
+        except LockError as error:
+            raise BusyError(
+                f"Another process held DVC's lock for {self._lock_timeout:.0f} s: "
+                f"{_one_line(error)} Wait for it to end, then run again."
+            ) from error
+        except sqlite3.Error as error:
+            raise _unkept(error) from error
+        except DvcException as error:
+            advice = "" if "dvc.lock" not in str(error) else " Take dvc.lock back from git."
+            raise StageError(f"DVC stopped: {_one_line(error)}{advice}") from error
+        raise AssertionError("a retry context either returns or raises")
+
+
+def _unkept(error: sqlite3.Error) -> StageError:
+    return StageError(
+        f"DVC cannot keep its notes. Received: {_one_line(error)}, which mostly means a full disk. "
+        "Free some room, then run again; what was there before is whole."
+    )
+
+
+def _unwrapped(call: Callable[[], _Result]) -> _Result:
+    """What a stage raised, without the sentence that DVC puts around it."""
+    from dvc.exceptions import ReproductionError
+
+    try:
+        return call()
+    except ReproductionError as error:
+        raise (error.__cause__ or error) from None
+
+
+@contextmanager
+def _in_process(runner: InProcess) -> Iterator[None]:
+    import dvc.stage.run as dvc_run
+
+    original = dvc_run.cmd_run
+    dvc_run.cmd_run = runner
+    try:
+        yield
+    finally:
+        dvc_run.cmd_run = original
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

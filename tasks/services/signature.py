@@ -1,0 +1,206 @@
+"""Who vouches for a release: signatures by an offline elliptic-curve key.
+
+The library model-signing makes and checks them; a signature is a Sigstore bundle. It
+lies inside the JSON object that it covers, so that no crash and no second writer can
+leave one without the other. What is signed is the canonical JSON of everything else.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import ReleaseError, SettingsError
+from tasks.services.keys import fingerprint, public_pem, public_pem_of
+from tasks.whole import read_json, write_json
+
+SIGNATURE = "signature"
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Whose signatures are believed, and the key to sign with.
+
+    Args:
+        public_keys: PEM files; several while keys are changed. With none, that of the
+            signing key counts.
+        signing_key: PEM file of the private key; None where nothing is signed.
+        passphrase: of the signing key.
+        memory: file that remembers the newest champion pointer seen; None forgets.
+    """
+
+    public_keys: tuple[Path, ...] = ()
+    signing_key: Path | None = None
+    passphrase: str | None = field(default=None, repr=False)
+    memory: Path | None = None
+
+    @cached_property
+    def known(self) -> dict[str, bytes]:
+        """Public keys in PEM by their SHA-256 in hex; empty where unsigned is allowed."""
+        if not self.public_keys and self.signing_key is None:
+            return {}
+        found = [public_pem(path) for path in self.public_keys] or [self._own_pem()]
+        return {fingerprint(pem): pem for pem in found}
+
+    def told(self) -> str:
+        """What is demanded of a release, in one sentence."""
+        if not self.known:
+            return "Signatures are not checked: no public key is configured."
+        keys = ", ".join(name[:16] for name in self.known)
+        return f"Signatures are checked against {len(self.known)} public key(s): {keys}."
+
+    def check_signer(self) -> None:
+        """Refuse, before anything is trained, what could not be signed in the end.
+
+        Raises:
+            SettingsError: no signing key where signatures are demanded, one that cannot be
+                read, or one whose public key is not among those that are believed.
+        """
+        if not self.known:
+            return
+        if self.signing_key is None:
+            raise SettingsError(
+                "What is written must be signed, because public keys are configured. Received: "
+                "no HANDSIGNS_SIGNING_KEY. Set it, or do this where the key is."
+            )
+        own = fingerprint(self._own_pem())
+        if own not in self.known:
+            raise SettingsError(
+                f"The signing key is none of those that are believed. Received: key {own[:16]} "
+                f"of '{self.signing_key}'. Add its public key to HANDSIGNS_PUBLIC_KEYS."
+            )
+
+    def seal(self, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `fields` with a signature over them; without one where none is demanded.
+
+        Args:
+            name: what the content is; a signature for one name is none for another.
+            fields: JSON values.
+
+        Raises:
+            SettingsError: there is no usable signing key.
+        """
+        plain = {key: value for key, value in fields.items() if key != SIGNATURE}
+        self.check_signer()
+        if self.signing_key is None:
+            return plain
+        from model_signing import signing
+
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = _laid_out(Path(temporary), name, plain)
+            bundle = Path(temporary) / "bundle"
+            # The library hands it on as it is, to where only bytes are taken.
+            secret: Any = self.passphrase.encode() if self.passphrase else None
+            signing.Config().use_elliptic_key_signer(
+                private_key=self.signing_key, password=secret
+            ).sign(folder, bundle)
+            return {**plain, SIGNATURE: json.loads(bundle.read_bytes())}
+
+    def check(self, name: str, fields: Mapping[str, Any], where: str) -> None:
+        """Refuse content that nobody we know has signed.
+
+        Args:
+            name: what the content must be.
+            fields: what `seal` returned, read back.
+            where: its place, for messages.
+
+        Raises:
+            ReleaseError: the signature is missing, broken, of an unknown key, or of other
+                content; each in its own words.
+        """
+        if not self.known:
+            return
+        bundle = fields.get(SIGNATURE)
+        if bundle is None:
+            raise ReleaseError(
+                f"The signature is missing. Received: {where}, unsigned. Sign it with "
+                "`handsigns keys sign` if you know where it comes from."
+            )
+        key = _key_of(bundle)
+        if key not in self.known:
+            raise ReleaseError(
+                f"The signature is by a key that is not believed. Received: key {key[:16]} in "
+                f"{where}. Add its public key to HANDSIGNS_PUBLIC_KEYS if you know whose it is."
+            )
+        plain = {name: value for name, value in fields.items() if name != SIGNATURE}
+        if fault := _fault(name, plain, bundle, self.known[key]):
+            raise ReleaseError(f"The signature {fault}. Received: {where}. Do not use it.")
+
+    def check_newest(self, place: str, moves: int) -> None:
+        """Refuse a champion pointer that is older than one seen before.
+
+        A signature cannot tell an old pointer from the present one; the number of its
+        moves, which only grows, can.
+
+        Args:
+            place: whose pointer.
+            moves: how many moves it tells of; 0 where there is none.
+
+        Raises:
+            ReleaseError: an earlier one told of more.
+        """
+        if not self.known or self.memory is None:
+            return
+        seen = read_json(self.memory) or {}
+        newest = int(seen.get(place, 0))
+        if moves < newest:
+            raise ReleaseError(
+                f"The champion pointer is older than one seen before. Received: {moves} moves at "
+                f"{place}, where {newest} were seen. Look who put it back; remove {self.memory} "
+                "if that was right."
+            )
+        if moves > newest:
+            write_json(self.memory, {**seen, place: moves})
+
+    def _own_pem(self) -> bytes:
+        return public_pem_of(Path(str(self.signing_key)), self.passphrase)
+
+
+UNSIGNED = Trust()
+"""Nothing is signed, and nothing need be."""
+
+
+def canonical(content: Any) -> bytes:
+    """JSON with sorted keys and no spaces: the same content, the same bytes."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _fault(name: str, plain: Mapping[str, Any], bundle: Any, pem: bytes) -> str | None:
+    """What is wrong with a signature, or None."""
+    from cryptography.exceptions import InvalidSignature
+    from model_signing import verifying
+
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        folder = _laid_out(root, name, plain)
+        (root / "key").write_bytes(pem)
+        (root / "bundle").write_text(json.dumps(bundle), encoding="utf-8")
+        try:
+            verifying.Config().use_elliptic_key_verifier(public_key=root / "key").verify(
+                folder, root / "bundle"
+            )
+        except InvalidSignature:
+            return "is forged or damaged: it was not made with the key that it names"
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            if str(error).startswith("Signature mismatch"):
+                return "is of other content: what it covers was changed, or it was taken from there"
+            return f"cannot be understood ({type(error).__name__})"
+    return None
+
+
+def _laid_out(root: Path, name: str, plain: Mapping[str, Any]) -> Path:
+    """Lay out what is signed as the library takes it: a folder with one file."""
+    folder = root / "signed"
+    folder.mkdir()
+    (folder / name).write_bytes(canonical(plain))
+    return folder
+
+
+def _key_of(bundle: Any) -> str:
+    try:
+        return str(bundle["verificationMaterial"]["publicKey"]["hint"])
+    except (KeyError, TypeError):
+        return "unnamed"
