@@ -4,6 +4,7 @@ import ast
 import shlex
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 
 from tests.fixtures.photos import CHECKOUT
 
+OWN = ("flows", "tasks")
 NEUTRAL = {
     f"tasks.{name}"
     for name in ("errors", "labels", "layout", "params", "progress", "stage", "whole")
@@ -19,10 +21,10 @@ NEUTRAL = {
 
 
 def imports(path: Path) -> set[str]:
-    """Modules of `tasks` that a file imports, anywhere in it."""
+    """Modules of our own that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tasks"):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(OWN):
             named = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name for name in named if source(name).is_file()} or {node.module}
     return found
@@ -50,11 +52,10 @@ def dotted(path: Path) -> str:
     return ".".join(path.with_suffix("").parts)
 
 
-def modules() -> list[Path]:
-    """All files of `tasks`, from the checkout's root."""
-    return sorted(
-        path.relative_to(CHECKOUT.root) for path in (CHECKOUT.root / "tasks").rglob("*.py")
-    )
+def modules(package: str = "tasks") -> list[Path]:
+    """All files of a package, from the checkout's root."""
+    files = (CHECKOUT.root / package).rglob("*.py")
+    return sorted(path.relative_to(CHECKOUT.root) for path in files)
 
 
 def stages() -> dict[str, tuple[str, set[str]]]:
@@ -79,6 +80,18 @@ def test_no_task_reaches_up_to_prefect() -> None:
     code += "; import sys; print('prefect' in sys.modules, 'flows' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("package", OWN)
+def test_no_two_folders_use_each_other(package: str) -> None:
+    uses: dict[str, set[str]] = {}
+    for path in modules(package):
+        _, place, *_ = path.with_suffix("").parts
+        found = [name.split(".") for name in imports(CHECKOUT.root / path)]
+        used = {room for own, room, *_ in found if own == package and room != place}
+        uses.setdefault(place, set()).update(used)
+    assert len(uses) > 10
+    TopologicalSorter(uses).prepare()
 
 
 @pytest.mark.parametrize(

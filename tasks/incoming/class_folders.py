@@ -3,20 +3,17 @@
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from tasks.errors import ImageError, SourceError
 from tasks.labels import LABELS
-from tasks.pictures.images import printable
+from tasks.pictures.images import Read, printable
 
 SPLITS = ("train", "test")
 _CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
-
-Read = Callable[[int], bytes]
-"""`read(limit)` gives at most `limit` bytes, or raises `ImageError`."""
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.errors import DataError, ImageError, ModelError
-from tasks.incoming.class_folders import Read
 from tasks.labels import LABELS
 from tasks.network.engine import Engine
 from tasks.network.foreign import examined
 from tasks.pictures.augment import enlarge
-from tasks.pictures.images import MAX_BYTES, look
+from tasks.pictures.images import MAX_BYTES, Read, look
 from tasks.pictures.shrink import shrink
 from tasks.progress import Progress, silent
 

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from tasks.errors import ImageError
+
+Read = Callable[[int], bytes]
+"""`read(limit)` gives at most `limit` bytes of a file, or raises `ImageError`."""
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
