@@ -1,6 +1,7 @@
 """What a change costs: a whole retrain, 5 % more photos, another rate, nothing at all.
 
     python -m benchmarks.increment --photos FOLDER [--json]
+    python -m benchmarks.increment --render N [--json]
 
 Wall time of `handsigns retrain` in a clone of the last commit, servers and all, and of
 that the stages of `dvc.yaml` alone.
@@ -23,6 +24,7 @@ from benchmarks import markdown
 from benchmarks.training import ROOT, lend_package
 from tasks.labels import LABELS
 from tasks.layout import Layout
+from tasks.rendering.sample import render_sample
 
 HANDSIGNS = Path(sys.executable).with_name("handsigns")
 FIRST = 19
@@ -31,13 +33,19 @@ SHARE = 20
 
 
 def main(
-    photos: Annotated[Path, typer.Option(help="Class folders.")],
+    photos: Annotated[Path | None, typer.Option(help="Class folders.")] = None,
+    render: Annotated[int, typer.Option(help="Photos to render in place of them.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Retrain four times, each after another change."""
+    if (photos is None) == (render == 0):
+        raise typer.BadParameter("Name photos, or how many to render.")
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        if photos is None:
+            render_sample(folder / "rendered", per_class=render // len(LABELS))
+            photos = folder / "rendered" / "train"
         clone = folder / "clone"
         subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
         lend_package(Layout(clone))

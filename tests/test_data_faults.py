@@ -20,9 +20,9 @@ from tasks.services.addresses import S3Address
 from tasks.services.pipeline import Pipeline, Remote
 from tasks.services.storage import Storage
 from tests.fixtures import faults
+from tests.fixtures.checkouts import with_stages
 from tests.fixtures.faults import Proxy, proxy_to
 from tests.fixtures.locks import held
-from tests.fixtures.photos import CHECKOUT, write_photos
 
 BIN = Path(sys.executable).parent
 SECONDS = 60
@@ -32,23 +32,14 @@ SECONDS = 60
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout with photos and one version of them."""
-    root = tmp_path_factory.mktemp("data") / "checkout"
-    root.mkdir()
-    for name in ("dvc.yaml", "params.yaml"):
-        shutil.copy(CHECKOUT.root / name, root)
-    shutil.copytree(CHECKOUT.root / "tasks", root / "tasks")
-    subprocess.run(["git", "init", "-q", root], check=True)
-    (root / ".gitignore").write_text("/artifacts/\n/data\n")
-    (root / ".dvc").mkdir()
-    shutil.copy(CHECKOUT.root / ".dvc/config", root / ".dvc")
-    write_photos(root / "data/train", per_class=12)
+    layout = with_stages(tmp_path_factory.mktemp("data") / "checkout")
     before = Path.cwd()
-    os.chdir(root)
+    os.chdir(layout.root)
     try:
-        Pipeline(Layout(root)).version_data("photos")
+        Pipeline(layout).version_data("photos")
     finally:
         os.chdir(before)
-    return root
+    return layout.root
 
 
 @pytest.fixture

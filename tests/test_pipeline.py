@@ -14,8 +14,9 @@ import yaml
 from tasks.errors import BusyError, DataError, StageError
 from tasks.layout import Layout
 from tasks.services.pipeline import Pipeline, Remote
+from tests.fixtures.checkouts import with_stages
 from tests.fixtures.locks import held
-from tests.fixtures.photos import CHECKOUT, write_photos
+from tests.fixtures.photos import write_photos
 
 EARLY = ("audit", "preprocess")
 
@@ -23,18 +24,8 @@ EARLY = ("audit", "preprocess")
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
     """A checkout of its own, with the product's stages and generated photos."""
-    root = tmp_path / "checkout"
-    root.mkdir()
-    for name in ("dvc.yaml", "params.yaml"):
-        shutil.copy(CHECKOUT.root / name, root)
-    shutil.copytree(CHECKOUT.root / "tasks", root / "tasks")
-    subprocess.run(["git", "init", "-q", root], check=True)
-    (root / ".gitignore").write_text("/artifacts/\n/data\n")
-    (root / ".dvc").mkdir()
-    shutil.copy(CHECKOUT.root / ".dvc/config", root / ".dvc")
-    write_photos(root / "data/train", per_class=12)
-    monkeypatch.chdir(root)
-    layout = Layout(root)
+    layout = with_stages(tmp_path / "checkout")
+    monkeypatch.chdir(layout.root)
     Pipeline(layout).version_data("photos")
     return layout
 
