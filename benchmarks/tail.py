@@ -70,7 +70,7 @@ def update(way: Any, adam: type[Any]) -> Run:
     pool = (
         partial(layers, model) if way is layers else partial(tail.pooled, product=product_in(way))
     )
-    average = Average(tail.variables, training.ema)
+    average = Average(tail.variables, 1, 0.75)
     optimizer = adam(1e-4)
     optimizer.build(tail.variables)
 

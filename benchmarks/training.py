@@ -38,6 +38,7 @@ SOURCE_PHASES = {
         "epochs": 5,
         "learning_rate": 0.0001,
         "schedule": "constant",
+        "averaging": 0.0,
         "trainable_layers": 10,
     },
 }
@@ -49,6 +50,7 @@ BRIEF_PHASES = {
         "epochs": 3,
         "learning_rate": 0.001,
         "schedule": "cosine",
+        "averaging": 0.5,
         "trainable_layers": 10,
     },
 }
@@ -56,7 +58,6 @@ SOURCE_TRAINING = {
     "dropout": 0.0,
     "style_mixing": 0.0,
     "erasing": 0.0,
-    "ema": 0.0,
     "calibrate": False,
 }
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
@@ -78,7 +79,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "brief": (
         "stored features, half of the photos",
         {
-            "training": {**SOURCE_TRAINING, "ema": 0.9, "batch_size": 8},
+            "training": {**SOURCE_TRAINING, "batch_size": 8},
             "phases": BRIEF_PHASES,
             "features": {"views": 0},
         },

@@ -63,7 +63,6 @@ class TrainingParams(_Section):
     label_smoothing: float = Field(ge=0.0, lt=1.0)
     style_mixing: Share
     erasing: Share
-    ema: float = Field(ge=0.0, lt=1.0)
     calibrate: bool
 
 
@@ -74,6 +73,7 @@ class PhaseParams(_Section):
     learning_rate: float = Field(gt=0.0, le=1.0)
     schedule: Literal["constant", "cosine"]
     epochs: int = Field(ge=1, le=1000)
+    averaging: Share
 
 
 class GateParams(_Section):

@@ -31,6 +31,7 @@ def plan_of(
             learning_rate=1e-3,
             schedule="cosine",
             epochs=3,
+            averaging=0.0,
         ),
         training=TrainingParams(
             mode="cached",
@@ -41,7 +42,6 @@ def plan_of(
             label_smoothing=more.get("label_smoothing", 0.0),
             style_mixing=0.0,
             erasing=0.0,
-            ema=0.0,
             calibrate=False,
         ),
         seed=7,

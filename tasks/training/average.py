@@ -1,4 +1,10 @@
-"""A running average of the weights, which generalises better than their last value."""
+"""The mean of the weights that a phase passes through, which generalises better than their last.
+
+Cha et al., SWAD: Domain Generalization by Seeking Flat Minima, 2021, without its search for
+where to begin and end; after Izmailov et al., Averaging Weights Leads to Wider Optima and
+Better Generalization, 2018. At a constant rate updates go around in a wide valley, and their
+mean lies in the middle of it.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,29 +14,25 @@ import tensorflow as tf
 
 
 class Average:
-    """Exponential moving average of variables.
-
-    The decay rises from 0.1 to its full value, min(decay, (1 + n) / (10 + n)) after
-    n updates, as in TensorFlow's ExponentialMovingAverage: with a constant decay a
-    phase of thirty updates would keep 40 % of the weights it started from.
+    """Even mean of variables over the last updates; until these come, their present values.
 
     Args:
         variables: Keras variables that an optimizer changes.
-        decay: 0 turns the average off; the last value is then what is kept.
+        updates: that there will be.
+        share: of them, the last ones, that are averaged; 0 keeps the very last values.
     """
 
-    def __init__(self, variables: Sequence[Any], decay: float) -> None:
-        self._variables = [variable.value for variable in variables] if decay else []
+    def __init__(self, variables: Sequence[Any], updates: int, share: float) -> None:
+        self._variables = [variable.value for variable in variables] if share else []
         self._averages = [tf.Variable(value, trainable=False) for value in self._variables]
         self._updates = tf.Variable(0.0, trainable=False)
-        self._decay = decay
+        self._before = updates - round(share * updates)
 
     def update(self) -> None:
         """Take the present values in; callable inside a tf.function."""
-        if not self._decay:
+        if not self._variables:
             return
-        count = self._updates.assign_add(1.0)
-        share = 1.0 - tf.minimum(self._decay, (1.0 + count) / (10.0 + count))
+        share = 1.0 / tf.maximum(self._updates.assign_add(1.0) - self._before, 1.0)
         for average, variable in zip(self._averages, self._variables, strict=True):
             average.assign_add(share * (variable - average))
 

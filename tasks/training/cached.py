@@ -54,7 +54,7 @@ def fit_cached(
         float32, (m, 6).
     """
     tail = Tail(model, plan.training.dropout, plan.seed)
-    average = Average(tail.variables, plan.training.ema)
+    average = Average(tail.variables, plan.updates, plan.phase.averaging)
     epochs = [
         [
             (chosen, _rows(features, names, plan.train[chosen], views))

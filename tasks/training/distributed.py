@@ -76,7 +76,7 @@ def fit_distributed(
     with strategy.scope():
         optimizer = plan.optimizer()
         optimizer.build(model.trainable_variables)
-        average = Average(model.trainable_variables, plan.training.ema)
+        average = Average(model.trainable_variables, plan.updates, plan.phase.averaging)
     learn = _learner(strategy, model, optimizer)
     validate = validation(model, plan, images)
     curve: list[Epoch] = []

@@ -47,7 +47,7 @@ def fit_end_to_end(
         plan,
         validation(model, plan, images),
         progress,
-        Average(model.trainable_variables, plan.training.ema),
+        Average(model.trainable_variables, plan.updates, plan.phase.averaging),
     )
     model.fit(
         _photos(plan, images, size),
