@@ -49,8 +49,8 @@ BRIEF_PHASES = {
         "data_fraction": 0.5,
         "epochs": 3,
         "learning_rate": 0.001,
-        "schedule": "cosine",
-        "averaging": 0.5,
+        "schedule": "constant",
+        "averaging": 0.75,
         "trainable_layers": 10,
     },
 }
