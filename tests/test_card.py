@@ -39,9 +39,11 @@ def rows(text: str) -> list[list[str]]:
 def test_the_card_carries_data_phases_scores_and_verdict(params: Params) -> None:
     text = card(params, note="Rendered hands, no photos of people.")
     table = rows(text)
+    full = params.phases["full"]
+    rate = f"{full.learning_rate:g} {full.schedule}"
     assert "Version `3f2a.dir`. Rendered hands, no photos of people." in text
     assert ["train", "100"] in table
-    assert ["full", "10", "16", "0.0005 cosine", "3", "0.2500", "0.9000"] in table
+    assert ["full", "10", str(full.trainable_layers), rate, "3", "0.2500", "0.9000"] in table
     assert ["accuracy", "1.0000 (95% Wilson: 0.7575 to 1.0000)"] in table
     assert ["3", "1.0000", "1.0000", "1.0000", "2"] in table
     assert ["test photos", "12", "50", "-", "failed"] in table
