@@ -2,7 +2,7 @@
 
     python -m benchmarks.tail [--rounds N] [--json]
 
-32 photos with sixteen layers open, forward and backward, Adam and the running average;
+32 photos with sixteen layers open, forward and backward, Adam and the even average;
 random features and weights. The ways take turns in one process, so that a busy moment
 meets all of them.
 """

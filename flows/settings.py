@@ -184,12 +184,26 @@ def load_settings() -> Settings:
 
 def _refuse_unknown() -> None:
     """A mistyped name would otherwise start a local server in silence."""
-    known = {PREFIX + field.upper() for field in Settings.model_fields}
+    read = _variables()
+    known = sorted(name for name in read if name.startswith(PREFIX))
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            advice = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(sorted(known))}."
+            plain = name.removeprefix(PREFIX)
+            close = [plain] if plain in read else difflib.get_close_matches(name, known, n=1)
+            advice = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(known)}."
             raise SettingsError(f"Unknown setting in the environment. Received: {name}. {advice}")
+
+
+def _variables() -> list[str]:
+    """Names of all variables that are read."""
+    names: set[str] = set()
+    for field, info in Settings.model_fields.items():
+        alias = info.validation_alias
+        if isinstance(alias, AliasChoices):
+            names.update(str(choice) for choice in alias.choices)
+        else:
+            names.add(str(alias or PREFIX + field.upper()))
+    return sorted(names)
 
 
 def _explain(fault: Any) -> str:

@@ -40,10 +40,12 @@ def test_the_card_carries_data_phases_scores_and_verdict(params: Params) -> None
     text = card(params, note="Rendered hands, no photos of people.")
     table = rows(text)
     full = params.phases["full"]
+    averaged = f"{full.averaging:.0%}"
     rate = f"{full.learning_rate:g} {full.schedule}"
     assert "Version `3f2a.dir`. Rendered hands, no photos of people." in text
     assert ["train", "100"] in table
-    assert ["full", "10", str(full.trainable_layers), rate, "3", "0.2500", "0.9000"] in table
+    layers = str(full.trainable_layers)
+    assert ["full", "10", layers, rate, "3", averaged, "0.2500", "0.9000"] in table
     assert ["accuracy", "1.0000 (95% Wilson: 0.7575 to 1.0000)"] in table
     assert ["3", "1.0000", "1.0000", "1.0000", "2"] in table
     assert ["test photos", "12", "50", "-", "failed"] in table

@@ -98,6 +98,14 @@ def test_a_mistyped_setting_is_not_silently_ignored(monkeypatch: pytest.MonkeyPa
     assert "Did you mean HANDSIGNS_S3_ENDPOINT_URL?" in _refusal()
 
 
+@pytest.mark.parametrize("name", ["DATABASE_URL", "PREFECT_API_URL", "AWS_SESSION_TOKEN"])
+def test_a_prefix_that_does_not_belong_there_is_told(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(f"HANDSIGNS_{name}", SECRET)
+    assert f"Did you mean {name}?" in _refusal()
+
+
 def test_reading_settings_imports_nothing_heavy() -> None:
     code = (
         "import sys; from flows.settings import load_settings; load_settings(); "

@@ -91,7 +91,16 @@ def _data(counts: Mapping[str, int], version: str, note: str) -> str:
 
 
 def _training(params: Content, histories: Sequence[Content]) -> str:
-    heads = ("phase", "photos", "open layers", "learning rate", "epochs", "val loss", "val acc.")
+    heads = (
+        "phase",
+        "photos",
+        "open layers",
+        "learning rate",
+        "epochs",
+        "averaged",
+        "val loss",
+        "val acc.",
+    )
     rows = []
     for history in histories:
         phase = params["phases"][history["phase"]]
@@ -102,6 +111,7 @@ def _training(params: Content, histories: Sequence[Content]) -> str:
                 phase["trainable_layers"],
                 f"{phase['learning_rate']:g} {phase['schedule']}",
                 len(history["epochs"]),
+                f"{phase['averaging']:.0%}" if phase["averaging"] else "-",
                 _number(history["val_loss"]),
                 _number(history["val_accuracy"]),
             )
