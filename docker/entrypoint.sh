@@ -11,10 +11,21 @@ done
 
 # The working folder is a checkout: photos, caches and results lie in it beside the code,
 # on one volume, as DVC and the import move files from one to the other. The image's
-# code replaces the code of an earlier image; what runs made stays. A clone is left alone.
+# code replaces the code of an earlier image; what runs made stays. A clone is left alone, and
+# so is the same code: a retrain in another container may be reading it.
 code=${IMAGE_CODE:-/opt/handsigns}
 backbone=${IMAGE_BACKBONE:-/opt/backbone}
-if [ "$PWD" = "${IMAGE_HOME:-/app}" ] && [ ! -e .git ]; then
+
+same_code() {
+  for path in "$code"/*; do
+    case ${path##*/} in
+      data.dvc | dvc.lock) [ -e "${path##*/}" ] ;;
+      *) diff -rq -x __pycache__ "$path" "${path##*/}" > /dev/null 2>&1 ;;
+    esac || return 1
+  done
+}
+
+lay_out_code() {
   rm -rf flows tasks docker
   for path in "$code"/* "$code"/.dvcignore; do
     case ${path##*/} in
@@ -23,9 +34,17 @@ if [ "$PWD" = "${IMAGE_HOME:-/app}" ] && [ ! -e .git ]; then
     esac
   done
   mkdir -p .dvc .local/backbone
-  chmod 700 .local
   cp -p "$backbone"/* .local/backbone/
   cp -p "$code/.dvc/config" .dvc/config
   printf '[core]\n    no_scm = true\n' > .dvc/config.local
+}
+
+if [ "$PWD" = "${IMAGE_HOME:-/app}" ] && [ ! -e .git ]; then
+  mkdir -p .local
+  chmod 700 .local
+  exec 9> .local/code.lock
+  flock 9
+  same_code || lay_out_code
+  exec 9>&-
 fi
 exec "$@"

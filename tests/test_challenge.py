@@ -2,16 +2,23 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tasks import audit, preprocess
 from tasks.errors import PromotionError
 from tasks.labels import LABELS
 from tasks.layout import Layout
+from tasks.network.classifier import Classifier
+from tasks.params import Params
+from tasks.pictures.dataset import open_dataset
 from tasks.releases.challenge import challenge
 from tasks.releases.pointer import Champion, Pointer, move_champion
 from tasks.releases.release import publish
 from tasks.services.storage import Storage
+from tasks.stage import Context
 from tasks.whole import write_json
+from tests.fixtures.photos import write_photos
 
 
 def champion_with(
@@ -45,6 +52,27 @@ def test_a_champion_that_cannot_be_loaded_is_refused(storage: Storage, tmp_path:
     champion = champion_with(storage, tmp_path / "made", list(LABELS))
     with pytest.raises(PromotionError, match=r"champion cannot be scored.*model\.pb"):
         challenge(Layout(tmp_path), storage, champion)
+
+
+def test_photos_that_went_during_the_run_are_named(
+    storage: Storage, tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = Layout(tmp_path)
+    context = Context(layout, params)
+    write_photos(layout.data / "train", 8)
+    audit.run(context)
+    preprocess.run(context)
+    dataset = open_dataset(layout.dataset)
+    names = [dataset.names[row] for row in dataset.rows("test")]
+    told = [{"name": name, "probabilities": [1 / 6] * 6} for name in names]
+    write_json(layout.predictions, {"photos": told})
+    champion = champion_with(storage, tmp_path / "made", list(LABELS))
+    even = Classifier(lambda images: np.full((len(images), 6), 1 / 6, np.float32), 64, 32)
+    monkeypatch.setattr("tasks.releases.challenge.open_release", lambda _folder: even)
+    assert challenge(layout, storage, champion).won
+    next(layout.data.rglob(names[0])).unlink()
+    with pytest.raises(PromotionError, match=rf"1 unreadable.*'{names[0]}' \(no such file\)"):
+        challenge(layout, storage, champion)
 
 
 def test_a_champion_whose_release_is_gone_is_refused(storage: Storage, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Scoring pictures through a model, from arrays and from files nobody vouches for."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -109,6 +110,8 @@ def test_a_prediction_in_json_has_probabilities_by_sign_or_a_reason() -> None:
     assert list(good["probabilities"]) == list(LABELS)
     bad = Prediction(Path("b.png"), error="zero bytes").to_json()
     assert bad == {"file": "b.png", "error": "zero bytes"}
+    odd = Prediction(Path(os.fsdecode(b"odd-\xff.png")), error="zero bytes").to_json()
+    assert odd["file"].encode("utf-8").startswith(b"odd-")
 
 
 def test_a_missing_model_file_is_one_clear_error(tmp_path: Path) -> None:

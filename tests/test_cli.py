@@ -74,6 +74,12 @@ def test_a_mistyped_setting_is_named(workshop: Workshop) -> None:
     assert "HANDSIGNS_BUCKET" in told
 
 
+def test_a_server_that_takes_no_deployment_is_named_in_one_line(workshop: Workshop) -> None:
+    told = workshop.handsigns("deploy", code=1, PREFECT_API_URL="http://127.0.0.1:9/api")
+    assert "Prefect took no deployment (ConnectError). Received: http://127.0.0.1:9/api." in told
+    assert told.count("\n") == 1
+
+
 def test_no_photos_yet_says_how_to_get_some(workshop: Workshop) -> None:
     told = workshop.handsigns("retrain", code=1)
     assert told["status"] == "failed"

@@ -9,6 +9,7 @@ import pytest
 
 from flows.commands.keys import refuse_tracked
 from tasks.errors import SettingsError
+from tasks.services.keys import PUBLIC_KEY, new_keys
 from tests.fixtures.checkouts import BIN
 
 
@@ -23,6 +24,13 @@ def test_a_new_pair_lies_where_it_was_asked_for(tmp_path: Path) -> None:
     assert again.returncode == 1
     assert "must not be replaced" in again.stderr
     assert again.stderr.count("\n") == 1
+
+
+def test_half_a_pair_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / PUBLIC_KEY).write_text("somebody's")
+    with pytest.raises(SettingsError, match=f"must not be replaced.*{PUBLIC_KEY}"):
+        new_keys(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [PUBLIC_KEY]
 
 
 def test_no_private_key_where_git_would_take_it(tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ def test_the_entry_point_reads_secrets_and_renews_the_code_but_not_the_data(
     contents = {
         str(path.relative_to(home)): path.read_text() for path in home.rglob("*") if path.is_file()
     }
+    assert contents.pop(".local/code.lock") == ""
     assert contents == {
         "flows/new.py": "image",
         "params.yaml": "image",
@@ -146,6 +147,14 @@ def test_the_entry_point_reads_secrets_and_renews_the_code_but_not_the_data(
         ".dvc/config.local": "[core]\n    no_scm = true\n",
         f".local/backbone/{PACKAGE_FILE}": "weights",
     }
+    # The same code is not laid out again: somebody may be reading it.
+    inode = (home / "flows/new.py").stat().st_ino
+    (home / "flows/__pycache__").mkdir()
+    start("true")
+    assert (home / "flows/new.py").stat().st_ino == inode
+    (code / "flows/new.py").write_text("another image")
+    start("true")
+    assert (home / "flows/new.py").read_text() == "another image"
     # Other programs' variables of this form are left alone.
     kept = start("env", SSL_CERT_FILE="/etc/ssl/cert.pem")
     assert "SSL_CERT_FILE=/etc/ssl/cert.pem" in kept

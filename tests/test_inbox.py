@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tasks.errors import ServiceError, SourceError
+from tasks.errors import ImageError, ServiceError, SourceError
 from tasks.incoming.held import held_photos
 from tasks.incoming.inbox import Inbox, list_bucket, list_folder
 from tasks.incoming.intake import import_photos
@@ -55,6 +55,23 @@ def test_what_was_looked_at_is_not_read_again(
     assert report.already_there == {("train", "3"): 1}
     assert len(held_photos(layout)) == 13
     assert len(list(folder.rglob("*.png"))) == 13
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(layout: Layout, tmp_path: Path) -> None:
+    folder = write_photos(tmp_path / "inbox", per_class=1)
+    listing = list_folder(folder)
+
+    def fail(_limit: int) -> bytes:
+        raise ImageError("cannot be read: Permission denied")
+
+    (entry, stamp) = listing[0]
+    shut = [(replace(entry, read=fail), stamp), *listing[1:]]
+    first = Inbox(layout, "inbox", shut, VERSION)
+    assert sum(first.take().taken.values()) == 5
+    first.remember(VERSION)
+    again = Inbox(layout, "inbox", listing, VERSION)
+    assert [item.origin for item in again.new] == ["/".join(entry.parts)]
+    assert sum(again.take().taken.values()) == 1
 
 
 def test_another_version_of_the_data_or_another_place_is_looked_at_anew(

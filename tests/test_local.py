@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
@@ -123,6 +124,24 @@ def _process_on(url: str) -> int:
         for one in psutil.net_connections("tcp")
         if one.status == "LISTEN" and one.laddr.port == port and one.pid
     )
+
+
+def test_what_speaks_another_protocol_is_named_too() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+
+        def greet() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1024)
+                connection.sendall(b"SSH-2.0-nobody\r\n")
+
+        thread = Thread(target=greet)
+        thread.start()
+        named = f"http://127.0.0.1:{port}/api"
+        with pytest.raises(ServiceError, match=f"{port}.*SSH-2.0.*PREFECT_API_URL"):
+            check_reachable(NOTHING_SET.model_copy(update={"prefect_api_url": named}))
+        thread.join()
 
 
 def test_a_second_run_waits_and_then_names_the_first(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 import json
 import stat
+import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tasks.errors import ReleaseError, SettingsError
 from tasks.releases.champion import crown
@@ -283,6 +286,20 @@ def test_an_older_pointer_put_back_is_refused_by_who_saw_a_newer_one(signed: Sto
     signed._client.delete_object(Bucket=signed.address.bucket, Key=KEY)
     with pytest.raises(ReleaseError, match=r"0 moves"):
         read_champion(signed)
+
+
+def test_of_two_who_saw_a_pointer_the_slower_takes_nothing_back(tmp_path: Path) -> None:
+    memory = tmp_path / "seen.json"
+    trust = Trust((new_keys(tmp_path)[1],), memory=memory)
+    trust.check_newest("here", 1)
+    with ThreadPoolExecutor() as pool:
+        with FileLock(f"{memory}.lock"):
+            slower = pool.submit(trust.check_newest, "here", 2)
+            time.sleep(0.2)
+            assert slower.running()
+            memory.write_text(json.dumps({"here": 3, "there": 4}))
+        slower.result()
+    assert json.loads(memory.read_text()) == {"here": 3, "there": 4}
 
 
 def test_an_older_release_under_a_newer_number_is_refused(

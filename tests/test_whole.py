@@ -1,11 +1,13 @@
 """Outputs appear whole or not at all, and never through a link into a cache."""
 
+import os
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from tasks.whole import whole_file, whole_folder, write_json
+from tasks.whole import STALE_SECONDS, whole_file, whole_folder, write_json
 
 
 def test_a_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
@@ -76,3 +78,16 @@ def _fail_half_way(place: AbstractContextManager[Path]) -> None:
     with place as temporary:
         (temporary / "half" if temporary.is_dir() else temporary).write_text("half")
         raise RuntimeError("half way")
+
+
+def test_what_a_killed_writer_left_goes_once_it_is_stale(tmp_path: Path) -> None:
+    fresh, stale, foreign = (
+        tmp_path / f".{name}" for name in ("set.a.part", "set.b.part", "set.c")
+    )
+    for folder in (fresh, stale, foreign):
+        (folder / "new").mkdir(parents=True)
+        age = 0 if folder == fresh else 2 * STALE_SECONDS
+        os.utime(folder, (time.time() - age,) * 2)
+    with whole_folder(tmp_path / "set"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".set.a.part", ".set.c", "set"]

@@ -1,6 +1,8 @@
 """Start a flow from the command line: with its own Prefect server if none is named."""
 
+import logging
 import os
+from typing import Any
 
 from flows.champions.policy import check_policy
 from flows.client import point_prefect_at
@@ -9,10 +11,14 @@ from flows.loopback.local import check_reachable, embedded
 from flows.notification import tell
 from flows.reports.record import unchanged_since
 from flows.reports.report import ModelReport, RunReport
+from flows.settings import Settings
 from flows.workspace import Workspace
 from tasks.errors import HandsignsError, ServiceError
+from tasks.layout import Layout
 from tasks.params import load_params
 from tasks.progress import Progress
+
+_log = logging.getLogger(__name__)
 
 
 def launch_retrain(workspace: Workspace, force: bool, progress: Progress) -> RunReport:
@@ -31,33 +37,44 @@ def launch_retrain(workspace: Workspace, force: bool, progress: Progress) -> Run
     """
     layout, settings = workspace.layout, workspace.settings
     with only_retrain(layout) as alone:
-        if not alone:  # run.json is the other one's
-            return RunReport(
-                status="failed",
-                reason=f"Another retrain of this checkout runs. Received: {holder(layout)}. "
-                "Let it end, or cancel it, and run again.",
-                model=ModelReport(name=settings.model_name),
-            )
+        if not alone:
+            return _other_runs(layout, settings)
+        # A report of an earlier run must not pass for one of this.
+        layout.run.unlink(missing_ok=True)
     try:
         load_params(layout.params)
         if not force and (found := _unchanged(workspace)):
             found.write(layout)
             return found
-        # A report of an earlier run must not pass for one of this.
-        layout.run.unlink(missing_ok=True)
         workspace.trust.check_signer()
         with embedded(settings, layout) as services:
             check_policy(services)
         check_reachable(settings)
-        _run_flow(workspace, force, progress)
-        return RunReport.model_validate_json(layout.run.read_bytes())
+        ended = _run_flow(workspace, force, progress)
+        if ended.is_cancelled():
+            return _other_runs(layout, settings)
     except HandsignsError as error:
-        failed = RunReport(
-            status="failed", reason=str(error), model=ModelReport(name=settings.model_name)
-        )
-        failed.write(layout)
-        tell(settings, "handsigns: retrain failed before it began", failed.reason)
-        return failed
+        if layout.run.exists():  # the flow was through when its server failed
+            _log.warning(str(error))
+            tell(settings, "handsigns: Prefect failed at the end of a retrain", str(error))
+        else:
+            failed = _failed(settings, str(error))
+            failed.write(layout)
+            tell(settings, "handsigns: retrain failed before it began", failed.reason)
+    return RunReport.model_validate_json(layout.run.read_bytes())
+
+
+def _failed(settings: Settings, reason: str) -> RunReport:
+    return RunReport(status="failed", reason=reason, model=ModelReport(name=settings.model_name))
+
+
+def _other_runs(layout: Layout, settings: Settings) -> RunReport:
+    """What is told and not written: `run.json` is the other one's."""
+    return _failed(
+        settings,
+        f"Another retrain of this checkout runs. Received: {holder(layout)}. "
+        "Let it end, or cancel it, and run again.",
+    )
 
 
 def _unchanged(workspace: Workspace) -> RunReport | None:
@@ -76,7 +93,8 @@ def _has_news(workspace: Workspace) -> bool:
     return bool(inbox and inbox.new)
 
 
-def _run_flow(workspace: Workspace, force: bool, progress: Progress) -> None:
+def _run_flow(workspace: Workspace, force: bool, progress: Progress) -> Any:
+    """Run the flow; the Prefect state that it ended in."""
     layout = workspace.layout
     with embedded(workspace.settings, layout) as services:
         point_prefect_at(services.start_prefect(), services.folder, workspace.settings)
@@ -95,7 +113,7 @@ def _run_flow(workspace: Workspace, force: bool, progress: Progress) -> None:
         token = listener.set(progress)
         try:
             # The flow keeps its own failures; what is raised here is the server's.
-            retrain(force=force, return_state=True)
+            return retrain(force=force, return_state=True)
         except Exception as error:
             raise ServiceError(
                 f"Prefect failed ({type(error).__name__}). Received: {api}. "

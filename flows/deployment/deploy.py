@@ -12,10 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import yaml
 
 from flows.client import HEARTBEAT_SECONDS, point_prefect_at
@@ -23,6 +26,7 @@ from flows.deployment.member import POOL
 from flows.settings import Settings
 from tasks.errors import ServiceError
 from tasks.layout import Layout
+from tasks.services.addresses import shown
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -66,13 +70,28 @@ def deploy(
         Names of the deployments, `<flow>/<deployment>`.
 
     Raises:
-        ServiceError: the server refuses, with its own words.
+        ServiceError: the server does not answer, or refuses, with its own words.
     """
     point_prefect_at(api, layout.local.resolve(), settings)
-    asyncio.run(_register_pools(layout))
-    deployed = _deploy_flows(layout, pool)
-    asyncio.run(_register_automations(silence))
+    with _told(api):
+        asyncio.run(_register_pools(layout))
+        deployed = _deploy_flows(layout, pool)
+        asyncio.run(_register_automations(silence))
     return deployed
+
+
+@contextmanager
+def _told(api: str) -> Iterator[None]:
+    """Turn what Prefect's client raises into one line that names the server."""
+    from prefect.exceptions import PrefectException
+
+    try:
+        yield
+    except (httpx.HTTPError, PrefectException, subprocess.TimeoutExpired) as error:
+        raise ServiceError(
+            f"Prefect took no deployment ({type(error).__name__}). Received: {shown(api)}. "
+            "Check PREFECT_API_URL, its login and the server's log, then run again."
+        ) from error
 
 
 def wait_for_worker(seconds: float) -> None:

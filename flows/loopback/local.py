@@ -6,6 +6,7 @@ it is asked for, and nothing outlives the `with` block or the process, however i
 """
 
 import contextlib
+import http.client
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -210,8 +211,8 @@ def _check(service: str, variable: str, url: str) -> None:
         if error.code in (401, 403):
             return
         reason = f"status {error.code}"
-    except OSError as error:
-        reason = str(getattr(error, "reason", error))
+    except (OSError, http.client.HTTPException) as error:
+        reason = str(getattr(error, "reason", error)).strip() or type(error).__name__
     raise ServiceError(
         f"{service} does not answer at {shown(url)} ({reason}). Check {variable} and the service."
     )

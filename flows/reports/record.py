@@ -7,6 +7,8 @@ imports nothing heavy.
 import hashlib
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from flows.reports.findings import quarantined
 from flows.reports.report import RunReport
 from flows.settings import Settings
@@ -32,7 +34,10 @@ def unchanged_since(layout: Layout, settings: Settings, pipeline: Pipeline) -> R
         return None
     if not layout.data.is_dir() or pipeline.changed():
         return None
-    report = RunReport.model_validate(last["report"])
+    try:
+        report = RunReport.model_validate(last["report"])
+    except ValidationError:  # written by another version of this program
+        return None
     return report.model_copy(
         update={
             "status": "unchanged",

@@ -13,6 +13,9 @@ from tasks.labels import LABELS
 from tasks.pictures.images import Read, printable
 
 SPLITS = ("train", "test")
+UNREADABLE = "cannot be read"
+"""The kind of fault of a file that may be readable another time."""
+
 _CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
@@ -134,7 +137,7 @@ def _read_file(path: Path, limit: int) -> bytes:
                 raise ImageError("not a file: a pipe, socket or device")
             return file.read(limit)
     except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror}") from error
+        raise ImageError(f"{UNREADABLE}: {error.strerror}") from error
 
 
 def is_clutter(part: str) -> bool:

@@ -1,10 +1,13 @@
 """Have `data/` in place: as it is, from a cache, from the remote, or rendered anew."""
 
 from tasks.errors import DataError, ServiceError
-from tasks.incoming.intake import recover
+from tasks.incoming.held import locked, recover
 from tasks.layout import Layout
 from tasks.progress import Progress, silent
 from tasks.services.pipeline import Pipeline
+
+WAIT = 60.0
+"""Longest wait in seconds for an import that is running."""
 
 
 def fetch_data(layout: Layout, pipeline: Pipeline, progress: Progress = silent) -> str:
@@ -21,6 +24,7 @@ def fetch_data(layout: Layout, pipeline: Pipeline, progress: Progress = silent) 
     Raises:
         DataError: the version is nowhere to be had.
         ServiceError: there is a remote, and it does not answer.
+        BusyError: an import runs for too long.
     """
     recover(layout)
     if any(layout.data.glob("*/*/*")):
@@ -49,7 +53,8 @@ def render(layout: Layout, pipeline: Pipeline, progress: Progress = silent) -> s
     from tasks.rendering.sample import render_sample
 
     expected = pipeline.data_version() if pipeline.data_source() == "sample" else None
-    render_sample(layout.data, progress)
+    with locked(layout, WAIT):
+        render_sample(layout.data, progress)
     version = pipeline.version_data("sample")
     if expected in (None, version):
         return f"The sample set was rendered: data/ {version}."

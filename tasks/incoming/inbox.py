@@ -2,15 +2,23 @@
 
 What lies there stays there. A file that was looked at is remembered by its name, size
 and time (or etag) in `.local/inbox.json`, and is not read again while it stays the same
-and `data/` is the version that it went into. Forgetting costs time only, never a photo:
-`data/` knows its photos by their content.
+and `data/` is the version that it went into; one that could not be read is tried again
+each time. Forgetting costs time only, never a photo: `data/` knows its photos by their
+content.
 """
 
 from functools import partial
 from pathlib import Path
 
 from tasks.errors import ImageError, SourceError
-from tasks.incoming.class_folders import Entry, Source, arrange, folder_entries, is_clutter
+from tasks.incoming.class_folders import (
+    UNREADABLE,
+    Entry,
+    Source,
+    arrange,
+    folder_entries,
+    is_clutter,
+)
 from tasks.incoming.intake import ImportReport, import_items
 from tasks.layout import Layout
 from tasks.pictures.images import printable
@@ -56,6 +64,7 @@ class Inbox:
         self.new = tuple(
             item for item in items if seen.get(item.origin) != self._stamps[item.origin]
         )
+        self._unread: frozenset[str] = frozenset()
         self._standing = {item.origin for item in items} - {item.origin for item in self.new}
 
     def take(self, replace: bool = False, progress: Progress = silent) -> ImportReport:
@@ -66,12 +75,15 @@ class Inbox:
             progress: told about each file.
         """
         source = Source(self.new)
-        return import_items(self._layout, source, self.name, self._standing, replace, progress)
+        report = import_items(self._layout, source, self.name, self._standing, replace, progress)
+        aside = report.quarantined
+        self._unread = frozenset(one.origin for one in aside if one.kind == UNREADABLE)
+        return report
 
     def remember(self, version: str) -> None:
-        """Keep in mind that all of it went into this version of the data."""
-        content = {"inbox": self.name, "data": version, "seen": self._stamps}
-        write_json(self._layout.inbox, content)
+        """Keep in mind that all that could be read went into this version of the data."""
+        seen = {name: stamp for name, stamp in self._stamps.items() if name not in self._unread}
+        write_json(self._layout.inbox, {"inbox": self.name, "data": version, "seen": seen})
 
 
 def list_folder(folder: Path) -> Listing:
@@ -116,7 +128,7 @@ def _read_object(storage: Storage, key: str, limit: int) -> bytes:
     try:
         return storage.read_start(key, limit)
     except MissingObjectError:
-        raise ImageError("cannot be read: it went away meanwhile") from None
+        raise ImageError(f"{UNREADABLE}: it went away meanwhile") from None
 
 
 def _stamp(path: Path) -> str:

@@ -20,7 +20,7 @@ from tasks.labels import LABELS
 from tasks.network.engine import Engine
 from tasks.network.foreign import examined
 from tasks.pictures.augment import enlarge
-from tasks.pictures.images import MAX_BYTES, Read, look
+from tasks.pictures.images import MAX_BYTES, Read, look, printable
 from tasks.pictures.shrink import shrink
 from tasks.progress import Progress, silent
 
@@ -53,10 +53,10 @@ class Prediction:
     def to_json(self) -> dict[str, Any]:
         """Plain values: file, label and probability by label, or file and error."""
         if self.probabilities is None:
-            return {"file": str(self.path), "error": self.error}
+            return {"file": printable(str(self.path)), "error": self.error}
         shares = (round(value, 6) for value in self.probabilities)
         return {
-            "file": str(self.path),
+            "file": printable(str(self.path)),
             "label": self.label,
             "probabilities": dict(zip(LABELS, shares, strict=True)),
         }

@@ -57,7 +57,7 @@ def challenge(
 
     Raises:
         PromotionError: the champion cannot be loaded, has its labels in another
-            order, or has seen every test photo.
+            order, or has seen every test photo; or one of these cannot be read any more.
         ServiceError: the storage does not answer.
     """
     if champion is None:
@@ -74,6 +74,11 @@ def challenge(
         ) from error
     photos, labels, challenger = _unseen(layout, release)
     found = classify_files(classifier, photos, progress)
+    if lost := [f"'{one.path.name}' ({one.error})" for one in found if one.error]:
+        raise PromotionError(
+            f"Test photos changed while this ran. Received: {len(lost)} unreadable, such as "
+            f"{lost[0]}. Leave data/ alone during a retrain, and run it again."
+        )
     probabilities = np.array([one.probabilities for one in found])
     result = compare(probabilities, challenger, labels, [path.name for path in photos])
     return Challenge(result.no_worse, result.reason, result)

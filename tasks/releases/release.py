@@ -121,8 +121,11 @@ def fetch(storage: Storage, release_id: str, cache: Path) -> Path:
             storage.download(_key(release_id, name), part / name)
         (part / MANIFEST).write_bytes(manifest.to_bytes())
         verify_folder(part, release_id, storage.trust)
-        if not target.exists():
+        try:
             part.replace(target)
+        except OSError:  # another process may have fetched the same
+            if not target.exists():
+                raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
     verify_folder(target, release_id, storage.trust)

@@ -33,18 +33,18 @@ def new_keys(folder: Path, passphrase: str | None = None) -> tuple[Path, Path]:
 
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     private, public = folder / PRIVATE_KEY, folder / PUBLIC_KEY
+    for path in (private, public):
+        if path.exists():
+            raise SettingsError(
+                f"A key must not be replaced: what it signed could not be checked any more. "
+                f"Received: '{path}', which exists. Name another folder."
+            )
     key = ec.generate_private_key(ec.SECP256R1())
     for path, content, mode in (
         (private, _private_pem(key, passphrase), 0o600),
         (public, _pem(key.public_key()), 0o644),
     ):
-        try:
-            opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        except FileExistsError:
-            raise SettingsError(
-                f"A key must not be replaced: what it signed could not be checked any more. "
-                f"Received: '{path}', which exists. Name another folder."
-            ) from None
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(opened, "wb") as file:
             file.write(content)
     return private, public

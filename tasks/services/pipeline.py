@@ -12,7 +12,7 @@ import logging
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -45,7 +45,7 @@ class Remote:
     """
 
     url: str
-    options: dict[str, str]
+    options: dict[str, str] = field(repr=False)
 
 
 class Pipeline:

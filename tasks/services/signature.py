@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from tasks.errors import ReleaseError, SettingsError
 from tasks.services.keys import fingerprint, public_pem, public_pem_of
 from tasks.whole import read_json, write_json
@@ -144,19 +146,30 @@ class Trust:
         """
         if not self.known or self.memory is None:
             return
-        seen = read_json(self.memory) or {}
-        newest = int(seen.get(place, 0))
+        newest = int(_seen(self.memory).get(place, 0))
+        if moves > newest:
+            _note(self.memory, place, moves)
         if moves < newest:
             raise ReleaseError(
                 f"The champion pointer is older than one seen before. Received: {moves} moves at "
                 f"{place}, where {newest} were seen. Look who put it back; remove {self.memory} "
                 "if that was right."
             )
-        if moves > newest:
-            write_json(self.memory, {**seen, place: moves})
 
     def _own_pem(self) -> bytes:
         return public_pem_of(Path(str(self.signing_key)), self.passphrase)
+
+
+def _note(memory: Path, place: str, moves: int) -> None:
+    """Remember a pointer; others write too, and the slower must not take back what was seen."""
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{memory}.lock"):
+        seen = _seen(memory)
+        write_json(memory, {**seen, place: max(moves, int(seen.get(place, 0)))})
+
+
+def _seen(memory: Path) -> dict[str, Any]:
+    return dict(read_json(memory) or {})
 
 
 UNSIGNED = Trust()
