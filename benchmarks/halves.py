@@ -93,7 +93,7 @@ def fit(layout: Layout) -> tuple[float, float]:
     features.run(context)
     for phase in params.phases:
         train.run(context, phase)
-    history = json.loads((layout.weights(params.last_phase) / train.HISTORY_FILE).read_text())
+    history = json.loads(layout.history(params.last_phase).read_text())
     return history["val_accuracy"], history["val_loss"]
 
 

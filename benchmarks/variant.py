@@ -69,9 +69,7 @@ def main(result: Path) -> None:
         watch.run(phase, train.run, context, phase)
     trained = sum(watch.seconds.values())
     peak = peak_mib()
-    histories = {
-        phase: read_json(layout.weights(phase) / "history.json") for phase in params.phases
-    }
+    histories = {phase: read_json(layout.history(phase)) for phase in params.phases}
     content = {
         "seconds": trained,
         "stages": watch.seconds,

@@ -152,7 +152,7 @@ def _rebuild(built: Layout, count: int, progress: Progress) -> None:
     Raises:
         StageError: one failed.
     """
-    (built.root / "dvc.lock").unlink()
+    built.lock.unlink()
     command = [sys.executable, "-m", "dvc", "repro", "--force", "--no-run-cache"]
     lines: list[str] = []
     with _started(command, built.root) as process:
@@ -215,13 +215,14 @@ def _stages(lock: Path) -> dict[str, Any]:
         stages: dict[str, Any] = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise ReleaseError(
-            f"The release's dvc.lock cannot be read ({type(error).__name__}). Received: {lock}."
+            f"The release's dvc.lock cannot be read ({type(error).__name__}). Received: {lock}. "
+            "Look at the release with `handsigns verify`, or reproduce another version."
         ) from error
     return stages
 
 
 def _data_version(built: Layout) -> str:
-    record = yaml.safe_load((built.root / "data.dvc").read_text(encoding="utf-8"))
+    record = yaml.safe_load(built.data_file.read_text(encoding="utf-8"))
     return str(record["outs"][0]["md5"])
 
 

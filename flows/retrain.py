@@ -54,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 
 def _name() -> str:
-    version = recorded_version(Path("data.dvc"))
+    version = recorded_version(Layout(Path.cwd()).data_file)
     return f"retrain {datetime.date.today().isoformat()} data {version}"
 
 

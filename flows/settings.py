@@ -19,10 +19,9 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from tasks.errors import SettingsError
-from tasks.services.addresses import shown
+from tasks.services.addresses import LOOPBACK, shown
 
 PREFIX = "HANDSIGNS_"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SECRET = ("AWS_", "DATABASE_URL", "PREFECT_SERVER_API_AUTH_STRING", "HANDSIGNS_SERVE_TOKEN")
 """Variables whose value no message shows."""
 

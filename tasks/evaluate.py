@@ -185,7 +185,7 @@ def _predictions(
 
 
 def _history(layout: Layout, phase: str) -> dict[str, Any]:
-    path = layout.weights(phase) / "history.json"
+    path = layout.history(phase)
     try:
         history: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

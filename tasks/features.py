@@ -17,7 +17,6 @@ from pathlib import Path
 import cv2
 
 from tasks.activations.feature_journal import Journal
-from tasks.activations.feature_reader import Features, open_features
 from tasks.activations.feature_store import (
     Key,
     Recipe,
@@ -41,8 +40,6 @@ from tasks.scoring.plot_views import draw_views
 from tasks.stage import Context, stage_main
 from tasks.training.phase import training_rows
 from tasks.whole import write_json
-
-__all__ = ["FeatureReport", "Features", "extract", "open_features", "run"]
 
 CHANNELS = 192
 STRIDE = 32

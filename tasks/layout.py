@@ -1,7 +1,10 @@
-"""Where everything lies below a checkout's root; no other module spells a path."""
+"""Where everything lies below a checkout's root."""
 
 from dataclasses import dataclass
 from pathlib import Path
+
+FOLDERS = ("train", "test")
+"""Below `data/`; the test photos may be missing."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,16 @@ class Layout:
     @property
     def params(self) -> Path:
         return self.root / "params.yaml"
+
+    @property
+    def lock(self) -> Path:
+        """What each stage last read and wrote, by digest."""
+        return self.root / "dvc.lock"
+
+    @property
+    def data_file(self) -> Path:
+        """The version of the photos."""
+        return self.root / "data.dvc"
 
     @property
     def data(self) -> Path:
@@ -80,6 +93,10 @@ class Layout:
         return self.artifacts / "dataset"
 
     @property
+    def dataset_index(self) -> Path:
+        return self.dataset / "index.json"
+
+    @property
     def features(self) -> Path:
         return self.artifacts / "features"
 
@@ -96,6 +113,10 @@ class Layout:
     def weights(self, name: str) -> Path:
         """Folder of the weights called `name`: `backbone` or a phase."""
         return self.artifacts / "weights" / name
+
+    def history(self, phase: str) -> Path:
+        """Losses and accuracies of a phase, epoch by epoch."""
+        return self.weights(phase) / "history.json"
 
     @property
     def model(self) -> Path:

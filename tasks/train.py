@@ -24,7 +24,6 @@ from tasks.training.phase import Epoch, Plan, plan_phase
 from tasks.training.temperature import fit_temperature, score
 from tasks.whole import whole_folder, write_json
 
-HISTORY_FILE = "history.json"
 _log = logging.getLogger(__name__)
 
 
@@ -64,7 +63,7 @@ def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
         history["val_loss"] = score(logits / temperature, plan.val_labels)[0]
     with whole_folder(context.layout.weights(plan.name)) as folder:
         write_weights(folder / WEIGHTS_FILE, weights)
-        write_json(folder / HISTORY_FILE, history)
+        write_json(folder / context.layout.history(plan.name).name, history)
 
 
 def _on_this_machine(plan: Plan) -> Plan:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 
+from tasks.activations.feature_reader import open_features
 from tasks.assemble import assemble
 from tasks.errors import ModelError, StageError
-from tasks.features import extract, open_features
+from tasks.features import extract
 from tasks.layout import Layout
 from tasks.network.checkpoint import BACKBONE_FILE, read_phase
 from tasks.network.classifier import load_classifier

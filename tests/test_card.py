@@ -40,7 +40,7 @@ def test_the_card_carries_data_phases_scores_and_verdict(params: Params) -> None
     text = card(params, note="Rendered hands, no photos of people.")
     table = rows(text)
     full = params.phases["full"]
-    averaged = f"{full.averaging:.0%}"
+    averaged = f"{full.averaging:.0%}" if full.averaging else "-"
     rate = f"{full.learning_rate:g} {full.schedule}"
     assert "Version `3f2a.dir`. Rendered hands, no photos of people." in text
     assert ["train", "100"] in table

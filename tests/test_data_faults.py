@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tasks.errors import HandsignsError, ServiceError
-from tasks.incoming.fetch import fetch_data
+from tasks.errors import BusyError, HandsignsError, ServiceError
+from tasks.incoming.fetch import fetch_data, render
+from tasks.incoming.held import locked
 from tasks.layout import Layout
 from tasks.services.addresses import S3Address
 from tasks.services.pipeline import Pipeline, Remote
@@ -260,3 +262,16 @@ def test_a_flow_waits_for_repro_and_then_finds_its_work_done(checkout: Layout) -
         assert Pipeline(checkout, lock_timeout=120).run("audit") == "unchanged"
         other.stdout.read()
     assert other.returncode == 0
+
+
+def test_the_sample_is_not_rendered_while_an_import_runs(
+    checkout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.incoming.fetch.WAIT", 0.2)
+    before = _photos(checkout)
+    pipeline = Pipeline(checkout)
+    with locked(checkout, 1), ThreadPoolExecutor() as pool:
+        rendering = pool.submit(render, checkout, pipeline)
+        with pytest.raises(BusyError, match="Another import is running"):
+            rendering.result()
+    assert _photos(checkout) == before

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.activations.feature_journal import Journal
+from tasks.activations.feature_reader import open_features
 from tasks.activations.feature_store import (
     INDEX,
     ROWS,
@@ -28,7 +29,7 @@ from tasks.activations.shards import Shard, compute
 from tasks.activations.trunk_engine import TrunkEngine
 from tasks.backbone import write_backbone
 from tasks.errors import BackboneError, DataError, ModelError
-from tasks.features import CHANNELS, STRIDE, FeatureReport, open_features, run
+from tasks.features import CHANNELS, STRIDE, FeatureReport, run
 from tasks.features import extract as extract_features
 from tasks.labels import LABELS
 from tasks.layout import Layout

@@ -47,7 +47,7 @@ PNG = saved(Image.fromarray(PICTURE), "PNG")
 @pytest.mark.parametrize(("data", "suffix"), [(JPEG, ".jpg"), (PNG, ".png")])
 def test_plain_photo_keeps_its_bytes(data: bytes, suffix: str) -> None:
     taken = read_photo(data, "IMG_1" + suffix.upper())
-    assert taken == Photo(data, suffix, 48, 48)
+    assert taken == Photo(data, suffix)
     assert taken.name == hashlib.sha256(data).hexdigest()[:32] + suffix
 
 
@@ -141,7 +141,6 @@ def test_exif_rotation_is_applied(orientation: int, kind: str) -> None:
         8: lambda p: np.rot90(p),
     }[orientation](PICTURE[:, :32])
     assert np.array_equal(decode(taken.content), upright)
-    assert (taken.height, taken.width) == upright.shape[:2]
 
 
 def test_rotated_jpeg_is_stored_upright_and_stays_so() -> None:
@@ -149,7 +148,7 @@ def test_rotated_jpeg_is_stored_upright_and_stays_so() -> None:
     exif[ORIENTATION] = 6
     data = saved(Image.fromarray(PICTURE[:, :32]), "JPEG", exif=exif)
     taken = read_photo(data, "a.jpg")
-    assert (taken.suffix, taken.width, taken.height) == (".png", 48, 32)
+    assert (taken.suffix, decode(taken.content).shape) == (".png", (32, 48, 3))
     assert read_photo(taken.content, taken.name).content == taken.content
 
 
@@ -246,7 +245,7 @@ def test_mangled_file_is_a_photo_or_an_image_error(
         taken = read_photo(bytes(data[: int(length * len(data)) + 1]), "a" + seed[1])
     except ImageError:
         return
-    assert decode(taken.content).shape == (taken.height, taken.width, 3)
+    assert decode(taken.content).shape[2] == 3
 
 
 @pytest.mark.parametrize("turn", [1, 3, 6])

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from tasks.errors import BusyError, DataError, SourceError
 from tasks.incoming.admission import ALREADY_THERE, TAKEN, Candidate, verdicts
-from tasks.incoming.intake import import_photos, recover
+from tasks.incoming.held import recover
+from tasks.incoming.intake import import_photos
 from tasks.layout import Layout
 from tasks.pictures.images import encode
 from tests.fixtures.photos import CHECKOUT, photo, write_photos

@@ -12,6 +12,7 @@ import yaml
 from flows.loopback.local import embedded
 from flows.reports.report import RunReport
 from flows.settings import Settings
+from tasks.params import load_params
 from tasks.services.storage import Storage
 from tests.fixtures.checkouts import Workshop, make_checkout
 from tests.fixtures.photos import write_photos
@@ -181,7 +182,8 @@ def test_a_refused_model_leaves_champion_registry_and_storage_alone(
 def test_one_phases_rate_reruns_that_phase_and_what_follows(
     workshop: Workshop, first: RunReport, clients: Clients, prefect_api: PrefectApi
 ) -> None:
-    workshop.change("phases.full", learning_rate=0.0007)
+    rate = load_params(workshop.layout.params).phases["full"].learning_rate
+    workshop.change("phases.full", learning_rate=1.4 * rate)
     second = RunReport.model_validate(workshop.handsigns("retrain", **prefect_api.named))
     assert second.status in ("promoted", "registered")
     assert second.features.computed == 0
@@ -189,7 +191,7 @@ def test_one_phases_rate_reruns_that_phase_and_what_follows(
     assert second.release.id != first.release.id
     assert second.seconds["features"] < first.seconds["features"] / 2
     # Back again: DVC's cache and the registry know it all.
-    workshop.change("phases.full", learning_rate=0.0005)
+    workshop.change("phases.full", learning_rate=rate)
     back = RunReport.model_validate(workshop.handsigns("retrain"))
     assert back.release.id == first.release.id
     assert back.model.version == 1

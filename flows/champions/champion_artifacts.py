@@ -7,8 +7,11 @@ from typing import Any
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from flows.reports.report import DataChanges
+from tasks.markdown import table
 from tasks.releases.challenge import Challenge
+from tasks.releases.champion import METRICS
 from tasks.releases.pointer import Move
+from tasks.scoring.checks import shown
 
 MOST_PHOTOS = 50
 """Photos that changed verdict which are listed one by one."""
@@ -70,7 +73,7 @@ def comparison_text(decision: Challenge) -> str:
         f"{found['lost']} only the champion, p = {found['p_value']:.3g}: **{found['verdict']}**."
     )
     before, after = found["champion"], found["challenger"]
-    scores = [(name, before[name], after[name]) for name in ("accuracy", "loss", "auc", "ece")]
+    scores = [(name, before[name], after[name]) for name in METRICS]
     recalls = [
         [row[name] for name in ("label", "support", "champion", "challenger", "change")]
         for row in found["recalls"]
@@ -100,10 +103,4 @@ def comparison_text(decision: Challenge) -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)
-    return html.escape(" ".join(text.replace("|", "\\|").split()))
+    return table(heads, [[html.escape(shown(cell)) for cell in row] for row in rows])

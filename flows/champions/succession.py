@@ -1,7 +1,7 @@
 """From a registered version to the champion: compare, ask if need be, promote.
 
-Nothing is locked while a person is asked: stages are done, and the champion is moved
-by compare-and-set against the one that was compared with.
+Only the checkout's next retrain waits while a person is asked: stages are done, and the
+champion is moved by compare-and-set against the one that was compared with.
 """
 
 import logging
@@ -17,6 +17,7 @@ from tasks.errors import PromotionError, ReleaseError
 from tasks.progress import Progress
 from tasks.releases.challenge import Challenge, challenge
 from tasks.releases.champion import METRICS, crown, mend_alias
+from tasks.releases.manifest import DATASET_INDEX
 from tasks.releases.objections import comparison_tags
 from tasks.releases.pointer import Champion, read_champion
 from tasks.releases.release import Release, fetch
@@ -65,7 +66,7 @@ class Succession:
         try:
             layout, release = self._workspace.layout, champion.pointer.release
             folder = fetch(self._workspace.storage, release, layout.releases)
-            self._former = read_json(folder / "dataset.json")
+            self._former = read_json(folder / DATASET_INDEX)
         except ReleaseError as error:
             _log.warning("What changed since the champion cannot be told: %s", error)
 

@@ -37,7 +37,7 @@ def deploy(
     ] = 90.0,
     json_: Json = False,
 ) -> None:
-    """Register work pools, deployments and the crash automation with Prefect."""
+    """Register work pools, deployments and the crash automations with Prefect."""
     from flows.deployment import deploy as registration
     from flows.loopback.local import Services
     from flows.settings import load_settings

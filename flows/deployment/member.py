@@ -18,7 +18,8 @@ from flows.loopback.credentials import prefect_login
 from flows.loopback.local import configured_s3
 from flows.loopback.ports import known_ports
 from flows.loopback.running import find_running
-from flows.loopback.server import BUSY, Server
+from flows.loopback.server import Server
+from flows.loopback.tether import BUSY
 from flows.settings import Settings, load_settings
 from tasks.errors import BusyError, HandsignsError
 from tasks.layout import Layout

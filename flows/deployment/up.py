@@ -15,7 +15,15 @@ from filelock import FileLock, Timeout
 from flows.deployment import member
 from flows.loopback.local import check_reachable
 from flows.loopback.ports import choose_ports, remember_ports
-from flows.loopback.running import LOCK, Running, find_running, hold, is_held, keep_running
+from flows.loopback.running import (
+    FILE,
+    LOCK,
+    Running,
+    find_running,
+    hold,
+    is_held,
+    keep_running,
+)
 from flows.loopback.server import Server
 from flows.settings import Settings
 from tasks.errors import BusyError, ServiceError
@@ -97,7 +105,7 @@ def down(layout: Layout) -> bool:
     for name in member.PORTS:
         _wait(partial(_is_free, folder, name), name)
     _wait(lambda: not is_held(folder), "the process runner")
-    (folder / "service.json").unlink(missing_ok=True)
+    (folder / FILE).unlink(missing_ok=True)
     return True
 
 

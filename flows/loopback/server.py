@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flows.loopback.ports import remember_ports
+from flows.loopback.tether import BUSY
 from tasks.errors import BusyError, ServiceError
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 15.0
 TETHER = Path(__file__).with_name("tether.py")
-BUSY = 75
-"""Exit code of the tether when another run holds the server's lock."""
 
 
 @dataclass

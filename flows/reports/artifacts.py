@@ -19,6 +19,7 @@ from prefect.artifacts import (
 from flows.reports.report import GateReport, PhaseReport, TestReport
 from tasks.incoming.intake import ImportReport
 from tasks.layout import Layout
+from tasks.scoring.checks import shown_interval
 from tasks.whole import read_json
 
 SHOWN = 100
@@ -124,7 +125,7 @@ def show_gate(gate: GateReport) -> None:
                 "check": check["name"],
                 "value": check["value"],
                 "limit": check["limit"],
-                "interval": _interval(check.get("interval")),
+                "interval": shown_interval(check.get("interval")),
                 "verdict": "passed" if check["passed"] else f"FAILED {check.get('detail', '')}",
             }
             for check in gate.checks
@@ -139,10 +140,6 @@ def show_release(uri: str, address: str) -> None:
     create_link_artifact(
         address, link_text=uri, key="release", description="The published release."
     )
-
-
-def _interval(bounds: Sequence[float] | None) -> str:
-    return f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else ""
 
 
 def _show_picture(path: Path, key: str, description: str) -> None:

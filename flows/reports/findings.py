@@ -17,12 +17,13 @@ from tasks.errors import StageError
 from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.params import Params
+from tasks.releases.manifest import DATASET_INDEX
 from tasks.whole import read_json
 
 
 def data_report(layout: Layout, version: str) -> DataReport:
     """Count photos by split, what was set aside, twins and leaks."""
-    index = _artifact(layout.dataset / "index.json")
+    index = _artifact(layout.dataset_index)
     splits = [photo["split"] for photo in index["photos"]]
     return DataReport(
         version=version,
@@ -50,10 +51,7 @@ def data_changes(layout: Layout, former: Any, since: int | None) -> DataChanges:
         since: version of the champion.
     """
     before = {photo["name"]: photo["label"] for photo in (former or {"photos": []})["photos"]}
-    now = {
-        photo["name"]: photo["label"]
-        for photo in _artifact(layout.dataset / "index.json")["photos"]
-    }
+    now = {photo["name"]: photo["label"] for photo in _artifact(layout.dataset_index)["photos"]}
     rows = {
         label: {
             "before": list(before.values()).count(label),
@@ -74,7 +72,7 @@ def data_changes(layout: Layout, former: Any, since: int | None) -> DataChanges:
 
 def histories(layout: Layout, params: Params) -> list[dict[str, Any]]:
     """Learning curves of the phases, in order."""
-    return [_artifact(layout.weights(name) / "history.json") for name in params.phases]
+    return [_artifact(layout.history(name)) for name in params.phases]
 
 
 def phase_reports(
@@ -126,10 +124,10 @@ def release_files(layout: Layout, folder: Path) -> dict[str, Path]:
         "model_card.md": folder / "model_card.md",
         "metrics.json": layout.metrics,
         "gate.json": layout.gate,
-        "dataset.json": layout.dataset / "index.json",
+        DATASET_INDEX: layout.dataset_index,
         "params.yaml": layout.params,
-        "dvc.lock": layout.root / "dvc.lock",
-        "data.dvc": layout.root / "data.dvc",
+        "dvc.lock": layout.lock,
+        "data.dvc": layout.data_file,
         "sbom.cdx.json": folder / "sbom.cdx.json",
     }
 

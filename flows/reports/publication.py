@@ -89,7 +89,7 @@ def record_run(
         histories=findings.histories(layout, params),
         metrics={"test": read_json(layout.metrics)},
         pictures=sorted(layout.plots.glob("*.png")),
-        files=[layout.root / name for name in ("dvc.lock", "params.yaml", "data.dvc")],
+        files=[layout.lock, layout.params, layout.data_file],
         tags={**provenance(layout, report).to_json(), "release_uri": release.uri},
     )
     return workspace.registry.record_run(

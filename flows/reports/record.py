@@ -55,7 +55,7 @@ def remember(layout: Layout, settings: Settings, report: RunReport) -> None:
 
 
 def _made_of(layout: Layout, settings: Settings) -> dict[str, str | None]:
-    lock = layout.root / "dvc.lock"
+    lock = layout.lock
     return {
         "lock": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None,
         "storage": settings.s3_endpoint_url,

@@ -1,4 +1,4 @@
-"""`artifacts/run.json`: what a retrain did, for scripts and for `handsigns status`."""
+"""`artifacts/run.json`: what a retrain did, for scripts."""
 
 from typing import Any, Literal
 

@@ -16,7 +16,7 @@ def recorded_version(path: Path) -> str:
 
 def version_files(layout: Layout) -> list[Path]:
     """The files that name the version of the photos and of everything made of them."""
-    return [layout.root / name for name in ("data.dvc", "dvc.lock")]
+    return [layout.data_file, layout.lock]
 
 
 def commit_versions(layout: Layout, branch: str, report: RunReport) -> str:

@@ -32,9 +32,9 @@ class Served:
     Args:
         classifier: scores photos.
         told: what it is, in words.
-        version: its number in the registry, where it was named by one.
-        release: id of the verified release that it came from.
-        promoted_at: when it became champion, ISO 8601 in UTC.
+        version: of a followed champion, its number in the registry; else None.
+        release: of a followed champion, the id of its verified release; else None.
+        promoted_at: when that became champion, ISO 8601 in UTC.
     """
 
     classifier: "Classifier"

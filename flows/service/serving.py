@@ -41,8 +41,8 @@ class Model(BaseModel):
     """What answers."""
 
     told: str = Field(description="What it is, in words.")
-    version: int | None = Field(description="Its number in the registry.")
-    release: str | None = Field(description="Id of the verified release.")
+    version: int | None = Field(description="Of a champion: its number in the registry.")
+    release: str | None = Field(description="Of a champion: its verified release.")
     promoted_at: str | None = Field(description="When it became champion, ISO 8601.")
 
 

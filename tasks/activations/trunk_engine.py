@@ -24,7 +24,6 @@ class TrunkEngine:
 
     def __init__(self, graph: Path, size: int, cores: int | None = None) -> None:
         self._engine = Engine(graph, cores)
-        self.cores = self._engine.cores
         if self._engine.size != size:
             raise ModelError(
                 f"The trunk must take pictures of {size} pixels. Received: {self._engine.size} "

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from tasks.errors import ImageError, SourceError
 from tasks.labels import LABELS
+from tasks.layout import FOLDERS
 from tasks.pictures.images import Read, printable
 
-SPLITS = ("train", "test")
 UNREADABLE = "cannot be read"
 """The kind of fault of a file that may be readable another time."""
 
@@ -153,7 +153,7 @@ def _depth(entries: list[Entry]) -> int:
         if len(names) != 1:
             return depth
         (name,) = names
-        if name in LABELS or name.lower() in SPLITS:
+        if name in LABELS or name.lower() in FOLDERS:
             return depth
         depth += 1
 
@@ -162,7 +162,7 @@ def _place(entry: Entry, depth: int) -> Item:
     origin = printable("/".join(entry.parts))
     folders = entry.parts[depth:-1]
     split = "train"
-    if folders and folders[0].lower() in SPLITS:
+    if folders and folders[0].lower() in FOLDERS:
         split = folders[0].lower()
         folders = folders[1:]
     if entry.fault:

@@ -5,11 +5,10 @@ hang or exhaust the process that opens it. That process is a child with limits
 (`python -m tasks.incoming.h5 FILE FOLDER`), which leaves plain arrays behind.
 """
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.confined import REFUSED, confine, refuse, run_confined
 from tasks.errors import DataError, SourceError
-from tasks.incoming.class_folders import SPLITS, Item
+from tasks.incoming.class_folders import Item
 from tasks.labels import LABELS
+from tasks.layout import FOLDERS
 from tasks.pictures.images import MAX_PIXELS, encode, printable
 
 if TYPE_CHECKING:
@@ -33,9 +34,7 @@ MAX_RATIO = 100
 RATIO_FROM = 64 * 2**20
 MEMORY = 4 * 2**30
 SECONDS = 300
-_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE")
 _ROWS = 64
-_REFUSED = 3
 _UNWRITABLE = 4
 
 
@@ -55,7 +54,7 @@ def h5_items(path: Path, folder: Path) -> list[Item]:
     """
     _unpack(path, folder)
     items = []
-    for split in SPLITS:
+    for split in FOLDERS:
         if not (folder / f"{split}_y.npy").exists():
             continue
         photos = np.load(folder / f"{split}_x.npy", mmap_mode="r")
@@ -79,15 +78,8 @@ def _photo(photos: NDArray[np.uint8], row: int, limit: int) -> bytes:
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    root = str(Path(__file__).resolve().parents[2])
-    # Neither the credentials in our environment nor plug-ins are for such a file.
-    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    environment |= {"PYTHONPATH": root, "HDF5_PLUGIN_PATH": "::"}
-    command = [sys.executable, "-P", "-m", "tasks.incoming.h5", str(path.resolve()), str(folder)]
     try:
-        child = subprocess.run(  # noqa: S603 - our own interpreter and module
-            command, env=environment, capture_output=True, timeout=SECONDS, check=False
-        )
+        child = run_confined("tasks.incoming.h5", [str(path.resolve()), str(folder)], SECONDS)
     except subprocess.TimeoutExpired as error:
         raise _refused(path, f"takes more than {SECONDS} seconds to read") from error
     told = " ".join(child.stderr.decode(errors="replace").split())
@@ -95,7 +87,7 @@ def _unpack(path: Path, folder: Path) -> None:
         raise DataError(
             f"Arrays cannot be unpacked ({told}). Received: '{folder}'. Make room and repeat."
         )
-    if child.returncode == _REFUSED:
+    if child.returncode == REFUSED:
         raise _refused(path, told)
     if child.returncode:
         raise _refused(path, f"is damaged (its reader ended with {child.returncode})")
@@ -117,27 +109,24 @@ class _RefusedError(Exception):
 
 
 def _main(path: str, folder: Path) -> None:
-    import resource
-
-    with suppress(OSError, ValueError):  # not every system has this limit
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    confine(MEMORY, SECONDS, 2 * MAX_TOTAL)
     import h5py
 
     try:
         with h5py.File(path, "r", locking=False) as file:
             _check_links(file)
-            splits = [split for split in SPLITS if f"{split}_set_x" in file]
+            splits = [split for split in FOLDERS if f"{split}_set_x" in file]
             if not splits:
                 raise _RefusedError("has neither train_set_x nor test_set_x")
             for split in splits:
                 _copy(file, split, folder, max(RATIO_FROM, MAX_RATIO * Path(path).stat().st_size))
-    except (_RefusedError, _UnwritableError) as error:
+    except _RefusedError as error:
+        refuse(str(error))
+    except _UnwritableError as error:
         print(error, file=sys.stderr)
-        sys.exit(_REFUSED if isinstance(error, _RefusedError) else _UNWRITABLE)
+        sys.exit(_UNWRITABLE)
     except Exception as error:  # a damaged file raises anything
-        print(f"is damaged ({' '.join(str(error).split())[:160]})", file=sys.stderr)
-        sys.exit(_REFUSED)
+        refuse(f"is damaged ({' '.join(str(error).split())[:160]})")
 
 
 def _check_links(file: "h5py.File") -> None:

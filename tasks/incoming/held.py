@@ -17,9 +17,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tasks.errors import BusyError, DataError
-from tasks.incoming.class_folders import SPLITS
 from tasks.labels import LABELS
-from tasks.layout import Layout
+from tasks.layout import FOLDERS, Layout
 from tasks.progress import Progress
 
 Place = tuple[str, str]
@@ -38,7 +37,7 @@ def held_photos(layout: Layout) -> dict[str, Place]:
         Each file name below `data/<split>/<label>/` with its place.
     """
     held: dict[str, Place] = {}
-    for split in SPLITS:
+    for split in FOLDERS:
         for label in LABELS:
             folder = layout.data / split / label
             if folder.is_dir():

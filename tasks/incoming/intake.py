@@ -9,25 +9,22 @@ from typing import Any
 
 from tasks.errors import ImageError, SourceError
 from tasks.incoming.admission import ALREADY_THERE, TAKEN, Candidate, verdicts
-from tasks.incoming.class_folders import SPLITS, Item, Source
+from tasks.incoming.class_folders import Item, Source
 from tasks.incoming.held import (
     Place,
     build,
     held_photos,
     locked,
     mend,
-    recover,
     swap,
     workshop,
     writing,
 )
 from tasks.incoming.quarantine import Quarantine, SetAside
 from tasks.incoming.sources import as_test, open_source
-from tasks.layout import Layout
+from tasks.layout import FOLDERS, Layout
 from tasks.pictures.images import MAX_BYTES, printable, read_photo
 from tasks.progress import Progress, silent
-
-__all__ = ["ImportReport", "import_photos", "recover"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ def import_photos(
     """Add a source's photos to `data/`.
 
     `data/` is the former or the new state at every moment but for the instant between
-    two renames, which `recover` and the next import mend. Where nothing is new, nothing
+    two renames, which `held.recover` and the next import mend. Where nothing is new, nothing
     is touched. Versioning with DVC is the caller's part, also when nothing was taken: an
     import that was killed right after the renames has not been versioned yet.
 
@@ -287,5 +284,5 @@ def _items(layout: Layout, source: Path, test: Path | None) -> Iterator[Source]:
 def _by_split(counts: dict[Place, int]) -> dict[str, dict[str, int]]:
     return {
         split: {label: n for (s, label), n in sorted(counts.items()) if s == split}
-        for split in SPLITS
+        for split in FOLDERS
     }

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from tasks.errors import SourceError
-from tasks.incoming.class_folders import SPLITS, Item, Source, arrange, folder_entries
+from tasks.incoming.class_folders import Item, Source, arrange, folder_entries
 from tasks.incoming.h5 import h5_items
 from tasks.incoming.zips import zip_entries
+from tasks.layout import FOLDERS
 from tasks.pictures.images import printable
 
 _H5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -64,7 +65,7 @@ def _refused(fault: str, path: Path, advice: str) -> SourceError:
 
 def as_test(source: Source, path: Path) -> Source:
     """Make a source that was named as the test set one."""
-    if {item.split for item in source.items} == set(SPLITS):
+    if {item.split for item in source.items} == set(FOLDERS):
         raise _refused("for the test has a train set too", path, "Name its test part alone")
     return replace(source, items=tuple(replace(item, split="test") for item in source.items))
 

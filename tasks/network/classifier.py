@@ -19,7 +19,7 @@ from tasks.errors import DataError, ImageError, ModelError
 from tasks.labels import LABELS
 from tasks.network.engine import Engine
 from tasks.network.foreign import examined
-from tasks.pictures.augment import enlarge
+from tasks.pictures.augment import INPUT_SIZE, enlarge
 from tasks.pictures.images import MAX_BYTES, Read, look, printable
 from tasks.pictures.shrink import shrink
 from tasks.progress import Progress, silent
@@ -74,7 +74,7 @@ class Classifier:
 
     forward: Forward
     detail: int
-    size: int = 224
+    size: int = INPUT_SIZE
 
     def probabilities(
         self, images: NDArray[np.uint8], progress: Progress = silent
@@ -110,7 +110,7 @@ class Classifier:
 
 
 def load_classifier(
-    path: Path, detail: int, size: int = 224, *, vouched: bool = False
+    path: Path, detail: int, size: int = INPUT_SIZE, *, vouched: bool = False
 ) -> Classifier:
     """Load a model file.
 

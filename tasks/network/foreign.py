@@ -8,18 +8,18 @@ is only looked at, to refuse what ours could not stand for.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tasks.confined import REFUSED, confine, refuse, run_confined
 from tasks.errors import ModelError
 from tasks.network.foreign_arrays import MAX_WEIGHTS, RefusedError, copy_arrays
 
@@ -32,8 +32,6 @@ CONFIG = "config.json"
 LEGACY = "weights.h5"
 """What Keras reads as its older form of HDF5, in which attributes name the arrays."""
 _HDF5 = (".h5", ".hdf5")
-_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE")
-_REFUSED = 3
 _PLAIN = ("__keras_tensor__", "__ellipsis__", "__slice__", "__numpy__", "__tensor__")
 
 
@@ -57,19 +55,12 @@ def examined(path: Path, size: int = 0) -> Iterator[Path]:
         raise _refused(path, f"is larger than {MAX_FILE >> 20} MiB")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / _copy_name(path)
-        root = str(Path(__file__).resolve().parents[2])
-        # Neither the credentials in our environment nor plug-ins are for such a file.
-        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-        environment |= {"PYTHONPATH": root, "HDF5_PLUGIN_PATH": "::"}
-        command = [sys.executable, "-P", "-m", "tasks.network.foreign"]
         asked = [str(path.resolve()), str(copy), str(size)]
         try:
-            child = subprocess.run(  # noqa: S603, our own interpreter and module
-                [*command, *asked], env=environment, capture_output=True, timeout=SECONDS
-            )
+            child = run_confined("tasks.network.foreign", asked, SECONDS)
         except subprocess.TimeoutExpired:
             raise _refused(path, f"takes more than {SECONDS} s to read") from None
-        if child.returncode == _REFUSED:
+        if child.returncode == REFUSED:
             # Libraries may have had their say before.
             said = child.stderr.decode(errors="replace").strip().splitlines()[-1]
             raise _refused(path, said.replace(str(copy), path.name))
@@ -97,28 +88,18 @@ def _refused(path: Path, fault: str) -> ModelError:
 
 
 def _main(path: Path, copy: Path, size: int) -> None:
-    import resource
-
-    with suppress(OSError, ValueError):  # not every system has these limits
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE, MAX_FILE))
+    confine(MEMORY, SECONDS, MAX_FILE)
     try:
         if path.suffix == ".pb":
             _run_graph(path, copy, size)
         else:
             _rewrite_weights(path, copy)
     except MemoryError:
-        _refuse(f"asks for more than {MEMORY >> 30} GiB")
+        refuse(f"asks for more than {MEMORY >> 30} GiB")
     except (RefusedError, ModelError) as error:
-        _refuse(str(error))
+        refuse(str(error))
     except Exception as error:  # a damaged file raises anything
-        _refuse(f"is damaged ({' '.join(str(error).split())[:160]})")
-
-
-def _refuse(reason: str) -> None:
-    print(" ".join(reason.split())[:300], file=sys.stderr)
-    sys.exit(_REFUSED)
+        refuse(f"is damaged ({' '.join(str(error).split())[:160]})")
 
 
 def _run_graph(path: Path, copy: Path, size: int) -> None:

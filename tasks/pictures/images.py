@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,14 +60,10 @@ class Photo:
     Args:
         content: the file's bytes.
         suffix: `.jpg` or `.png`.
-        width: pixels.
-        height: pixels.
     """
 
     content: bytes
     suffix: str
-    width: int
-    height: int
 
     @property
     def name(self) -> str:
@@ -98,9 +94,8 @@ def read_photo(data: bytes, name: str) -> Photo:
         image = _loaded(data, name)
         if _is_plain(image, data):
             suffix = SUFFIXES["PNG" if image.format == "PNG" else "JPEG"][0]
-            return Photo(data, suffix, image.width, image.height)
-        upright = _upright(image)
-        return Photo(_png(upright), ".png", upright.width, upright.height)
+            return Photo(data, suffix)
+        return Photo(_png(_upright(image)), ".png")
 
 
 def look(data: bytes, name: str = "") -> NDArray[np.uint8]:
@@ -136,22 +131,6 @@ def decode(content: bytes, name: str = "") -> NDArray[np.uint8]:
     with _faults_told(name):
         _check_length(content)
         return np.array(_to_rgb(_open(content, _STORED)), dtype=np.uint8)
-
-
-def read_pixels(path: Path) -> NDArray[np.uint8]:
-    """Decode a stored photo's file.
-
-    Args:
-        path: a file below `data/`.
-
-    Returns:
-        uint8, (height, width, 3), RGB.
-
-    Raises:
-        ImageError: the file is damaged.
-        OSError: the file cannot be read.
-    """
-    return decode(path.read_bytes(), str(path))
 
 
 def encode(pixels: NDArray[np.uint8]) -> bytes:

@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 
 from tasks.errors import DataError, ImageError
 from tasks.labels import LABELS
+from tasks.layout import FOLDERS
 from tasks.parallel import in_order
 from tasks.pictures.images import decode
 from tasks.progress import Progress
-
-FOLDERS = ("train", "test")
-"""The folders `data/` may hold; `test` is optional."""
 
 Result = TypeVar("Result")
 

@@ -4,8 +4,11 @@ Its headings follow Mitchell et al., "Model Cards for Model Reporting", 2019. No
 date and no machine is in it, so that the same model gives the same card.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from tasks.markdown import table
+from tasks.scoring.checks import shown, shown_interval
 
 LICENCE = "Apache-2.0"
 
@@ -86,7 +89,7 @@ def _data(counts: Mapping[str, int], version: str, note: str) -> str:
     told = f" {note}" if note else ""
     return (
         f"## Data\n\nVersion `{version}`.{told} Photos that are nearly the same are kept in one "
-        f"split.\n\n{_table(('split', 'photos'), rows)}"
+        f"split.\n\n{table(('split', 'photos'), rows)}"
     )
 
 
@@ -112,39 +115,39 @@ def _training(params: Content, histories: Sequence[Content]) -> str:
                 f"{phase['learning_rate']:g} {phase['schedule']}",
                 len(history["epochs"]),
                 f"{phase['averaging']:.0%}" if phase["averaging"] else "-",
-                _number(history["val_loss"]),
-                _number(history["val_accuracy"]),
+                shown(history["val_loss"]),
+                shown(history["val_accuracy"]),
             )
         )
     views = params["features"]["views"]
     return (
         f"## Training\n\nSeed {params['seed']}, {views} augmented views of each photo, mode "
-        f"`{params['training']['mode']}`.\n\n{_table(heads, rows)}"
+        f"`{params['training']['mode']}`.\n\n{table(heads, rows)}"
     )
 
 
 def _evaluation(metrics: Content) -> str:
     low, high = metrics["accuracy_interval"]
     overall = [
-        ("accuracy", f"{_number(metrics['accuracy'])} (95% Wilson: {low:.4f} to {high:.4f})"),
-        ("loss (categorical cross-entropy)", _number(metrics["loss"])),
-        ("AUC (one against the rest, macro)", _number(metrics["auc"])),
-        ("expected calibration error", _number(metrics["ece"])),
+        ("accuracy", f"{shown(metrics['accuracy'])} (95% Wilson: {low:.4f} to {high:.4f})"),
+        ("loss (categorical cross-entropy)", shown(metrics["loss"])),
+        ("AUC (one against the rest, macro)", shown(metrics["auc"])),
+        ("expected calibration error", shown(metrics["ece"])),
     ]
     per_class = [
         (
             row["label"],
-            _number(row["precision"]),
-            _number(row["recall"]),
-            _number(row["f1"]),
+            shown(row["precision"]),
+            shown(row["recall"]),
+            shown(row["f1"]),
             row["support"],
         )
         for row in metrics["per_class"]
     ]
     return (
         f"## Evaluation\n\nOn {metrics['n']} test photos that training never saw.\n\n"
-        f"{_table(('measure', 'value'), overall)}\n\n"
-        f"{_table(('sign', 'precision', 'recall', 'F1', 'photos'), per_class)}"
+        f"{table(('measure', 'value'), overall)}\n\n"
+        f"{table(('sign', 'precision', 'recall', 'F1', 'photos'), per_class)}"
     )
 
 
@@ -152,32 +155,13 @@ def _gate(gate: Content) -> str:
     rows = [
         (
             check["name"],
-            _number(check["value"]),
-            _number(check["limit"]),
-            _interval(check.get("interval")),
+            shown(check["value"]),
+            shown(check["limit"]),
+            shown_interval(check.get("interval")) or "-",
             "passed" if check["passed"] else f"failed {check.get('detail', '')}".strip(),
         )
         for check in gate["checks"]
     ]
     verdict = "Passed" if gate["passed"] else "Failed"
     heads = ("check", "value", "limit", "interval", "verdict")
-    return f"## Gate\n\n{verdict}.\n\n{_table(heads, rows)}"
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    return " ".join(str(value).replace("|", "\\|").split())
-
-
-def _interval(bounds: Any) -> str:
-    return f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "-"
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"## Gate\n\n{verdict}.\n\n{table(heads, rows)}"

@@ -12,15 +12,13 @@ from tasks.layout import Layout
 from tasks.network.classifier import classify_files
 from tasks.pictures.dataset import open_dataset
 from tasks.progress import Progress, silent
+from tasks.releases.manifest import DATASET_INDEX
 from tasks.releases.pointer import Champion
 from tasks.releases.release import fetch
 from tasks.releases.release_reader import open_release
 from tasks.scoring.compare import Comparison, compare
 from tasks.services.storage import Storage
 from tasks.whole import read_json
-
-DATASET_INDEX = "dataset.json"
-"""Name in a release of the list that says which photo was in which split."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,11 @@ from tasks.errors import ReleaseError
 from tasks.services.signature import SIGNATURE, Trust, canonical
 
 MANIFEST = "manifest.json"
+DATASET_INDEX = "dataset.json"
+"""Name in a release of the list that says which photo was in which split."""
+AGAIN = "Do not use it; publish it again by a retrain, or roll back."
+"""What to do with a release that is not what it was."""
+
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILE_BYTES = 1 << 30
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -62,7 +67,10 @@ def content_id(files: Mapping[str, Digest]) -> str:
 def check_id(release_id: str) -> str:
     """Return `release_id`, or raise `ReleaseError` if it is not 32 hex digits."""
     if not _ID.fullmatch(release_id):
-        raise ReleaseError(f"A release is named by 32 hex digits. Received: {release_id!r}.")
+        raise ReleaseError(
+            f"A release is named by 32 hex digits. Received: {release_id!r}. "
+            "`handsigns status` shows the champion's and the challenger's."
+        )
     return release_id
 
 
@@ -108,13 +116,13 @@ def parse(content: bytes, release_id: str, where: str, trust: Trust) -> Manifest
     except (ValueError, RecursionError) as error:
         fault = _first(error) if isinstance(error, ValidationError) else f"{error}."
         raise ReleaseError(
-            f"The manifest cannot be understood. Received: {where} ({fault})"
+            f"The manifest cannot be understood. Received: {where} ({fault}) {AGAIN}"
         ) from None
     derived = content_id(manifest.files)
     if manifest.id != release_id or derived != release_id:
         raise ReleaseError(
             f"The manifest belongs to another release. Received: {manifest.id} with files of "
-            f"{derived} in {where}."
+            f"{derived} in {where}. {AGAIN}"
         )
     trust.check(MANIFEST, fields, where)
     return manifest
@@ -127,7 +135,9 @@ def compare_sizes(manifest: Manifest, sizes: Mapping[str, int], where: str) -> N
         ReleaseError: one is missing, added, or has another size.
     """
     if missing := sorted(manifest.files.keys() - sizes.keys()):
-        raise ReleaseError(f"A file of the release is missing. Received: {where} without {missing}")
+        raise ReleaseError(
+            f"A file of the release is missing. Received: {where} without {missing}. {AGAIN}"
+        )
     if added := sorted(sizes.keys() - manifest.files.keys()):
         raise ReleaseError(
             f"A file was added to the release. Received: {where} with {added}. Remove it."
@@ -136,7 +146,7 @@ def compare_sizes(manifest: Manifest, sizes: Mapping[str, int], where: str) -> N
         if sizes[name] != wanted.bytes:
             raise ReleaseError(
                 f"A file of the release has another size. Received: {sizes[name]} bytes for "
-                f"{name} in {where}, where the manifest says {wanted.bytes}."
+                f"{name} in {where}, where the manifest says {wanted.bytes}. {AGAIN}"
             )
 
 
@@ -150,7 +160,7 @@ def verify_folder(folder: Path, release_id: str, trust: Trust) -> Manifest:
     try:
         content = (folder / MANIFEST).read_bytes()
     except OSError:
-        raise ReleaseError(f"The manifest is missing. Received: {folder}.") from None
+        raise ReleaseError(f"The manifest is missing. Received: {folder}. {AGAIN}") from None
     manifest = parse(content, release_id, str(folder), trust)
     sizes = {path.name: path.lstat().st_size for path in folder.iterdir() if path.name != MANIFEST}
     compare_sizes(manifest, sizes, str(folder))
@@ -163,7 +173,9 @@ def verify_folder(folder: Path, release_id: str, trust: Trust) -> Manifest:
 
 def damaged(place: str) -> ReleaseError:
     """Return the error for a file of the right size but with other bytes."""
-    return ReleaseError(f"A file of the release differs from its digest. Received: {place}.")
+    return ReleaseError(
+        f"A file of the release differs from its digest. Received: {place}. {AGAIN}"
+    )
 
 
 def _digest(path: Path) -> Digest:

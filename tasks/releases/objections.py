@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tasks.gate import judge
 from tasks.params import GateParams
+from tasks.releases.manifest import DATASET_INDEX
 from tasks.releases.pointer import Champion
 from tasks.whole import read_json
 
@@ -58,7 +59,7 @@ def _of_its_gate(release: Path) -> Iterator[str]:
 
 
 def _of_todays_gate(release: Path, limits: GateParams) -> Iterator[str]:
-    index = read_json(release / "dataset.json")
+    index = read_json(release / DATASET_INDEX)
     leaks = index.get("leaks") if isinstance(index, dict) else None
     for reason in judge(read_json(release / "metrics.json"), leaks, limits).reasons:
         yield f"today's gate refuses it, {reason}"

@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from tasks.layout import Layout
+from tasks.releases.champion import METRICS
 from tasks.whole import read_json
 
-SCORES = ("accuracy", "loss", "auc", "ece")
 PICTURES = "artifacts/plots/"
 
 
@@ -72,9 +72,7 @@ def compare_builds(
     metrics = _metrics(read_json(release / "metrics.json"), read_json(built.metrics))
     if same:
         return Comparison(True, metrics=metrics, weights=0.0)
-    difference, by_code = _first_difference(
-        _lock(release / "dvc.lock"), _lock(built.root / "dvc.lock")
-    )
+    difference, by_code = _first_difference(_lock(release / "dvc.lock"), _lock(built.lock))
     return Comparison(
         False,
         difference,
@@ -85,7 +83,7 @@ def compare_builds(
 
 
 def _metrics(released: Any, rebuilt: Any) -> dict[str, tuple[Any, Any]]:
-    return {name: (released.get(name), rebuilt.get(name)) for name in SCORES}
+    return {name: (released.get(name), rebuilt.get(name)) for name in METRICS}
 
 
 def _lock(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
 

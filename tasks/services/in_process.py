@@ -18,7 +18,7 @@ class InProcess:
 
     Args:
         layout: the checkout.
-        sources: digests of `tasks/*.py` when this process began to import them.
+        sources: digests of every module below `tasks/` when this process began to import them.
         progress: told how far the stage is.
     """
 

@@ -13,7 +13,6 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import stamina
@@ -28,7 +27,6 @@ from tasks.whole import whole_file
 
 Outcome = Literal["unchanged", "restored", "ran"]
 DataSource = Literal["sample", "photos"]
-DATA_FILE = "data.dvc"
 REMOTE = "handsigns"
 
 _log = logging.getLogger(__name__)
@@ -169,33 +167,29 @@ class Pipeline:
         self._locked(lambda: self._repo.add(str(self._layout.data)))
         record = self._data_record()
         if record is None:
-            raise DataError(f"DVC wrote no {DATA_FILE}. Run `dvc doctor` and see what it says.")
+            raise DataError("DVC wrote no data.dvc. Run `dvc doctor` and see what it says.")
         record["meta"] = {"source": source}
-        with whole_file(self._data_file) as path:
+        with whole_file(self._layout.data_file) as path:
             path.write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
         return str(record["outs"][0]["md5"])
 
-    @property
-    def _data_file(self) -> Path:
-        return self._layout.root / DATA_FILE
-
     def _data_record(self) -> dict[str, Any] | None:
-        if not self._data_file.is_file():
+        if not self._layout.data_file.is_file():
             return None
         try:
-            record = yaml.safe_load(self._data_file.read_text(encoding="utf-8"))
+            record = yaml.safe_load(self._layout.data_file.read_text(encoding="utf-8"))
             if not isinstance(record["outs"][0]["md5"], str):
                 raise TypeError(record["outs"][0]["md5"])
         except (yaml.YAMLError, KeyError, IndexError, TypeError) as error:
             raise DataError(
-                f"{DATA_FILE} is not what DVC writes. Take it back from git, "
+                "data.dvc is not what DVC writes. Take it back from git, "
                 "or import the photos again."
             ) from error
         return dict(record)
 
     def data_changed(self) -> bool:
         """Whether `data/` differs from the version in `data.dvc`."""
-        return bool(self._locked(lambda: self._repo.status([DATA_FILE])))
+        return bool(self._locked(lambda: self._repo.status([self._layout.data_file.name])))
 
     def has_remote(self) -> bool:
         """Whether there is anywhere to push to."""
@@ -210,7 +204,7 @@ class Pipeline:
 
         def push() -> int:
             version = self._mended_cache()
-            sent = int(self._repo.push([DATA_FILE]))
+            sent = int(self._repo.push([self._layout.data_file.name]))
             remote = self._repo.cloud.get_remote_odb()
             if again := send_again(self._repo.cache.local, remote, version):
                 _log.warning("%d objects were missing or damaged in the remote.", len(again))
@@ -235,7 +229,7 @@ class Pipeline:
 
         def pull() -> int:
             self._drop_damaged_data()
-            result = self._repo.pull([DATA_FILE])
+            result = self._repo.pull([self._layout.data_file.name])
             return int(result.get("fetched", 0))
 
         return self._transfer("pulled", pull)
@@ -247,7 +241,7 @@ class Pipeline:
         def checkout() -> bool:
             self._drop_damaged_data()
             try:
-                self._repo.checkout([DATA_FILE], force=True)
+                self._repo.checkout([self._layout.data_file.name], force=True)
             except CheckoutError:
                 return False
             return self._layout.data.is_dir()

@@ -12,17 +12,16 @@ from urllib.parse import urlsplit
 import stamina
 
 from tasks.errors import ServiceError
-from tasks.services.addresses import S3Address, check_key, shown
+from tasks.services.addresses import LOOPBACK, S3Address, check_key, shown
 from tasks.services.deadline import SECONDS, Deadline, allow, heed_deadlines
 from tasks.services.sending import Sent, md5, opened, size_of
 from tasks.services.signature import UNSIGNED, Trust
-from tasks.services.storage_errors import BUCKET, ChangedError, MissingObjectError, explain
+from tasks.services.storage_errors import BUCKET, ChangedError, explain
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
 T = TypeVar("T")
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CONNECT_SECONDS = 3
 READ_SECONDS = 8
 ATTEMPTS = 3
@@ -70,14 +69,6 @@ class Storage:
     def check(self) -> None:
         """Raise `ServiceError` unless the bucket answers to the credentials."""
         self._call(lambda: self._client.head_bucket(Bucket=self.address.bucket), BUCKET)
-
-    def exists(self, key: str) -> bool:
-        """Tell whether the object is there."""
-        try:
-            self._call(lambda: self._client.head_object(**self._at(key)), key)
-        except MissingObjectError:
-            return False
-        return True
 
     def list(self, prefix: str, most: int | None = None) -> Iterator[Entry]:
         """Yield the objects whose key starts with `prefix`, sorted by key, `most` at most."""

@@ -27,7 +27,7 @@ _Change = Callable[[NDArray[np.float32], int], NDArray[np.float32]]
 
 
 class FeatureStore(Protocol):
-    """What `tasks.features.Features` gives."""
+    """What `tasks.activations.feature_reader.Features` gives."""
 
     def row(self, name: str, view: int) -> int: ...
 
