@@ -48,6 +48,9 @@ def take(workspace: Workspace, inbox: Inbox, progress: Progress) -> ImportReport
         workspace: the checkout.
         inbox: has something new.
         progress: told about each file.
+
+    Returns:
+        What became of each file.
     """
     layout, pipeline = workspace.layout, workspace.pipeline
     source = pipeline.data_source()

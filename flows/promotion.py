@@ -25,6 +25,9 @@ def promote(version: int, reason: str, force: bool = False, by: str = "") -> Sta
         reason: Why; kept in the champion's history.
         force: Overrule the gate or a lost comparison; what was overruled is kept too.
         by: Who decides; the worker's user when left empty.
+
+    Returns:
+        Completed, with the move in words; failed, with the reason.
     """
     return _move(
         "Promoted", lambda workspace: workspace.promote(version, reason, force, by or None)
@@ -38,6 +41,9 @@ def rollback(reason: str, by: str = "") -> State[Any]:
     Args:
         reason: Why; kept in the champion's history.
         by: Who decides; the worker's user when left empty.
+
+    Returns:
+        Completed, with the move in words; failed, with the reason.
     """
     return _move("Rolled back", lambda workspace: workspace.rollback(reason, by or None))
 

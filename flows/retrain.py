@@ -69,6 +69,9 @@ def retrain(force: bool = False) -> State[Any]:
 
     Args:
         force: Run every stage, also those whose inputs did not change.
+
+    Returns:
+        A state named after the report's status; its data is the report, or None.
     """
     layout = Layout(Path.cwd())
     with only_retrain(layout) as alone:

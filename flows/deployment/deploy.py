@@ -143,6 +143,9 @@ def automation(
         after: events of a run after which another must come.
         silence: seconds that may pass until then.
         teller: deployment that tells people of it.
+
+    Returns:
+        The automation, not registered yet.
     """
     from prefect.client.schemas.objects import StateType
     from prefect.events import AutomationCore, EventTrigger, Posture, ResourceSpecification

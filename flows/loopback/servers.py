@@ -219,6 +219,9 @@ def worker(folder: Path, patience: float, pool: str, environment: dict[str, str]
         patience: longest wait in seconds for another worker of the checkout.
         pool: work pool of type process.
         environment: all of its environment; flow runs inherit it.
+
+    Returns:
+        The process, not started yet.
     """
     command = [*_program("prefect"), "worker", "start", "--type", "process"]
     command += ["--pool", pool, "--name", WORKER, "--install-policy", "never"]

@@ -49,6 +49,9 @@ def data_changes(layout: Layout, former: Any, since: int | None) -> DataChanges:
         layout: holds the photos of today, by the hash of their content.
         former: `dataset.json` of the champion's release; None where there is none.
         since: version of the champion.
+
+    Returns:
+        Counts for each sign, and of photos with another label.
     """
     before = {photo["name"]: photo["label"] for photo in (former or {"photos": []})["photos"]}
     now = {photo["name"]: photo["label"] for photo in _artifact(layout.dataset_index)["photos"]}

@@ -73,6 +73,9 @@ class Inbox:
         Args:
             replace: hold these photos alone, if any is usable.
             progress: told about each file.
+
+        Returns:
+            What became of each file.
         """
         source = Source(self.new)
         report = import_items(self._layout, source, self.name, self._standing, replace, progress)
@@ -106,6 +109,9 @@ def list_bucket(storage: Storage, prefix: str) -> Listing:
     Args:
         storage: the inbox's bucket.
         prefix: folder in it; empty for all of it.
+
+    Returns:
+        Each file with its stamp.
 
     Raises:
         ServiceError: the storage does not answer, or has no such bucket.

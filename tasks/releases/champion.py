@@ -149,6 +149,9 @@ def rollback(storage: Storage, registry: Registry, reason: str, *, by: str | Non
         reason: why, for the history.
         by: who decided; None is the user of this process.
 
+    Returns:
+        The move, as the history keeps it.
+
     Raises:
         PromotionError: there is none, its version is gone, or the champion was
             changed meanwhile.

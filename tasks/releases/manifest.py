@@ -81,6 +81,9 @@ def describe(files: Mapping[str, Path], facts: Mapping[str, Any] | None = None) 
         files: path by the plain name that the file gets in the release.
         facts: JSON values that help people, such as the git revision; not in the id.
 
+    Returns:
+        The manifest, not signed yet.
+
     Raises:
         ReleaseError: no file, a file that cannot be read, or a name that is not plain.
     """
@@ -106,6 +109,9 @@ def parse(content: bytes, release_id: str, where: str, trust: Trust) -> Manifest
         release_id: the release it must belong to.
         where: its folder, for messages.
         trust: whose signature it must have.
+
+    Returns:
+        The manifest.
 
     Raises:
         ReleaseError: it is broken, another release's, or not signed as it must be.

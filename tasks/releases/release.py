@@ -57,6 +57,9 @@ def publish(
         files: path by the plain name that the file gets in the release.
         facts: JSON values for people; they do not change the id.
 
+    Returns:
+        The release, whether it was uploaded or there already.
+
     Raises:
         ReleaseError: a file changes meanwhile, or the folder holds a foreign one.
         SettingsError: it must be signed and cannot be.

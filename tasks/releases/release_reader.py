@@ -17,6 +17,9 @@ def open_release(folder: Path) -> Classifier:
         folder: what `tasks.releases.release.fetch` returned. It may hold no `model.pb`; then
             `model.keras` is loaded.
 
+    Returns:
+        The classifier, which reduces photos as the release's training photos were.
+
     Raises:
         PromotionError: its labels are not ours, in our order.
         ModelError: its model does not fit.

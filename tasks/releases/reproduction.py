@@ -65,6 +65,9 @@ def compare_builds(
         built: checkout in which every stage was run again.
         then: `tasks.releases.environment.environment` when the release was made, if recorded.
         now: the same today.
+
+    Returns:
+        Whether they are identical, and else the first stage that parts and why.
     """
     files = {"model.keras": built.model, "model.pb": built.graph}
     files |= {"metrics.json": built.metrics, "gate.json": built.gate}

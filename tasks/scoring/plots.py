@@ -74,6 +74,9 @@ def confusion(scores: Scores) -> Figure:
 
     Args:
         scores: as of `tasks.scoring.metrics.score`.
+
+    Returns:
+        The figure; the caller saves it.
     """
     matrix = np.array(scores.confusion_matrix)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -149,6 +152,9 @@ def reliability_diagram(p: np.ndarray, y: np.ndarray) -> Figure:
     Args:
         p: float64, (n, 6); rows sum to one.
         y: int64, (n,).
+
+    Returns:
+        The figure; the caller saves it.
     """
     count, confidence, accuracy = reliability(p, y)
     some = count > 0

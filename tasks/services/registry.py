@@ -85,6 +85,9 @@ class Registry:
             model_file: the `.keras` file; its very bytes become the logged model.
             load: returns the `keras.Model` of that file; called when a run is made.
             example: float32 or uint8, (1, height, width, 3); a photo in [0, 255].
+
+        Returns:
+            The run and where its model lies.
         """
         with self._asked() as client:
             experiment = self._experiment(client)
@@ -110,6 +113,9 @@ class Registry:
             run: what `record_run` returned.
             content_id: id of the release.
             tags: plain facts, such as the release's URI.
+
+        Returns:
+            The version.
         """
         if found := self.find(content_id):
             return found

@@ -97,6 +97,9 @@ class Plan:
 
         Args:
             adam: its class; None for Keras's own.
+
+        Returns:
+            keras.optimizers.Optimizer.
         """
         import keras
 

@@ -15,6 +15,9 @@ def traced(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
     Args:
         function: takes one tensor for each example.
         examples: tensors whose first axis counts rows, or of no axis.
+
+    Returns:
+        The same function as a graph.
     """
     specs = [
         tf.TensorSpec([None, *example.shape[1:]] if example.shape.rank else [], example.dtype)
