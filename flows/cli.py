@@ -3,6 +3,7 @@
 Nothing heavy is imported before a verb needs it, so that help is instant.
 """
 
+import io
 import logging
 import sys
 
@@ -12,6 +13,9 @@ from flows.commands import champion, data, deployment, keys, models, runs, servi
 from flows.commands.terminal import err
 from tasks.errors import HandsignsError
 from tasks.garbage import rare_collection
+
+INTERRUPTED = 130
+"""What the command ends with after Ctrl-C, as shells have it."""
 
 app = typer.Typer(
     name="handsigns",
@@ -29,15 +33,23 @@ app.add_typer(keys.app, name="keys")
 def main() -> None:
     """Run the command; whatever is refused or fails ends in one line and exit code 1."""
     _show_logs()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # of a terminal that knows few letters
+            stream.reconfigure(errors="backslashreplace")
     try:
         with rare_collection():
             app()
     except HandsignsError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{error.strerror or error}. Received: {error.filename or 'an operation'}.")
-    except KeyboardInterrupt:
-        _fail("Interrupted. What was there before is whole; run again to go on.")
+        _fail(
+            f"{error.strerror or error}. Received: {error.filename or 'an operation'}. "
+            "Give permission or make room, then run again."
+        )
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _say("Interrupted. What was there before is whole; run again to go on.")
+        raise
 
 
 def _show_logs() -> None:
@@ -50,8 +62,12 @@ def _show_logs() -> None:
 
 
 def _fail(line: str) -> None:
-    err.print(" ".join(line.split()), highlight=False, markup=False, soft_wrap=True)
+    _say(line)
     sys.exit(1)
+
+
+def _say(line: str) -> None:
+    err.print(" ".join(line.split()), highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ def point_prefect_at(
             environment then holds.
         environment: changed in place.
     """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # Prefect makes its own folder only
     environment["PREFECT_API_URL"] = api
     environment["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
     environment.setdefault("PREFECT_HOME", str(folder / "prefect"))

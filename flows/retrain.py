@@ -115,7 +115,7 @@ class Retrain:
             self._run()
         except HandsignsError as error:
             self._conclude("failed", str(error))
-        except TerminationSignal:
+        except (TerminationSignal, KeyboardInterrupt):
             self._conclude("failed", "Stopped from outside. What was there before is whole.")
             raise
         except BaseException as error:
@@ -136,11 +136,7 @@ class Retrain:
             self._inbox = self._task("inbox", self._take_in, network=True)
         self._task("fetch", self._fetch, network=True)
         version = self._task("version", self._version, network=True)
-        if not self._force and (
-            found := unchanged_since(
-                self._layout, self._workspace.settings, self._workspace.pipeline
-            )
-        ):
+        if not self._force and (found := unchanged_since(self._workspace)):
             self._report = found
             return
         self._succession.begin()
@@ -156,7 +152,7 @@ class Retrain:
         release = self._task("publish", lambda: self._publish(params), network=True)
         registered = self._task("register", lambda: self._register(params, release), network=True)
         self._conclude(*self._succession.settle(release, registered))
-        remember(self._layout, self._workspace.settings, self._report)
+        remember(self._workspace, self._report)
 
     def _task(self, name: str, call: Callable[[], _Result], network: bool = False) -> _Result:
         """Run one thing as a named Prefect task and keep its time."""

@@ -60,6 +60,8 @@ def _login(secret: SecretStr) -> SecretStr:
 def _remote(place: str) -> str:
     if not urlsplit(place).scheme and not Path(place).is_absolute():
         raise ValueError("must be an address such as s3://bucket/dvc, or a folder's full path")
+    if place.startswith("s3:") and not urlsplit(place).netloc:
+        raise ValueError("must name a bucket, such as s3://bucket/dvc")
     return place
 
 

@@ -4,7 +4,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from tasks.errors import ParamsError
 from tasks.labels import LABELS
@@ -19,6 +27,17 @@ MAX_TRAINABLE_LAYERS = 16
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _switches_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
+        """YAML reads `yes` and `on` as true, which would pass for 1, often the most there is."""
+        if (
+            isinstance(value, bool)
+            and cls.model_fields[str(info.field_name)].annotation is not bool
+        ):
+            raise ValueError("must not be true or false")
+        return value
 
 
 class AuditParams(_Section):
@@ -158,7 +177,7 @@ def load_params(path: Path) -> Params:
             f"Parameters cannot be read ({error.strerror}). Received: '{path}'. "
             "Run from the checkout's root, where params.yaml lies."
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         place = " ".join(str(error).split())
         raise ParamsError(f"{path.name} is not valid YAML: {place}. Mend that line.") from error
     try:
@@ -171,7 +190,8 @@ def _explain(path: Path, error: ValidationError) -> str:
     faults = []
     for fault in error.errors():
         where = ".".join(str(part) for part in fault["loc"]) or "the file"
-        received = "" if fault["type"] == "missing" else f" (received {fault['input']!r})"
+        whole = fault["type"] == "missing" or not fault["loc"]
+        received = "" if whole else f" (received {fault['input']!r})"
         faults.append(f"{where}: {fault['msg']}{received}")
     return (
         f"{path.name} has {len(faults)} fault(s): {'; '.join(faults)}. Mend or remove these keys."

@@ -1,5 +1,7 @@
 """The command's manners: instant help, exit codes, one line for what is refused."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +69,73 @@ def test_an_unknown_parameter_is_named_and_reported(workshop: Workshop) -> None:
     assert told["status"] == "failed"
     assert "gate.min_acuracy" in told["reason"]
     assert workshop.report() == told
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xff\xfe\x00", "params.yaml is not valid YAML"),
+        (b"seed: yes", "seed: Value error, must not be true or false (received True)"),
+    ],
+)
+def test_parameters_that_cannot_be_read_are_reported(
+    workshop: Workshop, content: bytes, reason: str
+) -> None:
+    kept = workshop.layout.params.read_bytes()
+    workshop.layout.params.write_bytes(
+        content if content[0] == 0xFF else kept.replace(b"seed: 20", content)
+    )
+    try:
+        told = workshop.handsigns("retrain", code=1)
+    finally:
+        workshop.layout.params.write_bytes(kept)
+    assert reason in told["reason"]
+    assert workshop.report() == told
+
+
+def test_a_damaged_version_of_the_photos_is_told_before_they_are_exchanged(tmp_path: Path) -> None:
+    workshop = make_checkout(tmp_path / "checkout")
+    workshop.handsigns("import", write_photos(tmp_path / "first", per_class=1))
+    before = sorted(path.name for path in workshop.layout.data.rglob("*.png"))
+    other = write_photos(tmp_path / "other", per_class=1, seed=3)
+    for damage in (b"{", b"\xff\xfe\x00"):
+        workshop.layout.data_file.write_bytes(damage)
+        told = workshop.handsigns("import", other, "--replace", code=1)
+        assert "data.dvc is not what DVC writes" in told
+    assert sorted(path.name for path in workshop.layout.data.rglob("*.png")) == before
+    workshop.layout.data_file.unlink()
+    workshop.handsigns("import", other, "--replace")
+    assert sorted(path.name for path in workshop.layout.data.rglob("*.png")) != before
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-5", "30"])
+def test_a_silence_that_would_crash_healthy_runs_is_wrong_usage(
+    workshop: Workshop, seconds: str
+) -> None:
+    api = {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    told = workshop.run("handsigns", "deploy", "--silence", seconds, code=2, **api).stderr
+    assert "must be more than the 30 s" in told
+
+
+def test_json_is_json_on_a_terminal_that_knows_few_letters() -> None:
+    code = "from flows.commands.terminal import print_json; print_json({'file': 'ü手.png'})"
+    known = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", code], env=known, capture_output=True)
+    assert json.loads(done.stdout) == {"file": "ü手.png"}
+
+
+def test_an_interrupted_command_says_what_that_means(workshop: Workshop) -> None:
+    code = (
+        "import signal, threading, sys, os\n"
+        "from flows import cli\n"
+        "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "import flows.commands.runs as runs, time\n"
+        "runs.open_workspace = lambda: time.sleep(20)\n"
+        "sys.argv = ['handsigns', 'status']\n"
+        "cli.main()\n"
+    )
+    done = workshop.run("python", "-c", code, code=130)
+    assert done.stderr == "Interrupted. What was there before is whole; run again to go on.\n"
 
 
 def test_a_mistyped_setting_is_named(workshop: Workshop) -> None:

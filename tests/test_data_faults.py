@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.errors import BusyError, HandsignsError, ServiceError
+from tasks.errors import BusyError, DataError, HandsignsError, ServiceError
 from tasks.incoming.fetch import fetch_data, render
 from tasks.incoming.held import locked
 from tasks.layout import Layout
@@ -275,3 +275,24 @@ def test_the_sample_is_not_rendered_while_an_import_runs(
         with pytest.raises(BusyError, match="Another import is running"):
             rendering.result()
     assert _photos(checkout) == before
+
+
+@pytest.mark.parametrize(
+    ("url", "told"), [("s3://bucket/photos", "credentials"), ("ssh://h/photos", "dvc-ssh")]
+)
+def test_a_remote_that_cannot_be_spoken_to_is_told_in_one_line(
+    checkout: Layout, monkeypatch: pytest.MonkeyPatch, url: str, told: str
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    pipeline = Pipeline(checkout, Remote(url, {}))
+    with pytest.raises(ServiceError, match=rf"data/ could not be pushed \(.*{told}") as caught:
+        pipeline.push_data()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_remote_of_no_known_kind_is_told_in_one_line(checkout: Layout) -> None:
+    with pytest.raises(DataError, match=r"HANDSIGNS_DVC_REMOTE_URL") as caught:
+        Pipeline(checkout, Remote("foo://x", {}))
+    assert "\n" not in str(caught.value)

@@ -1,21 +1,28 @@
 """What the command tells of a retrain that another one, or Prefect itself, got in the way of."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from flows.commands import launch
 from flows.commands.launch import launch_retrain
 from flows.exclusion import only_retrain
-from flows.reports.record import unchanged_since
+from flows.reports.record import remember, unchanged_since
 from flows.reports.report import ModelReport, RunReport
 from flows.settings import Settings
 from flows.workspace import Workspace
 from tasks.errors import ServiceError
 from tasks.progress import silent
+from tasks.releases.pointer import Pointer, move_champion
+from tasks.services.addresses import S3Address
+from tasks.services.keys import new_keys
+from tasks.services.registry import CHAMPION
+from tasks.services.storage import Storage
 from tasks.whole import read_json, write_json
 from tests.fixtures.checkouts import with_stages
 
@@ -87,19 +94,57 @@ def test_a_retrain_that_begins_meanwhile_keeps_its_report(
     assert read_json(layout.run)["status"] == "registered"
 
 
-def test_a_record_of_another_version_of_the_program_is_no_reason_to_fail(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from flows.reports.record import remember
+@pytest.fixture
+def released(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """A checkout in which nothing changed since its last release became champion."""
+    monkeypatch.setattr(type(workspace.pipeline), "changed", lambda _self: {})
+    report = done()
+    report.model.alias = CHAMPION
+    remember(workspace, report)
+    return workspace
 
-    layout, pipeline = workspace.layout, workspace.pipeline
-    monkeypatch.setattr(type(pipeline), "changed", lambda _self: {})
-    remember(layout, workspace.settings, done())
-    found = unchanged_since(layout, workspace.settings, pipeline)
+
+def test_what_was_released_last_is_unchanged(released: Workspace) -> None:
+    found = unchanged_since(released)
     assert found is not None
     assert found.status == "unchanged"
-    record = layout.local / "last_release.json"
+
+
+def test_a_record_of_another_version_of_the_program_is_no_reason_to_fail(
+    released: Workspace,
+) -> None:
+    record = released.layout.local / "last_release.json"
     content = read_json(record)
     content["report"]["a_field_of_later"] = 1
     write_json(record, content)
-    assert unchanged_since(layout, workspace.settings, pipeline) is None
+    assert unchanged_since(released) is None
+
+
+def test_a_local_storage_that_was_removed_is_filled_again(released: Workspace) -> None:
+    store = released.layout.local / "seaweedfs"
+    shutil.rmtree(store)
+    store.mkdir()
+    assert unchanged_since(released) is None
+
+
+def test_other_keys_ask_for_another_look(released: Workspace, tmp_path: Path) -> None:
+    _, public = new_keys(tmp_path)
+    released.settings = released.settings.model_copy(update={"public_keys": (public,)})
+    assert unchanged_since(released) is None
+
+
+def test_a_storage_without_its_champion_is_filled_again(released: Workspace, s3: S3Address) -> None:
+    released.settings = released.settings.model_copy(
+        update={
+            "s3_endpoint_url": s3.endpoint_url,
+            "bucket": s3.bucket,
+            "aws_access_key_id": SecretStr(str(s3.access_key_id)),
+            "aws_secret_access_key": SecretStr(str(s3.secret_access_key)),
+        }
+    )
+    report = done()
+    report.model.alias = CHAMPION
+    remember(released, report)
+    assert unchanged_since(released) is None
+    move_champion(Storage(s3), None, Pointer(release="0" * 32, version=1))
+    assert unchanged_since(released) is not None

@@ -144,6 +144,12 @@ def test_what_speaks_another_protocol_is_named_too() -> None:
         thread.join()
 
 
+def test_a_dask_scheduler_that_is_gone_is_named() -> None:
+    named = {"dask_address": "tcp://127.0.0.1:9"}
+    with pytest.raises(ServiceError, match=r"Dask does not answer at tcp://127.0.0.1:9 "):
+        check_reachable(NOTHING_SET.model_copy(update=named))
+
+
 def test_a_second_run_waits_and_then_names_the_first(tmp_path: Path) -> None:
     with embedded(NOTHING_SET, Layout(tmp_path)) as first:
         first.s3()

@@ -47,8 +47,9 @@ def import_(
     layout = open_layout()
     pipeline = open_workspace(layout).pipeline
     with shown_progress() as progress:
+        held = pipeline.data_source()  # a damaged data.dvc is told before photos are exchanged
         # A sample that was never rendered is nothing that photos could be added to.
-        if not replace and pipeline.data_source() == "photos":
+        if not replace and held == "photos":
             fetch_data(layout, pipeline, progress)
         report = import_photos(layout, source, test, replace, progress)
         version = pipeline.version_data("photos")

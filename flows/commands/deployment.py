@@ -38,12 +38,19 @@ def deploy(
     json_: Json = False,
 ) -> None:
     """Register work pools, deployments and the crash automations with Prefect."""
+    from flows.client import HEARTBEAT_SECONDS
     from flows.deployment import deploy as registration
     from flows.loopback.local import Services
     from flows.settings import load_settings
     from tasks.errors import SettingsError
 
     layout, settings = open_layout(), load_settings()
+    if not HEARTBEAT_SECONDS < silence < float("inf"):
+        raise typer.BadParameter(
+            f"must be more than the {HEARTBEAT_SECONDS} s between two signs of life, and finite "
+            f"(received {silence:g})",
+            param_hint="--silence",
+        )
     if pool not in registration.POOLS:
         raise SettingsError(
             f"There is no such work pool. Received: {pool!r}. "

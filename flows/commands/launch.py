@@ -78,10 +78,9 @@ def _other_runs(layout: Layout, settings: Settings) -> RunReport:
 
 
 def _unchanged(workspace: Workspace) -> RunReport | None:
-    layout, settings = workspace.layout, workspace.settings
-    if settings.inbox and _has_news(workspace):
+    if workspace.settings.inbox and _has_news(workspace):
         return None
-    return unchanged_since(layout, settings, workspace.pipeline)
+    return unchanged_since(workspace)
 
 
 def _has_news(workspace: Workspace) -> bool:

@@ -1,8 +1,8 @@
 """Move the champion from the command line.
 
 Where a Prefect server is there the move is a flow run, so that the UI shows who did
-it. None is started for it, and one that does not answer is gone without: to take a
-bad champion back must not wait for anything but storage and registry.
+it. None is started for it, and one that does not answer, or does not let us in, is gone
+without: to take a bad champion back must not wait for anything but storage and registry.
 """
 
 import logging
@@ -47,6 +47,25 @@ def _through_prefect(workspace: Workspace) -> bool:
         return False
     point_prefect_at(api, workspace.services.folder, workspace.settings)
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    return _lets_us_in(api)
+
+
+def _lets_us_in(api: str) -> bool:
+    import httpx
+    from prefect.client.orchestration import get_client
+
+    try:
+        with get_client(sync_client=True) as client:
+            client.api_version()
+    except httpx.HTTPError as error:
+        status = getattr(getattr(error, "response", None), "status_code", type(error).__name__)
+        _log.warning(
+            "Prefect refuses us at %s (%s); its UI will not show this. "
+            "Its login is set by PREFECT_API_AUTH_STRING.",
+            shown(api),
+            status,
+        )
+        return False
     return True
 
 

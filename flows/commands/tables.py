@@ -134,7 +134,9 @@ def scores_table(result: Mapping[str, Any]) -> Table:
         cells = [row["label"], *(_cell(row[name]) for name in ("precision", "recall", "f1"))]
         table.add_row(*cells, str(row["support"]))
     unread = [escape(f"{found['file']}: {found['error']}") for found in result["unreadable"]]
-    table.caption = "\n".join(unread[:_MOST_FILES]) or None
+    more = len(unread) - _MOST_FILES
+    told = [*unread[:_MOST_FILES], *([f"and {more} more"] if more > 0 else [])]
+    table.caption = "\n".join(told) or None
     return table
 
 

@@ -75,4 +75,5 @@ def tell(as_json: bool, content: Any, shown: str | Table) -> None:
 
 def print_json(content: Any) -> None:
     """Print a result for a script."""
-    sys.stdout.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    plain = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
+    sys.stdout.write(json.dumps(content, indent=1, ensure_ascii=plain) + "\n")

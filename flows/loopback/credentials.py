@@ -51,6 +51,11 @@ def local_credentials(folder: Path) -> Credentials:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         return Credentials(**{one.name: str(content[one.name]) for one in fields(Credentials)})
+    except PermissionError:
+        raise SettingsError(
+            f"Local credentials are another user's. Received: {file}. "
+            "Run as their owner, or in a checkout of your own."
+        ) from None
     except (OSError, ValueError, KeyError, TypeError):
         raise SettingsError(
             f"Local credentials cannot be read. Received: {file}. "

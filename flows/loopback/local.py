@@ -7,6 +7,7 @@ it is asked for, and nothing outlives the `with` block or the process, however i
 
 import contextlib
 import http.client
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
@@ -191,6 +193,9 @@ def check_reachable(settings: Settings) -> None:
         checks.append(lambda: _check("MLflow", "MLFLOW_TRACKING_URI", tracking))
     if api:
         checks.append(lambda: _check("Prefect", "PREFECT_API_URL", api))
+    if settings.dask_address:
+        scheduler = settings.dask_address
+        checks.append(lambda: _check_dask(scheduler))
     with ThreadPoolExecutor() as pool:
         for outcome in [pool.submit(check) for check in checks]:
             outcome.result()
@@ -216,6 +221,17 @@ def _check(service: str, variable: str, url: str) -> None:
     raise ServiceError(
         f"{service} does not answer at {shown(url)} ({reason}). Check {variable} and the service."
     )
+
+
+def _check_dask(scheduler: str) -> None:
+    parts = urlsplit(scheduler)
+    try:
+        socket.create_connection((str(parts.hostname), parts.port or 0), CHECK_SECONDS).close()
+    except OSError as error:
+        raise ServiceError(
+            f"Dask does not answer at {scheduler} ({error.strerror or error}). "
+            "Check HANDSIGNS_DASK_ADDRESS and the scheduler."
+        ) from None
 
 
 def configured_s3(settings: Settings) -> S3Address:

@@ -97,8 +97,8 @@ def list_folder(folder: Path) -> Listing:
     """
     if not folder.is_dir():
         raise SourceError(
-            f"Inbox does not exist. Received: HANDSIGNS_INBOX='{printable(str(folder))}'. "
-            "Make the folder, or mend the setting."
+            "Inbox is no folder that exists. Received: "
+            f"HANDSIGNS_INBOX='{printable(str(folder))}'. Make the folder, or mend the setting."
         )
     return [(entry, _stamp(folder.joinpath(*entry.parts))) for entry in folder_entries(folder)]
 

@@ -109,11 +109,7 @@ def promote(
             speaks against it, or the champion was changed meanwhile.
         ReleaseError: its release is missing or damaged.
     """
-    if not reason.strip():
-        raise PromotionError(
-            f"A promotion{' by force' if force else ''} needs a reason, for the history. "
-            "Received: none. Say why with --reason."
-        )
+    _need_reason(f"A promotion{' by force' if force else ''}", reason)
     version = registry.version(number)
     if version is None:
         known = ", ".join(str(one.number) for one in registry.versions()) or "none"
@@ -153,10 +149,11 @@ def rollback(storage: Storage, registry: Registry, reason: str, *, by: str | Non
         The move, as the history keeps it.
 
     Raises:
-        PromotionError: there is none, its version is gone, or the champion was
-            changed meanwhile.
+        PromotionError: there is none, its version is gone, no reason is given, or the
+            champion was changed meanwhile.
         ReleaseError: its release is missing or damaged.
     """
+    _need_reason("A rollback", reason)
     present = read_champion(storage)
     target = present.pointer.former() if present else None
     if present is None or target is None:
@@ -171,6 +168,13 @@ def rollback(storage: Storage, registry: Registry, reason: str, *, by: str | Non
     new = _pointer(present, target.model_copy(update=update))
     _lead_alias(storage, registry, move_champion(storage, present, new))
     return new
+
+
+def _need_reason(what: str, reason: str) -> None:
+    if not reason.strip():
+        raise PromotionError(
+            f"{what} needs a reason, for the history. Received: none. Say why with --reason."
+        )
 
 
 def mend_alias(registry: Registry, champion: Champion) -> str | None:
@@ -213,7 +217,10 @@ def find_release(storage: Storage, registry: Callable[[], Registry], name: str) 
             f"a release. Received: '{name}', which is none of these."
         )
     if version is None:
-        raise ReleaseError(f"There is no such model in the registry. Received: {name}.")
+        raise ReleaseError(
+            f"There is no such model in the registry. Received: {name}. "
+            "`handsigns status` shows which there are."
+        )
     return _release_of(version)
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import stamina
 import yaml
 
-from tasks.errors import BusyError, DataError, ServiceError, StageError
+from tasks.errors import BusyError, DataError, HandsignsError, ServiceError, StageError
 from tasks.layout import Layout
 from tasks.progress import Progress, silent
 from tasks.services.in_process import InProcess, source_digests
@@ -58,7 +58,7 @@ class Pipeline:
     def __init__(
         self, layout: Layout, remote: Remote | None = None, lock_timeout: float = 600.0
     ) -> None:
-        from dvc.exceptions import NotDvcRepoError
+        from dvc.exceptions import DvcException, NotDvcRepoError
         from dvc.repo import Repo
 
         # What DVC advises a person to type next is not for those who run this.
@@ -80,6 +80,11 @@ class Pipeline:
             raise DataError(
                 f"DVC knows no project here. Received: '{layout.root}'. "
                 "Run from the checkout's root, where dvc.yaml lies."
+            ) from error
+        except DvcException as error:
+            raise DataError(
+                f"DVC cannot open the project ({_one_line(error)}). Received: '{layout.root}'. "
+                "Check HANDSIGNS_DVC_REMOTE_URL and .dvc/config, and that the folder is in git."
             ) from error
         except sqlite3.Error as error:
             raise _unkept(error) from error
@@ -180,10 +185,10 @@ class Pipeline:
             record = yaml.safe_load(self._layout.data_file.read_text(encoding="utf-8"))
             if not isinstance(record["outs"][0]["md5"], str):
                 raise TypeError(record["outs"][0]["md5"])
-        except (yaml.YAMLError, KeyError, IndexError, TypeError) as error:
+        except (ValueError, yaml.YAMLError, KeyError, IndexError, TypeError) as error:
             raise DataError(
                 "data.dvc is not what DVC writes. Take it back from git, "
-                "or import the photos again."
+                "or remove it and import the photos again."
             ) from error
         return dict(record)
 
@@ -255,15 +260,15 @@ class Pipeline:
             _log.warning("%d objects in the local DVC cache were damaged.", len(spoilt))
 
     def _transfer(self, verb: str, call: Callable[[], int]) -> int:
-        from dvc.exceptions import DvcException
         from dvc.lock import LockError
 
         def transfer() -> int:
             try:
-                return call()
-            except LockError:
+                with _unsaid("dvc", "dvc_data", "dvc_objects"):
+                    return call()
+            except (LockError, HandsignsError, sqlite3.Error):
                 raise
-            except (DvcException, OSError) as error:
+            except Exception as error:  # of whatever library speaks to that remote
                 remote = self._repo.config["core"].get("remote")
                 raise ServiceError(
                     f"data/ could not be {verb} ({_one_line(error)}). Received: remote "
@@ -328,6 +333,19 @@ def _in_process(runner: InProcess) -> Iterator[None]:
         yield
     finally:
         dvc_run.cmd_run = original
+
+
+@contextmanager
+def _unsaid(*names: str) -> Iterator[None]:
+    """Leave out a line for each file that fails; what is raised in the end tells why."""
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
 
 
 def _one_line(error: BaseException) -> str:

@@ -52,7 +52,10 @@ def explain(response: Any, address: S3Address, key: str) -> HandsignsError:
             f"S3 has no room left for {at} ({status} {code}). Free some, then run again."
         )
     if code == "NoSuchBucket" or (status == 404 and key == BUCKET):
-        return ServiceError(f"The bucket {at} does not exist. Create it, or set HANDSIGNS_BUCKET.")
+        return ServiceError(
+            f"The bucket {at} does not exist. Create it, or mend the setting that names it: "
+            "HANDSIGNS_BUCKET, or HANDSIGNS_INBOX."
+        )
     if status == 404:
         return MissingObjectError(f"{uri}{key} does not exist.")
     return ServiceError(
