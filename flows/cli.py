@@ -6,6 +6,7 @@ Nothing heavy is imported before a verb needs it, so that help is instant.
 import io
 import logging
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -46,9 +47,11 @@ def main() -> None:
             f"{error.strerror or error}. Received: {error.filename or 'an operation'}. "
             "Give permission or make room, then run again."
         )
+    except KeyboardInterrupt:
+        _interrupted()
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            _say("Interrupted. What was there before is whole; run again to go on.")
+            _interrupted()
         raise
 
 
@@ -59,6 +62,11 @@ def _show_logs() -> None:
     for name in ("flows", "tasks"):
         logging.getLogger(name).addHandler(handler)
         logging.getLogger(name).setLevel(logging.INFO)
+
+
+def _interrupted() -> NoReturn:
+    _say("Interrupted. What was there before is whole; run again to go on.")
+    sys.exit(INTERRUPTED)
 
 
 def _fail(line: str) -> None:

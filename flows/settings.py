@@ -22,6 +22,7 @@ from tasks.errors import SettingsError
 from tasks.services.addresses import LOOPBACK, shown
 
 PREFIX = "HANDSIGNS_"
+TOKEN_LETTERS = 16
 SECRET = ("AWS_", "DATABASE_URL", "PREFECT_SERVER_API_AUTH_STRING", "HANDSIGNS_SERVE_TOKEN")
 """Variables whose value no message shows."""
 
@@ -54,6 +55,12 @@ def _login(secret: SecretStr) -> SecretStr:
     user, _, password = secret.get_secret_value().partition(":")
     if not user or not password:
         raise ValueError("must be user:password")
+    return secret
+
+
+def _long(secret: SecretStr) -> SecretStr:
+    if len(secret.get_secret_value()) < TOKEN_LETTERS:
+        raise ValueError(f"must have {TOKEN_LETTERS} characters or more")
     return secret
 
 
@@ -124,7 +131,7 @@ class Settings(BaseSettings):
     serve_rate: str = Field(default="600/minute", pattern=r"^[1-9]\d{0,6}/(second|minute|hour)$")
     serve_max_mb: int = Field(default=10, ge=1, le=64)
     serve_follow_seconds: float = Field(default=10.0, ge=0.1, le=25.0)
-    serve_token: SecretStr | None = Field(default=None, min_length=16)
+    serve_token: Annotated[SecretStr, AfterValidator(_long)] | None = None
 
     signing_key: Path | None = None
     signing_passphrase: SecretStr | None = None

@@ -177,8 +177,10 @@ class Workspace:
 
     def status(self) -> dict[str, Any]:
         """Where the checkout, the registry and the champion stand."""
+        from tasks.params import load_params
         from tasks.services.registry import CHALLENGER
 
+        load_params(self.layout.params)  # DVC would blame dvc.yaml for what is wrong there
         champion = read_champion(self.storage)
         challenger = self.registry.version_by_alias(CHALLENGER)
         moves = champion.pointer.moves if champion else ()

@@ -93,6 +93,16 @@ def test_parameters_that_cannot_be_read_are_reported(
     assert workshop.report() == told
 
 
+def test_status_names_parameters_that_are_gone(workshop: Workshop) -> None:
+    kept = workshop.layout.params.read_bytes()
+    workshop.layout.params.unlink()
+    try:
+        told = workshop.handsigns("status", code=1)
+    finally:
+        workshop.layout.params.write_bytes(kept)
+    assert "Parameters cannot be read" in told
+
+
 def test_a_damaged_version_of_the_photos_is_told_before_they_are_exchanged(tmp_path: Path) -> None:
     workshop = make_checkout(tmp_path / "checkout")
     workshop.handsigns("import", write_photos(tmp_path / "first", per_class=1))

@@ -93,6 +93,13 @@ def test_half_a_key_pair_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "AWS_ACCESS_KEY_ID" in _refusal()
 
 
+def test_a_short_token_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HANDSIGNS_SERVE_TOKEN", SECRET[:15])
+    refusal = _refusal()
+    assert "HANDSIGNS_SERVE_TOKEN: must have 16 characters or more" in refusal
+    assert SECRET[:15] not in refusal
+
+
 def test_a_mistyped_setting_is_not_silently_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HANDSIGNS_S3_ENDPOINT", f"http://host/{SECRET}")
     assert "Did you mean HANDSIGNS_S3_ENDPOINT_URL?" in _refusal()
