@@ -59,6 +59,19 @@ def test_a_finished_runs_report_outlives_prefect(
     assert told == ["handsigns: Prefect failed at the end of a retrain"]
 
 
+def test_a_run_that_lost_prefect_half_way_says_so(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flow(*_: Any) -> None:
+        done("failed").write(workspace.layout)
+        raise ServiceError("Prefect failed (Timeout).")
+
+    monkeypatch.setattr(launch, "_run_flow", flow)
+    assert launch_retrain(workspace, True, silent).reason == "Prefect failed (Timeout)."
+    assert read_json(workspace.layout.run)["reason"] == "Prefect failed (Timeout)."
+    assert told == ["handsigns: retrain failed"]
+
+
 def test_a_run_that_never_began_is_reported_as_failed(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from tasks.errors import HandsignsError, ServiceError
 from tasks.layout import Layout
 from tasks.params import load_params
 from tasks.progress import Progress
+from tasks.whole import read_json
 
 _log = logging.getLogger(__name__)
 
@@ -54,13 +55,14 @@ def launch_retrain(workspace: Workspace, force: bool, progress: Progress) -> Run
         if ended.is_cancelled():
             return _other_runs(layout, settings)
     except HandsignsError as error:
-        if layout.run.exists():  # the flow was through when its server failed
+        left = read_json(layout.run)
+        if left and left["status"] != "failed":  # the flow was through when its server failed
             _log.warning(str(error))
             tell(settings, "handsigns: Prefect failed at the end of a retrain", str(error))
         else:
-            failed = _failed(settings, str(error))
-            failed.write(layout)
-            tell(settings, "handsigns: retrain failed before it began", failed.reason)
+            _failed(settings, str(error)).write(layout)
+            when = "" if left else " before it began"
+            tell(settings, f"handsigns: retrain failed{when}", str(error))
     return RunReport.model_validate_json(layout.run.read_bytes())
 
 
