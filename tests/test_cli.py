@@ -139,6 +139,8 @@ def test_an_interrupted_command_says_what_that_means(workshop: Workshop) -> None
         "import signal, sys\n"
         "from flows import cli\n"
         "import flows.commands.runs as runs\n"
+        # A shell has what it starts in the background ignore the signal.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "runs.open_workspace = lambda: signal.raise_signal(signal.SIGINT)\n"
         "sys.argv = ['handsigns', 'status']\n"
         "cli.main()\n"
