@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tasks.errors import DataError
 from tasks.params import AuditParams
 from tasks.pictures.photos import Photo, count_classes, each_photo, find_photos
-from tasks.pictures.shrink import shrink
+from tasks.pictures.shrink import resize_square
 from tasks.pictures.splits import require_enough
 from tasks.pictures.twins import Twins, find_twins, group, perceptual_hash
 from tasks.progress import Progress
@@ -134,7 +134,7 @@ def audit(photos: Sequence[Photo], looks: Looks, params: AuditParams) -> Report:
 
 
 def _look(picture: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], int, bytes, tuple[int, int]]:
-    small = shrink(picture, COMPARED)
+    small = resize_square(picture, COMPARED)
     height, width = picture.shape[:2]
     digest = hashlib.sha256(f"{height}x{width} ".encode() + picture.tobytes()).digest()
     return small, perceptual_hash(small), digest, (height, width)

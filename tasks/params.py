@@ -62,6 +62,8 @@ class AugmentationParams(_Section):
     horizontal_flip: bool
     rotation: float = Field(ge=0.0, le=180.0)
     zoom: float = Field(ge=0.0, lt=1.0)
+    far: Share
+    farthest: float = Field(gt=0.0, le=1.0)
     shift: float = Field(ge=0.0, le=0.5)
     brightness: Share
     contrast: Share

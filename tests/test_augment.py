@@ -13,6 +13,8 @@ MEDIUM = AugmentationParams(
     horizontal_flip=True,
     rotation=29,
     zoom=0.2,
+    far=0.15,
+    farthest=0.5,
     shift=0.12,
     brightness=0.15,
     contrast=0.25,
@@ -174,10 +176,29 @@ def test_light_stays_within_its_share(seed: int) -> None:
 
 @given(seed=SEEDS)
 @settings(max_examples=30, deadline=None)
-def test_borders_reflect_so_no_new_colour_appears(seed: int) -> None:
+def test_borders_go_on_so_no_new_colour_appears(seed: int) -> None:
     grey = np.full((32, 32, 3), 120, np.uint8)
     wild = _only(horizontal_flip=True, rotation=180, zoom=0.9, shift=0.5)
     assert np.unique(view(grey, "a.png", 1, seed, wild)).tolist() == [120]
+
+
+def test_beyond_the_border_no_second_hand_appears() -> None:
+    bar = np.zeros((64, 64, 3), np.uint8)
+    bar[:, 8:14] = 255
+    far = view(bar, "a.png", 1, 3, _only(far=1, farthest=0.3, zoom=0.6))
+    lit = (far[112, :, 0] > 127).astype(int)
+    assert (np.diff(lit) == 1).sum() == 1
+
+
+def test_a_share_of_the_views_is_from_further_away() -> None:
+    square = np.zeros((64, 64, 3), np.uint8)
+    square[20:44, 20:44] = 255
+    apart = _only(far=0.3, farthest=0.4, zoom=0.2)
+    made = [view(square, "a.png", number, 5, apart, 192) for number in range(1, 401)]
+    growth = np.array([np.sqrt((picture[..., 0] > 127).sum()) / 72 for picture in made])
+    assert 0.38 <= growth.min() < 0.45
+    assert 1.15 < growth.max() <= 1.22
+    assert 0.23 <= (growth < 0.8).mean() <= 0.37
 
 
 def test_opencv_has_its_threads_back_afterwards() -> None:

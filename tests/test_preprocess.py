@@ -18,7 +18,7 @@ from tasks.layout import Layout
 from tasks.params import AuditParams, Params, SplitParams
 from tasks.pictures.dataset import open_dataset
 from tasks.pictures.photos import Photo
-from tasks.pictures.shrink import shrink
+from tasks.pictures.shrink import SOFTNESS, resize_square, shrink
 from tasks.preprocess import count_leaks, split_photos
 from tasks.stage import Context
 from tests.fixtures.photos import photo, write_photos
@@ -248,7 +248,19 @@ def test_shrinking_keeps_the_central_square() -> None:
 def test_reducing_averages_areas() -> None:
     picture = photo(3, 0, size=120)
     areas = picture.astype(float).reshape(40, 3, 40, 3, 3).mean(axis=(1, 3))
-    assert np.abs(shrink(picture, 40) - areas).max() <= 0.51
+    assert np.abs(resize_square(picture, 40) - areas).max() <= 0.51
+
+
+def test_a_photo_that_was_larger_is_softened_and_keeps_its_light() -> None:
+    stripes = np.tile(np.array([60, 180], np.uint8), (32, 16))[..., np.newaxis].repeat(3, axis=2)
+    large = stripes.repeat(4, axis=0).repeat(4, axis=1)
+    assert (resize_square(large, 32) == stripes).all()
+    soft = shrink(large, 32)[4:-4, 4:-4].astype(float)
+    kernel = np.exp(-0.5 * (np.arange(-2, 3) / SOFTNESS) ** 2)
+    left = abs((kernel * (-1.0) ** np.arange(5)).sum()) / kernel.sum()
+    assert abs(np.ptp(soft) - 120 * left) <= 2
+    assert abs(soft.mean() - 120) <= 0.5
+    assert (shrink(stripes, 32) == stripes).all()
 
 
 def test_a_picture_at_the_right_size_is_copied_unchanged() -> None:

@@ -15,7 +15,8 @@ def augmentation_layers(params: AugmentationParams, size: int, seed: int) -> Any
 
     Stock Keras layers only, so that the saved model opens without this package. One gain
     for each colour channel has no stock layer; each channel is brightened by its own amount
-    instead. Nor has another backdrop, which is left out.
+    instead. Nor have another backdrop and hands from far away, which are left out; what lies
+    beyond the border is reflected, as these layers do by themselves.
 
     Args:
         params: strength of each variation.

@@ -85,7 +85,7 @@ def view(
         size,
         mirror=mirror,
         angle=np.deg2rad(params.rotation * angle),
-        zoom=1 + params.zoom * zoom,
+        zoom=_zoom((zoom + 1) / 2, params),
         shift=(params.shift * right, params.shift * down),
     )
     return _warp(coloured, placement, size)
@@ -103,6 +103,12 @@ def one_thread_each() -> Iterator[None]:
         yield
     finally:
         cv2.setNumThreads(before)
+
+
+def _zoom(place: float, params: AugmentationParams) -> float:
+    """Growth of the hand for a number drawn from [0, 1), small growth for small ones."""
+    nearer = 1 + params.zoom
+    return float(np.interp(place, (0, params.far, 1), (params.farthest, 1 - params.zoom, nearer)))
 
 
 def _number_of(name: str) -> int:
@@ -153,8 +159,8 @@ def _placement(
 
 
 def _warp(image: NDArray[np.uint8], placement: NDArray[np.float64], size: int) -> NDArray[np.uint8]:
-    """Reflect beyond the borders: a wrist goes on, and no bar of one colour appears."""
+    """Repeat the border beyond it: an arm and a wall go on, and no second hand appears."""
     warped: NDArray[np.uint8] = cv2.warpAffine(
-        image, placement, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
+        image, placement, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
     )
     return warped
