@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tasks.markdown import table
+from tasks.pictures.shrink import SOFTNESS
 from tasks.scoring.checks import shown, shown_interval
 
 LICENCE = "Apache-2.0"
@@ -59,8 +60,9 @@ def _model(params: Content) -> str:
         "average pooling and a softmax over six classes, as one Keras functional model: float32 "
         "`(batch, 224, 224, 3)`, RGB in [0, 255], to probabilities `(batch, 6)`; column *i* is "
         f"the sign *i*.\n\nPhotos are cut to their central square, reduced to {detail} x {detail} "
-        "pixels and enlarged to 224 x 224 before they reach the model. Pixels are not scaled to "
-        "[0, 1]: the model does that itself."
+        f"pixels (and then blurred by {SOFTNESS} of them, where they were larger), and enlarged to "
+        "224 x 224 before they reach the model. Pixels are not scaled to [0, 1]: the model does "
+        "that itself."
     )
 
 
