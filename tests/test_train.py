@@ -124,14 +124,15 @@ def test_both_modes_give_the_same_losses_for_the_same_views(
 def test_mixed_precision_follows_the_same_curve(workshop: Workshop, stored: StoredArrays) -> None:
     curves, weights = [], []
     for precision in ("float32", "mixed_bfloat16"):
-        context = workshop(precision=precision)
+        # Dropout would scale up what it leaves of an untrained network, and its rounding.
+        context = workshop(precision=precision, dropout=0.0)
         model = start(context, "full")
         curve, _ = fit(context, "full", "cached", model, stored)
         curves.append(curve)
         weights.append(tail_weights(model))
     for full, mixed in zip(*curves, strict=True):
-        assert mixed.loss == pytest.approx(full.loss, rel=0.05)
-        assert mixed.val_loss == pytest.approx(full.val_loss, rel=0.05)
+        assert mixed.loss == pytest.approx(full.loss, rel=0.03)
+        assert mixed.val_loss == pytest.approx(full.val_loss, rel=0.03)
     assert not same(*weights)
     assert all(values.dtype == np.float32 for values in weights[1].values())
 
