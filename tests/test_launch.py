@@ -26,7 +26,7 @@ from tasks.services.storage import Storage
 from tasks.whole import read_json, write_json
 from tests.fixtures.checkouts import with_stages
 
-Flow = Callable[..., Any]
+Losing = Callable[[RunReport | None], RunReport]
 
 
 @pytest.fixture
@@ -46,41 +46,43 @@ def done(status: Any = "promoted") -> RunReport:
     return RunReport(status=status, reason="", model=ModelReport(name="hand-signs"))
 
 
-def test_a_finished_runs_report_outlives_prefect(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def flow(*_: Any) -> None:
-        done().write(workspace.layout)
-        raise ServiceError("Prefect failed (Timeout).")
+@pytest.fixture
+def losing_prefect(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Losing:
+    """Retrain with a flow that writes this report, if any, before Prefect is lost."""
 
-    monkeypatch.setattr(launch, "_run_flow", flow)
-    assert launch_retrain(workspace, True, silent).status == "promoted"
+    def retrain(written: RunReport | None) -> RunReport:
+        def flow(*_: Any) -> None:
+            if written:
+                written.write(workspace.layout)
+            raise ServiceError("Prefect failed (Timeout).")
+
+        monkeypatch.setattr(launch, "_run_flow", flow)
+        return launch_retrain(workspace, True, silent)
+
+    return retrain
+
+
+def test_a_finished_runs_report_outlives_prefect(
+    workspace: Workspace, losing_prefect: Losing
+) -> None:
+    assert losing_prefect(done()).status == "promoted"
     assert read_json(workspace.layout.run)["status"] == "promoted"
     assert told == ["handsigns: Prefect failed at the end of a retrain"]
 
 
 def test_a_run_that_lost_prefect_half_way_says_so(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, losing_prefect: Losing
 ) -> None:
-    def flow(*_: Any) -> None:
-        done("failed").write(workspace.layout)
-        raise ServiceError("Prefect failed (Timeout).")
-
-    monkeypatch.setattr(launch, "_run_flow", flow)
-    assert launch_retrain(workspace, True, silent).reason == "Prefect failed (Timeout)."
+    assert losing_prefect(done("failed")).reason == "Prefect failed (Timeout)."
     assert read_json(workspace.layout.run)["reason"] == "Prefect failed (Timeout)."
     assert told == ["handsigns: retrain failed"]
 
 
 def test_a_run_that_never_began_is_reported_as_failed(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, losing_prefect: Losing
 ) -> None:
-    def flow(*_: Any) -> None:
-        raise ServiceError("Prefect failed (Timeout).")
-
     done().write(workspace.layout)
-    monkeypatch.setattr(launch, "_run_flow", flow)
-    assert launch_retrain(workspace, True, silent).status == "failed"
+    assert losing_prefect(None).status == "failed"
     assert read_json(workspace.layout.run)["reason"] == "Prefect failed (Timeout)."
     assert told == ["handsigns: retrain failed before it began"]
 
