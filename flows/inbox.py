@@ -7,8 +7,8 @@ from pathlib import Path
 from flows.loopback.local import Services
 from flows.workspace import Workspace
 from tasks.incoming.fetch import fetch_data
+from tasks.incoming.import_report import ImportReport
 from tasks.incoming.inbox import Inbox, list_bucket, list_folder
-from tasks.incoming.intake import ImportReport
 from tasks.progress import Progress
 from tasks.services.storage import Storage
 

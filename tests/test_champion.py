@@ -9,7 +9,8 @@ import pytest
 from tasks.errors import PromotionError, ReleaseError
 from tasks.gate import judge
 from tasks.params import GateParams
-from tasks.releases.champion import crown, mend_alias, promote, rollback
+from tasks.releases.alias import mend_alias
+from tasks.releases.champion import crown, promote, rollback
 from tasks.releases.objections import comparison_tags
 from tasks.releases.pointer import Champion, Move, read_champion
 from tasks.releases.release import publish

@@ -156,6 +156,18 @@ def test_the_version_remembers_where_the_photos_came_from(checkout: Layout) -> N
     assert Pipeline(checkout).version_data("photos") == version
 
 
+def test_what_a_team_notes_in_the_data_file_stays(checkout: Layout) -> None:
+    pipeline = Pipeline(checkout)
+    record = yaml.safe_load(checkout.data_file.read_text())
+    checkout.data_file.write_text(yaml.safe_dump({**record, "meta": {"camera": "hall"}}))
+    assert pipeline.data_source() == "photos"
+    pipeline.version_data("sample")
+    kept = yaml.safe_load(checkout.data_file.read_text())["meta"]
+    assert kept == {"camera": "hall", "source": "sample"}
+    checkout.data_file.write_text(yaml.safe_dump({**record, "meta": None}))
+    assert pipeline.data_source() == "photos"
+
+
 def test_a_spoiled_data_file_is_told_in_one_line(checkout: Layout) -> None:
     pipeline = Pipeline(checkout)
     (checkout.root / "data.dvc").write_text("outs: 7\n")

@@ -15,8 +15,9 @@ from flows.reports.report import DataChanges, RunReport, Status
 from flows.workspace import Workspace
 from tasks.errors import PromotionError, ReleaseError
 from tasks.progress import Progress
+from tasks.releases.alias import mend_alias
 from tasks.releases.challenge import Challenge, challenge
-from tasks.releases.champion import METRICS, crown, mend_alias
+from tasks.releases.champion import METRICS, crown
 from tasks.releases.manifest import DATASET_INDEX
 from tasks.releases.objections import comparison_tags
 from tasks.releases.pointer import Champion, read_champion

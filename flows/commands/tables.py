@@ -9,7 +9,7 @@ from rich.table import Table
 from flows.loopback.credentials import FILE
 from flows.loopback.running import Running
 from flows.reports.report import RunReport
-from tasks.incoming.intake import ImportReport
+from tasks.incoming.import_report import ImportReport
 from tasks.labels import LABELS
 
 _MOST_FILES = 20

@@ -17,7 +17,7 @@ from prefect.artifacts import (
 )
 
 from flows.reports.report import GateReport, PhaseReport, TestReport
-from tasks.incoming.intake import ImportReport
+from tasks.incoming.import_report import ImportReport
 from tasks.layout import Layout
 from tasks.scoring.checks import shown_interval
 from tasks.whole import read_json

@@ -19,7 +19,8 @@ from tasks.incoming.class_folders import (
     folder_entries,
     is_clutter,
 )
-from tasks.incoming.intake import ImportReport, import_items
+from tasks.incoming.import_report import ImportReport
+from tasks.incoming.intake import import_items
 from tasks.layout import Layout
 from tasks.pictures.images import printable
 from tasks.progress import Progress, silent

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.errors import PromotionError, ReleaseError
+from tasks.releases.alias import check_alias, lead_alias, mend_alias
 from tasks.releases.pointer import Champion, Move, Pointer, move_champion, read_champion
 from tasks.releases.release import fetch, verify
 from tasks.services.registry import CHALLENGER, CHAMPION, Registry, Version
@@ -60,7 +61,7 @@ def crown(
     created = str(release.manifest.facts.get("created", ""))
     _check_age(expected, version, created)
     if expected is not None:
-        _check_alias(registry, expected)
+        check_alias(registry, expected)
     move = Move(
         release=release.id,
         version=version.number,
@@ -71,7 +72,7 @@ def crown(
         overruled=tuple(overruled),
     )
     new = _pointer(expected, move)
-    _lead_alias(storage, registry, move_champion(storage, expected, new))
+    lead_alias(storage, registry, move_champion(storage, expected, new))
     if new.overruled:
         told = {"forced_by": new.by, "forced_because": reason, "forced_over": "; ".join(overruled)}
         registry.set_tags(version.number, {name: text[:5000] for name, text in told.items()})
@@ -166,7 +167,7 @@ def rollback(storage: Storage, registry: Registry, reason: str, *, by: str | Non
     verify(storage, target.release)
     update = {"action": "rollback", "reason": reason, "by": by or _who()}
     new = _pointer(present, target.model_copy(update=update))
-    _lead_alias(storage, registry, move_champion(storage, present, new))
+    lead_alias(storage, registry, move_champion(storage, present, new))
     return new
 
 
@@ -175,20 +176,6 @@ def _need_reason(what: str, reason: str) -> None:
         raise PromotionError(
             f"{what} needs a reason, for the history. Received: none. Say why with --reason."
         )
-
-
-def mend_alias(registry: Registry, champion: Champion) -> str | None:
-    """Let the alias follow the pointer where a crash came between; what was done, in words."""
-    versions = registry.versions()
-    held = next((one.number for one in versions if CHAMPION in one.aliases), None)
-    number = champion.pointer.version
-    if held == number:
-        return None
-    was = f"version {held}" if held else "nothing"
-    if all(one.number != number for one in versions):
-        return f"The champion, version {number}, is not in this registry; its alias names {was}."
-    registry.set_alias(CHAMPION, number)
-    return f"The alias named {was}; it follows the pointer to version {number} again."
 
 
 def find_release(storage: Storage, registry: Callable[[], Registry], name: str) -> str:
@@ -231,35 +218,6 @@ def _release_of(version: Version) -> str:
             "retrain, and use the version that it makes."
         )
     return version.content_id
-
-
-def _check_alias(registry: Registry, expected: Champion) -> None:
-    """Whoever moved the alias by hand meant something; it is not undone in silence.
-
-    Raises:
-        PromotionError: the alias names another version than the pointer.
-    """
-    versions = registry.versions()
-    held = next((one.number for one in versions if CHAMPION in one.aliases), None)
-    number = expected.pointer.version
-    # A registry that never knew the champion's version cannot name it.
-    known = any(one.number == number for one in versions)
-    if held != number and (known or held is not None):
-        raise PromotionError(
-            f"The alias '{CHAMPION}' was changed meanwhile, in the registry. Received: "
-            f"{f'version {held}' if held else 'nothing'}, where the champion is version {number}. "
-            "Find out who moved it, use `handsigns promote` for what was meant, and run again."
-        )
-
-
-def _lead_alias(storage: Storage, registry: Registry, moved: Champion) -> None:
-    """Let the alias name the champion, also where the next promotion overtook this one."""
-    for _ in range(10):
-        registry.set_alias(CHAMPION, moved.pointer.version)
-        present = read_champion(storage)
-        if present is None or present.etag == moved.etag:
-            return
-        moved = present
 
 
 def _check_age(present: Champion | None, version: Version, created: str) -> None:

@@ -16,17 +16,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import stamina
-import yaml
 
 from tasks.errors import BusyError, DataError, HandsignsError, ServiceError, StageError
 from tasks.layout import Layout
 from tasks.progress import Progress, silent
+from tasks.services.data_record import DataSource, note_source, read_record
 from tasks.services.in_process import InProcess, source_digests
 from tasks.services.stored_objects import drop_damaged_version, put_back, send_again
-from tasks.whole import whole_file
 
 Outcome = Literal["unchanged", "restored", "ran"]
-DataSource = Literal["sample", "photos"]
 REMOTE = "handsigns"
 
 _log = logging.getLogger(__name__)
@@ -147,15 +145,13 @@ class Pipeline:
 
     def data_version(self) -> str | None:
         """DVC's hash of `data/` as recorded in `data.dvc`; None where there is none."""
-        record = self._data_record()
-        return None if record is None else str(record["outs"][0]["md5"])
+        record = read_record(self._layout)
+        return None if record is None else record.version
 
     def data_source(self) -> DataSource | None:
         """Whether the recorded version is the rendered sample or imported photos."""
-        record = self._data_record()
-        if record is None:
-            return None
-        return "sample" if record.get("meta", {}).get("source") == "sample" else "photos"
+        record = read_record(self._layout)
+        return None if record is None else record.source
 
     def version_data(self, source: DataSource) -> str:
         """Record `data/` as it is now (`dvc add`).
@@ -170,27 +166,7 @@ class Pipeline:
         if not self._layout.data.is_dir():
             raise DataError("There is no data/ to version. Import photos, or render the sample.")
         self._locked(lambda: self._repo.add(str(self._layout.data)))
-        record = self._data_record()
-        if record is None:
-            raise DataError("DVC wrote no data.dvc. Run `dvc doctor` and see what it says.")
-        record["meta"] = {"source": source}
-        with whole_file(self._layout.data_file) as path:
-            path.write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
-        return str(record["outs"][0]["md5"])
-
-    def _data_record(self) -> dict[str, Any] | None:
-        if not self._layout.data_file.is_file():
-            return None
-        try:
-            record = yaml.safe_load(self._layout.data_file.read_text(encoding="utf-8"))
-            if not isinstance(record["outs"][0]["md5"], str):
-                raise TypeError(record["outs"][0]["md5"])
-        except (ValueError, yaml.YAMLError, KeyError, IndexError, TypeError) as error:
-            raise DataError(
-                "data.dvc is not what DVC writes. Take it back from git, "
-                "or remove it and import the photos again."
-            ) from error
-        return dict(record)
+        return note_source(self._layout, source)
 
     def data_changed(self) -> bool:
         """Whether `data/` differs from the version in `data.dvc`."""
