@@ -25,6 +25,7 @@ from tasks.layout import Layout
 from tasks.progress import Progress
 from tasks.releases.environment import environment
 from tasks.releases.reproduction import Comparison, compare_builds
+from tasks.services.data_record import read_record
 from tasks.whole import read_json
 
 RECORDED = ("data.dvc", "dvc.lock", "params.yaml")
@@ -135,9 +136,11 @@ def _fetch_data(workspace: Workspace, built: Layout) -> None:
     config.write_text("\n".join(lines) + "\n", encoding="utf-8")
     done = _run([sys.executable, "-c", FETCH], built.root)
     if done.returncode or not built.data.is_dir():
+        record = read_record(built)
         raise ServiceError(
             f"The release's photos cannot be had ({_last(done.stderr)}). Received: version "
-            f"{_data_version(built)}. Set HANDSIGNS_DVC_REMOTE_URL to where they were pushed."
+            f"{record.version if record else 'none'}. "
+            "Set HANDSIGNS_DVC_REMOTE_URL to where they were pushed."
         )
     # From here on it has a cache of its own: nothing may be restored from ours.
     config.unlink()
@@ -219,11 +222,6 @@ def _stages(lock: Path) -> dict[str, Any]:
             "Look at the release with `handsigns verify`, or reproduce another version."
         ) from error
     return stages
-
-
-def _data_version(built: Layout) -> str:
-    record = yaml.safe_load(built.data_file.read_text(encoding="utf-8"))
-    return str(record["outs"][0]["md5"])
 
 
 def _last(text: str) -> str:

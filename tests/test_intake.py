@@ -23,6 +23,7 @@ from tasks.errors import BusyError, DataError, SourceError
 from tasks.incoming.admission import ALREADY_THERE, TAKEN, Candidate, verdicts
 from tasks.incoming.held import recover
 from tasks.incoming.intake import import_photos
+from tasks.incoming.quarantine import set_aside
 from tasks.layout import Layout
 from tasks.pictures.images import encode
 from tests.fixtures.photos import CHECKOUT, photo, write_photos
@@ -126,7 +127,7 @@ def test_source_with_nothing_usable_is_refused_and_listed(
     with pytest.raises(SourceError, match="with 1 not an image, 1 zero bytes"):
         import_photos(layout, bad, replace=replace)
     assert tree(layout.data) == before
-    assert set(quarantined(layout)) == {str(bad), str(tmp_path / "a")}
+    assert set(set_aside(layout)) == {str(bad), str(tmp_path / "a")}
 
 
 def test_test_source_goes_to_the_test_split(layout: Layout, photos: Callable[..., Path]) -> None:
@@ -211,20 +212,13 @@ def test_what_is_taken_does_not_depend_on_the_order_of_files(
     assert settle(wanted) == settle(shuffled)
 
 
-def quarantined(layout: Layout) -> dict[str, list[dict[str, str]]]:
-    listed: dict[str, list[dict[str, str]]] = json.loads(
-        (layout.quarantine / "quarantine.json").read_text()
-    )["sources"]
-    return listed
-
-
 def test_bad_files_are_copied_and_listed_once(layout: Layout, tmp_path: Path) -> None:
     folder = source(
         tmp_path / "s", {"0/a.png": PNG[0], "0/b.png": b"text", "7/c.png": PNG[1], "1/d.png": b""}
     )
     for _ in range(2):
         report = import_photos(layout, folder)
-        (listed,) = quarantined(layout).values()
+        (listed,) = set_aside(layout).values()
         assert listed == [aside.to_json() for aside in report.quarantined]
         assert {each["origin"]: each["reason"].split(":")[0] for each in listed} == {
             "s/0/b.png": "not an image",
@@ -241,12 +235,24 @@ def test_mended_file_leaves_the_quarantine(layout: Layout, tmp_path: Path) -> No
     folder = source(tmp_path / "s", {"0/a.png": PNG[0], "0/b.png": b"text"})
     import_photos(layout, source(tmp_path / "other", {"0/a.png": PNG[2], "0/b.png": b"more text"}))
     import_photos(layout, folder)
-    assert len(quarantined(layout)) == 2
+    assert len(set_aside(layout)) == 2
     import_photos(layout, source(folder, {"0/b.png": PNG[1]}))
-    assert list(quarantined(layout)) == [str(tmp_path / "other")]
+    assert list(set_aside(layout)) == [str(tmp_path / "other")]
     assert [path for path in tree(layout.quarantine) if path != "quarantine.json"] == [
-        each["copy"] for each in quarantined(layout)[str(tmp_path / "other")]
+        each["copy"] for each in set_aside(layout)[str(tmp_path / "other")]
     ]
+
+
+@pytest.mark.parametrize("spoilt", ["", "[]", "3", "{}", '{"sources": [3]}', '{"sources": 3}'])
+def test_a_list_that_cannot_be_read_counts_for_none_and_is_written_anew(
+    layout: Layout, tmp_path: Path, spoilt: str
+) -> None:
+    folder = source(tmp_path / "s", {"0/a.png": PNG[0], "0/b.png": b"text"})
+    layout.quarantine.mkdir(parents=True)
+    (layout.quarantine / "quarantine.json").write_text(spoilt)
+    assert set_aside(layout) == {}
+    import_photos(layout, folder)
+    assert [len(files) for files in set_aside(layout).values()] == [1]
 
 
 def test_hostile_name_stays_inside_the_quarantine(layout: Layout, tmp_path: Path) -> None:

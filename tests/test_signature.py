@@ -302,6 +302,21 @@ def test_of_two_who_saw_a_pointer_the_slower_takes_nothing_back(tmp_path: Path) 
     assert json.loads(memory.read_text()) == {"here": 3, "there": 4}
 
 
+@pytest.mark.parametrize("spoilt", ["", "[]", "null", '{"there": "many"}'])
+def test_a_note_of_seen_pointers_that_cannot_be_read_is_no_empty_one(
+    tmp_path: Path, spoilt: str
+) -> None:
+    memory = tmp_path / "seen.json"
+    trust = Trust((new_keys(tmp_path)[1],), memory=memory)
+    memory.write_text(spoilt)
+    with pytest.raises(ReleaseError, match=r"cannot be read\. Received: .*seen\.json") as caught:
+        trust.check_newest("here", 2)
+    assert "\n" not in str(caught.value)
+    assert memory.read_text() == spoilt
+    memory.unlink()
+    trust.check_newest("here", 2)
+
+
 def test_an_older_release_under_a_newer_number_is_refused(
     signed: Storage, files: dict[str, Path]
 ) -> None:

@@ -14,6 +14,7 @@ from flows.reports.report import (
     TestReport,
 )
 from tasks.errors import StageError
+from tasks.incoming.quarantine import set_aside
 from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.params import Params
@@ -38,8 +39,7 @@ def data_report(layout: Layout, version: str) -> DataReport:
 
 def quarantined(layout: Layout) -> int:
     """Number of files that are set aside."""
-    listed = read_json(layout.quarantine / "quarantine.json") or {"sources": {}}
-    return sum(len(files) for files in listed["sources"].values())
+    return sum(map(len, set_aside(layout).values()))
 
 
 def data_changes(layout: Layout, former: Any, since: int | None) -> DataChanges:

@@ -46,7 +46,7 @@ def unchanged_since(workspace: "Workspace") -> RunReport | None:
     if not layout.data.is_dir() or workspace.pipeline.changed():
         return None
     try:
-        report = RunReport.model_validate(last["report"])
+        report = RunReport.model_validate(last.get("report"))
     except ValidationError:  # written by another version of this program
         return None
     if report.model.alias == CHAMPION and _is_lost(workspace):

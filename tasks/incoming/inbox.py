@@ -61,7 +61,7 @@ class Inbox:
         items = arrange(visible, name).items if visible else ()
         last = read_json(layout.inbox)
         known = isinstance(last, dict) and (last.get("inbox"), last.get("data"))
-        seen = last["seen"] if known == (self.name, version) else {}
+        seen = last.get("seen", {}) if known == (self.name, version) else {}
         self.new = tuple(
             item for item in items if seen.get(item.origin) != self._stamps[item.origin]
         )

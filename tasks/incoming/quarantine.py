@@ -50,7 +50,7 @@ class Quarantine:
 
     def __init__(self, layout: Layout) -> None:
         self._folder = layout.quarantine
-        self._list = self._folder / "quarantine.json"
+        self._layout = layout
         self._room = MAX_COPIES
 
     def keep(self, origin: str, reason: str, content: bytes | None) -> SetAside:
@@ -84,7 +84,7 @@ class Quarantine:
             standing: origins of this source that were not read again; what was said of
                 them still holds.
         """
-        earlier = _earlier(self._list)
+        earlier = set_aside(self._layout)
         sources = {} if forget else dict(earlier)
         files = [each for each in earlier.get(source, []) if each["origin"] in standing]
         sources[source] = files + [each.to_json() for each in aside]
@@ -92,7 +92,7 @@ class Quarantine:
             del sources[source]
         with writing(self._folder):
             if sources or self._folder.exists():
-                write_json(self._list, {"sources": sources})
+                write_json(_list(self._layout), {"sources": sources})
                 self._prune({each["copy"] for files in sources.values() for each in files})
 
     def _prune(self, listed: set[str | None]) -> None:
@@ -101,15 +101,20 @@ class Quarantine:
                 path.unlink()
 
 
-def _earlier(path: Path) -> dict[str, list[dict[str, Any]]]:
+def set_aside(layout: Layout) -> dict[str, list[dict[str, Any]]]:
+    """Files that are listed, by source; none where the list cannot be read."""
     try:
-        sources = json.loads(path.read_text(encoding="utf-8"))["sources"]
+        sources = json.loads(_list(layout).read_text(encoding="utf-8"))["sources"]
         return {
             str(name): [SetAside(**each).to_json() for each in files]
             for name, files in sources.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}  # a list that cannot be read is written anew
+        return {}
+
+
+def _list(layout: Layout) -> Path:
+    return layout.quarantine / "quarantine.json"
 
 
 def _plain(name: str) -> str:

@@ -146,7 +146,7 @@ class Trust:
         """
         if not self.known or self.memory is None:
             return
-        newest = int(_seen(self.memory).get(place, 0))
+        newest = _seen(self.memory).get(place, 0)
         if moves > newest:
             _note(self.memory, place, moves)
         if moves < newest:
@@ -165,11 +165,20 @@ def _note(memory: Path, place: str, moves: int) -> None:
     memory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{memory}.lock"):
         seen = _seen(memory)
-        write_json(memory, {**seen, place: max(moves, int(seen.get(place, 0)))})
+        write_json(memory, {**seen, place: max(moves, seen.get(place, 0))})
 
 
-def _seen(memory: Path) -> dict[str, Any]:
-    return dict(read_json(memory) or {})
+def _seen(memory: Path) -> dict[str, int]:
+    """What was noted; a note that cannot be read must not pass for none."""
+    if not memory.exists():
+        return {}
+    seen = read_json(memory)
+    if not isinstance(seen, dict) or any(type(moves) is not int for moves in seen.values()):
+        raise ReleaseError(
+            f"The note of champion pointers that were seen cannot be read. Received: {memory}. "
+            "Find out what spoilt it, remove it, and run again."
+        )
+    return seen
 
 
 UNSIGNED = Trust()
