@@ -105,18 +105,16 @@ class Workspace:
         from tasks.releases.manifest import verify_folder
         from tasks.releases.release import fetch
         from tasks.releases.release_reader import open_release
-        from tasks.whole import read_json
 
         if path.is_dir():
-            release = str((read_json(path / "manifest.json") or {}).get("id"))
-            verify_folder(path, release, self.trust)
-            return open_release(path), f"release {release}"
+            found = verify_folder(path, None, self.trust)
+            return open_release(path), f"release {found.id}"
         if path.is_file():
             detail = load_params(self.layout.params).preprocess.detail
             return load_classifier(path, detail), f"file {path}, in no verified release"
         release = find_release(self.storage, lambda: self.registry, name)
-        found = fetch(self.storage, release, self.layout.releases)
-        return open_release(found), f"{name}, release {release}"
+        folder = fetch(self.storage, release, self.layout.releases)
+        return open_release(folder), f"{name}, release {release}"
 
     def promote(
         self, version: int, reason: str, force: bool = False, by: str | None = None

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tasks.assemble import save_model
-from tasks.errors import ModelError, PromotionError
+from tasks.errors import ModelError, PromotionError, ReleaseError
 from tasks.labels import LABELS
 from tasks.network.classifier import classify_files
 from tasks.network.frozen import frozen_graph
@@ -78,6 +78,31 @@ def test_a_release_with_other_labels_is_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text(json.dumps(LABELS[::-1]))
     with pytest.raises(PromotionError, match=r"labels .* in this order\. Received"):
         open_release(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "params", ["", "[", "[]", "preprocess: 3", "preprocess: {detail: 10000000}"]
+)
+def test_a_release_whose_parameters_say_nothing_of_photos_is_refused(
+    tmp_path: Path, params: str
+) -> None:
+    (tmp_path / "labels.json").write_text(json.dumps(LABELS))
+    (tmp_path / "params.yaml").write_text(params)
+    with pytest.raises(PromotionError, match=r"preprocess\.detail\. Received: .*params\.yaml"):
+        open_release(tmp_path)
+
+
+def test_a_folder_is_the_release_that_its_manifest_names_or_none(tmp_path: Path) -> None:
+    made = release(tmp_path, {"labels.json": b"[]"})
+    assert verify_folder(tmp_path, None, UNSIGNED).id == made
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps({**manifest, "id": "0" * 32}))
+    with pytest.raises(ReleaseError, match=f"another release. Received: {'0' * 32} with files"):
+        verify_folder(tmp_path, None, UNSIGNED)
+    for spoilt in ("[1]", "3", "null", '{"id": 5}'):
+        (tmp_path / MANIFEST).write_text(spoilt)
+        with pytest.raises(ReleaseError, match="cannot be understood"):
+            verify_folder(tmp_path, None, UNSIGNED)
 
 
 def test_a_damaged_graph_is_named_even_beside_a_keras_file(tmp_path: Path) -> None:

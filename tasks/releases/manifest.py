@@ -101,12 +101,12 @@ def describe(files: Mapping[str, Path], facts: Mapping[str, Any] | None = None) 
         raise ReleaseError(f"A release needs plain file names. {_first(error)}") from error
 
 
-def parse(content: bytes, release_id: str, where: str, trust: Trust) -> Manifest:
+def parse(content: bytes, release_id: str | None, where: str, trust: Trust) -> Manifest:
     """Read a manifest and check that it is the one of `release_id`, and whose it is.
 
     Args:
         content: bytes of `manifest.json`.
-        release_id: the release it must belong to.
+        release_id: the release it must belong to; None takes whichever it names.
         where: its folder, for messages.
         trust: whose signature it must have.
 
@@ -125,7 +125,8 @@ def parse(content: bytes, release_id: str, where: str, trust: Trust) -> Manifest
             f"The manifest cannot be understood. Received: {where} ({fault}) {AGAIN}"
         ) from None
     derived = content_id(manifest.files)
-    if manifest.id != release_id or derived != release_id:
+    wanted = manifest.id if release_id is None else release_id
+    if manifest.id != wanted or derived != wanted:
         raise ReleaseError(
             f"The manifest belongs to another release. Received: {manifest.id} with files of "
             f"{derived} in {where}. {AGAIN}"
@@ -156,8 +157,16 @@ def compare_sizes(manifest: Manifest, sizes: Mapping[str, int], where: str) -> N
             )
 
 
-def verify_folder(folder: Path, release_id: str, trust: Trust) -> Manifest:
+def verify_folder(folder: Path, release_id: str | None, trust: Trust) -> Manifest:
     """Compare a local folder with its manifest, and the manifest with id and signature.
+
+    Args:
+        folder: the release.
+        release_id: which it must be; None takes whichever its manifest names.
+        trust: whose signature it must have.
+
+    Returns:
+        The manifest.
 
     Raises:
         ReleaseError: anything is missing, added, or differs, or the signature is not one
