@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,41 @@ def test_a_server_that_takes_no_deployment_is_named_in_one_line(workshop: Worksh
     told = workshop.handsigns("deploy", code=1, PREFECT_API_URL="http://127.0.0.1:9/api")
     assert "Prefect took no deployment (ConnectError). Received: http://127.0.0.1:9/api." in told
     assert told.count("\n") == 1
+
+
+@pytest.fixture
+def declared(workshop: Workshop) -> Iterator[Path]:
+    """The checkout's `prefect.yaml`, which others need as it is."""
+    path = workshop.layout.root / "prefect.yaml"
+    content = path.read_bytes()
+    yield path
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "fault"),
+    [
+        ("deployments:\n- name: retrain\n  work_pool: {", "line 3, column 15"),
+        ("- retrain", "the file: Input should be"),
+        ("deployments: 3", "deployments: Input should be"),
+        ("deployments: [{name: retrain}]", "deployments.0.entrypoint: Field required"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["deploy", "up"])
+def test_a_misspelt_schedule_is_told_before_any_server_is_asked_or_started(
+    workshop: Workshop, declared: Path, verb: str, spoilt: str, fault: str
+) -> None:
+    def logs() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in workshop.layout.local.glob("logs/*")}
+
+    before = logs()
+    declared.write_text(spoilt)
+    api = {"PREFECT_API_URL": "http://127.0.0.1:9/api"} if verb == "deploy" else {}
+    told = workshop.handsigns(verb, code=1, **api)
+    assert f"declared for Prefect cannot be read. Received: '{declared}' (" in told
+    assert fault in told
+    assert told.count("\n") == 1
+    assert logs() == before
 
 
 def test_no_photos_yet_says_how_to_get_some(workshop: Workshop) -> None:

@@ -21,7 +21,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from flows.deployment.deploy import POOLS, pool_template
+from flows.deployment.declared import POOLS, pool_template
 from flows.loopback.credentials import FILE, local_credentials
 from flows.loopback.local import embedded
 from flows.loopback.servers import ask

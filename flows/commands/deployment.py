@@ -39,7 +39,8 @@ def deploy(
 ) -> None:
     """Register work pools, deployments and the crash automations with Prefect."""
     from flows.client import HEARTBEAT_SECONDS
-    from flows.deployment import deploy as registration
+    from flows.deployment.declared import POOLS
+    from flows.deployment.deploy import deploy as register
     from flows.loopback.local import Services
     from flows.settings import load_settings
     from tasks.errors import SettingsError
@@ -51,15 +52,14 @@ def deploy(
             f"(received {silence:g})",
             param_hint="--silence",
         )
-    if pool not in registration.POOLS:
+    if pool not in POOLS:
         raise SettingsError(
-            f"There is no such work pool. Received: {pool!r}. "
-            f"Take one of {', '.join(registration.POOLS)}."
+            f"There is no such work pool. Received: {pool!r}. Take one of {', '.join(POOLS)}."
         )
     api = Services(settings, layout.local.resolve()).prefect_named()
     if api is None:
         raise SettingsError(
             "No Prefect server is known. Set PREFECT_API_URL, or run `handsigns up` first."
         )
-    names = registration.deploy(layout, settings, api, pool, silence)
+    names = register(layout, settings, api, pool, silence)
     tell(json_, {"api": api, "pool": pool, "deployments": names}, f"{', '.join(names)} on {pool}")

@@ -6,7 +6,6 @@ machine, and `handsigns-docker` and `handsigns-kubernetes` from the templates in
 """
 
 import asyncio
-import json
 import os
 import subprocess
 import sys
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
-import yaml
 
 from flows.client import HEARTBEAT_SECONDS, point_prefect_at
+from flows.deployment.declared import FILE, POOLS, declared_deployments, pool_template
 from flows.deployment.member import POOL
 from flows.settings import Settings
 from tasks.errors import ServiceError
@@ -34,9 +33,6 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
     from prefect.events import AutomationCore
 
-TEMPLATES = Path("docker/pools")
-POOLS = {POOL: "process", f"{POOL}-docker": "docker", f"{POOL}-kubernetes": "kubernetes"}
-"""Work pools and their types."""
 SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS
 """Without a sign of life for this long, a run counts as crashed."""
 START_SECONDS = 900
@@ -70,14 +66,17 @@ def deploy(
         Names of the deployments, `<flow>/<deployment>`.
 
     Raises:
+        SettingsError: what the checkout declares cannot be read.
         ServiceError: the server does not answer, or refuses, with its own words.
     """
+    declared = declared_deployments(layout)
     point_prefect_at(api, layout.local.resolve(), settings)
+    templates = {name: pool_template(layout, kind) for name, kind in POOLS.items()}
     with _told(api):
-        asyncio.run(_register_pools(layout))
-        deployed = _deploy_flows(layout, pool)
+        asyncio.run(_register_pools(templates))
+        _deploy_flows(layout, declared.on(pool))
         asyncio.run(_register_automations(silence))
-    return deployed
+    return [one.full_name for one in declared.deployments]
 
 
 @contextmanager
@@ -111,23 +110,6 @@ def wait_for_worker(seconds: float) -> None:
                 "Look at .local/logs/worker.log."
             )
         time.sleep(0.5)
-
-
-def pool_template(layout: Layout, kind: str) -> dict[str, Any]:
-    """Return the base job template of a pool.
-
-    Args:
-        layout: the checkout, in which processes run.
-        kind: `process`, `docker` or `kubernetes`.
-    """
-    if kind != "process":
-        content = (layout.root / TEMPLATES / f"{kind}.json").read_text(encoding="utf-8")
-        return dict(json.loads(content))
-    from prefect.workers.process import ProcessWorker
-
-    template = ProcessWorker.get_default_base_job_template()
-    template["variables"]["properties"]["working_dir"]["default"] = str(layout.root.resolve())
-    return template
 
 
 def automation(
@@ -177,14 +159,13 @@ def automation(
     )
 
 
-async def _register_pools(layout: Layout) -> None:
+async def _register_pools(templates: dict[str, dict[str, Any]]) -> None:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
 
     async with get_client() as client:
-        for name, kind in POOLS.items():
-            template = pool_template(layout, kind)
-            pool = WorkPoolCreate(name=name, type=kind, base_job_template=template)
+        for name, template in templates.items():
+            pool = WorkPoolCreate(name=name, type=POOLS[name], base_job_template=template)
             await client.create_work_pool(pool, overwrite=True)
 
 
@@ -217,13 +198,10 @@ async def _has_worker() -> bool:
     return any(worker.status == "ONLINE" for worker in workers)
 
 
-def _deploy_flows(layout: Layout, pool: str) -> list[str]:
-    declared = yaml.safe_load((layout.root / "prefect.yaml").read_text(encoding="utf-8"))
-    for one in declared["deployments"]:
-        one["work_pool"] = {**one["work_pool"], "name": pool}
+def _deploy_flows(layout: Layout, declared: str) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary) / "prefect.yaml"
-        file.write_text(yaml.safe_dump(declared), encoding="utf-8")
+        file = Path(temporary) / FILE
+        file.write_text(declared, encoding="utf-8")
         command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
         done = subprocess.run(  # noqa: S603, the command is ours
             [*command, "--prefect-file", str(file)],
@@ -236,6 +214,3 @@ def _deploy_flows(layout: Layout, pool: str) -> list[str]:
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
         raise ServiceError(f"Prefect took no deployment. It said: {said[-400:]}")
-    return [
-        f"{one['entrypoint'].rpartition(':')[2]}/{one['name']}" for one in declared["deployments"]
-    ]

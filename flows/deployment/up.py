@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from flows.deployment import member
+from flows.deployment.declared import declared_deployments
 from flows.loopback.local import check_reachable
 from flows.loopback.ports import choose_ports, remember_ports
 from flows.loopback.running import (
@@ -48,6 +49,7 @@ def up(layout: Layout, settings: Settings) -> tuple[Running, bool]:
 
     Raises:
         BusyError: a run of this checkout has one of the servers.
+        SettingsError: `prefect.yaml` cannot be used; nothing was started.
         ServiceError: a part did not start; all others are stopped again.
     """
     from flows.deployment.deploy import deploy, wait_for_worker
@@ -63,6 +65,7 @@ def up(layout: Layout, settings: Settings) -> tuple[Running, bool]:
         )
     names = _local_members(settings)
     try:
+        declared_deployments(layout)
         check_reachable(settings)
         _prepare(folder, names, settings)
         honcho = _start(layout, folder, names, lock)
