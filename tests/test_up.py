@@ -238,13 +238,20 @@ def test_a_schedule_that_fires_twice_trains_once(service: Service, training: str
     assert str(service.processes("prefect.engine")[0].pid) in refused["reason"]
 
 
-def test_a_cancelled_run_stops_within_10_s_and_leaves_nothing(
-    service: Service, training: str
-) -> None:
+@pytest.fixture(scope="module")
+def cancelled(service: Service, training: str) -> tuple[list[psutil.Process], datetime]:
+    """The processes of the run that was cancelled, and when it was asked to stop."""
     engine = service.processes("prefect.engine")
     asked = datetime.now(UTC)
     service.ask(f"/flow_runs/{training}/set_state", {"state": {"type": "CANCELLING"}})
     service.wait(training, "CANCELLED")
+    return engine, asked
+
+
+def test_a_cancelled_run_stops_within_10_s_and_leaves_nothing(
+    service: Service, training: str, cancelled: tuple[list[psutil.Process], datetime]
+) -> None:
+    engine, asked = cancelled
     assert _gone(engine, 1)
     while not (stopped := service.training(training)["end_time"]):
         time.sleep(0.2)
@@ -258,9 +265,9 @@ def test_a_cancelled_run_stops_within_10_s_and_leaves_nothing(
 
 
 @pytest.fixture(scope="module")
-def killed(service: Service, training: str) -> tuple[str, float]:
+def killed(service: Service, cancelled: tuple[list[psutil.Process], datetime]) -> tuple[str, float]:
     """The run after the cancelled one, killed in its training together with its worker."""
-    assert service.wait(training, "CANCELLED")
+    assert _gone(cancelled[0], 10)
     service.workshop.handsigns("deploy", "--silence", str(SILENCE))
     run = service.run()
     service.training(run)
