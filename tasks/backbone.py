@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -190,7 +191,8 @@ def _read_keras(path: Path) -> Weights:
 
     if path.suffix == ".safetensors":
         return read_weights(path)
-    with examined(path) as safe:
+    # Keras warns once for each layer that is missing, and then raises an error all the same.
+    with examined(path) as safe, warnings.catch_warnings(action="ignore"):
         backbone = build_backbone()
         backbone.load_weights(safe)
     return _squared(take(backbone.layers))

@@ -198,7 +198,11 @@ def _of_another_network(file: h5py.File) -> None:
     ],
 )
 def test_harmful_hdf5_is_refused_by_a_process_of_its_own(
-    tmp_path: Path, name: str, harm: Callable[[h5py.File], None], words: str
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+    name: str,
+    harm: Callable[[h5py.File], None],
+    words: str,
 ) -> None:
     with h5py.File(tmp_path / "elsewhere.h5", "w") as file:
         file["secret"] = np.ones(8, "f4")
@@ -208,3 +212,4 @@ def test_harmful_hdf5_is_refused_by_a_process_of_its_own(
         from_file(tmp_path / name)
     assert "\n" not in str(caught.value)
     assert str(caught.value).count("Received") == 1
+    assert not [one for one in recwarn if one.category is UserWarning]
