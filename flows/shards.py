@@ -1,7 +1,7 @@
 """Shards of features as Prefect tasks, in this process or on a Dask cluster."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def shard_runner(dask_address: str | None, patience: float = 30.0) -> Runner:
 
 def _here(shards: Iterable[Shard], graph: bytes) -> Iterator[tuple[Shard, Any]]:
     for number, shard in enumerate(shards, 1):
-        yield shard, _task(number, shard, graph)()
+        yield shard, _task(number, shard, lambda: graph)()
 
 
 def _on_dask(
@@ -52,16 +52,21 @@ def _on_dask(
     """
     from prefect_dask.task_runners import DaskTaskRunner
 
+    from flows.carried_trunk import carried
+
     options = {"timeout": patience}
     try:
-        with DaskTaskRunner(address=address, client_kwargs=options) as cluster:
+        with (
+            DaskTaskRunner(address=address, client_kwargs=options) as cluster,
+            carried(cluster.client, graph) as trunk,
+        ):
             workers = len(cluster.client.scheduler_info(n_workers=-1)["workers"])
             numbered = enumerate(shards, 1)
             under_way: deque[tuple[Shard, Any]] = deque()
 
             def submit(count: int) -> None:
                 for number, shard in islice(numbered, count):
-                    under_way.append((shard, cluster.submit(_task(number, shard, graph), {})))
+                    under_way.append((shard, cluster.submit(_task(number, shard, trunk), {})))
 
             submit(2 * max(workers, 1))
             while under_way:
@@ -76,10 +81,10 @@ def _on_dask(
         ) from error
 
 
-def _task(number: int, shard: Shard, graph: bytes) -> Task[Any, Any]:
+def _task(number: int, shard: Shard, trunk: Callable[[], bytes]) -> Task[Any, Any]:
     """Without parameters: Prefect would walk through every one of a shard's keys."""
     return Task(
-        lambda: compute_anywhere(shard, graph),
+        lambda: compute_anywhere(shard, trunk()),
         name="features shard",
         task_run_name=f"features shard {number}",
         cache_policy=NO_CACHE,

@@ -1,5 +1,6 @@
 """Shards of features: the same rows wherever they are computed."""
 
+import itertools
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_URL,
+    PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW,
+    temporary_settings,
+)
 
 from flows.loopback.ports import choose_ports
 from flows.shards import shard_runner
@@ -26,7 +32,7 @@ from tests.fixtures.models import SIZE
 from tests.fixtures.prefect_api import PrefectApi
 
 Shards = Callable[[], Iterator[Shard]]
-Cluster = tuple[str, list[subprocess.Popen[bytes]]]
+Cluster = tuple[str, Callable[[], subprocess.Popen[bytes]]]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ def shards(workshop: Callable[..., Context]) -> Shards:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Address of a Dask scheduler, and its two workers, each a process."""
+    """Address of a Dask scheduler, and what starts a worker, each a process."""
     folder = tmp_path_factory.mktemp("dask")
     address = f"tcp://127.0.0.1:{choose_ports(folder, 'dask', 1)[0]}"
     scheduler = ["scheduler", "--port", address.rpartition(":")[2]]
@@ -80,7 +86,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             return process
 
         start("scheduler", scheduler, "Scheduler at:")
-        yield address, [start(f"worker{number}", worker, "Registered to:") for number in (1, 2)]
+        numbers = itertools.count()
+        yield address, lambda: start(f"worker{next(numbers)}", worker, "Registered to:")
 
 
 def rows_of(made: Iterator[tuple[Key, Any]]) -> dict[Key, bytes]:
@@ -97,17 +104,24 @@ def test_every_row_is_in_one_shard_and_none_is_too_large(count: int, rows: int) 
 
 
 @pytest.mark.slow
-def test_a_cluster_that_loses_a_worker_gives_the_same_bytes(
+def test_a_cluster_whose_workers_die_and_join_gives_the_same_bytes(
     prefect_api: PrefectApi, graph: Path, shards: Shards, cluster: Cluster
 ) -> None:
-    address, workers = cluster
+    address, start = cluster
+    workers = [start(), start()]
     alone = rows_of(run_here(shards(), graph))
-    named = {PREFECT_API_URL: prefect_api.url, PREFECT_API_AUTH_STRING: prefect_api.login}
+    named: dict[Any, str] = {
+        PREFECT_API_URL: prefect_api.url,
+        PREFECT_API_AUTH_STRING: prefect_api.login,
+        PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore",
+    }
     with temporary_settings(named):
         assert rows_of(shard_runner(None)(shards(), graph)) == alone
         made = shard_runner(address)(shards(), graph)
         first, row = next(made)
         workers[0].kill()
+        start()
+        workers[1].kill()
         assert {first: row.tobytes(), **rows_of(made)} == alone
 
 
