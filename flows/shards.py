@@ -52,7 +52,7 @@ def _on_dask(
     """
     from prefect_dask.task_runners import DaskTaskRunner
 
-    from flows.carried_trunk import carried
+    from flows.cluster import carried, sendable_context
 
     options = {"timeout": patience}
     try:
@@ -66,7 +66,9 @@ def _on_dask(
 
             def submit(count: int) -> None:
                 for number, shard in islice(numbered, count):
-                    under_way.append((shard, cluster.submit(_task(number, shard, trunk), {})))
+                    task = _task(number, shard, trunk)
+                    with sendable_context():
+                        under_way.append((shard, cluster.submit(task, {})))
 
             submit(2 * max(workers, 1))
             while under_way:
