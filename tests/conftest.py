@@ -20,6 +20,7 @@ pytest_plugins = (
     "tests.fixtures.service",
     "tests.fixtures.trained",
     "tests.fixtures.browser",
+    "tests.fixtures.dask_cluster",
 )
 
 

@@ -1,4 +1,4 @@
-"""A team's own services: storage, registry, orchestrator and DVC remote from the environment."""
+"""A team's own services: storage, registry, orchestrator, DVC remote, and a Dask cluster."""
 
 import shutil
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 from tasks.services.addresses import S3Address
 from tasks.services.storage import Storage
+from tests.fixtures.dask_cluster import DaskCluster
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.servers import MlflowServer
 from tests.fixtures.trained import Trained
@@ -20,6 +21,7 @@ def test_configured_services_take_everything_and_none_starts_here(
     s3: S3Address,
     local_mlflow: MlflowServer,
     prefect_api: PrefectApi,
+    dask_cluster: DaskCluster,
 ) -> None:
     named = {
         "HANDSIGNS_S3_ENDPOINT_URL": s3.endpoint_url,
@@ -42,15 +44,22 @@ def test_configured_services_take_everything_and_none_starts_here(
     names = {entry.key.split("/")[-1] for entry in Storage(s3).list("releases/")}
     assert {"manifest.json", "model.keras", "labels.json", "metrics.json", "model_card.md"} <= names
     assert prefect_api.ask("flow_runs/count", {}) >= 1
-    # A colleague's clone pulls the photos and asks the same champion.
+    # A colleague's clone pulls the photos, asks the same champion, and computes the same
+    # features on a cluster.
     two = trained.checkout(tmp_path / "two")
     shutil.copy(one.layout.root / "data.dvc", two.layout.root)
     seen = two.handsigns("predict", trained.photos / "4/0000.png", **named)
     assert report["release"]["id"] in seen["model"]
-    same = two.handsigns("retrain", **named)
+    dask_cluster.start_worker()
+    same = two.handsigns("retrain", HANDSIGNS_DASK_ADDRESS=dask_cluster.address, **named)
     assert same["data"]["version"] == imported["version"]
     assert same["release"]["id"] == report["release"]["id"]
     assert same["status"] == "unchanged"
+    assert same["features"]["computed"] == report["features"]["computed"] > 0
+    latest = {"sort": "START_TIME_DESC", "limit": 1}
+    wanted = {"flow_runs": {"id": {"any_": [prefect_api.ask("flow_runs/filter", latest)[0]["id"]]}}}
+    states = {run["name"]: run["state_type"] for run in prefect_api.ask("task_runs/filter", wanted)}
+    assert states["features shard 1"] == "COMPLETED"
     assert same["model"]["version"] == report["model"]["version"]
     # Without the login, the variable to set is named.
     nameless = {name: text for name, text in named.items() if name != "PREFECT_API_AUTH_STRING"}

@@ -1,10 +1,6 @@
 """Shards of features: the same rows wherever they are computed."""
 
-import itertools
-import subprocess
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +23,11 @@ from tasks.errors import ServiceError
 from tasks.network.frozen import frozen_graph
 from tasks.pictures.dataset import open_dataset
 from tasks.stage import Context
-from tests.fixtures.checkouts import BIN
+from tests.fixtures.dask_cluster import DaskCluster
 from tests.fixtures.models import SIZE
 from tests.fixtures.prefect_api import PrefectApi
 
 Shards = Callable[[], Iterator[Shard]]
-Cluster = tuple[str, Callable[[], subprocess.Popen[bytes]]]
 
 
 @pytest.fixture(scope="module")
@@ -60,36 +55,6 @@ def shards(workshop: Callable[..., Context]) -> Shards:
     return lambda: cut(pictures, 7, context.params.augmentation, SIZE, rows=24)
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Address of a Dask scheduler, and what starts a worker, each a process."""
-    folder = tmp_path_factory.mktemp("dask")
-    address = f"tcp://127.0.0.1:{choose_ports(folder, 'dask', 1)[0]}"
-    scheduler = ["scheduler", "--port", address.rpartition(":")[2]]
-    worker = ["worker", address, "--nthreads", "1", "--no-nanny", "--local-directory", str(folder)]
-    with ExitStack() as stack:
-
-        def start(name: str, words: list[str], ready: str) -> subprocess.Popen[bytes]:
-            log = folder / f"{name}.log"
-            process = subprocess.Popen(
-                [BIN / "dask", *words, "--no-dashboard", "--host", "127.0.0.1"],
-                stdout=stack.enter_context(log.open("wb")),
-                stderr=subprocess.STDOUT,
-            )
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            deadline = time.monotonic() + 90
-            while ready not in log.read_text():
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.1)
-            return process
-
-        start("scheduler", scheduler, "Scheduler at:")
-        numbers = itertools.count()
-        yield address, lambda: start(f"worker{next(numbers)}", worker, "Registered to:")
-
-
 def rows_of(made: Iterator[tuple[Key, Any]]) -> dict[Key, bytes]:
     return {key: row.tobytes() for key, row in made}
 
@@ -105,10 +70,10 @@ def test_every_row_is_in_one_shard_and_none_is_too_large(count: int, rows: int) 
 
 @pytest.mark.slow
 def test_a_cluster_whose_workers_die_and_join_gives_the_same_bytes(
-    prefect_api: PrefectApi, graph: Path, shards: Shards, cluster: Cluster
+    prefect_api: PrefectApi, graph: Path, shards: Shards, dask_cluster: DaskCluster
 ) -> None:
-    address, start = cluster
-    workers = [start(), start()]
+    address = dask_cluster.address
+    workers = [dask_cluster.start_worker(), dask_cluster.start_worker()]
     alone = rows_of(run_here(shards(), graph))
     named: dict[Any, str] = {
         PREFECT_API_URL: prefect_api.url,
@@ -120,7 +85,7 @@ def test_a_cluster_whose_workers_die_and_join_gives_the_same_bytes(
         made = shard_runner(address)(shards(), graph)
         first, row = next(made)
         workers[0].kill()
-        start()
+        dask_cluster.start_worker()
         workers[1].kill()
         assert {first: row.tobytes(), **rows_of(made)} == alone
 
