@@ -78,3 +78,20 @@ class ReleaseError(HandsignsError):
 
 class PromotionError(HandsignsError):
     """The champion was not moved."""
+
+
+def first_fault(error: Exception) -> str:
+    """Say in one line what is wrong with a file, without showing what it holds.
+
+    Args:
+        error: of pydantic, or of whatever read the file.
+
+    Returns:
+        The first fault and its place, without a full stop.
+    """
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    fault = error.errors(include_input=False)[0]
+    return f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}"

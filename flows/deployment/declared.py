@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from flows.deployment.member import POOL
-from tasks.errors import SettingsError
+from tasks.errors import SettingsError, first_fault
 from tasks.layout import Layout
 
 FILE = "prefect.yaml"
@@ -86,11 +86,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, yaml.YAMLError, TypeError) as error:
-        fault = " ".join(str(error).split())
-        if isinstance(error, ValidationError):
-            first = error.errors(include_input=False)[0]
-            fault = f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
         raise SettingsError(
-            f"What is declared for Prefect cannot be read. Received: '{path}' ({fault}). "
-            "Mend it, or take it back from git."
+            f"What is declared for Prefect cannot be read. Received: '{path}' "
+            f"({first_fault(error)}). Mend it, or take it back from git."
         ) from error

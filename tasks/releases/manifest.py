@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tasks.errors import ReleaseError
+from tasks.errors import ReleaseError, first_fault
 from tasks.services.signature import SIGNATURE, Trust, canonical
 
 MANIFEST = "manifest.json"
@@ -98,7 +98,7 @@ def describe(files: Mapping[str, Path], facts: Mapping[str, Any] | None = None) 
             f"Received: {error.filename}. Run the pipeline again."
         ) from error
     except ValidationError as error:
-        raise ReleaseError(f"A release needs plain file names. {_first(error)}") from error
+        raise ReleaseError(f"A release needs plain file names. {first_fault(error)}.") from error
 
 
 def parse(content: bytes, release_id: str | None, where: str, trust: Trust) -> Manifest:
@@ -120,9 +120,8 @@ def parse(content: bytes, release_id: str | None, where: str, trust: Trust) -> M
         fields = json.loads(content, parse_constant=_refuse_constant)
         manifest = Manifest.model_validate(fields)
     except (ValueError, RecursionError) as error:
-        fault = _first(error) if isinstance(error, ValidationError) else f"{error}."
         raise ReleaseError(
-            f"The manifest cannot be understood. Received: {where} ({fault}) {AGAIN}"
+            f"The manifest cannot be understood. Received: {where} ({first_fault(error)}.) {AGAIN}"
         ) from None
     derived = content_id(manifest.files)
     wanted = manifest.id if release_id is None else release_id
@@ -201,8 +200,3 @@ def _digest(path: Path) -> Digest:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
-
-
-def _first(error: ValidationError) -> str:
-    fault = error.errors(include_input=False)[0]
-    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}."

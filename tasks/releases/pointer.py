@@ -4,9 +4,9 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from tasks.errors import PromotionError, ReleaseError
+from tasks.errors import PromotionError, ReleaseError, first_fault
 from tasks.services.storage import Storage
 from tasks.services.storage_errors import ChangedError, MissingObjectError
 
@@ -117,7 +117,7 @@ def read_champion(storage: Storage) -> Champion | None:
     except (ValueError, RecursionError) as error:
         raise ReleaseError(
             f"The champion pointer cannot be understood. Received: {place} "
-            f"({_fault(error)}). Promote a version to mend it."
+            f"({first_fault(error)}). Promote a version to mend it."
         ) from None
     storage.trust.check(_signed_name(storage), fields, place)
     storage.trust.check_newest(place, len(pointer.moves))
@@ -174,10 +174,3 @@ def sign_champion_again(storage: Storage) -> Champion | None:
 def _signed_name(storage: Storage) -> str:
     """With the bucket in it: the champion of one place must not become that of another."""
     return f"{storage.address.bucket}.{KEY}"
-
-
-def _fault(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return str(error)
-    fault = error.errors(include_input=False)[0]
-    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
