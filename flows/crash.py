@@ -9,7 +9,7 @@ from uuid import UUID
 from prefect import flow
 from prefect.client.orchestration import get_client
 
-from flows.notification import tell_bad_end
+from flows.notification import UNHEARD, tell_bad_end
 
 
 @flow(name="tell", flow_run_name="tell of {run}")
@@ -22,5 +22,8 @@ def tell(run: str) -> None:
     with get_client(sync_client=True) as client:
         crashed = client.read_flow_run(UUID(run.rpartition(".")[2]))
         silent = client.read_flow(crashed.flow_id)
-    if crashed.state:
-        tell_bad_end(silent, crashed, crashed.state)
+    # A heartbeat that overtakes a run's last state sets the automations off as well; such a
+    # run has said itself how it ended.
+    state = crashed.state
+    if state and state.is_crashed() and (state.message or "").startswith(UNHEARD):
+        tell_bad_end(silent, crashed, state)

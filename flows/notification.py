@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import Flow as KnownFlow
     from prefect.client.schemas.objects import FlowRun, State
 
+UNHEARD = "Nothing was heard of this run"
+"""What a state begins with that the crash automations set."""
+
 _log = logging.getLogger(__name__)
 
 

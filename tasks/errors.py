@@ -13,6 +13,7 @@
     ├── ServiceError         S3, MLflow or Prefect does not answer
     ├── ReleaseError         a release is missing, incomplete or not what its manifest says
     └── PromotionError       the champion was not moved
+        └── OvertakenError   because another promotion was faster
 
 Every message says what was wrong, the value received, and what to do next, in
 that order. The command line prints it as one line and exits with 1.
@@ -78,6 +79,10 @@ class ReleaseError(HandsignsError):
 
 class PromotionError(HandsignsError):
     """The champion was not moved."""
+
+
+class OvertakenError(PromotionError):
+    """Another promotion moved the champion since the decision was made."""
 
 
 def first_fault(error: Exception) -> str:

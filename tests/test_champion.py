@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tasks.errors import PromotionError, ReleaseError
+from tasks.errors import OvertakenError, PromotionError, ReleaseError
 from tasks.gate import judge
 from tasks.params import GateParams
 from tasks.releases.alias import mend_alias
@@ -189,6 +189,14 @@ def test_an_alias_moved_by_hand_before_the_promotion_refuses_it(court: Court) ->
     court.client.delete_registered_model_alias("hand-signs", CHAMPION)
     with pytest.raises(PromotionError, match="Received: nothing"):
         crown(court.storage, court.registry, court.version(2), seen, "it won", {})
+
+
+def test_a_promotion_that_came_meanwhile_is_what_a_later_one_is_told_of(court: Court) -> None:
+    seen = court.champion()
+    court.promote(2)
+    with pytest.raises(OvertakenError, match=r"by another promotion. Received: version 1"):
+        crown(court.storage, court.registry, court.version(3), seen, "it won", {})
+    assert court.alias() == 2
 
 
 def test_an_alias_that_a_crash_left_behind_is_mended_and_told(court: Court) -> None:

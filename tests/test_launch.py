@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,26 +88,27 @@ def test_a_run_that_never_began_is_reported_as_failed(
     assert told == ["handsigns: retrain failed before it began"]
 
 
-def test_a_retrain_that_begins_meanwhile_keeps_its_report(
+def test_a_retrain_that_comes_while_another_starts_is_refused_and_leaves_its_report(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prefect.states import Cancelled
-
     layout = workspace.layout
+    refused: list[RunReport] = []
 
-    def flow(*_: Any) -> Any:
-        with only_retrain(layout) as alone:
+    def flow(*_: Any) -> None:
+        with only_retrain(layout) as alone:  # as the flow does, within the command's own hold
             assert alone
             done("registered").write(layout)
-        return Cancelled()
+            with ThreadPoolExecutor(1) as elsewhere:
+                refused.append(elsewhere.submit(launch_retrain, workspace, True, silent).result())
 
     monkeypatch.setattr(launch, "_run_flow", flow)
-    report = launch_retrain(workspace, True, silent)
-    assert report.status == "failed"
+    assert launch_retrain(workspace, True, silent).status == "registered"
+    assert refused[0].status == "failed"
     assert f"Another retrain of this checkout runs. Received: process {os.getpid()}." in (
-        report.reason
+        refused[0].reason
     )
     assert read_json(layout.run)["status"] == "registered"
+    assert told == []
 
 
 @pytest.fixture

@@ -206,3 +206,18 @@ def test_a_rejection_and_silence_both_leave_the_champion(
     # A run that was not answered ends as what it is: done.
     ended = [(run["state_type"], run["state_name"]) for run in api.runs("retrain")[:2]]
     assert ended == [("COMPLETED", "Registered")] * 2
+
+
+def test_a_promotion_by_hand_while_a_person_is_asked_wins(
+    workshop: Workshop, api: Api, named: dict[str, str]
+) -> None:
+    workshop.change("gate", max_loss=4.7)
+    with retraining(workshop, 200, named) as started:
+        run = api.paused("retrain")
+        why = ("--force", "--reason", "cannot wait")
+        assert workshop.handsigns("promote", "2", *why, **named)["version"] == 2
+        assert api.resume(run, name="Ann", decision="approve") == "ACCEPT"
+    report = started.result()
+    assert report["status"] == "registered"
+    assert "Version 5 stays challenger: The champion was changed meanwhile" in report["reason"]
+    assert workshop.handsigns("status", **named)["champion"]["version"] == 2

@@ -59,6 +59,10 @@ class Service:
     def prefect(self) -> PrefectApi:
         return PrefectApi(self.told["prefect"], self.login)
 
+    def up(self, receiver: Receiver) -> None:
+        named = {**QUICK, "HANDSIGNS_NOTIFY_URLS": receiver.address}
+        self.told = self.workshop.handsigns("up", fresh=True, **named)
+
     def run(self, deployment: str = "retrain/retrain") -> str:
         found = self.ask(f"/deployments/name/{deployment}")["id"]
         return str(self.ask(f"/deployments/{found}/create_flow_run", {})["id"])
@@ -127,9 +131,10 @@ def service(
     with embedded(Settings(), workshop.layout) as services:
         MlflowClient(services.mlflow()).create_registered_model("before")
         Storage(services.s3()).put("before", b"kept")
-    told = workshop.handsigns("up", fresh=True, **QUICK, HANDSIGNS_NOTIFY_URLS=receiver.address)
+    made = Service(workshop, {})
+    made.up(receiver)
     try:
-        yield Service(workshop, told)
+        yield made
     finally:
         workshop.handsigns("down", fresh=True)
 
@@ -322,6 +327,35 @@ def test_a_run_whose_worker_died_is_marked_crashed_and_told_by_the_next_worker(
     assert told[0]["title"] == "handsigns: retrain crashed"
     assert "Nothing was heard" in told[0]["message"]
     assert run in told[0]["message"]
+
+
+def test_a_run_ends_as_crashed_with_its_service_be_that_stopped_or_killed(
+    service: Service, receiver: Receiver
+) -> None:
+    def begin() -> str:
+        run = service.run()
+        service.training(run)
+        return run
+
+    def end(run: str, why: str) -> None:
+        service.up(receiver)
+        state = service.state(run)
+        assert (state["type"], why in state["message"]) == ("CRASHED", True), state
+        assert [why in one["message"] for one in receiver.messages if run in one["message"]] == [
+            True
+        ]
+
+    run = begin()
+    service.workshop.handsigns("down", fresh=True)
+    assert service.workshop.report()["reason"].startswith("Stopped from outside")
+    end(run, "termination signal")
+    run = begin()
+    assert not service.workshop.layout.run.exists()
+    for one in (processes := service.processes()):
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    assert _gone(processes, 10)
+    end(run, "The service stopped while this run was under way")
 
 
 def test_down_stops_all_of_it_and_the_data_stays(service: Service) -> None:

@@ -13,7 +13,7 @@ from flows.champions.approval import Answer, ask
 from flows.reports import findings
 from flows.reports.report import DataChanges, RunReport, Status
 from flows.workspace import Workspace
-from tasks.errors import PromotionError, ReleaseError
+from tasks.errors import OvertakenError, PromotionError, ReleaseError
 from tasks.progress import Progress
 from tasks.releases.alias import mend_alias
 from tasks.releases.challenge import Challenge, challenge
@@ -94,9 +94,12 @@ class Succession:
         if not answer.approved:
             return "registered", f"Version {number} stays challenger: {answer.told}."
         reason = "; ".join(filter(None, (decision.reason, answer.told)))
-        self._run(
-            "promote", lambda: self._promote(version, champion, reason, answer.by), network=True
-        )
+        try:
+            self._run(
+                "promote", lambda: self._promote(version, champion, reason, answer.by), network=True
+            )
+        except OvertakenError as error:
+            return "registered", f"Version {number} stays challenger: {error}"
         self._report.model.alias = CHAMPION
         return "promoted", f"Version {number} is champion: {reason}."
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from typing import Any
 
 from flows.champions.policy import check_policy
 from flows.client import point_prefect_at
@@ -14,7 +13,6 @@ from flows.reports.report import ModelReport, RunReport
 from flows.settings import Settings
 from flows.workspace import Workspace
 from tasks.errors import HandsignsError, ServiceError
-from tasks.layout import Layout
 from tasks.params import load_params
 from tasks.progress import Progress
 from tasks.whole import read_json
@@ -36,12 +34,16 @@ def launch_retrain(workspace: Workspace, force: bool, progress: Progress) -> Run
     Returns:
         What `run.json` says; also when the run failed.
     """
-    layout, settings = workspace.layout, workspace.settings
-    with only_retrain(layout) as alone:
+    with only_retrain(workspace.layout) as alone:
         if not alone:
-            return _other_runs(layout, settings)
-        # A report of an earlier run must not pass for one of this.
-        layout.run.unlink(missing_ok=True)
+            return _other_runs(workspace)
+        return _retrain(workspace, force, progress)
+
+
+def _retrain(workspace: Workspace, force: bool, progress: Progress) -> RunReport:
+    layout, settings = workspace.layout, workspace.settings
+    # A report of an earlier run must not pass for one of this.
+    layout.run.unlink(missing_ok=True)
     try:
         load_params(layout.params)
         if not force and (found := _unchanged(workspace)):
@@ -51,9 +53,7 @@ def launch_retrain(workspace: Workspace, force: bool, progress: Progress) -> Run
         with embedded(settings, layout) as services:
             check_policy(services)
         check_reachable(settings)
-        ended = _run_flow(workspace, force, progress)
-        if ended.is_cancelled():
-            return _other_runs(layout, settings)
+        _run_flow(workspace, force, progress)
     except HandsignsError as error:
         left = read_json(layout.run)
         if left and left["status"] != "failed":  # the flow was through when its server failed
@@ -70,11 +70,11 @@ def _failed(settings: Settings, reason: str) -> RunReport:
     return RunReport(status="failed", reason=reason, model=ModelReport(name=settings.model_name))
 
 
-def _other_runs(layout: Layout, settings: Settings) -> RunReport:
+def _other_runs(workspace: Workspace) -> RunReport:
     """What is told and not written: `run.json` is the other one's."""
     return _failed(
-        settings,
-        f"Another retrain of this checkout runs. Received: {holder(layout)}. "
+        workspace.settings,
+        f"Another retrain of this checkout runs. Received: {holder(workspace.layout)}. "
         "Let it end, or cancel it, and run again.",
     )
 
@@ -94,8 +94,7 @@ def _has_news(workspace: Workspace) -> bool:
     return bool(inbox and inbox.new)
 
 
-def _run_flow(workspace: Workspace, force: bool, progress: Progress) -> Any:
-    """Run the flow; the Prefect state that it ended in."""
+def _run_flow(workspace: Workspace, force: bool, progress: Progress) -> None:
     layout = workspace.layout
     with embedded(workspace.settings, layout) as services:
         point_prefect_at(services.start_prefect(), services.folder, workspace.settings)
@@ -114,7 +113,7 @@ def _run_flow(workspace: Workspace, force: bool, progress: Progress) -> Any:
         token = listener.set(progress)
         try:
             # The flow keeps its own failures; what is raised here is the server's.
-            return retrain(force=force, return_state=True)
+            retrain(force=force, return_state=True)
         except Exception as error:
             raise ServiceError(
                 f"Prefect failed ({type(error).__name__}). Received: {api}. "

@@ -22,6 +22,7 @@ import httpx
 from flows.client import HEARTBEAT_SECONDS, point_prefect_at
 from flows.deployment.declared import FILE, POOLS, declared_deployments, pool_template
 from flows.deployment.member import POOL
+from flows.notification import UNHEARD
 from flows.settings import Settings
 from tasks.errors import ServiceError
 from tasks.layout import Layout
@@ -151,7 +152,7 @@ def automation(
         actions=[
             ChangeFlowRunState(
                 state=StateType.CRASHED,
-                message=f"Nothing was heard of this run for {silence:.0f} s: its process, its "
+                message=f"{UNHEARD} for {silence:.0f} s: its process, its "
                 "worker or its machine is gone. What was there before is whole; run it again.",
             ),
             RunDeployment(deployment_id=teller, parameters={"run": RUN}),

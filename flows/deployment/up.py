@@ -34,6 +34,8 @@ PROCFILE = "Procfile"
 LOG = "logs/service.log"
 START_SECONDS = 300.0
 STOP_SECONDS = 60.0
+RUN_SECONDS = 15.0
+"""A run that is told to stop says so, and who is named is told."""
 POLL_SECONDS = 0.2
 
 
@@ -53,6 +55,7 @@ def up(layout: Layout, settings: Settings) -> tuple[Running, bool]:
         ServiceError: a part did not start; all others are stopped again.
     """
     from flows.deployment.deploy import deploy, wait_for_worker
+    from flows.deployment.lost import mark_lost_runs
 
     folder = layout.local.resolve()
     lock = hold(folder)
@@ -73,9 +76,11 @@ def up(layout: Layout, settings: Settings) -> tuple[Running, bool]:
         os.close(lock)
     try:
         running = _await(folder, names, settings, honcho)
-        keep_running(folder, running)
         api = str(settings.prefect_api_url or running.prefect)
         deploy(layout, settings, api)
+        if running.prefect:
+            mark_lost_runs(layout, settings)
+        keep_running(folder, running)  # for which the worker waits
         wait_for_worker(START_SECONDS)
     except BaseException:
         down(layout)
@@ -86,7 +91,7 @@ def up(layout: Layout, settings: Settings) -> tuple[Running, bool]:
 def down(layout: Layout) -> bool:
     """Stop the service and all that it started; return once nothing of it is left.
 
-    The worker goes first, so that a run that it has is told to stop, and can say so.
+    The runs go first: a worker that is stopped kills them, and they could not say so.
 
     Returns:
         Whether anything ran.
@@ -97,6 +102,7 @@ def down(layout: Layout) -> bool:
     folder = layout.local.resolve()
     if not folder.is_dir() or not is_held(folder):
         return False
+    _stop_runs(_holder(folder, "worker"))
     _signal(_holder(folder, "worker"))
     _wait(partial(_is_free, folder, "worker"), "the worker")
     with suppress(OSError, ValueError):
@@ -112,6 +118,18 @@ def down(layout: Layout) -> bool:
     return True
 
 
+def _stop_runs(worker: int | None) -> None:
+    """Let a worker's runs end by themselves."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        below = psutil.Process(worker).children(recursive=True) if worker else []
+        runs = [one for one in below if "prefect.engine" in one.cmdline()]
+        for run in runs:
+            run.terminate()
+        psutil.wait_procs(runs, RUN_SECONDS)
+
+
 def _local_members(settings: Settings) -> list[str]:
     named = {
         "seaweedfs": settings.s3_endpoint_url,
@@ -123,6 +141,7 @@ def _local_members(settings: Settings) -> list[str]:
 
 def _prepare(folder: Path, names: list[str], settings: Settings) -> None:
     """Refuse what another run keeps; choose ports, so that every part knows all of them."""
+    (folder / FILE).unlink(missing_ok=True)  # a machine that lost power left it
     for name in names:
         if holder := _holder(folder, name, patience=member.PATIENCE):
             raise BusyError(

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 from tasks.errors import PromotionError, ReleaseError
 from tasks.releases.alias import check_alias, lead_alias, mend_alias
-from tasks.releases.pointer import Champion, Move, Pointer, move_champion, read_champion
+from tasks.releases.pointer import (
+    Champion,
+    Move,
+    Pointer,
+    check_champion,
+    move_champion,
+    read_champion,
+)
 from tasks.releases.release import fetch, verify
 from tasks.services.registry import CHALLENGER, CHAMPION, Registry, Version
 from tasks.services.storage import Storage
@@ -52,14 +59,16 @@ def crown(
         The move.
 
     Raises:
-        PromotionError: the champion, or its alias, was changed meanwhile; nothing was
-            moved.
+        OvertakenError: the champion was changed meanwhile; nothing was moved.
+        PromotionError: its alias was; nothing was moved either.
         ReleaseError: the release is not what its manifest says, or not as new as the
             registry says.
     """
     release = verify(storage, _release_of(version))
     created = str(release.manifest.facts.get("created", ""))
     _check_age(expected, version, created)
+    # Before the alias, which follows the champion that came meanwhile and not the expected one.
+    check_champion(storage, expected)
     if expected is not None:
         check_alias(registry, expected)
     move = Move(

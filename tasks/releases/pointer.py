@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from tasks.errors import PromotionError, ReleaseError, first_fault
+from tasks.errors import OvertakenError, ReleaseError, first_fault
 from tasks.services.storage import Storage
 from tasks.services.storage_errors import ChangedError, MissingObjectError
 
@@ -136,7 +136,7 @@ def move_champion(storage: Storage, expected: Champion | None, new: Pointer) -> 
         The new champion.
 
     Raises:
-        PromotionError: it was changed meanwhile; nothing was written.
+        OvertakenError: it was changed meanwhile; nothing was written.
         SettingsError: it must be signed and cannot be.
         ServiceError: the storage does not answer.
     """
@@ -148,13 +148,34 @@ def move_champion(storage: Storage, expected: Champion | None, new: Pointer) -> 
         else:
             etag = storage.put_if_match(KEY, content, expected.etag)
     except ChangedError:
-        was = f"version {expected.pointer.version}" if expected else "none"
-        raise PromotionError(
-            f"The champion was changed meanwhile, by another promotion. Received: {was} as the "
-            "one to replace. Look at `handsigns status` and promote again if it still is right."
-        ) from None
+        raise _overtaken(expected) from None
     storage.trust.check_newest(storage.uri(KEY), len(new.moves))
     return Champion(new, etag)
+
+
+def check_champion(storage: Storage, expected: Champion | None) -> None:
+    """Refuse early what `move_champion` would refuse.
+
+    Args:
+        storage: bucket that holds the pointer.
+        expected: what `read_champion` returned when the decision was made.
+
+    Raises:
+        OvertakenError: it was changed meanwhile.
+        ReleaseError: it cannot be read, or is not signed as it must be.
+        ServiceError: the storage does not answer.
+    """
+    present = read_champion(storage)
+    if (present and present.etag) != (expected and expected.etag):
+        raise _overtaken(expected)
+
+
+def _overtaken(expected: Champion | None) -> OvertakenError:
+    was = f"version {expected.pointer.version}" if expected else "none"
+    return OvertakenError(
+        f"The champion was changed meanwhile, by another promotion. Received: {was} as the "
+        "one to replace. Look at `handsigns status` and promote again if it still is right."
+    )
 
 
 def sign_champion_again(storage: Storage) -> Champion | None:
@@ -164,7 +185,7 @@ def sign_champion_again(storage: Storage) -> Champion | None:
         What the pointer says; None before the first promotion.
 
     Raises:
-        PromotionError: it was changed meanwhile; nothing was written.
+        OvertakenError: it was changed meanwhile; nothing was written.
         SettingsError: there is no usable signing key.
     """
     present = read_champion(Storage(storage.address))
