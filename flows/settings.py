@@ -73,7 +73,10 @@ def _remote(place: str) -> str:
 
 
 def _scheduler(address: str) -> str:
-    if not re.fullmatch(r"(tcp|tls)://[^/@:]+:\d{1,5}", address):
+    parts = urlsplit(address)
+    plain = f"{parts.scheme}://{parts.netloc}" == address and "@" not in parts.netloc
+    # Reading the port also refuses what is no port number.
+    if not plain or parts.scheme not in ("tcp", "tls") or not parts.hostname or not parts.port:
         raise ValueError("must be a scheduler's address such as tcp://host:8786")
     return address
 

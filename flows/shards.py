@@ -1,7 +1,9 @@
 """Shards of features as Prefect tasks, in this process or on a Dask cluster."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from prefect.cache_policies import NO_CACHE
 from tasks.activations.feature_store import Key, Row
 from tasks.activations.shards import Runner, Shard, compute_anywhere
 from tasks.errors import ServiceError
+
+_log = logging.getLogger(__name__)
 
 
 def shard_runner(dask_address: str | None, patience: float = 30.0) -> Runner:
@@ -61,6 +65,8 @@ def _on_dask(
             carried(cluster.client, graph) as trunk,
         ):
             workers = len(cluster.client.scheduler_info(n_workers=-1)["workers"])
+            if not workers:
+                _log.warning("The Dask cluster at %s has no worker; waiting for one.", address)
             numbered = enumerate(shards, 1)
             under_way: deque[tuple[Shard, Any]] = deque()
 
@@ -76,7 +82,7 @@ def _on_dask(
                 rows = future.result()
                 submit(1)
                 yield shard, rows
-    except (OSError, TimeoutError) as error:
+    except (OSError, TimeoutError, CancelledError) as error:
         raise ServiceError(
             f"The Dask cluster does not answer ({type(error).__name__}). Received: {address}. "
             "Check HANDSIGNS_DASK_ADDRESS and the scheduler, or unset it to compute here."

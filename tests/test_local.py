@@ -11,6 +11,7 @@ from threading import Thread
 import psutil
 import pytest
 
+from flows.loopback import local
 from flows.loopback.credentials import local_credentials
 from flows.loopback.local import Services, check_reachable, embedded
 from flows.loopback.ports import PAIR, choose_ports, remember_ports
@@ -148,6 +149,15 @@ def test_a_dask_scheduler_that_is_gone_is_named() -> None:
     named = {"dask_address": "tcp://127.0.0.1:9"}
     with pytest.raises(ServiceError, match=r"Dask does not answer at tcp://127.0.0.1:9 "):
         check_reachable(NOTHING_SET.model_copy(update=named))
+
+
+def test_what_is_no_dask_scheduler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "CHECK_SECONDS", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        named = {"dask_address": address}
+        with pytest.raises(ServiceError, match=f"No Dask scheduler answers at {address}"):
+            check_reachable(NOTHING_SET.model_copy(update=named))
 
 
 def test_a_second_run_waits_and_then_names_the_first(tmp_path: Path) -> None:

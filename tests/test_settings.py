@@ -79,6 +79,10 @@ def test_our_own_region_wins_over_the_usual_one(monkeypatch: pytest.MonkeyPatch)
         ("HANDSIGNS_MODEL_NAME", "../model"),
         ("MLFLOW_TRACKING_URI", "mlflow"),
         ("PREFECT_API_URL", "prefect/api"),
+        ("HANDSIGNS_DASK_ADDRESS", "tcp://host:99999"),
+        ("HANDSIGNS_DASK_ADDRESS", "tcp://host"),
+        ("HANDSIGNS_DASK_ADDRESS", "http://host:8786"),
+        ("HANDSIGNS_DASK_ADDRESS", f"tcp://user:{SECRET}@host:8786"),
     ],
 )
 def test_a_malformed_setting_is_named(

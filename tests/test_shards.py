@@ -1,6 +1,9 @@
 """Shards of features: the same rows wherever they are computed."""
 
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from prefect.settings import (
     temporary_settings,
 )
 
+from flows.dask_scheduler import count_workers
 from flows.loopback.ports import choose_ports
 from flows.shards import shard_runner
 from tasks.activations.feature_store import Key
@@ -59,6 +63,16 @@ def rows_of(made: Iterator[tuple[Key, Any]]) -> dict[Key, bytes]:
     return {key: row.tobytes() for key, row in made}
 
 
+def told_to(prefect_api: PrefectApi) -> AbstractContextManager[Any]:
+    """Let tasks without a flow be told to this Prefect."""
+    named: dict[Any, str] = {
+        PREFECT_API_URL: prefect_api.url,
+        PREFECT_API_AUTH_STRING: prefect_api.login,
+        PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore",
+    }
+    return temporary_settings(named)
+
+
 @given(count=st.integers(0, 40), rows=st.integers(1, 12))
 def test_every_row_is_in_one_shard_and_none_is_too_large(count: int, rows: int) -> None:
     keys = [Key("photo", number, "") for number in range(count)]
@@ -75,12 +89,7 @@ def test_a_cluster_whose_workers_die_and_join_gives_the_same_bytes(
     address = dask_cluster.address
     workers = [dask_cluster.start_worker(), dask_cluster.start_worker()]
     alone = rows_of(run_here(shards(), graph))
-    named: dict[Any, str] = {
-        PREFECT_API_URL: prefect_api.url,
-        PREFECT_API_AUTH_STRING: prefect_api.login,
-        PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore",
-    }
-    with temporary_settings(named):
+    with told_to(prefect_api):
         assert rows_of(shard_runner(None)(shards(), graph)) == alone
         made = shard_runner(address)(shards(), graph)
         first, row = next(made)
@@ -88,6 +97,35 @@ def test_a_cluster_whose_workers_die_and_join_gives_the_same_bytes(
         dask_cluster.start_worker()
         workers[1].kill()
         assert {first: row.tobytes(), **rows_of(made)} == alone
+
+
+@pytest.mark.slow
+def test_a_cluster_without_workers_is_waited_for_and_one_that_is_lost_is_named(
+    prefect_api: PrefectApi,
+    graph: Path,
+    shards: Shards,
+    dask_cluster: DaskCluster,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    address = dask_cluster.address
+    assert count_workers(address, 10) == 0
+    told = f"The Dask cluster at {address} has no worker; waiting for one."
+
+    def join_once_told() -> None:
+        deadline = time.monotonic() + 60
+        while told not in caplog.messages:
+            assert time.monotonic() < deadline, caplog.messages
+            time.sleep(0.1)
+        dask_cluster.start_worker()
+
+    with told_to(prefect_api), ThreadPoolExecutor(1) as pool:
+        joined = pool.submit(join_once_told)
+        made = shard_runner(address, patience=5)(shards(), graph)
+        next(made)
+        joined.result()
+        dask_cluster.scheduler.kill()
+        with pytest.raises(ServiceError, match=f"does not answer.*{address}"):
+            list(made)
 
 
 def test_a_cluster_that_is_not_there_is_named(graph: Path, shards: Shards, tmp_path: Path) -> None:
