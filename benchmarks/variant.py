@@ -7,12 +7,12 @@ after that, and is not timed.
 
 import json
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import typer
 
 from tasks import assemble, audit, features, preprocess, train
 from tasks.garbage import rare_collection
@@ -118,4 +118,4 @@ def curve(
 
 if __name__ == "__main__":
     with rare_collection():  # as every stage's own process does
-        main(Path(sys.argv[1]))
+        typer.run(main)

@@ -42,7 +42,7 @@ from flows.shards import shard_runner
 from flows.shown_progress import ShownProgress
 from flows.workspace import Workspace
 from tasks.activations.shards import runner
-from tasks.errors import HandsignsError, ServiceError
+from tasks.errors import HandsignsError, ServiceError, SettingsError
 from tasks.incoming.fetch import fetch_data
 from tasks.incoming.inbox import Inbox
 from tasks.layout import Layout
@@ -50,6 +50,7 @@ from tasks.params import Params, load_params
 from tasks.progress import Progress, silent
 from tasks.releases.release import Release
 from tasks.services.registry import CHALLENGER, Version
+from tasks.training.workers import named_workers
 
 listener: ContextVar[Progress] = ContextVar("listener", default=silent)
 """Whom a flow in this process tells how far it is; the command line sets it."""
@@ -143,6 +144,7 @@ class Retrain:
 
     def _run(self) -> None:
         check_reachable(self._workspace.settings)
+        _check_alone(load_params(self._layout.params))
         self._workspace.trust.check_signer()
         check_policy(self._workspace.services)
         _log.info(self._workspace.trust.told())
@@ -270,6 +272,17 @@ class Retrain:
         self._report.status, self._report.reason = status, reason
         level = _log.error if status in ("failed", "rejected") else _log.info
         level("%s: %s", status, reason)
+
+
+def _check_alone(params: Params) -> None:
+    """Refuse what would wait for others that never come: no two retrains train together."""
+    workers = named_workers()
+    if params.training.mode == "end_to_end" and len(workers) > 1:
+        raise SettingsError(
+            f"A retrain trains in one process, and TF_CONFIG names {len(workers)} workers "
+            f"({', '.join(workers)}). Run `dvc repro` on each of them, then unset TF_CONFIG and "
+            "retrain on one: it finds the stages done."
+        )
 
 
 def _is_passing(_task: Any, _run: Any, state: State[Any]) -> bool:

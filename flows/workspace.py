@@ -211,6 +211,8 @@ class Workspace:
             return None
         options: dict[str, str] = {}
         if known.dvc_remote_url.startswith("s3://"):
+            if not known.s3_endpoint_url and not known.aws_access_key_id:
+                return Remote(known.dvc_remote_url, options, self._local_s3)
             secrets = {
                 "access_key_id": known.aws_access_key_id,
                 "secret_access_key": known.aws_secret_access_key,
@@ -221,3 +223,12 @@ class Workspace:
             if known.s3_endpoint_url:
                 options["endpointurl"] = known.s3_endpoint_url
         return Remote(known.dvc_remote_url, options)
+
+    def _local_s3(self) -> dict[str, str]:
+        """What DVC is told of the local server."""
+        address = self.services.s3()
+        return {
+            "endpointurl": address.endpoint_url,
+            "access_key_id": str(address.access_key_id),
+            "secret_access_key": str(address.secret_access_key),
+        }

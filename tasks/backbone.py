@@ -111,7 +111,8 @@ def from_file(path: Path) -> tuple[Weights, Origin]:
         BackboneError: the file is missing or holds something else.
     """
     if not path.is_file():
-        raise BackboneError(f"Backbone file does not exist. Received: '{path}'. {THREE_WAYS}")
+        fault = "is a folder" if path.is_dir() else "does not exist"
+        raise BackboneError(f"Backbone file {fault}. Received: '{path}'. {THREE_WAYS}")
     origin = {"source": path.name, "sha256": digest(path)}
     if path.suffix == ".tgz":
         _require_package(path)

@@ -21,6 +21,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 HeldOut = Annotated[float, Field(gt=0.0, lt=0.5)]
 
 BACKBONE = "backbone"
+PHASES = ("base", "fine_tune", "full")
 MAX_TRAINABLE_LAYERS = 16
 """Layers of EfficientNetB0 above `block6d_add`, where the trunk is cut off."""
 
@@ -138,11 +139,17 @@ class Params(_Section):
     augmentation: AugmentationParams
     features: FeaturesParams
     training: TrainingParams
-    phases: dict[str, PhaseParams] = Field(min_length=1)
+    phases: dict[str, PhaseParams]
     gate: GateParams
 
     @model_validator(mode="after")
     def _phases_form_a_chain(self) -> "Params":
+        # dvc.yaml has a stage for each of them.
+        if tuple(self.phases) != PHASES:
+            raise ValueError(
+                f"phases must be {', '.join(PHASES)}, in this order. "
+                f"Received: {', '.join(map(str, self.phases)) or 'none'}"
+            )
         before = BACKBONE
         for name, phase in self.phases.items():
             if phase.starts_from != before:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 
 from flows.loopback.ports import choose_ports
+from tasks.errors import SettingsError
 from tasks.layout import Layout
 from tasks.network.weights import read_weights
 from tasks.stage import Context
 from tasks.training.distributed import find_strategy
+from tasks.training.workers import named_workers
 from tests.fixtures.worker import plain_context
 
 Checkout = Callable[[str], Path]
@@ -86,25 +89,51 @@ def test_one_device_needs_no_strategy() -> None:
     assert find_strategy() is None
 
 
+@pytest.mark.parametrize("broken", ["", "nonsense", "[]", '{"cluster": 5}', '{"cluster": {}}'])
+def test_a_config_that_names_nobody_has_no_workers(
+    monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    monkeypatch.setenv("TF_CONFIG", broken)
+    assert named_workers() == []
+
+
+def test_a_retrain_does_not_wait_for_workers_that_only_a_stage_can_join(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flows.retrain import _check_alone
+
+    params = plain_context(Path()).params
+    monkeypatch.setenv("TF_CONFIG", config(["127.0.0.1:1", "127.0.0.1:2"], 0))
+    with pytest.raises(SettingsError, match=r"names 2 workers \(127.0.0.1:1, 127.0.0.1:2\)"):
+        _check_alone(params)
+    cached = params.training.model_copy(update={"mode": "cached"})
+    _check_alone(params.model_copy(update={"training": cached}))
+
+
+def config(addresses: list[str], number: int) -> str:
+    task = {"type": "worker", "index": number}
+    return json.dumps({"cluster": {"worker": addresses}, "task": task})
+
+
+@pytest.mark.slow
+def test_a_worker_whose_others_do_not_come_ends_and_says_for_whom_it_waited(
+    checkout: Checkout, tmp_path: Path
+) -> None:
+    addresses = [f"127.0.0.1:{port}" for port in choose_ports(tmp_path, "workers", 2)]
+    command = [sys.executable, "-m", "tests.fixtures.worker", checkout("left")]
+    environment = {**os.environ, "TF_CONFIG": config(addresses, 0), "WAIT": "5"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGALRM
+    assert f"Waiting for the workers that TF_CONFIG names ({', '.join(addresses)})" in done.stderr
+
+
 @pytest.mark.slow
 def test_two_processes_train_the_same_weights_as_one(
     checkout: Checkout, alone: Path, tmp_path: Path
 ) -> None:
     addresses = [f"127.0.0.1:{port}" for port in choose_ports(tmp_path, "workers", 2)]
     roots = [checkout("first"), checkout("second")]
-    run(
-        {
-            root: {
-                "TF_CONFIG": json.dumps(
-                    {
-                        "cluster": {"worker": addresses},
-                        "task": {"type": "worker", "index": number},
-                    }
-                )
-            }
-            for number, root in enumerate(roots)
-        }
-    )
+    run({root: {"TF_CONFIG": config(addresses, number)} for number, root in enumerate(roots)})
     files = [(Layout(root).weights("full") / "weights.safetensors").read_bytes() for root in roots]
     assert files[0] == files[1]
     agree(roots[0], alone)

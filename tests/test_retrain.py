@@ -4,6 +4,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     made = make_checkout(folder / "checkout")
     report = made.handsigns("import", write_photos(folder / "photos", PER_CLASS))
     assert report["taken"]["train"] == dict.fromkeys("012345", PER_CLASS)
-    first = made.handsigns("retrain", fresh=True)
+    first = made.handsigns("retrain", fresh=True, HANDSIGNS_DVC_REMOTE_URL="s3://dvc/photos")
     assert first["status"] == "promoted", first["reason"]
     (folder / "first.json").write_text(json.dumps(first))
     return made
@@ -67,6 +68,12 @@ def test_the_first_run_is_promoted_and_tells_all(workshop: Workshop, first: RunR
     for name in ("audit", "curves", "confusion", "roc_pr", "mistakes"):
         picture = (workshop.layout.plots / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
+
+
+def test_the_photos_are_pushed_to_the_local_s3_where_no_other_is_named(workshop: Workshop) -> None:
+    with embedded(Settings(), workshop.layout, share=True) as services:
+        pushed = Storage(replace(services.s3(), bucket="dvc")).list("photos/files/md5/")
+        assert len(list(pushed)) == 6 * PER_CLASS + 1
 
 
 def test_prefect_keeps_each_task_by_name_and_shows_what_was_found(workshop: Workshop) -> None:

@@ -1,6 +1,8 @@
 """PostgreSQL for Prefect and MLflow: one database each, made when it is missing."""
 
 import logging
+from contextlib import suppress
+from typing import Any
 
 from sqlalchemy.engine import URL, make_url
 
@@ -32,7 +34,7 @@ def make_databases(url: str) -> None:
     """Make the databases of Prefect and MLflow where they are missing.
 
     Args:
-        url: `DATABASE_URL`; its own database must exist.
+        url: `DATABASE_URL`; the database that it names need not exist.
 
     Raises:
         ServiceError: PostgreSQL does not answer, or lets nobody make one.
@@ -41,9 +43,8 @@ def make_databases(url: str) -> None:
     from psycopg2 import errors, sql
 
     known = make_url(url)
-    parts = known.translate_connect_args(username="user", database="dbname") | dict(known.query)
     try:
-        connection = psycopg2.connect(**parts, connect_timeout=CONNECT_SECONDS)
+        connection = _connect(known)
         connection.autocommit = True
         try:
             for name in ("prefect", "mlflow"):
@@ -65,9 +66,25 @@ def make_databases(url: str) -> None:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ServiceError(
             f"PostgreSQL cannot be used ({reason[:300]}). Received: {shown_database(url)}. Check "
-            f"DATABASE_URL, or make the databases {_named(known, 'prefect').database} and "
-            f"{_named(known, 'mlflow').database} yourself."
+            f"DATABASE_URL, and that its user may make the databases "
+            f"{_named(known, 'prefect').database} and {_named(known, 'mlflow').database}, or "
+            "make them yourself."
         ) from None
+
+
+def _connect(url: URL) -> Any:
+    """Connect to the database that is named, or to the one that every server has."""
+    import psycopg2
+
+    parts = url.translate_connect_args(username="user", database="dbname") | dict(url.query)
+    try:
+        return psycopg2.connect(**parts, connect_timeout=CONNECT_SECONDS)
+    except psycopg2.OperationalError:
+        with suppress(psycopg2.OperationalError):
+            return psycopg2.connect(
+                **{**parts, "dbname": "postgres"}, connect_timeout=CONNECT_SECONDS
+            )
+        raise
 
 
 def shown_database(url: str) -> str:

@@ -20,6 +20,7 @@ import stamina
 from tasks.errors import BusyError, DataError, HandsignsError, ServiceError, StageError
 from tasks.layout import Layout
 from tasks.progress import Progress, silent
+from tasks.services.addresses import shown
 from tasks.services.data_record import DataSource, note_source, read_record
 from tasks.services.in_process import InProcess, source_digests
 from tasks.services.stored_objects import drop_damaged_version, put_back, send_again
@@ -38,10 +39,13 @@ class Remote:
     Args:
         url: as DVC takes it, such as `s3://dvc`.
         options: further keys of DVC's remote section, credentials among them.
+        late: gives those that are known only while its server runs; asked for before the
+            first transfer.
     """
 
     url: str
     options: dict[str, str] = field(repr=False)
+    late: Callable[[], dict[str, str]] = dict
 
 
 class Pipeline:
@@ -63,14 +67,16 @@ class Pipeline:
         logging.getLogger("dvc").setLevel(logging.WARNING)
         self._layout = layout
         self._lock_timeout = lock_timeout
+        self._remote = remote
+        self._section: dict[str, str] = {}
         config: dict[str, Any] = {}
         if remote is not None:
-            section = {"url": remote.url, **remote.options}
+            self._section = section = {"url": remote.url, **remote.options}
             if remote.url.startswith("s3://"):
                 # Without it a damaged remote object is pulled with no complaint.
                 section["verify"] = "true"
                 # By default a silent remote is waited for a minute, five times.
-                section |= {"connect_timeout": "5", "read_timeout": "20"}
+                section.update(connect_timeout="5", read_timeout="20")
             config = {"core": {"remote": REMOTE}, "remote": {REMOTE: section}}
         try:
             self._repo = Repo(str(layout.root), config=config)
@@ -240,15 +246,17 @@ class Pipeline:
 
         def transfer() -> int:
             try:
+                if self._remote:  # DVC reads its configuration anew for each transfer
+                    self._section.update(self._remote.late())
                 with _unsaid("dvc", "dvc_data", "dvc_objects"):
                     return call()
             except (LockError, HandsignsError, sqlite3.Error):
                 raise
             except Exception as error:  # of whatever library speaks to that remote
-                remote = self._repo.config["core"].get("remote")
+                remote = self._remote.url if self._remote else self._repo.config["core"]["remote"]
                 raise ServiceError(
                     f"data/ could not be {verb} ({_one_line(error)}). Received: remote "
-                    f"'{remote}'. Check its address and credentials, then run again."
+                    f"'{shown(remote)}'. Check its address and credentials, then run again."
                 ) from error
 
         return int(self._locked(transfer))

@@ -21,6 +21,7 @@ from tasks.training.average import Average
 from tasks.training.phase import Epoch, Plan
 from tasks.training.temperature import score
 from tasks.training.validation import validation
+from tasks.training.workers import waiting_for_workers
 
 _Photos = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 
@@ -38,7 +39,8 @@ def find_strategy() -> Any:
     """
     if os.environ.get("TF_CONFIG"):
         try:
-            return tf.distribute.MultiWorkerMirroredStrategy()
+            with waiting_for_workers():
+                return tf.distribute.MultiWorkerMirroredStrategy()
         except (RuntimeError, ValueError, KeyError) as error:
             raise StageError(
                 f"TensorFlow cannot join the workers that TF_CONFIG names ({error}). Run "
