@@ -123,18 +123,20 @@ def _fetch_data(workspace: Workspace, built: Layout) -> None:
         ServiceError: they cannot be had.
     """
     remote = workspace.pipeline_remote()
+    secrets: dict[str, str] = {}
     lines = ["[cache]", f"    dir = {workspace.layout.root.resolve() / '.dvc' / 'cache'}"]
     if remote is not None:
         lines += ["[core]", "    remote = recorded", "['remote \"recorded\"']"]
         lines += [f"    url = {remote.url}"]
         # Keys go through the environment, where the AWS library looks for them.
+        options = {**remote.options, **remote.late()}
         public = ("endpointurl", "region")
-        lines += [
-            f"    {name} = {remote.options[name]}" for name in public if name in remote.options
-        ]
+        lines += [f"    {name} = {options[name]}" for name in public if name in options]
+        keys = ("access_key_id", "secret_access_key", "session_token")
+        secrets = {f"AWS_{name.upper()}": options[name] for name in keys if name in options}
     config = built.root / ".dvc" / "config.local"
     config.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    done = _run([sys.executable, "-c", FETCH], built.root)
+    done = _run([sys.executable, "-c", FETCH], built.root, secrets)
     if done.returncode or not built.data.is_dir():
         record = read_record(built)
         raise ServiceError(
@@ -195,11 +197,13 @@ def _started(command: list[str], folder: Path) -> "Iterator[subprocess.Popen[str
         process.wait()
 
 
-def _run(command: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
+def _run(
+    command: list[str], folder: Path, secrets: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(  # noqa: S603, git and our own interpreter
         command,
         cwd=folder,
-        env=_environment(folder),
+        env={**_environment(folder), **(secrets or {})},
         capture_output=True,
         text=True,
         errors="replace",

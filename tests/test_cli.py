@@ -234,3 +234,6 @@ def test_the_sample_is_the_one_that_the_committed_version_names(tmp_path: Path) 
     committed = yaml.safe_load((CHECKOUT.root / "data.dvc").read_text())
     assert committed["meta"] == {"source": "sample"}
     assert told["version"] == committed["outs"][0]["md5"]
+    # Photos that are added to it are not mixed with drawings in silence.
+    done = workshop.run("handsigns", "import", write_photos(tmp_path / "photos", per_class=1))
+    assert "data/ holds the rendered sample beside these photos" in done.stderr

@@ -1,5 +1,6 @@
 """Verbs that bring photos into `data/`."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from flows.commands.terminal import (
 )
 
 app = typer.Typer()
+_log = logging.getLogger(__name__)
 
 
 @app.command()
@@ -45,15 +47,21 @@ def import_(
     from tasks.incoming.intake import import_photos
 
     layout = open_layout()
-    pipeline = open_workspace(layout).pipeline
-    with shown_progress() as progress:
+    with open_workspace(layout) as workspace, shown_progress() as progress:
+        pipeline = workspace.pipeline
         held = pipeline.data_source()  # a damaged data.dvc is told before photos are exchanged
         # A sample that was never rendered is nothing that photos could be added to.
         if not replace and held == "photos":
             fetch_data(layout, pipeline, progress)
+        beside = held == "sample" and not replace and layout.data.is_dir()
         report = import_photos(layout, source, test, replace, progress)
         version = pipeline.version_data("photos")
         pushed = pipeline.push_data() if pipeline.has_remote() else None
+    if beside and report.usable:
+        _log.warning(
+            "data/ holds the rendered sample beside these photos. Import them with --replace to "
+            "hold them only."
+        )
     if json_:
         print_json({**report.to_json(), "version": version, "pushed": pushed})
         return

@@ -30,7 +30,8 @@ def retrain(
         print_json(report.model_dump(mode="json"))
     else:
         out.print(run_table(report))
-        out.print(_WHERE, highlight=False)
+        if report.status != "failed":  # what failed has said all there is
+            out.print(_WHERE, highlight=False)
     if report.status in ("rejected", "failed"):
         raise typer.Exit(1)
 
