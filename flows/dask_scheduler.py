@@ -9,8 +9,8 @@ from distributed.security import Security
 from tasks.errors import ServiceError
 
 
-def count_workers(address: str, seconds: float) -> int:
-    """Ask a scheduler how many workers it has.
+def check_scheduler(address: str, seconds: float) -> None:
+    """Ask whoever answers at an address whether it is a scheduler.
 
     Args:
         address: `tcp://host:port` or `tls://host:port`.
@@ -28,7 +28,7 @@ def count_workers(address: str, seconds: float) -> int:
     try:
         told = asyncio.run(asyncio.wait_for(ask(), seconds))
         if told["type"] == "Scheduler":
-            return int(told["n_workers"])
+            return
         reason = f"a {told['type']}"
     except Exception as error:  # whatever another program's answer leads to
         reason = str(error) or type(error).__name__

@@ -18,7 +18,7 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from flows.dask_scheduler import count_workers
+from flows.dask_scheduler import check_scheduler
 from flows.loopback.ports import choose_ports
 from flows.shards import shard_runner
 from tasks.activations.feature_store import Key
@@ -108,7 +108,7 @@ def test_a_cluster_without_workers_is_waited_for_and_one_that_is_lost_is_named(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     address = dask_cluster.address
-    assert count_workers(address, 10) == 0
+    check_scheduler(address, 10)
     told = f"The Dask cluster at {address} has no worker; waiting for one."
 
     def join_once_told() -> None:

@@ -4,7 +4,6 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from flows.exclusion import only_retrain
-from flows.settings import Settings
 from tasks.layout import Layout
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ LOST = (
 )
 
 
-def mark_lost_runs(layout: Layout, settings: Settings) -> int:
+def mark_lost_runs(layout: Layout) -> None:
     """Mark what a local server has as under way as crashed, and tell people of it.
 
     To be called while a server that was just started has no worker yet; `deploy` has
@@ -26,10 +25,6 @@ def mark_lost_runs(layout: Layout, settings: Settings) -> int:
 
     Args:
         layout: the checkout.
-        settings: say who is told.
-
-    Returns:
-        How many runs were marked.
     """
     from flows.notification import tell_bad_end
 
@@ -37,7 +32,6 @@ def mark_lost_runs(layout: Layout, settings: Settings) -> int:
         lost = asyncio.run(_mark()) if alone else []
     for flow, run, state in lost:
         tell_bad_end(flow, run, state)
-    return len(lost)
 
 
 async def _mark() -> "list[tuple[Flow, FlowRun, State[Any]]]":

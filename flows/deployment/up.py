@@ -79,7 +79,7 @@ def up(layout: Layout, settings: Settings) -> tuple[Running, bool]:
         api = str(settings.prefect_api_url or running.prefect)
         deploy(layout, settings, api)
         if running.prefect:
-            mark_lost_runs(layout, settings)
+            mark_lost_runs(layout)
         keep_running(folder, running)  # for which the worker waits
         wait_for_worker(START_SECONDS)
     except BaseException:
@@ -122,12 +122,16 @@ def _stop_runs(worker: int | None) -> None:
     """Let a worker's runs end by themselves."""
     import psutil
 
+    below: list[psutil.Process] = []
     with suppress(psutil.NoSuchProcess):
         below = psutil.Process(worker).children(recursive=True) if worker else []
-        runs = [one for one in below if "prefect.engine" in one.cmdline()]
-        for run in runs:
-            run.terminate()
-        psutil.wait_procs(runs, RUN_SECONDS)
+    runs = []
+    for one in below:
+        with suppress(psutil.NoSuchProcess):  # one that ends meanwhile spares no other
+            if "prefect.engine" in one.cmdline():
+                one.terminate()
+                runs.append(one)
+    psutil.wait_procs(runs, RUN_SECONDS)
 
 
 def _local_members(settings: Settings) -> list[str]:

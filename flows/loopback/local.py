@@ -232,9 +232,9 @@ def _check_dask(scheduler: str) -> None:
             f"Dask does not answer at {scheduler} ({error.strerror or error}). "
             "Check HANDSIGNS_DASK_ADDRESS and the scheduler."
         ) from None
-    from flows.dask_scheduler import count_workers
+    from flows.dask_scheduler import check_scheduler
 
-    count_workers(scheduler, CHECK_SECONDS)
+    check_scheduler(scheduler, CHECK_SECONDS)
 
 
 def configured_s3(settings: Settings) -> S3Address:

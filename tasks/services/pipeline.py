@@ -39,8 +39,8 @@ class Remote:
     Args:
         url: as DVC takes it, such as `s3://dvc`.
         options: further keys of DVC's remote section, credentials among them.
-        late: gives those that are known only while its server runs; asked for before the
-            first transfer.
+        late: gives those that are known only while its server runs; asked for before a
+            transfer.
     """
 
     url: str
@@ -253,10 +253,11 @@ class Pipeline:
             except (LockError, HandsignsError, sqlite3.Error):
                 raise
             except Exception as error:  # of whatever library speaks to that remote
-                remote = self._remote.url if self._remote else self._repo.config["core"]["remote"]
+                known = self._repo.config["core"].get("remote")
+                remote = shown(self._remote.url) if self._remote else known
                 raise ServiceError(
                     f"data/ could not be {verb} ({_one_line(error)}). Received: remote "
-                    f"'{shown(remote)}'. Check its address and credentials, then run again."
+                    f"'{remote}'. Check its address and credentials, then run again."
                 ) from error
 
         return int(self._locked(transfer))
