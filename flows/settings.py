@@ -20,10 +20,19 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from tasks.errors import SettingsError
 from tasks.services.addresses import LOOPBACK, shown
+from tasks.services.notify import check_addresses
 
 PREFIX = "HANDSIGNS_"
 TOKEN_LETTERS = 16
-SECRET = ("AWS_", "DATABASE_URL", "PREFECT_SERVER_API_AUTH_STRING", "HANDSIGNS_SERVE_TOKEN")
+SECRET = (
+    "AWS_ACCESS",
+    "AWS_SECRET",
+    "AWS_SESSION",
+    "DATABASE_URL",
+    "PREFECT_SERVER_API_AUTH_STRING",
+    "HANDSIGNS_NOTIFY_URLS",
+    "HANDSIGNS_SERVE_TOKEN",
+)
 """Variables whose value no message shows."""
 
 
@@ -61,6 +70,11 @@ def _login(secret: SecretStr) -> SecretStr:
 def _long(secret: SecretStr) -> SecretStr:
     if len(secret.get_secret_value()) < TOKEN_LETTERS:
         raise ValueError(f"must have {TOKEN_LETTERS} characters or more")
+    return secret
+
+
+def _people(secret: SecretStr) -> SecretStr:
+    check_addresses(secret.get_secret_value())
     return secret
 
 
@@ -127,7 +141,7 @@ class Settings(BaseSettings):
     inbox: Annotated[str, AfterValidator(_inbox)] | None = None
     dask_address: Annotated[str, AfterValidator(_scheduler)] | None = None
     git_push: Annotated[str, AfterValidator(_branch)] | None = None
-    notify_urls: SecretStr | None = None
+    notify_urls: Annotated[SecretStr, AfterValidator(_people)] | None = None
     promotion: Literal["auto", "approval"] = "auto"
     approval_seconds: int = Field(default=86_400, ge=1, le=30 * 86_400)
 
@@ -217,12 +231,20 @@ def _variables() -> list[str]:
     return sorted(names)
 
 
+def _variable(name: str) -> str:
+    """The variable that was read where pydantic tells of a field or its first alias."""
+    for info in Settings.model_fields.values():
+        alias = info.validation_alias
+        if isinstance(alias, AliasChoices) and name in alias.choices:
+            return next(str(choice) for choice in alias.choices if os.environ.get(str(choice)))
+    return name if name.isupper() else PREFIX + name.upper()
+
+
 def _explain(fault: Any) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if not fault["loc"]:
         return str(message)
-    name = str(fault["loc"][0])
-    variable = name if name.isupper() else PREFIX + name.upper()
+    variable = _variable(str(fault["loc"][0]))
     received = fault["input"]
     if not isinstance(received, str) or variable.startswith(SECRET):
         return f"{variable}: {message}"

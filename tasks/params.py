@@ -1,13 +1,15 @@
 """`params.yaml` as frozen, validated objects."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -18,6 +20,12 @@ from tasks.errors import ParamsError
 from tasks.labels import LABELS
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+ONE, EACH = "one", "each"
+Shares = Annotated[
+    Annotated[Share, Tag(ONE)] | Annotated[dict[str, Share], Tag(EACH)],
+    Discriminator(lambda value: EACH if isinstance(value, dict) else ONE),
+]
+"""One share for every class, or one for each."""
 HeldOut = Annotated[float, Field(gt=0.0, lt=0.5)]
 
 BACKBONE = "backbone"
@@ -109,7 +117,7 @@ class GateParams(_Section):
 
     confidence: float | None = Field(default=None, gt=0.0, lt=1.0)
     min_accuracy: Share | None = None
-    min_recall: Share | dict[str, Share] | None = None
+    min_recall: Shares | None = None
     min_robust_accuracy: Share | None = None
     max_loss: float | None = Field(default=None, gt=0.0)
     max_calibration_error: Share | None = None
@@ -166,6 +174,20 @@ class Params(_Section):
         return list(self.phases)[-1]
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML lets the last of two equal keys win, in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_params(path: Path) -> Params:
     """Read and check `params.yaml`.
 
@@ -180,7 +202,7 @@ def load_params(path: Path) -> Params:
             missing or out-of-range key; the message names each.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
     except OSError as error:
         raise ParamsError(
             f"Parameters cannot be read ({error.strerror}). Received: '{path}'. "
@@ -198,10 +220,12 @@ def load_params(path: Path) -> Params:
 def _explain(path: Path, error: ValidationError) -> str:
     faults = []
     for fault in error.errors():
-        where = ".".join(str(part) for part in fault["loc"]) or "the file"
+        # Pydantic names the choice that it took, too, which is no key of the file.
+        keys = [str(part) for part in fault["loc"] if part not in (ONE, EACH)]
+        where = ".".join(keys) or "the file"
         whole = fault["type"] == "missing" or not fault["loc"]
         received = "" if whole else f" (received {fault['input']!r})"
-        faults.append(f"{where}: {fault['msg']}{received}")
+        faults.append(f"{where}: {fault['msg'].removeprefix('Value error, ')}{received}")
     return (
         f"{path.name} has {len(faults)} fault(s): {'; '.join(faults)}. Mend or remove these keys."
     )

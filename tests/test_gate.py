@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from rich.console import Console
 
 from tasks.gate import DISTURBANCES, Verdict, judge, run, verdict_table
@@ -196,8 +195,6 @@ def test_each_class_can_have_a_limit_of_its_own(params: Params) -> None:
     own = params.gate.model_dump() | {"min_recall": {0: 0.95, 1: 0, 2: 0, 3: 0.5, 4: 0, 5: 0}}
     limits = GateParams.model_validate(own | {"confidence": None})
     assert failed(judge(metrics(**{"recall 3": 0.49}), 0, limits)) == ["recall of 0", "recall of 3"]
-    with pytest.raises(ValidationError, match="each of the classes 0, 1, 2, 3, 4, 5"):
-        GateParams.model_validate({"min_recall": {0: 0.9}})
 
 
 def test_a_model_that_was_not_disturbed_fails() -> None:

@@ -150,6 +150,19 @@ def test_other_keys_ask_for_another_look(released: Workspace, tmp_path: Path) ->
     assert unchanged_since(released) is None
 
 
+def test_another_registry_is_filled_too(released: Workspace) -> None:
+    known = released.settings
+    for changed in (
+        {"database_url": SecretStr("postgresql://someone:secret@host/handsigns")},
+        {"mlflow_tracking_uri": "http://mlflow:5000"},
+    ):
+        released.settings = known.model_copy(update=changed)
+        assert unchanged_since(released) is None
+        remember(released, done())
+        assert unchanged_since(released) is not None
+        assert b"secret" not in (released.layout.local / "last_release.json").read_bytes()
+
+
 def test_a_storage_without_its_champion_is_filled_again(released: Workspace, s3: S3Address) -> None:
     released.settings = released.settings.model_copy(
         update={

@@ -2,21 +2,18 @@
 
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.errors import ParamsError
-from tasks.params import PhaseParams, TrainingParams, load_params
+from tasks.params import PhaseParams, TrainingParams
 from tasks.pictures.dataset import open_dataset
 from tasks.stage import Context
 from tasks.training.phase import Plan, plan_phase
 from tests.fixtures.models import smaller
-from tests.fixtures.photos import CHECKOUT
 
 Workshop = Callable[..., Context]
 
@@ -122,26 +119,3 @@ def test_unknown_phase_is_refused(workshop: Workshop, name: str | None) -> None:
     context = workshop()
     with pytest.raises(ParamsError, match=r"base, fine_tune, full\. Received: "):
         plan_phase(context.params, name, open_dataset(context.layout.dataset))
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        (),
-        ("base", "full"),
-        ("base", "fine_tune", "last"),
-        ("base", "fine_tune", "full", "more"),
-        ("full", "fine_tune", "base"),
-    ],
-)
-def test_phases_that_have_no_stage_are_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
-    content = yaml.safe_load(CHECKOUT.params.read_text())
-    before = ("backbone", *names)
-    content["phases"] = {
-        name: {**content["phases"]["full"], "starts_from": before[number]}
-        for number, name in enumerate(names)
-    }
-    path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    with pytest.raises(ParamsError, match="phases must be base, fine_tune, full, in this order"):
-        load_params(path)

@@ -99,6 +99,11 @@ def test_health_tells_version_release_age_and_state(service: Service, first: Rel
     assert told["problem"] is None
 
 
+def test_health_answers_those_who_ask_for_no_body(service: Service) -> None:
+    answer = service.client.head("/health")
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
 def _animation() -> bytes:
     file = BytesIO()
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]

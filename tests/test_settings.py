@@ -92,6 +92,31 @@ def test_a_malformed_setting_is_named(
     assert name in _refusal()
 
 
+def test_the_region_is_told_by_the_variable_that_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_REGION", "eu west")
+    assert "AWS_REGION: " in (refusal := _refusal())
+    assert "(received 'eu west')" in refusal
+
+
+@pytest.mark.parametrize(
+    ("addresses", "which"),
+    [
+        (f"json://127.0.0.1/hook nosuchservice://{SECRET}", "number 2 of 2 is none"),
+        (f"json://127.0.0.1/hook, slack://{SECRET}", "number 2 of 2 is none"),
+        (" , ", "there is none"),
+    ],
+)
+def test_people_who_could_not_be_told_are_no_surprise_later(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    addresses: str,
+    which: str,
+) -> None:
+    monkeypatch.setenv("HANDSIGNS_NOTIFY_URLS", addresses)
+    assert which in (refusal := _refusal())
+    assert SECRET not in refusal + caplog.text
+
+
 def test_half_a_key_pair_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     assert "AWS_ACCESS_KEY_ID" in _refusal()
@@ -140,10 +165,3 @@ def test_a_password_in_an_address_is_never_shown(user: str, password: str, schem
 @pytest.mark.parametrize("url", ["sqlite:////srv/mlflow.db", "http://127.0.0.1:5000", "nonsense"])
 def test_an_address_without_secrets_is_shown_as_it_is(url: str) -> None:
     assert shown(url) == url
-
-
-def test_a_token_that_is_too_short_is_refused_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HANDSIGNS_SERVE_TOKEN", "hush-hush")
-    told = _refusal()
-    assert "HANDSIGNS_SERVE_TOKEN" in told
-    assert "hush" not in told

@@ -73,7 +73,7 @@ def deploy(
     declared = declared_deployments(layout)
     point_prefect_at(api, layout.local.resolve(), settings)
     templates = {name: pool_template(layout, kind) for name, kind in POOLS.items()}
-    with _told(api):
+    with asking(api):
         asyncio.run(_register_pools(templates))
         _deploy_flows(layout, declared.on(pool))
         asyncio.run(_register_automations(silence))
@@ -81,7 +81,7 @@ def deploy(
 
 
 @contextmanager
-def _told(api: str) -> Iterator[None]:
+def asking(api: str) -> Iterator[None]:
     """Turn what Prefect's client raises into one line that names the server."""
     from prefect.exceptions import PrefectException
 
@@ -89,7 +89,7 @@ def _told(api: str) -> Iterator[None]:
         yield
     except (httpx.HTTPError, PrefectException, subprocess.TimeoutExpired) as error:
         raise ServiceError(
-            f"Prefect took no deployment ({type(error).__name__}). Received: {shown(api)}. "
+            f"Prefect did not do as asked ({type(error).__name__}). Received: {shown(api)}. "
             "Check PREFECT_API_URL, its login and the server's log, then run again."
         ) from error
 

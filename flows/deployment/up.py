@@ -54,7 +54,7 @@ def up(layout: Layout, settings: Settings) -> tuple[Running, bool]:
         SettingsError: `prefect.yaml` cannot be used; nothing was started.
         ServiceError: a part did not start; all others are stopped again.
     """
-    from flows.deployment.deploy import deploy, wait_for_worker
+    from flows.deployment.deploy import asking, deploy, wait_for_worker
     from flows.deployment.lost import mark_lost_runs
 
     folder = layout.local.resolve()
@@ -78,10 +78,11 @@ def up(layout: Layout, settings: Settings) -> tuple[Running, bool]:
         running = _await(folder, names, settings, honcho)
         api = str(settings.prefect_api_url or running.prefect)
         deploy(layout, settings, api)
-        if running.prefect:
-            mark_lost_runs(layout)
-        keep_running(folder, running)  # for which the worker waits
-        wait_for_worker(START_SECONDS)
+        with asking(api):
+            if running.prefect:
+                mark_lost_runs(layout)
+            keep_running(folder, running)  # for which the worker waits
+            wait_for_worker(START_SECONDS)
     except BaseException:
         down(layout)
         raise

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from flows.loopback.local import configured_s3
+from flows.loopback.running import find_running
 from flows.reports.findings import quarantined
 from flows.reports.report import RunReport
 from tasks.layout import Layout
@@ -80,11 +81,26 @@ def _made_of(workspace: "Workspace") -> dict[str, Any]:
         "lock": _digest(layout.lock),
         "storage": settings.s3_endpoint_url or f"local {local}",
         "bucket": settings.bucket,
-        # Without the password that a database's address may hold.
-        "registry": shown(settings.mlflow_tracking_uri or ""),
+        "registry": _registry(workspace),
         "model": settings.model_name,
         "keys": [_digest(key) for key in keys],
     }
+
+
+def _registry(workspace: "Workspace") -> str:
+    """Whose registry it is, without the password that a database's address may hold."""
+    settings = workspace.settings
+    if settings.mlflow_tracking_uri:
+        return shown(settings.mlflow_tracking_uri)
+    running = find_running(workspace.layout.local.resolve())
+    if running and running.mlflow:
+        # Runs of the worker, which knows no database, go there too.
+        return running.database or ""
+    if settings.database_url is None:
+        return ""
+    from flows.loopback.database import shown_database
+
+    return shown_database(settings.database_url.get_secret_value())
 
 
 def _is_lost(workspace: "Workspace") -> bool:

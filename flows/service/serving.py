@@ -132,6 +132,7 @@ def make_app(source: Source, options: Options) -> ASGIApp:
         metrics.predicted(str(found.label))
         return Reading(**found.to_json(), model=_model(served))
 
+    @app.head("/health", include_in_schema=False)  # load balancers ask for no more
     @app.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health(request: Request, response: Response) -> Health:
         """Tell what is served; 503 while there is no model to answer with."""

@@ -174,7 +174,9 @@ def verify_folder(folder: Path, release_id: str | None, trust: Trust) -> Manifes
     try:
         content = (folder / MANIFEST).read_bytes()
     except OSError:
-        raise ReleaseError(f"The manifest is missing. Received: {folder}. {AGAIN}") from None
+        raise ReleaseError(
+            f"A folder is a release by its {MANIFEST}. Received: {folder}, which has none. {AGAIN}"
+        ) from None
     manifest = parse(content, release_id, str(folder), trust)
     sizes = {path.name: path.lstat().st_size for path in folder.iterdir() if path.name != MANIFEST}
     compare_sizes(manifest, sizes, str(folder))

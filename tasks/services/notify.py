@@ -6,6 +6,8 @@ appears in no message, log or error; neither do apprise's own log lines, which q
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SECONDS = 30
 """Longest wait for all addresses together."""
@@ -43,22 +45,52 @@ def notify(addresses: str, title: str, body: str) -> bool:
     return delivered
 
 
-def _send(addresses: str, title: str, body: str) -> bool:
-    loggers = {name: logging.getLogger(name) for name in _TALKATIVE}
-    levels = {name: logger.level for name, logger in loggers.items()}
-    try:
-        import apprise
+def check_addresses(addresses: str) -> None:
+    """Refuse addresses that nobody could be told at, before somebody has to be.
 
-        for logger in loggers.values():
-            logger.setLevel(logging.CRITICAL + 1)
-        people = apprise.Apprise()
-        known = people.add(addresses)
-        sent = people.notify(
-            body, title=title, notify_type=apprise.NotifyType.FAILURE, body_format="text"
+    Args:
+        addresses: as for `notify`.
+
+    Raises:
+        ValueError: apprise cannot use one of them; the message does not show it.
+    """
+    with _silence():
+        from apprise import Apprise
+        from apprise.utils.parse import parse_urls
+
+        known: list[str] = parse_urls(addresses)  # type: ignore[no-untyped-call]
+        bad = [number for number, one in enumerate(known, 1) if not Apprise.instantiate(one)]
+    if bad or not known:
+        which = f"number {bad[0]} of {len(known)} is none" if bad else "there is none"
+        raise ValueError(
+            f"must be addresses such as json://host/path or mailto://…, and {which} that apprise "
+            "can use"
         )
-        return known and bool(sent)
+
+
+def _send(addresses: str, title: str, body: str) -> bool:
+    try:
+        with _silence():
+            import apprise
+
+            people = apprise.Apprise()
+            known = people.add(addresses)
+            sent = people.notify(
+                body, title=title, notify_type=apprise.NotifyType.FAILURE, body_format="text"
+            )
+            return known and bool(sent)
     except Exception:  # a plugin of apprise may raise anything, with the address in it
         return False
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    loggers = {name: logging.getLogger(name) for name in _TALKATIVE}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    for logger in loggers.values():
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
     finally:
         for name, logger in loggers.items():
             logger.setLevel(levels[name])

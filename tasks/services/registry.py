@@ -193,7 +193,7 @@ class Registry:
         quoted = "" if "://" in first else f": {first[:200]}"
         return (
             f"MLflow failed at {shown(self.tracking_uri)} ({reason}{quoted}). "
-            "Check MLFLOW_TRACKING_URI and the service, then run again."
+            f"{_advice(self.tracking_uri)}, then run again."
         )
 
     def _experiment(self, client: Any) -> str:
@@ -303,6 +303,14 @@ def load_mlflow() -> None:
     importlib.import_module("mlflow")
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _advice(uri: str) -> str:
+    if uri.startswith("sqlite:"):
+        return "Mend that file, or move it away, which begins an empty registry"
+    if uri.startswith("postgresql"):
+        return "Check DATABASE_URL and the database"
+    return "Check MLFLOW_TRACKING_URI and the service"
 
 
 def _signature(model: Any) -> Any:

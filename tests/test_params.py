@@ -1,0 +1,71 @@
+"""`params.yaml` is refused before anything runs, by the key that is wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tasks.errors import ParamsError
+from tasks.params import load_params
+from tests.fixtures.photos import CHECKOUT
+
+
+def content() -> Any:
+    return yaml.safe_load(CHECKOUT.params.read_text())
+
+
+def refusal(path: Path, text: str) -> str:
+    path.write_text(text)
+    with pytest.raises(ParamsError) as caught:
+        load_params(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (),
+        ("base", "full"),
+        ("base", "fine_tune", "last"),
+        ("base", "fine_tune", "full", "more"),
+        ("full", "fine_tune", "base"),
+    ],
+)
+def test_phases_that_have_no_stage_are_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    params = content()
+    before = ("backbone", *names)
+    params["phases"] = {
+        name: {**params["phases"]["full"], "starts_from": before[number]}
+        for number, name in enumerate(names)
+    }
+    told = refusal(tmp_path / "params.yaml", yaml.safe_dump(params, sort_keys=False))
+    assert "phases must be base, fine_tune, full, in this order" in told
+
+
+@pytest.mark.parametrize(
+    ("recall", "fault"),
+    [
+        ("90 %", "gate.min_recall: Input should be a valid number"),
+        ({**dict.fromkeys(range(5), 0.9), 5: 90}, "gate.min_recall.5: Input should be less than"),
+        ({0: 0.9}, "gate.min_recall: a mapping must name each of the classes 0, 1, 2, 3, 4, 5"),
+    ],
+)
+def test_a_limit_that_is_none_is_one_fault(tmp_path: Path, recall: object, fault: str) -> None:
+    params = content()
+    params["gate"]["min_recall"] = recall
+    told = refusal(tmp_path / "params.yaml", yaml.safe_dump(params))
+    assert told.startswith(f"params.yaml has 1 fault(s): {fault}")
+
+
+def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
+    text = CHECKOUT.params.read_text().replace("  test: 0.15", "  val: 0.2\n  test: 0.15")
+    number = next(n for n, line in enumerate(text.splitlines(), 1) if line == "  val: 0.2")
+    told = refusal(tmp_path / "params.yaml", text)
+    assert "the key 'val' stands twice" in told
+    assert f"line {number}, column 3" in told
+
+
+@pytest.mark.parametrize("text", ["? [a]\n: b", "seed: [", "- seed", "\x00"])
+def test_what_is_no_mapping_of_names_is_refused(tmp_path: Path, text: str) -> None:
+    assert "\n" not in refusal(tmp_path / "params.yaml", text)
