@@ -12,6 +12,7 @@ import typer
 
 from flows.commands import champion, data, deployment, keys, models, runs, service
 from flows.commands.terminal import err
+from flows.loopback.proxy import spare_loopback
 from tasks.errors import HandsignsError
 from tasks.garbage import rare_collection
 
@@ -34,6 +35,7 @@ app.add_typer(keys.app, name="keys")
 def main() -> None:
     """Run the command; whatever is refused or fails ends in one line and exit code 1."""
     _show_logs()
+    spare_loopback()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # of a terminal that knows few letters
             stream.reconfigure(errors="backslashreplace")

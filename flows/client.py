@@ -5,6 +5,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from flows.loopback.credentials import prefect_login
+from flows.loopback.proxy import spare_loopback
 from flows.settings import Settings
 
 HEARTBEAT_SECONDS = 30
@@ -35,8 +36,16 @@ def point_prefect_at(
     environment.setdefault("PREFECT_CLIENT_MAX_RETRIES", "2")
     if settings.prefect_api_url is None:
         environment["PREFECT_API_AUTH_STRING"] = prefect_login(settings, folder)
-    elif settings.prefect_auth:
-        environment.setdefault("PREFECT_API_AUTH_STRING", settings.prefect_auth.get_secret_value())
-    # A proxy cannot reach this machine's loopback.
-    known = environment.get("NO_PROXY", "")
-    environment["NO_PROXY"] = ",".join(filter(None, [known, "127.0.0.1", "localhost"]))
+    spare_loopback(environment)
+
+
+def advice(error: Exception) -> str:
+    """What to do about a Prefect that failed, without a full stop.
+
+    Args:
+        error: what its client raised.
+    """
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return "It lets nobody in without a login: set PREFECT_API_AUTH_STRING to user:password"
+    return "Look at its log"

@@ -1,6 +1,8 @@
 """Moving the champion by hand, as flows: for the Prefect UI and for the command line."""
 
 from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,31 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.champions.champion_artifacts import show_history
+from flows.champions.champion_artifacts import show_history_of
 from flows.settings import load_settings
 from flows.workspace import Workspace
 from tasks.errors import HandsignsError
 from tasks.layout import Layout
-from tasks.releases.pointer import Move, read_champion
+from tasks.releases.pointer import Move
+
+
+@dataclass
+class Course:
+    """What came of a move, for whoever started the flow and must know it without Prefect.
+
+    Args:
+        begun: it may have been made.
+        made: the move.
+        refused: why there was none.
+    """
+
+    begun: bool = False
+    made: Move | None = None
+    refused: HandsignsError | None = None
+
+
+course: ContextVar[Course] = ContextVar("course")
+"""Takes what comes of the flow that this process runs; the command line sets it."""
 
 
 @flow(name="promote", flow_run_name="promote version {version}")
@@ -49,12 +70,13 @@ def rollback(reason: str, by: str = "") -> State[Any]:
 
 
 def _move(done: str, move: Callable[[Workspace], Move]) -> State[Any]:
+    watched = course.get(Course())
+    watched.begun = True
     try:
         with Workspace(Layout(Path.cwd()), load_settings()) as workspace:
-            made = move(workspace)
-            champion = read_champion(workspace.storage)
+            watched.made = made = move(workspace)
+            show_history_of(workspace.storage)
     except HandsignsError as error:
+        watched.refused = error
         return Failed(name="Refused", message=str(error))
-    if champion:
-        show_history(champion.pointer.moves)
     return Completed(name=done, message=made.told(), data=made.model_dump(mode="json"))

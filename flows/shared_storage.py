@@ -11,6 +11,7 @@ from functools import cached_property
 from flows.loopback.local import embedded
 from flows.loopback.servers import running_seaweedfs
 from flows.settings import Settings
+from tasks.errors import BusyError, HandsignsError, ServiceError
 from tasks.layout import Layout
 from tasks.services.addresses import S3Address
 from tasks.services.signature import Trust
@@ -38,8 +39,11 @@ class SharedStorage:
             return Storage(services.s3(), self._trust)
 
     @contextmanager
-    def opened(self) -> Iterator[Storage | None]:
-        """Give the storage, or None where nothing was written since this was last left.
+    def opened(self, again: bool = False) -> Iterator[Storage | None]:
+        """Give the storage, or None where nothing was written since it was last read.
+
+        Args:
+            again: give it all the same.
 
         Raises:
             BusyError: a run keeps the local server and does not answer yet, or no longer.
@@ -49,16 +53,29 @@ class SharedStorage:
             yield self._configured
             return
         mark = self._mark()
-        if mark == self._seen:
+        if mark == self._seen and not again:
             yield None
-        elif kept := self._kept_by_a_run():
-            yield Storage(kept, self._trust)
-            self._seen = mark  # what is written after it was taken is seen by the next look
-        else:
-            with embedded(self._settings, self._layout, patience=0) as services:
-                yield Storage(services.s3(), self._trust)
-            # The server writes notes of its own while it stops, and nobody else could.
-            self._seen = self._mark()
+            return
+        kept = self._kept_by_a_run()
+        try:
+            if kept:
+                yield Storage(kept, self._trust)
+            else:
+                with embedded(self._settings, self._layout, patience=0) as services:
+                    yield Storage(services.s3(), self._trust)
+        except HandsignsError as error:
+            # What was read and refused is no more to be read than what was accepted.
+            if not isinstance(error, (BusyError, ServiceError)):
+                self._seen = self._mark_after(kept, mark)
+            raise
+        self._seen = self._mark_after(kept, mark)
+
+    def _mark_after(self, kept: S3Address | None, before: Mark) -> Mark:
+        """Of a run's server, so that the next look sees what was written meanwhile, the one before.
+
+        A server of our own writes notes while it stops, and nobody else could.
+        """
+        return before if kept else self._mark()
 
     def _kept_by_a_run(self) -> S3Address | None:
         return running_seaweedfs(self._layout.local.resolve(), self._settings.bucket)

@@ -1,6 +1,7 @@
 """Who may become champion, and what is kept of every move."""
 
 import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,24 @@ def test_a_promotion_that_came_meanwhile_is_what_a_later_one_is_told_of(court: C
     court.promote(2)
     with pytest.raises(OvertakenError, match=r"by another promotion. Received: version 1"):
         crown(court.storage, court.registry, court.version(3), seen, "it won", {})
+    assert court.alias() == 2
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_registry_that_cannot_follow_does_not_undo_or_repeat_a_move(
+    court: Court, caplog: pytest.LogCaptureFixture, force: bool
+) -> None:
+    court.promote(2)
+    with sqlite3.connect(court.folder / "mlflow.db") as database:
+        for when in ("insert", "update", "delete"):
+            database.execute(
+                f"create trigger full_{when} before {when} on registered_model_aliases "
+                "begin select raise(abort, 'database or disk is full'); end"
+            )
+    move = court.promote(3, "it must", force=True) if force else court.rollback()
+    assert court.champion().pointer.version == move.version == (3 if force else 1)
+    assert len(court.champion().pointer.moves) == 3
+    assert f"Version {move.version} is champion, and the registry could not be told" in caplog.text
     assert court.alias() == 2
 
 

@@ -5,8 +5,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 
 import psutil
 import pytest
@@ -15,8 +16,10 @@ from flows.loopback import local
 from flows.loopback.credentials import local_credentials
 from flows.loopback.local import Services, check_reachable, embedded
 from flows.loopback.ports import PAIR, choose_ports, remember_ports
+from flows.loopback.running import Running, hold, is_held, keep_running
 from flows.loopback.server import Server
 from flows.loopback.servers import ask
+from flows.loopback.tether import kept
 from flows.settings import Settings
 from tasks.errors import BusyError, ServiceError, SettingsError
 from tasks.layout import Layout
@@ -182,6 +185,49 @@ def test_a_reader_uses_the_server_of_a_run_and_leaves_it_running(tmp_path: Path)
     with embedded(NOTHING_SET, Layout(tmp_path), share=True) as alone:
         Storage(alone.s3()).check()
         assert _process_on(alone.s3().endpoint_url)
+
+
+def test_the_server_of_the_service_is_waited_for_and_never_replaced(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    lock = hold(layout.local)
+    assert lock is not None
+    with embedded(NOTHING_SET, layout) as up:
+        address = up.s3()
+        process = psutil.Process(_process_on(address.endpoint_url))
+        keep_running(layout.local, Running(pid=os.getpid(), s3=address.endpoint_url))
+        process.suspend()
+        try:
+            with embedded(NOTHING_SET, layout, patience=0.5) as run:
+                run.start_s3()
+                with pytest.raises(
+                    ServiceError, match=f"does not answer. Received: {address.endpoint_url}"
+                ):
+                    run.s3()
+            Timer(1.0, process.resume).start()
+            with embedded(NOTHING_SET, layout) as run:
+                assert run.s3() == address
+        finally:
+            process.resume()
+    os.close(lock)
+    with embedded(NOTHING_SET, layout) as alone:
+        Storage(alone.s3()).check()
+
+
+def test_two_who_look_at_once_do_not_take_each_other_for_the_service(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        assert not any(pool.map(lambda _: is_held(tmp_path), range(2000)))
+    lock = hold(tmp_path)
+    assert lock is not None
+    assert is_held(tmp_path)
+    os.close(lock)
+
+
+def test_a_log_outlives_the_next_start(tmp_path: Path) -> None:
+    for word in ("first", "second"):
+        server = _server(tmp_path, f"echo {word}", lambda: True)
+        server.start().wait(10)
+    assert server.log.read_text() == "second\n"
+    assert kept(server.log).read_text() == "first\n"
 
 
 RUN = """

@@ -28,6 +28,7 @@ from flows.loopback.local import embedded
 from flows.service.serve_admission import QUEUE, Desk
 from flows.settings import Settings
 from flows.shared_storage import SharedStorage
+from tasks.errors import ReleaseError
 from tasks.layout import Layout
 from tasks.releases.release import Release
 from tasks.services.addresses import S3Address
@@ -415,4 +416,16 @@ def test_the_local_server_is_opened_for_what_was_written_and_let_go(tmp_path: Pa
         assert storage.get("two") == b"2"
     with shared.opened() as storage:
         assert storage is None
+    with pytest.raises(ReleaseError), shared.opened(again=True):
+        raise ReleaseError("what was read is refused")
+    with shared.opened() as storage:
+        assert storage is None
+    with pytest.raises(OSError, match="full"), shared.opened(again=True):
+        raise OSError("the disk is full")
+    with embedded(Settings(), layout) as services:
+        Storage(services.s3()).put("three", b"3")
+    with pytest.raises(OSError, match="full"), shared.opened():
+        raise OSError("the disk is full")
+    with shared.opened() as storage:  # which was not read
+        assert storage is not None
     assert not list((layout.local / "logs").glob("*.pid"))

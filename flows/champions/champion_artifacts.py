@@ -1,6 +1,7 @@
 """What the Prefect UI shows of a change of champion: comparison, history, new photos."""
 
 import html
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,8 +11,11 @@ from flows.reports.report import DataChanges
 from tasks.markdown import table
 from tasks.releases.challenge import Challenge
 from tasks.releases.champion import METRICS
-from tasks.releases.pointer import Move
+from tasks.releases.pointer import Move, read_champion
 from tasks.scoring.checks import shown
+from tasks.services.storage import Storage
+
+_log = logging.getLogger(__name__)
 
 MOST_PHOTOS = 50
 """Photos that changed verdict which are listed one by one."""
@@ -22,6 +26,15 @@ def show_comparison(decision: Challenge) -> None:
     create_markdown_artifact(
         comparison_text(decision), key="comparison", description="Who should be champion."
     )
+
+
+def show_history_of(storage: Storage) -> None:
+    """Show every move of a champion that has moved: nothing here is a failure of that."""
+    try:
+        if champion := read_champion(storage):
+            show_history(champion.pointer.moves)
+    except Exception as error:  # of the storage or of Prefect, which raises many kinds
+        _log.warning("The champion has moved; its history cannot be shown: %s", error)
 
 
 def show_history(moves: Sequence[Move]) -> None:

@@ -143,12 +143,9 @@ class Succession:
     ) -> None:
         storage, registry = self._workspace.storage, self._workspace.registry
         present = read_champion(storage)
-        if present and present.pointer.release == version.content_id:
-            # Tried again after the alias could not be moved.
-            mend_alias(registry, present)
-        else:
+        if present is None or present.pointer.release != version.content_id:
             scores = self._report.test.model_dump(include=set(METRICS))
             crown(storage, registry, version, champion, reason, scores, by=by)
-            present = read_champion(storage)
-        if present:
-            artifacts.show_history(present.pointer.moves)
+        else:
+            _log.info("It moved at the first try, whose answer was lost.")
+        artifacts.show_history_of(storage)

@@ -4,7 +4,7 @@ import logging
 import os
 
 from flows.champions.policy import check_policy
-from flows.client import point_prefect_at
+from flows.client import advice, point_prefect_at
 from flows.exclusion import holder, only_retrain
 from flows.loopback.local import check_reachable, embedded
 from flows.notification import tell
@@ -117,16 +117,9 @@ def _run_flow(workspace: Workspace, force: bool, progress: Progress) -> None:
         except Exception as error:
             raise ServiceError(
                 f"Prefect failed ({type(error).__name__}). Received: {api}. "
-                f"{_advice(error)}, then run again."
+                f"{advice(error)}, then run again."
             ) from error
         finally:
             listener.reset(token)
             # The last lines must reach the server before it stops.
             APILogWorker.drain_all(timeout=5)
-
-
-def _advice(error: Exception) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
-        return "It lets nobody in without a login: set PREFECT_API_AUTH_STRING to user:password"
-    return "Look at its log"

@@ -1,81 +1,88 @@
 """Move the champion from the command line.
 
 Where a Prefect server is there the move is a flow run, so that the UI shows who did
-it. None is started for it, and one that does not answer, or does not let us in, is gone
-without: to take a bad champion back must not wait for anything but storage and registry.
+it. None is started for it, and one that does not answer, does not let us in, or fails, is
+gone without: to take a bad champion back must wait for nothing but storage and registry.
 """
 
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
-from flows.client import point_prefect_at
+from flows.client import advice, point_prefect_at
 from flows.loopback.servers import ask
 from flows.workspace import Workspace
 from tasks.errors import PromotionError
 from tasks.releases.pointer import Move
 from tasks.services.addresses import shown
 
+if TYPE_CHECKING:
+    from flows.promotion import Course
+
 _log = logging.getLogger(__name__)
 
 
 def promote(workspace: Workspace, version: int, reason: str, force: bool) -> Move:
     """Make a version the champion; see `tasks.releases.champion.promote`."""
-    if not _through_prefect(workspace):
-        return workspace.promote(version, reason, force)
-    from flows.promotion import promote as flow
 
-    return _run(lambda: flow(version=version, reason=reason, force=force, return_state=True))
+    def through_prefect() -> None:
+        from flows.promotion import promote as flow
+
+        flow(version=version, reason=reason, force=force, return_state=True)
+
+    return _move(workspace, through_prefect, lambda: workspace.promote(version, reason, force))
 
 
 def rollback(workspace: Workspace, reason: str) -> Move:
     """Return to the champion before; see `tasks.releases.champion.rollback`."""
-    if not _through_prefect(workspace):
-        return workspace.rollback(reason)
-    from flows.promotion import rollback as flow
 
-    return _run(lambda: flow(reason=reason, return_state=True))
+    def through_prefect() -> None:
+        from flows.promotion import rollback as flow
+
+        flow(reason=reason, return_state=True)
+
+    return _move(workspace, through_prefect, lambda: workspace.rollback(reason))
 
 
-def _through_prefect(workspace: Workspace) -> bool:
+def _move(
+    workspace: Workspace, through_prefect: Callable[[], None], directly: Callable[[], Move]
+) -> Move:
     api = workspace.services.prefect_named()
     if api is None:
-        return False
+        return directly()
     if ask(f"{api}/health", seconds=3.0) is None:
         _log.warning("Prefect does not answer at %s; its UI will not show this.", shown(api))
-        return False
+        return directly()
     point_prefect_at(api, workspace.services.folder, workspace.settings)
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    return _lets_us_in(api)
-
-
-def _lets_us_in(api: str) -> bool:
-    import httpx
-    from prefect.client.orchestration import get_client
-
-    try:
-        with get_client(sync_client=True) as client:
-            client.api_version()
-    except httpx.HTTPError as error:
-        status = getattr(getattr(error, "response", None), "status_code", type(error).__name__)
-        _log.warning(
-            "Prefect refuses us at %s (%s); its UI will not show this. "
-            "Its login is set by PREFECT_API_AUTH_STRING.",
-            shown(api),
-            status,
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
+    course = _watched(api, through_prefect)
+    if course.refused:
+        raise course.refused
+    if course.begun and course.made is None:
+        raise PromotionError(
+            "Whether the champion moved is not known: the flow ended before it could say so. "
+            f"Received: a run at {shown(api)}. Look at `handsigns status` before you run again."
         )
-        return False
-    return True
+    return course.made or directly()
 
 
-def _run(flow: Callable[[], Any]) -> Move:
+def _watched(api: str, flow: Callable[[], None]) -> "Course":
+    """Run a flow that says itself how far it came, whatever becomes of Prefect meanwhile."""
     from prefect.logging.handlers import APILogWorker
 
+    from flows.promotion import Course, course
+
+    watched = Course()
+    token = course.set(watched)
     try:
-        state = flow()
+        flow()
+    except Exception as error:  # the client's, of many kinds; the flow keeps those of the move
+        status = getattr(getattr(error, "response", None), "status_code", type(error).__name__)
+        said = "Prefect cannot be used at %s (%s), so that its UI does not show all of this. %s."
+        _log.warning(said, shown(api), status, advice(error))
     finally:
+        course.reset(token)
         APILogWorker.drain_all(timeout=5)
-    if not state.is_completed():
-        raise PromotionError(str(state.message))
-    return Move.model_validate(state.result())
+    return watched

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from flows.loopback import servers
 from flows.loopback.credentials import prefect_login
 from flows.loopback.local import configured_s3
 from flows.loopback.ports import known_ports
+from flows.loopback.proxy import spare_loopback
 from flows.loopback.running import find_running
 from flows.loopback.server import Server
-from flows.loopback.tether import BUSY
+from flows.loopback.tether import BUSY, kept
 from flows.settings import Settings, load_settings
 from tasks.errors import BusyError, HandsignsError
 from tasks.layout import Layout
@@ -30,6 +32,8 @@ PORTS = {"seaweedfs": servers.SEAWEEDFS_PORTS, "mlflow": 1, "prefect": 1}
 """How many ports each part listens on; the worker listens on none."""
 LONGEST_PAUSE = 30.0
 """Seconds between two starts of a part that ends again and again."""
+LONG_SECONDS = 300.0
+"""A part that lived for so long does not end again and again."""
 PATIENCE = 30.0
 
 _log = logging.getLogger(__name__)
@@ -94,20 +98,28 @@ def keep_up(describe: Callable[[], Server], leave: threading.Event) -> None:
     Raises:
         BusyError: another run of the checkout has the server.
     """
-    pause = 1.0
+    pause, was_up = 1.0, False
     while not leave.is_set():
         server = describe()
         process = server.start()
+        began = time.monotonic()
         try:
             while process.poll() is None and not leave.wait(0.2):
                 pass
         finally:
             server.stop()
-        if process.returncode == BUSY:
-            raise BusyError(f"The local {server.name} server belongs to another run.")
         if leave.is_set():
             return
-        _log.warning("%s ended; see %s. It starts again in %.0f s.", server.name, server.log, pause)
+        if process.returncode == BUSY:
+            # One that had been up ended, and somebody was faster: it is kept up once they go.
+            if not was_up:
+                raise BusyError(f"The local {server.name} server belongs to another run.")
+            continue
+        was_up = True
+        if time.monotonic() - began > LONG_SECONDS:
+            pause = 1.0
+        before = kept(server.log)
+        _log.warning("%s ended; see %s. It starts again in %.0f s.", server.name, before, pause)
         leave.wait(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -119,6 +131,7 @@ def main(name: str) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: leave.set())
     folder = Layout(Path.cwd()).local.resolve()
+    spare_loopback()
     try:
         settings = load_settings()
         keep_up(lambda: _describe(name, settings, folder, leave), leave)

@@ -8,6 +8,7 @@ it is asked for, and nothing outlives the `with` block or the process, however i
 import contextlib
 import http.client
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from pydantic import SecretStr
 from flows.loopback import servers
 from flows.loopback.credentials import local_credentials, prefect_login
 from flows.loopback.running import Running, find_running
-from flows.loopback.server import Server
+from flows.loopback.server import POLL_SECONDS, Server
 from flows.settings import Settings
 from tasks.errors import ServiceError
 from tasks.layout import Layout
@@ -54,7 +55,8 @@ class Services:
 
     def start_s3(self) -> None:
         """Let the local S3 server start in the background, if one is needed."""
-        if self.settings.s3_endpoint_url is None and self._shared_s3() is None:
+        kept = self._running and self._running.s3
+        if self.settings.s3_endpoint_url is None and not kept and self._shared_s3() is None:
             self._own_s3()
 
     def start_prefect(self) -> str:
@@ -79,7 +81,7 @@ class Services:
         """Return the address of S3 once it is ready.
 
         Raises:
-            ServiceError: the local server did not start.
+            ServiceError: the local server did not start, or that of `handsigns up` is silent.
             BusyError: another run of this checkout keeps it.
         """
         if self.settings.s3_endpoint_url:
@@ -146,10 +148,26 @@ class Services:
     def _shared_s3(self) -> S3Address | None:
         if self._s3:
             return None
-        kept_running = self._running and self._running.s3
-        if not kept_running and not self.share:
-            return None
+        if self._running and self._running.s3:
+            return self._kept_s3()
+        return self._found_s3() if self.share else None
+
+    def _found_s3(self) -> S3Address | None:
         return servers.running_seaweedfs(self.folder, self.settings.bucket)
+
+    def _kept_s3(self) -> S3Address | None:
+        """The server of `handsigns up`, which starts it again where it ends; nobody else may."""
+        deadline = time.monotonic() + self.patience
+        while (running := find_running(self.folder)) and running.s3:
+            if found := self._found_s3():
+                return found
+            if time.monotonic() > deadline:
+                raise ServiceError(
+                    f"The S3 server of `handsigns up` does not answer. Received: {running.s3}. "
+                    f"See {self.folder / 'logs' / 'seaweedfs.log'}, and run again."
+                )
+            time.sleep(POLL_SECONDS)
+        return None
 
     def _own_s3(self) -> tuple[Server, S3Address]:
         if self._s3 is None:

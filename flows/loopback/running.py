@@ -62,8 +62,7 @@ def hold(folder: Path) -> int | None:
         A descriptor that holds it, to be handed to the process runner; None where
         another one has it.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = _open(folder)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -74,8 +73,17 @@ def hold(folder: Path) -> int | None:
 
 def is_held(folder: Path) -> bool:
     """Tell whether a process runner is there."""
-    descriptor = hold(folder)
-    if descriptor is None:
+    descriptor = _open(folder)
+    try:
+        # Shared, so that two who look at once do not take each other for it.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
-    os.close(descriptor)
+    finally:
+        os.close(descriptor)
     return False
+
+
+def _open(folder: Path) -> int:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

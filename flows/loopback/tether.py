@@ -57,7 +57,14 @@ def main(lock: str, log: str, seconds: str, *command: str) -> int:
     return 0
 
 
+def kept(log: Path) -> Path:
+    """Where a server's log is once it was started again: what it ended with is wanted then."""
+    return log.with_name(f"{log.name}.1")
+
+
 def _hold(command: tuple[str, ...], log: Path, leave: threading.Event) -> None:
+    with contextlib.suppress(OSError):
+        log.replace(kept(log))
     with log.open("wb") as output:
         try:
             server = subprocess.Popen(  # noqa: S603, the command comes from flows.loopback.servers

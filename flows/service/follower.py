@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from tasks.errors import BusyError, HandsignsError, ServiceError
+from tasks.errors import BusyError, HandsignsError, ReleaseError, ServiceError
 from tasks.releases.pointer import Champion, read_champion
 from tasks.services.storage import Storage
 
@@ -21,8 +21,11 @@ log = logging.getLogger(__name__)
 LONGEST_PAUSE = 300.0
 """Seconds between two tries at a release that was refused; the first pause is a look's."""
 
-Opened = Callable[[], AbstractContextManager[Storage | None]]
-"""Opens the storage for one look; None where nothing was written since the last one."""
+Opened = Callable[[bool], AbstractContextManager[Storage | None]]
+"""Opens the storage for one look; None where nothing was written since the last one, unless
+it is told to open it again."""
+POINTER = "pointer"
+"""What was refused, where that was not the release of an etag."""
 
 
 @dataclass(frozen=True)
@@ -122,19 +125,30 @@ class Follower:
             ReleaseError: the champion's release is not what its manifest says.
             HandsignsError: it cannot be loaded.
         """
-        with self._opened() as storage:
+        due = self._refused is not None and time.monotonic() >= self._not_before
+        with self._opened(due) as storage:
             if storage is not None:
-                self._read(storage)
+                self._read(storage, due)
         self.looked_at = time.time()
 
-    def _read(self, storage: Storage) -> None:
-        champion = read_champion(storage)
-        if champion is None:
-            self.problem = "The champion pointer is gone." if self.served else None
-        elif champion.etag == self._etag:
-            self.problem = None
-        elif champion.etag != self._refused or time.monotonic() >= self._not_before:
+    def _read(self, storage: Storage, due: bool) -> None:
+        try:
+            champion = read_champion(storage)
+        except ReleaseError:
+            self._refuse(POINTER)
+            raise
+        if champion is None or champion.etag == self._etag:
+            gone = champion is None and self.served
+            self.problem = "The champion pointer is gone." if gone else None
+            self._refused = None
+        elif champion.etag != self._refused or due:
             self._take(storage, champion)
+
+    def _refuse(self, what: str) -> None:
+        """Let the next try come later, and later still if it fails again."""
+        self._pause = self._pause * 2 if what == self._refused else self._seconds
+        self._refused = what
+        self._not_before = time.monotonic() + min(self._pause, LONGEST_PAUSE)
 
     def _take(self, storage: Storage, champion: Champion) -> None:
         pointer = champion.pointer
@@ -143,9 +157,7 @@ class Follower:
         except ServiceError:
             raise
         except HandsignsError:
-            self._pause = self._seconds if champion.etag != self._refused else self._pause * 2
-            self._refused = champion.etag
-            self._not_before = time.monotonic() + min(self._pause, LONGEST_PAUSE)
+            self._refuse(champion.etag)
             raise
         told = f"champion, version {pointer.version}, release {pointer.release}"
         self.served = Served(classifier, told, pointer.version, pointer.release, pointer.at)

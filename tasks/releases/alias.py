@@ -1,11 +1,15 @@
 """The registry's alias for the champion, which follows the pointer in storage."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from tasks.errors import PromotionError
+from tasks.errors import HandsignsError, PromotionError
 from tasks.releases.pointer import Champion, read_champion
 from tasks.services.registry import CHAMPION, Registry, Version
 from tasks.services.storage import Storage
+
+_log = logging.getLogger(__name__)
 
 
 def check_alias(registry: Registry, expected: Champion) -> None:
@@ -24,6 +28,26 @@ def check_alias(registry: Registry, expected: Champion) -> None:
             f"The alias '{CHAMPION}' was changed meanwhile, in the registry. Received: "
             f"{f'version {held}' if held else 'nothing'}, where the champion is version {number}. "
             "Find out who moved it, use `handsigns promote` for what was meant, and run again."
+        )
+
+
+@contextmanager
+def following(version: int) -> Iterator[None]:
+    """Tell the registry of a champion that has moved; that it fails is told and no failure.
+
+    Whoever was told of one would move the champion once more.
+
+    Args:
+        version: the champion.
+    """
+    try:
+        yield
+    except HandsignsError as error:
+        _log.warning(
+            "Version %d is champion, and the registry could not be told. Its alias follows with "
+            "the next retrain or promotion. %s",
+            version,
+            error,
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.errors import PromotionError, ReleaseError
-from tasks.releases.alias import check_alias, lead_alias, mend_alias
+from tasks.releases.alias import check_alias, following, lead_alias, mend_alias
 from tasks.releases.pointer import (
     Champion,
     Move,
@@ -81,10 +81,13 @@ def crown(
         overruled=tuple(overruled),
     )
     new = _pointer(expected, move)
-    lead_alias(storage, registry, move_champion(storage, expected, new))
-    if new.overruled:
-        told = {"forced_by": new.by, "forced_because": reason, "forced_over": "; ".join(overruled)}
-        registry.set_tags(version.number, {name: text[:5000] for name, text in told.items()})
+    moved = move_champion(storage, expected, new)
+    with following(new.version):
+        lead_alias(storage, registry, moved)
+        if new.overruled:
+            facts = {"by": new.by, "because": reason, "over": "; ".join(overruled)}
+            tags = {f"forced_{name}": text[:5000] for name, text in facts.items()}
+            registry.set_tags(version.number, tags)
     return new
 
 
@@ -176,7 +179,9 @@ def rollback(storage: Storage, registry: Registry, reason: str, *, by: str | Non
     verify(storage, target.release)
     update = {"action": "rollback", "reason": reason, "by": by or _who()}
     new = _pointer(present, target.model_copy(update=update))
-    lead_alias(storage, registry, move_champion(storage, present, new))
+    moved = move_champion(storage, present, new)
+    with following(new.version):
+        lead_alias(storage, registry, moved)
     return new
 
 
