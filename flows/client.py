@@ -8,6 +8,8 @@ from flows.loopback.credentials import prefect_login
 from flows.loopback.proxy import spare_loopback
 from flows.settings import Settings
 
+TAG = "handsigns"
+"""Our runs have it on a server that may have others; `prefect.yaml` gives it to deployments."""
 HEARTBEAT_SECONDS = 30
 """The least that Prefect takes; see `flows.deployment.deploy` for what silence means."""
 

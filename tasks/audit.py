@@ -1,10 +1,10 @@
 """Stage: what the photos in `data/` are like, and which must not be trained on.
 
 Two photos are twins when their perceptual hashes are close and their pixels confirm
-it. Near twins under two labels are wrong labels, not hard examples, so neither is
-trained on; a training photo whose twin is in the official test would let the model
-be examined on what it has seen. Both kinds are named under `excluded`; the test
-itself is never changed.
+it, as they are or mirrored, for training shows each photo mirrored too. Near twins under
+two labels are wrong labels, not hard examples, so neither is trained on; a training photo
+whose twin is in the official test would let the model be examined on what it has seen.
+Both kinds are named under `excluded`; the test itself is never changed.
 """
 
 import hashlib
@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import minimum_spanning_tree
 
 from tasks.errors import DataError
 from tasks.params import AuditParams
@@ -45,12 +47,14 @@ class Looks:
     Args:
         pictures: uint8, (n, 64, 64, 3).
         hashes: uint64, (n,); perceptual hash of each picture.
+        mirrored: uint64, (n,); perceptual hash of its mirror image.
         digests: SHA-256 of shape and pixels at full size.
         sizes: int64, (n, 2); height and width in pixels.
     """
 
     pictures: NDArray[np.uint8]
     hashes: NDArray[np.uint64]
+    mirrored: NDArray[np.uint64]
     digests: tuple[bytes, ...]
     sizes: NDArray[np.int64]
 
@@ -84,13 +88,13 @@ def look(data: Path, photos: Sequence[Photo], progress: Progress) -> Looks:
         One row for each photo; 12 KB each, whatever the photo's size.
     """
     pictures = np.empty((len(photos), COMPARED, COMPARED, 3), np.uint8)
-    hashes = np.empty(len(photos), np.uint64)
+    hashes, mirrored = np.empty((2, len(photos)), np.uint64)
     sizes = np.empty((len(photos), 2), np.int64)
     digests = []
     for row, seen in enumerate(each_photo(_look, data, photos, progress, "look at photos")):
-        pictures[row], hashes[row], digest, sizes[row] = seen
+        pictures[row], hashes[row], mirrored[row], digest, sizes[row] = seen
         digests.append(digest)
-    return Looks(pictures, hashes, tuple(digests), sizes)
+    return Looks(pictures, hashes, mirrored, tuple(digests), sizes)
 
 
 def audit(photos: Sequence[Photo], looks: Looks, params: AuditParams) -> Report:
@@ -110,12 +114,15 @@ def audit(photos: Sequence[Photo], looks: Looks, params: AuditParams) -> Report:
     """
     counts = count_classes(photos)
     _refuse_two_labels(photos, looks.digests)
-    twins = find_twins(looks.pictures, looks.hashes, params.hash_distance, params.twin_rms)
+    twins = find_twins(
+        looks.pictures, looks.hashes, looks.mirrored, params.hash_distance, params.twin_rms
+    )
     groups = group(len(photos), twins.pairs)
     excluded = _exclude(photos, twins, groups)
     _require_enough_kept(photos, twins, excluded, official_test="test" in counts)
     smallest, largest = min(counts["train"].values()), max(counts["train"].values())
-    pairs = _describe(photos, twins)
+    kept = [row for row in range(len(photos)) if row not in excluded]
+    pairs = _describe(photos, _telling(photos, twins, kept))
     conflicts = [pair for pair in pairs if not _same(pair, 1)]
     across = [pair for pair in pairs if not _same(pair, 0)]
     report: Report = {
@@ -123,6 +130,7 @@ def audit(photos: Sequence[Photo], looks: Looks, params: AuditParams) -> Report:
         "counts": counts,
         "imbalance": round(largest / smallest, 3),
         "sizes": _sizes(looks.sizes),
+        "pairs": len(twins.pairs),
         "twins": pairs,
         "groups": [[photos[row].key for row in rows] for rows in _together(groups)],
         "duplicates": len(photos) - len(set(groups.tolist())),
@@ -133,11 +141,14 @@ def audit(photos: Sequence[Photo], looks: Looks, params: AuditParams) -> Report:
     return report | {"warnings": _warn(report)}
 
 
-def _look(picture: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], int, bytes, tuple[int, int]]:
+def _look(
+    picture: NDArray[np.uint8],
+) -> tuple[NDArray[np.uint8], int, int, bytes, tuple[int, int]]:
     small = resize_square(picture, COMPARED)
     height, width = picture.shape[:2]
     digest = hashlib.sha256(f"{height}x{width} ".encode() + picture.tobytes()).digest()
-    return small, perceptual_hash(small), digest, (height, width)
+    turned = np.ascontiguousarray(small[:, ::-1])
+    return small, perceptual_hash(small), perceptual_hash(turned), digest, (height, width)
 
 
 def _refuse_two_labels(photos: Sequence[Photo], digests: Sequence[bytes]) -> None:
@@ -177,6 +188,28 @@ def _require_enough_kept(
     groups = group(len(photos), twins.pairs[both_kept])
     held_out = ["val"] if official_test else ["test", "val"]
     require_enough([photos[row].label for row in kept], groups[kept], held_out)
+
+
+def _telling(photos: Sequence[Photo], twins: Twins, kept: Sequence[int]) -> Twins:
+    """Leave out pairs that say nothing more: in a burst each photo is the twin of all others.
+
+    What stays are the pairs of two labels or of train and test, and of the others the
+    closest that hold each group together, without a way over photos that are kept out.
+    """
+    left, right = twins.pairs.T
+    label = np.array([photo.label for photo in photos])
+    folder = np.array([photo.folder for photo in photos])
+    apart = (label[left] != label[right]) | (folder[left] != folder[right])
+    both_kept = np.isin(twins.pairs, kept).all(axis=1)
+    # No weight may be zero, which would be no edge, and no detour shorter than a way without.
+    weights = 1.0 + twins.rms + np.where(both_kept, 0.0, 1e3)
+    graph = coo_array((weights, (left, right)), (len(photos), len(photos)))
+    tree = coo_array(minimum_spanning_tree(graph))
+    holding = np.isin(
+        left * len(photos) + right, tree.row.astype(np.int64) * len(photos) + tree.col
+    )
+    chosen = apart | holding
+    return Twins(twins.pairs[chosen], twins.distances[chosen], twins.rms[chosen])
 
 
 def _trains(photo: Photo) -> bool:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -19,7 +20,15 @@ from pydantic import (
 from tasks.errors import ParamsError
 from tasks.labels import LABELS
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+def _no_switch(value: object) -> object:
+    """YAML reads `yes` and `on` as true, which would pass for 1, often the most there is."""
+    if isinstance(value, bool):
+        raise ValueError("must not be true or false")
+    return value
+
+
+Share = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(_no_switch)]
 ONE, EACH = "one", "each"
 Shares = Annotated[
     Annotated[Share, Tag(ONE)] | Annotated[dict[str, Share], Tag(EACH)],
@@ -40,13 +49,8 @@ class _Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _switches_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
-        """YAML reads `yes` and `on` as true, which would pass for 1, often the most there is."""
-        if (
-            isinstance(value, bool)
-            and cls.model_fields[str(info.field_name)].annotation is not bool
-        ):
-            raise ValueError("must not be true or false")
-        return value
+        switch = cls.model_fields[str(info.field_name)].annotation is bool
+        return value if switch else _no_switch(value)
 
 
 class AuditParams(_Section):
@@ -208,7 +212,7 @@ def load_params(path: Path) -> Params:
             f"Parameters cannot be read ({error.strerror}). Received: '{path}'. "
             "Run from the checkout's root, where params.yaml lies."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         place = " ".join(str(error).split())
         raise ParamsError(f"{path.name} is not valid YAML: {place}. Mend that line.") from error
     try:

@@ -17,7 +17,7 @@ import numpy as np
 from tasks.errors import DataError
 from tasks.params import SplitParams
 from tasks.pictures.dataset import IMAGES, INDEX
-from tasks.pictures.photos import Photo, count_classes, each_photo, find_photos
+from tasks.pictures.photos import Photo, count_classes, each_photo, find_photos, name_photos
 from tasks.pictures.shrink import shrink
 from tasks.pictures.splits import assign
 from tasks.pictures.twins import group
@@ -38,27 +38,30 @@ def run(context: Context, item: str | None = None) -> None:
     found = find_photos(layout.data)
     audit = _read_audit(layout.audit, found)
     excluded = {entry["photo"] for entry in audit["excluded"]}
+    names = name_photos(found)
     photos = [photo for photo in found if photo.key not in excluded]
     pairs = [(left, right) for left, right in (pair["photos"] for pair in audit["twins"])]
     split_of = split_photos(photos, pairs, params.split, params.seed)
-    photos.sort(key=lambda photo: (split_of[photo.key], photo.label, photo.name))
+    photos.sort(key=lambda photo: (split_of[photo.key], photo.label, names[photo.key]))
     detail = params.preprocess.detail
     with whole_folder(layout.dataset) as folder:
-        shape = (len(photos), detail, detail, 3)
-        images = np.lib.format.open_memmap(folder / IMAGES, "w+", np.uint8, shape)
         reading = each_photo(
             partial(shrink, detail=detail), layout.data, photos, context.progress, "shrink photos"
         )
-        for row, image in enumerate(reading):
-            images[row] = image
-        images.flush()
+        # Written and not mapped: a mapped page that finds no room kills the process.
+        with (folder / IMAGES).open("wb") as file:
+            shape = (len(photos), detail, detail, 3)
+            head = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, head)
+            for image in reading:
+                file.write(image.tobytes())
         counts = Counter(split_of.values())
         index = {
             "detail": detail,
             "counts": {split: counts[split] for split in SPLITS},
             "leaks": count_leaks(split_of, pairs),
             "photos": [
-                {"name": photo.name, "label": photo.label, "split": split_of[photo.key]}
+                {"name": names[photo.key], "label": photo.label, "split": split_of[photo.key]}
                 for photo in photos
             ],
         }

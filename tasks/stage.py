@@ -38,6 +38,11 @@ def stage_main(stage: Stage) -> None:
             stage(Context(layout, load_params(layout.params), _print_progress), item)
     except HandsignsError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except OSError as error:
+        sys.exit(
+            f"A file cannot be read or written ({error.strerror or error}). Received: "
+            f"'{error.filename or layout.artifacts}'. Make room or give permission, and run again."
+        )
 
 
 def _print_progress(what: str, done: int, total: int) -> None:

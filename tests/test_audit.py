@@ -15,6 +15,7 @@ from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.params import AuditParams, Params
 from tasks.pictures.photos import find_photos
+from tasks.pictures.twins import group
 from tasks.stage import Context
 from tests.fixtures.photos import write_photos
 
@@ -63,8 +64,46 @@ def test_twins_in_train_are_counted_and_kept(context: Context) -> None:
     report = _report(context)
     assert report["duplicates"] == 2
     assert report["groups"] == [["train/2/0001.png", "train/2/copy.png", "train/2/exact.png"]]
-    assert [pair["rms"] for pair in report["twins"]] == pytest.approx([2.0, 0.0, 2.0], abs=0.1)
+    # Of three pairs, the two closest say that the three are one group.
+    assert report["pairs"] == 3
+    assert [pair["rms"] for pair in report["twins"]] == pytest.approx([2.0, 0.0], abs=0.1)
     assert report["excluded"] == []
+
+
+def test_a_long_burst_is_told_by_its_photos_and_not_by_all_its_pairs(context: Context) -> None:
+    folder = context.layout.data / "train" / "2"
+    for number in range(60):
+        _copy(folder / "0001.png", folder / f"burst-{number:02d}.png", brighter=number % 3)
+    report = _report(context)
+    assert report["pairs"] == 61 * 60 / 2
+    assert len(report["twins"]) == 60
+    joined = group(61, [(_number(a), _number(b)) for a, b in _photos(report["twins"])])
+    assert len(set(joined.tolist())) == 1
+
+
+def test_what_holds_a_group_together_does_not_lead_over_photos_that_are_kept_out(
+    context: Context,
+) -> None:
+    train = context.layout.data / "train"
+    base = np.asarray(Image.open(train / "2" / "0001.png")).astype(int)
+    (train / "2" / "0001.png").unlink()
+    fine = 2 * (np.indices(base.shape[:2]).sum(axis=0) % 2)[..., None] - 1
+    # The two that are kept are nearer to the third than to each other, and that one is
+    # near to a photo under another label.
+    for key, brighter, pattern in (("2/a", 3, 0), ("2/b", -3, 0), ("2/x", 0, 3), ("3/y", 0, 8)):
+        pixels = np.clip(base + brighter + pattern * fine, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(train / f"{key}.png")
+    report = _report(context)
+    assert {entry["photo"] for entry in report["excluded"]} == {"train/2/x.png", "train/3/y.png"}
+    assert ["train/2/a.png", "train/2/b.png"] in _photos(report["twins"])
+
+
+def _photos(pairs: list[dict]) -> list[list[str]]:
+    return [pair["photos"] for pair in pairs]
+
+
+def _number(key: str) -> int:
+    return int(key.removesuffix(".png").rpartition("-")[2]) + 1 if "burst" in key else 0
 
 
 def test_train_photos_with_a_twin_in_the_official_test_are_excluded(context: Context) -> None:

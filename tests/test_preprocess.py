@@ -1,7 +1,10 @@
 """The stored dataset: what is in it, at what size, in which split, and written whole."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from tasks.pictures.photos import Photo
 from tasks.pictures.shrink import SOFTNESS, resize_square, shrink
 from tasks.preprocess import count_leaks, split_photos
 from tasks.stage import Context
-from tests.fixtures.photos import photo, write_photos
+from tests.fixtures.photos import CHECKOUT, photo, write_photos
 
 
 @pytest.fixture
@@ -59,8 +62,12 @@ def test_a_row_holds_the_picture_its_name_says(context: Context) -> None:
     preprocess.run(context)
     dataset = open_dataset(context.layout.dataset)
     for row in (0, 20, 48):
-        path = context.layout.data / "train" / LABELS[dataset.labels[row]] / dataset.names[row]
+        name = dataset.names[row]
+        # Names that stand in several classes are paths; only one photo is called twin.png.
+        path = context.layout.data / ("train/1/twin.png" if name == "twin.png" else name)
+        assert path.parent.name == LABELS[dataset.labels[row]]
         assert (dataset.images[row] == np.asarray(Image.open(path))).all()
+    assert len(set(dataset.names)) == 49
 
 
 def test_twins_stay_on_one_side_of_the_split(context: Context) -> None:
@@ -73,7 +80,7 @@ def test_twins_stay_on_one_side_of_the_split(context: Context) -> None:
             for name, label, split in zip(
                 dataset.names, dataset.labels, dataset.splits, strict=True
             )
-            if label == 1 and name in ("0004.png", "twin.png")
+            if label == 1 and name in ("train/1/0004.png", "twin.png")
         ]
         assert len(pair) == 2
         assert len({*pair}) == 1
@@ -88,10 +95,49 @@ def test_an_official_test_stays_and_its_twins_in_train_are_left_out(context: Con
     preprocess.run(context)
     dataset = open_dataset(layout.dataset)
     tested = {(LABELS[dataset.labels[r]], dataset.names[r]) for r in dataset.rows("test")}
-    assert tested == {(label, name) for label in LABELS for name in ("0000.png", "0001.png")}
+    assert tested == {
+        (label, f"test/{label}/{name}") for label in LABELS for name in ("0000.png", "0001.png")
+    }
     assert "near.png" not in dataset.names
     assert _index(context)["leaks"] == 0
     assert len(dataset.rows("val")) >= len(LABELS)
+
+
+def test_a_name_that_is_no_text_is_told(context: Context) -> None:
+    folder = context.layout.data / "train" / "1"
+    (folder / "twin.png").rename(folder / os.fsdecode(b"odd-\xff.png"))
+    with pytest.raises(DataError, match=r"UTF-8. Received: 'train/1/odd-\\udcff.png'"):
+        preprocess.run(context)
+
+
+def test_a_photo_put_there_by_hand_is_turned_as_its_camera_says(context: Context) -> None:
+    path = context.layout.data / "train" / "1" / "twin.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = photo(1, 77, 64)
+    Image.fromarray(picture).save(path, exif=exif)
+    audit.run(context)
+    preprocess.run(context)
+    dataset = open_dataset(context.layout.dataset)
+    stored = dataset.images[dataset.names.index("twin.png")]
+    assert np.array_equal(stored, np.rot90(picture, -1))
+
+
+@pytest.mark.parametrize("stage", ["audit", "preprocess"])
+def test_a_full_disk_is_one_line_and_kills_nothing(context: Context, stage: str) -> None:
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
+        f"from tasks.stage import stage_main; from tasks.{stage} import run; stage_main(run)"
+    )
+    shutil.copy(CHECKOUT.params, context.layout.root)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=context.layout.root, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    *_, told = done.stderr.splitlines()
+    assert told.startswith("A file cannot be read or written (File too large). Received: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_twin_that_was_not_excluded_counts_as_a_leak(context: Context) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tasks.errors import ImageError, SourceError
 from tasks.incoming.class_folders import Item
 from tasks.incoming.sources import as_test, open_source
-from tasks.pictures.images import MAX_BYTES, decode, encode
+from tasks.pictures.images import MAX_BYTES, encode, look
 from tests.fixtures.photos import photo
 
 PNG = encode(photo(2, 0, 32))
@@ -257,7 +257,7 @@ def test_h5_gives_each_row_as_a_photo(shape: tuple[int, ...], tmp_path: Path, sp
             ("train", str(label)) for label in range(6)
         ]
         for item, pixels in zip(source.items, H5_PHOTOS, strict=True):
-            assert np.array_equal(decode(content(item)), pixels)
+            assert np.array_equal(look(content(item)), pixels)
 
 
 def test_folder_of_h5_files_gives_both_splits(tmp_path: Path, spool: Path) -> None:

@@ -105,6 +105,22 @@ def test_five_per_cent_new_photos_move_few_old_ones(per_class: int, seed: int, r
     assert changed.count(("train", "test")) + changed.count(("test", "train")) == 0
 
 
+@given(st.integers(30, 300), st.integers(6, 40), seeds)
+@settings(max_examples=60, deadline=None)
+def test_a_burst_is_trained_on_and_not_alone(burst: int, singles: int, seed: int) -> None:
+    names, labels, groups = [], [], []
+    for label in LABELS:
+        for number in range(burst + singles):
+            names.append(f"{label}-{number}")
+            labels.append(label)
+            groups.append(1000 * int(label) + max(0, number - burst + 1))
+    splits = assign(names, labels, groups, SHARES, seed)
+    for label in LABELS:
+        counts = Counter(s for s, own in zip(splits, labels, strict=True) if own == label)
+        assert counts["train"] > burst
+        assert counts["test"] + counts["val"] <= singles * 0.75
+
+
 def test_an_official_test_leaves_only_val_to_cut() -> None:
     names, labels, groups = _single(20)
     splits = assign(names, labels, groups, {"val": 0.10}, 5)

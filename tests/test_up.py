@@ -48,8 +48,8 @@ class Service:
     workshop: Workshop
     told: dict[str, Any]
 
-    def ask(self, path: str, content: Any = None) -> Any:
-        return self.prefect.ask(path, content)
+    def ask(self, path: str, content: Any = None, method: str | None = None) -> Any:
+        return self.prefect.ask(path, content, method)
 
     @property
     def login(self) -> str:
@@ -270,15 +270,28 @@ def test_a_cancelled_run_stops_within_10_s_and_leaves_nothing(
 
 
 @pytest.fixture(scope="module")
-def killed(service: Service, cancelled: tuple[list[psutil.Process], datetime]) -> tuple[str, float]:
+def killed(
+    service: Service, cancelled: tuple[list[psutil.Process], datetime], foreign: str
+) -> tuple[str, float]:
     """The run after the cancelled one, killed in its training together with its worker."""
     assert _gone(cancelled[0], 10)
+    service.ask("/work_pools/handsigns-docker", {"is_paused": True}, "PATCH")
     service.workshop.handsigns("deploy", "--silence", str(SILENCE))
+    assert service.ask("/work_pools/handsigns-docker")["is_paused"]
     run = service.run()
     service.training(run)
     for one in service.processes("worker start") + service.processes("prefect.engine"):
         one.kill()
     return run, time.monotonic()
+
+
+@pytest.fixture(scope="module")
+def foreign(service: Service, cancelled: object) -> str:
+    """A run of somebody else's flow, which only has the name of ours, and beats no heart."""
+    flow = service.ask("/flows/", {"name": "retrain"})["id"]
+    run = service.ask("/flow_runs/", {"flow_id": flow, "state": {"type": "PENDING"}})["id"]
+    service.ask(f"/flow_runs/{run}/set_state", {"state": {"type": "RUNNING"}})
+    return str(run)
 
 
 @pytest.mark.program("initdb")
@@ -314,7 +327,7 @@ def test_a_database_url_moves_prefect_and_mlflow_to_postgresql(
 
 
 def test_a_run_whose_worker_died_is_marked_crashed_and_told_by_the_next_worker(
-    service: Service, killed: tuple[str, float], receiver: Receiver
+    service: Service, killed: tuple[str, float], foreign: str, receiver: Receiver
 ) -> None:
     run, at = killed
     state = service.wait(run, "CRASHED", seconds=120 - (time.monotonic() - at))
@@ -327,10 +340,11 @@ def test_a_run_whose_worker_died_is_marked_crashed_and_told_by_the_next_worker(
     assert told[0]["title"] == "handsigns: retrain crashed"
     assert "Nothing was heard" in told[0]["message"]
     assert run in told[0]["message"]
+    assert service.state(foreign)["type"] == "RUNNING"
 
 
 def test_a_run_ends_as_crashed_with_its_service_be_that_stopped_or_killed(
-    service: Service, receiver: Receiver
+    service: Service, foreign: str, receiver: Receiver
 ) -> None:
     def begin() -> str:
         run = service.run()
@@ -356,6 +370,7 @@ def test_a_run_ends_as_crashed_with_its_service_be_that_stopped_or_killed(
             one.kill()
     assert _gone(processes, 10)
     end(run, "The service stopped while this run was under way")
+    assert service.state(foreign)["type"] == "RUNNING"
 
 
 def test_down_stops_all_of_it_and_the_data_stays(service: Service) -> None:

@@ -4,7 +4,7 @@ import logging
 import os
 
 from flows.champions.policy import check_policy
-from flows.client import advice, point_prefect_at
+from flows.client import TAG, advice, point_prefect_at
 from flows.exclusion import holder, only_retrain
 from flows.loopback.local import check_reachable, embedded
 from flows.notification import tell
@@ -103,6 +103,7 @@ def _run_flow(workspace: Workspace, force: bool, progress: Progress) -> None:
         # Imported while the server starts, one after the other: modules that two threads
         # import at once can see each other half made.
         import tensorflow  # noqa: F401
+        from prefect import tags
         from prefect.logging.handlers import APILogWorker
 
         from flows.retrain import listener, retrain
@@ -113,7 +114,8 @@ def _run_flow(workspace: Workspace, force: bool, progress: Progress) -> None:
         token = listener.set(progress)
         try:
             # The flow keeps its own failures; what is raised here is the server's.
-            retrain(force=force, return_state=True)
+            with tags(TAG):
+                retrain(force=force, return_state=True)
         except Exception as error:
             raise ServiceError(
                 f"Prefect failed ({type(error).__name__}). Received: {api}. "

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from flows.client import advice, point_prefect_at
+from flows.client import TAG, advice, point_prefect_at
 from flows.loopback.servers import ask
 from flows.workspace import Workspace
 from tasks.errors import PromotionError
@@ -70,6 +70,7 @@ def _move(
 
 def _watched(api: str, flow: Callable[[], None]) -> "Course":
     """Run a flow that says itself how far it came, whatever becomes of Prefect meanwhile."""
+    from prefect import tags
     from prefect.logging.handlers import APILogWorker
 
     from flows.promotion import Course, course
@@ -77,7 +78,8 @@ def _watched(api: str, flow: Callable[[], None]) -> "Course":
     watched = Course()
     token = course.set(watched)
     try:
-        flow()
+        with tags(TAG):
+            flow()
     except Exception as error:  # the client's, of many kinds; the flow keeps those of the move
         status = getattr(getattr(error, "response", None), "status_code", type(error).__name__)
         said = "Prefect cannot be used at %s (%s), so that its UI does not show all of this. %s."

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from flows.client import HEARTBEAT_SECONDS, point_prefect_at
+from flows.client import HEARTBEAT_SECONDS, TAG, point_prefect_at
 from flows.deployment.declared import FILE, POOLS, declared_deployments, pool_template
 from flows.deployment.member import POOL
 from flows.notification import UNHEARD
@@ -119,7 +119,7 @@ def automation(
     """Describe an automation that marks runs as crashed of which nothing is heard.
 
     Every event of a run, a heartbeat too, is a sign of life. Only our own flows are
-    meant: others may beat more slowly.
+    meant, which the tag tells from others of the same name: those may beat more slowly.
 
     Args:
         name: names the automation.
@@ -141,9 +141,17 @@ def automation(
             after={f"prefect.flow-run.{event}" for event in after},
             expect={"prefect.flow-run.*"},
             match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
-            match_related=ResourceSpecification(
-                {"prefect.resource.role": ["flow"], "prefect.resource.name": list(FLOWS)}
-            ),
+            match_related=[
+                ResourceSpecification(
+                    {"prefect.resource.role": ["flow"], "prefect.resource.name": list(FLOWS)}
+                ),
+                ResourceSpecification(
+                    {
+                        "prefect.resource.role": ["tag"],
+                        "prefect.resource.id": [f"prefect.tag.{TAG}"],
+                    }
+                ),
+            ],
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
@@ -162,12 +170,16 @@ def automation(
 
 async def _register_pools(templates: dict[str, dict[str, Any]]) -> None:
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+    from prefect.exceptions import ObjectAlreadyExists
 
     async with get_client() as client:
         for name, template in templates.items():
             pool = WorkPoolCreate(name=name, type=POOLS[name], base_job_template=template)
-            await client.create_work_pool(pool, overwrite=True)
+            try:
+                await client.create_work_pool(pool)
+            except ObjectAlreadyExists:  # and may be paused, or limited, by somebody
+                await client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
 
 
 async def _register_automations(silence: float) -> None:

@@ -3,6 +3,8 @@
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from flows.client import TAG
+from flows.deployment.member import POOL
 from flows.exclusion import only_retrain
 from tasks.layout import Layout
 
@@ -17,11 +19,12 @@ LOST = (
 
 
 def mark_lost_runs(layout: Layout) -> None:
-    """Mark what a local server has as under way as crashed, and tell people of it.
+    """Mark our own runs that a local server has as under way as crashed, and tell people of it.
 
     To be called while a server that was just started has no worker yet; `deploy` has
-    pointed this process at it. Where a retrain of the checkout lives all the same,
-    nothing is marked: the automations of `flows.deployment.deploy` see to it.
+    pointed this process at it. Runs of other pools live elsewhere. Where a retrain of the
+    checkout lives all the same, nothing is marked: the automations of
+    `flows.deployment.deploy` see to it.
 
     Args:
         layout: the checkout.
@@ -40,6 +43,7 @@ async def _mark() -> "list[tuple[Flow, FlowRun, State[Any]]]":
         FlowRunFilter,
         FlowRunFilterState,
         FlowRunFilterStateType,
+        FlowRunFilterTags,
     )
     from prefect.client.schemas.objects import StateType
     from prefect.states import Crashed
@@ -48,9 +52,12 @@ async def _mark() -> "list[tuple[Flow, FlowRun, State[Any]]]":
     kinds = FlowRunFilterStateType(any_=under_way)
     marked = []
     async with get_client() as client:
-        for run in await client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=kinds))
-        ):
+        ours = FlowRunFilter(
+            state=FlowRunFilterState(type=kinds), tags=FlowRunFilterTags(all_=[TAG])
+        )
+        for run in await client.read_flow_runs(flow_run_filter=ours):
+            if run.work_pool_name not in (None, POOL):
+                continue
             state: State[Any] = Crashed(message=LOST)
             await client.set_flow_run_state(run.id, state, force=True)
             marked.append((await client.read_flow(run.flow_id), run, state))

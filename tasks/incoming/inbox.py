@@ -61,7 +61,8 @@ class Inbox:
         items = arrange(visible, name).items if visible else ()
         last = read_json(layout.inbox)
         known = isinstance(last, dict) and (last.get("inbox"), last.get("data"))
-        seen = last.get("seen", {}) if known == (self.name, version) else {}
+        seen = last.get("seen") if known == (self.name, version) else None
+        seen = seen if isinstance(seen, dict) else {}
         self.new = tuple(
             item for item in items if seen.get(item.origin) != self._stamps[item.origin]
         )

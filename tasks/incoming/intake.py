@@ -1,5 +1,6 @@
 """Bring photos into `data/`: all of a source or none of it, each file judged by itself."""
 
+import os
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -57,7 +58,7 @@ def import_photos(
         BusyError: another import runs for longer than `wait`.
         DataError: `data/` or the quarantine cannot be written.
     """
-    name = printable(str(source.resolve()))
+    name = printable(os.path.realpath(source))  # which takes a link to itself, too
     with _bench(layout, wait), _items(layout, source, test) as opened:
         report = _take_in(layout, opened, name, replace, progress)
     if not report.usable:
@@ -123,10 +124,10 @@ def _take_in(
     intake = _Intake(layout, quarantine, replace, progress)
     intake.read(source.items)
     report = intake.settle(source.ignored)
-    forget = replace and report.usable
-    quarantine.finish(name, report.quarantined, forget, standing)
     if report.usable and (report.taken or report.removed):
         intake.put_in_place()
+    # Last, for it forgets what a source that is replaced had set aside.
+    quarantine.finish(name, report.quarantined, replace and report.usable, standing)
     return report
 
 

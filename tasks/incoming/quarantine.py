@@ -10,7 +10,7 @@ from typing import Any
 
 from tasks.incoming.held import writing
 from tasks.layout import Layout
-from tasks.whole import whole_file, write_json
+from tasks.whole import read_json, whole_file, write_json
 
 MAX_COPIES = 2**30
 """Bytes of copies that one import may leave; beyond it files are listed only."""
@@ -84,6 +84,8 @@ class Quarantine:
             standing: origins of this source that were not read again; what was said of
                 them still holds.
         """
+        # Of a list that cannot be read nobody knows which copies are somebody's.
+        known = read_json(_list(self._layout)) is not None or not _list(self._layout).exists()
         earlier = set_aside(self._layout)
         sources = {} if forget else dict(earlier)
         files = [each for each in earlier.get(source, []) if each["origin"] in standing]
@@ -93,7 +95,8 @@ class Quarantine:
         with writing(self._folder):
             if sources or self._folder.exists():
                 write_json(_list(self._layout), {"sources": sources})
-                self._prune({each["copy"] for files in sources.values() for each in files})
+                if known:
+                    self._prune({each["copy"] for files in sources.values() for each in files})
 
     def _prune(self, listed: set[str | None]) -> None:
         for path in sorted(self._folder.glob("*/*")):

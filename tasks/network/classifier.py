@@ -90,6 +90,7 @@ class Classifier:
 
         Raises:
             DataError: another shape or dtype.
+            ModelError: what comes out is no probability.
         """
         if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2]:
             raise DataError(
@@ -106,6 +107,11 @@ class Classifier:
             batch = slice(start, start + BATCH)
             result[batch] = self.forward(enlarge(images[batch], self.size))
             progress("score photos", min(start + BATCH, len(images)), len(images))
+        if not np.isfinite(result).all():
+            raise ModelError(
+                "A model must answer with probabilities. Received: numbers that are not finite. "
+                "Its weights are damaged or too large; use another one."
+            )
         return result
 
 

@@ -22,11 +22,12 @@ def read_weights(path: Path) -> Weights:
     """Read a safetensors file.
 
     Raises:
-        ModelError: the file is missing or is not safetensors.
+        ModelError: the file is missing, or is not safetensors that numpy can hold.
     """
     try:
         return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
+    # A type of number that numpy does not have is none of its own errors.
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError) as error:
         raise ModelError(
             f"Weights cannot be read ({error}). Received: '{path}'. Run the stage that writes them."
         ) from error

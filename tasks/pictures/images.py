@@ -115,24 +115,6 @@ def look(data: bytes, name: str = "") -> NDArray[np.uint8]:
         return np.array(_upright(_loaded(data, name)), dtype=np.uint8)
 
 
-def decode(content: bytes, name: str = "") -> NDArray[np.uint8]:
-    """Decode a stored photo.
-
-    Args:
-        content: a photo's bytes as `read_photo` gives them.
-        name: what an error calls it.
-
-    Returns:
-        uint8, (height, width, 3), RGB.
-
-    Raises:
-        ImageError: the bytes are not a stored photo, or no longer.
-    """
-    with _faults_told(name):
-        _check_length(content)
-        return np.array(_to_rgb(_open(content, _STORED)), dtype=np.uint8)
-
-
 def encode(pixels: NDArray[np.uint8]) -> bytes:
     """Encode pixels as PNG; the same pixels give the same bytes.
 

@@ -14,7 +14,7 @@ from tasks.errors import DataError, ImageError
 from tasks.labels import LABELS
 from tasks.layout import FOLDERS
 from tasks.parallel import in_order
-from tasks.pictures.images import decode
+from tasks.pictures.images import look
 from tasks.progress import Progress
 
 Result = TypeVar("Result")
@@ -44,7 +44,7 @@ def find_photos(data: Path) -> list[Photo]:
         The photos; files whose name starts with a dot are not photos.
 
     Raises:
-        DataError: `data/train` is missing, or a label is none of `LABELS`.
+        DataError: `data/train` is missing, a label is none of `LABELS`, or a name is no text.
     """
     if not (data / "train").is_dir():
         raise DataError(
@@ -61,8 +61,36 @@ def find_photos(data: Path) -> list[Photo]:
                     f"Label must be a folder named 0 to 5. Received: '{path.parent.name}' "
                     f"({folder}/{path.parent.name}). Rename the folder, or leave it out."
                 )
-            found.append(Photo(folder, path.parent.name, path.name))
+            found.append(_listed(folder, path))
     return sorted(found)
+
+
+def _listed(folder: str, path: Path) -> Photo:
+    photo = Photo(folder, path.parent.name, path.name)
+    try:
+        photo.name.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"A photo's name must be text in UTF-8. Received: {photo.key!a}. Rename the "
+            "file, or bring it in with `handsigns import`, which names photos itself."
+        ) from None
+    return photo
+
+
+def name_photos(photos: Sequence[Photo]) -> dict[str, str]:
+    """Give each photo a name of its own, by which splits, features and comparisons know it.
+
+    Import names photos by what they hold, so that a name says which photo it is wherever
+    it lies. Photos that were put there by hand may share one, and are named by their path.
+
+    Args:
+        photos: as `find_photos` lists them.
+
+    Returns:
+        A name for each photo's key.
+    """
+    shared = Counter(photo.name for photo in photos)
+    return {photo.key: photo.name if shared[photo.name] == 1 else photo.key for photo in photos}
 
 
 def count_classes(photos: Sequence[Photo]) -> dict[str, dict[str, int]]:
@@ -124,7 +152,7 @@ def each_photo(
 
 def _read(path: Path) -> NDArray[np.uint8]:
     try:
-        return decode(path.read_bytes())
+        return look(path.read_bytes())
     except (ImageError, OSError) as error:
         raise DataError(
             f"A stored photo cannot be read ({error}). Received: '{path}'. "

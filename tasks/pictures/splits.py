@@ -35,7 +35,8 @@ def assign(
         labels: class of each photo; a group has one class.
         groups: group of each photo, as `tasks.pictures.twins.group` gives it.
         shares: share of each class for each split but train, say {"test": 0.15, "val": 0.1}.
-            Met to within the size of one group.
+            Met to within the size of one group, where few are twins. A burst is trained on,
+            and of the others no more than twice a share of the groups is held out.
         seed: another seed gives another split.
 
     Returns:
@@ -47,6 +48,9 @@ def assign(
     splits = [TRAIN] * len(names)
     for rows_of_groups in _by_class(labels, groups, tuple(shares)).values():
         ranked = sorted(rows_of_groups, key=lambda rows: _first(rows, names, seed))
+        # A burst would else fill a split by itself, and hardly be trained on.
+        most = min(shares.values()) * sum(len(rows) for rows in ranked)
+        ranked.sort(key=lambda rows: len(rows) > max(1.0, most))
         for split, chosen in _cut(ranked, shares).items():
             for row in (row for rows in chosen for row in rows):
                 splits[row] = split
@@ -132,6 +136,7 @@ def _cut(ranked: list[list[int]], shares: Mapping[str, float]) -> dict[str, list
     for place, (split, share) in enumerate(shares.items()):
         still_to_come = len(shares) - place
         most = len(ranked) - start - still_to_come
+        most = min(most, max(1, int(2 * share * len(ranked))))
         count = min(most, max(1, _nearest(ranked[start:], share * total)))
         cut[split] = ranked[start : start + count]
         start += count

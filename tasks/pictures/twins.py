@@ -1,4 +1,4 @@
-"""Photos that are nearly the same picture: bursts, copies, re-encoded files."""
+"""Photos that are nearly the same picture, or its mirror image: bursts, copies, new encodings."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -46,9 +46,13 @@ def perceptual_hash(picture: NDArray[np.uint8]) -> int:
 
 
 def find_twins(
-    pictures: NDArray[np.uint8], hashes: NDArray[np.uint64], hash_distance: int, twin_rms: float
+    pictures: NDArray[np.uint8],
+    hashes: NDArray[np.uint64],
+    mirrored: NDArray[np.uint64],
+    hash_distance: int,
+    twin_rms: float,
 ) -> Twins:
-    """Find all pairs that are close by hash and confirmed on pixels.
+    """Find all pairs that are close by hash and confirmed on pixels, as they are or mirrored.
 
     Hashes are compared with each other in whole blocks, 64 bits at a time; pixels
     only where the hashes are close.
@@ -56,6 +60,7 @@ def find_twins(
     Args:
         pictures: uint8, (n, side, side, 3); all at one small size.
         hashes: uint64, (n,); `perceptual_hash` of each.
+        mirrored: uint64, (n,); that of each one's mirror image.
         hash_distance: most bits in which a pair's hashes may differ.
         twin_rms: largest root-mean-square difference of a pair, 0 to 255.
 
@@ -65,31 +70,39 @@ def find_twins(
     kept: list[tuple[Pairs, NDArray[np.int64], NDArray[np.float64]]] = [
         (np.empty((0, 2), np.int64), np.empty(0, np.int64), np.empty(0, np.float64))
     ]
-    for pairs, distances in _near_by_hash(hashes, hash_distance):
-        rms = difference(pictures, pairs)
-        near = rms <= twin_rms
-        kept.append((pairs[near], distances[near], rms[near]))
+    for others, turned in ((hashes, False), (mirrored, True)):
+        for pairs, distances in _near_by_hash(hashes, others, hash_distance):
+            rms = difference(pictures, pairs, turned)
+            near = rms <= twin_rms
+            kept.append((pairs[near], distances[near], rms[near]))
     pairs, distances, rms = (np.concatenate(part) for part in zip(*kept, strict=True))
-    return Twins(pairs, distances, rms)
+    # A picture that is its own mirror image is found both ways; the nearer one stands first.
+    order = np.lexsort((rms, pairs[:, 1], pairs[:, 0]))
+    again = np.append(False, ~np.diff(pairs[order], axis=0).any(axis=1))[: len(order)]
+    once = order[~again]
+    return Twins(pairs[once], distances[once], rms[once])
 
 
-def difference(pictures: NDArray[np.uint8], pairs: Pairs) -> NDArray[np.float64]:
+def difference(
+    pictures: NDArray[np.uint8], pairs: Pairs, mirrored: bool = False
+) -> NDArray[np.float64]:
     """Root-mean-square difference of each pair, over all pixels and channels.
 
     Args:
         pictures: uint8, (n, side, side, 3).
         pairs: int64, (m, 2); rows of `pictures`.
+        mirrored: compare each pair's first with the mirror image of its second.
 
     Returns:
         float64, (m,); 0 for the same picture, 255 for black against white.
     """
-    flat = pictures.reshape(len(pictures), -1)
+    others = pictures[:, :, ::-1] if mirrored else pictures
     squares = np.empty(len(pairs), np.int64)
     for start in range(0, len(pairs), _CHUNK):
         left, right = pairs[start : start + _CHUNK].T
-        gap = flat[left].astype(np.int64) - flat[right]
-        squares[start : start + _CHUNK] = np.einsum("ij,ij->i", gap, gap)
-    root: NDArray[np.float64] = np.sqrt(squares / flat.shape[1])
+        gap = pictures[left].astype(np.int64) - others[right]
+        squares[start : start + _CHUNK] = np.einsum("ijkl,ijkl->i", gap, gap)
+    root: NDArray[np.float64] = np.sqrt(squares / pictures[0].size)
     return root
 
 
@@ -110,10 +123,10 @@ def group(count: int, pairs: Iterable[tuple[int, int]] | Pairs) -> NDArray[np.in
 
 
 def _near_by_hash(
-    hashes: NDArray[np.uint64], distance: int
+    hashes: NDArray[np.uint64], others: NDArray[np.uint64], distance: int
 ) -> Iterator[tuple[Pairs, NDArray[np.int64]]]:
     block = max(1, _COMPARED // max(1, len(hashes)))
     for start in range(0, len(hashes), block):
-        bits = np.bitwise_count(hashes[start : start + block, None] ^ hashes[None, start:])
+        bits = np.bitwise_count(hashes[start : start + block, None] ^ others[None, start:])
         left, right = np.nonzero(np.triu(bits <= distance, k=1))
         yield np.stack([left, right], axis=1) + start, bits[left, right].astype(np.int64)

@@ -121,11 +121,10 @@ def _training(params: Content, histories: Sequence[Content]) -> str:
                 shown(history["val_accuracy"]),
             )
         )
-    views = params["features"]["views"]
-    return (
-        f"## Training\n\nSeed {params['seed']}, {views} augmented views of each photo, mode "
-        f"`{params['training']['mode']}`.\n\n{table(heads, rows)}"
-    )
+    mode = params["training"]["mode"]
+    views = f"{params['features']['views']} augmented views of each photo"
+    seen = "each photo augmented anew in every epoch" if mode == "end_to_end" else views
+    return f"## Training\n\nSeed {params['seed']}, {seen}, mode `{mode}`.\n\n{table(heads, rows)}"
 
 
 def _evaluation(metrics: Content) -> str:

@@ -117,7 +117,7 @@ def parse(content: bytes, release_id: str | None, where: str, trust: Trust) -> M
         ReleaseError: it is broken, another release's, or not signed as it must be.
     """
     try:
-        fields = json.loads(content, parse_constant=_refuse_constant)
+        fields = json.loads(content, parse_constant=refuse_constant)
         manifest = Manifest.model_validate(fields)
     except (ValueError, RecursionError) as error:
         raise ReleaseError(
@@ -200,5 +200,6 @@ def _digest(path: Path) -> Digest:
         return Digest(sha256=sha256, bytes=file.tell())
 
 
-def _refuse_constant(name: str) -> None:
+def refuse_constant(name: str) -> None:
+    """Hook of `json.loads` for NaN and infinity, which only Python takes for JSON."""
     raise ValueError(f"{name} is no JSON")

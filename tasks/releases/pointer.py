@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from tasks.errors import OvertakenError, ReleaseError, first_fault
+from tasks.releases.manifest import refuse_constant
 from tasks.services.storage import Storage
 from tasks.services.storage_errors import ChangedError, MissingObjectError
 
@@ -83,7 +84,7 @@ class Pointer(Move):
         standing: list[Move] = []
         for move in self.moves:
             if move.action == "rollback":
-                standing.pop()
+                standing[-1:] = []
             else:
                 standing.append(move)
         return standing[-2] if len(standing) > 1 else None
@@ -113,11 +114,12 @@ def read_champion(storage: Storage) -> Champion | None:
         return None
     try:
         pointer = Pointer.model_validate_json(content)
-        fields = json.loads(content)
+        fields = json.loads(content, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ReleaseError(
             f"The champion pointer cannot be understood. Received: {place} "
-            f"({first_fault(error)}). Promote a version to mend it."
+            f"({first_fault(error)}). Put an earlier copy of it back; or remove it, which forgets "
+            "who was champion when, and promote a version."
         ) from None
     storage.trust.check(_signed_name(storage), fields, place)
     storage.trust.check_newest(place, len(pointer.moves))

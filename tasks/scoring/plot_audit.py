@@ -126,8 +126,7 @@ def _draw_twins(
     place.subplots_adjust(left=0.025, right=0.985, top=top, bottom=0.03, wspace=0.08, hspace=0.22)
     row_of = {photo.key: row for row, photo in enumerate(photos)}
     shown = _most_telling(report)
-    found = len(report["twins"])
-    title = f"Twins: {len(shown)} of {found} pairs, by root-mean-square difference"
+    title = f"Twins: {len(shown)} of {report['pairs']:,} pairs, by root-mean-square difference"
     place.text(0.025, 1.0 - 0.2 / (0.6 + 1.3 * rows), title, size=11, color=INK)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -141,12 +140,17 @@ def _draw_twins(
 
 def _most_telling(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Two labels first, then across train and test, then a spread; shown by difference."""
-    first = report["conflicts"] + [p for p in report["across"] if p not in report["conflicts"]]
-    rest = sorted((p for p in report["twins"] if p not in first), key=lambda pair: pair["rms"])
+    pairs = {tuple(pair["photos"]): pair for pair in report["twins"]}
+    first = [pairs.pop(key) for key in _keys([*report["conflicts"], *report["across"]])]
+    rest = sorted(pairs.values(), key=lambda pair: pair["rms"])
     free = max(0, SHOWN_TWINS - len(first))
     spread = np.linspace(0, len(rest) - 1, min(free, len(rest))).round().astype(int)
     shown = first[:SHOWN_TWINS] + [rest[k] for k in spread]
     return sorted(shown, key=lambda pair: (pair["rms"], pair["photos"]))
+
+
+def _keys(pairs: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    return list(dict.fromkeys(tuple(pair["photos"]) for pair in pairs))
 
 
 def _caption(pair: dict[str, Any]) -> tuple[str, str]:
