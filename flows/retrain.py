@@ -131,6 +131,13 @@ class Retrain:
             self._run()
         except HandsignsError as error:
             self._conclude("failed", str(error))
+        except OSError as error:
+            place = error.filename or self._layout.artifacts
+            self._conclude(
+                "failed",
+                f"The system refused something ({error.strerror or error}). Received: '{place}'. "
+                "Make room or give permission, and run again.",
+            )
         except (TerminationSignal, KeyboardInterrupt):
             self._conclude("failed", "Stopped from outside. What was there before is whole.")
             raise
@@ -143,7 +150,7 @@ class Retrain:
         return self._report
 
     def _run(self) -> None:
-        check_reachable(self._workspace.settings)
+        self._task("services", lambda: check_reachable(self._workspace.settings), network=True)
         _check_alone(load_params(self._layout.params))
         self._workspace.trust.check_signer()
         check_policy(self._workspace.services)

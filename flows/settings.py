@@ -2,28 +2,30 @@
 
 import difflib
 import os
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    BeforeValidator,
-    Field,
-    SecretStr,
-    ValidationError,
-    model_validator,
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from flows.setting_types import (
+    AnyAddress,
+    Branch,
+    Bucket,
+    Inbox,
+    Login,
+    Paths,
+    People,
+    PostgreSQL,
+    Remote,
+    Scheduler,
+    Token,
+    WebAddress,
 )
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
-
 from tasks.errors import SettingsError
 from tasks.services.addresses import LOOPBACK, shown
-from tasks.services.notify import check_addresses
 
 PREFIX = "HANDSIGNS_"
-TOKEN_LETTERS = 16
 SECRET = (
     "AWS_ACCESS",
     "AWS_SECRET",
@@ -34,88 +36,6 @@ SECRET = (
     "HANDSIGNS_SERVE_TOKEN",
 )
 """Variables whose value no message shows."""
-
-
-def _web_address(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("must be an address such as http://host:port")
-    if parts.port == 0:  # reading it also refuses what is no port number
-        raise ValueError("must name a port from 1 to 65535")
-    if "@" in parts.netloc or parts.query:
-        raise ValueError("must hold no user, password or query; set credentials on their own")
-    return url.rstrip("/")
-
-
-def _any_address(url: str) -> str:
-    if not urlsplit(url).scheme:
-        raise ValueError("must be an address such as http://host:port or sqlite:///file.db")
-    return url
-
-
-def _postgresql(secret: SecretStr) -> SecretStr:
-    parts = urlsplit(secret.get_secret_value())
-    if parts.scheme not in ("postgresql", "postgres") or not parts.path.strip("/"):
-        raise ValueError("must be an address such as postgresql://user:password@host:5432/name")
-    return secret
-
-
-def _login(secret: SecretStr) -> SecretStr:
-    user, _, password = secret.get_secret_value().partition(":")
-    if not user or not password:
-        raise ValueError("must be user:password")
-    return secret
-
-
-def _long(secret: SecretStr) -> SecretStr:
-    if len(secret.get_secret_value()) < TOKEN_LETTERS:
-        raise ValueError(f"must have {TOKEN_LETTERS} characters or more")
-    return secret
-
-
-def _people(secret: SecretStr) -> SecretStr:
-    check_addresses(secret.get_secret_value())
-    return secret
-
-
-def _remote(place: str) -> str:
-    if not urlsplit(place).scheme and not Path(place).is_absolute():
-        raise ValueError("must be an address such as s3://bucket/dvc, or a folder's full path")
-    if place.startswith("s3:") and not urlsplit(place).netloc:
-        raise ValueError("must name a bucket, such as s3://bucket/dvc")
-    return place
-
-
-def _scheduler(address: str) -> str:
-    parts = urlsplit(address)
-    plain = f"{parts.scheme}://{parts.netloc}" == address and "@" not in parts.netloc
-    # Reading the port also refuses what is no port number.
-    if not plain or parts.scheme not in ("tcp", "tls") or not parts.hostname or not parts.port:
-        raise ValueError("must be a scheduler's address such as tcp://host:8786")
-    return address
-
-
-def _inbox(place: str) -> str:
-    if "://" in place and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", place):
-        raise ValueError("must be a folder or s3://bucket/prefix")
-    return place
-
-
-def _branch(name: str) -> str:
-    plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}", name)
-    if not plain or re.search(r"\.\.|//|/\.|[./]$|\.lock(/|$)", name):
-        raise ValueError("must be the plain name of a branch, such as handsigns/data")
-    return name
-
-
-WebAddress = Annotated[str, AfterValidator(_web_address)]
-AnyAddress = Annotated[str, AfterValidator(_any_address)]
-Paths = Annotated[
-    tuple[Path, ...],
-    NoDecode,
-    BeforeValidator(lambda text: text.split(os.pathsep) if isinstance(text, str) else text),
-]
-Bucket = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
 
 
 class Settings(BaseSettings):
@@ -137,18 +57,18 @@ class Settings(BaseSettings):
     )
     bucket: Bucket = "artifacts"
     model_name: str = Field(default="hand-signs", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
-    dvc_remote_url: Annotated[str, AfterValidator(_remote)] | None = None
-    inbox: Annotated[str, AfterValidator(_inbox)] | None = None
-    dask_address: Annotated[str, AfterValidator(_scheduler)] | None = None
-    git_push: Annotated[str, AfterValidator(_branch)] | None = None
-    notify_urls: Annotated[SecretStr, AfterValidator(_people)] | None = None
+    dvc_remote_url: Remote | None = None
+    inbox: Inbox | None = None
+    dask_address: Scheduler | None = None
+    git_push: Branch | None = None
+    notify_urls: People | None = None
     promotion: Literal["auto", "approval"] = "auto"
     approval_seconds: int = Field(default=86_400, ge=1, le=30 * 86_400)
 
     serve_rate: str = Field(default="600/minute", pattern=r"^[1-9]\d{0,6}/(second|minute|hour)$")
     serve_max_mb: int = Field(default=10, ge=1, le=64)
     serve_follow_seconds: float = Field(default=10.0, ge=0.1, le=25.0)
-    serve_token: Annotated[SecretStr, AfterValidator(_long)] | None = None
+    serve_token: Token | None = None
 
     signing_key: Path | None = None
     signing_passphrase: SecretStr | None = None
@@ -164,12 +84,10 @@ class Settings(BaseSettings):
     )
     aws_session_token: SecretStr | None = Field(default=None, validation_alias="AWS_SESSION_TOKEN")
     host: str = "127.0.0.1"
-    prefect_auth: Annotated[SecretStr, AfterValidator(_login)] | None = Field(
+    prefect_auth: Login | None = Field(
         default=None, validation_alias="PREFECT_SERVER_API_AUTH_STRING"
     )
-    database_url: Annotated[SecretStr, AfterValidator(_postgresql)] | None = Field(
-        default=None, validation_alias="DATABASE_URL"
-    )
+    database_url: PostgreSQL | None = Field(default=None, validation_alias="DATABASE_URL")
 
     @model_validator(mode="after")
     def _keys_come_in_pairs(self) -> "Settings":

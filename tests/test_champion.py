@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tasks.errors import OvertakenError, PromotionError, ReleaseError
+from tasks.errors import OlderError, OvertakenError, PromotionError, ReleaseError
 from tasks.gate import judge
 from tasks.params import GateParams
 from tasks.releases.alias import mend_alias
@@ -32,7 +32,7 @@ class Court:
         self.folder = folder
         self.client: Any = registry._client
 
-    def add(self, accuracy: float, limits: GateParams = LIMITS) -> Version:
+    def add(self, accuracy: float, limits: GateParams = LIMITS, **facts: str) -> Version:
         """Publish and register a model that was tested with an accuracy."""
         number = len(self.registry.versions()) + 1
         content = {"accuracy": round(accuracy, DIGITS), "loss": 0.1, "auc": 1.0, "ece": 0.01}
@@ -44,7 +44,7 @@ class Court:
         for name, value in files.items():
             write_json(self.folder / str(number) / name, value)
         paths = {name: self.folder / str(number) / name for name in files}
-        release = publish(self.storage, paths, {})
+        release = publish(self.storage, paths, facts)
         if number == 1:
             self.client.create_registered_model(self.registry.model_name)
         tags = {CONTENT_ID: release.id}
@@ -198,6 +198,26 @@ def test_a_promotion_that_came_meanwhile_is_what_a_later_one_is_told_of(court: C
     with pytest.raises(OvertakenError, match=r"by another promotion. Received: version 1"):
         crown(court.storage, court.registry, court.version(3), seen, "it won", {})
     assert court.alias() == 2
+
+
+def test_what_a_wrong_clock_made_is_promoted_by_force_alone(court: Court) -> None:
+    ahead = court.add(0.97, created="2036-01-01T00:00:00+00:00")
+    court.compared(ahead.number, won=True)
+    court.promote(ahead.number)
+    right = court.add(0.98, created="2026-11-24T00:00:00+00:00")
+    court.compared(right.number, won=True)
+    with pytest.raises(PromotionError, match="a clock was wrong"):
+        court.promote(right.number)
+    champion = court.champion()
+    assert champion.pointer.version == ahead.number
+    with pytest.raises(OlderError, match="--force and a --reason"):
+        crown(court.storage, court.registry, right, champion, "by itself", {})
+    assert court.champion() == champion
+    move = court.promote(right.number, "the clock was ahead", force=True)
+    assert [fault for fault in move.overruled if "older than the champion's" in fault]
+    later = court.add(0.99, created="2026-11-25T00:00:00+00:00")
+    court.compared(later.number, won=True)
+    assert not court.promote(later.number).forced
 
 
 @pytest.mark.parametrize("force", [False, True])

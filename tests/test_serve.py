@@ -363,6 +363,10 @@ def test_an_address_that_others_reach_is_refused_without_a_token(
     assert told in _refusal(tmp_path, *words)
 
 
+def test_a_host_that_has_no_name_is_refused_in_one_line(tmp_path: Path) -> None:
+    assert "(no host's name). Received: .bad.:" in _refusal(tmp_path, "--host", ".bad.")
+
+
 def test_an_address_in_use_is_refused_in_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "in use" in _refusal(tmp_path, "--port", str(taken.getsockname()[1]))

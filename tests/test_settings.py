@@ -83,6 +83,13 @@ def test_our_own_region_wins_over_the_usual_one(monkeypatch: pytest.MonkeyPatch)
         ("HANDSIGNS_DASK_ADDRESS", "tcp://host"),
         ("HANDSIGNS_DASK_ADDRESS", "http://host:8786"),
         ("HANDSIGNS_DASK_ADDRESS", f"tcp://user:{SECRET}@host:8786"),
+        # Names that no resolver takes, and several hosts in one address.
+        ("HANDSIGNS_DASK_ADDRESS", "tcp://a..b:8786"),
+        ("HANDSIGNS_S3_ENDPOINT_URL", "http://a..b:80"),
+        ("PREFECT_API_URL", "http://a..b/api"),
+        ("DATABASE_URL", f"postgresql://user:{SECRET}@one:5432,two:5432/name"),
+        ("DATABASE_URL", f"postgresql://user:{SECRET}@host:port/name"),
+        ("DATABASE_URL", f"postgresql://user:{SECRET}@a..b/name"),
     ],
 )
 def test_a_malformed_setting_is_named(

@@ -201,6 +201,19 @@ def test_the_release_is_signed_and_verify_says_by_whom(run: Run) -> None:
     )
 
 
+def test_a_release_that_cannot_be_signed_is_told_and_the_others_are(run: Run) -> None:
+    release = run.report["release"]["id"]
+    place = f"releases/{release}/manifest.json"
+    good = run.storage.get(place)
+    run.storage.put(place, b"{}")
+    try:
+        told = run.workshop.handsigns("keys", "sign", code=1, **run.settings)
+    finally:
+        run.storage.put(place, good)
+    assert told["releases"] == []
+    assert "manifest cannot be understood" in told["not_signed"][release]
+
+
 def test_every_verb_refuses_what_is_not_signed(run: Run, tmp_path: Path) -> None:
     release = run.report["release"]["id"]
     place = f"releases/{release}/manifest.json"

@@ -13,7 +13,7 @@ from flows.champions.approval import Answer, ask
 from flows.reports import findings
 from flows.reports.report import DataChanges, RunReport, Status
 from flows.workspace import Workspace
-from tasks.errors import OvertakenError, PromotionError, ReleaseError
+from tasks.errors import OlderError, OvertakenError, PromotionError, ReleaseError
 from tasks.progress import Progress
 from tasks.releases.alias import mend_alias
 from tasks.releases.challenge import Challenge, challenge
@@ -98,7 +98,7 @@ class Succession:
             self._run(
                 "promote", lambda: self._promote(version, champion, reason, answer.by), network=True
             )
-        except OvertakenError as error:
+        except (OvertakenError, OlderError) as error:
             return "registered", f"Version {number} stays challenger: {error}"
         self._report.model.alias = CHAMPION
         return "promoted", f"Version {number} is champion: {reason}."

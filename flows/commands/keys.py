@@ -38,6 +38,7 @@ def new(
 @app.command()
 def sign(json_: Json = False) -> None:
     """Sign the champion, and every release that was one, with the present key."""
+    from tasks.errors import ReleaseError
     from tasks.releases.pointer import sign_champion_again
     from tasks.releases.release import sign_again
 
@@ -50,11 +51,19 @@ def sign(json_: Json = False) -> None:
             )
         champion = sign_champion_again(workspace.storage)
         moves = champion.pointer.moves if champion else ()
-        releases = sorted({move.release for move in moves})
-        for release in releases:
-            sign_again(workspace.storage, release)
+        releases, gone = [], {}
+        for release in sorted({move.release for move in moves}):
+            try:
+                sign_again(workspace.storage, release)
+                releases.append(release)
+            except ReleaseError as error:  # the others must not stay unsigned for it
+                gone[release] = str(error)
     said = f"Signed: the champion pointer and {len(releases)} releases."
-    tell(json_, {"releases": releases}, said if champion else "There is no champion to sign.")
+    told = [said if champion else "There is no champion to sign."]
+    told += [f"Not signed, {release}: {reason}" for release, reason in gone.items()]
+    tell(json_, {"releases": releases, "not_signed": gone}, "\n".join(told))
+    if gone:
+        raise typer.Exit(1)
 
 
 def refuse_tracked(folder: Path) -> None:
@@ -67,7 +76,7 @@ def refuse_tracked(folder: Path) -> None:
     command = ["git", "-C", str(existing), "check-ignore", "--quiet", str(folder / "signing.pem")]
     try:
         code = subprocess.run(command, capture_output=True, timeout=20, check=False).returncode  # noqa: S603
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return  # without git nothing can be added to it
     if code == 1:
         raise SettingsError(

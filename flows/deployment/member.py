@@ -53,6 +53,7 @@ def mlflow(settings: Settings, folder: Path) -> tuple[Server, str]:
         folder,
         PATIENCE,
         store,
+        configured=configured,
         ports=known_ports(folder, "mlflow"),
         database=_database(settings, "mlflow"),
     )

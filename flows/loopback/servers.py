@@ -163,6 +163,7 @@ def mlflow(
     patience: float,
     store: S3Address,
     *,
+    configured: bool = False,
     ports: tuple[int, ...] = (),
     database: str | None = None,
 ) -> tuple[Server, str]:
@@ -174,6 +175,8 @@ def mlflow(
         folder: takes `mlflow.db`, the same that runs without a server use.
         patience: longest wait in seconds for another run that uses the folder.
         store: where files go, and with which credentials.
+        configured: it is a store that the environment names, with what else of it AWS's
+            tools read: a role, a profile, a certificate.
         ports: the one to listen on; by default one that is free.
         database: SQLAlchemy URL for psycopg2, a secret; SQLite by default.
 
@@ -189,7 +192,7 @@ def mlflow(
     command += ["--artifacts-destination", f"s3://{store.bucket}/{PREFIX}"]
     command += ["--app-name", "basic-auth"]
     environment = (
-        _without_foreign()
+        _without_foreign(of_aws=configured)
         | mlflow_guard(folder)
         | {
             "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -230,12 +233,14 @@ def worker(folder: Path, patience: float, pool: str, environment: dict[str, str]
 
 def reachable(host: str) -> str:
     """The address at which this machine itself reaches what listens on `host`."""
-    return HOST if host in ("0.0.0.0", "::") else host  # noqa: S104, compared only
+    if host in ("0.0.0.0", "::"):  # noqa: S104, compared only
+        return HOST
+    return f"[{host}]" if ":" in host else host
 
 
-def _without_foreign() -> dict[str, str]:
+def _without_foreign(of_aws: bool = False) -> dict[str, str]:
     """This environment without secrets, and without another server's address or database."""
-    foreign = ("AWS_", "MLFLOW_", "HANDSIGNS_", "PREFECT_", "DATABASE_URL")
+    foreign = ("MLFLOW_", "HANDSIGNS_", "PREFECT_", "DATABASE_URL", *(() if of_aws else ("AWS_",)))
     return {name: text for name, text in os.environ.items() if not name.startswith(foreign)}
 
 

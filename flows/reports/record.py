@@ -81,6 +81,8 @@ def _made_of(workspace: "Workspace") -> dict[str, Any]:
         "lock": _digest(layout.lock),
         "storage": settings.s3_endpoint_url or f"local {local}",
         "bucket": settings.bucket,
+        "dvc_remote": shown(settings.dvc_remote_url or ""),
+        "branch": settings.git_push,
         "registry": _registry(workspace),
         "model": settings.model_name,
         "keys": [_digest(key) for key in keys],

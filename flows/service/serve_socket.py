@@ -48,9 +48,10 @@ def listen(host: str, port: int, guarded: bool) -> Iterator[Listening]:
                 f"--host {host}. Set it to 16 or more characters, or listen on 127.0.0.1."
             )
         bound = socket.create_server(address[:2], family=family)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        said = getattr(error, "strerror", None) or "no host's name"
         raise ServiceError(
-            f"The address cannot be listened on ({error.strerror or error}). Received: "
+            f"The address cannot be listened on ({said}). Received: "
             f"{host}:{port}. Choose another one with --host and --port."
         ) from None
     with bound:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.errors import PromotionError, ReleaseError
+from tasks.errors import OlderError, PromotionError, ReleaseError
 from tasks.releases.alias import check_alias, following, lead_alias, mend_alias
 from tasks.releases.pointer import (
     Champion,
@@ -16,6 +16,7 @@ from tasks.releases.pointer import (
     Pointer,
     check_champion,
     move_champion,
+    older_than,
     read_champion,
 )
 from tasks.releases.release import fetch, verify
@@ -60,13 +61,17 @@ def crown(
 
     Raises:
         OvertakenError: the champion was changed meanwhile; nothing was moved.
-        PromotionError: its alias was; nothing was moved either.
-        ReleaseError: the release is not what its manifest says, or not as new as the
-            registry says.
+        OlderError: its release is older than the champion's, and nothing is overruled.
+        PromotionError: its alias was changed; nothing was moved either.
+        ReleaseError: the release is not what its manifest says.
     """
     release = verify(storage, _release_of(version))
     created = str(release.manifest.facts.get("created", ""))
-    _check_age(expected, version, created)
+    if not overruled and (fault := older_than(expected, version.number, created)):
+        raise OlderError(
+            f"Version {version.number} was not promoted: {fault}. Nothing was moved. See who made "
+            "it; `handsigns promote` with --force and a --reason overrules this."
+        )
     # Before the alias, which follows the champion that came meanwhile and not the expected one.
     check_champion(storage, expected)
     if expected is not None:
@@ -139,7 +144,7 @@ def promote(
     from tasks.releases.objections import objections
 
     folder = fetch(storage, _release_of(version), cache)
-    against = objections(version.tags, folder, present, limits)
+    against = objections(version, folder, present, limits)
     if against and not force:
         raise PromotionError(
             f"Version {number} should not be champion: {'; '.join(against)}. Nothing was moved. "
@@ -232,22 +237,6 @@ def _release_of(version: Version) -> str:
             "retrain, and use the version that it makes."
         )
     return version.content_id
-
-
-def _check_age(present: Champion | None, version: Version, created: str) -> None:
-    """Whoever can write to the registry could name an old release by a new number.
-
-    Raises:
-        ReleaseError: the number is later than the champion's, the release earlier.
-    """
-    if present is None or version.number <= present.pointer.version:
-        return
-    if created and created < present.pointer.created:
-        raise ReleaseError(
-            f"An older release is presented as a newer version. Received: version "
-            f"{version.number}, made {created}, where version {present.pointer.version} was made "
-            f"{present.pointer.created}. See who registered it."
-        )
 
 
 def _who() -> str:

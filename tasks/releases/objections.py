@@ -10,8 +10,9 @@ from pathlib import Path
 
 from tasks.gate import judge
 from tasks.params import GateParams
-from tasks.releases.manifest import DATASET_INDEX
-from tasks.releases.pointer import Champion
+from tasks.releases.manifest import DATASET_INDEX, MANIFEST
+from tasks.releases.pointer import Champion, older_than
+from tasks.services.registry import Version
 from tasks.whole import read_json
 
 COMPARED_WITH = "compared_with"
@@ -36,12 +37,12 @@ def comparison_tags(champion: Champion | None, won: bool, reason: str) -> dict[s
 
 
 def objections(
-    tags: Mapping[str, str], release: Path, present: Champion | None, limits: GateParams
+    version: Version, release: Path, present: Champion | None, limits: GateParams
 ) -> tuple[str, ...]:
     """List what speaks against a version as champion.
 
     Args:
-        tags: of the version, see `comparison_tags`.
+        version: with its tags, see `comparison_tags`.
         release: folder of its verified release.
         present: the champion that it would replace.
         limits: the gate's limits of today, which may be stricter than those of its day.
@@ -49,7 +50,12 @@ def objections(
     Returns:
         One short sentence each, without a full stop; empty where nothing does.
     """
-    return (*_of_its_gate(release), *_of_todays_gate(release, limits), *_of_champion(tags, present))
+    return (
+        *_of_its_gate(release),
+        *_of_todays_gate(release, limits),
+        *_of_champion(version.tags, present),
+        *_of_age(version.number, release, present),
+    )
 
 
 def _of_its_gate(release: Path) -> Iterator[str]:
@@ -72,3 +78,9 @@ def _of_champion(tags: Mapping[str, str], present: Champion | None) -> Iterator[
         yield f"it was not compared with the present champion, version {present.pointer.version}"
     elif tags.get(COMPARISON_WON) != "yes":
         yield f"compared with version {present.pointer.version} it is {tags.get(COMPARISON)}"
+
+
+def _of_age(number: int, release: Path, present: Champion | None) -> Iterator[str]:
+    created = str(read_json(release / MANIFEST)["facts"].get("created", ""))
+    if fault := older_than(present, number, created):
+        yield fault

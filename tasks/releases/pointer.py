@@ -98,6 +98,31 @@ class Champion:
     etag: str
 
 
+def older_than(present: Champion | None, number: int, created: str) -> str | None:
+    """Say that a later version holds an earlier release than the champion's.
+
+    Whoever can write to the registry could name an old release by a new number; a clock
+    that was wrong, of either release, looks the same.
+
+    Args:
+        present: the champion.
+        number: of the version that would take its place.
+        created: when that version's release was made, ISO 8601 in UTC.
+
+    Returns:
+        A short sentence without a full stop; None where all is well.
+    """
+    if present is None or number <= present.pointer.version:
+        return None
+    if not created or created >= present.pointer.created:
+        return None
+    return (
+        f"its release is older than the champion's, though its number is later (made {created}, "
+        f"and that of version {present.pointer.version} {present.pointer.created}; somebody "
+        "registered an old release, or a clock was wrong)"
+    )
+
+
 def read_champion(storage: Storage) -> Champion | None:
     """Return the present champion, or None before the first promotion.
 
