@@ -21,6 +21,7 @@ from tasks.incoming.class_folders import arrange, folder_entries
 from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.network.classifier import Classifier, Prediction, classify, load_classifier
+from tasks.params import PHASES
 from tasks.pictures.dataset import Dataset, open_dataset
 from tasks.progress import Progress, silent
 from tasks.scoring.metrics import Scores, checked, score
@@ -87,8 +88,8 @@ def run(context: Context, item: str | None = None) -> None:
             "The test split must hold photos. Received: 0. Raise split.test in params.yaml, "
             "or import an official test set."
         )
-    histories = [_history(layout, phase) for phase in context.params.phases]
-    classifier = load_classifier(layout.graph, context.params.preprocess.detail, vouched=True)
+    histories = [_history(layout, phase) for phase in PHASES]
+    classifier = load_classifier(layout.graph, dataset.images.shape[1], vouched=True)
     raw = classifier.probabilities(dataset.images[rows], context.progress)
     rounded = raw.astype(np.float64).round(DIGITS)
     probabilities, labels = checked(rounded, dataset.labels[rows])

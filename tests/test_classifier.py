@@ -42,6 +42,16 @@ def test_probabilities_keep_the_order_over_batches_and_tell_how_far_they_are() -
     assert [(done, total) for _, done, total in told] == [(32, 69), (64, 69), (69, 69)]
 
 
+def test_what_is_no_probability_is_no_answer() -> None:
+    def overflow(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return np.where(photos.mean(axis=(1, 2, 3))[:, None] > 100, np.nan, 1 / 6) + np.zeros(6)
+
+    classifier = Classifier(overflow, detail=16, size=32)
+    assert classifier.probabilities(grey(0, 1)).shape == (2, 6)
+    with pytest.raises(ModelError, match="not finite"):
+        classifier.probabilities(grey(0, 4))
+
+
 def test_no_images_give_no_rows() -> None:
     assert BRIGHTNESS.probabilities(np.empty((0, 16, 16, 3), np.uint8)).shape == (0, 6)
 

@@ -94,6 +94,16 @@ def test_parameters_that_cannot_be_read_are_reported(
     assert workshop.report() == told
 
 
+@pytest.mark.parametrize("verb", [("promote", "1"), ("rollback",)])
+def test_a_reason_that_is_no_utf_8_is_wrong_usage(
+    workshop: Workshop, verb: tuple[str, ...]
+) -> None:
+    latin = os.fsdecode("zur\xfcck".encode("latin-1"))
+    told = workshop.run("handsigns", *verb, "--reason", latin, code=2).stderr
+    assert "must be UTF-8" in told
+    assert "Traceback" not in told
+
+
 def test_status_names_parameters_that_are_gone(workshop: Workshop) -> None:
     kept = workshop.layout.params.read_bytes()
     workshop.layout.params.unlink()

@@ -17,7 +17,7 @@ from tasks.incoming.intake import import_photos
 from tasks.layout import Layout
 from tasks.services.addresses import S3Address
 from tasks.services.storage import Storage
-from tasks.whole import read_json
+from tasks.whole import read_json, write_json
 from tests.fixtures.photos import write_photos
 
 VERSION = "0123456789abcdef.dir"
@@ -55,6 +55,18 @@ def test_what_was_looked_at_is_not_read_again(
     assert report.already_there == {("train", "3"): 1}
     assert len(held_photos(layout)) == 13
     assert len(list(folder.rglob("*.png"))) == 13
+
+
+@pytest.mark.parametrize("seen", [[], None, "3"])
+def test_a_spoilt_note_of_what_was_looked_at_counts_for_none(
+    layout: Layout, look: Callable[..., Inbox], tmp_path: Path, seen: object
+) -> None:
+    write_photos(tmp_path / "inbox", per_class=1)
+    first = look(None)
+    first.take()
+    first.remember(VERSION)
+    write_json(layout.inbox, read_json(layout.inbox) | {"seen": seen})
+    assert len(look().new) == 6
 
 
 def test_a_file_that_could_not_be_read_is_tried_again(layout: Layout, tmp_path: Path) -> None:

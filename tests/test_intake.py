@@ -1,5 +1,6 @@
 """An import takes all that is sound or nothing, and never harms what is held."""
 
+import errno
 import json
 import os
 import re
@@ -253,6 +254,37 @@ def test_a_list_that_cannot_be_read_counts_for_none_and_is_written_anew(
     assert set_aside(layout) == {}
     import_photos(layout, folder)
     assert [len(files) for files in set_aside(layout).values()] == [1]
+
+
+def test_copies_outlive_a_list_that_was_spoilt(layout: Layout, tmp_path: Path) -> None:
+    (aside,) = import_photos(
+        layout, source(tmp_path / "a", {"0/a.png": PNG[0], "0/b.png": b"the only copy"})
+    ).quarantined
+    (layout.quarantine / "quarantine.json").write_text("{")
+    import_photos(layout, source(tmp_path / "b", {"1/a.png": PNG[1], "1/b.png": b"another"}))
+    assert aside.copy is not None
+    assert (layout.quarantine / aside.copy).read_bytes() == b"the only copy"
+
+
+def test_a_failing_replacement_forgets_nothing_that_was_set_aside(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_photos(layout, source(tmp_path / "a", {"0/a.png": PNG[0], "0/b.png": b"the only copy"}))
+    before = tree(layout.quarantine)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tasks.incoming.intake.swap", full)
+    with pytest.raises(DataError, match="No space left"):
+        import_photos(layout, source(tmp_path / "b", {"1/a.png": PNG[1]}), replace=True)
+    assert tree(layout.quarantine) == before
+
+
+def test_a_link_to_itself_is_refused_as_any_missing_source(layout: Layout, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(SourceError, match="cannot be read"):
+        import_photos(layout, tmp_path / "loop")
 
 
 def test_hostile_name_stays_inside_the_quarantine(layout: Layout, tmp_path: Path) -> None:

@@ -150,11 +150,13 @@ def test_other_keys_ask_for_another_look(released: Workspace, tmp_path: Path) ->
     assert unchanged_since(released) is None
 
 
-def test_another_registry_is_filled_too(released: Workspace) -> None:
+def test_another_registry_remote_or_branch_is_filled_too(released: Workspace) -> None:
     known = released.settings
     for changed in (
         {"database_url": SecretStr("postgresql://someone:secret@host/handsigns")},
         {"mlflow_tracking_uri": "http://mlflow:5000"},
+        {"dvc_remote_url": "s3://key:secret@photos/dvc"},
+        {"git_push": "handsigns/data"},
     ):
         released.settings = known.model_copy(update=changed)
         assert unchanged_since(released) is None

@@ -66,6 +66,8 @@ def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
     assert f"line {number}, column 3" in told
 
 
-@pytest.mark.parametrize("text", ["? [a]\n: b", "seed: [", "- seed", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["? [a]\n: b", "seed: [", "- seed", "\x00", "seed: 2024-99-99", "seed: 0x_", "[" * 3000]
+)
 def test_what_is_no_mapping_of_names_is_refused(tmp_path: Path, text: str) -> None:
     assert "\n" not in refusal(tmp_path / "params.yaml", text)

@@ -12,6 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from starlette.exceptions import HTTPException
 from benchmarks.load import drive, resident
 from flows.loopback.local import embedded
 from flows.service.serve_admission import QUEUE, Desk
+from flows.service.serve_patience import REQUEST_SECONDS
+from flows.service.serve_socket import CONNECTIONS
 from flows.settings import Settings
 from flows.shared_storage import SharedStorage
 from tasks.errors import ReleaseError
@@ -327,6 +330,30 @@ def test_it_waits_for_a_champion_follows_it_and_refuses_a_damaged_one(
         point(storage, one.id, 4)
         _soon(lambda: service.health()["state"] == "ready")
         assert service.predict(grey(1)).json()["label"] == "1"
+
+
+def test_connections_that_ask_nothing_do_not_keep_others_out(
+    bucket: S3Address, first: Release, place: Path
+) -> None:
+    with serving(place / "crowded", **named(bucket)) as service:
+        port = service.client.base_url.port or 0
+        with ExitStack() as stack:
+            for _ in range(CONNECTIONS):
+                line = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            line.sendall(b"GET /health HTTP/1.1\r\n")  # and never the rest of it
+            began = time.monotonic()
+            with suppress(httpx.HTTPError):
+                assert service.client.get("/health").status_code == 503
+            _soon(lambda: _well(service), seconds=REQUEST_SECONDS + 10)
+            assert time.monotonic() - began > REQUEST_SECONDS / 2
+            line.settimeout(5)
+            assert line.recv(1) == b""
+
+
+def _well(service: Service) -> bool:
+    with suppress(httpx.HTTPError):
+        return service.client.get("/health").status_code == 200
+    return False
 
 
 def test_a_request_under_way_is_answered_before_it_stops(

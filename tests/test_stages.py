@@ -1,6 +1,7 @@
 """`dvc.yaml` names all the code that a stage's result depends on."""
 
 import ast
+import re
 import shlex
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tasks.params import Params
 from tests.fixtures.photos import CHECKOUT
 
 OWN = ("flows", "tasks")
@@ -73,6 +75,16 @@ def stages() -> dict[str, tuple[str, set[str]]]:
 def test_a_stage_depends_on_all_the_code_that_it_runs(name: str) -> None:
     module, declared = stages()[name]
     assert declared == needed(module)
+
+
+@pytest.mark.parametrize("name", stages())
+def test_a_stage_depends_on_all_the_parameters_that_it_reads(name: str) -> None:
+    stage = yaml.safe_load((CHECKOUT.root / "dvc.yaml").read_text())["stages"][name]
+    module = stages()[name][0].replace(".", "/")
+    code = (CHECKOUT.root / f"{module}.py").read_text()
+    read = {key for key in Params.model_fields if re.search(rf"\bparams\.{key}\b", code)}
+    declared = {key.split(".")[0] for key in stage.get("do", stage).get("params", [])}
+    assert read <= declared
 
 
 def test_no_task_reaches_up_to_prefect() -> None:

@@ -29,7 +29,18 @@ Model = Annotated[
     str,
     typer.Option(help="champion, challenger, a version's number, or the path of a release."),
 ]
-Reason = Annotated[str, typer.Option(help="Why; kept in the champion's history.")]
+
+
+def _text(words: str) -> str:
+    """What a terminal of another encoding sent can be kept nowhere."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter(f"must be UTF-8 (received {words!a})") from None
+    return words
+
+
+Reason = Annotated[str, typer.Option(help="Why; kept in the champion's history.", callback=_text)]
 
 
 def open_layout() -> Layout:

@@ -66,10 +66,13 @@ def run_service(service: ASGIApp, listening: Listening) -> None:
 
     import uvicorn
 
+    from flows.service.serve_patience import Impatient
+
     # Its own lines go where the rest of the log goes, and only when something is wrong.
     logging.getLogger("uvicorn").addHandler(logging.StreamHandler(sys.stderr))
     config = uvicorn.Config(
         service,
+        http=Impatient,
         log_config=None,
         log_level="warning",
         access_log=False,

@@ -10,7 +10,7 @@ from typing import Any
 
 from tasks.incoming.held import writing
 from tasks.layout import Layout
-from tasks.whole import read_json, whole_file, write_json
+from tasks.whole import whole_file, write_json
 
 MAX_COPIES = 2**30
 """Bytes of copies that one import may leave; beyond it files are listed only."""
@@ -85,8 +85,9 @@ class Quarantine:
                 them still holds.
         """
         # Of a list that cannot be read nobody knows which copies are somebody's.
-        known = read_json(_list(self._layout)) is not None or not _list(self._layout).exists()
-        earlier = set_aside(self._layout)
+        listed = _listed(self._layout)
+        known = listed is not None or not _list(self._layout).exists()
+        earlier = listed or {}
         sources = {} if forget else dict(earlier)
         files = [each for each in earlier.get(source, []) if each["origin"] in standing]
         sources[source] = files + [each.to_json() for each in aside]
@@ -106,6 +107,10 @@ class Quarantine:
 
 def set_aside(layout: Layout) -> dict[str, list[dict[str, Any]]]:
     """Files that are listed, by source; none where the list cannot be read."""
+    return _listed(layout) or {}
+
+
+def _listed(layout: Layout) -> dict[str, list[dict[str, Any]]] | None:
     try:
         sources = json.loads(_list(layout).read_text(encoding="utf-8"))["sources"]
         return {
@@ -113,7 +118,7 @@ def set_aside(layout: Layout) -> dict[str, list[dict[str, Any]]]:
             for name, files in sources.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        return None
 
 
 def _list(layout: Layout) -> Path:
