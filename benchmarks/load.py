@@ -134,7 +134,12 @@ def main(
     json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Load a running service and tell how it took it."""
-    found = report(url, connections, seconds)
+    try:
+        found = report(url, connections, seconds)
+    except httpx.ConnectError:
+        raise typer.BadParameter(
+            f"nobody answers there (received {url}); start it", param_hint="--url"
+        ) from None
     if json_:
         print(json.dumps(found, indent=1))
     else:

@@ -170,6 +170,7 @@ def test_deployments_pools_and_the_schedule_are_registered(service: Service) -> 
     assert retrain["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
     for name in ("retrain/retrain", "promote/promote", "rollback/rollback"):
         deployment = service.ask(f"/deployments/name/{name}")
+        assert "handsigns" in deployment["tags"]  # by which the automations know our runs
         parameters = deployment["parameter_openapi_schema"]["properties"].values()
         assert all(one["description"] for one in parameters), name
         # With Prefect's default of 180 s, every run would seem to have crashed.
