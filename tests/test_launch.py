@@ -163,6 +163,8 @@ def test_another_registry_remote_or_branch_is_filled_too(released: Workspace) ->
         remember(released, done())
         assert unchanged_since(released) is not None
         assert b"secret" not in (released.layout.local / "last_release.json").read_bytes()
+    released.settings = known
+    assert unchanged_since(released) is not None  # a branch that is not named any more
 
 
 def test_a_storage_without_its_champion_is_filled_again(released: Workspace, s3: S3Address) -> None:

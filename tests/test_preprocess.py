@@ -177,6 +177,7 @@ def audited_photos(draw: st.DrawFn) -> tuple[list[Photo], dict]:
     looks = audit.Looks(
         pictures=np.repeat(np.array(greys, np.uint8), 3).reshape(count, 1, 1, 3),
         hashes=np.array([0] * len(drawn) + list(range(1, len(apart) + 1)), np.uint64),
+        mirrored=np.full(count, 2**63, np.uint64),
         digests=tuple(str(row).encode() for row in range(count)),
         sizes=np.full((count, 2), 64),
     )

@@ -44,6 +44,9 @@ def unchanged_since(workspace: "Workspace") -> RunReport | None:
     last = read_json(_record(layout))
     if not isinstance(last, dict) or last.get("made_of") != _made_of(workspace):
         return None
+    sent = last.get("sent_to") or {}
+    if any(place and sent.get(name) != place for name, place in _places(workspace).items()):
+        return None
     if not layout.data.is_dir() or workspace.pipeline.changed():
         return None
     try:
@@ -68,7 +71,11 @@ def remember(workspace: "Workspace", report: RunReport) -> None:
     if workspace.settings.s3_endpoint_url is None and not store.exists():
         store.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         store.write_text(uuid.uuid4().hex, encoding="utf-8")
-    content = {"made_of": _made_of(workspace), "report": report.model_dump(mode="json")}
+    content = {
+        "made_of": _made_of(workspace),
+        "sent_to": _places(workspace),
+        "report": report.model_dump(mode="json"),
+    }
     write_json(_record(workspace.layout), content)
 
 
@@ -81,12 +88,16 @@ def _made_of(workspace: "Workspace") -> dict[str, Any]:
         "lock": _digest(layout.lock),
         "storage": settings.s3_endpoint_url or f"local {local}",
         "bucket": settings.bucket,
-        "dvc_remote": shown(settings.dvc_remote_url or ""),
-        "branch": settings.git_push,
         "registry": _registry(workspace),
         "model": settings.model_name,
         "keys": [_digest(key) for key in keys],
     }
+
+
+def _places(workspace: "Workspace") -> dict[str, str | None]:
+    """Where versions are sent too; a place that is not named any more asks for nothing."""
+    settings = workspace.settings
+    return {"dvc_remote": shown(settings.dvc_remote_url or ""), "branch": settings.git_push}
 
 
 def _registry(workspace: "Workspace") -> str:

@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.errors import HandsignsError, PromotionError, ServiceError
-from tasks.labels import LABELS
 from tasks.layout import Layout
 from tasks.network.classifier import classify_files
 from tasks.pictures.dataset import open_dataset
+from tasks.pictures.photos import find_photos, name_photos
 from tasks.progress import Progress, silent
 from tasks.releases.manifest import DATASET_INDEX
 from tasks.releases.pointer import Champion
@@ -100,12 +100,7 @@ def _unseen(
         )
     names = [dataset.names[row] for row in rows]
     labels = dataset.labels[rows]
-    photos = [
-        _photo(layout, LABELS[label], name) for label, name in zip(labels, names, strict=True)
-    ]
+    key_of = {name: key for key, name in name_photos(find_photos(layout.data)).items()}
+    # One that went meanwhile is told by the name that it had.
+    photos = [layout.data / key_of.get(name, name) for name in names]
     return photos, labels, np.array([predicted[name] for name in names])
-
-
-def _photo(layout: Layout, label: str, name: str) -> Path:
-    official = layout.data / "test" / label / name
-    return official if official.is_file() else layout.data / "train" / label / name
