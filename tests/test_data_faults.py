@@ -227,6 +227,17 @@ def test_locks_of_the_dead_are_no_obstacle(checkout: Layout) -> None:
     assert Pipeline(checkout, lock_timeout=1.0).run("audit") == "ran"
 
 
+@pytest.mark.parametrize("torn", ["", '{"write": {"/a/b": {"pi'])
+def test_a_list_of_locks_that_was_left_half_written_is_no_obstacle(
+    checkout: Layout, torn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (checkout.root / ".dvc/tmp").mkdir(exist_ok=True)
+    (checkout.root / ".dvc/tmp/rwlock").write_text(torn)
+    assert Pipeline(checkout).run("audit") == "ran"
+    assert "left half written" in caplog.text
+    assert Pipeline(checkout).changed().keys().isdisjoint({"audit"})
+
+
 def test_repro_during_a_flow_is_turned_away_and_harms_nothing(checkout: Layout) -> None:
     said: list[subprocess.CompletedProcess[str]] = []
 

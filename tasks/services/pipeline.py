@@ -13,6 +13,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import stamina
@@ -277,7 +278,7 @@ class Pipeline:
                             "Another process works on this pipeline; waiting up to %.0f s.",
                             self._lock_timeout,
                         )
-                    return _unwrapped(call)
+                    return self._despite_torn_locks(call)
         except LockError as error:
             raise BusyError(
                 f"Another process held DVC's lock for {self._lock_timeout:.0f} s: "
@@ -289,6 +290,18 @@ class Pipeline:
             advice = "" if "dvc.lock" not in str(error) else " Take dvc.lock back from git."
             raise StageError(f"DVC stopped: {_one_line(error)}{advice}") from error
         raise AssertionError("a retry context either returns or raises")
+
+    def _despite_torn_locks(self, call: Callable[[], _Result]) -> _Result:
+        """Begin DVC's list of locks anew where a process was killed while it wrote it."""
+        from dvc.rwlock import RWLOCK_FILE, RWLockFileCorruptedError
+
+        try:
+            return _unwrapped(call)
+        except RWLockFileCorruptedError:
+            # DVC writes and reads it under a guard: nobody is writing it now.
+            _log.warning("DVC's list of locks was left half written; it is begun anew.")
+            Path(self._repo.tmp_dir, RWLOCK_FILE).unlink(missing_ok=True)
+            return _unwrapped(call)
 
 
 def _unkept(error: sqlite3.Error) -> StageError:
