@@ -154,7 +154,8 @@ def _variable(name: str) -> str:
     for info in Settings.model_fields.values():
         alias = info.validation_alias
         if isinstance(alias, AliasChoices) and name in alias.choices:
-            return next(str(choice) for choice in alias.choices if os.environ.get(str(choice)))
+            read = (str(choice) for choice in alias.choices if os.environ.get(str(choice)))
+            return next(read, name)  # one that is written in small letters is read too
     return name if name.isupper() else PREFIX + name.upper()
 
 

@@ -181,7 +181,8 @@ class Params(_Section):
 class _Loader(yaml.SafeLoader):
     """PyYAML lets the last of two equal keys win, in silence."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)  # before what is merged into it
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
@@ -189,7 +190,7 @@ class _Loader(yaml.SafeLoader):
                     problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
                 )
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def load_params(path: Path) -> Params:

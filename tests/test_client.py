@@ -18,6 +18,7 @@ from flows.settings import load_settings
         {"no_proxy": "corp.example"},
         {"NO_PROXY": "corp.example, other.example"},
         {"no_proxy": "corp.example", "NO_PROXY": "127.0.0.1"},
+        {"NO_PROXY": "*"},
     ],
 )
 def test_a_proxy_is_not_asked_for_loopback(known: dict[str, str]) -> None:
@@ -26,7 +27,9 @@ def test_a_proxy_is_not_asked_for_loopback(known: dict[str, str]) -> None:
     assert environment["no_proxy"] == environment["NO_PROXY"]
     for host in ("127.0.0.1", "localhost", *("corp.example" for _ in known)):
         assert proxy_bypass_environment(host, {"no": environment["no_proxy"]})
-    assert not proxy_bypass_environment("elsewhere.example", {"no": environment["no_proxy"]})
+    everywhere = known.get("NO_PROXY") == "*"
+    spared = proxy_bypass_environment("elsewhere.example", {"no": environment["no_proxy"]})
+    assert bool(spared) == everywhere
     once = dict(environment)
     spare_loopback(environment)
     assert environment == once

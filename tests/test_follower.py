@@ -46,7 +46,7 @@ def test_a_damaged_release_that_is_mended_is_taken(
     storage.put(place, whole[:-1] + bytes([whole[-1] ^ 1]))
     point(storage, release.id, 1)
     door = Door(storage)
-    follower = Follower(door, tmp_path / "cache", seconds=0.05)
+    follower = Follower(door, tmp_path / "cache", seconds=0.4)
     follower.look_safely()
     follower.look_safely()
     assert door.opened == follower.failures["release"] == 1

@@ -262,6 +262,7 @@ def test_copies_outlive_a_list_that_was_spoilt(layout: Layout, tmp_path: Path) -
     ).quarantined
     (layout.quarantine / "quarantine.json").write_text("{")
     import_photos(layout, source(tmp_path / "b", {"1/a.png": PNG[1], "1/b.png": b"another"}))
+    import_photos(layout, source(tmp_path / "c", {"2/a.png": PNG[2], "2/b.png": b"a third"}))
     assert aside.copy is not None
     assert (layout.quarantine / aside.copy).read_bytes() == b"the only copy"
 

@@ -203,6 +203,8 @@ def test_the_server_of_the_service_is_waited_for_and_never_replaced(tmp_path: Pa
                     ServiceError, match=f"does not answer. Received: {address.endpoint_url}"
                 ):
                     run.s3()
+            with embedded(NOTHING_SET, layout, patience=0) as look, pytest.raises(BusyError):
+                look.s3()  # by whom looks again soon
             Timer(1.0, process.resume).start()
             with embedded(NOTHING_SET, layout) as run:
                 assert run.s3() == address

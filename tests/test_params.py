@@ -71,3 +71,13 @@ def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
 )
 def test_what_is_no_mapping_of_names_is_refused(tmp_path: Path, text: str) -> None:
     assert "\n" not in refusal(tmp_path / "params.yaml", text)
+
+
+def test_what_is_merged_may_be_overridden(tmp_path: Path) -> None:
+    text = (
+        CHECKOUT.params.read_text()
+        .replace("  fine_tune:\n", "  fine_tune: &tuned\n", 1)
+        .replace("  full:\n", "  full:\n    <<: *tuned\n", 1)
+    )
+    (tmp_path / "params.yaml").write_text(text)
+    assert load_params(tmp_path / "params.yaml") == load_params(CHECKOUT.params)

@@ -103,6 +103,9 @@ def test_the_region_is_told_by_the_variable_that_was_read(monkeypatch: pytest.Mo
     monkeypatch.setenv("AWS_REGION", "eu west")
     assert "AWS_REGION: " in (refusal := _refusal())
     assert "(received 'eu west')" in refusal
+    monkeypatch.delenv("AWS_REGION")
+    monkeypatch.setenv("aws_region", "eu west")
+    assert "(received 'eu west')" in _refusal()
 
 
 @pytest.mark.parametrize(

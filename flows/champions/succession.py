@@ -15,7 +15,7 @@ from flows.reports.report import DataChanges, RunReport, Status
 from flows.workspace import Workspace
 from tasks.errors import OlderError, OvertakenError, PromotionError, ReleaseError
 from tasks.progress import Progress
-from tasks.releases.alias import mend_alias
+from tasks.releases.alias import following, mend_alias
 from tasks.releases.challenge import Challenge, challenge
 from tasks.releases.champion import METRICS, crown
 from tasks.releases.manifest import DATASET_INDEX
@@ -148,4 +148,7 @@ class Succession:
             crown(storage, registry, version, champion, reason, scores, by=by)
         else:
             _log.info("It moved at the first try, whose answer was lost.")
+        with following(version.number):  # once more, where it could not be told at once
+            if moved := read_champion(storage):
+                mend_alias(registry, moved)
         artifacts.show_history_of(storage)

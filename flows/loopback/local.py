@@ -25,7 +25,7 @@ from flows.loopback.credentials import local_credentials, prefect_login
 from flows.loopback.running import Running, find_running
 from flows.loopback.server import POLL_SECONDS, Server
 from flows.settings import Settings
-from tasks.errors import ServiceError
+from tasks.errors import BusyError, ServiceError
 from tasks.layout import Layout
 from tasks.services.addresses import S3Address, shown
 from tasks.services.conditions import check_conditions
@@ -162,7 +162,9 @@ class Services:
             if found := self._found_s3():
                 return found
             if time.monotonic() > deadline:
-                raise ServiceError(
+                # Who waits for nobody looks again soon.
+                kind = ServiceError if self.patience else BusyError
+                raise kind(
                     f"The S3 server of `handsigns up` does not answer. Received: {running.s3}. "
                     f"See {self.folder / 'logs' / 'seaweedfs.log'}, and run again."
                 )

@@ -15,5 +15,7 @@ def spare_loopback(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     spellings = ("no_proxy", "NO_PROXY")
     named = [host.strip() for name in spellings for host in environment.get(name, "").split(",")]
-    spared = ",".join(dict.fromkeys(filter(None, [*named, "127.0.0.1", "localhost"])))
+    hosts = dict.fromkeys(filter(None, [*named, "127.0.0.1", "localhost"]))
+    # Alone it means every host, and among others nothing.
+    spared = "*" if "*" in hosts else ",".join(hosts)
     environment.update(dict.fromkeys(spellings, spared))

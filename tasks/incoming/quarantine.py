@@ -95,8 +95,10 @@ class Quarantine:
             del sources[source]
         with writing(self._folder):
             if sources or self._folder.exists():
+                if not known:
+                    _list(self._layout).replace(_spoilt(self._layout))
                 write_json(_list(self._layout), {"sources": sources})
-                if known:
+                if not _spoilt(self._layout).exists():
                     self._prune({each["copy"] for files in sources.values() for each in files})
 
     def _prune(self, listed: set[str | None]) -> None:
@@ -123,6 +125,11 @@ def _listed(layout: Layout) -> dict[str, list[dict[str, Any]]] | None:
 
 def _list(layout: Layout) -> Path:
     return layout.quarantine / "quarantine.json"
+
+
+def _spoilt(layout: Layout) -> Path:
+    """A list that could not be read; while it lies there, no copy goes."""
+    return layout.quarantine / "quarantine.json.spoilt"
 
 
 def _plain(name: str) -> str:

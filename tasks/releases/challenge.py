@@ -92,7 +92,9 @@ def _unseen(
     predicted = {
         one["name"]: one["probabilities"] for one in read_json(layout.predictions)["photos"]
     }
-    rows = [row for row in dataset.rows("test") if dataset.names[row] not in seen]
+    # A path is the name of a photo that was known by its file's name alone before another came.
+    known = {row: Path(dataset.names[row]).name for row in dataset.rows("test")}
+    rows = [row for row, file in known.items() if not seen & {dataset.names[row], file}]
     if not rows:
         raise PromotionError(
             "The champion was trained on every test photo, so it cannot be compared. Received: "
