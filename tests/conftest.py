@@ -19,6 +19,7 @@ pytest_plugins = (
     "tests.fixtures.prefect_api",
     "tests.fixtures.service",
     "tests.fixtures.trained",
+    "tests.fixtures.earlier",
     "tests.fixtures.browser",
     "tests.fixtures.dask_cluster",
 )
