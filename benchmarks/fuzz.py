@@ -68,8 +68,8 @@ def write_seeds(target: str, folder: Path) -> None:
 
 def try_image(data: bytes, folder: Path) -> None:
     """Read one photo as an import and as a prediction do."""
+    from tasks.data.images import look, read_photo
     from tasks.errors import ImageError
-    from tasks.pictures.images import look, read_photo
 
     for reader in (read_photo, look):
         try:
@@ -80,9 +80,9 @@ def try_image(data: bytes, folder: Path) -> None:
 
 def try_source(data: bytes, folder: Path, name: str = "fuzz.zip") -> None:
     """Read a source and every photo in it as an import does."""
+    from tasks.data.images import MAX_BYTES
+    from tasks.data.sources import open_source
     from tasks.errors import ImageError, SourceError
-    from tasks.incoming.sources import open_source
-    from tasks.pictures.images import MAX_BYTES
 
     path = folder / name
     path.write_bytes(data)
@@ -101,7 +101,7 @@ def try_h5(data: bytes, folder: Path) -> None:
     """Do in this process what the product's reader does in its child."""
     import h5py
 
-    from tasks.incoming import h5
+    from tasks.data import h5
 
     path = folder / "fuzz.h5"
     path.write_bytes(data)
@@ -121,7 +121,7 @@ def fuzz(target: str, folder: Path, arguments: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=INSTRUMENTED):
-        import tasks.incoming.sources  # noqa: F401
+        import tasks.data.sources  # noqa: F401
     attempt = {"image": try_image, "zip": try_source, "h5": try_h5}[target]
     inside = folder / "inside"
     inside.mkdir(exist_ok=True)

@@ -19,9 +19,8 @@ from matplotlib.figure import Figure
 from benchmarks import markdown
 from benchmarks.training import begin, measure
 from tasks import backbone
-from tasks.labels import LABELS
-from tasks.layout import Layout
-from tasks.params import load_params
+from tasks.params import LABELS, load_params
+from tasks.project import Project
 from tasks.rendering.sample import render_sample
 from tasks.stage import Context
 
@@ -36,7 +35,7 @@ def main(
     """Measure each size in a process of its own."""
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
-        base, every = Layout(Path(temporary) / "base"), Path(temporary) / "every"
+        base, every = Project(Path(temporary) / "base"), Path(temporary) / "every"
         begin(base)
         backbone.run(Context(base, load_params(base.params)))
         print("render", file=sys.stderr, flush=True)

@@ -20,12 +20,12 @@ import yaml
 
 from benchmarks.training import merge, prepare
 from tasks import features, train
-from tasks.layout import Layout
+from tasks.data.dataset import INDEX
+from tasks.data.images import read_photo
+from tasks.io import read_json, write_json
 from tasks.params import load_params
-from tasks.pictures.dataset import INDEX
-from tasks.pictures.images import read_photo
+from tasks.project import Project
 from tasks.stage import Context
-from tasks.whole import read_json, write_json
 
 
 def main(
@@ -36,7 +36,7 @@ def main(
     """Print accuracy and loss of every run, then the mean and the worst."""
     runs = []
     with tempfile.TemporaryDirectory() as temporary:
-        base = Layout(Path(temporary) / "base")
+        base = Project(Path(temporary) / "base")
         prepare(base, photos, None)
         numbers = {
             read_photo(path.read_bytes(), path.name).name: camera_number(path)
@@ -44,13 +44,13 @@ def main(
         }
         for half in (0, 1):
             for seed in range(1, seeds + 1):
-                layout = Layout(Path(temporary) / f"{half}-{seed}")
-                shutil.copytree(base.root, layout.root)
-                hold_out(layout, numbers, half)
-                change(layout, [*(set_ or []), f"seed={seed}", "training.calibrate=false"])
-                runs.append(fit(layout))
+                project = Project(Path(temporary) / f"{half}-{seed}")
+                shutil.copytree(base.root, project.root)
+                hold_out(project, numbers, half)
+                change(project, [*(set_ or []), f"seed={seed}", "training.calibrate=false"])
+                runs.append(fit(project))
                 print(f"half {half}, seed {seed}: {runs[-1]}", flush=True)
-                shutil.rmtree(layout.root)
+                shutil.rmtree(project.root)
     accuracies, losses = zip(*runs, strict=True)
     print(f"accuracy {sum(accuracies) / len(runs):.3f}, worst {min(accuracies):.3f}")
     print(f"loss {sum(losses) / len(runs):.3f}, worst {max(losses):.3f}")
@@ -62,38 +62,38 @@ def camera_number(path: Path) -> int:
     return int(found[-1]) if found else 0
 
 
-def hold_out(layout: Layout, numbers: dict[str, int], half: int) -> None:
+def hold_out(project: Project, numbers: dict[str, int], half: int) -> None:
     """Make one half of every class the validation split, and the other the training split."""
-    index = read_json(layout.dataset / INDEX)
+    index = read_json(project.dataset / INDEX)
     for label in {photo["label"] for photo in index["photos"]}:
         rows = [photo for photo in index["photos"] if photo["label"] == label]
         rows.sort(key=lambda photo: (numbers[photo["name"]], photo["name"]))
         middle = (len(rows) + 1) // 2
         for place, photo in enumerate(rows):
             photo["split"] = "val" if (place >= middle) == half else "train"
-    write_json(layout.dataset / INDEX, index)
+    write_json(project.dataset / INDEX, index)
 
 
-def change(layout: Layout, changes: list[str]) -> None:
+def change(project: Project, changes: list[str]) -> None:
     """Set values in `params.yaml`, each given as `section.name=value`."""
-    content = yaml.safe_load(layout.params.read_text())
+    content = yaml.safe_load(project.params.read_text())
     for text in changes:
         name, _, value = text.partition("=")
         nested: Any = yaml.safe_load(value)
         for part in reversed(name.split(".")):
             nested = {part: nested}
         merge(content, nested)
-    layout.params.write_text(yaml.safe_dump(content, sort_keys=False))
+    project.params.write_text(yaml.safe_dump(content, sort_keys=False))
 
 
-def fit(layout: Layout) -> tuple[float, float]:
+def fit(project: Project) -> tuple[float, float]:
     """Run the features and all phases; return the last one's accuracy and loss."""
-    params = load_params(layout.params)
-    context = Context(layout, params)
+    params = load_params(project.params)
+    context = Context(project, params)
     features.run(context)
     for phase in params.phases:
         train.run(context, phase)
-    history = json.loads(layout.history(params.last_phase).read_text())
+    history = json.loads(project.history(params.last_phase).read_text())
     return history["val_accuracy"], history["val_loss"]
 
 

@@ -22,8 +22,8 @@ import yaml
 
 from benchmarks import markdown
 from benchmarks.training import ROOT, lend_package
-from tasks.labels import LABELS
-from tasks.layout import Layout
+from tasks.params import LABELS
+from tasks.project import Project
 from tasks.rendering.sample import render_sample
 
 HANDSIGNS = Path(sys.executable).with_name("handsigns")
@@ -48,7 +48,7 @@ def main(
             photos = folder / "rendered" / "train"
         clone = folder / "clone"
         subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-        lend_package(Layout(clone))
+        lend_package(Project(clone))
         divide(photos, folder / "first", folder / "later")
         run(clone, "import", folder / "first", "--replace")
         results["everything"] = retrain(clone)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from benchmarks import markdown
 from benchmarks.training import ROOT
-from tasks.network.engine import Engine
+from tasks.model.inference import Engine
 from tasks.rendering.sample import draw, encode
 
 HANDSIGNS = Path(sys.executable).with_name("handsigns")
@@ -79,7 +79,7 @@ def prepared(artifacts: Path) -> Iterator[tuple[str, Callable[[Pictures], Any]]]
     """Yield the ways to run the model."""
     import tensorflow as tf
 
-    from tasks.network.model import load_model
+    from tasks.model.network import load_model
 
     graph = artifacts / "model.pb"
     every, one = Engine(graph), Engine(graph, cores=1)

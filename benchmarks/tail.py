@@ -21,14 +21,11 @@ import typer
 
 from benchmarks import markdown
 from benchmarks.training import ROOT
-from tasks.labels import LABELS
-from tasks.network.model import FEATURE_SHAPE, backbone_of, build_tail, freeze
-from tasks.params import load_params
-from tasks.training.adam import Adam
-from tasks.training.average import Average
-from tasks.training.precision import FULL, MIXED, product_in
-from tasks.training.tail import Tail, tail_layers
-from tasks.training.traced import traced
+from tasks.model.network import FEATURE_SHAPE, backbone_of, build_tail, freeze
+from tasks.params import LABELS, load_params
+from tasks.training.cached import Adam, traced
+from tasks.training.regularizers import Average
+from tasks.training.tail import FULL, MIXED, Tail, product_in, tail_layers
 
 BATCH, OPEN = 32, 16
 PLACES = BATCH * FEATURE_SHAPE[0] * FEATURE_SHAPE[1]

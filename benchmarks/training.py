@@ -24,9 +24,9 @@ import yaml
 
 from benchmarks import markdown
 from tasks import audit, backbone, preprocess
-from tasks.incoming.intake import import_photos
-from tasks.layout import Layout
+from tasks.data.importer import import_photos
 from tasks.params import load_params
+from tasks.project import Project
 from tasks.rendering.sample import render_sample
 from tasks.stage import Context
 
@@ -98,7 +98,7 @@ def main(
     """Run every variant and print times, ratios, scores and memory side by side."""
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
-        base = Layout(Path(temporary) / "base")
+        base = Project(Path(temporary) / "base")
         prepare(base, photos, test)
         for name in only or VARIANTS:
             title, changes, environment = VARIANTS[name]
@@ -110,41 +110,41 @@ def main(
         print(table(results), stages(results), sep="\n\n")
 
 
-def prepare(layout: Layout, photos: Path | None, test: Path | None) -> None:
+def prepare(project: Project, photos: Path | None, test: Path | None) -> None:
     """Bring in the photos and do what all variants share: split and backbone."""
-    begin(layout)
+    begin(project)
     if photos is None:
-        render_sample(layout.data)
+        render_sample(project.data)
     else:
-        import_photos(layout, photos, test)
-    context = Context(layout, load_params(layout.params))
+        import_photos(project, photos, test)
+    context = Context(project, load_params(project.params))
     for stage in (audit.run, preprocess.run, backbone.run):
         stage(context)
 
 
-def begin(layout: Layout) -> None:
+def begin(project: Project) -> None:
     """Make a folder with the committed parameters, and the backbone's package if it is here."""
-    layout.root.mkdir()
-    shutil.copy(ROOT / "params.yaml", layout.params)
-    lend_package(layout)
+    project.root.mkdir()
+    shutil.copy(ROOT / "params.yaml", project.params)
+    lend_package(project)
 
 
-def lend_package(layout: Layout) -> None:
+def lend_package(project: Project) -> None:
     """Spare npm fetching once more what this checkout has."""
-    package = Layout(ROOT).local / "backbone"
+    package = Project(ROOT).local / "backbone"
     if package.is_dir():
-        shutil.copytree(package, layout.local / "backbone")
+        shutil.copytree(package, project.local / "backbone")
 
 
 def measure(
-    base: Layout, folder: Path, changes: dict[str, Any], environment: dict[str, str]
+    base: Project, folder: Path, changes: dict[str, Any], environment: dict[str, str]
 ) -> dict[str, Any]:
     """Train one variant in a fresh process and folder."""
     shutil.copytree(base.root, folder)
-    layout = Layout(folder)
-    params = yaml.safe_load(layout.params.read_text())
+    project = Project(folder)
+    params = yaml.safe_load(project.params.read_text())
     merge(params, changes)
-    layout.params.write_text(yaml.safe_dump(params, sort_keys=False))
+    project.params.write_text(yaml.safe_dump(params, sort_keys=False))
     subprocess.run(
         [sys.executable, "-m", "benchmarks.variant", folder / "result.json"],
         cwd=folder,

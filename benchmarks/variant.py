@@ -15,14 +15,14 @@ import numpy as np
 import typer
 
 from tasks import assemble, audit, features, preprocess, train
+from tasks.data.dataset import open_dataset
 from tasks.garbage import rare_collection
-from tasks.layout import Layout
-from tasks.network.classifier import load_classifier
+from tasks.io import read_json
+from tasks.model.inference import load_classifier
 from tasks.params import load_params
-from tasks.pictures.dataset import open_dataset
+from tasks.project import Project
 from tasks.scoring.metrics import score
 from tasks.stage import Context, Stage
-from tasks.whole import read_json
 
 
 class Stopwatch:
@@ -53,30 +53,30 @@ def main(result: Path) -> None:
     """Train, then score."""
     import tensorflow  # noqa: F401  (its import is no part of any way of training)
 
-    layout = Layout(Path.cwd())
-    params = load_params(layout.params)
+    project = Project(Path.cwd())
+    params = load_params(project.params)
     watch = Stopwatch()
-    context = Context(layout, params, watch.progress)
-    if not layout.dataset.exists():
+    context = Context(project, params, watch.progress)
+    if not project.dataset.exists():
         watch.run("audit", audit.run, context)
         watch.run("preprocess", preprocess.run, context)
     computed: dict[str, Any] = {}
     if params.training.mode == "cached":
         watch.run("features", features.run, context)
-        computed = read_json(layout.features_report)
+        computed = read_json(project.features_report)
         watch.work["features"] = computed["computed"] / computed["images_per_second"]
     for phase in params.phases:
         watch.run(phase, train.run, context, phase)
     trained = sum(watch.seconds.values())
     peak = peak_mib()
-    histories = {phase: read_json(layout.history(phase)) for phase in params.phases}
+    histories = {phase: read_json(project.history(phase)) for phase in params.phases}
     content = {
         "seconds": trained,
         "stages": watch.seconds,
         "work": watch.work,
         "rows": computed.get("computed", 0),
         "peak_mib": peak,
-        "features_mib": sum(path.stat().st_size for path in layout.features.rglob("*")) / 2**20,
+        "features_mib": sum(path.stat().st_size for path in project.features.rglob("*")) / 2**20,
         "curve": curve(histories, watch.updates),
         "val": {name: histories[params.last_phase][f"val_{name}"] for name in ("accuracy", "loss")},
         "test": scores(context),
@@ -87,9 +87,9 @@ def main(result: Path) -> None:
 def scores(context: Context) -> dict[str, float]:
     """Accuracy and loss on the test split."""
     assemble.run(context)
-    dataset = open_dataset(context.layout.dataset)
+    dataset = open_dataset(context.project.dataset)
     rows = dataset.rows("test")
-    classifier = load_classifier(context.layout.graph, context.params.preprocess.detail)
+    classifier = load_classifier(context.project.graph, context.params.preprocess.detail)
     given = classifier.probabilities(dataset.images[rows])
     found = score(given.astype(np.float64), dataset.labels[rows])
     return {"accuracy": found.accuracy, "loss": found.loss}

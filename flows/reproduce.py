@@ -21,20 +21,20 @@ import yaml
 
 from flows.workspace import Workspace
 from tasks.errors import HandsignsError, ReleaseError, ServiceError, StageError
-from tasks.layout import Layout
-from tasks.progress import Progress
-from tasks.releases.environment import environment
+from tasks.io import read_json
+from tasks.project import Project
 from tasks.releases.reproduction import Comparison, compare_builds
-from tasks.services.data_record import read_record
-from tasks.whole import read_json
+from tasks.services.dvc import read_record
+from tasks.services.git import environment
+from tasks.stage import Progress
 
 RECORDED = ("data.dvc", "dvc.lock", "params.yaml")
 """Files that a release brings itself, so that they may differ from the commit."""
 
 FETCH = (
-    "from pathlib import Path; from tasks.incoming.fetch import fetch_data; "
-    "from tasks.layout import Layout; from tasks.services.pipeline import Pipeline; "
-    "layout = Layout(Path.cwd()); print(fetch_data(layout, Pipeline(layout)))"
+    "from pathlib import Path; from tasks.data.sources import fetch_data; "
+    "from tasks.project import Project; from tasks.services.dvc import Pipeline; "
+    "project = Project(Path.cwd()); print(fetch_data(project, Pipeline(project)))"
 )
 
 
@@ -60,7 +60,7 @@ def reproduce(workspace: Workspace, name: str, progress: Progress) -> Comparison
     facts = (read_json(folder / "manifest.json") or {})["facts"]
     revision = recorded_revision(facts, release)
     progress("check out", 0, 1)
-    with checkout(workspace.layout, revision) as built:
+    with checkout(workspace.project, revision) as built:
         for file in RECORDED:
             shutil.copy(folder / file, built.root / file)
         _fetch_data(workspace, built)
@@ -92,7 +92,7 @@ def recorded_revision(facts: Mapping[str, Any], release: str) -> str:
 
 
 @contextmanager
-def checkout(layout: Layout, revision: str) -> Iterator[Layout]:
+def checkout(project: Project, revision: str) -> Iterator[Project]:
     """Check a commit out beside everything else; the worktree is gone after the block.
 
     Raises:
@@ -100,23 +100,23 @@ def checkout(layout: Layout, revision: str) -> Iterator[Layout]:
     """
     folder = Path(tempfile.mkdtemp(prefix="handsigns-reproduce-"))
     tree = folder / "checkout"
-    git = ["git", "-C", str(layout.root), "worktree"]
+    git = ["git", "-C", str(project.root), "worktree"]
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        done = _run([*git, "add", "--quiet", "--detach", str(tree), revision], layout.root)
+        done = _run([*git, "add", "--quiet", "--detach", str(tree), revision], project.root)
         if done.returncode:
             raise ReleaseError(
                 f"Git cannot check out the release's revision ({_last(done.stderr)}). Received: "
                 f"{revision}. Fetch it first: `git fetch --all`."
             )
-        yield Layout(tree)
+        yield Project(tree)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        _run([*git, "prune"], layout.root)
+        _run([*git, "prune"], project.root)
         signal.signal(signal.SIGTERM, before)
 
 
-def _fetch_data(workspace: Workspace, built: Layout) -> None:
+def _fetch_data(workspace: Workspace, built: Project) -> None:
     """Lay out the recorded photos: from our cache, from the remote, or rendered anew.
 
     Raises:
@@ -124,7 +124,7 @@ def _fetch_data(workspace: Workspace, built: Layout) -> None:
     """
     remote = workspace.pipeline_remote()
     secrets: dict[str, str] = {}
-    lines = ["[cache]", f"    dir = {workspace.layout.root.resolve() / '.dvc' / 'cache'}"]
+    lines = ["[cache]", f"    dir = {workspace.project.root.resolve() / '.dvc' / 'cache'}"]
     if remote is not None:
         lines += ["[core]", "    remote = recorded", "['remote \"recorded\"']"]
         lines += [f"    url = {remote.url}"]
@@ -146,12 +146,12 @@ def _fetch_data(workspace: Workspace, built: Layout) -> None:
         )
     # From here on it has a cache of its own: nothing may be restored from ours.
     config.unlink()
-    kept = workspace.layout.local / "backbone"
+    kept = workspace.project.local / "backbone"
     if kept.is_dir():  # the npm package, whose digest is pinned
         shutil.copytree(kept, built.local / "backbone", dirs_exist_ok=True)
 
 
-def _rebuild(built: Layout, count: int, progress: Progress) -> None:
+def _rebuild(built: Project, count: int, progress: Progress) -> None:
     """Run every stage, in a process of its own and as a person would.
 
     Raises:

@@ -1,21 +1,19 @@
-"""The main flow: what `dvc repro` does, and then everything that leaves this machine.
-
-The stages come from `dvc.yaml`, in the graph's order. The flow adds what is not
-reproducible: fetching photos, versioning them, publishing, registering, promoting
-and telling. Only calls that cross the network are tried again.
-"""
+"""The retrain flow."""
 
 import datetime
 import logging
+import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
 
+from filelock import FileLock, Timeout
 from httpx import HTTPError
 from prefect import Task, flow
 from prefect.cache_policies import NO_CACHE
@@ -26,41 +24,188 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 from prefect.tasks import exponential_backoff
 
-from flows.champions.policy import check_policy
-from flows.champions.succession import Succession
-from flows.exclusion import holder, only_retrain
-from flows.inbox import look, take
-from flows.loopback.local import check_reachable
-from flows.notification import tell_bad_end
-from flows.reports import artifacts, findings
-from flows.reports.publication import publish_release, record_run
-from flows.reports.record import remember, unchanged_since
-from flows.reports.report import ModelReport, ReleaseReport, RunReport
-from flows.reports.versions import commit_versions, recorded_version, version_files
+from flows import ui
+from flows.dask import shard_runner
+from flows.local.stack import Services, check_reachable, find_running
+from flows.notify import tell_bad_end
+from flows.promotion import Succession
+from flows.report import (
+    ModelReport,
+    ReleaseReport,
+    RunReport,
+    commit_versions,
+    data_report,
+    features_report,
+    gate_report,
+    phase_reports,
+    publish_release,
+    quarantined,
+    record_run,
+    recorded_version,
+    remember,
+    test_report,
+    unchanged_since,
+    version_files,
+)
 from flows.settings import load_settings
-from flows.shards import shard_runner
-from flows.shown_progress import ShownProgress
+from flows.ui import ShownProgress
 from flows.workspace import Workspace
-from tasks.activations.shards import runner
+from tasks.data.importer import ImportReport
+from tasks.data.inbox import Inbox, list_bucket, list_folder
+from tasks.data.sources import fetch_data
 from tasks.errors import HandsignsError, ServiceError, SettingsError
-from tasks.incoming.fetch import fetch_data
-from tasks.incoming.inbox import Inbox
-from tasks.layout import Layout
+from tasks.model.shards import runner
 from tasks.params import Params, load_params
-from tasks.progress import Progress, silent
+from tasks.project import Project
 from tasks.releases.release import Release
-from tasks.services.registry import CHALLENGER, Version
-from tasks.training.workers import named_workers
+from tasks.services.mlflow import CHALLENGER, Version
+from tasks.services.s3 import Storage
+from tasks.stage import Progress, silent
+from tasks.training.end_to_end import named_workers
+
+_held: ContextVar[Path | None] = ContextVar("held", default=None)
+"""The lock that what runs here has already."""
+
+
+@contextmanager
+def retrain_lock(project: Project) -> Iterator[bool]:
+    """Be the checkout's only retrain for as long as the block lasts.
+
+    What runs within the block is part of that retrain, and may enter another one: the
+    command holds the checkout from its first look at it, before Prefect runs the flow.
+
+    Args:
+        project: the checkout.
+
+    Yields:
+        Whether that is so; False at once where another one runs.
+    """
+    if _held.get() == project.retrain_lock:
+        yield True
+        return
+    project.local.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = FileLock(project.retrain_lock)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    token = _held.set(project.retrain_lock)
+    try:
+        _holder_file(project).write_text(f"process {os.getpid()}\n", encoding="utf-8")
+        yield True
+    finally:
+        _held.reset(token)
+        lock.release()
+
+
+def holder(project: Project) -> str:
+    """Name the process that runs a retrain."""
+    try:
+        return _holder_file(project).read_text(encoding="utf-8").strip()
+    except OSError:
+        return "unknown process"
+
+
+def _holder_file(project: Project) -> Path:
+    return project.retrain_lock.with_suffix(".pid")
+
+
+def check_policy(services: Services) -> None:
+    """Refuse to wait for a person where nobody could see the question.
+
+    Servers that a run starts for itself end with it, and keep others out meanwhile.
+
+    Raises:
+        SettingsError: approval is asked for without services that outlive the run.
+    """
+    settings = services.settings
+    if settings.promotion != "approval":
+        return
+    running = find_running(services.folder)
+    missing = [
+        name
+        for name, known in {
+            "PREFECT_API_URL": services.prefect_named(),
+            "HANDSIGNS_S3_ENDPOINT_URL": settings.s3_endpoint_url or (running and running.s3),
+        }.items()
+        if known is None
+    ]
+    if missing:
+        raise SettingsError(
+            "A run that waits for approval needs services that others can reach meanwhile. "
+            f"Received: HANDSIGNS_PROMOTION=approval without {' and '.join(missing)}. Set "
+            "them, start the service with `handsigns up`, or use HANDSIGNS_PROMOTION=auto."
+        )
+
+
+S3 = "s3://"
+
+_log = logging.getLogger(__name__)
+
+
+def look(workspace: Workspace, services: Services) -> Inbox | None:
+    """See what lies in the inbox; None where there is none.
+
+    Args:
+        workspace: the checkout.
+        services: give the S3 service, if the inbox is there.
+
+    Raises:
+        SourceError: the folder is missing, or holds no class folder.
+        ServiceError: S3 does not answer, or has no such bucket.
+    """
+    where = workspace.settings.inbox
+    if where is None:
+        return None
+    if where.startswith(S3):
+        bucket, _, prefix = where.removeprefix(S3).partition("/")
+        listing = list_bucket(Storage(replace(services.s3(), bucket=bucket)), prefix)
+    else:
+        listing = list_folder(Path(where))
+    return Inbox(workspace.project, where, listing, workspace.pipeline.data_version())
+
+
+def take(workspace: Workspace, inbox: Inbox, progress: Progress) -> ImportReport:
+    """Bring what is new into `data/`; photos take the place of the rendered sample.
+
+    Versioning is the caller's part.
+
+    Args:
+        workspace: the checkout.
+        inbox: has something new.
+        progress: told about each file.
+
+    Returns:
+        What became of each file.
+    """
+    project, pipeline = workspace.project, workspace.pipeline
+    source = pipeline.data_source()
+    if source == "photos":
+        fetch_data(project, pipeline, progress)
+    # What a person put beside the rendered photos is not ours to remove.
+    untouched = not project.data.is_dir() or not pipeline.data_changed()
+    report = inbox.take(source == "sample" and untouched, progress)
+    if source == "sample" and report.usable and untouched:
+        _log.info("Photos from the inbox take the place of the rendered sample.")
+    _log.info(
+        "Inbox %s: %d photos taken, %d there already, %d set aside.",
+        inbox.name,
+        sum(report.taken.values()),
+        sum(report.already_there.values()),
+        len(report.quarantined),
+    )
+    return report
+
 
 listener: ContextVar[Progress] = ContextVar("listener", default=silent)
 """Whom a flow in this process tells how far it is; the command line sets it."""
 
 _Result = TypeVar("_Result")
-_log = logging.getLogger(__name__)
 
 
 def _name() -> str:
-    version = recorded_version(Layout(Path.cwd()).data_file)
+    version = recorded_version(Project(Path.cwd()).data_file)
     return f"retrain {datetime.date.today().isoformat()} data {version}"
 
 
@@ -87,13 +232,13 @@ def retrain(force: bool = False) -> State[Any]:
     Returns:
         A state named after the report's status; its data is the report, or None.
     """
-    layout = Layout(Path.cwd())
-    with only_retrain(layout) as alone:
+    project = Project(Path.cwd())
+    with retrain_lock(project) as alone:
         if not alone:
-            return Cancelled(message=f"Another retrain of this checkout runs: {holder(layout)}.")
+            return Cancelled(message=f"Another retrain of this checkout runs: {holder(project)}.")
         # Until this run writes its own: a report of an earlier one must not pass for it.
-        layout.run.unlink(missing_ok=True)
-        with Workspace(layout, load_settings()) as workspace:
+        project.run.unlink(missing_ok=True)
+        with Workspace(project, load_settings()) as workspace:
             report = Retrain(workspace, force, listener.get()).conduct()
     result = report.model_dump(mode="json")
     if report.status in ("failed", "rejected"):
@@ -112,7 +257,7 @@ class Retrain:
 
     def __init__(self, workspace: Workspace, force: bool, progress: Progress) -> None:
         self._workspace = workspace
-        self._layout = workspace.layout
+        self._project = workspace.project
         self._force = force
         self._progress = progress
         self._shown = ShownProgress(progress)
@@ -132,7 +277,7 @@ class Retrain:
         except HandsignsError as error:
             self._conclude("failed", str(error))
         except OSError as error:
-            place = error.filename or self._layout.artifacts
+            place = error.filename or self._project.artifacts
             self._conclude(
                 "failed",
                 f"The system refused something ({error.strerror or error}). Received: '{place}'. "
@@ -146,12 +291,12 @@ class Retrain:
             raise
         finally:
             self._report.seconds = {**self._seconds, "total": time.monotonic() - began}
-            self._report.write(self._layout)
+            self._report.write(self._project)
         return self._report
 
     def _run(self) -> None:
         self._task("services", lambda: check_reachable(self._workspace.settings), network=True)
-        _check_alone(load_params(self._layout.params))
+        _check_alone(load_params(self._project.params))
         self._workspace.trust.check_signer()
         check_policy(self._workspace.services)
         _log.info(self._workspace.trust.told())
@@ -165,7 +310,7 @@ class Retrain:
             self._report = found
             return
         self._succession.begin()
-        params = load_params(self._layout.params)
+        params = load_params(self._project.params)
         for name in self._workspace.pipeline.stages():
             self._stage(name)
         self._describe(params, version)
@@ -201,11 +346,11 @@ class Retrain:
     def _take_in(self) -> Inbox | None:
         inbox = look(self._workspace, self._workspace.services)
         if inbox and inbox.new:
-            artifacts.show_inbox(inbox.name, take(self._workspace, inbox, self._progress))
+            ui.show_inbox(inbox.name, take(self._workspace, inbox, self._progress))
         return inbox
 
     def _fetch(self) -> None:
-        said = fetch_data(self._layout, self._workspace.pipeline, self._progress)
+        said = fetch_data(self._project, self._workspace.pipeline, self._progress)
         _log.info(said)
 
     def _version(self) -> str:
@@ -217,7 +362,7 @@ class Retrain:
         if self._inbox:
             self._inbox.remember(version)
         self._report.data.version = version
-        self._report.data.quarantined = findings.quarantined(self._layout)
+        self._report.data.quarantined = quarantined(self._project)
         if pipeline.has_remote():
             _log.info("%d files pushed to the DVC remote.", pipeline.push_data())
         return version
@@ -234,35 +379,33 @@ class Retrain:
 
         self._outcomes[name] = self._task(name, run)
         if name == "audit":
-            artifacts.show_audit(self._layout)
+            ui.show_audit(self._project)
         elif name == "preprocess":
             self._succession.show_changes()
 
     def _describe(self, params: Params, version: str) -> None:
         """Read what the stages found into the report and show it."""
-        layout, report = self._layout, self._report
-        report.data = findings.data_report(layout, version)
+        project, report = self._project, self._report
+        report.data = data_report(project, version)
         report.data.changes = self._succession.changes
-        report.features = findings.features_report(
-            layout, params, ran=self._outcomes["features"] == "ran"
-        )
-        report.phases = findings.phase_reports(layout, params, self._seconds)
-        report.test = findings.test_report(layout)
-        report.gate = findings.gate_report(layout)
-        artifacts.show_phases(layout, report.phases)
-        artifacts.show_evaluation(layout, report.test)
-        artifacts.show_gate(report.gate)
+        report.features = features_report(project, params, ran=self._outcomes["features"] == "ran")
+        report.phases = phase_reports(project, params, self._seconds)
+        report.test = test_report(project)
+        report.gate = gate_report(project)
+        ui.show_phases(project, report.phases)
+        ui.show_evaluation(project, report.test)
+        ui.show_gate(report.gate)
 
     def _keep_versions(self) -> None:
-        artifacts.show_versions(version_files(self._layout))
+        ui.show_versions(version_files(self._project))
         if branch := self._workspace.settings.git_push:
-            commit = partial(commit_versions, self._layout, branch, self._report)
+            commit = partial(commit_versions, self._project, branch, self._report)
             _log.info("Branch %s: %s.", branch, self._task("git", commit, network=True))
 
     def _publish(self, params: Params) -> Release:
         release = publish_release(self._workspace, params, self._report)
         self._report.release = ReleaseReport(id=release.id, uri=release.uri)
-        artifacts.show_release(release.uri, self._workspace.storage.address.endpoint_url)
+        ui.show_release(release.uri, self._workspace.storage.address.endpoint_url)
         return release
 
     def _register(self, params: Params, release: Release) -> Version:

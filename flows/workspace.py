@@ -5,18 +5,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from flows.loopback.local import Services, embedded
+from flows.local.stack import Services, embedded
 from flows.settings import Settings
-from tasks.layout import Layout
+from tasks.project import Project
 from tasks.releases.pointer import Move, read_champion
-from tasks.services.conditions import check_conditions
-from tasks.services.signature import Trust
-from tasks.services.storage import Storage
+from tasks.releases.signing import Trust
+from tasks.services.s3 import Storage, check_conditions
 
 if TYPE_CHECKING:
-    from tasks.network.classifier import Classifier
-    from tasks.services.pipeline import Pipeline, Remote
-    from tasks.services.registry import Registry
+    from tasks.model.inference import Classifier
+    from tasks.services.dvc import Pipeline, Remote
+    from tasks.services.mlflow import Registry
 
 
 class Workspace:
@@ -25,14 +24,14 @@ class Workspace:
     As a context it stops, at the end, the local servers that it started.
 
     Args:
-        layout: the checkout; the working directory.
+        project: the checkout; the working directory.
         settings: from the environment.
     """
 
-    def __init__(self, layout: Layout, settings: Settings) -> None:
-        self.layout = layout
+    def __init__(self, project: Project, settings: Settings) -> None:
+        self.project = project
         self.settings = settings
-        self._embedded = embedded(settings, layout)
+        self._embedded = embedded(settings, project)
 
     def __enter__(self) -> Self:
         self.services: Services = self._embedded.__enter__()
@@ -49,9 +48,9 @@ class Workspace:
     @cached_property
     def pipeline(self) -> "Pipeline":
         """The stages and the data's versions."""
-        from tasks.services.pipeline import Pipeline
+        from tasks.services.dvc import Pipeline
 
-        return Pipeline(self.layout, self.pipeline_remote())
+        return Pipeline(self.project, self.pipeline_remote())
 
     @cached_property
     def storage(self) -> Storage:
@@ -67,13 +66,13 @@ class Workspace:
             known.public_keys,
             known.signing_key,
             secret.get_secret_value() if secret else None,
-            self.layout.champions_seen,
+            self.project.champions_seen,
         )
 
     @cached_property
     def registry(self) -> "Registry":
         """Where versions are."""
-        from tasks.services.registry import Registry
+        from tasks.services.mlflow import Registry
 
         return Registry(
             self.services.mlflow(),
@@ -99,21 +98,19 @@ class Workspace:
         if not path.exists():
             self.services.start_s3()  # while it gets ready, the imports below run
 
-        from tasks.network.classifier import load_classifier
+        from tasks.model.inference import load_classifier
         from tasks.params import load_params
         from tasks.releases.champion import find_release
-        from tasks.releases.manifest import verify_folder
-        from tasks.releases.release import fetch
-        from tasks.releases.release_reader import open_release
+        from tasks.releases.release import fetch, open_release, verify_folder
 
         if path.is_dir():
             found = verify_folder(path, None, self.trust)
             return open_release(path), f"release {found.id}"
         if path.is_file():
-            detail = load_params(self.layout.params).preprocess.detail
+            detail = load_params(self.project.params).preprocess.detail
             return load_classifier(path, detail), f"file {path}, in no verified release"
         release = find_release(self.storage, lambda: self.registry, name)
-        folder = fetch(self.storage, release, self.layout.releases)
+        folder = fetch(self.storage, release, self.project.releases)
         return open_release(folder), f"{name}, release {release}"
 
     def promote(
@@ -129,8 +126,8 @@ class Workspace:
             self.registry,
             version,
             reason,
-            self.layout.releases,
-            load_params(self.layout.params).gate,
+            self.project.releases,
+            load_params(self.project.params).gate,
             force=force,
             by=by,
         )
@@ -148,7 +145,7 @@ class Workspace:
         from tasks.releases.release import fetch
 
         release = find_release(self.storage, lambda: self.registry, name)
-        return release, fetch(self.storage, release, self.layout.releases)
+        return release, fetch(self.storage, release, self.project.releases)
 
     def verify(self, name: str) -> dict[str, Any]:
         """Read a release back whole and compare it with its manifest."""
@@ -176,9 +173,9 @@ class Workspace:
     def status(self) -> dict[str, Any]:
         """Where the checkout, the registry and the champion stand."""
         from tasks.params import load_params
-        from tasks.services.registry import CHALLENGER
+        from tasks.services.mlflow import CHALLENGER
 
-        load_params(self.layout.params)  # DVC would blame dvc.yaml for what is wrong there
+        load_params(self.project.params)  # DVC would blame dvc.yaml for what is wrong there
         champion = read_champion(self.storage)
         challenger = self.registry.version_by_alias(CHALLENGER)
         moves = champion.pointer.moves if champion else ()
@@ -204,7 +201,7 @@ class Workspace:
 
     def pipeline_remote(self) -> "Remote | None":
         """Where photos are pushed, if a setting says so."""
-        from tasks.services.pipeline import Remote
+        from tasks.services.dvc import Remote
 
         known = self.settings
         if known.dvc_remote_url is None:

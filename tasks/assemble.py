@@ -10,12 +10,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from tasks.network.checkpoint import BACKBONE_FILE, read_phase
-from tasks.network.frozen import frozen_graph
+from tasks.io import atomic_write
+from tasks.model.augment import INPUT_SIZE
+from tasks.model.export import frozen_graph
+from tasks.model.weights import BACKBONE_FILE, read_phase
 from tasks.params import BACKBONE
-from tasks.pictures.augment import INPUT_SIZE
 from tasks.stage import Context, stage_main
-from tasks.whole import whole_file
 
 _DATE = (1980, 1, 1, 0, 0, 0)
 """The earliest a zip entry can have."""
@@ -32,33 +32,33 @@ def run(context: Context, item: str | None = None) -> None:
 
 def assemble(context: Context, size: int = INPUT_SIZE) -> None:
     """Do `run`'s work for an input of `size` pixels a side."""
-    from tasks.network.model import HEAD, build_model, freeze
+    from tasks.model.network import HEAD, build_model, freeze
     from tasks.training.tail import put_tail
 
-    layout, params = context.layout, context.params
-    weights, temperature = read_phase(layout, params.last_phase)
+    project, params = context.project, context.params
+    weights, temperature = read_phase(project, params.last_phase)
     for part in ("kernel", "bias"):
         weights[f"{HEAD}/{part}"] = weights[f"{HEAD}/{part}"] / temperature
     model = build_model(
         params.augmentation,
         params.training.dropout,
         size=size,
-        backbone_weights=layout.weights(BACKBONE) / BACKBONE_FILE,
+        backbone_weights=project.weights(BACKBONE) / BACKBONE_FILE,
         seed=params.seed,
     )
     put_tail(model, weights)
     freeze(model, 0)  # whoever fits the file further does not shift its batch norms
     context.progress("assemble model", 0, 2)
-    save_model(model, layout.model)
+    save_model(model, project.model)
     context.progress("assemble model", 1, 2)
-    with whole_file(layout.graph) as temporary:
+    with atomic_write(project.graph) as temporary:
         temporary.write_bytes(frozen_graph(model))
     context.progress("assemble model", 2, 2)
 
 
 def save_model(model: Any, path: Path) -> None:
     """Save a Keras model so that equal models give equal files."""
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         raw = temporary.with_name("raw.keras")
         model.save(raw)
         with zipfile.ZipFile(raw) as source, zipfile.ZipFile(temporary, "w") as target:

@@ -20,16 +20,15 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import minimum_spanning_tree
 
+from tasks.data.images import resize_square
+from tasks.data.near_duplicates import Twins, find_twins, group, perceptual_hash
+from tasks.data.photos import Photo, count_classes, each_photo, find_photos
+from tasks.data.splits import require_enough
 from tasks.errors import DataError
+from tasks.io import atomic_write, write_json
 from tasks.params import AuditParams
-from tasks.pictures.photos import Photo, count_classes, each_photo, find_photos
-from tasks.pictures.shrink import resize_square
-from tasks.pictures.splits import require_enough
-from tasks.pictures.twins import Twins, find_twins, group, perceptual_hash
-from tasks.progress import Progress
-from tasks.scoring.plot_audit import draw_audit
-from tasks.stage import Context, stage_main
-from tasks.whole import whole_file, write_json
+from tasks.scoring.plots import draw_audit
+from tasks.stage import Context, Progress, stage_main
 
 COMPARED = 64
 """Side in pixels at which photos are compared, so that `twin_rms` means one thing."""
@@ -66,14 +65,14 @@ def run(context: Context, item: str | None = None) -> None:
         DataError: the same pixels under two labels, a class that is missing or too
             small to split, or a file that cannot be read.
     """
-    layout = context.layout
-    photos = find_photos(layout.data)
+    project = context.project
+    photos = find_photos(project.data)
     count_classes(photos)
-    looks = look(layout.data, photos, context.progress)
+    looks = look(project.data, photos, context.progress)
     report = audit(photos, looks, context.params.audit)
-    with whole_file(layout.plots / "audit.png") as picture:
+    with atomic_write(project.plots / "audit.png") as picture:
         draw_audit(picture, report, photos, looks.pictures, looks.sizes)
-    write_json(layout.audit, report)
+    write_json(project.audit, report)
 
 
 def look(data: Path, photos: Sequence[Photo], progress: Progress) -> Looks:

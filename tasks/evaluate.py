@@ -16,19 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.data.dataset import Dataset, open_dataset
+from tasks.data.folders import arrange, folder_entries
 from tasks.errors import DataError, StageError
-from tasks.incoming.class_folders import arrange, folder_entries
-from tasks.labels import LABELS
-from tasks.layout import Layout
-from tasks.network.classifier import Classifier, Prediction, classify, load_classifier
-from tasks.params import PHASES
-from tasks.pictures.dataset import Dataset, open_dataset
-from tasks.progress import Progress, silent
-from tasks.scoring.metrics import Scores, checked, score
+from tasks.io import write_json
+from tasks.model.inference import Classifier, Prediction, classify, load_classifier
+from tasks.params import LABELS, PHASES
+from tasks.project import Project
+from tasks.scoring.metrics import Scores, checked, score, standard_errors
 from tasks.scoring.robustness import robustness
-from tasks.scoring.spread import standard_errors
-from tasks.stage import Context, stage_main
-from tasks.whole import write_json
+from tasks.stage import Context, Progress, silent, stage_main
 
 DIGITS = 7
 """Decimals of a stored probability: as fine as the clip of the loss."""
@@ -80,21 +77,21 @@ def run(context: Context, item: str | None = None) -> None:
     """
     from tasks.scoring import plots
 
-    layout = context.layout
-    dataset = open_dataset(layout.dataset)
+    project = context.project
+    dataset = open_dataset(project.dataset)
     rows = dataset.rows("test")
     if not len(rows):
         raise DataError(
             "The test split must hold photos. Received: 0. Raise split.test in params.yaml, "
             "or import an official test set."
         )
-    histories = [_history(layout, phase) for phase in PHASES]
-    classifier = load_classifier(layout.graph, dataset.images.shape[1], vouched=True)
+    histories = [_history(project, phase) for phase in PHASES]
+    classifier = load_classifier(project.graph, dataset.images.shape[1], vouched=True)
     raw = classifier.probabilities(dataset.images[rows], context.progress)
     rounded = raw.astype(np.float64).round(DIGITS)
     probabilities, labels = checked(rounded, dataset.labels[rows])
     scores = score(rounded, labels)
-    write_json(layout.predictions, _predictions(dataset, rows, rounded))
+    write_json(project.predictions, _predictions(dataset, rows, rounded))
     figures = {
         "curves": plots.curves(histories),
         "confusion": plots.confusion(scores),
@@ -103,14 +100,14 @@ def run(context: Context, item: str | None = None) -> None:
         "mistakes": plots.mistakes(dataset.images[rows], probabilities, labels),
     }
     for number, (name, figure) in enumerate(figures.items(), start=1):
-        plots.save(figure, layout.plots / f"{name}.png")
+        plots.save(figure, project.plots / f"{name}.png")
         context.progress("draw pictures", number, len(figures))
     found = {
         **scores.to_json(),
         "standard_errors": standard_errors(probabilities, labels),
         "robustness": robustness(classifier, dataset.images[rows], labels, context.progress),
     }
-    write_json(layout.metrics, found)
+    write_json(project.metrics, found)
 
 
 def evaluate_folder(
@@ -185,8 +182,8 @@ def _predictions(
     }
 
 
-def _history(layout: Layout, phase: str) -> dict[str, Any]:
-    path = layout.history(phase)
+def _history(project: Project, phase: str) -> dict[str, Any]:
+    path = project.history(phase)
     try:
         history: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -16,8 +16,12 @@ from pathlib import Path
 
 import cv2
 
-from tasks.activations.feature_journal import Journal
-from tasks.activations.feature_store import (
+from tasks.data.dataset import Dataset, open_dataset
+from tasks.errors import BackboneError, DataError
+from tasks.io import write_json
+from tasks.model.augment import INPUT_SIZE
+from tasks.model.feature_store import (
+    Journal,
     Key,
     Recipe,
     Row,
@@ -28,30 +32,20 @@ from tasks.activations.feature_store import (
     row_bytes,
     write_rows,
 )
-from tasks.activations.shards import Runner, cut, runner
-from tasks.errors import BackboneError, DataError
-from tasks.layout import Layout
-from tasks.network.checkpoint import TRUNK_FILE
-from tasks.network.engine import engine_version
+from tasks.model.inference import engine_version
+from tasks.model.shards import Runner, cut, runner
+from tasks.model.weights import TRUNK_FILE
 from tasks.params import BACKBONE, Params
-from tasks.pictures.augment import INPUT_SIZE
-from tasks.pictures.dataset import Dataset, open_dataset
-from tasks.scoring.plot_views import draw_views
+from tasks.project import Project
+from tasks.scoring.plots import draw_views
 from tasks.stage import Context, stage_main
-from tasks.training.phase import training_rows
-from tasks.whole import write_json
+from tasks.training.plan import training_rows
 
 CHANNELS = 192
 STRIDE = 32
 """Pixels of the input to one place of the trunk's output."""
 
-_CODE = (
-    "pictures/augment.py",
-    "pictures/backdrop.py",
-    "network/engine.py",
-    "activations/shards.py",
-    "activations/trunk_engine.py",
-)
+_CODE = ("model/augment.py", "model/inference.py", "model/shards.py")
 _log = logging.getLogger(__name__)
 
 
@@ -80,10 +74,10 @@ def run(context: Context, item: str | None = None) -> None:
     except OSError as error:
         raise DataError(
             f"The features cannot be written ({error.strerror}). Received: "
-            f"'{context.layout.features}'. Make room, or mend its permissions, and run again: "
+            f"'{context.project.features}'. Make room, or mend its permissions, and run again: "
             "what was computed is kept."
         ) from error
-    write_json(context.layout.features_report, asdict(report))
+    write_json(context.project.features_report, asdict(report))
 
 
 def extract(
@@ -96,7 +90,7 @@ def extract(
     Args:
         context: where, and with which parameters.
         size: side of the trunk's input in pixels.
-        run_shards: computes the rows that are missing; None for `tasks.activations.shards.runner`.
+        run_shards: computes the rows that are missing; None for `tasks.model.shards.runner`.
 
     Returns:
         What was computed and what was there.
@@ -105,26 +99,26 @@ def extract(
         BackboneError: the backbone stage has not run.
         DataError: there are no preprocessed photos, or too little disk.
     """
-    layout, views = context.layout, context.params.features.views
-    dataset = open_dataset(layout.dataset)
+    project, views = context.project, context.params.features.views
+    dataset = open_dataset(project.dataset)
     cached = context.params.training.mode == "cached"
     wanted = dict(sorted(_wanted(dataset, context.params))) if cached else {}
     recipe = _recipe(context, size)
     shape = (size // STRIDE, size // STRIDE, CHANNELS)
-    stored = _stored(layout.features, recipe, shape)
-    with Journal(layout.features_journal, recipe, shape) as journal:
+    stored = _stored(project.features, recipe, shape)
+    with Journal(project.features_journal, recipe, shape) as journal:
         sources = [rows for rows in (stored, journal.rows) if rows is not None]
         missing = [key for key in wanted if _find(sources, key) is None]
         speed = 0.0
         if missing:
-            _announce(layout.artifacts, len(wanted), len(missing), row_bytes(shape))
+            _announce(project.artifacts, len(wanted), len(missing), row_bytes(shape))
             pictures = ((key, dataset.images[wanted[key]]) for key in missing)
             shards = cut(pictures, context.params.seed, context.params.augmentation, size)
-            rows = (run_shards or runner.get())(shards, _trunk(layout))
+            rows = (run_shards or runner.get())(shards, _trunk(project))
             speed = _keep(context, rows, len(missing), journal)
         if missing or stored is None or not stored.intact or list(stored.places) != list(wanted):
             found = ((key, _found(sources, key)) for key in wanted)
-            write_rows(layout.features, recipe, shape, found, len(wanted))
+            write_rows(project.features, recipe, shape, found, len(wanted))
         journal.drop()
     return FeatureReport(len(missing), len(wanted) - len(missing), speed, views)
 
@@ -147,7 +141,7 @@ def _wanted(dataset: Dataset, params: Params) -> Iterator[tuple[Key, int]]:
 def _draw(context: Context) -> None:
     params = context.params
     views = params.features.views if params.training.mode == "cached" else 0
-    dataset, path = open_dataset(context.layout.dataset), context.layout.plots / "views.png"
+    dataset, path = open_dataset(context.project.dataset), context.project.plots / "views.png"
     draw_views(path, dataset, views, params.seed, params.augmentation)
 
 
@@ -160,12 +154,12 @@ def _recipe(context: Context, size: int) -> Recipe:
         "opencv": cv2.__version__,
         "seed": params.seed,
         "size": size,
-        "trunk": _sha256(_trunk(context.layout)),
+        "trunk": _sha256(_trunk(context.project)),
     }
 
 
-def _trunk(layout: Layout) -> Path:
-    return layout.weights(BACKBONE) / TRUNK_FILE
+def _trunk(project: Project) -> Path:
+    return project.weights(BACKBONE) / TRUNK_FILE
 
 
 def _sha256(path: Path) -> str:

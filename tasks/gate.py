@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tasks.labels import LABELS
-from tasks.params import GateParams
-from tasks.pictures.dataset import INDEX
+from tasks.data.dataset import INDEX
+from tasks.io import write_json
+from tasks.params import LABELS, GateParams
 from tasks.scoring.checks import (
     LARGEST,
     Check,
@@ -31,7 +31,6 @@ from tasks.scoring.checks import (
     surely_at_least,
 )
 from tasks.stage import Context, stage_main
-from tasks.whole import write_json
 
 DISTURBANCES = ("rotation", "brightness", "blur", "scale", "jpeg")
 """What the model must have been tried under; see `tasks.scoring.robustness`."""
@@ -64,10 +63,10 @@ class Verdict(BaseModel):
 
 def run(context: Context, item: str | None = None) -> None:
     """Judge `metrics.json` and the dataset's leaks; write and print the verdict."""
-    layout = context.layout
-    leaks = _read(layout.dataset / INDEX).get("leaks")
-    verdict = judge(_read(layout.metrics), leaks, context.params.gate)
-    write_json(layout.gate, verdict.to_json())
+    project = context.project
+    leaks = _read(project.dataset / INDEX).get("leaks")
+    verdict = judge(_read(project.metrics), leaks, context.params.gate)
+    write_json(project.gate, verdict.to_json())
     Console().print(verdict_table(verdict))
 
 

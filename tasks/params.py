@@ -1,4 +1,4 @@
-"""`params.yaml` as frozen, validated objects."""
+"""`params.yaml`, validated."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +18,6 @@ from pydantic import (
 )
 
 from tasks.errors import ParamsError
-from tasks.labels import LABELS
 
 
 def _no_switch(value: object) -> object:
@@ -234,3 +233,6 @@ def _explain(path: Path, error: ValidationError) -> str:
     return (
         f"{path.name} has {len(faults)} fault(s): {'; '.join(faults)}. Mend or remove these keys."
     )
+
+
+LABELS: tuple[str, ...] = ("0", "1", "2", "3", "4", "5")

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from tasks.data.dataset import IMAGES, INDEX
+from tasks.data.images import shrink
+from tasks.data.near_duplicates import group
+from tasks.data.photos import Photo, count_classes, each_photo, find_photos, name_photos
+from tasks.data.splits import assign
 from tasks.errors import DataError
+from tasks.io import atomic_directory, write_json
 from tasks.params import SplitParams
-from tasks.pictures.dataset import IMAGES, INDEX
-from tasks.pictures.photos import Photo, count_classes, each_photo, find_photos, name_photos
-from tasks.pictures.shrink import shrink
-from tasks.pictures.splits import assign
-from tasks.pictures.twins import group
 from tasks.stage import Context, stage_main
-from tasks.whole import whole_folder, write_json
 
 SPLITS = ("train", "val", "test")
 
@@ -34,9 +34,9 @@ def run(context: Context, item: str | None = None) -> None:
         DataError: the audit is missing or of other photos, a class is too small to
             split, or a file cannot be read.
     """
-    layout, params = context.layout, context.params
-    found = find_photos(layout.data)
-    audit = _read_audit(layout.audit, found)
+    project, params = context.project, context.params
+    found = find_photos(project.data)
+    audit = _read_audit(project.audit, found)
     excluded = {entry["photo"] for entry in audit["excluded"]}
     names = name_photos(found)
     photos = [photo for photo in found if photo.key not in excluded]
@@ -44,9 +44,9 @@ def run(context: Context, item: str | None = None) -> None:
     split_of = split_photos(photos, pairs, params.split, params.seed)
     photos.sort(key=lambda photo: (split_of[photo.key], photo.label, names[photo.key]))
     detail = params.preprocess.detail
-    with whole_folder(layout.dataset) as folder:
+    with atomic_directory(project.dataset) as folder:
         reading = each_photo(
-            partial(shrink, detail=detail), layout.data, photos, context.progress, "shrink photos"
+            partial(shrink, detail=detail), project.data, photos, context.progress, "shrink photos"
         )
         # Written and not mapped: a mapped page that finds no room kills the process.
         with (folder / IMAGES).open("wb") as file:

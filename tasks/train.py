@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.data.dataset import Dataset, open_dataset
 from tasks.errors import StageError
-from tasks.network.checkpoint import BACKBONE_FILE, TEMPERATURE, WEIGHTS_FILE, read_phase
-from tasks.network.weights import write_weights
+from tasks.io import atomic_directory, write_json
+from tasks.model.augment import INPUT_SIZE
+from tasks.model.weights import BACKBONE_FILE, TEMPERATURE, WEIGHTS_FILE, read_phase, write_weights
 from tasks.params import BACKBONE
-from tasks.pictures.augment import INPUT_SIZE
-from tasks.pictures.dataset import Dataset, open_dataset
 from tasks.stage import Context, stage_main
-from tasks.training.phase import Epoch, Plan, plan_phase
+from tasks.training.plan import Epoch, Plan, plan_phase
 from tasks.training.temperature import fit_temperature, score
-from tasks.whole import whole_folder, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
 
     # Measured to cost nothing here; without it bits would hang on thread timing.
     tf.config.experimental.enable_op_determinism()
-    dataset = open_dataset(context.layout.dataset)
+    dataset = open_dataset(context.project.dataset)
     plan = _on_this_machine(plan_phase(context.params, name, dataset))
     strategy = _strategy(plan)
     with strategy.scope():
@@ -61,14 +60,14 @@ def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
         weights[TEMPERATURE] = np.array(temperature, np.float32)
         history[TEMPERATURE] = temperature
         history["val_loss"] = score(logits / temperature, plan.val_labels)[0]
-    with whole_folder(context.layout.weights(plan.name)) as folder:
+    with atomic_directory(context.project.weights(plan.name)) as folder:
         write_weights(folder / WEIGHTS_FILE, weights)
-        write_json(folder / context.layout.history(plan.name).name, history)
+        write_json(folder / context.project.history(plan.name).name, history)
 
 
 def _on_this_machine(plan: Plan) -> Plan:
     """Settle the precision that `plan` trains in here."""
-    from tasks.training.precision import FULL, usable_precision
+    from tasks.training.tail import FULL, usable_precision
 
     wanted = plan.training.precision
     usable = usable_precision(wanted) if plan.training.mode == "cached" else FULL
@@ -78,10 +77,10 @@ def _on_this_machine(plan: Plan) -> Plan:
 
 
 def _starting_model(context: Context, plan: Plan, size: int) -> Any:
-    from tasks.network.model import build_model, build_tail, freeze
+    from tasks.model.network import build_model, build_tail, freeze
     from tasks.training.tail import put_tail
 
-    weights, _ = read_phase(context.layout, plan.phase.starts_from)
+    weights, _ = read_phase(context.project, plan.phase.starts_from)
     if plan.training.mode == "cached":
         model = build_tail(size, plan.seed)
     else:
@@ -89,7 +88,7 @@ def _starting_model(context: Context, plan: Plan, size: int) -> Any:
             context.params.augmentation,
             plan.training.dropout,
             size=size,
-            backbone_weights=context.layout.weights(BACKBONE) / BACKBONE_FILE,
+            backbone_weights=context.project.weights(BACKBONE) / BACKBONE_FILE,
             seed=plan.seed,
         )
     put_tail(model, weights)
@@ -102,7 +101,7 @@ def _strategy(plan: Plan) -> Any:
     import tensorflow as tf
 
     if plan.training.mode == "end_to_end":
-        from tasks.training.distributed import find_strategy
+        from tasks.training.end_to_end import find_strategy
 
         return find_strategy() or tf.distribute.get_strategy()
     return tf.distribute.get_strategy()
@@ -112,13 +111,13 @@ def _fit(
     context: Context, model: Any, plan: Plan, dataset: Dataset, strategy: Any
 ) -> tuple[list[Epoch], NDArray[np.float32]]:
     if plan.training.mode == "cached":
-        from tasks.activations.feature_reader import open_features
+        from tasks.model.feature_store import open_features
         from tasks.training.cached import fit_cached
 
-        features = open_features(context.layout.features)
+        features = open_features(context.project.features)
         return fit_cached(model, plan, dataset.names, features, context.progress)
     if strategy.num_replicas_in_sync > 1:
-        from tasks.training.distributed import fit_distributed
+        from tasks.training.end_to_end import fit_distributed
 
         return fit_distributed(strategy, model, plan, dataset.images, context.progress)
     from tasks.training.end_to_end import fit_end_to_end

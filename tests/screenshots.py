@@ -15,9 +15,9 @@ from typing import Any
 
 from PIL import Image
 
-from flows.loopback import servers
-from flows.loopback.credentials import local_credentials
-from tasks.whole import whole_file
+from flows.local import servers
+from flows.local.credentials import local_credentials
+from tasks.io import atomic_write
 from tests.fixtures.browser import DESKTOP, PHONE, chromium, see, shoot
 from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.prefect_api import PrefectApi
@@ -84,7 +84,7 @@ def save(driver: Any, target: Path, whole: bool = True) -> None:
     """Write what is seen once nothing moves any more, in 256 colours."""
     settled(driver)
     picture = Image.open(io.BytesIO(shoot(driver, whole))).convert("RGB").quantize(256)
-    with whole_file(target) as temporary:
+    with atomic_write(target) as temporary:
         picture.save(temporary, "PNG", optimize=True)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tasks.training.adam import Adam
+from tasks.training.cached import Adam
 
 
 def trained(kind: type[keras.optimizers.Adam], weight_decay: float | None) -> list[np.ndarray]:

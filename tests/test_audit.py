@@ -10,12 +10,11 @@ import pytest
 from PIL import Image
 
 from tasks import audit
+from tasks.data.near_duplicates import group
+from tasks.data.photos import find_photos
 from tasks.errors import DataError
-from tasks.labels import LABELS
-from tasks.layout import Layout
-from tasks.params import AuditParams, Params
-from tasks.pictures.photos import find_photos
-from tasks.pictures.twins import group
+from tasks.params import LABELS, AuditParams, Params
+from tasks.project import Project
 from tasks.stage import Context
 from tests.fixtures.photos import write_photos
 
@@ -23,10 +22,10 @@ from tests.fixtures.photos import write_photos
 @pytest.fixture
 def context(tmp_path: Path, params: Params) -> Context:
     """Six photos of each class in train, no test, nothing alike."""
-    layout = Layout(tmp_path)
-    write_photos(layout.data / "train", 6)
+    project = Project(tmp_path)
+    write_photos(project.data / "train", 6)
     alike = AuditParams(hash_distance=10, twin_rms=6.0)
-    return Context(layout, params.model_copy(update={"audit": alike}))
+    return Context(project, params.model_copy(update={"audit": alike}))
 
 
 def _copy(source: Path, target: Path, brighter: int = 0) -> Path:
@@ -39,13 +38,13 @@ def _copy(source: Path, target: Path, brighter: int = 0) -> Path:
 
 def _report(context: Context) -> dict:
     audit.run(context)
-    return json.loads(context.layout.audit.read_text())
+    return json.loads(context.project.audit.read_text())
 
 
 def test_counts_sizes_and_balance_are_reported(context: Context) -> None:
-    write_photos(context.layout.data / "test", 2, size=80, seed=1)
+    write_photos(context.project.data / "test", 2, size=80, seed=1)
     for name in ("0000.png", "0001.png", "0002.png"):
-        (context.layout.data / "train" / "3" / name).unlink()
+        (context.project.data / "train" / "3" / name).unlink()
     report = _report(context)
     assert report["photos"] == 45
     assert report["counts"]["train"] == {label: 3 if label == "3" else 6 for label in LABELS}
@@ -58,7 +57,7 @@ def test_counts_sizes_and_balance_are_reported(context: Context) -> None:
 
 
 def test_twins_in_train_are_counted_and_kept(context: Context) -> None:
-    folder = context.layout.data / "train" / "2"
+    folder = context.project.data / "train" / "2"
     _copy(folder / "0001.png", folder / "copy.png", brighter=2)
     _copy(folder / "0001.png", folder / "exact.png")
     report = _report(context)
@@ -71,7 +70,7 @@ def test_twins_in_train_are_counted_and_kept(context: Context) -> None:
 
 
 def test_a_long_burst_is_told_by_its_photos_and_not_by_all_its_pairs(context: Context) -> None:
-    folder = context.layout.data / "train" / "2"
+    folder = context.project.data / "train" / "2"
     for number in range(60):
         _copy(folder / "0001.png", folder / f"burst-{number:02d}.png", brighter=number % 3)
     report = _report(context)
@@ -84,7 +83,7 @@ def test_a_long_burst_is_told_by_its_photos_and_not_by_all_its_pairs(context: Co
 def test_what_holds_a_group_together_does_not_lead_over_photos_that_are_kept_out(
     context: Context,
 ) -> None:
-    train = context.layout.data / "train"
+    train = context.project.data / "train"
     base = np.asarray(Image.open(train / "2" / "0001.png")).astype(int)
     (train / "2" / "0001.png").unlink()
     fine = 2 * (np.indices(base.shape[:2]).sum(axis=0) % 2)[..., None] - 1
@@ -107,7 +106,7 @@ def _number(key: str) -> int:
 
 
 def test_train_photos_with_a_twin_in_the_official_test_are_excluded(context: Context) -> None:
-    data = context.layout.data
+    data = context.project.data
     write_photos(data / "test", 3, seed=1)
     _copy(data / "test" / "5" / "0002.png", data / "train" / "5" / "near.png", brighter=3)
     _copy(data / "train" / "5" / "near.png", data / "train" / "5" / "chain.png", brighter=4)
@@ -124,7 +123,7 @@ def test_train_photos_with_a_twin_in_the_official_test_are_excluded(context: Con
 
 
 def test_near_twins_under_two_labels_are_both_kept_out_of_training(context: Context) -> None:
-    data = context.layout.data
+    data = context.project.data
     _copy(data / "train" / "1" / "0003.png", data / "train" / "4" / "odd.png", brighter=2)
     report = _report(context)
     assert [pair["photos"] for pair in report["conflicts"]] == [
@@ -137,7 +136,7 @@ def test_near_twins_under_two_labels_are_both_kept_out_of_training(context: Cont
 
 
 def test_photos_that_only_a_conflict_joins_count_for_their_own_classes(context: Context) -> None:
-    data = context.layout.data
+    data = context.project.data
     write_photos(data / "test", 2, seed=1)
     for number in range(1, 6):
         (data / "train" / "4" / f"{number:04d}.png").unlink()
@@ -151,7 +150,7 @@ def test_photos_that_only_a_conflict_joins_count_for_their_own_classes(context: 
 
 
 def test_a_test_photo_is_never_excluded(context: Context) -> None:
-    data = context.layout.data
+    data = context.project.data
     write_photos(data / "test", 3, seed=1)
     _copy(data / "test" / "0" / "0000.png", data / "test" / "3" / "odd.png", brighter=2)
     report = _report(context)
@@ -163,33 +162,33 @@ def test_a_test_photo_is_never_excluded(context: Context) -> None:
 def test_the_same_picture_under_two_labels_fails_and_names_both(
     context: Context, folder: str
 ) -> None:
-    data = context.layout.data
+    data = context.project.data
     write_photos(data / "test", 3, seed=1)
     _copy(data / "train" / "1" / "0003.png", data / folder / "2" / "odd.png")
     with pytest.raises(DataError, match="two labels") as refused:
         audit.run(context)
     assert "train/1/0003.png" in str(refused.value)
     assert f"{folder}/2/odd.png" in str(refused.value)
-    assert not context.layout.audit.exists()
+    assert not context.project.audit.exists()
 
 
 @pytest.mark.parametrize("folder", ["train", "test"])
 def test_a_missing_class_fails_and_is_named(context: Context, folder: str) -> None:
-    write_photos(context.layout.data / "test", 3, seed=1)
-    shutil.rmtree(context.layout.data / folder / "4")
+    write_photos(context.project.data / "test", 3, seed=1)
+    shutil.rmtree(context.project.data / folder / "4")
     with pytest.raises(DataError, match=f"none in {folder}/4"):
         audit.run(context)
 
 
 def test_a_class_too_small_to_split_fails(context: Context) -> None:
     for number in range(1, 6):
-        (context.layout.data / "train" / "0" / f"{number:04d}.png").unlink()
+        (context.project.data / "train" / "0" / f"{number:04d}.png").unlink()
     with pytest.raises(DataError, match="Class 0 has too few"):
         audit.run(context)
 
 
 def test_a_class_that_exclusion_empties_fails(context: Context) -> None:
-    data = context.layout.data
+    data = context.project.data
     write_photos(data / "test", 6, seed=0)
     for label in LABELS[1:]:
         shutil.rmtree(data / "test" / label)
@@ -201,10 +200,10 @@ def test_a_class_that_exclusion_empties_fails(context: Context) -> None:
 
 
 def test_an_unknown_label_folder_fails(context: Context) -> None:
-    (context.layout.data / "train" / "six").mkdir()
+    (context.project.data / "train" / "six").mkdir()
     _copy(
-        context.layout.data / "train" / "1" / "0000.png",
-        context.layout.data / "train" / "six" / "a.png",
+        context.project.data / "train" / "1" / "0000.png",
+        context.project.data / "train" / "six" / "a.png",
     )
     with pytest.raises(DataError, match="Received: 'six'"):
         audit.run(context)
@@ -212,11 +211,11 @@ def test_an_unknown_label_folder_fails(context: Context) -> None:
 
 def test_no_photos_at_all_fails(tmp_path: Path, params: Params) -> None:
     with pytest.raises(DataError, match="no photos to train on"):
-        audit.run(Context(Layout(tmp_path), params))
+        audit.run(Context(Project(tmp_path), params))
 
 
 def test_a_damaged_stored_photo_fails_and_is_named(context: Context) -> None:
-    path = context.layout.data / "train" / "3" / "0002.png"
+    path = context.project.data / "train" / "3" / "0002.png"
     path.write_bytes(path.read_bytes()[:900])
     with pytest.raises(DataError, match=r"3/0002\.png"):
         audit.run(context)
@@ -224,29 +223,29 @@ def test_a_damaged_stored_photo_fails_and_is_named(context: Context) -> None:
 
 def test_a_lopsided_set_is_warned_about(context: Context) -> None:
     for number in (0, 1, 2):
-        (context.layout.data / "train" / "5" / f"{number:04d}.png").unlink()
-    write_photos(context.layout.data / "train", 10)
+        (context.project.data / "train" / "5" / f"{number:04d}.png").unlink()
+    write_photos(context.project.data / "train", 10)
     for number in range(3, 10):
-        (context.layout.data / "train" / "5" / f"{number:04d}.png").unlink()
+        (context.project.data / "train" / "5" / f"{number:04d}.png").unlink()
     report = _report(context)
     assert report["imbalance"] == pytest.approx(3.333)
     assert report["warnings"] == ["the largest class has 3.333 times the smallest's photos"]
 
 
 def test_the_same_photos_give_the_same_bytes(context: Context, tmp_path: Path) -> None:
-    layout = context.layout
-    _copy(layout.data / "train" / "2" / "0001.png", layout.data / "train" / "2" / "copy.png", 2)
+    project = context.project
+    _copy(project.data / "train" / "2" / "0001.png", project.data / "train" / "2" / "copy.png", 2)
     audit.run(context)
-    other = Layout(tmp_path / "other")
-    shutil.copytree(layout.data, other.data)
-    audit.run(replace(context, layout=other))
-    assert layout.audit.read_bytes() == other.audit.read_bytes()
-    picture = (layout.plots / "audit.png").read_bytes()
+    other = Project(tmp_path / "other")
+    shutil.copytree(project.data, other.data)
+    audit.run(replace(context, project=other))
+    assert project.audit.read_bytes() == other.audit.read_bytes()
+    picture = (project.plots / "audit.png").read_bytes()
     assert picture == (other.plots / "audit.png").read_bytes()
-    assert Image.open(layout.plots / "audit.png").size > (1000, 800)
+    assert Image.open(project.plots / "audit.png").size > (1000, 800)
 
 
 def test_hidden_files_are_not_photos(context: Context) -> None:
-    before = len(find_photos(context.layout.data))
-    (context.layout.data / "train" / "0" / ".note").write_text("not a photo")
-    assert len(find_photos(context.layout.data)) == before == 36
+    before = len(find_photos(context.project.data))
+    (context.project.data / "train" / "0" / ".note").write_text("not a photo")
+    assert len(find_photos(context.project.data)) == before == 36

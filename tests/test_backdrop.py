@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tasks.pictures.backdrop import exchange_backdrop, find_hand
+from tasks.model.augment import exchange_backdrop, find_hand
 from tasks.rendering.sample import draw
 
 SIDE = 64

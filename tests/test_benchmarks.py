@@ -7,11 +7,10 @@ import pytest
 
 from benchmarks import growth, halves, increment, markdown, tail, training
 from benchmarks.variant import curve
-from tasks.labels import LABELS
-from tasks.layout import Layout
-from tasks.params import load_params
-from tasks.pictures.dataset import INDEX
-from tasks.whole import read_json, write_json
+from tasks.data.dataset import INDEX
+from tasks.io import read_json, write_json
+from tasks.params import LABELS, load_params
+from tasks.project import Project
 from tests.fixtures.photos import CHECKOUT
 
 
@@ -94,27 +93,27 @@ def test_a_changes_share_is_of_the_first_retrain() -> None:
 
 
 def test_a_half_is_the_photos_that_the_camera_numbered_first(tmp_path: Path) -> None:
-    layout = Layout(tmp_path)
+    project = Project(tmp_path)
     photos = [
         {"name": f"{label}-{number}.png", "label": label, "split": "test"}
         for label in LABELS
         for number in range(5)
     ]
-    write_json(layout.dataset / INDEX, {"photos": photos})
+    write_json(project.dataset / INDEX, {"photos": photos})
     numbers = {str(photo["name"]): 100 - place for place, photo in enumerate(photos)}
     for half, trained in ((0, {0, 1}), (1, {2, 3, 4})):
-        halves.hold_out(layout, numbers, half)
-        told = read_json(layout.dataset / INDEX)["photos"]
+        halves.hold_out(project, numbers, half)
+        told = read_json(project.dataset / INDEX)["photos"]
         assert {photo["split"] for photo in told} == {"train", "val"}
         kept = {int(photo["name"][2]) for photo in told if photo["split"] == "train"}
         assert kept == trained
 
 
 def test_a_setting_of_a_trial_goes_into_the_parameters(tmp_path: Path) -> None:
-    layout = Layout(tmp_path)
-    shutil.copy(CHECKOUT.params, layout.params)
-    halves.change(layout, ["training.style_mixing=0.5", "phases.full.epochs=3", "seed=7"])
-    params = load_params(layout.params)
+    project = Project(tmp_path)
+    shutil.copy(CHECKOUT.params, project.params)
+    halves.change(project, ["training.style_mixing=0.5", "phases.full.epochs=3", "seed=7"])
+    params = load_params(project.params)
     assert (params.training.style_mixing, params.phases["full"].epochs, params.seed) == (0.5, 3, 7)
 
 

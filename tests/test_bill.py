@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import StageError
-from tasks.releases.bill import write_bill
-from tasks.releases.environment import environment
+from tasks.releases.card import write_bill
+from tasks.services.git import environment
 from tests.fixtures.photos import CHECKOUT
 
 LOCK, PROJECT = CHECKOUT.root / "requirements.lock", CHECKOUT.root / "pyproject.toml"

@@ -10,7 +10,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from tasks.services.addresses import S3Address
+from tasks.services.s3 import S3Address
 from tests.fixtures.browser import DESKTOP, PHONE, see, shoot
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.screens import (

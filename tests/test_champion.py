@@ -9,16 +9,14 @@ import pytest
 
 from tasks.errors import OlderError, OvertakenError, PromotionError, ReleaseError
 from tasks.gate import judge
+from tasks.io import write_json
 from tasks.params import GateParams
-from tasks.releases.alias import mend_alias
-from tasks.releases.champion import crown, promote, rollback
-from tasks.releases.objections import comparison_tags
-from tasks.releases.pointer import Champion, Move, read_champion
+from tasks.releases.champion import comparison_tags, crown, promote, rollback
+from tasks.releases.pointer import Champion, Move, mend_alias, read_champion
 from tasks.releases.release import publish
 from tasks.scoring.metrics import DIGITS
-from tasks.services.registry import CHAMPION, CONTENT_ID, Registry, Version
-from tasks.services.storage import Storage
-from tasks.whole import write_json
+from tasks.services.mlflow import CHAMPION, CONTENT_ID, Registry, Version
+from tasks.services.s3 import Storage
 
 LIMITS = GateParams(min_accuracy=0.9, max_leaks=0)
 

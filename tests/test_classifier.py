@@ -11,11 +11,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from tasks.data.images import MAX_BYTES
 from tasks.errors import DataError, ModelError
-from tasks.labels import LABELS
-from tasks.network.classifier import BATCH, Classifier, Prediction, classify_files, load_classifier
-from tasks.params import Params
-from tasks.pictures.images import MAX_BYTES
+from tasks.model.inference import BATCH, Classifier, Prediction, classify_files, load_classifier
+from tasks.params import LABELS, Params
 from tests.fixtures.photos import photo
 
 
@@ -132,8 +131,8 @@ def test_a_missing_model_file_is_one_clear_error(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A frozen graph of a random model for 32 pixels."""
-    from tasks.network.frozen import frozen_graph
-    from tasks.network.model import build_model
+    from tasks.model.export import frozen_graph
+    from tasks.model.network import build_model
 
     path = tmp_path_factory.mktemp("graph") / "model.pb"
     path.write_bytes(frozen_graph(build_model(size=32, seed=3)))
@@ -160,9 +159,9 @@ def test_predicting_with_a_graph_imports_no_library_it_does_not_need(
     heavy = ("tensorflow", "keras", "mlflow", "matplotlib", "sklearn", "scipy", "pandas", "dvc")
     program = (
         "import sys; from pathlib import Path; "
-        "import flows.cli, flows.commands.tables, flows.workspace; "
-        "import tasks.releases.champion, tasks.releases.release, tasks.releases.release_reader; "
-        "from tasks.network.classifier import classify_files, load_classifier; "
+        "import flows.cli, flows.output, flows.workspace; "
+        "import tasks.releases.pointer, tasks.releases.release; "
+        "from tasks.model.inference import classify_files, load_classifier; "
         "graph, photo = map(Path, sys.argv[1:]); "
         "(found,) = classify_files(load_classifier(graph, 64, 32), [photo]); "
         f"print(found.label, [m for m in {heavy} if m in sys.modules])"
@@ -193,8 +192,8 @@ def test_a_graph_for_another_size_is_refused(graph: Path) -> None:
 
 @pytest.mark.slow
 def test_a_saved_model_gives_the_probabilities_keras_gives(tmp_path: Path, params: Params) -> None:
-    from tasks.network.model import build_model
-    from tasks.pictures.augment import enlarge
+    from tasks.model.augment import enlarge
+    from tasks.model.network import build_model
 
     # With the layers that only training uses, as the assemble stage saves it.
     model = build_model(params.augmentation, 0.3, size=32, seed=3)

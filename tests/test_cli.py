@@ -61,12 +61,12 @@ def test_outside_a_checkout_it_says_so_in_one_line(tmp_path: Path) -> None:
 
 
 def test_an_unknown_parameter_is_named_and_reported(workshop: Workshop) -> None:
-    kept = workshop.layout.params.read_text()
+    kept = workshop.project.params.read_text()
     workshop.change("gate", min_acuracy=0.9)
     try:
         told = workshop.handsigns("retrain", code=1)
     finally:
-        workshop.layout.params.write_text(kept)
+        workshop.project.params.write_text(kept)
     assert told["status"] == "failed"
     assert "gate.min_acuracy" in told["reason"]
     assert workshop.report() == told
@@ -82,14 +82,14 @@ def test_an_unknown_parameter_is_named_and_reported(workshop: Workshop) -> None:
 def test_parameters_that_cannot_be_read_are_reported(
     workshop: Workshop, content: bytes, reason: str
 ) -> None:
-    kept = workshop.layout.params.read_bytes()
-    workshop.layout.params.write_bytes(
+    kept = workshop.project.params.read_bytes()
+    workshop.project.params.write_bytes(
         content if content[0] == 0xFF else kept.replace(b"seed: 20", content)
     )
     try:
         told = workshop.handsigns("retrain", code=1)
     finally:
-        workshop.layout.params.write_bytes(kept)
+        workshop.project.params.write_bytes(kept)
     assert reason in told["reason"]
     assert workshop.report() == told
 
@@ -105,28 +105,28 @@ def test_a_reason_that_is_no_utf_8_is_wrong_usage(
 
 
 def test_status_names_parameters_that_are_gone(workshop: Workshop) -> None:
-    kept = workshop.layout.params.read_bytes()
-    workshop.layout.params.unlink()
+    kept = workshop.project.params.read_bytes()
+    workshop.project.params.unlink()
     try:
         told = workshop.handsigns("status", code=1)
     finally:
-        workshop.layout.params.write_bytes(kept)
+        workshop.project.params.write_bytes(kept)
     assert "Parameters cannot be read" in told
 
 
 def test_a_damaged_version_of_the_photos_is_told_before_they_are_exchanged(tmp_path: Path) -> None:
     workshop = make_checkout(tmp_path / "checkout")
     workshop.handsigns("import", write_photos(tmp_path / "first", per_class=1))
-    before = sorted(path.name for path in workshop.layout.data.rglob("*.png"))
+    before = sorted(path.name for path in workshop.project.data.rglob("*.png"))
     other = write_photos(tmp_path / "other", per_class=1, seed=3)
     for damage in (b"{", b"\xff\xfe\x00"):
-        workshop.layout.data_file.write_bytes(damage)
+        workshop.project.data_file.write_bytes(damage)
         told = workshop.handsigns("import", other, "--replace", code=1)
         assert "data.dvc is not what DVC writes" in told
-    assert sorted(path.name for path in workshop.layout.data.rglob("*.png")) == before
-    workshop.layout.data_file.unlink()
+    assert sorted(path.name for path in workshop.project.data.rglob("*.png")) == before
+    workshop.project.data_file.unlink()
     workshop.handsigns("import", other, "--replace")
-    assert sorted(path.name for path in workshop.layout.data.rglob("*.png")) != before
+    assert sorted(path.name for path in workshop.project.data.rglob("*.png")) != before
 
 
 @pytest.mark.parametrize("seconds", ["nan", "inf", "-5", "30"])
@@ -139,7 +139,7 @@ def test_a_silence_that_would_crash_healthy_runs_is_wrong_usage(
 
 
 def test_json_is_json_on_a_terminal_that_knows_few_letters() -> None:
-    code = "from flows.commands.terminal import print_json; print_json({'file': 'ü手.png'})"
+    code = "from flows.output import print_json; print_json({'file': 'ü手.png'})"
     known = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     done = subprocess.run([sys.executable, "-c", code], env=known, capture_output=True)
     assert json.loads(done.stdout) == {"file": "ü手.png"}
@@ -149,7 +149,7 @@ def test_an_interrupted_command_says_what_that_means(workshop: Workshop) -> None
     code = (
         "import signal, sys\n"
         "from flows import cli\n"
-        "import flows.commands.runs as runs\n"
+        "import flows.cli as runs\n"
         # A shell has what it starts in the background ignore the signal.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "runs.open_workspace = lambda: signal.raise_signal(signal.SIGINT)\n"
@@ -174,7 +174,7 @@ def test_a_server_that_takes_no_deployment_is_named_in_one_line(workshop: Worksh
 @pytest.fixture
 def declared(workshop: Workshop) -> Iterator[Path]:
     """The checkout's `prefect.yaml`, which others need as it is."""
-    path = workshop.layout.root / "prefect.yaml"
+    path = workshop.project.root / "prefect.yaml"
     content = path.read_bytes()
     yield path
     path.write_bytes(content)
@@ -194,7 +194,7 @@ def test_a_misspelt_schedule_is_told_before_any_server_is_asked_or_started(
     workshop: Workshop, declared: Path, verb: str, spoilt: str, fault: str
 ) -> None:
     def logs() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in workshop.layout.local.glob("logs/*")}
+        return {path: path.stat().st_mtime_ns for path in workshop.project.local.glob("logs/*")}
 
     before = logs()
     declared.write_text(spoilt)
@@ -228,8 +228,8 @@ def test_import_tells_what_was_taken_and_what_not_and_why(tmp_path: Path) -> Non
     assert sum(report["taken"]["train"].values()) == 18
     reasons = {Path(one["origin"]).name: one["reason"] for one in report["quarantined"]}
     assert set(reasons) == {"broken.jpg", "hand.png"}
-    assert (workshop.layout.quarantine / "quarantine.json").is_file()
-    record = yaml.safe_load((workshop.layout.root / "data.dvc").read_text())
+    assert (workshop.project.quarantine / "quarantine.json").is_file()
+    record = yaml.safe_load((workshop.project.root / "data.dvc").read_text())
     assert record["outs"][0]["md5"] == report["version"]
     assert record["meta"] == {"source": "photos"}
     again = workshop.run("handsigns", "import", photos).stdout

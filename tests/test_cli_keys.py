@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.commands.keys import refuse_tracked
+from flows.cli import refuse_tracked
 from tasks.errors import SettingsError
-from tasks.services.keys import PUBLIC_KEY, new_keys
+from tasks.releases.signing import PUBLIC_KEY, new_keys
 from tests.fixtures.checkouts import BIN
 
 

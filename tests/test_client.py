@@ -5,9 +5,8 @@ from urllib.request import proxy_bypass_environment
 
 import pytest
 
-from flows.client import point_prefect_at
-from flows.loopback.proxy import spare_loopback
-from flows.loopback.servers import reachable
+from flows.local.proxy import spare_loopback
+from flows.local.servers import point_prefect_at, reachable
 from flows.settings import load_settings
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.services.addresses import S3Address
-from tasks.services.storage import Storage
+from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.dask_cluster import DaskCluster
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.servers import MlflowServer
@@ -38,16 +37,16 @@ def test_configured_services_take_everything_and_none_starts_here(
     report = one.handsigns("retrain", **named)
     assert report["status"] == "promoted", report["reason"]
     assert report["release"]["uri"].startswith(f"s3://{s3.bucket}/releases/")
-    assert not (one.layout.local / "seaweedfs").exists()
-    assert not (one.layout.local / "mlflow.db").exists()
-    assert not (one.layout.local / "prefect/prefect.db").exists()
+    assert not (one.project.local / "seaweedfs").exists()
+    assert not (one.project.local / "mlflow.db").exists()
+    assert not (one.project.local / "prefect/prefect.db").exists()
     names = {entry.key.split("/")[-1] for entry in Storage(s3).list("releases/")}
     assert {"manifest.json", "model.keras", "labels.json", "metrics.json", "model_card.md"} <= names
     assert prefect_api.ask("flow_runs/count", {}) >= 1
     # A colleague's clone pulls the photos, asks the same champion, and computes the same
     # features on a cluster.
     two = trained.checkout(tmp_path / "two")
-    shutil.copy(one.layout.root / "data.dvc", two.layout.root)
+    shutil.copy(one.project.root / "data.dvc", two.project.root)
     seen = two.handsigns("predict", trained.photos / "4/0000.png", **named)
     assert report["release"]["id"] in seen["model"]
     dask_cluster.start_worker()
@@ -66,7 +65,7 @@ def test_configured_services_take_everything_and_none_starts_here(
     refused = two.handsigns("retrain", "--force", code=1, **nameless)
     assert "PREFECT_API_AUTH_STRING" in refused["reason"]
     # Nothing of the keys is left in what others may read.
-    for place in (one.layout, two.layout):
+    for place in (one.project, two.project):
         secrets = (str(s3.secret_access_key), local_mlflow.login[-16:], prefect_api.login[-16:])
         written = [place.run, place.root / "dvc.lock", place.root / ".dvc/config"]
         assert all(secret not in path.read_text() for path in written for secret in secrets)

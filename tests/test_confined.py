@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from tasks import confined
-from tasks.confined import REFUSED, run_confined
+from tasks import stage
+from tasks.stage import REFUSED, run_confined
 
 NARROWER = """
 import resource
-from tasks.confined import confine
+from tasks.stage import confine
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 confine(1 << 32, 50, 4000)
 print([resource.getrlimit(kind)[0] for kind in
@@ -35,6 +35,6 @@ def test_the_child_sees_neither_credentials_nor_plug_ins(monkeypatch: pytest.Mon
 
 def test_a_refusal_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        confined.refuse("is damaged\n(in two lines)")
+        stage.refuse("is damaged\n(in two lines)")
     assert caught.value.code == REFUSED
     assert capsys.readouterr().err == "is damaged (in two lines)\n"

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from tasks.data.directory import locked
+from tasks.data.sources import fetch_data, render
 from tasks.errors import BusyError, DataError, HandsignsError, ServiceError
-from tasks.incoming.fetch import fetch_data, render
-from tasks.incoming.held import locked
-from tasks.layout import Layout
-from tasks.services.addresses import S3Address
-from tasks.services.pipeline import Pipeline, Remote
-from tasks.services.storage import Storage
+from tasks.project import Project
+from tasks.services.dvc import Pipeline, Remote
+from tasks.services.s3 import S3Address, Storage
 from tests.fixtures import faults
 from tests.fixtures.checkouts import with_stages
 from tests.fixtures.faults import Proxy, proxy_to
@@ -34,22 +33,22 @@ SECONDS = 60
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout with photos and one version of them."""
-    layout = with_stages(tmp_path_factory.mktemp("data") / "checkout")
+    project = with_stages(tmp_path_factory.mktemp("data") / "checkout")
     before = Path.cwd()
-    os.chdir(layout.root)
+    os.chdir(project.root)
     try:
-        Pipeline(layout).version_data("photos")
+        Pipeline(project).version_data("photos")
     finally:
         os.chdir(before)
-    return layout.root
+    return project.root
 
 
 @pytest.fixture
-def checkout(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+def checkout(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     root = tmp_path / "checkout"
     shutil.copytree(prepared, root)
     monkeypatch.chdir(root)
-    return Layout(root)
+    return Project(root)
 
 
 @pytest.fixture
@@ -73,10 +72,10 @@ def _s3_remote(address: S3Address, url: str, **other: str) -> Remote:
     return Remote(f"s3://{address.bucket}/photos", {**options, **other})
 
 
-def _photos(layout: Layout) -> dict[str, str]:
+def _photos(project: Project) -> dict[str, str]:
     return {
-        str(path.relative_to(layout.data)): hashlib.md5(path.read_bytes()).hexdigest()
-        for path in layout.data.rglob("*.png")
+        str(path.relative_to(project.data)): hashlib.md5(path.read_bytes()).hexdigest()
+        for path in project.data.rglob("*.png")
     }
 
 
@@ -100,7 +99,7 @@ def _is_sound(path: Path) -> bool:
 
 
 def test_a_flipped_byte_in_the_cache_is_found_before_it_is_laid_out(
-    checkout: Layout, remote: Remote
+    checkout: Project, remote: Remote
 ) -> None:
     before = _photos(checkout)
     Pipeline(checkout, remote).push_data()
@@ -115,7 +114,7 @@ def test_a_flipped_byte_in_the_cache_is_found_before_it_is_laid_out(
     assert not any(checkout.data.glob("*/*/*"))
 
 
-def test_a_flipped_byte_in_a_cached_result_is_computed_anew(checkout: Layout) -> None:
+def test_a_flipped_byte_in_a_cached_result_is_computed_anew(checkout: Project) -> None:
     pipeline = Pipeline(checkout)
     assert [pipeline.run(name) for name in ("audit", "preprocess")] == ["ran", "ran"]
     wanted = (checkout.dataset / "images.npy").read_bytes()
@@ -129,7 +128,7 @@ def test_a_flipped_byte_in_a_cached_result_is_computed_anew(checkout: Layout) ->
 
 
 def test_push_repairs_what_the_remote_lost_or_holds_damaged(
-    checkout: Layout, remote: Remote, tmp_path: Path
+    checkout: Project, remote: Remote, tmp_path: Path
 ) -> None:
     pipeline = Pipeline(checkout, remote)
     assert pipeline.push_data() == 73
@@ -145,7 +144,7 @@ def test_push_repairs_what_the_remote_lost_or_holds_damaged(
     assert all(_is_sound(path) for path in stored)
 
 
-def test_push_repairs_objects_in_s3(checkout: Layout, s3: S3Address) -> None:
+def test_push_repairs_objects_in_s3(checkout: Project, s3: S3Address) -> None:
     pipeline = Pipeline(checkout, _s3_remote(s3, s3.endpoint_url))
     assert pipeline.push_data() == 73
     storage = Storage(s3)
@@ -161,7 +160,7 @@ def test_push_repairs_objects_in_s3(checkout: Layout, s3: S3Address) -> None:
 
 
 def test_a_failing_remote_is_told_in_one_line_and_lays_out_nothing(
-    checkout: Layout, s3: S3Address, proxy: Proxy
+    checkout: Project, s3: S3Address, proxy: Proxy
 ) -> None:
     before = _photos(checkout)
     Pipeline(checkout, _s3_remote(s3, s3.endpoint_url)).push_data()
@@ -195,7 +194,7 @@ def test_a_failing_remote_is_told_in_one_line_and_lays_out_nothing(
     assert _photos(checkout) == before
 
 
-def test_a_lock_file_edited_by_hand_is_mended_or_told(checkout: Layout) -> None:
+def test_a_lock_file_edited_by_hand_is_mended_or_told(checkout: Project) -> None:
     lock = checkout.root / "dvc.lock"
     Pipeline(checkout).run("audit")
     written = lock.read_bytes()
@@ -218,7 +217,7 @@ def test_a_lock_file_edited_by_hand_is_mended_or_told(checkout: Layout) -> None:
     assert lock.read_bytes() == written
 
 
-def test_locks_of_the_dead_are_no_obstacle(checkout: Layout) -> None:
+def test_locks_of_the_dead_are_no_obstacle(checkout: Project) -> None:
     with held(checkout) as holder:
         holder.send_signal(signal.SIGKILL)
     dead = {"pid": holder.pid, "cmd": "dvc repro"}
@@ -229,7 +228,7 @@ def test_locks_of_the_dead_are_no_obstacle(checkout: Layout) -> None:
 
 @pytest.mark.parametrize("torn", ["", '{"write": {"/a/b": {"pi'])
 def test_a_list_of_locks_that_was_left_half_written_is_no_obstacle(
-    checkout: Layout, torn: str, caplog: pytest.LogCaptureFixture
+    checkout: Project, torn: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     (checkout.root / ".dvc/tmp").mkdir(exist_ok=True)
     (checkout.root / ".dvc/tmp/rwlock").write_text(torn)
@@ -238,7 +237,7 @@ def test_a_list_of_locks_that_was_left_half_written_is_no_obstacle(
     assert Pipeline(checkout).changed().keys().isdisjoint({"audit"})
 
 
-def test_repro_during_a_flow_is_turned_away_and_harms_nothing(checkout: Layout) -> None:
+def test_repro_during_a_flow_is_turned_away_and_harms_nothing(checkout: Project) -> None:
     said: list[subprocess.CompletedProcess[str]] = []
 
     def progress(what: str, done: int, total: int) -> None:
@@ -259,7 +258,7 @@ def test_repro_during_a_flow_is_turned_away_and_harms_nothing(checkout: Layout) 
     assert Pipeline(checkout).run("audit") == "unchanged"
 
 
-def test_a_flow_waits_for_repro_and_then_finds_its_work_done(checkout: Layout) -> None:
+def test_a_flow_waits_for_repro_and_then_finds_its_work_done(checkout: Project) -> None:
     with subprocess.Popen(
         [BIN / "dvc", "repro", "audit"],
         cwd=checkout.root,
@@ -276,9 +275,9 @@ def test_a_flow_waits_for_repro_and_then_finds_its_work_done(checkout: Layout) -
 
 
 def test_the_sample_is_not_rendered_while_an_import_runs(
-    checkout: Layout, monkeypatch: pytest.MonkeyPatch
+    checkout: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.incoming.fetch.WAIT", 0.2)
+    monkeypatch.setattr("tasks.data.sources.WAIT", 0.2)
     before = _photos(checkout)
     pipeline = Pipeline(checkout)
     with locked(checkout, 1), ThreadPoolExecutor() as pool:
@@ -292,7 +291,7 @@ def test_the_sample_is_not_rendered_while_an_import_runs(
     ("url", "told"), [("s3://bucket/photos", "credentials"), ("ssh://h/photos", "dvc-ssh")]
 )
 def test_a_remote_that_cannot_be_spoken_to_is_told_in_one_line(
-    checkout: Layout, monkeypatch: pytest.MonkeyPatch, url: str, told: str
+    checkout: Project, monkeypatch: pytest.MonkeyPatch, url: str, told: str
 ) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -303,7 +302,7 @@ def test_a_remote_that_cannot_be_spoken_to_is_told_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_remote_of_no_known_kind_is_told_in_one_line(checkout: Layout) -> None:
+def test_a_remote_of_no_known_kind_is_told_in_one_line(checkout: Project) -> None:
     with pytest.raises(DataError, match=r"HANDSIGNS_DVC_REMOTE_URL") as caught:
         Pipeline(checkout, Remote("foo://x", {}))
     assert "\n" not in str(caught.value)

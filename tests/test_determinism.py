@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.layout import Layout
 from tasks.params import load_params
+from tasks.project import Project
 from tasks.stage import Context
 from tests.conftest import THREADS
 from tests.fixtures.models import SIZE, random_backbone, write_dataset
@@ -25,17 +25,17 @@ def run_recipe(root: Path, seed: int) -> Digests:
 
     for name in THREADS:
         os.environ.pop(name, None)  # as many as there are cores
-    layout = Layout(root)
-    write_dataset(layout, per_class=15)
-    random_backbone(layout)
+    project = Project(root)
+    write_dataset(project, per_class=15)
+    random_backbone(project)
     params = load_params(CHECKOUT.params).model_copy(update={"seed": seed})
-    context = Context(layout, params)
+    context = Context(project, params)
     extract(context, SIZE)
     for phase in params.phases:
         train(context, phase, SIZE)
-    written = [layout.features, *map(layout.weights, params.phases)]
+    written = [project.features, *map(project.weights, params.phases)]
     return {
-        str(path.relative_to(layout.artifacts)): hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path.relative_to(project.artifacts)): hashlib.sha256(path.read_bytes()).hexdigest()
         for folder in written
         for path in sorted(folder.iterdir())
     }

@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flows.loopback.ports import choose_ports
+from flows.local.servers import choose_ports
 from tasks.errors import SettingsError
-from tasks.layout import Layout
-from tasks.network.weights import read_weights
+from tasks.model.weights import read_weights
+from tasks.project import Project
 from tasks.stage import Context
-from tasks.training.distributed import find_strategy
-from tasks.training.workers import named_workers
+from tasks.training.end_to_end import find_strategy, named_workers
 from tests.fixtures.worker import plain_context
 
 Checkout = Callable[[str], Path]
@@ -32,7 +31,7 @@ def checkout(
     folder = tmp_path_factory.mktemp("workers")
 
     def copy(name: str) -> Path:
-        return Path(shutil.copytree(workshop().layout.root, folder / name))
+        return Path(shutil.copytree(workshop().project.root, folder / name))
 
     return copy
 
@@ -66,13 +65,13 @@ def run(environments: dict[Path, dict[str, str]]) -> None:
 
 
 def weights_of(root: Path) -> dict[str, np.ndarray]:
-    return read_weights(Layout(root).weights("full") / "weights.safetensors")
+    return read_weights(Project(root).weights("full") / "weights.safetensors")
 
 
 def agree(root: Path, alone: Path) -> None:
     """The same curve and weights but for rounding, and weights that have moved."""
     curves = [
-        json.loads((Layout(one).weights("full") / "history.json").read_text())["epochs"]
+        json.loads((Project(one).weights("full") / "history.json").read_text())["epochs"]
         for one in (root, alone)
     ]
     for ours, theirs in zip(*curves, strict=True):
@@ -134,7 +133,7 @@ def test_two_processes_train_the_same_weights_as_one(
     addresses = [f"127.0.0.1:{port}" for port in choose_ports(tmp_path, "workers", 2)]
     roots = [checkout("first"), checkout("second")]
     run({root: {"TF_CONFIG": config(addresses, number)} for number, root in enumerate(roots)})
-    files = [(Layout(root).weights("full") / "weights.safetensors").read_bytes() for root in roots]
+    files = [(Project(root).weights("full") / "weights.safetensors").read_bytes() for root in roots]
     assert files[0] == files[1]
     agree(roots[0], alone)
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.training.erasing import erase_patches
+from tasks.training.regularizers import erase_patches
 
 
 @given(seed=st.integers(0, 500), count=st.integers(1, 9), side=st.integers(2, 9))

@@ -9,12 +9,11 @@ from PIL import Image
 
 from tasks.errors import DataError, ModelError, StageError
 from tasks.evaluate import evaluate_folder, run
-from tasks.labels import LABELS
-from tasks.layout import Layout
-from tasks.params import Params
+from tasks.io import write_json
+from tasks.params import LABELS, Params
+from tasks.project import Project
 from tasks.scoring.metrics import score
 from tasks.stage import Context
-from tasks.whole import write_json
 from tests.fixtures.photos import photo
 from tests.test_classifier import BRIGHTNESS
 
@@ -104,41 +103,41 @@ def test_a_folder_of_rubbish_only_is_refused_with_the_first_reason(tmp_path: Pat
 @pytest.fixture
 def context(tmp_path: Path, params: Params) -> Context:
     """A dataset of 18 test and 6 train photos, and the phases' histories."""
-    layout = Layout(tmp_path)
-    layout.dataset.mkdir(parents=True)
+    project = Project(tmp_path)
+    project.dataset.mkdir(parents=True)
     rows = [("test", index % 6, index) for index in range(18)] + [
         ("train", index, 100 + index) for index in range(6)
     ]
     images = np.stack([photo(label, seed) for _, label, seed in rows])
-    np.save(layout.dataset / "images.npy", images)
+    np.save(project.dataset / "images.npy", images)
     named = [
         {"name": f"{seed}.png", "label": LABELS[label], "split": split}
         for split, label, seed in rows
     ]
-    write_json(layout.dataset / "index.json", {"detail": 64, "photos": named})
+    write_json(project.dataset / "index.json", {"detail": 64, "photos": named})
     numbers = {"loss": 0.4, "val_loss": 0.5, "accuracy": 0.9, "val_accuracy": 0.8}
     for name in params.phases:
         epochs = [{"epoch": 1, **numbers}, {"epoch": 2, **numbers}]
         content = {"phase": name, "images": 6, "epochs": epochs}
-        write_json(layout.weights(name) / "history.json", content)
-    return Context(layout, params)
+        write_json(project.weights(name) / "history.json", content)
+    return Context(project, params)
 
 
 def test_missing_inputs_are_named(context: Context) -> None:
-    (context.layout.weights("full") / "history.json").write_text("{")
+    (context.project.weights("full") / "history.json").write_text("{")
     with pytest.raises(StageError, match="history of phase 'full' cannot be read"):
         run(context)
-    (context.layout.dataset / "index.json").unlink()
+    (context.project.dataset / "index.json").unlink()
     with pytest.raises(DataError, match="preprocess"):
         run(context)
-    assert not context.layout.metrics.exists()
+    assert not context.project.metrics.exists()
 
 
 def test_a_dataset_without_a_test_split_is_refused(context: Context) -> None:
-    index = json.loads((context.layout.dataset / "index.json").read_text())
+    index = json.loads((context.project.dataset / "index.json").read_text())
     for entry in index["photos"]:
         entry["split"] = "train"
-    write_json(context.layout.dataset / "index.json", index)
+    write_json(context.project.dataset / "index.json", index)
     with pytest.raises(DataError, match=r"test split must hold photos\. Received: 0"):
         run(context)
 
@@ -151,13 +150,13 @@ def test_a_missing_model_is_named(context: Context) -> None:
 
 @pytest.mark.slow
 def test_the_stage_scores_the_test_split_and_repeats_itself_to_the_byte(context: Context) -> None:
-    from tasks.network.frozen import frozen_graph
-    from tasks.network.model import build_model
+    from tasks.model.export import frozen_graph
+    from tasks.model.network import build_model
 
-    layout = context.layout
-    layout.graph.write_bytes(frozen_graph(build_model(seed=1)))
+    project = context.project
+    project.graph.write_bytes(frozen_graph(build_model(seed=1)))
     run(context)
-    outputs = [layout.metrics, layout.predictions, *sorted(layout.plots.glob("*.png"))]
+    outputs = [project.metrics, project.predictions, *sorted(project.plots.glob("*.png"))]
     names = ["confusion", "curves", "mistakes", "reliability", "roc_pr"]
     assert [path.stem for path in outputs[2:]] == names
     first = [path.read_bytes() for path in outputs]

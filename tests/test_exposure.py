@@ -13,14 +13,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.loopback import servers
-from flows.loopback.certificates import local_certificates, seaweedfs_guard
-from flows.loopback.credentials import FILE, local_credentials, mlflow_guard
-from flows.loopback.ports import PAIR, known_ports
+from flows.local import servers
+from flows.local.credentials import (
+    FILE,
+    local_certificates,
+    local_credentials,
+    mlflow_guard,
+    seaweedfs_guard,
+)
+from flows.local.servers import PAIR, known_ports
 from flows.settings import load_settings
 from tasks.errors import SettingsError
-from tasks.services.addresses import S3Address
-from tasks.services.storage import Storage
+from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.prefect_api import PrefectApi, basic
 from tests.fixtures.servers import MlflowServer

@@ -14,35 +14,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.activations.feature_journal import Journal
-from tasks.activations.feature_reader import open_features
-from tasks.activations.feature_store import (
-    INDEX,
-    ROWS,
-    Key,
-    Row,
-    check_space,
-    open_rows,
-    write_rows,
-)
-from tasks.activations.shards import Shard, compute
-from tasks.activations.trunk_engine import TrunkEngine
 from tasks.backbone import write_backbone
+from tasks.data.dataset import open_dataset
 from tasks.errors import BackboneError, DataError, ModelError
 from tasks.features import CHANNELS, STRIDE, FeatureReport, run
 from tasks.features import extract as extract_features
-from tasks.labels import LABELS
-from tasks.layout import Layout
-from tasks.network.checkpoint import BACKBONE_FILE, TRUNK_FILE
-from tasks.network.engine import AHEAD
-from tasks.network.model import FEATURE_SHAPE, build_backbone, build_trunk
-from tasks.network.weights import take
-from tasks.params import Params, load_params
-from tasks.pictures.augment import enlarge
-from tasks.pictures.dataset import open_dataset
+from tasks.io import write_json
+from tasks.model.augment import enlarge
+from tasks.model.feature_store import (
+    INDEX,
+    ROWS,
+    Journal,
+    Key,
+    Row,
+    check_space,
+    open_features,
+    open_rows,
+    write_rows,
+)
+from tasks.model.inference import AHEAD
+from tasks.model.network import FEATURE_SHAPE, build_backbone, build_trunk
+from tasks.model.shards import Shard, TrunkEngine, compute
+from tasks.model.weights import BACKBONE_FILE, TRUNK_FILE, take
+from tasks.params import LABELS, Params, load_params
+from tasks.project import Project
 from tasks.stage import Context
-from tasks.training.phase import plan_phase
-from tasks.whole import write_json
+from tasks.training.plan import plan_phase
 from tests.fixtures.photos import CHECKOUT, photo
 
 SIZE = 32
@@ -76,15 +73,15 @@ def _untrained(seed: int) -> dict[str, np.ndarray]:
 def context(tmp_path: Path, backbone: Path) -> Context:
     """Four train photos, two val photos, two test photos."""
     context = _context(tmp_path, backbone)
-    _photos(context.layout, range(4), range(10, 12), range(20, 22))
+    _photos(context.project, range(4), range(10, 12), range(20, 22))
     return context
 
 
 def _context(root: Path, backbone: Path) -> Context:
-    layout = Layout(root)
-    shutil.copytree(backbone, layout.weights("backbone"))
+    project = Project(root)
+    shutil.copytree(backbone, project.weights("backbone"))
     params = load_params(CHECKOUT.params)
-    return Context(layout, params.model_copy(update={"features": _views(VIEWS, params)}))
+    return Context(project, params.model_copy(update={"features": _views(VIEWS, params)}))
 
 
 @cache
@@ -115,38 +112,38 @@ def _name(number: int) -> str:
     return f"{number * 37 % 101:03d}.png"
 
 
-def _photos(layout: Layout, train: range, val: range, test: range) -> None:
+def _photos(project: Project, train: range, val: range, test: range) -> None:
     """Write a data set as the preprocess stage does; a photo is known by its number."""
     numbered = (
         [("test", n) for n in test] + [("train", n) for n in train] + [("val", n) for n in val]
     )
     images = np.stack([photo(n % 6, n, DETAIL) for _, n in numbered])
-    layout.dataset.mkdir(parents=True, exist_ok=True)
-    np.save(layout.dataset / "images.npy", images)
+    project.dataset.mkdir(parents=True, exist_ok=True)
+    np.save(project.dataset / "images.npy", images)
     photos = [{"name": _name(n), "label": LABELS[n % 6], "split": split} for split, n in numbered]
-    write_json(layout.dataset / "index.json", {"detail": DETAIL, "photos": photos})
+    write_json(project.dataset / "index.json", {"detail": DETAIL, "photos": photos})
 
 
 def _counts(report: FeatureReport) -> tuple[int, int]:
     return report.computed, report.reused
 
 
-def _content(layout: Layout) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(layout.features.iterdir())}
+def _content(project: Project) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(project.features.iterdir())}
 
 
 def _afresh(context: Context, folder: Path) -> dict[str, bytes]:
     """What the stage writes where nothing was before."""
-    layout = Layout(folder)
-    for made in (context.layout.dataset, context.layout.weights("backbone")):
-        shutil.copytree(made, folder / made.relative_to(context.layout.root))
-    extract(replace(context, layout=layout))
-    return _content(layout)
+    project = Project(folder)
+    for made in (context.project.dataset, context.project.weights("backbone")):
+        shutil.copytree(made, folder / made.relative_to(context.project.root))
+    extract(replace(context, project=project))
+    return _content(project)
 
 
 def test_train_photos_have_all_views_and_val_photos_the_plain_one(context: Context) -> None:
     report = extract(context)
-    features = open_features(context.layout.features)
+    features = open_features(context.project.features)
     assert _counts(report) == (4 * 3 + 2, 0)
     assert report.images_per_second > 0
     assert report.views == VIEWS
@@ -166,7 +163,7 @@ def test_train_photos_have_all_views_and_val_photos_the_plain_one(context: Conte
 
 def test_rows_are_what_keras_computes(context: Context, backbone: Path) -> None:
     extract(context)
-    features = open_features(context.layout.features)
+    features = open_features(context.project.features)
     stored = features.batch([features.row(_name(n), 0) for n in range(4)])
     plain = enlarge(np.stack([photo(n % 6, n, DETAIL) for n in range(4)]), SIZE)
     trunk = build_trunk(backbone / BACKBONE_FILE, SIZE)
@@ -177,32 +174,32 @@ def test_rows_are_what_keras_computes(context: Context, backbone: Path) -> None:
 
 def test_nothing_is_computed_when_nothing_changed(context: Context) -> None:
     extract(context)
-    before = {file: file.stat().st_mtime_ns for file in context.layout.features.iterdir()}
+    before = {file: file.stat().st_mtime_ns for file in context.project.features.iterdir()}
     assert extract(context) == FeatureReport(0, 14, 0.0, VIEWS)
-    assert {file: file.stat().st_mtime_ns for file in context.layout.features.iterdir()} == before
+    assert {file: file.stat().st_mtime_ns for file in context.project.features.iterdir()} == before
 
 
 def test_only_added_photos_are_computed(context: Context, tmp_path: Path) -> None:
     extract(context)
-    _photos(context.layout, range(6), range(10, 13), range(20, 22))
+    _photos(context.project, range(6), range(10, 13), range(20, 22))
     assert _counts(extract(context)) == (2 * 3 + 1, 14)
-    assert _content(context.layout) == _afresh(context, tmp_path / "afresh")
+    assert _content(context.project) == _afresh(context, tmp_path / "afresh")
 
 
 def test_rows_of_removed_photos_are_dropped(context: Context, tmp_path: Path) -> None:
     extract(context)
-    _photos(context.layout, range(1, 3), range(10, 11), range(20, 22))
+    _photos(context.project, range(1, 3), range(10, 11), range(20, 22))
     assert _counts(extract(context)) == (0, 7)
-    assert _content(context.layout) == _afresh(context, tmp_path / "afresh")
+    assert _content(context.project) == _afresh(context, tmp_path / "afresh")
 
 
 def test_a_photo_that_moves_to_train_gains_its_views_only(context: Context) -> None:
     extract(context)
-    _photos(context.layout, range(5), range(10, 12), range(20, 22))
+    _photos(context.project, range(5), range(10, 12), range(20, 22))
     extract(context)
-    _photos(context.layout, range(4), range(4, 5), range(20, 22))
+    _photos(context.project, range(4), range(4, 5), range(20, 22))
     assert _counts(extract(context)) == (0, 13)
-    _photos(context.layout, range(5), range(0), range(20, 22))
+    _photos(context.project, range(5), range(0), range(20, 22))
     assert _counts(extract(context)) == (VIEWS, 13)
 
 
@@ -217,35 +214,35 @@ def test_other_augmentation_computes_everything_anew(context: Context, tmp_path:
     stronger = context.params.augmentation.model_copy(update={"rotation": 45.0})
     changed = replace(context, params=context.params.model_copy(update={"augmentation": stronger}))
     assert _counts(extract(changed)) == (14, 0)
-    assert _content(changed.layout) == _afresh(changed, tmp_path / "afresh")
+    assert _content(changed.project) == _afresh(changed, tmp_path / "afresh")
 
 
 def test_another_backbone_computes_everything_anew(context: Context) -> None:
     extract(context)
-    write_backbone(context.layout.weights("backbone"), _untrained(1), SIZE)
+    write_backbone(context.project.weights("backbone"), _untrained(1), SIZE)
     assert _counts(extract(context)) == (14, 0)
 
 
 def test_another_picture_under_the_same_name_is_computed(context: Context) -> None:
     extract(context)
-    images = np.load(context.layout.dataset / "images.npy")
+    images = np.load(context.project.dataset / "images.npy")
     images[2] = 255 - images[2]
-    np.save(context.layout.dataset / "images.npy", images)
+    np.save(context.project.dataset / "images.npy", images)
     assert _counts(extract(context)) == (3, 11)
 
 
 @pytest.mark.parametrize("row", [0, 5, 13])
 def test_a_flipped_bit_is_found_and_only_that_row_mended(context: Context, row: int) -> None:
     extract(context)
-    before = _content(context.layout)
-    _flip(context.layout.features / ROWS, 128 + row * 384 + 100)
-    features = open_features(context.layout.features)
+    before = _content(context.project)
+    _flip(context.project.features / ROWS, 128 + row * 384 + 100)
+    features = open_features(context.project.features)
     others = [number for number in range(14) if number != row]
     assert np.isfinite(features.batch(others)).all()
     with pytest.raises(DataError, match="does not match its digest"):
         features.batch([row])
     assert _counts(extract(context)) == (1, 13)
-    assert _content(context.layout) == before
+    assert _content(context.project) == before
 
 
 @pytest.mark.parametrize(
@@ -266,10 +263,10 @@ def test_any_damage_is_mended_to_the_same_bytes(
     context: Context, damage: Callable[[Path], Any], computed: int
 ) -> None:
     extract(context)
-    before = _content(context.layout)
-    damage(context.layout.features)
+    before = _content(context.project)
+    damage(context.project.features)
     assert extract(context).computed == computed
-    assert _content(context.layout) == before
+    assert _content(context.project) == before
 
 
 def _flip(path: Path, where: int) -> None:
@@ -292,19 +289,19 @@ def test_bytes_do_not_depend_on_what_was_there_before(
     with TemporaryDirectory() as folder:
         now = _context(Path(folder) / "now", backbone)
         for first, last, held_out, views in history:
-            _photos(now.layout, range(first, last), range(10, 10 + held_out), range(20, 21))
+            _photos(now.project, range(first, last), range(10, 10 + held_out), range(20, 21))
             features = _views(views, now.params)
             now = replace(now, params=now.params.model_copy(update={"features": features}))
             report = extract(now)
         assert sum(_counts(report)) == (last - first) * (views + 1) + held_out
-        assert _content(now.layout) == _afresh(now, Path(folder) / "afresh")
+        assert _content(now.project) == _afresh(now, Path(folder) / "afresh")
 
 
 @pytest.mark.parametrize("fractions", [(0.1, 0.1, 0.5), (0.6, 0.1, 0.3), (0.1, 0.1, 1.0)])
 def test_photos_that_no_phase_reads_are_left_out(
     context: Context, fractions: tuple[float, ...]
 ) -> None:
-    _photos(context.layout, range(12), range(50, 52), range(60, 62))
+    _photos(context.project, range(12), range(50, 52), range(60, 62))
     params = context.params
     phases = {
         name: phase.model_copy(update={"data_fraction": fraction})
@@ -312,11 +309,11 @@ def test_photos_that_no_phase_reads_are_left_out(
     }
     params = params.model_copy(update={"phases": phases})
     extract(replace(context, params=params))
-    dataset = open_dataset(context.layout.dataset)
+    dataset = open_dataset(context.project.dataset)
     plans = [plan_phase(params, name, dataset) for name in phases]
     read = {dataset.names[row] for plan in plans for row in plan.train}
     assert len(read) == (12 if max(fractions) == 1 else 6)
-    features = open_features(context.layout.features)
+    features = open_features(context.project.features)
     assert len(features) == len(read) * (VIEWS + 1) + 2
     for name in read:
         features.row(name, VIEWS)
@@ -327,7 +324,7 @@ def test_training_end_to_end_has_no_features(context: Context) -> None:
     plain = context.params.training.model_copy(update={"mode": "end_to_end"})
     changed = replace(context, params=context.params.model_copy(update={"training": plain}))
     assert extract(changed) == FeatureReport(0, 0, 0.0, VIEWS)
-    assert len(open_features(context.layout.features)) == 0
+    assert len(open_features(context.project.features)) == 0
     assert _counts(extract(context)) == (14, 0)
 
 
@@ -351,12 +348,12 @@ def test_a_stopped_run_is_continued(context: Context, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         extract(replace(context, progress=stop))
-    assert not context.layout.features.exists()
-    journal = context.layout.features_journal
+    assert not context.project.features.exists()
+    journal = context.project.features_journal
     journal.write_bytes(journal.read_bytes()[:-100])
     assert _counts(extract(context)) == (9, 5)
     assert not journal.exists()
-    assert _content(context.layout) == _afresh(context, tmp_path / "afresh")
+    assert _content(context.project) == _afresh(context, tmp_path / "afresh")
 
 
 def test_a_journal_of_another_recipe_is_dropped(tmp_path: Path) -> None:
@@ -381,7 +378,7 @@ def test_progress_counts_every_row(context: Context) -> None:
 
 
 def test_a_missing_backbone_is_named(context: Context) -> None:
-    (context.layout.weights("backbone") / TRUNK_FILE).unlink()
+    (context.project.weights("backbone") / TRUNK_FILE).unlink()
     with pytest.raises(BackboneError, match="Run the backbone stage"):
         extract(context)
 
@@ -472,18 +469,18 @@ def test_engine_refuses_a_trunk_of_another_size(backbone: Path) -> None:
 
 def test_the_stage_reports_beside_its_output(context: Context) -> None:
     """The one run at full size: what `python -m tasks.features` does."""
-    write_backbone(context.layout.weights("backbone"), _untrained(0))
-    _photos(context.layout, range(1), range(10, 11), range(20, 21))
+    write_backbone(context.project.weights("backbone"), _untrained(0))
+    _photos(context.project, range(1), range(10, 11), range(20, 21))
     run(context)
-    report = json.loads(context.layout.features_report.read_text())
+    report = json.loads(context.project.features_report.read_text())
     speed = report.pop("images_per_second")
     assert report == {"computed": 4, "reused": 0, "views": VIEWS}
     assert speed > 0
-    features = open_features(context.layout.features)
+    features = open_features(context.project.features)
     assert features.batch(range(4)).shape == (4, *FEATURE_SHAPE)
 
 
 def test_the_stage_says_in_one_line_what_cannot_be_written(context: Context) -> None:
-    context.layout.features_journal.mkdir()
+    context.project.features_journal.mkdir()
     with pytest.raises(DataError, match=r"cannot be written \(Is a directory\)"):
         run(context)

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from flows.inbox import look, take
+from flows.retrain import look, take
 from flows.settings import load_settings
 from flows.workspace import Workspace
+from tasks.data.directory import held_photos
 from tasks.errors import SettingsError
-from tasks.incoming.held import held_photos
-from tasks.progress import silent
-from tasks.services.addresses import S3Address
-from tasks.services.storage import Storage
+from tasks.services.s3 import S3Address, Storage
+from tasks.stage import silent
 from tests.fixtures.checkouts import make_checkout
 from tests.fixtures.photos import CHECKOUT, write_photos
 
@@ -22,8 +21,8 @@ def test_an_s3_inbox_is_another_bucket_and_never_removes_what_a_person_put_there
     s3_server: S3Address, s3: S3Address, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = make_checkout(tmp_path / "checkout")
-    shutil.copy(CHECKOUT.root / "data.dvc", made.layout.root)  # names the rendered sample
-    monkeypatch.chdir(made.layout.root)
+    shutil.copy(CHECKOUT.root / "data.dvc", made.project.root)  # names the rendered sample
+    monkeypatch.chdir(made.project.root)
     for name, text in {
         "HANDSIGNS_S3_ENDPOINT_URL": s3.endpoint_url,
         "HANDSIGNS_BUCKET": s3_server.bucket,
@@ -36,12 +35,12 @@ def test_an_s3_inbox_is_another_bucket_and_never_removes_what_a_person_put_there
     photos = write_photos(tmp_path / "photos", per_class=2)
     for label in range(6):
         drop.put(f"signs/{label}/a.png", photos / f"{label}/0000.png")
-    with Workspace(made.layout, load_settings()) as workspace:
+    with Workspace(made.project, load_settings()) as workspace:
         inbox = look(workspace, workspace.services)
         assert inbox is not None
         assert take(workspace, inbox, silent).usable
         assert workspace.pipeline.data_source() == "sample"  # until it is versioned
-        assert len(held_photos(made.layout)) == 6
+        assert len(held_photos(made.project)) == 6
         # data/ differs from the sample that data.dvc names, so all of it stays.
         drop.put("signs/3/b.png", photos / "3/0001.png")
         second = look(workspace, workspace.services)

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows.service.follower import Follower
+from flows.serve.follower import Follower
 from tasks.releases.pointer import KEY
-from tasks.services.storage import Storage
+from tasks.services.s3 import Storage
 from tests.fixtures.service import point, publish_graph
 
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from tasks.errors import ModelError
-from tasks.network.classifier import load_classifier
-from tasks.network.foreign import CONFIG, MAX_FILE, WEIGHTS, examined
+from tasks.model.inference import load_classifier
+from tasks.model.untrusted import CONFIG, MAX_FILE, WEIGHTS, examined
 from tests.fixtures.checkouts import BIN, make_checkout
 from tests.fixtures.models import SIZE
 
@@ -31,7 +31,7 @@ sys.exit(done.returncode)
 
 @pytest.fixture(scope="module")
 def built() -> Any:
-    from tasks.network.model import build_model
+    from tasks.model.network import build_model
 
     return build_model(size=SIZE, seed=3)
 
@@ -48,7 +48,7 @@ def good(built: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def graph(built: Any) -> bytes:
-    from tasks.network.frozen import frozen_graph
+    from tasks.model.export import frozen_graph
 
     return frozen_graph(built)
 

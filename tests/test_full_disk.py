@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from flows.loopback import servers
+from flows.local import servers
 from tasks.errors import ServiceError
 from tasks.releases.pointer import Pointer, move_champion, read_champion
 from tasks.releases.release import publish, verify
-from tasks.services.addresses import S3Address
-from tasks.services.storage import Storage
+from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.checkouts import make_checkout
 from tests.fixtures.photos import write_photos
 from tests.fixtures.publishing import write_files
@@ -84,7 +83,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_an_import_onto_a_full_disk_leaves_the_photos_as_they_were(tmp_path: Path) -> None:
     workshop = make_checkout(tmp_path / "checkout")
-    data, version = workshop.layout.root / "data", workshop.layout.root / "data.dvc"
+    data, version = workshop.project.root / "data", workshop.project.root / "data.dvc"
     workshop.handsigns("import", write_photos(tmp_path / "first", per_class=2))
     before = contents(data), version.read_bytes()
     more = write_photos(tmp_path / "more", per_class=2, size=400, seed=1)

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tasks.gate import DISTURBANCES, Verdict, judge, run, verdict_table
-from tasks.labels import LABELS
-from tasks.layout import Layout
-from tasks.params import GateParams, Params
+from tasks.io import write_json
+from tasks.params import LABELS, GateParams, Params
+from tasks.project import Project
 from tasks.stage import Context
-from tasks.whole import write_json
 
 FEW = settings(max_examples=100, deadline=None)  # a busy machine is no fault
 LIMITS = GateParams(
@@ -247,12 +246,12 @@ def test_the_table_shows_every_check_and_hostile_text_as_it_is() -> None:
 
 
 def gated(root: Path, params: Params, metrics_text: str | None, index: Any) -> dict[str, Any]:
-    layout = Layout(root)
-    write_json(layout.dataset / "index.json", index)
+    project = Project(root)
+    write_json(project.dataset / "index.json", index)
     if metrics_text is not None:
-        layout.metrics.write_text(metrics_text)
-    run(Context(layout, params))
-    content: dict[str, Any] = json.loads(layout.gate.read_text())
+        project.metrics.write_text(metrics_text)
+    run(Context(project, params))
+    content: dict[str, Any] = json.loads(project.gate.read_text())
     return content
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import ServiceError
-from tasks.services.git_branch import Branch
+from tasks.services.git import Branch
 
 TOKEN = "sentinel-token"
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tasks.data.images import MAX_BYTES, MAX_SCANS, Photo, encode, look, read_photo
 from tasks.errors import ImageError
-from tasks.pictures.images import MAX_BYTES, MAX_SCANS, Photo, encode, look, read_photo
 from tests.fixtures.photos import photo
 
 PICTURE = photo(3, 0, 48)

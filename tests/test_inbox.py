@@ -10,33 +10,32 @@ from typing import Any
 
 import pytest
 
+from tasks.data.directory import held_photos
+from tasks.data.importer import import_photos
+from tasks.data.inbox import Inbox, list_bucket, list_folder
 from tasks.errors import ImageError, ServiceError, SourceError
-from tasks.incoming.held import held_photos
-from tasks.incoming.inbox import Inbox, list_bucket, list_folder
-from tasks.incoming.intake import import_photos
-from tasks.layout import Layout
-from tasks.services.addresses import S3Address
-from tasks.services.storage import Storage
-from tasks.whole import read_json, write_json
+from tasks.io import read_json, write_json
+from tasks.project import Project
+from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.photos import write_photos
 
 VERSION = "0123456789abcdef.dir"
 
 
 @pytest.fixture
-def layout(tmp_path: Path) -> Layout:
-    return Layout(tmp_path / "checkout")
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path / "checkout")
 
 
 @pytest.fixture
-def look(layout: Layout, tmp_path: Path) -> Callable[..., Inbox]:
+def look(project: Project, tmp_path: Path) -> Callable[..., Inbox]:
     """`look(version)` into the folder `inbox` beside the checkout."""
     folder = tmp_path / "inbox"
-    return lambda version=VERSION: Inbox(layout, str(folder), list_folder(folder), version)
+    return lambda version=VERSION: Inbox(project, str(folder), list_folder(folder), version)
 
 
 def test_what_was_looked_at_is_not_read_again(
-    layout: Layout, look: Callable[..., Inbox], tmp_path: Path
+    project: Project, look: Callable[..., Inbox], tmp_path: Path
 ) -> None:
     folder = write_photos(tmp_path / "inbox", per_class=2)
     first = look(None)
@@ -53,23 +52,23 @@ def test_what_was_looked_at_is_not_read_again(
     report = second.take()
     assert report.taken == {("train", "5"): 1}
     assert report.already_there == {("train", "3"): 1}
-    assert len(held_photos(layout)) == 13
+    assert len(held_photos(project)) == 13
     assert len(list(folder.rglob("*.png"))) == 13
 
 
 @pytest.mark.parametrize("seen", [[], None, "3"])
 def test_a_spoilt_note_of_what_was_looked_at_counts_for_none(
-    layout: Layout, look: Callable[..., Inbox], tmp_path: Path, seen: object
+    project: Project, look: Callable[..., Inbox], tmp_path: Path, seen: object
 ) -> None:
     write_photos(tmp_path / "inbox", per_class=1)
     first = look(None)
     first.take()
     first.remember(VERSION)
-    write_json(layout.inbox, read_json(layout.inbox) | {"seen": seen})
+    write_json(project.inbox, read_json(project.inbox) | {"seen": seen})
     assert len(look().new) == 6
 
 
-def test_a_file_that_could_not_be_read_is_tried_again(layout: Layout, tmp_path: Path) -> None:
+def test_a_file_that_could_not_be_read_is_tried_again(project: Project, tmp_path: Path) -> None:
     folder = write_photos(tmp_path / "inbox", per_class=1)
     listing = list_folder(folder)
 
@@ -78,28 +77,28 @@ def test_a_file_that_could_not_be_read_is_tried_again(layout: Layout, tmp_path: 
 
     (entry, stamp) = listing[0]
     shut = [(replace(entry, read=fail), stamp), *listing[1:]]
-    first = Inbox(layout, "inbox", shut, VERSION)
+    first = Inbox(project, "inbox", shut, VERSION)
     assert sum(first.take().taken.values()) == 5
     first.remember(VERSION)
-    again = Inbox(layout, "inbox", listing, VERSION)
+    again = Inbox(project, "inbox", listing, VERSION)
     assert [item.origin for item in again.new] == ["/".join(entry.parts)]
     assert sum(again.take().taken.values()) == 1
 
 
 def test_another_version_of_the_data_or_another_place_is_looked_at_anew(
-    layout: Layout, look: Callable[..., Inbox], tmp_path: Path
+    project: Project, look: Callable[..., Inbox], tmp_path: Path
 ) -> None:
     folder = write_photos(tmp_path / "inbox", per_class=1)
     look(None).remember(VERSION)
     assert look().new == ()
     assert len(look("fedcba9876543210.dir").new) == 6
-    assert len(Inbox(layout, "elsewhere", list_folder(folder), VERSION).new) == 6
-    layout.inbox.write_text("not what we wrote")
+    assert len(Inbox(project, "elsewhere", list_folder(folder), VERSION).new) == 6
+    project.inbox.write_text("not what we wrote")
     assert len(look().new) == 6
 
 
 def test_bad_files_stay_in_the_list_until_they_are_mended_or_gone(
-    layout: Layout, look: Callable[..., Inbox], tmp_path: Path
+    project: Project, look: Callable[..., Inbox], tmp_path: Path
 ) -> None:
     folder = write_photos(tmp_path / "inbox", per_class=1)
     for name in ("torn.png", "empty.jpg"):
@@ -110,7 +109,7 @@ def test_bad_files_stay_in_the_list_until_they_are_mended_or_gone(
         inbox = look()
         inbox.take()
         inbox.remember(VERSION)
-        sources = read_json(layout.quarantine / "quarantine.json")["sources"]
+        sources = read_json(project.quarantine / "quarantine.json")["sources"]
         assert set(sources) <= {str(folder)}
         return sorted(each["origin"] for files in sources.values() for each in files)
 
@@ -122,15 +121,15 @@ def test_bad_files_stay_in_the_list_until_they_are_mended_or_gone(
     shutil.copy(tmp_path / "later/2/0000.png", folder / "2/torn.png")
     (folder / "2/empty.jpg").unlink()
     assert take() == ["six/1.png"]
-    assert len(held_photos(layout)) == 7
-    copies = [path for path in layout.quarantine.glob("*/*") if path.is_file()]
+    assert len(held_photos(project)) == 7
+    copies = [path for path in project.quarantine.glob("*/*") if path.is_file()]
     assert [path.name.partition("-")[2] for path in copies] == ["1.png"]
 
 
 def test_nothing_usable_leaves_what_is_held_even_where_it_should_be_replaced(
-    layout: Layout, look: Callable[..., Inbox], tmp_path: Path
+    project: Project, look: Callable[..., Inbox], tmp_path: Path
 ) -> None:
-    held = write_photos(layout.data / "train", per_class=1)
+    held = write_photos(project.data / "train", per_class=1)
     before = sorted(path.name for path in held.rglob("*.png"))
     (tmp_path / "inbox/4").mkdir(parents=True)
     assert look().new == ()
@@ -142,27 +141,27 @@ def test_nothing_usable_leaves_what_is_held_even_where_it_should_be_replaced(
 
 
 def test_photos_replace_the_sample_where_that_is_asked_for(
-    layout: Layout, look: Callable[..., Inbox], tmp_path: Path
+    project: Project, look: Callable[..., Inbox], tmp_path: Path
 ) -> None:
-    import_photos(layout, write_photos(tmp_path / "sample", per_class=1, seed=1))
+    import_photos(project, write_photos(tmp_path / "sample", per_class=1, seed=1))
     write_photos(tmp_path / "inbox", per_class=2, seed=2)
     report = look().take(replace=True)
     assert report.removed == 6
-    assert len(held_photos(layout)) == 12
+    assert len(held_photos(project)) == 12
 
 
-def test_a_missing_or_mistaken_folder_is_one_clear_line(tmp_path: Path, layout: Layout) -> None:
+def test_a_missing_or_mistaken_folder_is_one_clear_line(tmp_path: Path, project: Project) -> None:
     with pytest.raises(SourceError, match=r"^Inbox is no folder that exists.*HANDSIGNS_INBOX='"):
         list_folder(tmp_path / "nowhere")
     (tmp_path / "wrong/holiday").mkdir(parents=True)
     (tmp_path / "wrong/holiday/beach.jpg").write_bytes(b"sea")
     with pytest.raises(SourceError, match="no folder named 0 to 5"):
-        Inbox(layout, "wrong", list_folder(tmp_path / "wrong"), VERSION)
-    assert not layout.root.exists()
+        Inbox(project, "wrong", list_folder(tmp_path / "wrong"), VERSION)
+    assert not project.root.exists()
 
 
 def test_objects_are_taken_by_name_and_etag(
-    layout: Layout, storage: Storage, tmp_path: Path
+    project: Project, storage: Storage, tmp_path: Path
 ) -> None:
     photos = write_photos(tmp_path / "photos", per_class=1)
     client = storage._client
@@ -171,7 +170,7 @@ def test_objects_are_taken_by_name_and_etag(
         client.put_object(Bucket=storage.address.bucket, Key=key, Body=path.read_bytes())
 
     def look() -> Inbox:
-        return Inbox(layout, "s3://bucket/in", list_bucket(storage, "in/"), VERSION)
+        return Inbox(project, "s3://bucket/in", list_bucket(storage, "in/"), VERSION)
 
     assert look().new == ()
     for label in range(6):

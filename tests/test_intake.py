@@ -20,21 +20,19 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.data.directory import recover, set_aside
+from tasks.data.images import encode
+from tasks.data.importer import ALREADY_THERE, TAKEN, Candidate, import_photos, verdicts
 from tasks.errors import BusyError, DataError, SourceError
-from tasks.incoming.admission import ALREADY_THERE, TAKEN, Candidate, verdicts
-from tasks.incoming.held import recover
-from tasks.incoming.intake import import_photos
-from tasks.incoming.quarantine import set_aside
-from tasks.layout import Layout
-from tasks.pictures.images import encode
+from tasks.project import Project
 from tests.fixtures.photos import CHECKOUT, photo, write_photos
 
 PNG = [encode(photo(label, 9, 32)) for label in range(6)]
 
 
 @pytest.fixture
-def layout(tmp_path: Path) -> Layout:
-    return Layout(tmp_path / "checkout")
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path / "checkout")
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -52,46 +50,48 @@ def source(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def test_photos_are_stored_under_their_content(layout: Layout, photos: Callable[..., Path]) -> None:
-    report = import_photos(layout, photos("a", 2))
+def test_photos_are_stored_under_their_content(
+    project: Project, photos: Callable[..., Path]
+) -> None:
+    report = import_photos(project, photos("a", 2))
     assert report.taken == {("train", label): 2 for label in "012345"}
-    stored = tree(layout.data)
+    stored = tree(project.data)
     assert len(stored) == 12
     assert set(stored.values()) == set(tree(photos("a", 2)).values())
-    assert not layout.intake.exists()
-    assert not layout.quarantine.exists()
+    assert not project.intake.exists()
+    assert not project.quarantine.exists()
 
 
-def test_second_import_touches_nothing(layout: Layout, photos: Callable[..., Path]) -> None:
-    import_photos(layout, photos("a", 2))
-    before = {path: path.stat() for path in layout.data.rglob("*")}
-    report = import_photos(layout, photos("a", 2))
+def test_second_import_touches_nothing(project: Project, photos: Callable[..., Path]) -> None:
+    import_photos(project, photos("a", 2))
+    before = {path: path.stat() for path in project.data.rglob("*")}
+    report = import_photos(project, photos("a", 2))
     assert report.taken == {}
     assert report.already_there == {("train", label): 2 for label in "012345"}
-    assert {path: path.stat() for path in layout.data.rglob("*")} == before
+    assert {path: path.stat() for path in project.data.rglob("*")} == before
 
 
-def test_import_adds_and_shares_what_is_held(layout: Layout, photos: Callable[..., Path]) -> None:
-    import_photos(layout, photos("a", 2))
-    held = {path: path.stat().st_ino for path in layout.data.rglob("*.png")}
-    report = import_photos(layout, photos("b", 1, seed=1))
+def test_import_adds_and_shares_what_is_held(project: Project, photos: Callable[..., Path]) -> None:
+    import_photos(project, photos("a", 2))
+    held = {path: path.stat().st_ino for path in project.data.rglob("*.png")}
+    report = import_photos(project, photos("b", 1, seed=1))
     assert sum(report.taken.values()) == 6
-    assert len(tree(layout.data)) == 18
+    assert len(tree(project.data)) == 18
     assert all(path.stat().st_ino == inode for path, inode in held.items())
 
 
-def test_links_into_a_cache_stay_links(layout: Layout, photos: Callable[..., Path]) -> None:
-    import_photos(layout, photos("a", 1))
-    path = next(layout.data.rglob("*.png"))
-    cached = layout.root / "cached"
+def test_links_into_a_cache_stay_links(project: Project, photos: Callable[..., Path]) -> None:
+    import_photos(project, photos("a", 1))
+    path = next(project.data.rglob("*.png"))
+    cached = project.root / "cached"
     cached.write_bytes(path.read_bytes())
     cached.chmod(0o444)
     path.unlink()
     path.symlink_to(os.path.relpath(cached, path.parent))
-    import_photos(layout, photos("b", 1, seed=1))
+    import_photos(project, photos("b", 1, seed=1))
     assert path.is_symlink()
     assert path.resolve() == cached
-    assert len(tree(layout.data)) == 12
+    assert len(tree(project.data)) == 12
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -99,7 +99,7 @@ def test_order_of_imports_makes_no_difference(
     swapped: bool, tmp_path: Path, photos: Callable[..., Path]
 ) -> None:
     sources = [photos("a", 2), photos("b", 2, seed=1), photos("a", 1)]
-    one, two = Layout(tmp_path / "one"), Layout(tmp_path / "two")
+    one, two = Project(tmp_path / "one"), Project(tmp_path / "two")
     for folder in sources:
         import_photos(one, folder)
     for folder in reversed(sources) if swapped else [sources[1], sources[2], sources[0]]:
@@ -107,79 +107,81 @@ def test_order_of_imports_makes_no_difference(
     assert tree(one.data) == tree(two.data)
 
 
-def test_replace_holds_the_new_photos_alone(layout: Layout, photos: Callable[..., Path]) -> None:
-    import_photos(layout, photos("a", 2))
+def test_replace_holds_the_new_photos_alone(project: Project, photos: Callable[..., Path]) -> None:
+    import_photos(project, photos("a", 2))
     shared = photos("a", 1)
     shutil.rmtree(shared)
-    report = import_photos(layout, photos("a", 1), replace=True)
+    report = import_photos(project, photos("a", 1), replace=True)
     assert (sum(report.already_there.values()), report.taken, report.removed) == (6, {}, 6)
-    assert set(tree(layout.data).values()) == set(tree(shared).values())
-    report = import_photos(layout, photos("b", 1, seed=1), replace=True)
+    assert set(tree(project.data).values()) == set(tree(shared).values())
+    report = import_photos(project, photos("b", 1, seed=1), replace=True)
     assert (sum(report.taken.values()), report.removed) == (6, 6)
 
 
 @pytest.mark.parametrize("replace", [False, True])
 def test_source_with_nothing_usable_is_refused_and_listed(
-    replace: bool, layout: Layout, tmp_path: Path, photos: Callable[..., Path]
+    replace: bool, project: Project, tmp_path: Path, photos: Callable[..., Path]
 ) -> None:
-    import_photos(layout, source(photos("a", 1), {"0/b.png": b"text"}))
-    before = tree(layout.data)
+    import_photos(project, source(photos("a", 1), {"0/b.png": b"text"}))
+    before = tree(project.data)
     bad = source(tmp_path / "bad", {"0/a.png": b"text", "1/b.png": b""})
     with pytest.raises(SourceError, match="with 1 not an image, 1 zero bytes"):
-        import_photos(layout, bad, replace=replace)
-    assert tree(layout.data) == before
-    assert set(set_aside(layout)) == {str(bad), str(tmp_path / "a")}
+        import_photos(project, bad, replace=replace)
+    assert tree(project.data) == before
+    assert set(set_aside(project)) == {str(bad), str(tmp_path / "a")}
 
 
-def test_test_source_goes_to_the_test_split(layout: Layout, photos: Callable[..., Path]) -> None:
-    import_photos(layout, photos("a", 1), photos("b", 1, seed=1))
-    assert {path.split("/")[0] for path in tree(layout.data)} == {"train", "test"}
+def test_test_source_goes_to_the_test_split(project: Project, photos: Callable[..., Path]) -> None:
+    import_photos(project, photos("a", 1), photos("b", 1, seed=1))
+    assert {path.split("/")[0] for path in tree(project.data)} == {"train", "test"}
 
 
-def test_two_test_sets_are_refused(layout: Layout, tmp_path: Path) -> None:
+def test_two_test_sets_are_refused(project: Project, tmp_path: Path) -> None:
     both = source(tmp_path / "both", {"train/0/a.png": PNG[0], "test/0/b.png": PNG[1]})
     with pytest.raises(SourceError, match="test set of its own"):
-        import_photos(layout, both, source(tmp_path / "more", {"0/a.png": PNG[2]}))
-    assert not layout.data.exists()
+        import_photos(project, both, source(tmp_path / "more", {"0/a.png": PNG[2]}))
+    assert not project.data.exists()
 
 
-def reasons(layout: Layout, *arguments: Path) -> dict[str, str]:
-    report = import_photos(layout, *arguments)
+def reasons(project: Project, *arguments: Path) -> dict[str, str]:
+    report = import_photos(project, *arguments)
     return {aside.origin: aside.reason for aside in report.quarantined}
 
 
-def test_same_photo_under_two_labels_is_set_aside_in_both(layout: Layout, tmp_path: Path) -> None:
+def test_same_photo_under_two_labels_is_set_aside_in_both(project: Project, tmp_path: Path) -> None:
     folder = source(tmp_path / "s", {"0/a.png": PNG[0], "1/b.png": PNG[0], "2/c.png": PNG[2]})
     expected = dict.fromkeys(["s/0/a.png", "s/1/b.png"], "same photo under two labels: 0 and 1")
-    assert reasons(layout, folder) == expected
-    assert reasons(layout, folder) == expected
-    assert list(tree(layout.data).values()) == [PNG[2]]
+    assert reasons(project, folder) == expected
+    assert reasons(project, folder) == expected
+    assert list(tree(project.data).values()) == [PNG[2]]
 
 
-def test_held_photo_stays_when_it_comes_under_another_label(layout: Layout, tmp_path: Path) -> None:
-    import_photos(layout, source(tmp_path / "a", {"3/a.png": PNG[0]}))
-    before = tree(layout.data)
-    assert reasons(layout, source(tmp_path / "b", {"0/a.png": PNG[0], "3/a.png": PNG[0]})) == {
+def test_held_photo_stays_when_it_comes_under_another_label(
+    project: Project, tmp_path: Path
+) -> None:
+    import_photos(project, source(tmp_path / "a", {"3/a.png": PNG[0]}))
+    before = tree(project.data)
+    assert reasons(project, source(tmp_path / "b", {"0/a.png": PNG[0], "3/a.png": PNG[0]})) == {
         "b/0/a.png": "same photo under two labels: it is held as 3"
     }
-    assert tree(layout.data) == before
+    assert tree(project.data) == before
 
 
-def test_test_set_keeps_a_photo_that_is_also_in_train(layout: Layout, tmp_path: Path) -> None:
+def test_test_set_keeps_a_photo_that_is_also_in_train(project: Project, tmp_path: Path) -> None:
     folder = source(
         tmp_path / "s", {"train/0/a.png": PNG[0], "test/0/b.png": PNG[0], "train/1/c.png": PNG[1]}
     )
     expected = {"s/train/0/a.png": "same photo in train and test: test keeps it"}
-    assert reasons(layout, folder) == expected
-    assert reasons(layout, folder) == expected
-    assert [path.split("/")[:2] for path in tree(layout.data)] == [["test", "0"], ["train", "1"]]
+    assert reasons(project, folder) == expected
+    assert reasons(project, folder) == expected
+    assert [path.split("/")[:2] for path in tree(project.data)] == [["test", "0"], ["train", "1"]]
 
 
-def test_held_train_photo_does_not_move_to_the_test_set(layout: Layout, tmp_path: Path) -> None:
-    import_photos(layout, source(tmp_path / "a", {"train/0/a.png": PNG[0]}))
-    assert reasons(layout, source(tmp_path / "b", {"test/0/a.png": PNG[0], "1/b.png": PNG[1]})) == {
-        "b/test/0/a.png": "same photo in train and test: train keeps it"
-    }
+def test_held_train_photo_does_not_move_to_the_test_set(project: Project, tmp_path: Path) -> None:
+    import_photos(project, source(tmp_path / "a", {"train/0/a.png": PNG[0]}))
+    assert reasons(
+        project, source(tmp_path / "b", {"test/0/a.png": PNG[0], "1/b.png": PNG[1]})
+    ) == {"b/test/0/a.png": "same photo in train and test: train keeps it"}
 
 
 PLACES = st.tuples(st.sampled_from(["train", "test"]), st.sampled_from("012"))
@@ -213,94 +215,96 @@ def test_what_is_taken_does_not_depend_on_the_order_of_files(
     assert settle(wanted) == settle(shuffled)
 
 
-def test_bad_files_are_copied_and_listed_once(layout: Layout, tmp_path: Path) -> None:
+def test_bad_files_are_copied_and_listed_once(project: Project, tmp_path: Path) -> None:
     folder = source(
         tmp_path / "s", {"0/a.png": PNG[0], "0/b.png": b"text", "7/c.png": PNG[1], "1/d.png": b""}
     )
     for _ in range(2):
-        report = import_photos(layout, folder)
-        (listed,) = set_aside(layout).values()
+        report = import_photos(project, folder)
+        (listed,) = set_aside(project).values()
         assert listed == [aside.to_json() for aside in report.quarantined]
         assert {each["origin"]: each["reason"].split(":")[0] for each in listed} == {
             "s/0/b.png": "not an image",
             "s/1/d.png": "zero bytes",
             "s/7/c.png": "label outside 0 to 5",
         }
-        copies = tree(layout.quarantine)
+        copies = tree(project.quarantine)
         del copies["quarantine.json"]
         assert sorted(copies.values()) == sorted([b"text", PNG[1]])
         assert set(copies) == {each["copy"] for each in listed if each["copy"]}
 
 
-def test_mended_file_leaves_the_quarantine(layout: Layout, tmp_path: Path) -> None:
+def test_mended_file_leaves_the_quarantine(project: Project, tmp_path: Path) -> None:
     folder = source(tmp_path / "s", {"0/a.png": PNG[0], "0/b.png": b"text"})
-    import_photos(layout, source(tmp_path / "other", {"0/a.png": PNG[2], "0/b.png": b"more text"}))
-    import_photos(layout, folder)
-    assert len(set_aside(layout)) == 2
-    import_photos(layout, source(folder, {"0/b.png": PNG[1]}))
-    assert list(set_aside(layout)) == [str(tmp_path / "other")]
-    assert [path for path in tree(layout.quarantine) if path != "quarantine.json"] == [
-        each["copy"] for each in set_aside(layout)[str(tmp_path / "other")]
+    import_photos(project, source(tmp_path / "other", {"0/a.png": PNG[2], "0/b.png": b"more text"}))
+    import_photos(project, folder)
+    assert len(set_aside(project)) == 2
+    import_photos(project, source(folder, {"0/b.png": PNG[1]}))
+    assert list(set_aside(project)) == [str(tmp_path / "other")]
+    assert [path for path in tree(project.quarantine) if path != "quarantine.json"] == [
+        each["copy"] for each in set_aside(project)[str(tmp_path / "other")]
     ]
 
 
 @pytest.mark.parametrize("spoilt", ["", "[]", "3", "{}", '{"sources": [3]}', '{"sources": 3}'])
 def test_a_list_that_cannot_be_read_counts_for_none_and_is_written_anew(
-    layout: Layout, tmp_path: Path, spoilt: str
+    project: Project, tmp_path: Path, spoilt: str
 ) -> None:
     folder = source(tmp_path / "s", {"0/a.png": PNG[0], "0/b.png": b"text"})
-    layout.quarantine.mkdir(parents=True)
-    (layout.quarantine / "quarantine.json").write_text(spoilt)
-    assert set_aside(layout) == {}
-    import_photos(layout, folder)
-    assert [len(files) for files in set_aside(layout).values()] == [1]
+    project.quarantine.mkdir(parents=True)
+    (project.quarantine / "quarantine.json").write_text(spoilt)
+    assert set_aside(project) == {}
+    import_photos(project, folder)
+    assert [len(files) for files in set_aside(project).values()] == [1]
 
 
-def test_copies_outlive_a_list_that_was_spoilt(layout: Layout, tmp_path: Path) -> None:
+def test_copies_outlive_a_list_that_was_spoilt(project: Project, tmp_path: Path) -> None:
     (aside,) = import_photos(
-        layout, source(tmp_path / "a", {"0/a.png": PNG[0], "0/b.png": b"the only copy"})
+        project, source(tmp_path / "a", {"0/a.png": PNG[0], "0/b.png": b"the only copy"})
     ).quarantined
-    (layout.quarantine / "quarantine.json").write_text("{")
-    import_photos(layout, source(tmp_path / "b", {"1/a.png": PNG[1], "1/b.png": b"another"}))
-    import_photos(layout, source(tmp_path / "c", {"2/a.png": PNG[2], "2/b.png": b"a third"}))
+    (project.quarantine / "quarantine.json").write_text("{")
+    import_photos(project, source(tmp_path / "b", {"1/a.png": PNG[1], "1/b.png": b"another"}))
+    import_photos(project, source(tmp_path / "c", {"2/a.png": PNG[2], "2/b.png": b"a third"}))
     assert aside.copy is not None
-    assert (layout.quarantine / aside.copy).read_bytes() == b"the only copy"
+    assert (project.quarantine / aside.copy).read_bytes() == b"the only copy"
 
 
 def test_a_failing_replacement_forgets_nothing_that_was_set_aside(
-    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import_photos(layout, source(tmp_path / "a", {"0/a.png": PNG[0], "0/b.png": b"the only copy"}))
-    before = tree(layout.quarantine)
+    import_photos(project, source(tmp_path / "a", {"0/a.png": PNG[0], "0/b.png": b"the only copy"}))
+    before = tree(project.quarantine)
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("tasks.incoming.intake.swap", full)
+    monkeypatch.setattr("tasks.data.importer.swap", full)
     with pytest.raises(DataError, match="No space left"):
-        import_photos(layout, source(tmp_path / "b", {"1/a.png": PNG[1]}), replace=True)
-    assert tree(layout.quarantine) == before
+        import_photos(project, source(tmp_path / "b", {"1/a.png": PNG[1]}), replace=True)
+    assert tree(project.quarantine) == before
 
 
-def test_a_link_to_itself_is_refused_as_any_missing_source(layout: Layout, tmp_path: Path) -> None:
+def test_a_link_to_itself_is_refused_as_any_missing_source(
+    project: Project, tmp_path: Path
+) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(SourceError, match="cannot be read"):
-        import_photos(layout, tmp_path / "loop")
+        import_photos(project, tmp_path / "loop")
 
 
-def test_hostile_name_stays_inside_the_quarantine(layout: Layout, tmp_path: Path) -> None:
+def test_hostile_name_stays_inside_the_quarantine(project: Project, tmp_path: Path) -> None:
     folder = source(tmp_path / "s", {"0/a.png": PNG[0]})
     (folder / "0" / "x\\..\n\x1b[31m é;rm -rf .jpg").write_bytes(b"text")
-    (aside,) = import_photos(layout, folder).quarantined
+    (aside,) = import_photos(project, folder).quarantined
     assert aside.origin.isprintable()
     assert aside.copy is not None
-    assert (layout.quarantine / aside.copy).read_bytes() == b"text"
+    assert (project.quarantine / aside.copy).read_bytes() == b"text"
     assert re.fullmatch(r"[a-z_]+/[0-9a-f]{12}-[A-Za-z0-9._-]+", aside.copy)
 
 
-def test_report_is_ready_for_json(layout: Layout, tmp_path: Path) -> None:
+def test_report_is_ready_for_json(project: Project, tmp_path: Path) -> None:
     report = import_photos(
-        layout, source(tmp_path / "s", {"0/a.png": PNG[0], "0/b.png": b"x", "1/c.png": b"y"})
+        project, source(tmp_path / "s", {"0/a.png": PNG[0], "0/b.png": b"x", "1/c.png": b"y"})
     )
     assert report.kinds() == {"not an image": 2}
     shown = json.loads(json.dumps(report.to_json()))
@@ -314,8 +318,8 @@ CHILD = """
     import os, resource, signal, sys
     from pathlib import Path
     from tasks.errors import HandsignsError
-    from tasks.incoming.intake import import_photos
-    from tasks.layout import Layout
+    from tasks.data.importer import import_photos
+    from tasks.project import Project
 
     def killer(what, done, total):
         if (what, done) == (sys.argv[3], int(sys.argv[4])):
@@ -325,15 +329,15 @@ CHILD = """
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFINITY))
     try:
-        import_photos(Layout(Path(sys.argv[1])), Path(sys.argv[2]), progress=killer)
+        import_photos(Project(Path(sys.argv[1])), Path(sys.argv[2]), progress=killer)
     except HandsignsError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 """
 
 
-def import_in_a_process(layout: Layout, folder: Path, *arguments: object) -> tuple[int, str]:
+def import_in_a_process(project: Project, folder: Path, *arguments: object) -> tuple[int, str]:
     child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(CHILD), layout.root, folder, *map(str, arguments)],
+        [sys.executable, "-c", textwrap.dedent(CHILD), project.root, folder, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(CHECKOUT.root)},
         capture_output=True,
         text=True,
@@ -353,72 +357,72 @@ POINTS = [
 @pytest.mark.parametrize(("what", "done"), POINTS)
 @pytest.mark.parametrize("mended_by", ["recover", "import"])
 def test_killed_import_leaves_the_old_or_the_new_data(
-    what: str, done: int, mended_by: str, layout: Layout, photos: Callable[..., Path]
+    what: str, done: int, mended_by: str, project: Project, photos: Callable[..., Path]
 ) -> None:
-    import_photos(layout, photos("old", 1))
-    old = tree(layout.data)
+    import_photos(project, photos("old", 1))
+    old = tree(project.data)
     more = photos("new", 1, seed=1)
     source(more, {"0/bad.png": b"text"})
-    code, _ = import_in_a_process(layout, more, what, done)
+    code, _ = import_in_a_process(project, more, what, done)
     assert code == -signal.SIGKILL
     if mended_by == "recover":
-        recover(layout)
+        recover(project)
         expected = 12 if (what, done) == ("swap", 2) else 6
-        assert len(tree(layout.data)) == expected
-        assert old.items() <= tree(layout.data).items()
-    report = import_photos(layout, more)
+        assert len(tree(project.data)) == expected
+        assert old.items() <= tree(project.data).items()
+    report = import_photos(project, more)
     assert sum(report.taken.values()) + sum(report.already_there.values()) == 6
-    assert set(tree(layout.data).values()) == {
+    assert set(tree(project.data).values()) == {
         *old.values(),
         *tree(photos("new", 1, seed=1)).values(),
     } - {b"text"}
-    assert not layout.intake.exists()
+    assert not project.intake.exists()
 
 
 @pytest.mark.parametrize("done", [0, 1, 2])
 def test_killed_first_import_leaves_nothing_or_all(
-    done: int, layout: Layout, photos: Callable[..., Path]
+    done: int, project: Project, photos: Callable[..., Path]
 ) -> None:
-    code, _ = import_in_a_process(layout, photos("new", 1), "swap", done)
+    code, _ = import_in_a_process(project, photos("new", 1), "swap", done)
     assert code == -signal.SIGKILL
-    recover(layout)
-    assert len(tree(layout.data)) == (6 if done == 2 else 0)
-    import_photos(layout, photos("new", 1))
-    assert len(tree(layout.data)) == 6
+    recover(project)
+    assert len(tree(project.data)) == (6 if done == 2 else 0)
+    import_photos(project, photos("new", 1))
+    assert len(tree(project.data)) == 6
 
 
-def test_interrupted_swap_is_undone_at_once(layout: Layout, photos: Callable[..., Path]) -> None:
-    import_photos(layout, photos("old", 1))
-    old = tree(layout.data)
+def test_interrupted_swap_is_undone_at_once(project: Project, photos: Callable[..., Path]) -> None:
+    import_photos(project, photos("old", 1))
+    old = tree(project.data)
 
     def interrupt(what: str, done: int, total: int) -> None:
         if (what, done) == ("swap", 1):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        import_photos(layout, photos("new", 1, seed=1), progress=interrupt)
-    assert tree(layout.data) == old
-    assert not layout.intake.exists()
+        import_photos(project, photos("new", 1, seed=1), progress=interrupt)
+    assert tree(project.data) == old
+    assert not project.intake.exists()
 
 
-def test_imports_at_once_take_turns(layout: Layout, photos: Callable[..., Path]) -> None:
+def test_imports_at_once_take_turns(project: Project, photos: Callable[..., Path]) -> None:
     folders = [photos(f"s{seed}", 1, seed=seed) for seed in range(3)]
     with ThreadPoolExecutor(3) as pool:
-        codes = pool.map(lambda folder: import_in_a_process(layout, folder, "never", 0), folders)
+        codes = pool.map(lambda folder: import_in_a_process(project, folder, "never", 0), folders)
     assert list(codes) == [(0, "")] * 3
-    assert len(tree(layout.data)) == 18
+    assert len(tree(project.data)) == 18
 
 
 @pytest.fixture
-def held(layout: Layout, photos: Callable[..., Path]) -> Iterator[Layout]:
+def held(project: Project, photos: Callable[..., Path]) -> Iterator[Project]:
     """A checkout that holds six photos, and must still hold them afterwards."""
-    import_photos(layout, photos("held", 1))
-    before = tree(layout.data)
-    yield layout
-    assert tree(layout.data) == before
+    import_photos(project, photos("held", 1))
+    before = tree(project.data)
+    yield project
+    assert tree(project.data) == before
 
 
-def test_full_disk_is_told_and_harms_nothing(held: Layout, photos: Callable[..., Path]) -> None:
+def test_full_disk_is_told_and_harms_nothing(held: Project, photos: Callable[..., Path]) -> None:
     code, told = import_in_a_process(held, photos("new", 1, seed=1), "limit", 2000)
     assert code == 1
     assert told.startswith("DataError: Import cannot go on (File too large, EFBIG)")
@@ -427,7 +431,7 @@ def test_full_disk_is_told_and_harms_nothing(held: Layout, photos: Callable[...,
     assert not held.intake.exists()
 
 
-def test_full_disk_while_unpacking_h5_is_told(held: Layout, tmp_path: Path) -> None:
+def test_full_disk_while_unpacking_h5_is_told(held: Project, tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["train_set_x"] = np.stack([photo(1, n, 64) for n in range(20)])
         file["train_set_y"] = np.ones(20, int)
@@ -436,13 +440,13 @@ def test_full_disk_while_unpacking_h5_is_told(held: Layout, tmp_path: Path) -> N
     assert told.startswith("DataError: Arrays cannot be unpacked (File too large)")
 
 
-def test_place_that_cannot_be_written_is_named(held: Layout, photos: Callable[..., Path]) -> None:
+def test_place_that_cannot_be_written_is_named(held: Project, photos: Callable[..., Path]) -> None:
     held.intake.write_text("a file where a folder must be")
     with pytest.raises(DataError, match=r"cannot go on \(.*EEXIST\).*intake'"):
         import_photos(held, photos("new", 1, seed=1))
 
 
-def test_quarantine_that_cannot_be_written_stops_the_import(held: Layout, tmp_path: Path) -> None:
+def test_quarantine_that_cannot_be_written_stops_the_import(held: Project, tmp_path: Path) -> None:
     held.artifacts.write_text("a file where a folder must be")
     with pytest.raises(DataError, match=r"cannot go on \(.*ENOTDIR\)"):
         import_photos(held, source(tmp_path / "s", {"0/a.png": PNG[0], "0/b.png": b"text"}))
@@ -450,11 +454,11 @@ def test_quarantine_that_cannot_be_written_stops_the_import(held: Layout, tmp_pa
 
 def test_checkout_that_cannot_be_written_is_named(photos: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match=r"cannot go on \(.*'/proc/1/"):
-        import_photos(Layout(Path("/proc/1")), photos("a", 1))
+        import_photos(Project(Path("/proc/1")), photos("a", 1))
 
 
 def test_second_import_waits_its_turn_and_says_so(
-    held: Layout, photos: Callable[..., Path]
+    held: Project, photos: Callable[..., Path]
 ) -> None:
     with (
         FileLock(held.local / "intake.lock"),
@@ -463,7 +467,7 @@ def test_second_import_waits_its_turn_and_says_so(
         import_photos(held, photos("new", 1, seed=1), wait=0.1)
 
 
-def test_refused_source_leaves_no_trace(held: Layout, tmp_path: Path) -> None:
+def test_refused_source_leaves_no_trace(held: Project, tmp_path: Path) -> None:
     with pytest.raises(SourceError):
         import_photos(held, tmp_path / "nothing")
     assert not held.intake.exists()
@@ -476,10 +480,10 @@ def test_any_imports_end_in_the_union(
     tmp_path_factory: pytest.TempPathFactory, names: list[str]
 ) -> None:
     root = tmp_path_factory.mktemp("union")
-    layout = Layout(root / "checkout")
+    project = Project(root / "checkout")
     expected = set()
     for name in names:
         folder = write_photos(root / name, 1, 16, seed=ord(name))
-        import_photos(layout, folder)
+        import_photos(project, folder)
         expected |= set(tree(folder).values())
-    assert set(tree(layout.data).values()) == expected
+    assert set(tree(project.data).values()) == expected

@@ -10,21 +10,19 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from flows.commands import launch
-from flows.commands.launch import launch_retrain
-from flows.exclusion import only_retrain
-from flows.reports.record import remember, unchanged_since
-from flows.reports.report import ModelReport, RunReport
+from flows import launch
+from flows.launch import launch_retrain
+from flows.report import ModelReport, RunReport, remember, unchanged_since
+from flows.retrain import retrain_lock
 from flows.settings import Settings
 from flows.workspace import Workspace
 from tasks.errors import ServiceError
-from tasks.progress import silent
+from tasks.io import read_json, write_json
 from tasks.releases.pointer import Pointer, move_champion
-from tasks.services.addresses import S3Address
-from tasks.services.keys import new_keys
-from tasks.services.registry import CHAMPION
-from tasks.services.storage import Storage
-from tasks.whole import read_json, write_json
+from tasks.releases.signing import new_keys
+from tasks.services.mlflow import CHAMPION
+from tasks.services.s3 import S3Address, Storage
+from tasks.stage import silent
 from tests.fixtures.checkouts import with_stages
 
 Losing = Callable[[RunReport | None], RunReport]
@@ -33,11 +31,11 @@ Losing = Callable[[RunReport | None], RunReport]
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """A checkout of the stages, with services that nobody asks."""
-    layout = with_stages(tmp_path / "checkout")
-    monkeypatch.chdir(layout.root)
-    monkeypatch.setattr(launch, "tell", lambda *said: told.append(said[1]))
+    project = with_stages(tmp_path / "checkout")
+    monkeypatch.chdir(project.root)
+    monkeypatch.setattr(launch, "notify_people", lambda *said: told.append(said[1]))
     told.clear()
-    return Workspace(layout, Settings())
+    return Workspace(project, Settings())
 
 
 told: list[str] = []
@@ -54,7 +52,7 @@ def losing_prefect(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Los
     def retrain(written: RunReport | None) -> RunReport:
         def flow(*_: Any) -> None:
             if written:
-                written.write(workspace.layout)
+                written.write(workspace.project)
             raise ServiceError("Prefect failed (Timeout).")
 
         monkeypatch.setattr(launch, "_run_flow", flow)
@@ -67,7 +65,7 @@ def test_a_finished_runs_report_outlives_prefect(
     workspace: Workspace, losing_prefect: Losing
 ) -> None:
     assert losing_prefect(done()).status == "promoted"
-    assert read_json(workspace.layout.run)["status"] == "promoted"
+    assert read_json(workspace.project.run)["status"] == "promoted"
     assert told == ["handsigns: Prefect failed at the end of a retrain"]
 
 
@@ -75,29 +73,29 @@ def test_a_run_that_lost_prefect_half_way_says_so(
     workspace: Workspace, losing_prefect: Losing
 ) -> None:
     assert losing_prefect(done("failed")).reason == "Prefect failed (Timeout)."
-    assert read_json(workspace.layout.run)["reason"] == "Prefect failed (Timeout)."
+    assert read_json(workspace.project.run)["reason"] == "Prefect failed (Timeout)."
     assert told == ["handsigns: retrain failed"]
 
 
 def test_a_run_that_never_began_is_reported_as_failed(
     workspace: Workspace, losing_prefect: Losing
 ) -> None:
-    done().write(workspace.layout)
+    done().write(workspace.project)
     assert losing_prefect(None).status == "failed"
-    assert read_json(workspace.layout.run)["reason"] == "Prefect failed (Timeout)."
+    assert read_json(workspace.project.run)["reason"] == "Prefect failed (Timeout)."
     assert told == ["handsigns: retrain failed before it began"]
 
 
 def test_a_retrain_that_comes_while_another_starts_is_refused_and_leaves_its_report(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layout = workspace.layout
+    project = workspace.project
     refused: list[RunReport] = []
 
     def flow(*_: Any) -> None:
-        with only_retrain(layout) as alone:  # as the flow does, within the command's own hold
+        with retrain_lock(project) as alone:  # as the flow does, within the command's own hold
             assert alone
-            done("registered").write(layout)
+            done("registered").write(project)
             with ThreadPoolExecutor(1) as elsewhere:
                 refused.append(elsewhere.submit(launch_retrain, workspace, True, silent).result())
 
@@ -107,7 +105,7 @@ def test_a_retrain_that_comes_while_another_starts_is_refused_and_leaves_its_rep
     assert f"Another retrain of this checkout runs. Received: process {os.getpid()}." in (
         refused[0].reason
     )
-    assert read_json(layout.run)["status"] == "registered"
+    assert read_json(project.run)["status"] == "registered"
     assert told == []
 
 
@@ -130,7 +128,7 @@ def test_what_was_released_last_is_unchanged(released: Workspace) -> None:
 def test_a_record_of_another_version_of_the_program_is_no_reason_to_fail(
     released: Workspace,
 ) -> None:
-    record = released.layout.local / "last_release.json"
+    record = released.project.local / "last_release.json"
     content = read_json(record)
     content["report"]["a_field_of_later"] = 1
     write_json(record, content)
@@ -138,7 +136,7 @@ def test_a_record_of_another_version_of_the_program_is_no_reason_to_fail(
 
 
 def test_a_local_storage_that_was_removed_is_filled_again(released: Workspace) -> None:
-    store = released.layout.local / "seaweedfs"
+    store = released.project.local / "seaweedfs"
     shutil.rmtree(store)
     store.mkdir()
     assert unchanged_since(released) is None
@@ -162,7 +160,7 @@ def test_another_registry_remote_or_branch_is_filled_too(released: Workspace) ->
         assert unchanged_since(released) is None
         remember(released, done())
         assert unchanged_since(released) is not None
-        assert b"secret" not in (released.layout.local / "last_release.json").read_bytes()
+        assert b"secret" not in (released.project.local / "last_release.json").read_bytes()
     released.settings = known
     assert unchanged_since(released) is not None  # a branch that is not named any more
 

@@ -12,18 +12,23 @@ from threading import Thread, Timer
 import psutil
 import pytest
 
-from flows.loopback import local
-from flows.loopback.credentials import local_credentials
-from flows.loopback.local import Services, check_reachable, embedded
-from flows.loopback.ports import PAIR, choose_ports, remember_ports
-from flows.loopback.running import Running, hold, is_held, keep_running
-from flows.loopback.server import Server
-from flows.loopback.servers import ask
-from flows.loopback.tether import kept
+from flows.local import stack
+from flows.local.credentials import local_credentials
+from flows.local.parent_bound import kept
+from flows.local.servers import PAIR, Server, ask, choose_ports, remember_ports
+from flows.local.stack import (
+    Running,
+    Services,
+    check_reachable,
+    embedded,
+    hold,
+    is_held,
+    keep_running,
+)
 from flows.settings import Settings
 from tasks.errors import BusyError, ServiceError, SettingsError
-from tasks.layout import Layout
-from tasks.services.storage import Storage
+from tasks.project import Project
+from tasks.services.s3 import Storage
 from tests.fixtures.prefect_api import PrefectApi
 
 NOTHING_SET = Settings.model_construct(
@@ -68,7 +73,7 @@ def _gone_within(seconds: float, *pids: int) -> bool:
 
 
 def test_configured_services_start_nothing(tmp_path: Path) -> None:
-    with embedded(ALL_SET, Layout(tmp_path)) as services:
+    with embedded(ALL_SET, Project(tmp_path)) as services:
         services.start_s3()
         services.start_prefect()
         assert services.s3().endpoint_url == "http://127.0.0.1:9"
@@ -79,19 +84,19 @@ def test_configured_services_start_nothing(tmp_path: Path) -> None:
 
 
 def test_nothing_starts_before_it_is_asked_for(tmp_path: Path) -> None:
-    with embedded(NOTHING_SET, Layout(tmp_path)) as services:
+    with embedded(NOTHING_SET, Project(tmp_path)) as services:
         assert services.mlflow() == f"sqlite:///{tmp_path / '.local' / 'mlflow.db'}"
     assert list((tmp_path / ".local").iterdir()) == []
 
 
 def test_s3_keeps_its_data_and_credentials_and_stops_with_the_block(tmp_path: Path) -> None:
-    with embedded(NOTHING_SET, Layout(tmp_path)) as services:
+    with embedded(NOTHING_SET, Project(tmp_path)) as services:
         first = services.s3()
         Storage(first).put("a", b"kept")
     with pytest.raises(ServiceError):
         Storage(first).check()
     (tmp_path / ".local" / "ports.json").unlink()
-    with embedded(NOTHING_SET, Layout(tmp_path)) as services:
+    with embedded(NOTHING_SET, Project(tmp_path)) as services:
         second = services.s3()
         assert Storage(second).get("a") == b"kept"
     assert second.endpoint_url != first.endpoint_url
@@ -99,7 +104,7 @@ def test_s3_keeps_its_data_and_credentials_and_stops_with_the_block(tmp_path: Pa
 
 
 def test_the_local_store_is_closed_to_others(tmp_path: Path) -> None:
-    with embedded(NOTHING_SET, Layout(tmp_path)) as services:
+    with embedded(NOTHING_SET, Project(tmp_path)) as services:
         address = services.s3()
         pid = _process_on(address.endpoint_url)
         listening = {
@@ -114,7 +119,7 @@ def test_the_local_store_is_closed_to_others(tmp_path: Path) -> None:
 
 
 def test_a_runs_own_prefect_asks_for_the_login(tmp_path: Path) -> None:
-    with embedded(NOTHING_SET, Layout(tmp_path)) as services:
+    with embedded(NOTHING_SET, Project(tmp_path)) as services:
         url = services.prefect()
         assert ask(f"{url}/admin/version") is None
         login = local_credentials(services.folder).login
@@ -155,7 +160,7 @@ def test_a_dask_scheduler_that_is_gone_is_named() -> None:
 
 
 def test_what_is_no_dask_scheduler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "CHECK_SECONDS", 2.0)
+    monkeypatch.setattr(stack, "CHECK_SECONDS", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
         named = {"dask_address": address}
@@ -164,7 +169,7 @@ def test_what_is_no_dask_scheduler_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_second_run_waits_and_then_names_the_first(tmp_path: Path) -> None:
-    with embedded(NOTHING_SET, Layout(tmp_path)) as first:
+    with embedded(NOTHING_SET, Project(tmp_path)) as first:
         first.s3()
         second = Services(NOTHING_SET, tmp_path / ".local", patience=0.5)
         with pytest.raises(BusyError, match=f"process {os.getpid()} after"):
@@ -177,41 +182,41 @@ def test_a_second_run_waits_and_then_names_the_first(tmp_path: Path) -> None:
 
 
 def test_a_reader_uses_the_server_of_a_run_and_leaves_it_running(tmp_path: Path) -> None:
-    with embedded(NOTHING_SET, Layout(tmp_path)) as run:
+    with embedded(NOTHING_SET, Project(tmp_path)) as run:
         address = run.s3()
-        with embedded(NOTHING_SET, Layout(tmp_path), patience=0, share=True) as reader:
+        with embedded(NOTHING_SET, Project(tmp_path), patience=0, share=True) as reader:
             assert reader.s3() == address
         Storage(address).check()
-    with embedded(NOTHING_SET, Layout(tmp_path), share=True) as alone:
+    with embedded(NOTHING_SET, Project(tmp_path), share=True) as alone:
         Storage(alone.s3()).check()
         assert _process_on(alone.s3().endpoint_url)
 
 
 def test_the_server_of_the_service_is_waited_for_and_never_replaced(tmp_path: Path) -> None:
-    layout = Layout(tmp_path)
-    lock = hold(layout.local)
+    project = Project(tmp_path)
+    lock = hold(project.local)
     assert lock is not None
-    with embedded(NOTHING_SET, layout) as up:
+    with embedded(NOTHING_SET, project) as up:
         address = up.s3()
         process = psutil.Process(_process_on(address.endpoint_url))
-        keep_running(layout.local, Running(pid=os.getpid(), s3=address.endpoint_url))
+        keep_running(project.local, Running(pid=os.getpid(), s3=address.endpoint_url))
         process.suspend()
         try:
-            with embedded(NOTHING_SET, layout, patience=0.5) as run:
+            with embedded(NOTHING_SET, project, patience=0.5) as run:
                 run.start_s3()
                 with pytest.raises(
                     ServiceError, match=f"does not answer. Received: {address.endpoint_url}"
                 ):
                     run.s3()
-            with embedded(NOTHING_SET, layout, patience=0) as look, pytest.raises(BusyError):
+            with embedded(NOTHING_SET, project, patience=0) as look, pytest.raises(BusyError):
                 look.s3()  # by whom looks again soon
             Timer(1.0, process.resume).start()
-            with embedded(NOTHING_SET, layout) as run:
+            with embedded(NOTHING_SET, project) as run:
                 assert run.s3() == address
         finally:
             process.resume()
     os.close(lock)
-    with embedded(NOTHING_SET, layout) as alone:
+    with embedded(NOTHING_SET, project) as alone:
         Storage(alone.s3()).check()
 
 
@@ -237,11 +242,11 @@ import signal, sys, time
 from pathlib import Path
 # As at a terminal, also where the tests were started in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from flows.loopback.local import embedded
+from flows.local.stack import embedded
 from tests.test_local import NOTHING_SET
-from tasks.layout import Layout
-from tasks.services.storage import Storage
-with embedded(NOTHING_SET, Layout(Path(sys.argv[1]))) as services:
+from tasks.project import Project
+from tasks.services.s3 import Storage
+with embedded(NOTHING_SET, Project(Path(sys.argv[1]))) as services:
     address = services.s3()
     Storage(address).put("a", b"kept")
     print(address.endpoint_url, flush=True)
@@ -264,7 +269,7 @@ def test_a_killed_run_takes_its_server_along(tmp_path: Path, how: signal.Signals
     run.wait(20)
     run.stdout.close()
     # The next run does not wait until it is gone; its own start does.
-    with embedded(NOTHING_SET, Layout(tmp_path)) as services:
+    with embedded(NOTHING_SET, Project(tmp_path)) as services:
         assert Storage(services.s3()).get("a") == b"kept"
     assert _gone_within(5, weed)
 
@@ -277,7 +282,7 @@ def test_a_failing_block_still_stops_its_servers(tmp_path: Path) -> None:
         pass
 
     def fail() -> None:
-        with embedded(NOTHING_SET, Layout(tmp_path)) as services:
+        with embedded(NOTHING_SET, Project(tmp_path)) as services:
             services._prefect = (server, "")
             server.wait()
             raise FailureError

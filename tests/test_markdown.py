@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.markdown import table
+from tasks.releases.card import table
 
 
 @given(st.lists(st.tuples(st.text(), st.text()), max_size=5))

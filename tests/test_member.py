@@ -9,8 +9,8 @@ from threading import Event, Thread
 import pytest
 from filelock import FileLock
 
-from flows.deployment.member import keep_up
-from flows.loopback.server import Server
+from flows.local.member import keep_up
+from flows.local.servers import Server
 from tasks.errors import BusyError
 
 

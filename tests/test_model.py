@@ -11,8 +11,7 @@ import pytest
 
 from tasks.assemble import save_model
 from tasks.errors import ModelError
-from tasks.network.checkpoint import BACKBONE_FILE, read_phase
-from tasks.network.model import (
+from tasks.model.network import (
     CUT,
     FEATURE_SHAPE,
     HEAD,
@@ -25,6 +24,7 @@ from tasks.network.model import (
     freeze,
     load_model,
 )
+from tasks.model.weights import BACKBONE_FILE, read_phase
 from tasks.params import BACKBONE, MAX_TRAINABLE_LAYERS, Params
 from tasks.stage import Context
 from tasks.training.tail import Tail, put_tail, tail_weights
@@ -40,7 +40,7 @@ def model(workshop: Workshop) -> Any:
         context.params.augmentation,
         context.params.training.dropout,
         size=SIZE,
-        backbone_weights=context.layout.weights("backbone") / BACKBONE_FILE,
+        backbone_weights=context.project.weights("backbone") / BACKBONE_FILE,
     )
 
 
@@ -75,7 +75,7 @@ def test_tail_is_what_lies_above_the_cut(model: Any) -> None:
 def test_trunk_then_tail_is_the_whole_model(
     workshop: Workshop, model: Any, photos: np.ndarray
 ) -> None:
-    trunk = build_trunk(workshop().layout.weights("backbone") / BACKBONE_FILE, SIZE)
+    trunk = build_trunk(workshop().project.weights("backbone") / BACKBONE_FILE, SIZE)
     tail = Tail(model)
     logits = tail.logits(tail.pooled(trunk(photos, training=False)))
     expected = np.asarray(model(photos, training=False))
@@ -87,7 +87,7 @@ def test_model_without_trunk_trains_the_same_layers_from_the_same_start(
     workshop: Workshop, model: Any
 ) -> None:
     without = build_tail(SIZE, seed=0)
-    weights, _ = read_phase(workshop().layout, BACKBONE)
+    weights, _ = read_phase(workshop().project, BACKBONE)
     for one in (model, without):
         put_tail(one, weights)
     whole, alone = tail_weights(model), tail_weights(without)

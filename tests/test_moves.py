@@ -8,12 +8,12 @@ from threading import Thread
 
 import pytest
 
-from flows.commands.moves import rollback
+from flows.moves import rollback
 from flows.promotion import course
 from flows.settings import Settings
 from flows.workspace import Workspace
 from tasks.errors import PromotionError
-from tasks.layout import Layout
+from tasks.project import Project
 from tests.fixtures.checkouts import make_checkout
 from tests.fixtures.prefect_api import PrefectApi
 
@@ -79,7 +79,7 @@ def test_a_move_of_which_nothing_is_known_is_not_made_again(
     monkeypatch.setattr(Workspace, "rollback", lambda *_: pytest.fail("it was made again"))
     monkeypatch.setenv("PREFECT_API_URL", prefect_api.url)
     with (
-        Workspace(Layout(tmp_path), Settings()) as workspace,
+        Workspace(Project(tmp_path), Settings()) as workspace,
         pytest.raises(PromotionError, match="Whether the champion moved is not known"),
     ):
         rollback(workspace, "back")

@@ -25,7 +25,7 @@ def test_the_inbox_is_trained_on_once_and_its_versions_reach_the_branch(
     tmp_path: Path, trained: Trained
 ) -> None:
     made = trained.checkout(tmp_path / "checkout")
-    root = made.layout.root
+    root = made.project.root
     shutil.copy(CHECKOUT.root / "data.dvc", root)  # names the rendered sample
     subprocess.run(["git", "init", "-q", "--bare", tmp_path / "origin"], check=True)
     _git(root, "remote", "add", "origin", str(tmp_path / "origin"))
@@ -68,11 +68,11 @@ def test_the_inbox_is_trained_on_once_and_its_versions_reach_the_branch(
         assert message["message"].startswith(failed["reason"])
         assert (root / "data.dvc").read_bytes() == version
 
-    with sqlite3.connect(made.layout.local / "prefect/prefect.db") as database:
+    with sqlite3.connect(made.project.local / "prefect/prefect.db") as database:
         shown = {key for (key,) in database.execute("select key from artifact")}
         runs = [name for (name,) in database.execute("select name from flow_run")]
     assert {"inbox", "quarantine", "versions"} <= shown
     # Called after the photos that it found, not after the sample that it began with.
     assert runs[0].endswith(f"data {first['data']['version'][:8]}")
-    left = [*made.layout.local.rglob("*"), *made.layout.artifacts.rglob("*")]
+    left = [*made.project.local.rglob("*"), *made.project.artifacts.rglob("*")]
     assert not [path for path in left if path.is_file() and SECRET.encode() in path.read_bytes()]

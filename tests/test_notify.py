@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 
-from flows.notification import tell, tell_bad_end
+from flows.notify import notify_people, tell_bad_end
 from flows.settings import load_settings
 from tasks.services.notify import notify
 from tests.fixtures.receiver import receiving
@@ -20,13 +20,15 @@ def test_a_message_has_title_reason_and_link(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv("HANDSIGNS_NOTIFY_URLS", f"{one.address} {two.address}")
         settings = load_settings()
         assert SECRET not in repr(settings)
-        assert tell(settings, "retrain rejected", "The gate refused.", "http://prefect/run/1")
+        assert notify_people(
+            settings, "retrain rejected", "The gate refused.", "http://prefect/run/1"
+        )
         for receiver in (one, two):
             (message,) = receiver.messages
             assert message["title"] == "retrain rejected"
             assert message["message"] == "The gate refused.\nhttp://prefect/run/1"
             assert message["type"] == "failure"
-        assert tell(settings, "failed before it began", "No photos.")
+        assert notify_people(settings, "failed before it began", "No photos.")
         assert "artifacts/run.json on " in one.messages[1]["message"]
 
 
@@ -57,7 +59,7 @@ def test_a_killed_run_is_told_by_the_hook_that_its_worker_calls(
 
 
 def test_nobody_is_told_where_nobody_is_named() -> None:
-    assert not tell(load_settings(), "title", "reason")
+    assert not notify_people(load_settings(), "title", "reason")
 
 
 @pytest.mark.parametrize(

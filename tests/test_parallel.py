@@ -3,7 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tasks.parallel import in_order
+from tasks.stage import in_order
 
 
 def test_results_come_in_the_order_of_the_items() -> None:

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tasks.data.dataset import open_dataset
 from tasks.errors import ParamsError
 from tasks.params import PhaseParams, TrainingParams
-from tasks.pictures.dataset import open_dataset
 from tasks.stage import Context
-from tasks.training.phase import Plan, plan_phase
+from tasks.training.plan import Plan, plan_phase
 from tests.fixtures.models import smaller
 
 Workshop = Callable[..., Context]
@@ -101,7 +101,7 @@ def test_cosine_falls_to_zero_over_the_phase() -> None:
 
 def test_phases_with_one_fraction_share_their_photos(workshop: Workshop) -> None:
     context = workshop()
-    dataset = open_dataset(context.layout.dataset)
+    dataset = open_dataset(context.project.dataset)
     halves = {
         name: phase.model_copy(update={"data_fraction": 0.5})
         for name, phase in context.params.phases.items()
@@ -118,4 +118,4 @@ def test_phases_with_one_fraction_share_their_photos(workshop: Workshop) -> None
 def test_unknown_phase_is_refused(workshop: Workshop, name: str | None) -> None:
     context = workshop()
     with pytest.raises(ParamsError, match=r"base, fine_tune, full\. Received: "):
-        plan_phase(context.params, name, open_dataset(context.layout.dataset))
+        plan_phase(context.params, name, open_dataset(context.project.dataset))

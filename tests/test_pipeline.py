@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from tasks.errors import BusyError, DataError, StageError
-from tasks.layout import Layout
-from tasks.services.pipeline import Pipeline, Remote
+from tasks.project import Project
+from tasks.services.dvc import Pipeline, Remote
 from tests.fixtures.checkouts import with_stages
 from tests.fixtures.locks import held
 
@@ -21,21 +21,21 @@ EARLY = ("audit", "preprocess")
 
 
 @pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """A checkout of its own, with the product's stages and generated photos."""
-    layout = with_stages(tmp_path / "checkout")
-    monkeypatch.chdir(layout.root)
-    Pipeline(layout).version_data("photos")
-    return layout
+    project = with_stages(tmp_path / "checkout")
+    monkeypatch.chdir(project.root)
+    Pipeline(project).version_data("photos")
+    return project
 
 
-def repro(layout: Layout, *targets: str) -> str:
+def repro(project: Project, *targets: str) -> str:
     """What `dvc repro` prints, run as a person would."""
     folder = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
     done = subprocess.run(
         [folder / "dvc", "repro", *targets],
-        cwd=layout.root,
+        cwd=project.root,
         env=environment,
         capture_output=True,
         text=True,
@@ -44,14 +44,14 @@ def repro(layout: Layout, *targets: str) -> str:
     return done.stdout
 
 
-def change(layout: Layout, section: str, **values: object) -> None:
+def change(project: Project, section: str, **values: object) -> None:
     """Set values in a section of the checkout's `params.yaml`."""
-    content = yaml.safe_load(layout.params.read_text())
+    content = yaml.safe_load(project.params.read_text())
     content[section].update(values)
-    layout.params.write_text(yaml.safe_dump(content, sort_keys=False))
+    project.params.write_text(yaml.safe_dump(content, sort_keys=False))
 
 
-def test_stages_come_in_the_graphs_order(checkout: Layout) -> None:
+def test_stages_come_in_the_graphs_order(checkout: Project) -> None:
     order = Pipeline(checkout).stages()
     chain = ["audit", "preprocess", "features", "train@base", "train@fine_tune", "train@full"]
     chain += ["assemble", "evaluate", "gate"]
@@ -59,7 +59,7 @@ def test_stages_come_in_the_graphs_order(checkout: Layout) -> None:
     assert order.index("backbone") < order.index("features")
 
 
-def test_repro_finds_nothing_to_do_after_a_run_in_process(checkout: Layout) -> None:
+def test_repro_finds_nothing_to_do_after_a_run_in_process(checkout: Project) -> None:
     pipeline = Pipeline(checkout)
     assert [pipeline.run(name) for name in EARLY] == ["ran", "ran"]
     lock = (checkout.root / "dvc.lock").read_bytes()
@@ -69,14 +69,14 @@ def test_repro_finds_nothing_to_do_after_a_run_in_process(checkout: Layout) -> N
     assert (checkout.root / "dvc.lock").read_bytes() == lock
 
 
-def test_a_run_in_process_finds_nothing_to_do_after_repro(checkout: Layout) -> None:
+def test_a_run_in_process_finds_nothing_to_do_after_repro(checkout: Project) -> None:
     repro(checkout, *EARLY)
     pipeline = Pipeline(checkout)
     assert [pipeline.run(name) for name in EARLY] == ["unchanged", "unchanged"]
     assert not {"audit", "preprocess"} & set(pipeline.changed())
 
 
-def test_a_changed_parameter_runs_its_stage_and_no_earlier_one(checkout: Layout) -> None:
+def test_a_changed_parameter_runs_its_stage_and_no_earlier_one(checkout: Project) -> None:
     for name in EARLY:
         Pipeline(checkout).run(name)
     change(checkout, "preprocess", detail=32)
@@ -85,7 +85,7 @@ def test_a_changed_parameter_runs_its_stage_and_no_earlier_one(checkout: Layout)
     assert json.loads((checkout.dataset / "index.json").read_text())["detail"] == 32
 
 
-def test_a_result_seen_before_is_restored(checkout: Layout) -> None:
+def test_a_result_seen_before_is_restored(checkout: Project) -> None:
     for name in EARLY:
         Pipeline(checkout).run(name)
     first = (checkout.dataset / "images.npy").read_bytes()
@@ -96,7 +96,7 @@ def test_a_result_seen_before_is_restored(checkout: Layout) -> None:
     assert (checkout.dataset / "images.npy").read_bytes() == first
 
 
-def test_a_photo_added_while_a_stage_runs_is_an_error(checkout: Layout) -> None:
+def test_a_photo_added_while_a_stage_runs_is_an_error(checkout: Project) -> None:
     added = threading.Event()
 
     def progress(what: str, done: int, total: int) -> None:
@@ -110,7 +110,7 @@ def test_a_photo_added_while_a_stage_runs_is_an_error(checkout: Layout) -> None:
     assert "audit" in Pipeline(checkout).changed()
 
 
-def test_source_edited_since_the_run_began_is_an_error(checkout: Layout) -> None:
+def test_source_edited_since_the_run_began_is_an_error(checkout: Project) -> None:
     pipeline = Pipeline(checkout)
     with (checkout.root / "tasks/audit.py").open("a") as source:
         source.write("# edited\n")
@@ -118,13 +118,13 @@ def test_source_edited_since_the_run_began_is_an_error(checkout: Layout) -> None
         pipeline.run("audit")
 
 
-def test_a_stages_own_error_comes_through_as_it_is(checkout: Layout) -> None:
+def test_a_stages_own_error_comes_through_as_it_is(checkout: Project) -> None:
     shutil.rmtree(checkout.data / "train/3")
     with pytest.raises(DataError, match="train/3"):
         Pipeline(checkout).run("audit")
 
 
-def test_somebody_elses_lock_is_waited_for_and_then_told(checkout: Layout) -> None:
+def test_somebody_elses_lock_is_waited_for_and_then_told(checkout: Project) -> None:
     pipeline = Pipeline(checkout, lock_timeout=1.0)
     with held(checkout), pytest.raises(BusyError, match="run again"):
         pipeline.run("audit")
@@ -132,7 +132,7 @@ def test_somebody_elses_lock_is_waited_for_and_then_told(checkout: Layout) -> No
 
 
 def test_data_travels_through_a_remote_and_damage_is_found(
-    checkout: Layout, tmp_path: Path
+    checkout: Project, tmp_path: Path
 ) -> None:
     remote = Remote(str(tmp_path / "remote"), {"verify": "true"})
     pipeline = Pipeline(checkout, remote)
@@ -148,7 +148,7 @@ def test_data_travels_through_a_remote_and_damage_is_found(
     assert not Pipeline(checkout).data_changed()
 
 
-def test_the_version_remembers_where_the_photos_came_from(checkout: Layout) -> None:
+def test_the_version_remembers_where_the_photos_came_from(checkout: Project) -> None:
     pipeline = Pipeline(checkout)
     assert pipeline.data_source() == "photos"
     version = pipeline.version_data("sample")
@@ -156,7 +156,7 @@ def test_the_version_remembers_where_the_photos_came_from(checkout: Layout) -> N
     assert Pipeline(checkout).version_data("photos") == version
 
 
-def test_what_a_team_notes_in_the_data_file_stays(checkout: Layout) -> None:
+def test_what_a_team_notes_in_the_data_file_stays(checkout: Project) -> None:
     pipeline = Pipeline(checkout)
     record = yaml.safe_load(checkout.data_file.read_text())
     checkout.data_file.write_text(yaml.safe_dump({**record, "meta": {"camera": "hall"}}))
@@ -168,7 +168,7 @@ def test_what_a_team_notes_in_the_data_file_stays(checkout: Layout) -> None:
     assert pipeline.data_source() == "photos"
 
 
-def test_a_spoiled_data_file_is_told_in_one_line(checkout: Layout) -> None:
+def test_a_spoiled_data_file_is_told_in_one_line(checkout: Project) -> None:
     pipeline = Pipeline(checkout)
     (checkout.root / "data.dvc").write_text("outs: 7\n")
     with pytest.raises(DataError, match="not what DVC writes"):

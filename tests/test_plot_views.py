@@ -3,10 +3,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tasks.data.dataset import Dataset
+from tasks.model.augment import view
 from tasks.params import load_params
-from tasks.pictures.augment import view
-from tasks.pictures.dataset import Dataset
-from tasks.scoring.plot_views import GAP, HEAD, MARGIN, PHOTOS, SIDE, VIEWS, draw_views
+from tasks.scoring.plots import GAP, HEAD, MARGIN, PHOTOS, SIDE, VIEWS, draw_views
 from tests.fixtures.photos import CHECKOUT, photo
 
 PARAMS = load_params(CHECKOUT.params).augmentation

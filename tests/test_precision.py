@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tasks.training.precision import FULL, MIXED, product_in, usable_precision
+from tasks.training.tail import FULL, MIXED, product_in, usable_precision
 
 HALF_A_STEP = 2.0**-9
 """By which a number rounded to bfloat16 is off at most, as a share of it."""

@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tasks import audit, preprocess
+from tasks.data.dataset import open_dataset
+from tasks.data.images import SOFTNESS, resize_square, shrink
+from tasks.data.photos import Photo
 from tasks.errors import DataError
-from tasks.labels import LABELS
-from tasks.layout import Layout
-from tasks.params import AuditParams, Params, SplitParams
-from tasks.pictures.dataset import open_dataset
-from tasks.pictures.photos import Photo
-from tasks.pictures.shrink import SOFTNESS, resize_square, shrink
+from tasks.params import LABELS, AuditParams, Params, SplitParams
 from tasks.preprocess import count_leaks, split_photos
+from tasks.project import Project
 from tasks.stage import Context
 from tests.fixtures.photos import CHECKOUT, photo, write_photos
 
@@ -30,22 +29,22 @@ from tests.fixtures.photos import CHECKOUT, photo, write_photos
 @pytest.fixture
 def context(tmp_path: Path, params: Params) -> Context:
     """Eight audited photos of each class, one of them with a twin."""
-    layout = Layout(tmp_path)
-    write_photos(layout.data / "train", 8)
-    shifted = np.asarray(Image.open(layout.data / "train" / "1" / "0004.png")) // 2 * 2
-    Image.fromarray(shifted).save(layout.data / "train" / "1" / "twin.png")
-    context = Context(layout, params)
+    project = Project(tmp_path)
+    write_photos(project.data / "train", 8)
+    shifted = np.asarray(Image.open(project.data / "train" / "1" / "0004.png")) // 2 * 2
+    Image.fromarray(shifted).save(project.data / "train" / "1" / "twin.png")
+    context = Context(project, params)
     audit.run(context)
     return context
 
 
 def _index(context: Context) -> dict:
-    return json.loads((context.layout.dataset / "index.json").read_text())
+    return json.loads((context.project.dataset / "index.json").read_text())
 
 
 def test_every_photo_is_stored_once_in_order(context: Context) -> None:
     preprocess.run(context)
-    dataset = open_dataset(context.layout.dataset)
+    dataset = open_dataset(context.project.dataset)
     assert dataset.images.shape == (49, 64, 64, 3)
     assert dataset.labels.dtype == np.int64
     order = list(zip(dataset.splits, dataset.labels.tolist(), dataset.names, strict=True))
@@ -60,11 +59,11 @@ def test_every_photo_is_stored_once_in_order(context: Context) -> None:
 
 def test_a_row_holds_the_picture_its_name_says(context: Context) -> None:
     preprocess.run(context)
-    dataset = open_dataset(context.layout.dataset)
+    dataset = open_dataset(context.project.dataset)
     for row in (0, 20, 48):
         name = dataset.names[row]
         # Names that stand in several classes are paths; only one photo is called twin.png.
-        path = context.layout.data / ("train/1/twin.png" if name == "twin.png" else name)
+        path = context.project.data / ("train/1/twin.png" if name == "twin.png" else name)
         assert path.parent.name == LABELS[dataset.labels[row]]
         assert (dataset.images[row] == np.asarray(Image.open(path))).all()
     assert len(set(dataset.names)) == 49
@@ -74,7 +73,7 @@ def test_twins_stay_on_one_side_of_the_split(context: Context) -> None:
     for seed in range(12):
         other = context.params.model_copy(update={"seed": seed})
         preprocess.run(replace(context, params=other))
-        dataset = open_dataset(context.layout.dataset)
+        dataset = open_dataset(context.project.dataset)
         pair = [
             split
             for name, label, split in zip(
@@ -87,13 +86,13 @@ def test_twins_stay_on_one_side_of_the_split(context: Context) -> None:
 
 
 def test_an_official_test_stays_and_its_twins_in_train_are_left_out(context: Context) -> None:
-    layout = context.layout
-    write_photos(layout.data / "test", 2, seed=9)
-    near = np.asarray(Image.open(layout.data / "test" / "3" / "0001.png")) // 2 * 2
-    Image.fromarray(near).save(layout.data / "train" / "3" / "near.png")
+    project = context.project
+    write_photos(project.data / "test", 2, seed=9)
+    near = np.asarray(Image.open(project.data / "test" / "3" / "0001.png")) // 2 * 2
+    Image.fromarray(near).save(project.data / "train" / "3" / "near.png")
     audit.run(context)
     preprocess.run(context)
-    dataset = open_dataset(layout.dataset)
+    dataset = open_dataset(project.dataset)
     tested = {(LABELS[dataset.labels[r]], dataset.names[r]) for r in dataset.rows("test")}
     assert tested == {
         (label, f"test/{label}/{name}") for label in LABELS for name in ("0000.png", "0001.png")
@@ -104,21 +103,21 @@ def test_an_official_test_stays_and_its_twins_in_train_are_left_out(context: Con
 
 
 def test_a_name_that_is_no_text_is_told(context: Context) -> None:
-    folder = context.layout.data / "train" / "1"
+    folder = context.project.data / "train" / "1"
     (folder / "twin.png").rename(folder / os.fsdecode(b"odd-\xff.png"))
     with pytest.raises(DataError, match=r"UTF-8. Received: 'train/1/odd-\\udcff.png'"):
         preprocess.run(context)
 
 
 def test_a_photo_put_there_by_hand_is_turned_as_its_camera_says(context: Context) -> None:
-    path = context.layout.data / "train" / "1" / "twin.png"
+    path = context.project.data / "train" / "1" / "twin.png"
     exif = Image.Exif()
     exif[0x0112] = 6
     picture = photo(1, 77, 64)
     Image.fromarray(picture).save(path, exif=exif)
     audit.run(context)
     preprocess.run(context)
-    dataset = open_dataset(context.layout.dataset)
+    dataset = open_dataset(context.project.dataset)
     stored = dataset.images[dataset.names.index("twin.png")]
     assert np.array_equal(stored, np.rot90(picture, -1))
 
@@ -130,9 +129,9 @@ def test_a_full_disk_is_one_line_and_kills_nothing(context: Context, stage: str)
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
         f"from tasks.stage import stage_main; from tasks.{stage} import run; stage_main(run)"
     )
-    shutil.copy(CHECKOUT.params, context.layout.root)
+    shutil.copy(CHECKOUT.params, context.project.root)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=context.layout.root, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=context.project.root, capture_output=True, text=True
     )
     assert done.returncode == 1
     *_, told = done.stderr.splitlines()
@@ -141,13 +140,13 @@ def test_a_full_disk_is_one_line_and_kills_nothing(context: Context, stage: str)
 
 
 def test_a_twin_that_was_not_excluded_counts_as_a_leak(context: Context) -> None:
-    layout = context.layout
-    write_photos(layout.data / "test", 2, seed=9)
-    near = np.asarray(Image.open(layout.data / "test" / "3" / "0001.png")) // 2 * 2
-    Image.fromarray(near).save(layout.data / "train" / "3" / "near.png")
+    project = context.project
+    write_photos(project.data / "test", 2, seed=9)
+    near = np.asarray(Image.open(project.data / "test" / "3" / "0001.png")) // 2 * 2
+    Image.fromarray(near).save(project.data / "train" / "3" / "near.png")
     audit.run(context)
-    report = json.loads(layout.audit.read_text())
-    layout.audit.write_text(json.dumps(report | {"excluded": []}))
+    report = json.loads(project.audit.read_text())
+    project.audit.write_text(json.dumps(report | {"excluded": []}))
     preprocess.run(context)
     assert _index(context)["leaks"] == 1
 
@@ -202,7 +201,7 @@ def test_no_twins_are_ever_on_two_sides(audited: tuple[list[Photo], dict], seed:
 
 def test_the_same_inputs_give_the_same_bytes(context: Context) -> None:
     preprocess.run(context)
-    folder = context.layout.dataset
+    folder = context.project.dataset
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     preprocess.run(context)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
@@ -214,7 +213,7 @@ def test_read_only_links_to_a_cache_are_replaced_and_not_written_through(
 ) -> None:
     preprocess.run(context)
     cached = tmp_path / "cached.npy"
-    stored = context.layout.dataset / "images.npy"
+    stored = context.project.dataset / "images.npy"
     stored.chmod(0o444)
     cached.hardlink_to(stored)
     before = cached.read_bytes()
@@ -223,28 +222,28 @@ def test_read_only_links_to_a_cache_are_replaced_and_not_written_through(
         replace(context, params=context.params.model_copy(update={"preprocess": detail}))
     )
     assert cached.read_bytes() == before
-    assert open_dataset(context.layout.dataset).images.shape == (49, 32, 32, 3)
+    assert open_dataset(context.project.dataset).images.shape == (49, 32, 32, 3)
 
 
 def test_a_failed_run_leaves_what_was_there(context: Context) -> None:
     preprocess.run(context)
-    before = {path.name: path.read_bytes() for path in context.layout.dataset.iterdir()}
-    damaged = context.layout.data / "train" / "5" / "0007.png"
+    before = {path.name: path.read_bytes() for path in context.project.dataset.iterdir()}
+    damaged = context.project.data / "train" / "5" / "0007.png"
     damaged.write_bytes(damaged.read_bytes()[:500])
     with pytest.raises(DataError, match=r"5/0007\.png"):
         preprocess.run(context)
-    assert {path.name: path.read_bytes() for path in context.layout.dataset.iterdir()} == before
-    assert [p.name for p in context.layout.artifacts.iterdir() if p.name.startswith(".")] == []
+    assert {path.name: path.read_bytes() for path in context.project.dataset.iterdir()} == before
+    assert [p.name for p in context.project.artifacts.iterdir() if p.name.startswith(".")] == []
 
 
 def test_an_audit_of_other_photos_is_refused(context: Context) -> None:
-    (context.layout.data / "train" / "2" / "0000.png").unlink()
+    (context.project.data / "train" / "2" / "0000.png").unlink()
     with pytest.raises(DataError, match="audit is of other photos"):
         preprocess.run(context)
 
 
 def test_a_missing_audit_is_refused(context: Context) -> None:
-    context.layout.audit.unlink()
+    context.project.audit.unlink()
     with pytest.raises(DataError, match="Run the audit stage again"):
         preprocess.run(context)
 
@@ -252,7 +251,7 @@ def test_a_missing_audit_is_refused(context: Context) -> None:
 @pytest.mark.parametrize("damage", ["missing", "short", "other", "broken"])
 def test_a_damaged_dataset_is_refused(context: Context, damage: str) -> None:
     preprocess.run(context)
-    folder = context.layout.dataset
+    folder = context.project.dataset
     if damage == "missing":
         shutil.rmtree(folder)
     elif damage == "short":
@@ -267,7 +266,7 @@ def test_a_damaged_dataset_is_refused(context: Context, damage: str) -> None:
 
 def test_images_are_read_only_and_on_disk(context: Context) -> None:
     preprocess.run(context)
-    images = open_dataset(context.layout.dataset).images
+    images = open_dataset(context.project.dataset).images
     assert isinstance(images, np.memmap)
     assert not images.flags.writeable
 

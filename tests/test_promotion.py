@@ -11,7 +11,7 @@ from typing import Any
 import boto3
 import pytest
 
-from tasks.services.addresses import S3Address
+from tasks.services.s3 import S3Address
 from tests.fixtures.checkouts import Workshop
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.trained import Trained

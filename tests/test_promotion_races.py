@@ -11,8 +11,8 @@ from tasks.errors import PromotionError
 from tasks.releases.champion import crown
 from tasks.releases.pointer import Champion, read_champion
 from tasks.releases.release import publish
-from tasks.services.registry import CHAMPION, Registry, Version
-from tasks.services.storage import Storage
+from tasks.services.mlflow import CHAMPION, Registry, Version
+from tasks.services.s3 import Storage
 
 ROUNDS = 50
 

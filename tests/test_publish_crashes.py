@@ -15,9 +15,8 @@ import pytest
 
 from tasks.releases.pointer import Champion, read_champion
 from tasks.releases.release import fetch, verify
-from tasks.services.addresses import S3Address
-from tasks.services.registry import CHAMPION, Registry
-from tasks.services.storage import Storage
+from tasks.services.mlflow import CHAMPION, Registry
+from tasks.services.s3 import S3Address, Storage
 from tests.fixtures import forked, publishing
 from tests.fixtures.faults import Kill, Proxy, proxy_to
 from tests.fixtures.publishing import FILES, Publisher, started, write_files

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from tasks.errors import ServiceError
-from tasks.services.registry import CHALLENGER, CHAMPION, Registry
-from tasks.services.run_record import RunRecord
+from tasks.services.mlflow import CHALLENGER, CHAMPION, Registry, RunRecord
 
 ID = "0123456789abcdef" * 2
 HISTORY = {
@@ -224,7 +223,7 @@ def test_a_damaged_database_is_not_blamed_on_a_setting(tmp_path: Path) -> None:
 def test_mlflow_is_configured_before_it_is_imported(tmp_path: Path) -> None:
     code = (
         "import os, sys\n"
-        "from tasks.services.registry import Registry\n"
+        "from tasks.services.mlflow import Registry\n"
         "assert 'mlflow' not in sys.modules\n"
         f"Registry('sqlite:///{tmp_path}/mlflow.db', 'hand-signs').versions()\n"
         "assert 'mlflow' in sys.modules and 'tensorflow' not in sys.modules\n"

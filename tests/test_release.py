@@ -8,11 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.errors import PromotionError, ReleaseError
-from tasks.releases.manifest import MANIFEST, Digest, content_id, describe
 from tasks.releases.pointer import KEY, Champion, Pointer, move_champion, read_champion
-from tasks.releases.release import Release, fetch, publish, verify
-from tasks.services.addresses import S3Address
-from tasks.services.storage import Storage
+from tasks.releases.release import (
+    MANIFEST,
+    Digest,
+    Release,
+    content_id,
+    describe,
+    fetch,
+    publish,
+    verify,
+)
+from tasks.services.s3 import S3Address, Storage
 
 OTHER = "0" * 32
 

@@ -12,15 +12,13 @@ from PIL import Image
 
 from tasks.assemble import save_model
 from tasks.errors import ModelError, PromotionError, ReleaseError
-from tasks.labels import LABELS
-from tasks.network.classifier import classify_files
-from tasks.network.frozen import frozen_graph
-from tasks.network.model import backbone_of, build_model
-from tasks.params import Params
-from tasks.pictures.augment import enlarge
-from tasks.releases.manifest import MANIFEST, describe, verify_folder
-from tasks.releases.release_reader import open_release
-from tasks.services.signature import UNSIGNED
+from tasks.model.augment import enlarge
+from tasks.model.export import frozen_graph
+from tasks.model.inference import classify_files
+from tasks.model.network import backbone_of, build_model
+from tasks.params import LABELS, Params
+from tasks.releases.release import MANIFEST, describe, open_release, verify_folder
+from tasks.releases.signing import UNSIGNED
 from tests.fixtures.photos import CHECKOUT, photo
 
 

@@ -15,10 +15,10 @@ import yaml
 
 from flows.reproduce import checkout, recorded_revision
 from tasks.errors import ReleaseError
-from tasks.layout import Layout
-from tasks.releases.environment import environment
+from tasks.io import write_json
+from tasks.project import Project
 from tasks.releases.reproduction import Comparison, compare_builds
-from tasks.whole import write_json
+from tasks.services.git import environment
 
 LOCK: dict[str, Any] = {
     "stages": {
@@ -57,7 +57,7 @@ def write_build(model: Path, metrics: Path, lock: Path, record: Any, weight: flo
 def compared(
     tmp_path: Path, change: Callable[[Any], None], then: Any = NOW, weight: float = 1.0
 ) -> Comparison:
-    release, built = tmp_path / "release", Layout(tmp_path / "built")
+    release, built = tmp_path / "release", Project(tmp_path / "built")
     for folder in (release, built.root):
         folder.mkdir()
     write_build(release / "model.keras", release / "metrics.json", release / "dvc.lock", LOCK, 1.0)
@@ -158,7 +158,7 @@ def test_the_worktree_goes_whatever_happens(tmp_path: Path) -> None:
     places = []
 
     def interrupted() -> None:
-        with checkout(Layout(tmp_path), "HEAD") as built:
+        with checkout(Project(tmp_path), "HEAD") as built:
             assert (built.root / "file").read_text() == "first"
             places.append(built.root)
             raise KeyboardInterrupt
@@ -170,5 +170,5 @@ def test_the_worktree_goes_whatever_happens(tmp_path: Path) -> None:
         ["git", "-C", tmp_path, "worktree", "list"], capture_output=True, text=True
     )
     assert len(listed.stdout.splitlines()) == 1
-    with pytest.raises(ReleaseError, match="git fetch"), checkout(Layout(tmp_path), "f" * 40):
+    with pytest.raises(ReleaseError, match="git fetch"), checkout(Project(tmp_path), "f" * 40):
         pass

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.loopback.local import embedded
-from flows.reports.report import RunReport
+from flows.local.stack import embedded
+from flows.report import RunReport
 from flows.settings import Settings
 from tasks.params import load_params
-from tasks.services.storage import Storage
+from tasks.services.s3 import Storage
 from tests.fixtures.checkouts import Workshop, make_checkout
 from tests.fixtures.photos import write_photos
 from tests.fixtures.prefect_api import PrefectApi
@@ -41,14 +41,14 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 @pytest.fixture
 def first(workshop: Workshop) -> RunReport:
     """What the first retrain of the checkout reported."""
-    path = workshop.layout.root.parent / "first.json"
+    path = workshop.project.root.parent / "first.json"
     return RunReport.model_validate_json(path.read_text())
 
 
 @pytest.fixture(scope="module")
 def clients(workshop: Workshop) -> Iterator[Clients]:
     """A service of the same checkout, as a person starts it, that is asked all the while."""
-    beside = serving(workshop.layout.root, HANDSIGNS_SERVE_FOLLOW_SECONDS="")
+    beside = serving(workshop.project.root, HANDSIGNS_SERVE_FOLLOW_SECONDS="")
     with beside as service, Clients(service).asking() as asked:
         asked.seconds_until(1)
         yield asked
@@ -66,24 +66,24 @@ def test_the_first_run_is_promoted_and_tells_all(workshop: Workshop, first: RunR
     stages = {"audit", "preprocess", "backbone", "features", "train@base", "evaluate", "gate"}
     assert stages | {"fetch", "version", "publish", "register", "promote"} < set(first.seconds)
     for name in ("audit", "curves", "confusion", "roc_pr", "mistakes"):
-        picture = (workshop.layout.plots / f"{name}.png").read_bytes()
+        picture = (workshop.project.plots / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
 
 
 def test_the_photos_are_pushed_to_the_local_s3_where_no_other_is_named(workshop: Workshop) -> None:
-    with embedded(Settings(), workshop.layout, share=True) as services:
+    with embedded(Settings(), workshop.project, share=True) as services:
         pushed = Storage(replace(services.s3(), bucket="dvc")).list("photos/files/md5/")
         assert len(list(pushed)) == 6 * PER_CLASS + 1
 
 
 def test_prefect_keeps_each_task_by_name_and_shows_what_was_found(workshop: Workshop) -> None:
-    with sqlite3.connect(workshop.layout.local / "prefect/prefect.db") as database:
+    with sqlite3.connect(workshop.project.local / "prefect/prefect.db") as database:
         tasks = {name for (name,) in database.execute("select name from task_run")}
         shown = {key for (key,) in database.execute("select key from artifact")}
         runs = [name for (name,) in database.execute("select name from flow_run")]
     assert {"fetch", "version", "audit", "train@full", "gate", "publish", "promote"} <= tasks
     assert {"audit", "phases", "curves", "confusion", "gate", "release", "comparison"} <= shown
-    version = (workshop.layout.root / "data.dvc").read_text().partition("md5: ")[2][:8]
+    version = (workshop.project.root / "data.dvc").read_text().partition("md5: ")[2][:8]
     assert all(name.startswith("retrain ") and name.endswith(version) for name in runs)
 
 
@@ -92,7 +92,7 @@ def test_mlflow_keeps_one_run_with_its_curves_files_and_model(
 ) -> None:
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{workshop.layout.local / 'mlflow.db'}")
+    client = MlflowClient(f"sqlite:///{workshop.project.local / 'mlflow.db'}")
     champion = client.get_model_version_by_alias("hand-signs", "champion")
     assert int(champion.version) == 1
     assert champion.tags["content_id"] == first.release.id
@@ -103,7 +103,7 @@ def test_mlflow_keeps_one_run_with_its_curves_files_and_model(
     assert [point.step for point in curve] == [1, 2, 3]
     assert run.data.metrics["test/accuracy"] == first.test.accuracy
     assert run.data.tags["data_version"] == first.data.version
-    with embedded(Settings(), workshop.layout) as services:
+    with embedded(Settings(), workshop.project) as services:
         prefix = f"mlflow/hand-signs/{run.info.run_id}/artifacts/"
         names = [entry.key.removeprefix(prefix) for entry in Storage(services.s3()).list(prefix)]
     files = {name for name in names if name.startswith("files/")}
@@ -114,27 +114,27 @@ def test_mlflow_keeps_one_run_with_its_curves_files_and_model(
 def test_nothing_changed_is_told_before_any_server_starts(
     workshop: Workshop, first: RunReport
 ) -> None:
-    servers = sorted((workshop.layout.local / "logs").iterdir())
+    servers = sorted((workshop.project.local / "logs").iterdir())
     before = [path.stat().st_mtime_ns for path in servers]
     again = workshop.handsigns("retrain", fresh=True)
     assert again["status"] == "unchanged"
     assert [path.stat().st_mtime_ns for path in servers] == before
     assert again["release"]["id"] == first.release.id
     assert workshop.report()["status"] == "unchanged"
-    assert not list((workshop.layout.local / "logs").glob("*.pid"))
+    assert not list((workshop.project.local / "logs").glob("*.pid"))
 
 
 def test_repro_finds_nothing_to_do_after_the_flow(workshop: Workshop) -> None:
-    lock = (workshop.layout.root / "dvc.lock").read_bytes()
+    lock = (workshop.project.root / "dvc.lock").read_bytes()
     said = workshop.run("dvc", "repro").stdout
     assert "Data and pipelines are up to date" in said
-    assert (workshop.layout.root / "dvc.lock").read_bytes() == lock
+    assert (workshop.project.root / "dvc.lock").read_bytes() == lock
 
 
 def test_repro_from_a_clean_cache_gives_the_flows_numbers(
     workshop: Workshop, trained: Trained
 ) -> None:
-    ours, theirs = workshop.layout, trained.workshop.layout
+    ours, theirs = workshop.project, trained.workshop.project
     for name in ("metrics.json", "model.keras", "model.pb", "gate.json"):
         assert (ours.artifacts / name).read_bytes() == (theirs.artifacts / name).read_bytes()
     # Every stage from the same inputs to the same results, pictures too.
@@ -164,7 +164,7 @@ def test_a_refused_model_leaves_champion_registry_and_storage_alone(
     workshop: Workshop, prefect_api: PrefectApi
 ) -> None:
     before = workshop.handsigns("status")
-    releases = sorted((workshop.layout.local / "seaweedfs").rglob("*.dat"))
+    releases = sorted((workshop.project.local / "seaweedfs").rglob("*.dat"))
     sizes = [path.stat().st_size for path in releases]
     workshop.change("gate", min_test_photos=10_000)
     try:
@@ -190,7 +190,7 @@ def test_a_refused_model_leaves_champion_registry_and_storage_alone(
 def test_one_phases_rate_reruns_that_phase_and_what_follows(
     workshop: Workshop, first: RunReport, clients: Clients, prefect_api: PrefectApi
 ) -> None:
-    rate = load_params(workshop.layout.params).phases["full"].learning_rate
+    rate = load_params(workshop.project.params).phases["full"].learning_rate
     workshop.change("phases.full", learning_rate=1.4 * rate)
     second = RunReport.model_validate(workshop.handsigns("retrain", **prefect_api.named))
     assert second.status in ("promoted", "registered")
@@ -245,7 +245,7 @@ def test_a_full_disk_fails_the_run_in_one_line_and_spoils_nothing(
     workshop: Workshop, prefect_api: PrefectApi
 ) -> None:
     before = workshop.handsigns("status")
-    lock = (workshop.layout.root / "dvc.lock").read_bytes()
+    lock = (workshop.project.root / "dvc.lock").read_bytes()
     workshop.run_limited(10_000_000, "retrain", "--force")  # the backbone's weights are larger
     report = workshop.report()
     assert report["status"] == "failed"
@@ -258,4 +258,4 @@ def test_a_full_disk_fails_the_run_in_one_line_and_spoils_nothing(
     # With room again it comes to what was there before.
     again = workshop.handsigns("retrain", **prefect_api.named)
     assert again["release"]["id"] in [move["release"] for move in before["history"]]
-    assert (workshop.layout.root / "dvc.lock").read_bytes() == lock
+    assert (workshop.project.root / "dvc.lock").read_bytes() == lock

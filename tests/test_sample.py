@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from tasks.errors import DataError
-from tasks.labels import LABELS
+from tasks.params import LABELS
 from tasks.rendering.sample import contact_sheet, draw, encode, render_sample
 
 

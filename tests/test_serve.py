@@ -25,18 +25,14 @@ from PIL import Image
 from starlette.exceptions import HTTPException
 
 from benchmarks.load import drive, resident
-from flows.loopback.local import embedded
-from flows.service.serve_admission import QUEUE, Desk
-from flows.service.serve_patience import REQUEST_SECONDS
-from flows.service.serve_socket import CONNECTIONS
+from flows.local.stack import SharedStorage, embedded
+from flows.serve.limits import CONNECTIONS, QUEUE, REQUEST_SECONDS, Desk
 from flows.settings import Settings
-from flows.shared_storage import SharedStorage
 from tasks.errors import ReleaseError
-from tasks.layout import Layout
+from tasks.project import Project
 from tasks.releases.release import Release
-from tasks.services.addresses import S3Address
-from tasks.services.signature import Trust
-from tasks.services.storage import Storage
+from tasks.releases.signing import Trust
+from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.checkouts import BIN
 from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.servers import new_bucket
@@ -429,9 +425,9 @@ def test_a_full_queue_says_when_to_come_back() -> None:
 
 
 def test_the_local_server_is_opened_for_what_was_written_and_let_go(tmp_path: Path) -> None:
-    layout = Layout(tmp_path)
-    shared = SharedStorage(Settings(), layout, Trust())
-    with embedded(Settings(), layout) as services:
+    project = Project(tmp_path)
+    shared = SharedStorage(Settings(), project, Trust())
+    with embedded(Settings(), project) as services:
         Storage(services.s3()).put("one", b"1")
         with shared.opened() as storage:  # another run's server will do
             assert storage is not None
@@ -440,7 +436,7 @@ def test_the_local_server_is_opened_for_what_was_written_and_let_go(tmp_path: Pa
         pass
     with shared.opened() as storage:
         assert storage is None
-    with embedded(Settings(), layout) as services:
+    with embedded(Settings(), project) as services:
         Storage(services.s3()).put("two", b"2")
     with shared.opened() as storage:
         assert storage is not None
@@ -453,10 +449,10 @@ def test_the_local_server_is_opened_for_what_was_written_and_let_go(tmp_path: Pa
         assert storage is None
     with pytest.raises(OSError, match="full"), shared.opened(again=True):
         raise OSError("the disk is full")
-    with embedded(Settings(), layout) as services:
+    with embedded(Settings(), project) as services:
         Storage(services.s3()).put("three", b"3")
     with pytest.raises(OSError, match="full"), shared.opened():
         raise OSError("the disk is full")
     with shared.opened() as storage:  # which was not read
         assert storage is not None
-    assert not list((layout.local / "logs").glob("*.pid"))
+    assert not list((project.local / "logs").glob("*.pid"))

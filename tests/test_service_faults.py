@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 
-from flows.loopback.local import check_reachable
+from flows.local.stack import check_reachable
 from flows.settings import Settings
 from tasks.errors import HandsignsError, ReleaseError, ServiceError
 from tasks.releases.pointer import KEY, Champion, Pointer, move_champion, read_champion
 from tasks.releases.release import publish, verify
-from tasks.services.addresses import S3Address
-from tasks.services.registry import CHAMPION, Registry
-from tasks.services.storage import Storage
+from tasks.services.mlflow import CHAMPION, Registry
+from tasks.services.s3 import S3Address, Storage
 from tests.fixtures import faults
 from tests.fixtures.checkouts import Workshop
 from tests.fixtures.faults import Exchange, Proxy, proxy_to
@@ -209,7 +208,7 @@ def _lose_prefect(workshop: Workshop, api: PrefectApi) -> None:
     """Let Prefect be gone for good once a retrain has its features."""
 
     def gone(exchange: Exchange) -> None:
-        (faults.resetting if workshop.layout.features.exists() else faults.passed)(exchange)
+        (faults.resetting if workshop.project.features.exists() else faults.passed)(exchange)
 
     with proxy_to(api.url.removesuffix("/api")) as prefect, prefect.failing(gone):
         named = {
@@ -250,7 +249,7 @@ def test_a_run_that_a_service_failed_is_resumed_without_training_again(
             first = workshop.handsigns("retrain", code=1, **named)
         assert first["status"] == "failed"
         assert "MLflow failed" in first["reason"]
-        lock = (workshop.layout.root / "dvc.lock").read_bytes()
+        lock = (workshop.project.root / "dvc.lock").read_bytes()
         # Then storage fails at the very last write, the pointer's.
         pointer = faults.on(f"PUT .*/{KEY}", faults.answering(500, "InternalError"))
         with storage.failing(pointer):
@@ -262,7 +261,7 @@ def test_a_run_that_a_service_failed_is_resumed_without_training_again(
         assert last["status"] == "promoted", last["reason"]
         for report in (first, second, last):
             assert report["features"]["computed"] == 0
-        assert (workshop.layout.root / "dvc.lock").read_bytes() == lock
+        assert (workshop.project.root / "dvc.lock").read_bytes() == lock
         champion = read_champion(Storage(s3))
         assert champion is not None
         assert champion.pointer.release == last["release"]["id"]

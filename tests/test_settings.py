@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from flows.settings import Settings, load_settings
 from tasks.errors import SettingsError
-from tasks.services.addresses import shown
+from tasks.services.s3 import shown
 
 SECRET = "sentinel-do-not-show"
 
@@ -155,7 +155,7 @@ def test_a_prefix_that_does_not_belong_there_is_told(
 def test_reading_settings_imports_nothing_heavy() -> None:
     code = (
         "import sys; from flows.settings import load_settings; load_settings(); "
-        "import flows.loopback.local; "
+        "import flows.local.stack; "
         "print([m for m in ('boto3', 'mlflow', 'prefect', 'tensorflow', 'numpy') "
         "if m in sys.modules])"
     )

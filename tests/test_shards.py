@@ -18,14 +18,13 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from flows.dask_scheduler import check_scheduler
-from flows.loopback.ports import choose_ports
-from flows.shards import shard_runner
-from tasks.activations.feature_store import Key
-from tasks.activations.shards import Shard, cut, run_here
+from flows.dask import check_scheduler, shard_runner
+from flows.local.servers import choose_ports
+from tasks.data.dataset import open_dataset
 from tasks.errors import ServiceError
-from tasks.network.frozen import frozen_graph
-from tasks.pictures.dataset import open_dataset
+from tasks.model.export import frozen_graph
+from tasks.model.feature_store import Key
+from tasks.model.shards import Shard, cut, run_here
 from tasks.stage import Context
 from tests.fixtures.dask_cluster import DaskCluster
 from tests.fixtures.models import SIZE
@@ -37,10 +36,10 @@ Shards = Callable[[], Iterator[Shard]]
 @pytest.fixture(scope="module")
 def graph(workshop: Callable[..., Context], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workshop's trunk, frozen, at 32 x 32."""
-    from tasks.network.checkpoint import BACKBONE_FILE
-    from tasks.network.model import build_trunk
+    from tasks.model.network import build_trunk
+    from tasks.model.weights import BACKBONE_FILE
 
-    trunk = build_trunk(workshop().layout.weights("backbone") / BACKBONE_FILE, SIZE)
+    trunk = build_trunk(workshop().project.weights("backbone") / BACKBONE_FILE, SIZE)
     path = tmp_path_factory.mktemp("trunk") / "trunk.pb"
     path.write_bytes(frozen_graph(trunk))
     return path
@@ -50,7 +49,7 @@ def graph(workshop: Callable[..., Context], tmp_path_factory: pytest.TempPathFac
 def shards(workshop: Callable[..., Context]) -> Shards:
     """Twelve shards of 24 rows: every photo in eight views."""
     context = workshop()
-    dataset = open_dataset(context.layout.dataset)
+    dataset = open_dataset(context.project.dataset)
     pictures = [
         (Key(name, number, ""), image)
         for name, image in zip(dataset.names, dataset.images, strict=True)

@@ -14,14 +14,19 @@ from filelock import FileLock
 
 from tasks.errors import OlderError, ReleaseError, SettingsError
 from tasks.releases.champion import crown
-from tasks.releases.manifest import MANIFEST, verify_folder
 from tasks.releases.pointer import KEY, Pointer, move_champion, read_champion, sign_champion_again
-from tasks.releases.release import Release, fetch, publish, sign_again, verify
-from tasks.services.addresses import S3Address
-from tasks.services.keys import fingerprint, new_keys, public_pem
-from tasks.services.registry import Version
-from tasks.services.signature import UNSIGNED, Trust
-from tasks.services.storage import Storage
+from tasks.releases.release import (
+    MANIFEST,
+    Release,
+    fetch,
+    publish,
+    sign_again,
+    verify,
+    verify_folder,
+)
+from tasks.releases.signing import UNSIGNED, Trust, fingerprint, new_keys, public_pem
+from tasks.services.mlflow import Version
+from tasks.services.s3 import S3Address, Storage
 
 
 @pytest.fixture(scope="module")

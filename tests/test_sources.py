@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tasks.data.folders import Item
+from tasks.data.images import MAX_BYTES, encode, look
+from tasks.data.sources import as_test, open_source
 from tasks.errors import ImageError, SourceError
-from tasks.incoming.class_folders import Item
-from tasks.incoming.sources import as_test, open_source
-from tasks.pictures.images import MAX_BYTES, encode, look
 from tests.fixtures.photos import photo
 
 PNG = encode(photo(2, 0, 32))
@@ -295,10 +295,10 @@ def stored_elsewhere(path: Path) -> Path:
 
 
 def virtual(path: Path) -> Path:
-    layout = h5py.VirtualLayout(shape=H5_PHOTOS.shape, dtype=np.uint8)
-    layout[...] = h5py.VirtualSource(path.parent / "other.h5", "x", shape=H5_PHOTOS.shape)
+    project = h5py.VirtualLayout(shape=H5_PHOTOS.shape, dtype=np.uint8)
+    project[...] = h5py.VirtualSource(path.parent / "other.h5", "x", shape=H5_PHOTOS.shape)
     with h5py.File(h5(path, train_set_x=None), "a") as file:
-        file.create_virtual_dataset("train_set_x", layout)
+        file.create_virtual_dataset("train_set_x", project)
     return path
 
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.data.splits import assign, require_enough, subset
 from tasks.errors import DataError
-from tasks.labels import LABELS
-from tasks.pictures.splits import assign, require_enough, subset
+from tasks.params import LABELS
 
 SHARES = {"test": 0.15, "val": 0.10}
 

@@ -15,9 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.errors import ServiceError
-from tasks.services.addresses import S3Address, check_key
-from tasks.services.storage import Entry, Storage
-from tasks.services.storage_errors import ChangedError, MissingObjectError
+from tasks.services.s3 import ChangedError, Entry, MissingObjectError, S3Address, Storage, check_key
 from tests.fixtures import faults
 from tests.fixtures.faults import Exchange, proxy_to
 

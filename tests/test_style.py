@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.training.style import mix_styles
+from tasks.training.regularizers import mix_styles
 
 
 def features(seed: int, count: int = 8) -> np.ndarray:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from flows.champions.champion_artifacts import MOST_PHOTOS, comparison_text
-from flows.reports.findings import data_changes
-from tasks.layout import Layout
-from tasks.releases.challenge import Challenge
+from flows.report import data_changes
+from flows.ui import MOST_PHOTOS, comparison_text
+from tasks.io import write_json
+from tasks.project import Project
+from tasks.releases.champion import Challenge
 from tasks.scoring.compare import compare
-from tasks.whole import write_json
 
 
 def certain(classes: list[int]) -> np.ndarray:
@@ -39,20 +39,20 @@ def test_a_comparison_that_was_not_made_says_why() -> None:
     assert "McNemar" not in text
 
 
-def index(layout: Layout, **labels: str) -> dict[str, object]:
+def index(project: Project, **labels: str) -> dict[str, object]:
     """Write and return a dataset's list of photos."""
     content = {"photos": [{"name": name, "label": label} for name, label in labels.items()]}
-    write_json(layout.dataset / "index.json", content)
+    write_json(project.dataset / "index.json", content)
     return content
 
 
 def test_photos_that_came_went_and_were_relabelled_are_counted(tmp_path: Path) -> None:
-    layout = Layout(tmp_path)
-    former = index(layout, a="0", b="0", c="1", d="2")
-    index(layout, b="0", c="5", d="2", e="3", f="3")
-    found = data_changes(layout, former, since=4)
+    project = Project(tmp_path)
+    former = index(project, a="0", b="0", c="1", d="2")
+    index(project, b="0", c="5", d="2", e="3", f="3")
+    found = data_changes(project, former, since=4)
     assert (found.since, found.added, found.removed, found.relabelled) == (4, 2, 1, 1)
     assert found.per_class["0"] == {"before": 2, "added": 0, "removed": 1, "now": 1}
     assert found.per_class["3"] == {"before": 0, "added": 2, "removed": 0, "now": 2}
-    first = data_changes(layout, None, since=None)
+    first = data_changes(project, None, since=None)
     assert (first.since, first.added, first.removed) == (None, 5, 0)

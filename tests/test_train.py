@@ -6,15 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.network.checkpoint import BACKBONE_FILE
-from tasks.network.model import backbone_of, build_model, freeze, trunk_of
-from tasks.network.weights import Weights, take
-from tasks.pictures.dataset import open_dataset
-from tasks.progress import silent
-from tasks.stage import Context
+from tasks.data.dataset import open_dataset
+from tasks.model.network import backbone_of, build_model, freeze, trunk_of
+from tasks.model.weights import BACKBONE_FILE, Weights, take
+from tasks.stage import Context, silent
 from tasks.training.cached import fit_cached
 from tasks.training.end_to_end import fit_end_to_end
-from tasks.training.phase import plan_phase
+from tasks.training.plan import plan_phase
 from tasks.training.tail import tail_weights
 from tests.fixtures.models import SIZE, StoredArrays
 
@@ -28,7 +26,7 @@ def start(context: Context, phase: str, plain: bool = True) -> Any:
         None if plain else context.params.augmentation,
         context.params.training.dropout,
         size=SIZE,
-        backbone_weights=context.layout.weights("backbone") / BACKBONE_FILE,
+        backbone_weights=context.project.weights("backbone") / BACKBONE_FILE,
         seed=context.params.seed,
     )
     freeze(model, context.params.phases[phase].trainable_layers)
@@ -36,7 +34,7 @@ def start(context: Context, phase: str, plain: bool = True) -> Any:
 
 
 def fit(context: Context, phase: str, mode: str, model: Any, features: Any = None) -> Any:
-    dataset = open_dataset(context.layout.dataset)
+    dataset = open_dataset(context.project.dataset)
     plan = plan_phase(context.params, phase, dataset)
     if mode == "end_to_end":
         return fit_end_to_end(model, plan, dataset.images, silent)
@@ -103,7 +101,7 @@ def test_both_modes_give_the_same_losses_for_the_same_views(
 ) -> None:
     context = workshop(dropout=0.0, weight_decay=0.01, label_smoothing=0.1, precision="float32")
     views = context.params.features.model_copy(update={"views": 0})
-    context = Context(context.layout, context.params.model_copy(update={"features": views}))
+    context = Context(context.project, context.params.model_copy(update={"features": views}))
     models = start(context, phase), start(context, phase)
     witness = Witness(models[1])
 
@@ -155,7 +153,7 @@ def test_a_phase_learns(workshop: Workshop, stored: StoredArrays) -> None:
     context = workshop(dropout=0.0)
     phases = context.params.phases
     longer = phases | {"full": phases["full"].model_copy(update={"epochs": 12})}
-    context = Context(context.layout, context.params.model_copy(update={"phases": longer}))
+    context = Context(context.project, context.params.model_copy(update={"phases": longer}))
     curve, _ = fit(context, "full", "cached", start(context, "full"), stored)
     assert curve[-1].loss < 0.5 * curve[0].loss
     assert curve[-1].accuracy > curve[0].accuracy

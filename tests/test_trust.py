@@ -18,9 +18,8 @@ from pydantic import SecretStr
 
 from flows.settings import PREFIX, Settings
 from tasks.releases.pointer import KEY
-from tasks.services.addresses import S3Address
-from tasks.services.keys import new_keys
-from tasks.services.storage import Storage
+from tasks.releases.signing import new_keys
+from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.checkouts import Workshop
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.trained import Trained
@@ -161,7 +160,7 @@ def test_no_secret_is_left_anywhere(run: Run, tmp_path_factory: pytest.TempPathF
     # The checkout with MLflow's database and files, run.json, logs; Prefect's database.
     prefect = list(tmp_path_factory.getbasetemp().glob("prefect*/prefect/prefect.db*"))
     assert prefect
-    files = [path for path in run.workshop.layout.root.rglob("*") if path.is_file()]
+    files = [path for path in run.workshop.project.root.rglob("*") if path.is_file()]
     assert any(path.name == "mlflow.db" for path in files)
     leaks = [path for path in [*files, *prefect] if found_in(path.read_bytes(), wanted)]
     assert leaks == []
@@ -220,7 +219,7 @@ def test_every_verb_refuses_what_is_not_signed(run: Run, tmp_path: Path) -> None
     good = run.storage.get(place)
     bad = {name: value for name, value in json.loads(good).items() if name != "signature"}
     run.storage.put(place, json.dumps(bad).encode())
-    cached = run.workshop.layout.releases / release
+    cached = run.workshop.project.releases / release
     cached_manifest = cached / "manifest.json"
     try:
         if cached.is_dir():
@@ -251,7 +250,7 @@ def test_without_the_signing_key_nothing_is_trained_in_vain(run: Run) -> None:
 
 
 def test_a_release_is_rebuilt_from_its_record_and_is_identical(run: Run) -> None:
-    root = run.workshop.layout.root
+    root = run.workshop.project.root
     before = sorted(
         path.name for path in Path(os.environ.get("TMPDIR", "/tmp")).glob("handsigns-reproduce-*")
     )

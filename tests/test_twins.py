@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.pictures.twins import difference, find_twins, group, perceptual_hash
+from tasks.data.near_duplicates import difference, find_twins, group, perceptual_hash
 from tests.fixtures.photos import photo
 
 

@@ -21,13 +21,13 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from flows.deployment.declared import POOLS, pool_template
-from flows.loopback.credentials import FILE, local_credentials
-from flows.loopback.local import embedded
-from flows.loopback.servers import ask
+from flows.deploy import POOLS, pool_template
+from flows.local.credentials import FILE, local_credentials
+from flows.local.servers import ask
+from flows.local.stack import embedded
 from flows.settings import Settings
-from tasks.services.registry_files import credentials_of
-from tasks.services.storage import Storage
+from tasks.services.mlflow import credentials_of
+from tasks.services.s3 import Storage
 from tests.fixtures.checkouts import SERVICES, Workshop, make_checkout
 from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.prefect_api import PrefectApi, basic
@@ -53,7 +53,7 @@ class Service:
 
     @property
     def login(self) -> str:
-        return local_credentials(self.workshop.layout.local).login
+        return local_credentials(self.workshop.project.local).login
 
     @cached_property
     def prefect(self) -> PrefectApi:
@@ -94,7 +94,7 @@ class Service:
 
 
 def _processes(workshop: Workshop) -> list[psutil.Process]:
-    root = str(workshop.layout.root)
+    root = str(workshop.project.root)
     found = []
     for one in psutil.process_iter():
         try:
@@ -128,7 +128,7 @@ def service(
     workshop = trained.checkout(folder / "checkout")
     workshop.handsigns("import", trained.photos)
     workshop.change("phases.base", epochs=1000, trainable_layers=16)
-    with embedded(Settings(), workshop.layout) as services:
+    with embedded(Settings(), workshop.project) as services:
         MlflowClient(services.mlflow()).create_registered_model("before")
         Storage(services.s3()).put("before", b"kept")
     made = Service(workshop, {})
@@ -153,7 +153,7 @@ def test_up_answers_everywhere_and_says_where(service: Service) -> None:
 def test_it_works_on_the_data_that_was_there_before(service: Service) -> None:
     with credentials_of(None, service.login):
         assert MlflowClient(service.told["mlflow"]).get_registered_model("before")
-    with embedded(Settings(), service.workshop.layout) as services:
+    with embedded(Settings(), service.workshop.project) as services:
         assert services.s3().endpoint_url == service.told["s3"]
         assert services.mlflow() == service.told["mlflow"]
         assert services.prefect() == service.told["prefect"]
@@ -195,12 +195,12 @@ def test_nothing_listens_beyond_loopback_and_no_secret_is_shown(service: Service
         if one.status == "LISTEN" and one.pid in ours
     }
     assert listening == {"127.0.0.1"}
-    local = service.workshop.layout.local
+    local = service.workshop.project.local
     known = local_credentials(local)
     secrets = [known.secret_access_key, known.login.partition(":")[2]]
     secrets += [base64.b64encode(known.login.encode()).decode()]
     assert not any(service.processes(secret) for secret in secrets)
-    files = [path for path in service.workshop.layout.root.rglob("*") if path.is_file()]
+    files = [path for path in service.workshop.project.root.rglob("*") if path.is_file()]
     assert {path for path in files if _holds(path, secrets)} == {local / FILE}
     assert service.ask("/variables/filter", {}) == []
     assert (local / "service.json").stat().st_mode & 0o777 == 0o600
@@ -262,10 +262,10 @@ def test_a_cancelled_run_stops_within_10_s_and_leaves_nothing(
     while not (stopped := service.training(training)["end_time"]):
         time.sleep(0.2)
     assert (datetime.fromisoformat(stopped) - asked).total_seconds() < 10
-    layout = service.workshop.layout
-    assert json.loads((layout.root / ".dvc/tmp/rwlock").read_text()) == {}
-    assert not layout.weights("base").exists()
-    assert not list(layout.artifacts.rglob(".*"))
+    project = service.workshop.project
+    assert json.loads((project.root / ".dvc/tmp/rwlock").read_text()) == {}
+    assert not project.weights("base").exists()
+    assert not list(project.artifacts.rglob(".*"))
     report = service.workshop.report()
     assert (report["status"], report["reason"].split(".")[0]) == ("failed", "Stopped from outside")
 
@@ -314,15 +314,15 @@ def test_a_database_url_moves_prefect_and_mlflow_to_postgresql(
             assert password not in one.environ().get("DATABASE_URL", "")
     finally:
         workshop.handsigns("down", fresh=True, DATABASE_URL=postgresql)
-    assert not (workshop.layout.local / "mlflow.db").exists()
-    assert not list((workshop.layout.local / "prefect").glob("*.db"))
-    logs = (workshop.layout.local / "logs").iterdir()
+    assert not (workshop.project.local / "mlflow.db").exists()
+    assert not list((workshop.project.local / "prefect").glob("*.db"))
+    logs = (workshop.project.local / "logs").iterdir()
     assert all(password not in path.read_text(errors="replace") for path in logs)
     # The same versions are there without a server, for who names the same database.
-    code = (
-        "from flows.loopback.local import *; from flows.settings import *; from mlflow import *\n"
+    code = "from flows.local.stack import *; from flows.settings import *; from mlflow import *\n"
+    code += (
+        "from tasks.project import Project\nwith embedded(load_settings(), Project(Path())) as s:"
     )
-    code += "from tasks.layout import Layout\nwith embedded(load_settings(), Layout(Path())) as s:"
     code += " print(MlflowClient(s.mlflow()).get_registered_model('hands').name)"
     assert workshop.run("python", "-c", code, DATABASE_URL=postgresql).stdout.strip() == "hands"
 
@@ -365,7 +365,7 @@ def test_a_run_ends_as_crashed_with_its_service_be_that_stopped_or_killed(
     assert service.workshop.report()["reason"].startswith("Stopped from outside")
     end(run, "termination signal")
     run = begin()
-    assert not service.workshop.layout.run.exists()
+    assert not service.workshop.project.run.exists()
     for one in (processes := service.processes()):
         with suppress(psutil.NoSuchProcess):
             one.kill()
@@ -381,7 +381,7 @@ def test_down_stops_all_of_it_and_the_data_stays(service: Service) -> None:
     assert _gone(before, 1)
     assert not service.processes()
     assert service.workshop.handsigns("down", fresh=True) == {"stopped": False}
-    with embedded(Settings(), service.workshop.layout) as services:
+    with embedded(Settings(), service.workshop.project) as services:
         assert MlflowClient(services.mlflow()).get_registered_model("before")
         assert Storage(services.s3()).get("before") == b"kept"
 

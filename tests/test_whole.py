@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tasks.whole import STALE_SECONDS, whole_file, whole_folder, write_json
+from tasks.io import STALE_SECONDS, atomic_directory, atomic_write, write_json
 
 
 def test_a_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "new" / "note.txt"
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("done")
         assert not path.exists()
         assert temporary.suffix == ".txt"
@@ -24,7 +24,7 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path) ->
     path = tmp_path / "note.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError, match="half way"):
-        _fail_half_way(whole_file(path))
+        _fail_half_way(atomic_write(path))
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
 
@@ -45,7 +45,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "set"
     path.mkdir()
     (path / "old").write_text("old")
-    with whole_folder(path) as temporary:
+    with atomic_directory(path) as temporary:
         (temporary / "new").write_text("new")
         assert [p.name for p in path.iterdir()] == ["old"]
     assert [p.name for p in path.iterdir()] == ["new"]
@@ -57,7 +57,7 @@ def test_a_failure_keeps_the_old_folder(tmp_path: Path) -> None:
     path.mkdir()
     (path / "old").write_text("old")
     with pytest.raises(RuntimeError, match="half way"):
-        _fail_half_way(whole_folder(path))
+        _fail_half_way(atomic_directory(path))
     assert (path / "old").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
@@ -88,6 +88,6 @@ def test_what_a_killed_writer_left_goes_once_it_is_stale(tmp_path: Path) -> None
         (folder / "new").mkdir(parents=True)
         age = 0 if folder == fresh else 2 * STALE_SECONDS
         os.utime(folder, (time.time() - age,) * 2)
-    with whole_folder(tmp_path / "set"):
+    with atomic_directory(tmp_path / "set"):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == [".set.a.part", ".set.c", "set"]

@@ -1,1 +1,1 @@
-"""Releases and the champion among them: written whole, signed, compared, moved."""
+"""Signed releases and the champion."""

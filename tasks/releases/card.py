@@ -1,15 +1,73 @@
-"""The model card: what travels with a release for whoever finds it.
+"""The model card and the bill of materials."""
 
-Its headings follow Mitchell et al., "Model Cards for Model Reporting", 2019. No
-date and no machine is in it, so that the same model gives the same card.
-"""
-
-from collections.abc import Mapping, Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from tasks.markdown import table
-from tasks.pictures.shrink import SOFTNESS
+from tasks.data.images import SOFTNESS
+from tasks.errors import StageError
+from tasks.io import atomic_write
 from tasks.scoring.checks import shown, shown_interval
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Draw a table; what a cell holds cannot break out of it.
+
+    Args:
+        heads: one for each column.
+        rows: cells in the order of `heads`; each is shown as `str` gives it.
+
+    Returns:
+        Lines without an end of line at the last.
+    """
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).replace("|", "\\|").split())
+
+
+SECONDS = 120
+
+
+def write_bill(lock: Path, project: Path, target: Path) -> None:
+    """Write a CycloneDX bill of materials of a locked environment.
+
+    It holds no time and no serial number, so the same lock gives the same bytes, and the
+    release's id stays derived from what is in it.
+
+    Args:
+        lock: `requirements.lock`, with hashes.
+        project: `pyproject.toml`, which names the root component.
+        target: the file to appear, JSON.
+
+    Raises:
+        StageError: the lock cannot be read as one.
+    """
+    command = [sys.executable, "-P", "-m", "cyclonedx_py", "requirements", "--output-reproducible"]
+    # What this tool writes is known to be valid, and looking again takes 7 s.
+    command += ["--no-validate", "--output-format", "JSON", "--pyproject", str(project)]
+    # A date of the build, if one is set, would get into the file.
+    left_out = ("SOURCE_DATE_EPOCH", "PYTHONPATH")
+    environment = {name: text for name, text in os.environ.items() if name not in left_out}
+    with atomic_write(target) as temporary:
+        command += ["--output-file", str(temporary), str(lock)]
+        try:
+            subprocess.run(  # noqa: S603, our own interpreter
+                command, env=environment, capture_output=True, timeout=SECONDS, check=True
+            )
+        except subprocess.SubprocessError as error:
+            told = (getattr(error, "stderr", None) or b"").decode(errors="replace").split("\n")
+            reason = next((line for line in reversed(told) if line.strip()), type(error).__name__)
+            raise StageError(
+                f"No bill of materials could be made ({reason.strip()[:200]}). "
+                f"Received: '{lock}'. Run `make lock`, and look at what it says."
+            ) from error
+
 
 LICENCE = "Apache-2.0"
 

@@ -1,31 +1,117 @@
-"""Who is champion: the pointer in storage decides, the registry's alias follows."""
+"""Compare with the champion, promote, roll back."""
 
 import datetime
 import getpass
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.errors import OlderError, PromotionError, ReleaseError
-from tasks.releases.alias import check_alias, following, lead_alias, mend_alias
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.data.dataset import open_dataset
+from tasks.data.photos import find_photos, name_photos
+from tasks.errors import HandsignsError, OlderError, PromotionError, ReleaseError, ServiceError
+from tasks.gate import judge
+from tasks.io import read_json
+from tasks.model.inference import classify_files
+from tasks.params import GateParams
+from tasks.project import Project
 from tasks.releases.pointer import (
     Champion,
     Move,
     Pointer,
+    check_alias,
     check_champion,
+    following,
+    lead_alias,
+    mend_alias,
     move_champion,
     older_than,
     read_champion,
 )
-from tasks.releases.release import fetch, verify
-from tasks.services.registry import CHALLENGER, CHAMPION, Registry, Version
-from tasks.services.storage import Storage
-from tasks.whole import read_json
+from tasks.releases.release import DATASET_INDEX, MANIFEST, fetch, open_release, verify
+from tasks.scoring.compare import Comparison, compare
+from tasks.services.mlflow import CHALLENGER, CHAMPION, Registry, Version
+from tasks.services.s3 import Storage
+from tasks.stage import Progress, silent
 
 if TYPE_CHECKING:
     from tasks.params import GateParams
+
+COMPARED_WITH = "compared_with"
+COMPARISON = "comparison"
+COMPARISON_WON = "comparison_won"
+NOBODY = "nobody"
+
+
+def comparison_tags(champion: Champion | None, won: bool, reason: str) -> dict[str, str]:
+    """Tags that keep how a version did against the champion of that day.
+
+    Args:
+        champion: whom it was compared with; None where there was nobody.
+        won: whether it may become champion.
+        reason: why, in one sentence.
+    """
+    return {
+        COMPARED_WITH: champion.pointer.release if champion else NOBODY,
+        COMPARISON: reason,
+        COMPARISON_WON: "yes" if won else "no",
+    }
+
+
+def objections(
+    version: Version, release: Path, present: Champion | None, limits: GateParams
+) -> tuple[str, ...]:
+    """List what speaks against a version as champion.
+
+    Args:
+        version: with its tags, see `comparison_tags`.
+        release: folder of its verified release.
+        present: the champion that it would replace.
+        limits: the gate's limits of today, which may be stricter than those of its day.
+
+    Returns:
+        One short sentence each, without a full stop; empty where nothing does.
+    """
+    return (
+        *_of_its_gate(release),
+        *_of_todays_gate(release, limits),
+        *_of_champion(version.tags, present),
+        *_of_age(version.number, release, present),
+    )
+
+
+def _of_its_gate(release: Path) -> Iterator[str]:
+    verdict = read_json(release / "gate.json")
+    if not isinstance(verdict, dict) or verdict.get("passed") is not True:
+        yield "its own gate did not pass it"
+
+
+def _of_todays_gate(release: Path, limits: GateParams) -> Iterator[str]:
+    index = read_json(release / DATASET_INDEX)
+    leaks = index.get("leaks") if isinstance(index, dict) else None
+    for reason in judge(read_json(release / "metrics.json"), leaks, limits).reasons:
+        yield f"today's gate refuses it, {reason}"
+
+
+def _of_champion(tags: Mapping[str, str], present: Champion | None) -> Iterator[str]:
+    if present is None:
+        return
+    if tags.get(COMPARED_WITH) != present.pointer.release:
+        yield f"it was not compared with the present champion, version {present.pointer.version}"
+    elif tags.get(COMPARISON_WON) != "yes":
+        yield f"compared with version {present.pointer.version} it is {tags.get(COMPARISON)}"
+
+
+def _of_age(number: int, release: Path, present: Champion | None) -> Iterator[str]:
+    created = str(read_json(release / MANIFEST)["facts"].get("created", ""))
+    if fault := older_than(present, number, created):
+        yield fault
+
 
 METRICS = ("accuracy", "loss", "auc", "ece")
 """Scores that the history keeps of each champion."""
@@ -141,7 +227,6 @@ def promote(
     if present is not None and present.pointer.release == _release_of(version):
         raise PromotionError(f"Version {number} is champion already. Nothing was moved.")
     # Statistics take a second to import; whoever only looks for a release needs none.
-    from tasks.releases.objections import objections
 
     folder = fetch(storage, _release_of(version), cache)
     against = objections(version, folder, present, limits)
@@ -255,3 +340,90 @@ def _pointer(before: Champion | None, move: Move) -> Pointer:
             "history": before.pointer.moves if before else (),
         }
     )
+
+
+@dataclass(frozen=True)
+class Challenge:
+    """Whether a challenger may become champion.
+
+    Args:
+        won: whether it may.
+        reason: why, in one sentence.
+        comparison: None where there was nobody to compare with.
+    """
+
+    won: bool
+    reason: str
+    comparison: Comparison | None = None
+
+
+def challenge(
+    project: Project, storage: Storage, champion: Champion | None, progress: Progress = silent
+) -> Challenge:
+    """Score the champion again on the test photos and compare the new model with it.
+
+    Photos that the champion was trained on are left out: it would be examined on
+    what it has seen.
+
+    Args:
+        project: its `predictions.json` holds the challenger's probabilities.
+        storage: holds the champion's release.
+        champion: None where there is none yet.
+        progress: told how far scoring is.
+
+    Returns:
+        The decision.
+
+    Raises:
+        PromotionError: the champion cannot be loaded, has its labels in another
+            order, or has seen every test photo; or one of these cannot be read any more.
+        ServiceError: the storage does not answer.
+    """
+    if champion is None:
+        return Challenge(True, "there was no champion")
+    try:
+        release = fetch(storage, champion.pointer.release, project.releases)
+        classifier = open_release(release)
+    except ServiceError:
+        raise
+    except HandsignsError as error:
+        raise PromotionError(
+            f"The champion cannot be scored, so nothing can be said to be no worse: {error} "
+            "Promote a version by hand if that is right."
+        ) from error
+    photos, labels, challenger = _unseen(project, release)
+    found = classify_files(classifier, photos, progress)
+    if lost := [f"'{one.path.name}' ({one.error})" for one in found if one.error]:
+        raise PromotionError(
+            f"Test photos changed while this ran. Received: {len(lost)} unreadable, such as "
+            f"{lost[0]}. Leave data/ alone during a retrain, and run it again."
+        )
+    probabilities = np.array([one.probabilities for one in found])
+    result = compare(probabilities, challenger, labels, [path.name for path in photos])
+    return Challenge(result.no_worse, result.reason, result)
+
+
+def _unseen(
+    project: Project, release: Path
+) -> tuple[list[Path], NDArray[np.int64], NDArray[np.float64]]:
+    """Test photos that the champion was not trained on, and what the challenger says."""
+    index = read_json(release / DATASET_INDEX) or {"photos": []}
+    seen = {photo["name"] for photo in index["photos"] if photo["split"] != "test"}
+    dataset = open_dataset(project.dataset)
+    predicted = {
+        one["name"]: one["probabilities"] for one in read_json(project.predictions)["photos"]
+    }
+    # A path is the name of a photo that was known by its file's name alone before another came.
+    known = {row: Path(dataset.names[row]).name for row in dataset.rows("test")}
+    rows = [row for row, file in known.items() if not seen & {dataset.names[row], file}]
+    if not rows:
+        raise PromotionError(
+            "The champion was trained on every test photo, so it cannot be compared. Received: "
+            f"release {release.name}. Promote a version by hand if that is right."
+        )
+    names = [dataset.names[row] for row in rows]
+    labels = dataset.labels[rows]
+    key_of = {name: key for key, name in name_photos(find_photos(project.data)).items()}
+    # One that went meanwhile is told by the name that it had.
+    photos = [project.data / key_of.get(name, name) for name in names]
+    return photos, labels, np.array([predicted[name] for name in names])

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from tasks.layout import Layout
+from tasks.io import read_json
+from tasks.project import Project
 from tasks.releases.champion import METRICS
-from tasks.whole import read_json
 
 PICTURES = "artifacts/plots/"
 
@@ -56,14 +56,14 @@ class Comparison:
 
 
 def compare_builds(
-    release: Path, built: Layout, then: Mapping[str, Any] | None, now: Mapping[str, Any]
+    release: Path, built: Project, then: Mapping[str, Any] | None, now: Mapping[str, Any]
 ) -> Comparison:
     """Compare a rebuilt model with the release's, stage by stage.
 
     Args:
         release: folder of the verified release.
         built: checkout in which every stage was run again.
-        then: `tasks.releases.environment.environment` when the release was made, if recorded.
+        then: `tasks.services.git.environment` when the release was made, if recorded.
         now: the same today.
 
     Returns:

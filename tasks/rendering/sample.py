@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from tasks.errors import DataError
-from tasks.labels import LABELS
-from tasks.progress import Progress, silent
+from tasks.io import atomic_directory, atomic_write
+from tasks.params import LABELS
 from tasks.rendering.hand import pose
 from tasks.rendering.scene import photograph
-from tasks.whole import whole_file, whole_folder
+from tasks.stage import Progress, silent
 
 SEED = 20
 MEANINGS = ("closed ring", "index", "index, middle", "thumb and two", "four fingers", "open hand")
@@ -62,7 +62,7 @@ def render_sample(
             "Give a positive number."
         )
     places = [(seed, label, number) for number in range(per_class) for label in range(len(LABELS))]
-    with whole_folder(folder) as temporary:
+    with atomic_directory(folder) as temporary:
         for label in LABELS:
             (temporary / "train" / label).mkdir(parents=True)
         progress("render", 0, len(places))
@@ -99,7 +99,7 @@ def contact_sheet(target: Path, columns: int = 12, seed: int = SEED) -> None:
             picture = Image.fromarray(draw((seed, label, number)))
             enlarged = picture.resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(enlarged, (margin + number * side, top))
-    with whole_file(target) as temporary:
+    with atomic_write(target) as temporary:
         sheet.save(temporary, optimize=True)
 
 

@@ -1,1 +1,1 @@
-"""How good a model is: numbers, checks, pictures, and one model beside another."""
+"""Metrics, comparison and plots."""

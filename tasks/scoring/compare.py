@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from scipy.stats import binomtest, ttest_1samp
 
 from tasks.errors import DataError
-from tasks.labels import LABELS
+from tasks.params import LABELS
 from tasks.scoring.metrics import DIGITS, Scores, checked, photo_losses, score
 
 SIGNIFICANCE = 0.05

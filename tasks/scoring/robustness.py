@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from tasks.network.classifier import Classifier
-from tasks.progress import Progress, silent
+from tasks.model.inference import Classifier
 from tasks.scoring.metrics import DIGITS
+from tasks.stage import Progress, silent
 
 Image = NDArray[np.uint8]
 Corruption = Callable[[Image, int], Image]

@@ -1,1 +1,1 @@
-"""What lies outside of this process: DVC, MLflow, S3, git, signatures, web hooks."""
+"""DVC, MLflow, S3 and git."""

@@ -1,1 +1,1 @@
-"""How one phase learns: from stored activations, or through the whole network."""
+"""The training phases."""

@@ -1,1 +1,0 @@
-"""From a registered version to the champion: compared, approved, promoted, shown."""

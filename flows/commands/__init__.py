@@ -1,1 +1,0 @@
-"""Verbs of the `handsigns` command, and what they print."""

@@ -1,1 +1,0 @@
-"""Real servers on loopback, for services that the environment does not name."""

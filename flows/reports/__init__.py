@@ -1,1 +1,0 @@
-"""What a run found, recorded, published and shows."""

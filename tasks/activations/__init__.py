@@ -1,1 +1,0 @@
-"""What the frozen trunk makes of each photo and view: computed once, kept by content."""

@@ -1,0 +1,1 @@
+"""Photos: import, near-duplicates, splits, datasets."""

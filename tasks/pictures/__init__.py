@@ -1,1 +1,0 @@
-"""Photos as pixels: read, shrunk, compared, split, varied and put before other backdrops."""

@@ -1,0 +1,435 @@
+"""The MLflow registry and run records."""
+
+import importlib
+import importlib.metadata
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import ServiceError
+from tasks.services.s3 import S3Address, shown
+
+PREFIX = "mlflow"
+
+
+def place_of(artifacts: Path | S3Address | None, experiment: str) -> str | None:
+    """Return the URI below which an experiment's files lie.
+
+    Args:
+        artifacts: a folder, a bucket, or None to let MLflow's server decide.
+        experiment: its name.
+    """
+    if isinstance(artifacts, S3Address):
+        return f"s3://{artifacts.bucket}/{PREFIX}/{experiment}"
+    return artifacts.resolve().as_uri() if artifacts else None
+
+
+@contextmanager
+def credentials_of(artifacts: Path | S3Address | None, login: str | None = None) -> Iterator[None]:
+    """Show MLflow what opens a bucket, and its own server, for as long as the block lasts.
+
+    It looks for that in the environment only; DVC, in the same process, may have other keys.
+
+    Args:
+        artifacts: a bucket's endpoint and keys are shown.
+        login: `user:password` of MLflow's server; None leaves the environment's own.
+    """
+    ours = artifacts.environment() if isinstance(artifacts, S3Address) else {}
+    if login:
+        ours |= zip(
+            ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+            login.split(":", 1),
+            strict=True,
+        )
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, text in before.items():
+            if text is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = text
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything about one retrain besides the model.
+
+    Args:
+        content_id: id of the release.
+        params: nested; keys are joined with dots.
+        histories: contents of the phases' `history.json`, in order.
+        metrics: nested final metrics; values that are not numbers are left out.
+        pictures: files that go to `pictures/`.
+        files: files that go to `files/`, such as `dvc.lock`.
+        tags: plain facts, such as git revision and data version.
+    """
+
+    content_id: str
+    params: Mapping[str, Any]
+    histories: Sequence[Mapping[str, Any]] = ()
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Sequence[Path] = ()
+    files: Sequence[Path] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    def parameters(self) -> list[tuple[str, str]]:
+        """Return each parameter's dotted name and its value as text."""
+        return [(name, str(value)) for name, value in _flat(self.params)]
+
+    def points(self) -> list[tuple[str, float, int]]:
+        """Return name, value and epoch of every number, such as ("base/val_loss", 0.3, 1).
+
+        Final metrics have epoch 0.
+        """
+        training = [
+            (f"{history['phase']}/{name}", float(value), int(epoch["epoch"]))
+            for history in self.histories
+            for epoch in history["epochs"]
+            for name, value in epoch.items()
+            if name != "epoch" and _is_number(value)
+        ]
+        final = [
+            (name.replace(".", "/"), float(value), 0)
+            for name, value in _flat(self.metrics)
+            if _is_number(value)
+        ]
+        return training + final
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+CHALLENGER = "challenger"
+CHAMPION = "champion"
+CONTENT_ID = "content_id"
+"""Tag of runs and versions: the release that they stand for."""
+_BATCH = 100
+"""Parameters, and tags, that one request may carry; metrics may be ten times as many."""
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A finished run and the model that it logged."""
+
+    run_id: str
+    model_id: str
+
+
+@dataclass(frozen=True)
+class Version:
+    """One registered version of the model."""
+
+    number: int
+    content_id: str | None
+    run_id: str | None
+    aliases: tuple[str, ...]
+    tags: Mapping[str, str] = field(repr=False)
+
+
+class Registry:
+    """One registered model, and the experiment of the same name.
+
+    Args:
+        tracking_uri: MLflow's server, or a database.
+        model_name: name of the experiment and of the registered model.
+        artifacts: folder, or S3 bucket, of the experiment's files; None lets the server
+            decide.
+        login: `user:password` that the server asks for; None takes the environment's.
+
+    Every method raises `ServiceError` in one line within 30 s when MLflow does
+    not answer.
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str,
+        model_name: str,
+        artifacts: Path | S3Address | None = None,
+        login: str | None = None,
+    ) -> None:
+        self.tracking_uri = tracking_uri
+        self.model_name = model_name
+        self._artifacts = artifacts
+        self._login = login
+
+    def record_run(
+        self, record: RunRecord, model_file: Path, load: Callable[[], Any], example: Any
+    ) -> RecordedRun:
+        """Record a retrain as one finished run, or find the one recorded before.
+
+        Args:
+            record: parameters, metrics, files and tags.
+            model_file: the `.keras` file; its very bytes become the logged model.
+            load: returns the `keras.Model` of that file; called when a run is made.
+            example: float32 or uint8, (1, height, width, 3); a photo in [0, 255].
+
+        Returns:
+            The run and where its model lies.
+        """
+        with self._asked() as client:
+            experiment = self._experiment(client)
+            if found := self._finished(client, experiment, record.content_id):
+                return found
+            self._end_broken(client, experiment, record.content_id)
+            run_id = client.create_run(
+                experiment, tags={**record.tags, CONTENT_ID: record.content_id}
+            ).info.run_id
+            state = "FAILED"
+            try:
+                self._log(client, run_id, record)
+                model_id = self._log_model(client, experiment, run_id, model_file, load(), example)
+                state = "FINISHED"
+            finally:
+                client.set_terminated(run_id, state)
+        return RecordedRun(run_id, model_id)
+
+    def register(self, run: RecordedRun, content_id: str, tags: Mapping[str, str]) -> Version:
+        """Make a version of a recorded run, or find the one with the same content id.
+
+        Args:
+            run: what `record_run` returned.
+            content_id: id of the release.
+            tags: plain facts, such as the release's URI.
+
+        Returns:
+            The version.
+        """
+        if found := self.find(content_id):
+            return found
+        from mlflow.exceptions import MlflowException
+
+        with self._asked() as client:
+            try:
+                client.create_registered_model(self.model_name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            made = client.create_model_version(
+                self.model_name,
+                # Not "models:/<id>": with a database that is looked up in the default store.
+                client.get_logged_model(run.model_id).artifact_location,
+                run_id=run.run_id,
+                tags={**tags, CONTENT_ID: content_id},
+                model_id=run.model_id,
+            )
+        return _version(made, ())
+
+    def versions(self) -> list[Version]:
+        """Return all versions, oldest first."""
+        with self._asked() as client:
+            aliases = self._aliases(client)
+            found = self._search(client)
+        return [_version(one, aliases.get(str(one.version), ())) for one in found]
+
+    def find(self, content_id: str) -> Version | None:
+        """Return the version of a release, or None."""
+        return next((one for one in self.versions() if one.content_id == content_id), None)
+
+    def version(self, number: int) -> Version | None:
+        """Return the version with this number, or None."""
+        return next((one for one in self.versions() if one.number == number), None)
+
+    def version_by_alias(self, alias: str) -> Version | None:
+        """Return the version that `challenger` or `champion` names, or None."""
+        return next((one for one in self.versions() if alias in one.aliases), None)
+
+    def set_alias(self, alias: str, number: int) -> None:
+        """Let an alias name a version; the last writer wins."""
+        with self._asked() as client:
+            client.set_registered_model_alias(self.model_name, alias, str(number))
+
+    def set_tags(self, number: int, tags: Mapping[str, str]) -> None:
+        """Add plain facts to a version; the last writer of each wins."""
+        with self._asked() as client:
+            for name, text in tags.items():
+                client.set_model_version_tag(self.model_name, str(number), name, text)
+
+    @cached_property
+    def _client(self) -> Any:
+        load_mlflow()
+        from mlflow import MlflowClient
+
+        return MlflowClient(self.tracking_uri, self.tracking_uri)
+
+    @contextmanager
+    def _asked(self) -> Iterator[Any]:
+        load_mlflow()
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            with credentials_of(self._artifacts, self._login):
+                yield self._client
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            raise ServiceError(self._explain(error)) from None
+
+    def _explain(self, error: Exception) -> str:
+        reason = getattr(error, "error_code", None) or type(error).__name__
+        first = next(iter(str(error).splitlines()), "")
+        # Connection errors quote the whole address; the rest is MLflow's own words.
+        quoted = "" if "://" in first else f": {first[:200]}"
+        return (
+            f"MLflow failed at {shown(self.tracking_uri)} ({reason}{quoted}). "
+            f"{_advice(self.tracking_uri)}, then run again."
+        )
+
+    def _experiment(self, client: Any) -> str:
+        known = client.get_experiment_by_name(self.model_name)
+        if known is None:
+            place = place_of(self._artifacts, self.model_name)
+            return str(client.create_experiment(self.model_name, artifact_location=place))
+        return str(known.experiment_id)
+
+    def _finished(self, client: Any, experiment: str, content_id: str) -> RecordedRun | None:
+        wanted = f"tags.{CONTENT_ID} = '{content_id}' and attributes.status = 'FINISHED'"
+        for run in client.search_runs([experiment], wanted, max_results=1):
+            outputs = client.get_run(run.info.run_id).outputs
+            if outputs and outputs.model_outputs:
+                return RecordedRun(run.info.run_id, outputs.model_outputs[0].model_id)
+        return None
+
+    def _end_broken(self, client: Any, experiment: str, content_id: str) -> None:
+        """Runs of this release whose process was killed would else be shown as running."""
+        wanted = f"tags.{CONTENT_ID} = '{content_id}' and attributes.status = 'RUNNING'"
+        for run in client.search_runs([experiment], wanted):
+            client.set_terminated(run.info.run_id, "KILLED")
+
+    def _log(self, client: Any, run_id: str, record: RunRecord) -> None:
+        from mlflow.entities import Metric, Param
+
+        now = int(time.time() * 1000)
+        params = [Param(name, text) for name, text in record.parameters()]
+        metrics = [Metric(name, value, now, epoch) for name, value, epoch in record.points()]
+        for start in range(0, max(len(params), len(metrics)), _BATCH):
+            part = slice(start, start + _BATCH)
+            client.log_batch(run_id, metrics[part], params[part], synchronous=True)
+        for folder, paths in (("pictures", record.pictures), ("files", record.files)):
+            for path in paths:
+                client.log_artifact(run_id, str(path), folder)
+
+    def _log_model(
+        self, client: Any, experiment: str, run_id: str, model_file: Path, model: Any, example: Any
+    ) -> str:
+        """Log the release's own file; `log_model` would save, and load, the model anew."""
+        import mlflow.tensorflow
+        from mlflow.entities import LoggedModelOutput
+        from mlflow.models import Model
+
+        signature = _signature(model)
+        made = client.create_logged_model(experiment, "model", run_id)
+        described = Model(
+            artifact_path=made.artifact_location,
+            run_id=run_id,
+            model_uuid=made.model_id,
+            model_id=made.model_id,
+        )
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            mlflow.tensorflow.save_model(
+                model,
+                str(folder),
+                mlflow_model=described,
+                signature=signature,
+                input_example=example.astype(signature.inputs.inputs[0].type),
+                pip_requirements=_requirements(),
+            )
+            shutil.copyfile(model_file, folder / "data" / "model.keras")
+            client.log_model_artifacts(made.model_id, str(folder))
+        client.finalize_logged_model(made.model_id, "READY")
+        client.log_outputs(run_id, [LoggedModelOutput(made.model_id, 0)])
+        return str(made.model_id)
+
+    def _search(self, client: Any) -> list[Any]:
+        found: list[Any] = []
+        token = None
+        while True:
+            page = client.search_model_versions(f"name = '{self.model_name}'", page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return sorted(found, key=lambda one: int(one.version))
+
+    def _aliases(self, client: Any) -> dict[str, tuple[str, ...]]:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            named = client.get_registered_model(self.model_name).aliases
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return {}
+        aliases: dict[str, tuple[str, ...]] = {}
+        for alias, number in sorted(named.items()):
+            aliases[str(number)] = (*aliases.get(str(number), ()), alias)
+        return aliases
+
+
+def load_mlflow() -> None:
+    """Import MLflow, having set what it reads from the environment."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    # What reads our standard output expects JSON there.
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    # By default a server that is down is asked for minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")
+    # Its import sets the levels that are changed here.
+    importlib.import_module("mlflow")
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _advice(uri: str) -> str:
+    if uri.startswith("sqlite:"):
+        return "Mend that file, or move it away, which begins an empty registry"
+    if uri.startswith("postgresql"):
+        return "Check DATABASE_URL and the database"
+    return "Check MLFLOW_TRACKING_URI and the service"
+
+
+def _signature(model: Any) -> Any:
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import Schema, TensorSpec
+
+    def schema(tensors: Sequence[Any]) -> Any:
+        return Schema([TensorSpec(np.dtype(one.dtype), (-1, *one.shape[1:])) for one in tensors])
+
+    return ModelSignature(inputs=schema(model.inputs), outputs=schema(model.outputs))
+
+
+def _requirements() -> list[str]:
+    """The versions that run here, so that MLflow need not load the model to find them."""
+    found = []
+    for name in ("keras", "mlflow", "numpy", "tensorflow", "tensorflow-cpu"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name}=={importlib.metadata.version(name)}")
+    return found
+
+
+def _version(made: Any, aliases: tuple[str, ...]) -> Version:
+    tags = dict(made.tags)
+    return Version(int(made.version), tags.get(CONTENT_ID), made.run_id, aliases, tags)

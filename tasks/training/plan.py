@@ -1,0 +1,157 @@
+"""What both training modes do alike in one phase: which photos, which views, in what order."""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.data.dataset import Dataset
+from tasks.data.splits import subset
+from tasks.errors import ParamsError
+from tasks.params import LABELS, Params, PhaseParams, TrainingParams
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of the learning curve; training figures are with dropout, as it ran."""
+
+    epoch: int
+    loss: float
+    accuracy: float
+    val_loss: float
+    val_accuracy: float
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One phase, settled before its first update.
+
+    Args:
+        name: of the phase.
+        phase: its parameters.
+        training: parameters of all phases.
+        seed: of every random choice.
+        views: augmented views that exist of each training photo.
+        train: int64, (n,); dataset rows trained on.
+        train_labels: int64, (n,).
+        val: int64, (m,); dataset rows validated on.
+        val_labels: int64, (m,).
+    """
+
+    name: str
+    phase: PhaseParams
+    training: TrainingParams
+    seed: int
+    views: int
+    train: NDArray[np.int64]
+    train_labels: NDArray[np.int64]
+    val: NDArray[np.int64]
+    val_labels: NDArray[np.int64]
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return ceil(len(self.train) / self.training.batch_size)
+
+    @property
+    def updates(self) -> int:
+        return self.updates_per_epoch * self.phase.epochs
+
+    def batches(self, epoch: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield one epoch: each photo once, in a new order, in one of its views.
+
+        Each photo goes through its views in an order of its own and sees all of
+        them, the plain one too, before any comes again. An epoch so costs the same
+        however many views there are.
+
+        Args:
+            epoch: from 0.
+
+        Yields:
+            int64, (batch,) positions in `train`, and int64, (batch,) view numbers.
+        """
+        cycle, place = divmod(epoch, self.views + 1)
+        every = np.tile(np.arange(self.views + 1), (len(self.train), 1))
+        orders = self.random(0, cycle).permuted(every, axis=1)
+        shuffled = self.random(1, epoch).permutation(len(self.train))
+        for start in range(0, len(shuffled), self.training.batch_size):
+            chosen = shuffled[start : start + self.training.batch_size]
+            yield chosen, orders[chosen, place]
+
+    def random(self, purpose: int, number: int) -> np.random.Generator:
+        """Give the random numbers of one purpose in one epoch or update of this phase."""
+        return np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), purpose, number])
+
+    def targets(self, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Class probabilities to learn; float32, (batch, 6), smoothed as asked for."""
+        smoothing = self.training.label_smoothing
+        exact = np.eye(len(LABELS), dtype=np.float32)[self.train_labels[chosen]]
+        return exact * np.float32(1 - smoothing) + np.float32(smoothing / len(LABELS))
+
+    def optimizer(self, adam: type[Any] | None = None) -> Any:
+        """Adam, its rate constant or falling along half a cosine to zero.
+
+        Args:
+            adam: its class; None for Keras's own.
+
+        Returns:
+            keras.optimizers.Optimizer.
+        """
+        import keras
+
+        adam = adam or keras.optimizers.Adam
+        rate = self.phase.learning_rate
+        if self.phase.schedule == "cosine":
+            rate = keras.optimizers.schedules.CosineDecay(rate, self.updates)
+        optimizer = adam(rate, weight_decay=self.training.weight_decay or None)
+        if self.training.weight_decay:
+            optimizer.exclude_from_weight_decay(var_names=["bias"])
+        return optimizer
+
+
+def training_rows(dataset: Dataset, fraction: float, seed: int) -> NDArray[np.int64]:
+    """Choose the photos that a phase trains on; a smaller fraction's are among a larger's.
+
+    Args:
+        dataset: the preprocessed photos.
+        fraction: share of each class of the training split.
+        seed: `seed` of params.yaml.
+
+    Returns:
+        int64, (n,); rows of `dataset`, ascending.
+    """
+    rows = dataset.rows("train")
+    names = [dataset.names[row] for row in rows]
+    return rows[subset(names, dataset.labels[rows], fraction, seed)]
+
+
+def plan_phase(params: Params, name: str | None, dataset: Dataset) -> Plan:
+    """Settle one phase of `params` for the photos of `dataset`.
+
+    Phases with the same fraction train on the same photos.
+
+    Raises:
+        ParamsError: there is no phase of that name.
+    """
+    if name is None or name not in params.phases:
+        raise ParamsError(
+            f"Phase must be one of {', '.join(params.phases)}. Received: {name!r}. "
+            "Name one: python -m tasks.train <phase>."
+        )
+    phase = params.phases[name]
+    train = training_rows(dataset, phase.data_fraction, params.seed)
+    val = dataset.rows("val")
+    return Plan(
+        name=name,
+        phase=phase,
+        training=params.training,
+        seed=params.seed,
+        views=params.features.views,
+        train=train,
+        train_labels=dataset.labels[train],
+        val=val,
+        val_labels=dataset.labels[val],
+    )
