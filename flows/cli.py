@@ -263,7 +263,7 @@ def promote(
         from flows.moves import promote as move_to
 
         move = move_to(workspace, version, reason or ("" if force else "promoted by hand"), force)
-    tell(json_, move.model_dump(mode="json"), move.told())
+    tell(json_, move.model_dump(mode="json"), move.describe())
 
 
 @app.command()
@@ -273,7 +273,7 @@ def rollback(reason: Reason = "rolled back by hand", json_: Json = False) -> Non
         from flows.moves import rollback as move_back
 
         move = move_back(workspace, reason)
-    tell(json_, move.model_dump(mode="json"), move.told())
+    tell(json_, move.model_dump(mode="json"), move.describe())
 
 
 @app.command()
@@ -412,8 +412,8 @@ def new(
 def sign(json_: Json = False) -> None:
     """Sign the champion, and every release that was one, with the present key."""
     from tasks.errors import ReleaseError
-    from tasks.releases.pointer import sign_champion_again
-    from tasks.releases.release import sign_again
+    from tasks.releases.pointer import sign_pointer
+    from tasks.releases.release import sign_release
 
     with open_workspace() as workspace:
         workspace.trust.check_signer()
@@ -422,12 +422,12 @@ def sign(json_: Json = False) -> None:
                 "There is no key to sign with. Received: no HANDSIGNS_SIGNING_KEY. Make one with "
                 "`handsigns keys new` and set it."
             )
-        champion = sign_champion_again(workspace.storage)
+        champion = sign_pointer(workspace.storage)
         moves = champion.pointer.moves if champion else ()
         releases, gone = [], {}
         for release in sorted({move.release for move in moves}):
             try:
-                sign_again(workspace.storage, release)
+                sign_release(workspace.storage, release)
                 releases.append(release)
             except ReleaseError as error:  # the others must not stay unsigned for it
                 gone[release] = str(error)

@@ -24,7 +24,7 @@ from flows.retrain import retrain_lock
 from flows.settings import Settings
 from tasks.errors import ServiceError, SettingsError, first_fault
 from tasks.project import Project
-from tasks.services.s3 import shown
+from tasks.services.s3 import redact_url
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -168,7 +168,7 @@ def asking(api: str) -> Iterator[None]:
         yield
     except (httpx.HTTPError, PrefectException, subprocess.TimeoutExpired) as error:
         raise ServiceError(
-            f"Prefect did not do as asked ({type(error).__name__}). Received: {shown(api)}. "
+            f"Prefect did not do as asked ({type(error).__name__}). Received: {redact_url(api)}. "
             "Check PREFECT_API_URL, its login and the server's log, then run again."
         ) from error
 

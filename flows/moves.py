@@ -14,7 +14,7 @@ from flows.local.servers import TAG, advice, ask, point_prefect_at
 from flows.workspace import Workspace
 from tasks.errors import PromotionError
 from tasks.releases.pointer import Move
-from tasks.services.s3 import shown
+from tasks.services.s3 import redact_url
 
 if TYPE_CHECKING:
     from flows.promotion import Course
@@ -51,7 +51,7 @@ def _move(
     if api is None:
         return directly()
     if ask(f"{api}/health", seconds=3.0) is None:
-        _log.warning("Prefect does not answer at %s; its UI will not show this.", shown(api))
+        _log.warning("Prefect does not answer at %s; its UI will not show this.", redact_url(api))
         return directly()
     point_prefect_at(api, workspace.services.folder, workspace.settings)
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
@@ -62,7 +62,8 @@ def _move(
     if course.begun and course.made is None:
         raise PromotionError(
             "Whether the champion moved is not known: the flow ended before it could say so. "
-            f"Received: a run at {shown(api)}. Look at `handsigns status` before you run again."
+            f"Received: a run at {redact_url(api)}. "
+            "Look at `handsigns status` before you run again."
         )
     return course.made or directly()
 
@@ -82,7 +83,7 @@ def _watched(api: str, flow: Callable[[], None]) -> "Course":
     except Exception as error:  # the client's, of many kinds; the flow keeps those of the move
         status = getattr(getattr(error, "response", None), "status_code", type(error).__name__)
         said = "Prefect cannot be used at %s (%s), so that its UI does not show all of this. %s."
-        _log.warning(said, shown(api), status, advice(error))
+        _log.warning(said, redact_url(api), status, advice(error))
     finally:
         course.reset(token)
         APILogWorker.drain_all(timeout=5)

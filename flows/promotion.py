@@ -29,8 +29,14 @@ from flows.workspace import Workspace
 from tasks.errors import HandsignsError, OlderError, OvertakenError, PromotionError, ReleaseError
 from tasks.io import read_json
 from tasks.project import Project
-from tasks.releases.champion import METRICS, Challenge, challenge, comparison_tags, crown
-from tasks.releases.pointer import Champion, Move, following, mend_alias, read_champion
+from tasks.releases.champion import (
+    METRICS,
+    PromotionDecision,
+    compare_with_champion,
+    comparison_tags,
+    set_champion,
+)
+from tasks.releases.pointer import Champion, Move, following, read_champion, repair_alias
 from tasks.releases.release import DATASET_INDEX, Release, fetch
 from tasks.services.mlflow import CHAMPION, Version
 from tasks.stage import Progress
@@ -203,22 +209,24 @@ class Succession:
 
     def _look(self) -> Champion | None:
         champion = read_champion(self._workspace.storage)
-        if champion and (said := mend_alias(self._workspace.registry, champion)):
+        if champion and (said := repair_alias(self._workspace.registry, champion)):
             _log.warning(said)
         return champion
 
     def _compare(
         self, release: Release, version: Version
-    ) -> tuple[Champion | None, Challenge | None]:
+    ) -> tuple[Champion | None, PromotionDecision | None]:
         workspace = self._workspace
         champion = read_champion(workspace.storage)
         if champion and champion.pointer.release == release.id:
             self._report.model.alias = CHAMPION
             return champion, None
         try:
-            decision = challenge(workspace.project, workspace.storage, champion, self._progress)
+            decision = compare_with_champion(
+                workspace.project, workspace.storage, champion, self._progress
+            )
         except PromotionError as error:
-            decision = Challenge(False, str(error).rstrip("."))
+            decision = PromotionDecision(False, str(error).rstrip("."))
         tags = comparison_tags(champion, decision.won, decision.reason)
         workspace.registry.set_tags(version.number, tags)
         if decision.comparison:
@@ -226,7 +234,7 @@ class Succession:
         artifacts.show_comparison(decision)
         return champion, decision
 
-    def _ask(self, decision: Challenge, release: Release, version: Version) -> Answer:
+    def _ask(self, decision: PromotionDecision, release: Release, version: Version) -> Answer:
         settings = self._workspace.settings
         if settings.promotion == "auto":
             return Answer(True, None, "")
@@ -243,12 +251,12 @@ class Succession:
         present = read_champion(storage)
         if present is None or present.pointer.release != version.content_id:
             scores = self._report.test.model_dump(include=set(METRICS))
-            crown(storage, registry, version, champion, reason, scores, by=by)
+            set_champion(storage, registry, version, champion, reason, scores, by=by)
         else:
             _log.info("It moved at the first try, whose answer was lost.")
         with following(version.number):  # once more, where it could not be told at once
             if moved := read_champion(storage):
-                mend_alias(registry, moved)
+                repair_alias(registry, moved)
         artifacts.show_history_of(storage)
 
 
@@ -313,4 +321,4 @@ def _move(done: str, move: Callable[[Workspace], Move]) -> State[Any]:
     except HandsignsError as error:
         watched.refused = error
         return Failed(name="Refused", message=str(error))
-    return Completed(name=done, message=made.told(), data=made.model_dump(mode="json"))
+    return Completed(name=done, message=made.describe(), data=made.model_dump(mode="json"))

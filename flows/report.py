@@ -27,7 +27,7 @@ from tasks.releases.pointer import read_champion
 from tasks.releases.release import DATASET_INDEX, Release, publish
 from tasks.services.git import Branch, environment
 from tasks.services.mlflow import CHAMPION, RecordedRun, RunRecord
-from tasks.services.s3 import Storage, shown
+from tasks.services.s3 import Storage, redact_url
 
 if TYPE_CHECKING:
     from flows.workspace import Workspace
@@ -324,14 +324,14 @@ def _made_of(workspace: "Workspace") -> dict[str, Any]:
 def _places(workspace: "Workspace") -> dict[str, str | None]:
     """Where versions are sent too; a place that is not named any more asks for nothing."""
     settings = workspace.settings
-    return {"dvc_remote": shown(settings.dvc_remote_url or ""), "branch": settings.git_push}
+    return {"dvc_remote": redact_url(settings.dvc_remote_url or ""), "branch": settings.git_push}
 
 
 def _registry(workspace: "Workspace") -> str:
     """Whose registry it is, without the password that a database's address may hold."""
     settings = workspace.settings
     if settings.mlflow_tracking_uri:
-        return shown(settings.mlflow_tracking_uri)
+        return redact_url(settings.mlflow_tracking_uri)
     running = find_running(workspace.project.local.resolve())
     if running and running.mlflow:
         # Runs of the worker, which knows no database, go there too.

@@ -299,7 +299,7 @@ class Retrain:
         _check_alone(load_params(self._project.params))
         self._workspace.trust.check_signer()
         check_policy(self._workspace.services)
-        _log.info(self._workspace.trust.told())
+        _log.info(self._workspace.trust.describe())
         self._workspace.services.start_s3()
         if self._workspace.settings.inbox:
             self._inbox = self._task("inbox", self._take_in, network=True)

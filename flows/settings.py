@@ -20,7 +20,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from tasks.errors import SettingsError
 from tasks.services.notify import check_addresses
-from tasks.services.s3 import LOOPBACK, shown
+from tasks.services.s3 import LOOPBACK, redact_url
 
 TOKEN_LETTERS = 16
 
@@ -220,7 +220,7 @@ def load_settings() -> Settings:
 
     Raises:
         SettingsError: a variable is malformed, contradicts another, or starts
-            with `HANDSIGNS_` and is not one of ours; no secret is shown.
+            with `HANDSIGNS_` and is not one of ours; no secret is redact_url.
     """
     _refuse_unknown()
     try:
@@ -272,4 +272,4 @@ def _explain(fault: Any) -> str:
     received = fault["input"]
     if not isinstance(received, str) or variable.startswith(SECRET):
         return f"{variable}: {message}"
-    return f"{variable}: {message} (received {shown(received)!r})"
+    return f"{variable}: {message} (received {redact_url(received)!r})"

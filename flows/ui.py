@@ -26,7 +26,7 @@ from tasks.data.importer import ImportReport
 from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.card import table
-from tasks.releases.champion import METRICS, Challenge
+from tasks.releases.champion import METRICS, PromotionDecision
 from tasks.releases.pointer import Move, read_champion
 from tasks.scoring.checks import shown, shown_interval
 from tasks.services.s3 import Storage
@@ -210,7 +210,7 @@ MOST_PHOTOS = 50
 """Photos that changed verdict which are listed one by one."""
 
 
-def show_comparison(decision: Challenge) -> None:
+def show_comparison(decision: PromotionDecision) -> None:
     """The challenger beside the champion, on the same photos."""
     create_markdown_artifact(
         comparison_text(decision), key="comparison", description="Who should be champion."
@@ -260,7 +260,7 @@ def show_changes(changes: DataChanges) -> None:
     )
 
 
-def comparison_text(decision: Challenge) -> str:
+def comparison_text(decision: PromotionDecision) -> str:
     """The comparison in Markdown, for the UI and for who approves.
 
     Args:

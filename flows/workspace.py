@@ -10,7 +10,7 @@ from flows.settings import Settings
 from tasks.project import Project
 from tasks.releases.pointer import Move, read_champion
 from tasks.releases.signing import Trust
-from tasks.services.s3 import Storage, check_conditions
+from tasks.services.s3 import Storage, check_conditional_writes
 
 if TYPE_CHECKING:
     from tasks.model.inference import Classifier
@@ -120,7 +120,7 @@ class Workspace:
         from tasks.params import load_params
         from tasks.releases.champion import promote
 
-        check_conditions(self.storage)
+        check_conditional_writes(self.storage)
         return promote(
             self.storage,
             self.registry,
@@ -136,7 +136,7 @@ class Workspace:
         """Return to the champion before the present one."""
         from tasks.releases.champion import rollback
 
-        check_conditions(self.storage)
+        check_conditional_writes(self.storage)
         return rollback(self.storage, self.registry, reason, by=by)
 
     def release(self, name: str) -> tuple[str, Path]:
@@ -160,7 +160,7 @@ class Workspace:
             "files": len(files),
             "bytes": sum(digest.bytes for digest in files.values()),
             "facts": release.manifest.facts,
-            "signature": self.trust.told(),
+            "signature": self.trust.describe(),
             "forced": self._forced(release.id),
         }
 
@@ -168,7 +168,7 @@ class Workspace:
         """Moves that made a release champion in spite of something, in words."""
         champion = read_champion(self.storage)
         moves = champion.pointer.moves if champion else ()
-        return [move.told() for move in moves if move.release == release and move.forced]
+        return [move.describe() for move in moves if move.release == release and move.forced]
 
     def status(self) -> dict[str, Any]:
         """Where the checkout, the registry and the champion stand."""
@@ -184,7 +184,7 @@ class Workspace:
                 "version": self.pipeline.data_version(),
                 "source": self.pipeline.data_source(),
             },
-            "signatures": self.trust.told(),
+            "signatures": self.trust.describe(),
             "stale": sorted(self.pipeline.changed()),
             "champion": champion
             and {
@@ -192,7 +192,9 @@ class Workspace:
                 "overruled": list(champion.pointer.overruled),
             },
             "challenger": challenger and self._role(challenger.number, challenger.content_id),
-            "history": [{**move.model_dump(mode="json"), "told": move.told()} for move in moves],
+            "history": [
+                {**move.model_dump(mode="json"), "told": move.describe()} for move in moves
+            ],
         }
 
     def _role(self, version: int, release: str | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A champion that cannot be examined is no reason to crown anybody."""
+"""A champion that cannot be examined is no reason to set_champion anybody."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tasks.io import write_json
 from tasks.model.inference import Classifier
 from tasks.params import LABELS, Params
 from tasks.project import Project
-from tasks.releases.champion import challenge
+from tasks.releases.champion import compare_with_champion
 from tasks.releases.pointer import Champion, Pointer, move_champion
 from tasks.releases.release import publish
 from tasks.services.s3 import Storage
@@ -36,21 +36,21 @@ def champion_with(
 def test_without_a_champion_there_is_nothing_to_compare_with(
     storage: Storage, tmp_path: Path
 ) -> None:
-    decision = challenge(Project(tmp_path), storage, None)
+    decision = compare_with_champion(Project(tmp_path), storage, None)
     assert (decision.won, decision.comparison) == (True, None)
 
 
 def test_labels_in_another_order_are_refused(storage: Storage, tmp_path: Path) -> None:
     champion = champion_with(storage, tmp_path / "made", [*LABELS[1:], LABELS[0]])
     with pytest.raises(PromotionError, match=r"champion cannot be scored.*in this order") as caught:
-        challenge(Project(tmp_path), storage, champion)
+        compare_with_champion(Project(tmp_path), storage, champion)
     assert "\n" not in str(caught.value)
 
 
 def test_a_champion_that_cannot_be_loaded_is_refused(storage: Storage, tmp_path: Path) -> None:
     champion = champion_with(storage, tmp_path / "made", list(LABELS))
     with pytest.raises(PromotionError, match=r"champion cannot be scored.*model\.pb"):
-        challenge(Project(tmp_path), storage, champion)
+        compare_with_champion(Project(tmp_path), storage, champion)
 
 
 def test_photos_that_went_during_the_run_are_named(
@@ -68,14 +68,14 @@ def test_photos_that_went_during_the_run_are_named(
     champion = champion_with(storage, tmp_path / "made", list(LABELS))
     even = Classifier(lambda images: np.full((len(images), 6), 1 / 6, np.float32), 64, 32)
     monkeypatch.setattr("tasks.releases.champion.open_release", lambda _folder: even)
-    assert challenge(project, storage, champion).won
+    assert compare_with_champion(project, storage, champion).won
     gone = project.data / names[0]  # a path, for every class has a photo of this name
     gone.unlink()
     with pytest.raises(PromotionError, match=rf"1 unreadable.*'{gone.name}' \(no such file\)"):
-        challenge(project, storage, champion)
+        compare_with_champion(project, storage, champion)
 
 
 def test_a_champion_whose_release_is_gone_is_refused(storage: Storage, tmp_path: Path) -> None:
     nowhere = Champion(Pointer(release="0" * 32, version=1), "etag")
     with pytest.raises(PromotionError, match=r"champion cannot be scored.*no complete release"):
-        challenge(Project(tmp_path), storage, nowhere)
+        compare_with_champion(Project(tmp_path), storage, nowhere)

@@ -11,8 +11,8 @@ from tasks.errors import OlderError, OvertakenError, PromotionError, ReleaseErro
 from tasks.gate import judge
 from tasks.io import write_json
 from tasks.params import GateParams
-from tasks.releases.champion import comparison_tags, crown, promote, rollback
-from tasks.releases.pointer import Champion, Move, mend_alias, read_champion
+from tasks.releases.champion import comparison_tags, promote, rollback, set_champion
+from tasks.releases.pointer import Champion, Move, read_champion, repair_alias
 from tasks.releases.release import publish
 from tasks.scoring.metrics import DIGITS
 from tasks.services.mlflow import CHAMPION, CONTENT_ID, Registry, Version
@@ -107,7 +107,7 @@ def test_the_history_says_who_when_why_and_with_which_metrics(court: Court) -> N
     assert second.metrics == {"accuracy": 0.97, "loss": 0.1, "auc": 1.0, "ece": 0.01}
     assert not second.forced
     assert first.at <= second.at
-    assert "Ben: it is better" in second.told()
+    assert "Ben: it is better" in second.describe()
     assert court.alias() == 2
 
 
@@ -129,7 +129,7 @@ def test_what_speaks_against_a_version_needs_force_and_is_kept(court: Court) -> 
     assert court.champion() == before
     move = court.promote(5, "the boss wants it", force=True, by="Ann")
     assert move.forced
-    assert "FORCED" in move.told()
+    assert "FORCED" in move.describe()
     tags = court.version(5).tags
     assert (tags["forced_by"], tags["forced_because"]) == ("Ann", "the boss wants it")
     assert "accuracy: 0.5000 misses" in tags["forced_over"]
@@ -182,19 +182,19 @@ def test_an_alias_moved_by_hand_before_the_promotion_refuses_it(court: Court) ->
     seen = court.champion()
     court.registry.set_alias(CHAMPION, 3)
     with pytest.raises(PromotionError, match=r"alias.*changed meanwhile.*Received: version 3"):
-        crown(court.storage, court.registry, court.version(2), seen, "it won", {})
+        set_champion(court.storage, court.registry, court.version(2), seen, "it won", {})
     assert court.champion() == seen
     assert court.alias() == 3
     court.client.delete_registered_model_alias("hand-signs", CHAMPION)
     with pytest.raises(PromotionError, match="Received: nothing"):
-        crown(court.storage, court.registry, court.version(2), seen, "it won", {})
+        set_champion(court.storage, court.registry, court.version(2), seen, "it won", {})
 
 
 def test_a_promotion_that_came_meanwhile_is_what_a_later_one_is_told_of(court: Court) -> None:
     seen = court.champion()
     court.promote(2)
     with pytest.raises(OvertakenError, match=r"by another promotion. Received: version 1"):
-        crown(court.storage, court.registry, court.version(3), seen, "it won", {})
+        set_champion(court.storage, court.registry, court.version(3), seen, "it won", {})
     assert court.alias() == 2
 
 
@@ -209,7 +209,7 @@ def test_what_a_wrong_clock_made_is_promoted_by_force_alone(court: Court) -> Non
     champion = court.champion()
     assert champion.pointer.version == ahead.number
     with pytest.raises(OlderError, match="--force and a --reason"):
-        crown(court.storage, court.registry, right, champion, "by itself", {})
+        set_champion(court.storage, court.registry, right, champion, "by itself", {})
     assert court.champion() == champion
     move = court.promote(right.number, "the clock was ahead", force=True)
     assert [fault for fault in move.overruled if "older than the champion's" in fault]
@@ -238,17 +238,17 @@ def test_a_registry_that_cannot_follow_does_not_undo_or_repeat_a_move(
 
 def test_an_alias_that_a_crash_left_behind_is_mended_and_told(court: Court) -> None:
     court.registry.set_alias(CHAMPION, 2)
-    said = mend_alias(court.registry, court.champion())
+    said = repair_alias(court.registry, court.champion())
     assert said == "The alias named version 2; it follows the pointer to version 1 again."
     assert court.alias() == 1
-    assert mend_alias(court.registry, court.champion()) is None
+    assert repair_alias(court.registry, court.champion()) is None
 
 
 def test_an_alias_cannot_follow_to_a_version_that_the_registry_never_had(
     court: Court, migrated: Path
 ) -> None:
     other = Registry(f"sqlite:///{migrated}", "hand-signs")
-    assert "not in this registry" in str(mend_alias(other, court.champion()))
+    assert "not in this registry" in str(repair_alias(other, court.champion()))
 
 
 def test_what_is_champion_already_or_unknown_is_refused(court: Court) -> None:

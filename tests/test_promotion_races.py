@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import PromotionError
-from tasks.releases.champion import crown
+from tasks.releases.champion import set_champion
 from tasks.releases.pointer import Champion, read_champion
 from tasks.releases.release import publish
 from tasks.services.mlflow import CHAMPION, Registry, Version
@@ -64,7 +64,7 @@ def test_of_two_promotions_at_once_one_wins_and_the_other_changes_nothing(
     def attempt(version: Version, expected: Champion | None, start: threading.Barrier) -> Any:
         start.wait()
         try:
-            return crown(storage, registry, version, expected, f"by {version.number}", {})
+            return set_champion(storage, registry, version, expected, f"by {version.number}", {})
         except PromotionError as error:
             return error
 
@@ -87,11 +87,11 @@ def test_a_promotion_that_is_overtaken_before_its_alias_leaves_the_later_one(
 ) -> None:
     wait, moved = threading.Event(), threading.Event()
     late = Late(registry, wait, moved)
-    slow = threading.Thread(target=crown, args=(storage, late, rivals[0], None, "slow", {}))
+    slow = threading.Thread(target=set_champion, args=(storage, late, rivals[0], None, "slow", {}))
     slow.start()
     assert moved.wait(20)
     registry.set_alias(CHAMPION, rivals[0].number)  # as the next run mends it
-    crown(storage, registry, rivals[1], read_champion(storage), "quick", {})
+    set_champion(storage, registry, rivals[1], read_champion(storage), "quick", {})
     wait.set()
     slow.join(30)
     champion, alias = read_champion(storage), registry.version_by_alias(CHAMPION)

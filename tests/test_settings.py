@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from flows.settings import Settings, load_settings
 from tasks.errors import SettingsError
-from tasks.services.s3 import shown
+from tasks.services.s3 import redact_url
 
 SECRET = "sentinel-do-not-show"
 
@@ -169,9 +169,9 @@ def test_reading_settings_imports_nothing_heavy() -> None:
     scheme=st.sampled_from(["http", "https", "postgresql", "mysql+pymysql"]),
 )
 def test_a_password_in_an_address_is_never_shown(user: str, password: str, scheme: str) -> None:
-    assert shown(f"{scheme}://{user}:{password}@host:5432/db") == f"{scheme}://host:5432/db"
+    assert redact_url(f"{scheme}://{user}:{password}@host:5432/db") == f"{scheme}://host:5432/db"
 
 
 @pytest.mark.parametrize("url", ["sqlite:////srv/mlflow.db", "http://127.0.0.1:5000", "nonsense"])
 def test_an_address_without_secrets_is_shown_as_it_is(url: str) -> None:
-    assert shown(url) == url
+    assert redact_url(url) == url

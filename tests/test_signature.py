@@ -13,14 +13,14 @@ import pytest
 from filelock import FileLock
 
 from tasks.errors import OlderError, ReleaseError, SettingsError
-from tasks.releases.champion import crown
-from tasks.releases.pointer import KEY, Pointer, move_champion, read_champion, sign_champion_again
+from tasks.releases.champion import set_champion
+from tasks.releases.pointer import KEY, Pointer, move_champion, read_champion, sign_pointer
 from tasks.releases.release import (
     MANIFEST,
     Release,
     fetch,
     publish,
-    sign_again,
+    sign_release,
     verify,
     verify_folder,
 )
@@ -41,7 +41,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def signer(ours: tuple[Path, Path], tmp_path: Path) -> Trust:
-    return Trust((ours[1],), ours[0], memory=tmp_path / "seen.json")
+    return Trust((ours[1],), ours[0], seen_pointers=tmp_path / "seen.json")
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,8 @@ def test_a_locked_key_opens_with_its_passphrase_only(
     tmp_path: Path, passphrase: str | None
 ) -> None:
     private, public = new_keys(tmp_path, "right")
-    sealed = Trust((public,), private, "right").seal("x", {"a": 1})
-    Trust((public,)).check("x", sealed, "here")
+    sealed = Trust((public,), private, "right").sign("x", {"a": 1})
+    Trust((public,)).verify("x", sealed, "here")
     with pytest.raises(SettingsError, match="HANDSIGNS_SIGNING_PASSPHRASE") as caught:
         Trust((public,), private, passphrase).check_signer()
     assert "another" not in str(caught.value)
@@ -109,11 +109,11 @@ def test_a_key_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | Non
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(SettingsError, match=r"HANDSIGNS_PUBLIC_KEYS") as caught:
-        Trust((path,)).told()
+        Trust((path,)).describe()
     assert "key.pem" in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(SettingsError, match=r"HANDSIGNS_SIGNING_KEY"):
-        Trust((), path).told()
+        Trust((), path).describe()
 
 
 def test_nothing_is_signed_or_asked_for_where_no_key_is_configured(
@@ -121,7 +121,7 @@ def test_nothing_is_signed_or_asked_for_where_no_key_is_configured(
 ) -> None:
     release = publish(unsigned, files)
     assert "signature" not in json.loads(unsigned.get(_key(release)))
-    assert "not checked" in UNSIGNED.told()
+    assert "not checked" in UNSIGNED.describe()
     verify(unsigned, release.id)
 
 
@@ -133,7 +133,7 @@ def test_a_signed_release_is_believed_by_who_knows_the_key(
     assert verify(reader, release.id) == release
     folder = fetch(reader, release.id, tmp_path / "cache")
     verify_folder(folder, release.id, reader.trust)
-    assert fingerprint(public_pem(ours[1]))[:16] in reader.trust.told()
+    assert fingerprint(public_pem(ours[1]))[:16] in reader.trust.describe()
     before = signed.get(_key(release))
     assert publish(signed, files, {"git": "def"}) == release
     assert signed.get(_key(release)) == before
@@ -209,7 +209,7 @@ def test_each_forgery_is_refused_in_its_own_words(
     good = signed.get(_key(release))
     for forge in FORGERIES:
         fields = json.loads(good)
-        other = Trust((theirs[1],), theirs[0]).seal(MANIFEST, fields)
+        other = Trust((theirs[1],), theirs[0]).sign(MANIFEST, fields)
         words = forge(fields, other)
         signed.put(_key(release), json.dumps(fields).encode())
         for use in (
@@ -295,7 +295,7 @@ def test_an_older_pointer_put_back_is_refused_by_who_saw_a_newer_one(signed: Sto
 
 def test_of_two_who_saw_a_pointer_the_slower_takes_nothing_back(tmp_path: Path) -> None:
     memory = tmp_path / "seen.json"
-    trust = Trust((new_keys(tmp_path)[1],), memory=memory)
+    trust = Trust((new_keys(tmp_path)[1],), seen_pointers=memory)
     trust.check_newest("here", 1)
     with ThreadPoolExecutor() as pool:
         with FileLock(f"{memory}.lock"):
@@ -312,7 +312,7 @@ def test_a_note_of_seen_pointers_that_cannot_be_read_is_no_empty_one(
     tmp_path: Path, spoilt: str
 ) -> None:
     memory = tmp_path / "seen.json"
-    trust = Trust((new_keys(tmp_path)[1],), memory=memory)
+    trust = Trust((new_keys(tmp_path)[1],), seen_pointers=memory)
     memory.write_text(spoilt)
     with pytest.raises(ReleaseError, match=r"cannot be read\. Received: .*seen\.json") as caught:
         trust.check_newest("here", 2)
@@ -333,7 +333,7 @@ def test_an_older_release_under_a_newer_number_is_refused(
     forged = Version(3, old.id, None, (), {})
     unused: Any = None  # it is refused before the registry is asked
     with pytest.raises(OlderError, match="older than the champion's, though its number is later"):
-        crown(signed, unused, forged, champion, "newer, they say", {})
+        set_champion(signed, unused, forged, champion, "newer, they say", {})
     assert read_champion(signed) == champion
 
 
@@ -345,8 +345,8 @@ def test_keys_are_changed_without_losing_the_champion(
     later = Storage(signed.address, Trust((theirs[1],), theirs[0]))
     with pytest.raises(ReleaseError, match="not believed"):
         read_champion(later)
-    again = sign_champion_again(later)
-    sign_again(later, release.id)
+    again = sign_pointer(later)
+    sign_release(later, release.id)
     assert again is not None
     assert again == read_champion(later)
     assert again.pointer.by == "who"

@@ -8,7 +8,7 @@ from flows.report import data_changes
 from flows.ui import MOST_PHOTOS, comparison_text
 from tasks.io import write_json
 from tasks.project import Project
-from tasks.releases.champion import Challenge
+from tasks.releases.champion import PromotionDecision
 from tasks.scoring.compare import compare
 
 
@@ -22,7 +22,7 @@ def test_the_comparison_shows_scores_recalls_and_the_photos_that_changed() -> No
     before = [0] * 60
     names = [f"<b>{number}|.png" for number in range(60)]
     found = compare(certain(before), certain(truth), np.array(truth), names)
-    text = comparison_text(Challenge(True, found.reason, found))
+    text = comparison_text(PromotionDecision(True, found.reason, found))
     assert "50 photos only the challenger has right, 0 only the champion" in text
     assert "**better**" in text
     assert "| 60 photos | champion | challenger |" in text
@@ -34,7 +34,7 @@ def test_the_comparison_shows_scores_recalls_and_the_photos_that_changed() -> No
 
 
 def test_a_comparison_that_was_not_made_says_why() -> None:
-    text = comparison_text(Challenge(False, "The champion cannot be scored: <broken>"))
+    text = comparison_text(PromotionDecision(False, "The champion cannot be scored: <broken>"))
     assert "cannot be scored: &lt;broken&gt;" in text
     assert "McNemar" not in text
 

@@ -26,7 +26,7 @@ from tasks.errors import BusyError, HandsignsError, ServiceError
 from tasks.io import write_json
 from tasks.project import Project
 from tasks.releases.signing import Trust
-from tasks.services.s3 import S3Address, Storage, check_conditions, shown
+from tasks.services.s3 import S3Address, Storage, check_conditional_writes, redact_url
 
 FILE = "service.json"
 LOCK = "service.lock"
@@ -366,7 +366,7 @@ def check_reachable(settings: Settings) -> None:
 
 def _check_s3(storage: Storage) -> None:
     storage.check()
-    check_conditions(storage)
+    check_conditional_writes(storage)
 
 
 def _check(service: str, variable: str, url: str) -> None:
@@ -382,7 +382,8 @@ def _check(service: str, variable: str, url: str) -> None:
     except (OSError, http.client.HTTPException) as error:
         reason = str(getattr(error, "reason", error)).strip() or type(error).__name__
     raise ServiceError(
-        f"{service} does not answer at {shown(url)} ({reason}). Check {variable} and the service."
+        f"{service} does not answer at {redact_url(url)} ({reason}). "
+        f"Check {variable} and the service."
     )
 
 

@@ -28,10 +28,10 @@ from tasks.releases.pointer import (
     check_champion,
     following,
     lead_alias,
-    mend_alias,
     move_champion,
     older_than,
     read_champion,
+    repair_alias,
 )
 from tasks.releases.release import DATASET_INDEX, MANIFEST, fetch, open_release, verify
 from tasks.scoring.compare import Comparison, compare
@@ -63,7 +63,7 @@ def comparison_tags(champion: Champion | None, won: bool, reason: str) -> dict[s
     }
 
 
-def objections(
+def blockers(
     version: Version, release: Path, present: Champion | None, limits: GateParams
 ) -> tuple[str, ...]:
     """List what speaks against a version as champion.
@@ -119,7 +119,7 @@ METRICS = ("accuracy", "loss", "auc", "ece")
 _log = logging.getLogger(__name__)
 
 
-def crown(
+def set_champion(
     storage: Storage,
     registry: Registry,
     version: Version,
@@ -222,21 +222,23 @@ def promote(
             "Promote one of these."
         )
     present = read_champion(storage)
-    if present is not None and (said := mend_alias(registry, present)):
+    if present is not None and (said := repair_alias(registry, present)):
         _log.warning(said)
     if present is not None and present.pointer.release == _release_of(version):
         raise PromotionError(f"Version {number} is champion already. Nothing was moved.")
     # Statistics take a second to import; whoever only looks for a release needs none.
 
     folder = fetch(storage, _release_of(version), cache)
-    against = objections(version, folder, present, limits)
+    against = blockers(version, folder, present, limits)
     if against and not force:
         raise PromotionError(
             f"Version {number} should not be champion: {'; '.join(against)}. Nothing was moved. "
             "To overrule that, promote it with --force and a --reason."
         )
     metrics = read_json(folder / "metrics.json") or {}
-    return crown(storage, registry, version, present, reason, metrics, by=by, overruled=against)
+    return set_champion(
+        storage, registry, version, present, reason, metrics, by=by, overruled=against
+    )
 
 
 def rollback(storage: Storage, registry: Registry, reason: str, *, by: str | None = None) -> Move:
@@ -343,7 +345,7 @@ def _pointer(before: Champion | None, move: Move) -> Pointer:
 
 
 @dataclass(frozen=True)
-class Challenge:
+class PromotionDecision:
     """Whether a challenger may become champion.
 
     Args:
@@ -357,9 +359,9 @@ class Challenge:
     comparison: Comparison | None = None
 
 
-def challenge(
+def compare_with_champion(
     project: Project, storage: Storage, champion: Champion | None, progress: Progress = silent
-) -> Challenge:
+) -> PromotionDecision:
     """Score the champion again on the test photos and compare the new model with it.
 
     Photos that the champion was trained on are left out: it would be examined on
@@ -380,7 +382,7 @@ def challenge(
         ServiceError: the storage does not answer.
     """
     if champion is None:
-        return Challenge(True, "there was no champion")
+        return PromotionDecision(True, "there was no champion")
     try:
         release = fetch(storage, champion.pointer.release, project.releases)
         classifier = open_release(release)
@@ -400,7 +402,7 @@ def challenge(
         )
     probabilities = np.array([one.probabilities for one in found])
     result = compare(probabilities, challenger, labels, [path.name for path in photos])
-    return Challenge(result.no_worse, result.reason, result)
+    return PromotionDecision(result.no_worse, result.reason, result)
 
 
 def _unseen(

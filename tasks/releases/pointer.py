@@ -52,7 +52,7 @@ class Move(BaseModel):
         """Whether it stands there in spite of something."""
         return bool(self.overruled)
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """The move in one line."""
         before = f"version {self.previous}" if self.previous else "none"
         force = f" (FORCED: {'; '.join(self.overruled)})" if self.forced else ""
@@ -149,7 +149,7 @@ def read_champion(storage: Storage) -> Champion | None:
             f"({first_fault(error)}). Put an earlier copy of it back; or remove it, which forgets "
             "who was champion when, and promote a version."
         ) from None
-    storage.trust.check(_signed_name(storage), fields, place)
+    storage.trust.verify(_signed_name(storage), fields, place)
     storage.trust.check_newest(place, len(pointer.moves))
     return Champion(pointer, etag)
 
@@ -170,7 +170,7 @@ def move_champion(storage: Storage, expected: Champion | None, new: Pointer) -> 
         SettingsError: it must be signed and cannot be.
         ServiceError: the storage does not answer.
     """
-    sealed = storage.trust.seal(_signed_name(storage), new.model_dump(mode="json"))
+    sealed = storage.trust.sign(_signed_name(storage), new.model_dump(mode="json"))
     content = json.dumps(sealed, indent=1).encode() + b"\n"
     try:
         if expected is None:
@@ -208,7 +208,7 @@ def _overtaken(expected: Champion | None) -> OvertakenError:
     )
 
 
-def sign_champion_again(storage: Storage) -> Champion | None:
+def sign_pointer(storage: Storage) -> Champion | None:
     """Replace the pointer's signature, whoever made it, by ours; nothing else changes.
 
     Returns:
@@ -279,7 +279,7 @@ def lead_alias(storage: Storage, registry: Registry, moved: Champion) -> None:
         moved = present
 
 
-def mend_alias(registry: Registry, champion: Champion) -> str | None:
+def repair_alias(registry: Registry, champion: Champion) -> str | None:
     """Let the alias follow the pointer where a crash came between; what was done, in words."""
     versions = registry.versions()
     held = _held(versions)

@@ -55,7 +55,7 @@ class Manifest(BaseModel):
 
     def signed(self, trust: Trust) -> "Manifest":
         """Return the same manifest with our signature, where signatures are demanded."""
-        return Manifest(**trust.seal(MANIFEST, self.model_dump()))
+        return Manifest(**trust.sign(MANIFEST, self.model_dump()))
 
     def to_bytes(self) -> bytes:
         left_out = {SIGNATURE} if self.signature is None else None
@@ -134,7 +134,7 @@ def parse(content: bytes, release_id: str | None, where: str, trust: Trust) -> M
             f"The manifest belongs to another release. Received: {manifest.id} with files of "
             f"{derived} in {where}. {AGAIN}"
         )
-    trust.check(MANIFEST, fields, where)
+    trust.verify(MANIFEST, fields, where)
     return manifest
 
 
@@ -315,7 +315,7 @@ def fetch(storage: Storage, release_id: str, cache: Path) -> Path:
     return target
 
 
-def sign_again(storage: Storage, release_id: str) -> None:
+def sign_release(storage: Storage, release_id: str) -> None:
     """Replace a release's signature, whoever made it, by ours; every byte is read before.
 
     Raises:

@@ -143,13 +143,13 @@ class Trust:
             signing key counts.
         signing_key: PEM file of the private key; None where nothing is signed.
         passphrase: of the signing key.
-        memory: file that remembers the newest champion pointer seen; None forgets.
+        seen_pointers: file that remembers the newest champion pointer seen; None forgets.
     """
 
     public_keys: tuple[Path, ...] = ()
     signing_key: Path | None = None
     passphrase: str | None = field(default=None, repr=False)
-    memory: Path | None = None
+    seen_pointers: Path | None = None
 
     @cached_property
     def known(self) -> dict[str, bytes]:
@@ -159,7 +159,7 @@ class Trust:
         found = [public_pem(path) for path in self.public_keys] or [self._own_pem()]
         return {fingerprint(pem): pem for pem in found}
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """What is demanded of a release, in one sentence."""
         if not self.known:
             return "Signatures are not checked: no public key is configured."
@@ -187,7 +187,7 @@ class Trust:
                 f"of '{self.signing_key}'. Add its public key to HANDSIGNS_PUBLIC_KEYS."
             )
 
-    def seal(self, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def sign(self, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Return `fields` with a signature over them; without one where none is demanded.
 
         Args:
@@ -213,12 +213,12 @@ class Trust:
             ).sign(folder, bundle)
             return {**plain, SIGNATURE: json.loads(bundle.read_bytes())}
 
-    def check(self, name: str, fields: Mapping[str, Any], where: str) -> None:
+    def verify(self, name: str, fields: Mapping[str, Any], where: str) -> None:
         """Refuse content that nobody we know has signed.
 
         Args:
             name: what the content must be.
-            fields: what `seal` returned, read back.
+            fields: what `sign` returned, read back.
             where: its place, for messages.
 
         Raises:
@@ -256,15 +256,16 @@ class Trust:
         Raises:
             ReleaseError: an earlier one told of more.
         """
-        if not self.known or self.memory is None:
+        if not self.known or self.seen_pointers is None:
             return
-        newest = _seen(self.memory).get(place, 0)
+        newest = _seen(self.seen_pointers).get(place, 0)
         if moves > newest:
-            _note(self.memory, place, moves)
+            _note(self.seen_pointers, place, moves)
         if moves < newest:
             raise ReleaseError(
                 f"The champion pointer is older than one seen before. Received: {moves} moves at "
-                f"{place}, where {newest} were seen. Look who put it back; remove {self.memory} "
+                f"{place}, where {newest} were seen. Look who put it back; "
+                f"remove {self.seen_pointers} "
                 "if that was right."
             )
 

@@ -18,7 +18,7 @@ from tasks.errors import BusyError, DataError, HandsignsError, ServiceError, Sta
 from tasks.io import atomic_write
 from tasks.params import load_params
 from tasks.project import Project
-from tasks.services.s3 import drop_damaged_version, put_back, send_again, shown
+from tasks.services.s3 import drop_damaged_version, put_back, redact_url, send_again
 from tasks.stage import Context, Progress, silent
 
 
@@ -365,7 +365,7 @@ class Pipeline:
                 raise
             except Exception as error:  # of whatever library speaks to that remote
                 known = self._repo.config["core"].get("remote")
-                remote = shown(self._remote.url) if self._remote else known
+                remote = redact_url(self._remote.url) if self._remote else known
                 raise ServiceError(
                     f"data/ could not be {verb} ({_one_line(error)}). Received: remote "
                     f"'{remote}'. Check its address and credentials, then run again."

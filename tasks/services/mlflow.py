@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import ServiceError
-from tasks.services.s3 import S3Address, shown
+from tasks.services.s3 import S3Address, redact_url
 
 PREFIX = "mlflow"
 
@@ -39,7 +39,7 @@ def credentials_of(artifacts: Path | S3Address | None, login: str | None = None)
     It looks for that in the environment only; DVC, in the same process, may have other keys.
 
     Args:
-        artifacts: a bucket's endpoint and keys are shown.
+        artifacts: a bucket's endpoint and keys are redact_url.
         login: `user:password` of MLflow's server; None leaves the environment's own.
     """
     ours = artifacts.environment() if isinstance(artifacts, S3Address) else {}
@@ -289,7 +289,7 @@ class Registry:
         # Connection errors quote the whole address; the rest is MLflow's own words.
         quoted = "" if "://" in first else f": {first[:200]}"
         return (
-            f"MLflow failed at {shown(self.tracking_uri)} ({reason}{quoted}). "
+            f"MLflow failed at {redact_url(self.tracking_uri)} ({reason}{quoted}). "
             f"{_advice(self.tracking_uri)}, then run again."
         )
 
@@ -309,7 +309,7 @@ class Registry:
         return None
 
     def _end_broken(self, client: Any, experiment: str, content_id: str) -> None:
-        """Runs of this release whose process was killed would else be shown as running."""
+        """Runs of this release whose process was killed would else be redact_url as running."""
         wanted = f"tags.{CONTENT_ID} = '{content_id}' and attributes.status = 'RUNNING'"
         for run in client.search_runs([experiment], wanted):
             client.set_terminated(run.info.run_id, "KILLED")

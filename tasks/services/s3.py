@@ -33,7 +33,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
 
-def shown(url: str) -> str:
+def redact_url(url: str) -> str:
     """Return `url` without the user, password and query that it may carry.
 
     Args:
@@ -117,7 +117,7 @@ def explain(response: Any, address: S3Address, key: str) -> HandsignsError:
     facts = response.get("ResponseMetadata", {})
     status = facts.get("HTTPStatusCode", 0)
     uri = f"s3://{address.bucket}/"
-    at = f"{uri} at {shown(address.endpoint_url)}"
+    at = f"{uri} at {redact_url(address.endpoint_url)}"
     if status == 412 or code == "ConditionalRequestConflict":
         changed = ChangedError(f"{uri}{key} was changed meanwhile. Read it again.")
         changed.retried = facts.get("RetryAttempts", 0) > 0
@@ -482,13 +482,13 @@ class Storage:
             raise explain(error.response, self.address, what) from None
         except (NoCredentialsError, PartialCredentialsError):
             raise ServiceError(
-                f"No S3 credentials were found for {shown(self.address.endpoint_url)}. "
+                f"No S3 credentials were found for {redact_url(self.address.endpoint_url)}. "
                 "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
             ) from None
         except (BotoCoreError, HTTPError) as error:
             # urllib3's own error comes from an answer that is not streamed and breaks off.
             raise ServiceError(
-                f"S3 does not answer at {shown(self.address.endpoint_url)} "
+                f"S3 does not answer at {redact_url(self.address.endpoint_url)} "
                 f"({type(error).__name__}). Check HANDSIGNS_S3_ENDPOINT_URL and the service."
             ) from None
 
@@ -500,7 +500,7 @@ class Storage:
         finally:
             if deadline.passed:  # what came through by then may look whole, and is not
                 raise ServiceError(
-                    f"S3 at {shown(self.address.endpoint_url)} takes too long. Received: "
+                    f"S3 at {redact_url(self.address.endpoint_url)} takes too long. Received: "
                     f"{what} not through in {deadline.told}. Check the network and the service."
                 ) from None
 
@@ -648,7 +648,7 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def check_conditions(storage: Storage) -> None:
+def check_conditional_writes(storage: Storage) -> None:
     """Raise `ServiceError` unless the endpoint honours conditional writes.
 
     Some S3-compatible services take `If-None-Match` and `If-Match` without a word and
@@ -668,8 +668,9 @@ def check_conditions(storage: Storage) -> None:
             storage.remove(probe)
     if ignored := [header for header, holds in honoured.items() if not holds]:
         raise ServiceError(
-            f"S3 at {shown(storage.address.endpoint_url)} does not honour conditional writes, so "
-            f"two promotions at once could undo each other. Received: {' and '.join(ignored)} "
+            f"S3 at {redact_url(storage.address.endpoint_url)} does not honour conditional "
+            f"writes, so two promotions at once could undo each other. "
+            f"Received: {' and '.join(ignored)} "
             "without effect. Use a service, or a version of it, that keeps to them."
         )
 
