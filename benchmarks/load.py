@@ -55,7 +55,7 @@ def bad_uploads(photo: bytes) -> dict[str, dict[str, Any]]:
         "broken JSON": {"content": b'{"image": ', "headers": as_json},
         "not base64": {"json": {"image": image[:-3] + "%"}},
         "another key": {"json": {"photo": image}},
-        "raw bytes": {"content": photo, "headers": {"content-type": "image/png"}},
+        "raw bytes": {"content": photo, "headers": {"content-type": "application/octet-stream"}},
         "too large": {"content": bytes(11 * 2**20), "headers": as_json},
     }
 

@@ -26,7 +26,7 @@ from tasks.errors import HandsignsError, SettingsError
 from tasks.garbage import rare_collection
 
 if TYPE_CHECKING:
-    from flows.serve.follower import Fixed, Follower
+    from flows.serve.follower import ModelSource
     from flows.settings import Settings
     from tasks.project import Project
 
@@ -288,20 +288,22 @@ def serve(
 
     project, settings = open_project(), load_settings()
     token = settings.serve_token
-    from flows.serve.limits import listen, run_service
+    from flows.serve.server import listen, run_service
 
     with listen(host, port, bool(token)) as listening:
         source = _source(project, settings, model)
-        from flows.serve.app import Options, make_app
+        from flows.serve.app import make_app
+        from flows.serve.limits import Limits
 
-        options = Options(
+        limits = Limits(
             settings.serve_rate,
             settings.serve_max_mb * 2**20,
             token.get_secret_value() if token else None,
+            listening.hosts,
         )
-        service = make_app(source, options)
+        service = make_app(source, limits)
         url = listening.url
-        told = source.served.told if source.served else None
+        told = source.model.description if source.model else None
         line = f"Serving on {url} ({told or 'no model yet'}). Ctrl-C stops it."
         tell(json_, {"url": url, "model": told, "problem": source.problem}, line)
         sys.stdout.flush()
@@ -311,15 +313,15 @@ def serve(
             source.stop()
 
 
-def _source(project: "Project", settings: "Settings", model: str) -> "Follower | Fixed":
+def _source(project: "Project", settings: "Settings", model: str) -> "ModelSource":
     from flows.local.stack import SharedStorage
-    from flows.serve.follower import Fixed, Follower, Served
+    from flows.serve.follower import Follower, LoadedModel, StaticModel
     from flows.workspace import Workspace
 
     workspace = Workspace(project, settings)
     if model != "champion":
         with workspace:
-            return Fixed(Served(*workspace.classifier(model)))
+            return StaticModel(LoadedModel(*workspace.classifier(model)))
     shared = SharedStorage(settings, project, workspace.trust)
     follower = Follower(shared.opened, project.releases, settings.serve_follow_seconds)
     follower.start()

@@ -33,7 +33,7 @@ def _until(follower: Follower, door: Door, opened: int) -> None:
     ends = time.monotonic() + 10.0
     while door.opened < opened:
         assert time.monotonic() < ends, "it was never tried again"
-        follower.look_safely()
+        follower.poll()
         time.sleep(0.01)
 
 
@@ -47,16 +47,16 @@ def test_a_damaged_release_that_is_mended_is_taken(
     point(storage, release.id, 1)
     door = Door(storage)
     follower = Follower(door, tmp_path / "cache", seconds=0.4)
-    follower.look_safely()
-    follower.look_safely()
+    follower.poll()
+    follower.poll()
     assert door.opened == follower.failures["release"] == 1
     assert "differs from its digest" in str(follower.problem)
     _until(follower, door, opened=3)
     assert follower.failures["release"] == 3
     storage.put(place, whole)  # where it lies, of the same size
     _until(follower, door, opened=4)
-    assert follower.served is not None
-    assert (follower.served.release, follower.problem) == (release.id, None)
+    assert follower.model is not None
+    assert (follower.model.release, follower.problem) == (release.id, None)
 
 
 def test_a_pointer_that_is_refused_is_not_read_at_every_look(
@@ -66,7 +66,7 @@ def test_a_pointer_that_is_refused_is_not_read_at_every_look(
     point(storage, release.id, 1)
     door = Door(storage)
     follower = Follower(door, tmp_path / "cache", seconds=0.05)
-    follower.look_safely()
+    follower.poll()
     pointer = storage.get(KEY)
     storage.put(KEY, b"no pointer")
     door.written = True
@@ -76,9 +76,9 @@ def test_a_pointer_that_is_refused_is_not_read_at_every_look(
     assert "cannot be understood" in str(follower.problem)
     storage.put(KEY, pointer)
     door.written = True
-    follower.look_safely()
+    follower.poll()
     assert follower.problem is None
     opened = door.opened
     time.sleep(0.5)
-    follower.look_safely()
+    follower.poll()
     assert door.opened == opened

@@ -71,6 +71,9 @@ MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
 """Checked from the header, before anything is decoded."""
 
+LARGE_PIXELS = 16_000_000
+"""Above it a picture is reduced while it is decoded, where its caller allows that."""
+
 MIN_SIDE = 16
 MAX_SCANS = 64
 """A progressive JPEG has about ten; one of thousands is made to keep a decoder busy."""
@@ -148,12 +151,14 @@ def read_photo(data: bytes, name: str) -> Photo:
         return Photo(_png(_upright(image)), ".png")
 
 
-def look(data: bytes, name: str = "") -> NDArray[np.uint8]:
+def look(data: bytes, name: str = "", least: int | None = None) -> NDArray[np.uint8]:
     """Check one file that anybody may have made, and decode it without storing it.
 
     Args:
         data: the file's bytes.
         name: the file's name, as for `read_photo`; without one its ending is not compared.
+        least: reduce a large picture to sides of at least this many pixels, which takes a
+            fraction of the memory.
 
     Returns:
         uint8, (height, width, 3), RGB; the pixels that `read_photo` would store.
@@ -162,7 +167,21 @@ def look(data: bytes, name: str = "") -> NDArray[np.uint8]:
         ImageError: the file is not a usable photo; `reason` says why.
     """
     with _faults_told(name):
-        return np.array(_upright(_loaded(data, name)), dtype=np.uint8)
+        image = _opened(data, name)
+        if least is not None and _is_large(image):
+            turn, rgb = _turn(image), _reduced(image, least)
+            return np.array(rgb if turn is None else rgb.transpose(turn), dtype=np.uint8)
+        return np.array(_upright(image), dtype=np.uint8)
+
+
+def is_large(data: bytes) -> bool:
+    """Whether decoding this file takes much memory; reads its header only.
+
+    Raises:
+        ImageError: the file is not a usable photo.
+    """
+    with _faults_told(""):
+        return _is_large(_opened(data, ""))
 
 
 def encode(pixels: NDArray[np.uint8]) -> bytes:
@@ -191,6 +210,13 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _loaded(data: bytes, name: str) -> Image.Image:
+    image = _opened(data, name)
+    image.load()
+    return image
+
+
+def _opened(data: bytes, name: str) -> Image.Image:
+    """Check everything that the header tells; nothing is decoded yet."""
     _check_length(data)
     if data[4:8] == b"ftyp" and data[8:12] in _PHONES:
         raise ImageError("HEIC or AVIF, as phones may save photos: not read; export it as JPEG")
@@ -198,8 +224,26 @@ def _loaded(data: bytes, name: str) -> Image.Image:
     _check_suffix(image, name)
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise ImageError("animated: more than one frame; save one frame as a picture")
-    image.load()
     return image
+
+
+def _is_large(image: Image.Image) -> bool:
+    return image.width * image.height > LARGE_PIXELS
+
+
+def _reduced(image: Image.Image, least: int) -> Image.Image:
+    """Average a picture down in bands, so that only one copy of its full size exists."""
+    factor = max(1, min(image.size) // least)
+    image.draft("RGB", (image.width // factor, image.height // factor))  # JPEG only
+    image.load()
+    factor = max(1, min(image.size) // least)
+    width, height = image.width // factor, image.height // factor
+    small = Image.new("RGB", (width, height))
+    for top in range(0, height, 64):
+        bottom = min(top + 64, height)
+        band = image.crop((0, top * factor, width * factor, bottom * factor))
+        small.paste(_to_rgb(band).reduce(factor), (0, top))
+    return small
 
 
 def _upright(image: Image.Image) -> Image.Image:

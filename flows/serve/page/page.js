@@ -209,7 +209,7 @@ const CHIPS = { ready: "ready", behind: "an older model answers", waiting: "no m
 function facts(health) {
   const { model } = health;
   if (!model) return [["Model", "none yet"]];
-  if (model.version === null) return [["Model", model.told]];
+  if (model.version === null) return [["Model", model.description]];
   const since = new Date(model.promoted_at);
   const shown = isNaN(since) ? "not known" : since.toLocaleString([], MOMENT);
   return [
