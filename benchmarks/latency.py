@@ -21,8 +21,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from benchmarks import markdown
-from benchmarks.training import ROOT
+from benchmarks.training import ROOT, markdown_table
 from tasks.model.inference import Engine
 from tasks.rendering.sample import draw, encode
 
@@ -129,7 +128,7 @@ def timed(run: Callable[[Pictures], Any], pictures: Pictures) -> float:
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """One row an engine."""
-    return markdown.table(
+    return markdown_table(
         ("", "one photo, median ms", "95th percentile ms", "photos/s of 32, median", "best"),
         [
             (
@@ -146,7 +145,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 def cold(results: dict[str, list[float]]) -> str:
     """One row a command."""
-    return markdown.table(
+    return markdown_table(
         ("command", "seconds, median", "best", "worst"),
         [
             (

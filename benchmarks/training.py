@@ -16,13 +16,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
 
-from benchmarks import markdown
 from tasks import audit, backbone, preprocess
 from tasks.data.importer import import_photos
 from tasks.params import load_params
@@ -32,33 +32,31 @@ from tasks.stage import Context
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE_PHASES = {
-    "base": {"epochs": 5, "learning_rate": 0.001, "schedule": "constant"},
-    "fine_tune": {"epochs": 6, "learning_rate": 0.0001, "schedule": "constant"},
+    "base": {"epochs": 5, "learning_rate": 0.001},
+    "fine_tune": {"epochs": 6, "learning_rate": 0.0001},
     "full": {
         "epochs": 5,
         "learning_rate": 0.0001,
-        "schedule": "constant",
-        "averaging": 0.0,
+        "swa_fraction": 0.0,
         "trainable_layers": 10,
     },
 }
 BRIEF_PHASES = {
-    "base": {"epochs": 2, "learning_rate": 0.001, "schedule": "constant"},
-    "fine_tune": {"epochs": 1, "learning_rate": 0.0001, "schedule": "constant"},
+    "base": {"epochs": 2, "learning_rate": 0.001},
+    "fine_tune": {"epochs": 1, "learning_rate": 0.0001},
     "full": {
         "data_fraction": 0.5,
         "epochs": 3,
         "learning_rate": 0.001,
-        "schedule": "constant",
-        "averaging": 0.75,
+        "swa_fraction": 0.75,
         "trainable_layers": 10,
     },
 }
 SOURCE_TRAINING = {
     "dropout": 0.0,
-    "style_mixing": 0.0,
-    "erasing": 0.0,
-    "calibrate": False,
+    "mixstyle_prob": 0.0,
+    "random_erasing_prob": 0.0,
+    "temperature": 1.0,
 }
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "plain": (
@@ -73,7 +71,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     ),
     "cached": (
         "stored features, same epochs",
-        {"training": SOURCE_TRAINING, "phases": SOURCE_PHASES, "features": {"views": 0}},
+        {"training": SOURCE_TRAINING, "phases": SOURCE_PHASES, "features": {"augmented_copies": 0}},
         {},
     ),
     "brief": (
@@ -81,7 +79,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         {
             "training": {**SOURCE_TRAINING, "batch_size": 8},
             "phases": BRIEF_PHASES,
-            "features": {"views": 0},
+            "features": {"augmented_copies": 0},
         },
         {},
     ),
@@ -170,7 +168,7 @@ def table(results: dict[str, Any]) -> str:
     """Times, how many times shorter than plain Keras, scores and memory."""
     ratios = ("plain ÷ this", "without oneDNN ÷ this", "plain's val accuracy reached")
     scores = ("val accuracy, loss", "test accuracy, loss", "peak MiB")
-    return markdown.table(
+    return markdown_table(
         ("", "seconds", *ratios, *scores),
         [
             (
@@ -197,7 +195,7 @@ def stages(results: dict[str, Any]) -> str:
     phase; around it lie building, tracing, compiling, reading and writing.
     """
     names = list(dict.fromkeys(name for result in results.values() for name in result["stages"]))
-    return markdown.table(
+    return markdown_table(
         ("seconds (around the work)", "rows", *names),
         [
             (
@@ -214,6 +212,12 @@ def stages(results: dict[str, Any]) -> str:
             for variant, result in results.items()
         ],
     )
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Format a Markdown table: first column left, the others right."""
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def ratio(slow: dict[str, Any] | None, result: dict[str, Any]) -> str:

@@ -206,7 +206,7 @@ def phase_reports(
 def features_report(project: Project, params: Params, ran: bool) -> FeaturesReport:
     """What this run computed; nothing where the stage was up to date."""
     found = read_json(project.features_report) if ran else None
-    return FeaturesReport(**(found or {"views": params.features.views}))
+    return FeaturesReport(**(found or {"views": params.features.augmented_copies}))
 
 
 def test_report(project: Project) -> TestReport:

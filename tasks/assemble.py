@@ -36,9 +36,9 @@ def assemble(context: Context, size: int = INPUT_SIZE) -> None:
     from tasks.training.tail import put_tail
 
     project, params = context.project, context.params
-    weights, temperature = read_phase(project, params.last_phase)
+    weights = read_phase(project, params.last_phase)
     for part in ("kernel", "bias"):
-        weights[f"{HEAD}/{part}"] = weights[f"{HEAD}/{part}"] / temperature
+        weights[f"{HEAD}/{part}"] = weights[f"{HEAD}/{part}"] / params.training.temperature
     model = build_model(
         params.augmentation,
         params.training.dropout,

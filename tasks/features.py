@@ -99,7 +99,7 @@ def extract(
         BackboneError: the backbone stage has not run.
         DataError: there are no preprocessed photos, or too little disk.
     """
-    project, views = context.project, context.params.features.views
+    project, views = context.project, context.params.features.augmented_copies
     dataset = open_dataset(project.dataset)
     cached = context.params.training.mode == "cached"
     wanted = dict(sorted(_wanted(dataset, context.params))) if cached else {}
@@ -130,7 +130,7 @@ def _wanted(dataset: Dataset, params: Params) -> Iterator[tuple[Key, int]]:
     """
     largest = max(phase.data_fraction for phase in params.phases.values())
     train = training_rows(dataset, largest, params.seed)
-    for photos, views in ((train, params.features.views), (dataset.rows("val"), 0)):
+    for photos, views in ((train, params.features.augmented_copies), (dataset.rows("val"), 0)):
         numbers = range(views + 1)
         for photo in photos:
             pixels = digest(dataset.images[photo].tobytes())
@@ -140,7 +140,7 @@ def _wanted(dataset: Dataset, params: Params) -> Iterator[tuple[Key, int]]:
 
 def _draw(context: Context) -> None:
     params = context.params
-    views = params.features.views if params.training.mode == "cached" else 0
+    views = params.features.augmented_copies if params.training.mode == "cached" else 0
     dataset, path = open_dataset(context.project.dataset), context.project.plots / "views.png"
     draw_views(path, dataset, views, params.seed, params.augmentation)
 

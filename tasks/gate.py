@@ -149,8 +149,8 @@ def _errors(metrics: Mapping[str, Any], limits: GateParams) -> Iterator[Check]:
 
 
 def _counts(metrics: Mapping[str, Any], leaks: Any, limits: GateParams) -> Iterator[Check]:
-    if limits.max_leaks is not None:
-        yield count_at_most("leaks", leaks, limits.max_leaks)
+    if limits.max_cross_split_duplicates is not None:
+        yield count_at_most("leaks", leaks, limits.max_cross_split_duplicates)
     if limits.min_test_photos is not None:
         yield count_at_least("test photos", metrics.get("n"), limits.min_test_photos)
 

@@ -1,5 +1,6 @@
 """`params.yaml`, validated."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -74,17 +75,16 @@ class AugmentationParams(_Section):
     horizontal_flip: bool
     rotation: float = Field(ge=0.0, le=180.0)
     zoom: float = Field(ge=0.0, lt=1.0)
-    far: Share
-    farthest: float = Field(gt=0.0, le=1.0)
+    zoom_out_prob: Share
+    zoom_out_min: float = Field(gt=0.0, le=1.0)
     shift: float = Field(ge=0.0, le=0.5)
     brightness: Share
     contrast: Share
-    channel: Share
-    backdrop: Share
+    color_jitter: Share
 
 
 class FeaturesParams(_Section):
-    views: int = Field(ge=0, le=64)
+    augmented_copies: int = Field(ge=0, le=64)
 
 
 class TrainingParams(_Section):
@@ -92,21 +92,18 @@ class TrainingParams(_Section):
     precision: Literal["mixed_bfloat16", "float32"]
     batch_size: int = Field(ge=1, le=1024)
     dropout: float = Field(ge=0.0, lt=1.0)
-    weight_decay: float = Field(ge=0.0, le=1.0)
-    label_smoothing: float = Field(ge=0.0, lt=1.0)
-    style_mixing: Share
-    erasing: Share
-    calibrate: bool
+    mixstyle_prob: Share
+    random_erasing_prob: Share
+    temperature: float = Field(gt=0.0, le=10.0)
 
 
 class PhaseParams(_Section):
-    starts_from: str
+    init_from: str
     data_fraction: float = Field(gt=0.0, le=1.0)
     trainable_layers: int = Field(ge=0, le=MAX_TRAINABLE_LAYERS)
     learning_rate: float = Field(gt=0.0, le=1.0)
-    schedule: Literal["constant", "cosine"]
     epochs: int = Field(ge=1, le=1000)
-    averaging: Share
+    swa_fraction: Share
 
 
 class GateParams(_Section):
@@ -124,7 +121,7 @@ class GateParams(_Section):
     min_robust_accuracy: Share | None = None
     max_loss: float | None = Field(default=None, gt=0.0)
     max_calibration_error: Share | None = None
-    max_leaks: int | None = Field(default=None, ge=0)
+    max_cross_split_duplicates: int | None = Field(default=None, ge=0)
     min_test_photos: int | None = Field(default=None, ge=1)
 
     @field_validator("min_recall", mode="before")
@@ -163,10 +160,10 @@ class Params(_Section):
             )
         before = BACKBONE
         for name, phase in self.phases.items():
-            if phase.starts_from != before:
+            if phase.init_from != before:
                 raise ValueError(
                     f"phase {name!r} must start from {before!r}, the one before it. "
-                    f"Received: {phase.starts_from!r}"
+                    f"Received: {phase.init_from!r}"
                 )
             before = name
         return self
@@ -175,6 +172,28 @@ class Params(_Section):
     def last_phase(self) -> str:
         """Name of the phase whose weights become the model."""
         return list(self.phases)[-1]
+
+
+RENAMED = {
+    "augmentation.far": "augmentation.zoom_out_prob",
+    "augmentation.farthest": "augmentation.zoom_out_min",
+    "augmentation.channel": "augmentation.color_jitter",
+    "features.views": "features.augmented_copies",
+    "training.style_mixing": "training.mixstyle_prob",
+    "training.erasing": "training.random_erasing_prob",
+    "training.calibrate": "training.temperature, a number",
+    "phases.*.starts_from": "phases.*.init_from",
+    "phases.*.averaging": "phases.*.swa_fraction",
+    "gate.max_leaks": "gate.max_cross_split_duplicates",
+}
+"""Parameters of earlier versions, and what they are called now."""
+REMOVED = (
+    "augmentation.backdrop",
+    "training.weight_decay",
+    "training.label_smoothing",
+    "phases.*.schedule",
+)
+"""Parameters of earlier versions that no longer exist."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -215,6 +234,7 @@ def load_params(path: Path) -> Params:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         place = " ".join(str(error).split())
         raise ParamsError(f"{path.name} is not valid YAML: {place}. Mend that line.") from error
+    _reject_old_names(path, content)
     try:
         return Params.model_validate(content)
     except ValidationError as error:
@@ -233,6 +253,26 @@ def _explain(path: Path, error: ValidationError) -> str:
     return (
         f"{path.name} has {len(faults)} fault(s): {'; '.join(faults)}. Mend or remove these keys."
     )
+
+
+def _reject_old_names(path: Path, content: Any) -> None:
+    sections = content.items() if isinstance(content, dict) else ()
+    found = []
+    for name, section in sections:
+        phases = isinstance(section, dict) and name == "phases"
+        for key in _keys(section.values() if phases else [section]):
+            old = f"phases.*.{key}" if phases else f"{name}.{key}"
+            if old in RENAMED:
+                found.append(f"{old} is now {RENAMED[old]}")
+            elif old in REMOVED:
+                found.append(f"{old} no longer exists, remove it")
+    if found:
+        raise ParamsError(f"{path.name} is of an earlier version: {'; '.join(found)}.")
+
+
+def _keys(sections: Iterable[Any]) -> list[str]:
+    """Keys of all these mappings, each once."""
+    return list(dict.fromkeys(key for one in sections if isinstance(one, dict) for key in one))
 
 
 LABELS: tuple[str, ...] = ("0", "1", "2", "3", "4", "5")

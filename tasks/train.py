@@ -1,8 +1,7 @@
 """Stage: train one phase, starting from the one before it.
 
 Writes `artifacts/weights/<phase>/`: `weights.safetensors`, the layers above the cut
-and the head, and `history.json`, the learning curve and the precision. The last phase may bring a
-`temperature`, which the assemble stage divides the head by.
+and the head, and `history.json`, the learning curve and the precision.
 """
 
 import logging
@@ -17,11 +16,11 @@ from tasks.data.dataset import Dataset, open_dataset
 from tasks.errors import StageError
 from tasks.io import atomic_directory, write_json
 from tasks.model.augment import INPUT_SIZE
-from tasks.model.weights import BACKBONE_FILE, TEMPERATURE, WEIGHTS_FILE, read_phase, write_weights
+from tasks.model.weights import BACKBONE_FILE, WEIGHTS_FILE, read_phase, write_weights
 from tasks.params import BACKBONE
 from tasks.stage import Context, stage_main
 from tasks.training.plan import Epoch, Plan, plan_phase
-from tasks.training.temperature import fit_temperature, score
+from tasks.training.temperature import score
 
 _log = logging.getLogger(__name__)
 
@@ -55,10 +54,9 @@ def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
     _require_finite(plan, curve)
     weights = tail_weights(model)
     history = _history(plan, curve)
-    if context.params.training.calibrate and plan.name == context.params.last_phase:
-        temperature = fit_temperature(logits, plan.val_labels)
-        weights[TEMPERATURE] = np.array(temperature, np.float32)
-        history[TEMPERATURE] = temperature
+    if plan.name == context.params.last_phase:
+        # The loss of the model that the assemble stage makes of these weights.
+        temperature = context.params.training.temperature
         history["val_loss"] = score(logits / temperature, plan.val_labels)[0]
     with atomic_directory(context.project.weights(plan.name)) as folder:
         write_weights(folder / WEIGHTS_FILE, weights)
@@ -80,7 +78,7 @@ def _starting_model(context: Context, plan: Plan, size: int) -> Any:
     from tasks.model.network import build_model, build_tail, freeze
     from tasks.training.tail import put_tail
 
-    weights, _ = read_phase(context.project, plan.phase.starts_from)
+    weights = read_phase(context.project, plan.phase.init_from)
     if plan.training.mode == "cached":
         model = build_tail(size, plan.seed)
     else:

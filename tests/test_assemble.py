@@ -20,7 +20,7 @@ from tasks.model.augment import enlarge
 from tasks.model.feature_store import open_features
 from tasks.model.inference import load_classifier
 from tasks.model.network import build_model, build_trunk, load_model
-from tasks.model.weights import BACKBONE_FILE, read_phase, write_weights
+from tasks.model.weights import BACKBONE_FILE, read_phase
 from tasks.project import Project
 from tasks.stage import Context
 from tasks.train import train
@@ -79,7 +79,6 @@ def test_history_tells_each_epoch_and_no_times(trained: Context) -> None:
             "val_loss",
             "val_accuracy",
         }
-        assert ("temperature" in history) == (phase == "full")
 
 
 def test_a_phase_trains_in_float32_where_bfloat16_would_be_emulated(
@@ -109,16 +108,16 @@ def test_a_phase_trains_in_float32_where_bfloat16_would_be_emulated(
     ]
 
 
-@pytest.mark.parametrize("temperature", [None, 2.5])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_model_file_gives_the_tails_probabilities(
-    trained: Context, tmp_path: Path, temperature: float | None
+    trained: Context, tmp_path: Path, temperature: float
 ) -> None:
     project = Project(tmp_path)
     shutil.copytree(trained.project.artifacts, project.artifacts)
-    weights, _ = read_phase(project, "full")
-    extra = {} if temperature is None else {"temperature": np.array(temperature, np.float32)}
-    write_weights(project.weights("full") / "weights.safetensors", weights | extra)
-    assemble(Context(project, trained.params), SIZE)
+    weights = read_phase(project, "full")
+    training = trained.params.training.model_copy(update={"temperature": temperature})
+    params = trained.params.model_copy(update={"training": training})
+    assemble(Context(project, params), SIZE)
 
     dataset, features = open_dataset(project.dataset), open_features(project.features)
     photos = enlarge(dataset.images, SIZE).astype(np.float32)
@@ -131,7 +130,7 @@ def test_model_file_gives_the_tails_probabilities(
     # Stored activations are rounded to float16; over one place instead of 49 it shows.
     for activations, tolerance in ((exact, 1e-4), (halved.astype(np.float32), 2e-3)):
         logits = np.asarray(tail.logits(tail.pooled(activations)))
-        expected = softmax(logits / (temperature or 1.0), axis=1)
+        expected = softmax(logits / temperature, axis=1)
         np.testing.assert_allclose(given, expected, atol=tolerance)
     assert given.max() > 0.3
 

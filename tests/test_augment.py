@@ -6,20 +6,18 @@ from numpy.typing import NDArray
 
 from tasks.model.augment import INPUT_SIZE, enlarge, one_thread_each, view
 from tasks.params import AugmentationParams
-from tasks.rendering.sample import draw
 from tests.fixtures.photos import STILL, photo
 
 MEDIUM = AugmentationParams(
     horizontal_flip=True,
     rotation=29,
     zoom=0.2,
-    far=0.15,
-    farthest=0.5,
+    zoom_out_prob=0.15,
+    zoom_out_min=0.5,
     shift=0.12,
     brightness=0.15,
     contrast=0.25,
-    channel=0.08,
-    backdrop=0.5,
+    color_jitter=0.08,
 )
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -106,16 +104,6 @@ def test_name_number_and_seed_each_change_the_view() -> None:
     assert len(set(views)) == 8
 
 
-def test_the_share_of_backdrops_that_was_asked_for_is_exchanged() -> None:
-    image = draw((20, 5, 1))
-    plain = enlarge(image[None], 64)[0]
-    changed = [
-        not np.array_equal(view(image, f"{n}.png", 1, 0, _only(backdrop=0.5), 64), plain)
-        for n in range(200)
-    ]
-    assert 70 < sum(changed) < 130
-
-
 def test_hands_are_mirrored_but_never_turned_over() -> None:
     corner = np.zeros((64, 64, 3), np.uint8)
     corner[8:20, 8:20] = 255
@@ -185,7 +173,7 @@ def test_borders_go_on_so_no_new_colour_appears(seed: int) -> None:
 def test_beyond_the_border_no_second_hand_appears() -> None:
     bar = np.zeros((64, 64, 3), np.uint8)
     bar[:, 8:14] = 255
-    far = view(bar, "a.png", 1, 3, _only(far=1, farthest=0.3, zoom=0.6))
+    far = view(bar, "a.png", 1, 3, _only(zoom_out_prob=1, zoom_out_min=0.3, zoom=0.6))
     lit = (far[112, :, 0] > 127).astype(int)
     assert (np.diff(lit) == 1).sum() == 1
 
@@ -193,7 +181,7 @@ def test_beyond_the_border_no_second_hand_appears() -> None:
 def test_a_share_of_the_views_is_from_further_away() -> None:
     square = np.zeros((64, 64, 3), np.uint8)
     square[20:44, 20:44] = 255
-    apart = _only(far=0.3, farthest=0.4, zoom=0.2)
+    apart = _only(zoom_out_prob=0.3, zoom_out_min=0.4, zoom=0.2)
     made = [view(square, "a.png", number, 5, apart, 192) for number in range(1, 401)]
     growth = np.array([np.sqrt((picture[..., 0] > 127).sum()) / 72 for picture in made])
     assert 0.38 <= growth.min() < 0.45

@@ -40,8 +40,8 @@ def test_the_card_carries_data_phases_scores_and_verdict(params: Params) -> None
     text = card(params, note="Rendered hands, no photos of people.")
     table = rows(text)
     full = params.phases["full"]
-    averaged = f"{full.averaging:.0%}" if full.averaging else "-"
-    rate = f"{full.learning_rate:g} {full.schedule}"
+    averaged = f"{full.swa_fraction:.0%}" if full.swa_fraction else "-"
+    rate = f"{full.learning_rate:g}"
     assert "Version `3f2a.dir`. Rendered hands, no photos of people." in text
     assert ["train", "100"] in table
     layers = str(full.trainable_layers)

@@ -18,7 +18,7 @@ from tasks.scoring.metrics import DIGITS
 from tasks.services.mlflow import CHAMPION, CONTENT_ID, Registry, Version
 from tasks.services.s3 import Storage
 
-LIMITS = GateParams(min_accuracy=0.9, max_leaks=0)
+LIMITS = GateParams(min_accuracy=0.9, max_cross_split_duplicates=0)
 
 
 class Court:

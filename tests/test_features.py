@@ -104,7 +104,7 @@ def extract(context: Context) -> FeatureReport:
 
 
 def _views(views: int, params: Params) -> Any:
-    return params.features.model_copy(update={"views": views})
+    return params.features.model_copy(update={"augmented_copies": views})
 
 
 def _name(number: int) -> str:

@@ -24,7 +24,7 @@ LIMITS = GateParams(
     min_robust_accuracy=0.8,
     max_loss=0.5,
     max_calibration_error=0.1,
-    max_leaks=0,
+    max_cross_split_duplicates=0,
     min_test_photos=50,
 )
 FIELDS = (

@@ -87,7 +87,7 @@ def test_model_without_trunk_trains_the_same_layers_from_the_same_start(
     workshop: Workshop, model: Any
 ) -> None:
     without = build_tail(SIZE, seed=0)
-    weights, _ = read_phase(workshop().project, BACKBONE)
+    weights = read_phase(workshop().project, BACKBONE)
     for one in (model, without):
         put_tail(one, weights)
     whole, alone = tail_weights(model), tail_weights(without)
@@ -115,7 +115,9 @@ def test_augmentation_runs_only_while_training(model: Any, photos: np.ndarray) -
 
 def test_augmentation_never_turns_a_hand_upside_down(params: Params) -> None:
     strong = params.augmentation.model_copy(
-        update=dict.fromkeys(["rotation", "zoom", "shift", "brightness", "contrast", "channel"], 0)
+        update=dict.fromkeys(
+            ["rotation", "zoom", "shift", "brightness", "contrast", "color_jitter"], 0
+        )
     )
     layer = build_model(strong, size=SIZE).get_layer("augmentation")
     ramp = np.linspace(0, 255, SIZE, dtype=np.float32)

@@ -36,7 +36,7 @@ def test_phases_that_have_no_stage_are_refused(tmp_path: Path, names: tuple[str,
     params = content()
     before = ("backbone", *names)
     params["phases"] = {
-        name: {**params["phases"]["full"], "starts_from": before[number]}
+        name: {**params["phases"]["full"], "init_from": before[number]}
         for number, name in enumerate(names)
     }
     told = refusal(tmp_path / "params.yaml", yaml.safe_dump(params, sort_keys=False))
@@ -81,3 +81,17 @@ def test_what_is_merged_may_be_overridden(tmp_path: Path) -> None:
     )
     (tmp_path / "params.yaml").write_text(text)
     assert load_params(tmp_path / "params.yaml") == load_params(CHECKOUT.params)
+
+
+def test_parameters_of_an_earlier_version_are_refused_with_their_new_names(tmp_path: Path) -> None:
+    text = (
+        CHECKOUT.params.read_text()
+        .replace("init_from", "starts_from")
+        .replace("augmented_copies", "views")
+        .replace("dropout:", "label_smoothing: 0.1\n  dropout:")
+    )
+    assert refusal(tmp_path / "params.yaml", text) == (
+        "params.yaml is of an earlier version: features.views is now features.augmented_copies; "
+        "training.label_smoothing no longer exists, remove it; "
+        "phases.*.starts_from is now phases.*.init_from."
+    )

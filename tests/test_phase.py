@@ -18,31 +18,26 @@ from tests.fixtures.models import smaller
 Workshop = Callable[..., Context]
 
 
-def plan_of(
-    photos: int, views: int, batch_size: int = 8, name: str = "full", **more: float
-) -> Plan:
+def plan_of(photos: int, views: int, batch_size: int = 8, name: str = "full") -> Plan:
     rows = np.arange(photos, dtype=np.int64)
     return Plan(
         name=name,
         phase=PhaseParams(
-            starts_from="base",
+            init_from="base",
             data_fraction=1.0,
             trainable_layers=10,
             learning_rate=1e-3,
-            schedule="cosine",
             epochs=3,
-            averaging=0.0,
+            swa_fraction=0.0,
         ),
         training=TrainingParams(
             mode="cached",
             precision="float32",
             batch_size=batch_size,
             dropout=0.0,
-            weight_decay=more.get("weight_decay", 0.0),
-            label_smoothing=more.get("label_smoothing", 0.0),
-            style_mixing=0.0,
-            erasing=0.0,
-            calibrate=False,
+            mixstyle_prob=0.0,
+            random_erasing_prob=0.0,
+            temperature=1.0,
         ),
         seed=7,
         views=views,
@@ -81,22 +76,6 @@ def test_epochs_and_phases_have_orders_of_their_own() -> None:
     assert order(plan, 0) == order(plan_of(40, 2), 0)
     assert order(plan, 0) != order(plan, 1)
     assert order(plan, 0) != order(plan_of(40, 2, name="base"), 0)
-
-
-@given(smoothing=st.floats(0, 0.5))
-def test_targets_sum_to_one_and_point_at_the_label(smoothing: float) -> None:
-    plan = plan_of(12, 0, label_smoothing=smoothing)
-    targets = plan.targets(np.arange(12))
-    np.testing.assert_allclose(targets.sum(axis=1), 1, atol=1e-6)
-    assert np.array_equal(targets.argmax(axis=1), plan.train_labels)
-    np.testing.assert_allclose(targets.min(axis=1), smoothing / 6, atol=1e-6)
-
-
-def test_cosine_falls_to_zero_over_the_phase() -> None:
-    plan = plan_of(40, 0, weight_decay=0.01)
-    rate = plan.optimizer().get_config()["learning_rate"]["config"]
-    assert rate["initial_learning_rate"] == 1e-3
-    assert rate["decay_steps"] == plan.updates == 15
 
 
 def test_phases_with_one_fraction_share_their_photos(workshop: Workshop) -> None:

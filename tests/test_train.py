@@ -99,8 +99,8 @@ def test_trunk_and_batch_norms_stay_under_live_augmentation(workshop: Workshop) 
 def test_both_modes_give_the_same_losses_for_the_same_views(
     workshop: Workshop, stored: StoredArrays, phase: str
 ) -> None:
-    context = workshop(dropout=0.0, weight_decay=0.01, label_smoothing=0.1, precision="float32")
-    views = context.params.features.model_copy(update={"views": 0})
+    context = workshop(dropout=0.0, precision="float32")
+    views = context.params.features.model_copy(update={"augmented_copies": 0})
     context = Context(context.project, context.params.model_copy(update={"features": views}))
     models = start(context, phase), start(context, phase)
     witness = Witness(models[1])

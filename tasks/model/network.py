@@ -44,7 +44,7 @@ def augmentation_layers(params: AugmentationParams, size: int, seed: int) -> Any
     light = [
         layers.RandomBrightness(params.brightness, seed=seed + 4),
         layers.RandomContrast(params.contrast, seed=seed + 5),
-        _channels(params.channel, size, seed + 6),
+        _channels(params.color_jitter, size, seed + 6),
     ]
     return keras.Sequential([keras.Input((size, size, 3)), *shapes, *light], name="augmentation")
 

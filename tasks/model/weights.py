@@ -73,18 +73,13 @@ def put(layers: Iterable[Any], weights: Mapping[str, np.ndarray]) -> None:
 BACKBONE_FILE = "backbone.safetensors"
 TRUNK_FILE = "trunk.pb"
 WEIGHTS_FILE = "weights.safetensors"
-TEMPERATURE = "temperature"
 
 
-def read_phase(project: Project, name: str) -> tuple[Weights, float]:
-    """Read what a phase, or the backbone stage, left.
-
-    Returns:
-        Weights by layer name, and the temperature, 1 where none was fitted.
+def read_phase(project: Project, name: str) -> Weights:
+    """Read the weights that a phase, or the backbone stage, wrote; by layer name.
 
     Raises:
         ModelError: the file is missing or is not safetensors.
     """
     file = BACKBONE_FILE if name == BACKBONE else WEIGHTS_FILE
-    weights = read_weights(project.weights(name) / file)
-    return weights, float(weights.pop(TEMPERATURE, np.array(1.0)))
+    return read_weights(project.weights(name) / file)

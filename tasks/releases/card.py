@@ -172,15 +172,15 @@ def _training(params: Content, histories: Sequence[Content]) -> str:
                 history["phase"],
                 history["images"],
                 phase["trainable_layers"],
-                f"{phase['learning_rate']:g} {phase['schedule']}",
+                f"{phase['learning_rate']:g}",
                 len(history["epochs"]),
-                f"{phase['averaging']:.0%}" if phase["averaging"] else "-",
+                f"{phase['swa_fraction']:.0%}" if phase["swa_fraction"] else "-",
                 shown(history["val_loss"]),
                 shown(history["val_accuracy"]),
             )
         )
     mode = params["training"]["mode"]
-    views = f"{params['features']['views']} augmented views of each photo"
+    views = f"{params['features']['augmented_copies']} augmented copies of each photo"
     seen = "each photo augmented anew in every epoch" if mode == "end_to_end" else views
     return f"## Training\n\nSeed {params['seed']}, {seen}, mode `{mode}`.\n\n{table(heads, rows)}"
 

@@ -126,7 +126,7 @@ def fit_cached(
         float32, (m, 6).
     """
     tail = Tail(model, plan.training.dropout, plan.seed)
-    average = Average(tail.variables, plan.updates, plan.phase.averaging)
+    average = Average(tail.variables, plan.updates, plan.phase.swa_fraction)
     epochs = [
         [
             (chosen, _rows(features, names, plan.train[chosen], views))
@@ -201,8 +201,8 @@ def _changes(plan: Plan) -> _Change:
 
     def change(features: NDArray[np.float32], update: int) -> NDArray[np.float32]:
         random = plan.random(2, update)
-        mixed = mix_styles(features, random, training.style_mixing)
-        return erase_patches(mixed, random, training.erasing)
+        mixed = mix_styles(features, random, training.mixstyle_prob)
+        return erase_patches(mixed, random, training.random_erasing_prob)
 
     return change
 

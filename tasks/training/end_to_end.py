@@ -123,7 +123,7 @@ def fit_distributed(
     with strategy.scope():
         optimizer = plan.optimizer()
         optimizer.build(model.trainable_variables)
-        average = Average(model.trainable_variables, plan.updates, plan.phase.averaging)
+        average = Average(model.trainable_variables, plan.updates, plan.phase.swa_fraction)
     learn = _learner(strategy, model, optimizer)
     validate = validation(model, plan, images)
     curve: list[Epoch] = []
@@ -219,7 +219,7 @@ def fit_end_to_end(
         plan,
         validation(model, plan, images),
         progress,
-        Average(model.trainable_variables, plan.updates, plan.phase.averaging),
+        Average(model.trainable_variables, plan.updates, plan.phase.swa_fraction),
     )
     model.fit(
         _photos(plan, images, size),

@@ -86,30 +86,14 @@ class Plan:
         return np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), purpose, number])
 
     def targets(self, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Class probabilities to learn; float32, (batch, 6), smoothed as asked for."""
-        smoothing = self.training.label_smoothing
-        exact = np.eye(len(LABELS), dtype=np.float32)[self.train_labels[chosen]]
-        return exact * np.float32(1 - smoothing) + np.float32(smoothing / len(LABELS))
+        """One-hot labels; float32, (batch, 6)."""
+        return np.eye(len(LABELS), dtype=np.float32)[self.train_labels[chosen]]
 
     def optimizer(self, adam: type[Any] | None = None) -> Any:
-        """Adam, its rate constant or falling along half a cosine to zero.
-
-        Args:
-            adam: its class; None for Keras's own.
-
-        Returns:
-            keras.optimizers.Optimizer.
-        """
+        """Build Adam at this phase's learning rate; `adam` is its class, Keras's by default."""
         import keras
 
-        adam = adam or keras.optimizers.Adam
-        rate = self.phase.learning_rate
-        if self.phase.schedule == "cosine":
-            rate = keras.optimizers.schedules.CosineDecay(rate, self.updates)
-        optimizer = adam(rate, weight_decay=self.training.weight_decay or None)
-        if self.training.weight_decay:
-            optimizer.exclude_from_weight_decay(var_names=["bias"])
-        return optimizer
+        return (adam or keras.optimizers.Adam)(self.phase.learning_rate)
 
 
 def training_rows(dataset: Dataset, fraction: float, seed: int) -> NDArray[np.int64]:
@@ -149,7 +133,7 @@ def plan_phase(params: Params, name: str | None, dataset: Dataset) -> Plan:
         phase=phase,
         training=params.training,
         seed=params.seed,
-        views=params.features.views,
+        views=params.features.augmented_copies,
         train=train,
         train_labels=dataset.labels[train],
         val=val,
