@@ -26,17 +26,12 @@ from flows.report import DataChanges, RunReport, Status, data_changes
 from flows.settings import load_settings
 from flows.ui import show_history_of
 from flows.workspace import Workspace
-from tasks.errors import HandsignsError, OlderError, OvertakenError, PromotionError, ReleaseError
+from tasks.errors import HandsignsError, OvertakenError, PromotionError, ReleaseError
 from tasks.io import read_json
 from tasks.project import Project
-from tasks.releases.champion import (
-    METRICS,
-    PromotionDecision,
-    compare_with_champion,
-    comparison_tags,
-    set_champion,
-)
-from tasks.releases.pointer import Champion, Move, following, read_champion, repair_alias
+from tasks.releases.challenger import PromotionDecision, compare_with_champion, record_comparison
+from tasks.releases.champion import METRICS, set_champion
+from tasks.releases.pointer import Champion, Move, read_champion, sync_alias
 from tasks.releases.release import DATASET_INDEX, Release, fetch
 from tasks.services.mlflow import CHAMPION, Version
 from tasks.stage import Progress
@@ -202,14 +197,14 @@ class Succession:
             self._run(
                 "promote", lambda: self._promote(version, champion, reason, answer.by), network=True
             )
-        except (OvertakenError, OlderError) as error:
+        except OvertakenError as error:
             return "registered", f"Version {number} stays challenger: {error}"
         self._report.model.alias = CHAMPION
         return "promoted", f"Version {number} is champion: {reason}."
 
     def _look(self) -> Champion | None:
         champion = read_champion(self._workspace.storage)
-        if champion and (said := repair_alias(self._workspace.registry, champion)):
+        if said := sync_alias(self._workspace.storage, self._workspace.registry):
             _log.warning(said)
         return champion
 
@@ -227,8 +222,7 @@ class Succession:
             )
         except PromotionError as error:
             decision = PromotionDecision(False, str(error).rstrip("."))
-        tags = comparison_tags(champion, decision.won, decision.reason)
-        workspace.registry.set_tags(version.number, tags)
+        record_comparison(workspace.registry, version.number, champion, decision)
         if decision.comparison:
             self._report.comparison = decision.comparison.to_json()
         artifacts.show_comparison(decision)
@@ -248,15 +242,8 @@ class Succession:
         self, version: Version, champion: Champion | None, reason: str, by: str | None
     ) -> None:
         storage, registry = self._workspace.storage, self._workspace.registry
-        present = read_champion(storage)
-        if present is None or present.pointer.release != version.content_id:
-            scores = self._report.test.model_dump(include=set(METRICS))
-            set_champion(storage, registry, version, champion, reason, scores, by=by)
-        else:
-            _log.info("It moved at the first try, whose answer was lost.")
-        with following(version.number):  # once more, where it could not be told at once
-            if moved := read_champion(storage):
-                repair_alias(registry, moved)
+        scores = self._report.test.model_dump(include=set(METRICS))
+        set_champion(storage, registry, version, champion, reason, scores, by=by)
         artifacts.show_history_of(storage)
 
 

@@ -26,7 +26,8 @@ from tasks.data.importer import ImportReport
 from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.card import table
-from tasks.releases.champion import METRICS, PromotionDecision
+from tasks.releases.challenger import PromotionDecision
+from tasks.releases.champion import METRICS
 from tasks.releases.pointer import Move, read_champion
 from tasks.scoring.checks import shown, shown_interval
 from tasks.services.s3 import Storage

@@ -10,7 +10,7 @@ from flows.settings import Settings
 from tasks.project import Project
 from tasks.releases.pointer import Move, read_champion
 from tasks.releases.signing import Trust
-from tasks.services.s3 import Storage, check_conditional_writes
+from tasks.services.s3 import Storage
 
 if TYPE_CHECKING:
     from tasks.model.inference import Classifier
@@ -100,8 +100,8 @@ class Workspace:
 
         from tasks.model.inference import load_classifier
         from tasks.params import load_params
-        from tasks.releases.champion import find_release
         from tasks.releases.release import fetch, open_release, verify_folder
+        from tasks.releases.versions import find_release
 
         if path.is_dir():
             found = verify_folder(path, None, self.trust)
@@ -117,40 +117,30 @@ class Workspace:
         self, version: int, reason: str, force: bool = False, by: str | None = None
     ) -> Move:
         """Make a version the champion; with force also one that something speaks against."""
-        from tasks.params import load_params
         from tasks.releases.champion import promote
 
-        check_conditional_writes(self.storage)
         return promote(
-            self.storage,
-            self.registry,
-            version,
-            reason,
-            self.project.releases,
-            load_params(self.project.params).gate,
-            force=force,
-            by=by,
+            self.storage, self.registry, self.project, version, reason, force=force, by=by
         )
 
     def rollback(self, reason: str, by: str | None = None) -> Move:
         """Return to the champion before the present one."""
         from tasks.releases.champion import rollback
 
-        check_conditional_writes(self.storage)
         return rollback(self.storage, self.registry, reason, by=by)
 
     def release(self, name: str) -> tuple[str, Path]:
         """Fetch and verify a release that a person named; its id and its local folder."""
-        from tasks.releases.champion import find_release
         from tasks.releases.release import fetch
+        from tasks.releases.versions import find_release
 
         release = find_release(self.storage, lambda: self.registry, name)
         return release, fetch(self.storage, release, self.project.releases)
 
     def verify(self, name: str) -> dict[str, Any]:
         """Read a release back whole and compare it with its manifest."""
-        from tasks.releases.champion import find_release
         from tasks.releases.release import verify
+        from tasks.releases.versions import find_release
 
         release = verify(self.storage, find_release(self.storage, lambda: self.registry, name))
         files = release.manifest.files

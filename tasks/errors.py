@@ -13,8 +13,7 @@
     ├── ServiceError         S3, MLflow or Prefect does not answer
     ├── ReleaseError         a release is missing, incomplete or not what its manifest says
     └── PromotionError       the champion was not moved
-        ├── OvertakenError   because another promotion was faster
-        └── OlderError       because its release is older than the champion's
+        └── OvertakenError   because another promotion was faster
 
 Every message says what was wrong, the value received, and what to do next, in
 that order. The command line prints it as one line and exits with 1.
@@ -84,10 +83,6 @@ class PromotionError(HandsignsError):
 
 class OvertakenError(PromotionError):
     """Another promotion moved the champion since the decision was made."""
-
-
-class OlderError(PromotionError):
-    """A later version holds an earlier release than the champion's."""
 
 
 def first_fault(error: Exception) -> str:

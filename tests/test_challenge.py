@@ -12,7 +12,7 @@ from tasks.io import write_json
 from tasks.model.inference import Classifier
 from tasks.params import LABELS, Params
 from tasks.project import Project
-from tasks.releases.champion import compare_with_champion
+from tasks.releases.challenger import compare_with_champion
 from tasks.releases.pointer import Champion, Pointer, move_champion
 from tasks.releases.release import publish
 from tasks.services.s3 import Storage
@@ -67,7 +67,7 @@ def test_photos_that_went_during_the_run_are_named(
     write_json(project.predictions, {"photos": told})
     champion = champion_with(storage, tmp_path / "made", list(LABELS))
     even = Classifier(lambda images: np.full((len(images), 6), 1 / 6, np.float32), 64, 32)
-    monkeypatch.setattr("tasks.releases.champion.open_release", lambda _folder: even)
+    monkeypatch.setattr("tasks.releases.challenger.open_release", lambda _folder: even)
     assert compare_with_champion(project, storage, champion).won
     gone = project.data / names[0]  # a path, for every class has a photo of this name
     gone.unlink()

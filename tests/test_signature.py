@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from tasks.errors import OlderError, ReleaseError, SettingsError
-from tasks.releases.champion import set_champion
+from tasks.errors import ReleaseError, SettingsError
 from tasks.releases.pointer import KEY, Pointer, move_champion, read_champion, sign_pointer
 from tasks.releases.release import (
     MANIFEST,
@@ -25,7 +24,6 @@ from tasks.releases.release import (
     verify_folder,
 )
 from tasks.releases.signing import UNSIGNED, Trust, fingerprint, new_keys, public_pem
-from tasks.services.mlflow import Version
 from tasks.services.s3 import S3Address, Storage
 
 
@@ -320,21 +318,6 @@ def test_a_note_of_seen_pointers_that_cannot_be_read_is_no_empty_one(
     assert memory.read_text() == spoilt
     memory.unlink()
     trust.check_newest("here", 2)
-
-
-def test_an_older_release_under_a_newer_number_is_refused(
-    signed: Storage, files: dict[str, Path]
-) -> None:
-    old = publish(signed, files, {"created": "2026-01-01T00:00:00+00:00"})
-    files["labels.json"].write_bytes(b"[1]")
-    new = publish(signed, files, {"created": "2026-02-01T00:00:00+00:00"})
-    pointer = Pointer(release=new.id, version=2, created="2026-02-01T00:00:00+00:00")
-    champion = move_champion(signed, None, pointer)
-    forged = Version(3, old.id, None, (), {})
-    unused: Any = None  # it is refused before the registry is asked
-    with pytest.raises(OlderError, match="older than the champion's, though its number is later"):
-        set_champion(signed, unused, forged, champion, "newer, they say", {})
-    assert read_champion(signed) == champion
 
 
 def test_keys_are_changed_without_losing_the_champion(

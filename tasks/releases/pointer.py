@@ -2,35 +2,37 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from tasks.errors import HandsignsError, OvertakenError, PromotionError, ReleaseError, first_fault
+from tasks.errors import OvertakenError, PromotionError, ReleaseError, ServiceError, first_fault
 from tasks.releases.release import refuse_constant
-from tasks.services.mlflow import CHAMPION, Registry, Version
+from tasks.services.mlflow import CHAMPION, Registry
 from tasks.services.s3 import ChangedError, MissingObjectError, Storage
 
 KEY = "champion.json"
 
+_log = logging.getLogger(__name__)
+
 
 class Move(BaseModel):
-    """One move of the champion, as it is kept for good.
+    """One move of the champion, kept for good.
 
     Args:
         release: id of the release that became champion.
-        version: its number in the model registry.
-        previous: version that was champion before.
-        action: how it came about.
+        version: its number in the registry on that day; for display only.
+        previous: number of the champion before.
+        action: `promote` or `rollback`.
         by: who moved it.
         reason: why.
-        at: when, ISO 8601 in UTC.
-        metrics: what it scored on its test split.
-        overruled: what spoke against it when it was promoted all the same.
-        created: when the release was made, ISO 8601 in UTC.
+        at: when, ISO 8601 in UTC; for display only.
+        metrics: its scores on the test split.
+        overruled: failed checks of a forced promotion.
+        created: when the release was made; for display only.
+        pointer_moves: how many moves there were when the release was made; None for
+            releases of earlier program versions.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -45,11 +47,12 @@ class Move(BaseModel):
     metrics: dict[str, float | None] = {}
     overruled: tuple[str, ...] = ()
     created: str = ""
+    pointer_moves: int | None = Field(default=None, ge=0)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def forced(self) -> bool:
-        """Whether it stands there in spite of something."""
+        """Whether it was promoted in spite of failed checks."""
         return bool(self.overruled)
 
     def describe(self) -> str:
@@ -63,13 +66,9 @@ class Move(BaseModel):
 
 
 class Pointer(Move):
-    """What `champion.json` says: the last move, and all moves before it.
+    """Content of `champion.json`: the last move, and all moves before it.
 
-    The history lies in the same object as the pointer, so that no crash can leave
-    one without the other.
-
-    Args:
-        history: earlier moves, oldest first.
+    One object holds pointer and history, so that no crash can leave one without the other.
     """
 
     history: tuple[Move, ...] = ()
@@ -80,9 +79,9 @@ class Pointer(Move):
         return (*self.history, Move(**self.model_dump(exclude={"history"})))
 
     def former(self) -> Move | None:
-        """The champion that a rollback returns to; None where there is none.
+        """The promotion before the present one; None where there is none.
 
-        A rollback takes back one promotion, so two in a row go back by two.
+        A rollback undoes one promotion, so two rollbacks go back by two.
         """
         standing: list[Move] = []
         for move in self.moves:
@@ -95,43 +94,18 @@ class Pointer(Move):
 
 @dataclass(frozen=True)
 class Champion:
-    """A pointer as it was read, with the etag that a move must match."""
+    """A pointer as it was read, with the etag that the next move must match."""
 
     pointer: Pointer
     etag: str
-
-
-def older_than(present: Champion | None, number: int, created: str) -> str | None:
-    """Say that a later version holds an earlier release than the champion's.
-
-    Whoever can write to the registry could name an old release by a new number; a clock
-    that was wrong, of either release, looks the same.
-
-    Args:
-        present: the champion.
-        number: of the version that would take its place.
-        created: when that version's release was made, ISO 8601 in UTC.
-
-    Returns:
-        A short sentence without a full stop; None where all is well.
-    """
-    if present is None or number <= present.pointer.version:
-        return None
-    if not created or created >= present.pointer.created:
-        return None
-    return (
-        f"its release is older than the champion's, though its number is later (made {created}, "
-        f"and that of version {present.pointer.version} {present.pointer.created}; somebody "
-        "registered an old release, or a clock was wrong)"
-    )
 
 
 def read_champion(storage: Storage) -> Champion | None:
     """Return the present champion, or None before the first promotion.
 
     Raises:
-        ReleaseError: the pointer is not one, is not signed as it must be, or is older
-            than one seen before.
+        ReleaseError: the pointer is damaged, not signed as required, or older than one
+            seen before.
         ServiceError: the storage does not answer.
     """
     place = storage.uri(KEY)
@@ -145,9 +119,8 @@ def read_champion(storage: Storage) -> Champion | None:
         fields = json.loads(content, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ReleaseError(
-            f"The champion pointer cannot be understood. Received: {place} "
-            f"({first_fault(error)}). Put an earlier copy of it back; or remove it, which forgets "
-            "who was champion when, and promote a version."
+            f"The champion pointer {place} cannot be understood ({first_fault(error)}). Put an "
+            "earlier copy back; or remove it, which loses the history, and promote a version."
         ) from None
     storage.trust.verify(_signed_name(storage), fields, place)
     storage.trust.check_newest(place, len(pointer.moves))
@@ -155,143 +128,124 @@ def read_champion(storage: Storage) -> Champion | None:
 
 
 def move_champion(storage: Storage, expected: Champion | None, new: Pointer) -> Champion:
-    """Point to another release if nobody moved the pointer since it was read.
+    """Compare and set: replace the pointer if it still is the one that was read.
 
     Args:
-        storage: bucket that holds the pointer.
+        storage: bucket with the pointer.
         expected: what `read_champion` returned when the decision was made.
-        new: what the pointer shall say.
-
-    Returns:
-        The new champion.
+        new: the pointer to write; its signature is added here.
 
     Raises:
         OvertakenError: it was changed meanwhile; nothing was written.
         SettingsError: it must be signed and cannot be.
         ServiceError: the storage does not answer.
     """
-    sealed = storage.trust.sign(_signed_name(storage), new.model_dump(mode="json"))
-    content = json.dumps(sealed, indent=1).encode() + b"\n"
+    signed = storage.trust.sign(_signed_name(storage), new.model_dump(mode="json"))
+    content = json.dumps(signed, indent=1).encode() + b"\n"
     try:
         if expected is None:
             etag = storage.put_if_absent(KEY, content)
         else:
             etag = storage.put_if_match(KEY, content, expected.etag)
     except ChangedError:
-        raise _overtaken(expected) from None
+        raise overtaken(expected) from None
+    except ServiceError as error:
+        etag = _written(storage, content, error)
     storage.trust.check_newest(storage.uri(KEY), len(new.moves))
     return Champion(new, etag)
 
 
-def check_champion(storage: Storage, expected: Champion | None) -> None:
-    """Refuse early what `move_champion` would refuse.
+def _written(storage: Storage, content: bytes, error: ServiceError) -> str:
+    """Etag of a write that arrived although every answer was lost; else raise `error`."""
+    try:
+        found, etag = storage.read(KEY)
+    except MissingObjectError:
+        raise error from None
+    if found != content:
+        raise error
+    return etag
 
-    Args:
-        storage: bucket that holds the pointer.
-        expected: what `read_champion` returned when the decision was made.
+
+def check_champion(storage: Storage, expected: Champion | None) -> None:
+    """Raise what `move_champion` would raise, before anything else is done.
 
     Raises:
-        OvertakenError: it was changed meanwhile.
-        ReleaseError: it cannot be read, or is not signed as it must be.
-        ServiceError: the storage does not answer.
+        OvertakenError: the champion was changed meanwhile.
     """
     present = read_champion(storage)
     if (present and present.etag) != (expected and expected.etag):
-        raise _overtaken(expected)
+        raise overtaken(expected)
 
 
-def _overtaken(expected: Champion | None) -> OvertakenError:
-    was = f"version {expected.pointer.version}" if expected else "none"
+def overtaken(expected: Champion | None) -> OvertakenError:
+    """The error for a champion that is no longer `expected`."""
+    was = f"version {expected.pointer.version} was" if expected else "there was no"
     return OvertakenError(
-        f"The champion was changed meanwhile, by another promotion. Received: {was} as the "
-        "one to replace. Look at `handsigns status` and promote again if it still is right."
+        f"The champion was changed meanwhile by another promotion: {was} champion when this one "
+        "was decided. Nothing was moved. Look at `handsigns status` and promote again if it "
+        "still is right."
     )
 
 
 def sign_pointer(storage: Storage) -> Champion | None:
     """Replace the pointer's signature, whoever made it, by ours; nothing else changes.
 
-    Returns:
-        What the pointer says; None before the first promotion.
-
     Raises:
-        OvertakenError: it was changed meanwhile; nothing was written.
+        OvertakenError: the pointer was changed meanwhile; nothing was written.
         SettingsError: there is no usable signing key.
     """
     present = read_champion(Storage(storage.address))
     return present and move_champion(storage, present, present.pointer)
 
 
-def _signed_name(storage: Storage) -> str:
-    """With the bucket in it: the champion of one place must not become that of another."""
-    return f"{storage.address.bucket}.{KEY}"
-
-
-_log = logging.getLogger(__name__)
-
-
 def check_alias(registry: Registry, expected: Champion) -> None:
-    """Refuse to go on where somebody moved the alias by hand, rather than undo it in silence.
+    """Refuse to overwrite an alias that somebody moved by hand.
 
     Raises:
-        PromotionError: the alias names another version than the pointer.
+        PromotionError: the alias names another release than the pointer.
     """
-    versions = registry.versions()
-    held = _held(versions)
-    number = expected.pointer.version
-    # A registry that never knew the champion's version cannot name it.
-    known = any(one.number == number for one in versions)
-    if held != number and (known or held is not None):
-        raise PromotionError(
-            f"The alias '{CHAMPION}' was changed meanwhile, in the registry. Received: "
-            f"{f'version {held}' if held else 'nothing'}, where the champion is version {number}. "
-            "Find out who moved it, use `handsigns promote` for what was meant, and run again."
-        )
+    held = registry.version_by_alias(CHAMPION)
+    release = expected.pointer.release
+    if held and held.content_id == release:
+        return
+    # A registry that never knew the champion cannot name it.
+    if held is None and registry.find(release) is None:
+        return
+    now = f"names version {held.number}" if held else "is gone"
+    raise PromotionError(
+        f"The alias '{CHAMPION}' was changed in the registry: it {now}, and the champion is "
+        f"version {expected.pointer.version}. Find out who moved it, use `handsigns promote` for "
+        "what was meant, and run again."
+    )
 
 
-@contextmanager
-def following(version: int) -> Iterator[None]:
-    """Tell the registry of a champion that has moved; that it fails is told and no failure.
+def sync_alias(storage: Storage, registry: Registry) -> str | None:
+    """Point MLflow's alias at the champion's release, also if that moves meanwhile.
 
-    Whoever was told of one would move the champion once more.
-
-    Args:
-        version: the champion.
+    Returns:
+        What was done or is missing, in one sentence; None if the alias was right.
     """
-    try:
-        yield
-    except HandsignsError as error:
-        _log.warning(
-            "Version %d is champion, and the registry could not be told. Its alias follows with "
-            "the next retrain or promotion. %s",
-            version,
-            error,
-        )
-
-
-def lead_alias(storage: Storage, registry: Registry, moved: Champion) -> None:
-    """Let the alias name the champion, also where the next promotion overtook this one."""
+    said = None
     for _ in range(10):
-        registry.set_alias(CHAMPION, moved.pointer.version)
-        present = read_champion(storage)
-        if present is None or present.etag == moved.etag:
-            return
-        moved = present
+        champion = read_champion(storage)
+        if champion is None:
+            return said
+        release = champion.pointer.release
+        held = registry.version_by_alias(CHAMPION)
+        if held and held.content_id == release:
+            return said
+        was = f"version {held.number}" if held else "nothing"
+        version = registry.find(release)
+        if version is None:
+            return (
+                f"The champion, release {release}, is not in the registry, whose alias names "
+                f"{was}. Run `handsigns rebuild-registry`."
+            )
+        registry.set_alias(CHAMPION, version.number)
+        said = f"The alias named {was}; it follows the pointer to version {version.number} again."
+    return said
 
 
-def repair_alias(registry: Registry, champion: Champion) -> str | None:
-    """Let the alias follow the pointer where a crash came between; what was done, in words."""
-    versions = registry.versions()
-    held = _held(versions)
-    number = champion.pointer.version
-    if held == number:
-        return None
-    was = f"version {held}" if held else "nothing"
-    if all(one.number != number for one in versions):
-        return f"The champion, version {number}, is not in this registry; its alias names {was}."
-    registry.set_alias(CHAMPION, number)
-    return f"The alias named {was}; it follows the pointer to version {number} again."
-
-
-def _held(versions: Sequence[Version]) -> int | None:
-    return next((one.number for one in versions if CHAMPION in one.aliases), None)
+def _signed_name(storage: Storage) -> str:
+    """Includes the bucket: the champion of one bucket must not pass for that of another."""
+    return f"{storage.address.bucket}.{KEY}"

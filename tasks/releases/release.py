@@ -255,7 +255,7 @@ def publish(
     for name in sorted(files):
         _upload(storage, _key(manifest.id, name), files[name], manifest.files[name])
     _put_manifest(storage, manifest, MANIFEST in stored)
-    return Release(manifest.id, _uri(storage, manifest.id), _manifest(storage, manifest.id))
+    return Release(manifest.id, _uri(storage, manifest.id), read_manifest(storage, manifest.id))
 
 
 def verify(storage: Storage, release_id: str) -> Release:
@@ -265,7 +265,7 @@ def verify(storage: Storage, release_id: str) -> Release:
         ReleaseError: anything is missing, added, or differs; the message says which.
         ServiceError: the storage does not answer.
     """
-    manifest = _manifest(storage, release_id)
+    manifest = read_manifest(storage, release_id)
     for name, wanted in manifest.files.items():
         key = _key(release_id, name)
         if _digest(storage, key) != wanted:
@@ -295,7 +295,7 @@ def fetch(storage: Storage, release_id: str, cache: Path) -> Path:
             shutil.rmtree(target)
         else:
             return target
-    manifest = _manifest(storage, release_id)
+    manifest = read_manifest(storage, release_id)
     part = cache / f".{release_id}.{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -361,7 +361,7 @@ def _put_manifest(storage: Storage, manifest: Manifest, stored: bool) -> None:
             storage.put_if_match(key, manifest.to_bytes(), etag)
 
 
-def _manifest(storage: Storage, release_id: str) -> Manifest:
+def read_manifest(storage: Storage, release_id: str) -> Manifest:
     stored = _stored(storage, check_id(release_id))
     where = _uri(storage, release_id)
     if MANIFEST not in stored:
@@ -371,6 +371,12 @@ def _manifest(storage: Storage, release_id: str) -> Manifest:
     manifest = parse(storage.get(_key(release_id, MANIFEST)), release_id, where, storage.trust)
     compare_sizes(manifest, stored, where)
     return manifest
+
+
+def list_releases(storage: Storage) -> list[str]:
+    """Ids of the releases in storage that have a manifest."""
+    keys = (entry.key for entry in storage.list("releases/"))
+    return sorted(key.split("/")[1] for key in keys if key.endswith(f"/{MANIFEST}"))
 
 
 def _stored(storage: Storage, release_id: str) -> dict[str, int]:

@@ -203,11 +203,13 @@ class Registry:
                 client.set_terminated(run_id, state)
         return RecordedRun(run_id, model_id)
 
-    def register(self, run: RecordedRun, content_id: str, tags: Mapping[str, str]) -> Version:
+    def register(
+        self, run: RecordedRun | None, content_id: str, tags: Mapping[str, str]
+    ) -> Version:
         """Make a version of a recorded run, or find the one with the same content id.
 
         Args:
-            run: what `record_run` returned.
+            run: what `record_run` returned; None for a release whose run is lost.
             content_id: id of the release.
             tags: plain facts, such as the release's URI.
 
@@ -224,13 +226,15 @@ class Registry:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
+            # Not "models:/<id>": with a database that is looked up in the default store.
             made = client.create_model_version(
                 self.model_name,
-                # Not "models:/<id>": with a database that is looked up in the default store.
-                client.get_logged_model(run.model_id).artifact_location,
-                run_id=run.run_id,
+                client.get_logged_model(run.model_id).artifact_location
+                if run
+                else tags["release_uri"],
+                run_id=run and run.run_id,
                 tags={**tags, CONTENT_ID: content_id},
-                model_id=run.model_id,
+                model_id=run and run.model_id,
             )
         return _version(made, ())
 
@@ -251,7 +255,17 @@ class Registry:
 
     def version_by_alias(self, alias: str) -> Version | None:
         """Return the version that `challenger` or `champion` names, or None."""
-        return next((one for one in self.versions() if alias in one.aliases), None)
+        from mlflow.exceptions import MlflowException
+
+        with self._asked() as client:
+            try:
+                found = client.get_model_version_by_alias(self.model_name, alias)
+            except MlflowException as error:
+                # An alias of a deleted version, or none: the code differs between stores.
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+                return None
+            return _version(found, self._aliases(client).get(str(found.version), ()))
 
     def set_alias(self, alias: str, number: int) -> None:
         """Let an alias name a version; the last writer wins."""
