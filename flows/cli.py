@@ -267,13 +267,29 @@ def promote(
 
 
 @app.command()
-def rollback(reason: Reason = "rolled back by hand", json_: Json = False) -> None:
+def rollback(
+    reason: Reason = "rolled back by hand",
+    from_: Annotated[
+        str | None,
+        typer.Option("--from", help="Version to roll back from; another champion stays."),
+    ] = None,
+    json_: Json = False,
+) -> None:
     """Give the champion's place back to the version that had it before."""
     with open_workspace() as workspace:
         from flows.moves import rollback as move_back
 
-        move = move_back(workspace, reason)
+        move = move_back(workspace, reason, from_)
     tell(json_, move.model_dump(mode="json"), move.describe())
+
+
+@app.command("rebuild-registry")
+def rebuild_registry(json_: Json = False) -> None:
+    """Register the releases in storage that the registry lost."""
+    with open_workspace() as workspace:
+        added = workspace.rebuild_registry()
+    lines = [f"Version {one['version']} is release {one['release']}." for one in added]
+    tell(json_, {"added": added}, "\n".join(lines) or "The registry has every release.")
 
 
 @app.command()

@@ -33,15 +33,15 @@ def promote(workspace: Workspace, version: int, reason: str, force: bool) -> Mov
     return _move(workspace, through_prefect, lambda: workspace.promote(version, reason, force))
 
 
-def rollback(workspace: Workspace, reason: str) -> Move:
+def rollback(workspace: Workspace, reason: str, expected: str | None = None) -> Move:
     """Return to the champion before; see `tasks.releases.champion.rollback`."""
 
     def through_prefect() -> None:
         from flows.promotion import rollback as flow
 
-        flow(reason=reason, return_state=True)
+        flow(reason=reason, expected=expected or "", return_state=True)
 
-    return _move(workspace, through_prefect, lambda: workspace.rollback(reason))
+    return _move(workspace, through_prefect, lambda: workspace.rollback(reason, expected=expected))
 
 
 def _move(

@@ -285,17 +285,21 @@ def promote(version: int, reason: str, force: bool = False, by: str = "") -> Sta
 
 
 @flow(name="rollback", flow_run_name="rollback")
-def rollback(reason: str, by: str = "") -> State[Any]:
+def rollback(reason: str, by: str = "", expected: str = "") -> State[Any]:
     """Give the champion's place back to the version that had it before.
 
     Args:
         reason: Why; kept in the champion's history.
         by: Who decides; the worker's user when left empty.
+        expected: Version or release to roll back from; any other champion stays.
 
     Returns:
         Completed, with the move in words; failed, with the reason.
     """
-    return _move("Rolled back", lambda workspace: workspace.rollback(reason, by or None))
+    return _move(
+        "Rolled back",
+        lambda workspace: workspace.rollback(reason, by or None, expected or None),
+    )
 
 
 def _move(done: str, move: Callable[[Workspace], Move]) -> State[Any]:

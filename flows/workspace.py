@@ -123,11 +123,20 @@ class Workspace:
             self.storage, self.registry, self.project, version, reason, force=force, by=by
         )
 
-    def rollback(self, reason: str, by: str | None = None) -> Move:
+    def rollback(self, reason: str, by: str | None = None, expected: str | None = None) -> Move:
         """Return to the champion before the present one."""
         from tasks.releases.champion import rollback
+        from tasks.releases.versions import find_release
 
-        return rollback(self.storage, self.registry, reason, by=by)
+        seen = expected and find_release(self.storage, lambda: self.registry, expected)
+        return rollback(self.storage, self.registry, reason, by=by, expected=seen)
+
+    def rebuild_registry(self) -> list[dict[str, Any]]:
+        """Register the releases in storage that the registry lost."""
+        from tasks.releases.versions import rebuild_registry
+
+        added = rebuild_registry(self.storage, self.registry)
+        return [{"version": one.number, "release": one.content_id} for one in added]
 
     def release(self, name: str) -> tuple[str, Path]:
         """Fetch and verify a release that a person named; its id and its local folder."""
@@ -169,6 +178,8 @@ class Workspace:
         champion = read_champion(self.storage)
         challenger = self.registry.version_by_alias(CHALLENGER)
         moves = champion.pointer.moves if champion else ()
+        # The registry's numbers of today: it may have been begun anew since a move.
+        numbers = {one.content_id: one.number for one in self.registry.versions()}
         return {
             "data": {
                 "version": self.pipeline.data_version(),
@@ -178,7 +189,10 @@ class Workspace:
             "stale": sorted(self.pipeline.changed()),
             "champion": champion
             and {
-                **self._role(champion.pointer.version, champion.pointer.release),
+                **self._role(
+                    numbers.get(champion.pointer.release, champion.pointer.version),
+                    champion.pointer.release,
+                ),
                 "overruled": list(champion.pointer.overruled),
             },
             "challenger": challenger and self._role(challenger.number, challenger.content_id),

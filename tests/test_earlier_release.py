@@ -48,7 +48,7 @@ def test_a_new_model_is_compared_with_it_and_it_can_be_rolled_back_to(
     assert run["comparison"]["champion"]["accuracy"] < run["comparison"]["challenger"]["accuracy"]
     assert run["data"]["changes"]["since"] == 2
     for version in (2, 1):
-        move = checkout.handsigns("rollback", **environment)
+        move = checkout.handsigns("rollback", "--from", str(version + 1), **environment)
         assert (move["version"], move["release"]) == (version, RELEASES[str(version)])
     after = checkout.handsigns("status", **environment)
     assert after["champion"]["release"] == RELEASES["1"]

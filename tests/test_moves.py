@@ -26,7 +26,7 @@ def test_a_prefect_that_lets_nobody_in_is_gone_without(
     warned, refused = workshop.handsigns("promote", "3", code=1, **wrong).splitlines()
     assert warned.startswith(f"Prefect cannot be used at {prefect_api.url} (401)")
     assert "set PREFECT_API_AUTH_STRING to user:password" in warned
-    assert refused.startswith("There must be such a version in the registry. Received: 3")
+    assert refused.startswith("There is no version 3 in the registry, only: none.")
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def test_a_move_of_which_nothing_is_known_is_not_made_again(
         raise RuntimeError("the server went")
 
     monkeypatch.setattr("flows.promotion.rollback", begin_and_fail)
-    monkeypatch.setattr(Workspace, "rollback", lambda *_: pytest.fail("it was made again"))
+    monkeypatch.setattr(Workspace, "rollback", lambda *_, **__: pytest.fail("it was made again"))
     monkeypatch.setenv("PREFECT_API_URL", prefect_api.url)
     with (
         Workspace(Project(tmp_path), Settings()) as workspace,

@@ -165,7 +165,7 @@ def test_the_champion_is_moved_by_hand_in_flow_runs_that_say_what_they_are(
     began = time.monotonic()
     assert workshop.handsigns("rollback", fresh=True, **apart)["version"] == 2
     assert time.monotonic() - began < 30
-    assert workshop.handsigns("rollback", **named)["version"] == 1
+    assert workshop.handsigns("rollback", "--from", "2", **named)["version"] == 1
     runs = {(run["name"], run["state_name"]) for run in api.runs("promote") + api.runs("rollback")}
     assert {("promote version 1", "Promoted"), ("promote version 1", "Refused")} <= runs
     assert ("rollback", "Rolled back") in runs
