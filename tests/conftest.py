@@ -11,6 +11,7 @@ from tasks.garbage import RARELY
 THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
 
 pytest_plugins = (
+    "tests.fixtures.session",
     "tests.fixtures.photos",
     "tests.fixtures.models",
     "tests.fixtures.programs",

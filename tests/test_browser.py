@@ -52,7 +52,7 @@ return [...document.querySelectorAll("body *")]
 @pytest.fixture(scope="module")
 def report(
     s3_server: S3Address,
-    local_mlflow: MlflowServer,
+    mlflow_server: MlflowServer,
     prefect_api: PrefectApi,
     trained: Trained,
     tmp_path_factory: Any,
@@ -60,7 +60,7 @@ def report(
     """A quick retrain with running servers, and the service of its champion as `service`."""
     folder = tmp_path_factory.mktemp("seen")
     s3 = named(new_bucket(s3_server))
-    servers = {**s3, **local_mlflow.named, **prefect_api.named}
+    servers = {**s3, **mlflow_server.named, **prefect_api.named}
     made = trained.checkout(folder / "checkout")
     made.change("phases.full", epochs=8)
     made.handsigns("import", trained.photos, **servers)
@@ -192,11 +192,11 @@ def test_prefect_shows_the_run_and_what_it_found(
 
 
 def test_mlflow_shows_the_version_with_its_alias(
-    browser: Any, local_mlflow: MlflowServer, report: dict[str, Any]
+    browser: Any, mlflow_server: MlflowServer, report: dict[str, Any]
 ) -> None:
     see(browser, (1400, 1000))
     open_version(
-        browser, local_mlflow.url, local_mlflow.login, "hand-signs", report["model"]["version"]
+        browser, mlflow_server.url, mlflow_server.login, "hand-signs", report["model"]["version"]
     )
     shown = text(browser)
     assert f"Version {report['model']['version']}" in shown

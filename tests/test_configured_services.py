@@ -18,7 +18,7 @@ def test_configured_services_take_everything_and_none_starts_here(
     tmp_path: Path,
     trained: Trained,
     s3: S3Address,
-    local_mlflow: MlflowServer,
+    mlflow_server: MlflowServer,
     prefect_api: PrefectApi,
     dask_cluster: DaskCluster,
 ) -> None:
@@ -28,7 +28,7 @@ def test_configured_services_take_everything_and_none_starts_here(
         "HANDSIGNS_DVC_REMOTE_URL": f"s3://{s3.bucket}/dvc",
         "AWS_ACCESS_KEY_ID": str(s3.access_key_id),
         "AWS_SECRET_ACCESS_KEY": str(s3.secret_access_key),
-        **local_mlflow.named,
+        **mlflow_server.named,
         **prefect_api.named,
     }
     one = trained.checkout(tmp_path / "one")
@@ -66,6 +66,6 @@ def test_configured_services_take_everything_and_none_starts_here(
     assert "PREFECT_API_AUTH_STRING" in refused["reason"]
     # Nothing of the keys is left in what others may read.
     for place in (one.project, two.project):
-        secrets = (str(s3.secret_access_key), local_mlflow.login[-16:], prefect_api.login[-16:])
+        secrets = (str(s3.secret_access_key), mlflow_server.login[-16:], prefect_api.login[-16:])
         written = [place.run, place.root / "dvc.lock", place.root / ".dvc/config"]
         assert all(secret not in path.read_text() for path in written for secret in secrets)

@@ -28,6 +28,7 @@ from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.prefect_api import PrefectApi, basic
 from tests.fixtures.servers import MlflowServer
+from tests.fixtures.session import session_folder
 
 LISTENING = "0A"
 LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
@@ -65,9 +66,10 @@ def _listeners(pids: set[int]) -> list[str]:
 
 
 def test_every_server_that_we_start_listens_on_loopback_only(
-    s3_server: S3Address, prefect_api: PrefectApi, local_mlflow: MlflowServer
+    s3_server: S3Address, prefect_api: PrefectApi, mlflow_server: MlflowServer
 ) -> None:
-    addresses = _listeners(_family(os.getpid()))
+    keepers = [int(path.read_text()) for path in session_folder().glob("*.pid")]
+    addresses = _listeners(set().union(*map(_family, keepers)))
     assert len(addresses) >= 7  # five of SeaweedFS, one each of Prefect and MLflow
     assert set(addresses) <= LOOPBACK
 
@@ -200,18 +202,18 @@ MLFLOW_PATHS = {
 """One of each kind: pages, API, proxied files, traces, gateway; with what is posted."""
 
 
-def test_mlflow_asks_everybody_for_the_login(local_mlflow: MlflowServer) -> None:
+def test_mlflow_asks_everybody_for_the_login(mlflow_server: MlflowServer) -> None:
     sent = {"content-type": "application/json"}
     for path, content in MLFLOW_PATHS.items():
-        for wrong in ({}, basic(local_mlflow.login + "x"), basic("admin:password1234")):
-            assert status(local_mlflow.url + path, content, **sent, **wrong) == 401, path
-    known = basic(local_mlflow.login)
+        for wrong in ({}, basic(mlflow_server.login + "x"), basic("admin:password1234")):
+            assert status(mlflow_server.url + path, content, **sent, **wrong) == 401, path
+    known = basic(mlflow_server.login)
     for path in ("/", "/version", "/api/2.0/mlflow/experiments/search?max_results=1"):
-        assert status(local_mlflow.url + path, **known) == 200, path
+        assert status(mlflow_server.url + path, **known) == 200, path
     # Made for a page elsewhere, whose browser knows the login.
     foreign = {**known, **sent, "Origin": "http://elsewhere.example"}
     create = "/api/2.0/mlflow/experiments/create"
-    assert status(local_mlflow.url + create, b'{"name": "theirs"}', **foreign) == 403
+    assert status(mlflow_server.url + create, b'{"name": "theirs"}', **foreign) == 403
 
 
 def test_a_new_login_shuts_out_the_old_one(tmp_path: Path) -> None:

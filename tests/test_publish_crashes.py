@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Self
 
@@ -17,9 +16,10 @@ from tasks.releases.pointer import Champion, read_champion
 from tasks.releases.release import fetch, verify
 from tasks.services.mlflow import CHAMPION, Registry
 from tasks.services.s3 import S3Address, Storage
-from tests.fixtures import forked, publishing
+from tests.fixtures import publishing
 from tests.fixtures.faults import Kill, Proxy, proxy_to
 from tests.fixtures.publishing import FILES, Publisher, started, write_files
+from tests.fixtures.servers import MlflowServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -88,7 +88,6 @@ class Reader:
 class Stage:
     """Real services behind proxies, and who publishes to them."""
 
-    source: ForkServerContext
     direct: Storage
     registry: Registry
     proxies: tuple[Proxy, Proxy]
@@ -100,18 +99,16 @@ class Stage:
         for proxy in self.proxies:
             proxy.fault = kill
         with self.proxies[0].counting, self.proxies[1].counting:
-            process = started(self.source, self.publisher, folder)
+            process = started(self.publisher, folder)
             kill.pid = process.pid
-        process.join(60)
+        code = process.wait(60)
         for proxy in self.proxies:
             proxy.fault = None
-        assert process.exitcode == -signal.SIGKILL, f"{point}: {process.exitcode}"
+        assert code == -signal.SIGKILL, f"{point}: {code}"
 
     def published(self, folder: Path) -> Champion:
         """Publish to the end and return the champion."""
-        process = started(self.source, self.publisher, folder)
-        process.join(60)
-        assert process.exitcode == 0
+        assert started(self.publisher, folder).wait(60) == 0
         champion = read_champion(self.direct)
         assert champion is not None
         return champion
@@ -122,23 +119,17 @@ class Stage:
         return version and version.number
 
 
-@pytest.fixture(scope="module")
-def source() -> ForkServerContext:
-    """The process server, asked for before the services so that all start at once."""
-    made = forked.context()
-    made.Process(target=int).start()
-    return made
-
-
 @pytest.fixture
 def stage(
-    source: ForkServerContext, s3: S3Address, mlflow_server: str, tmp_path: Path
+    s3: S3Address, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Stage]:
-    name = f"signs-{s3.bucket}"
-    with proxy_to(s3.endpoint_url) as storage, proxy_to(mlflow_server) as registry:
-        publisher = Publisher(replace(s3, endpoint_url=storage.url), registry.url, name)
-        services = (Storage(s3), Registry(mlflow_server, name))
-        yield Stage(source, *services, (storage, registry), publisher)
+    for variable, value in mlflow_server.named.items():
+        monkeypatch.setenv(variable, value)
+    name, login = f"signs-{s3.bucket}", mlflow_server.login
+    with proxy_to(s3.endpoint_url) as storage, proxy_to(mlflow_server.url) as registry:
+        publisher = Publisher(replace(s3, endpoint_url=storage.url), registry.url, login, name)
+        services = (Storage(s3), Registry(mlflow_server.url, name, login=login))
+        yield Stage(*services, (storage, registry), publisher)
 
 
 def test_killed_anywhere_between_upload_and_alias_nothing_is_lost_or_half_seen(

@@ -13,6 +13,7 @@ import pytest
 
 from tasks.errors import ServiceError
 from tasks.services.mlflow import CHALLENGER, CHAMPION, Registry, RunRecord
+from tests.fixtures.servers import MlflowServer
 
 ID = "0123456789abcdef" * 2
 HISTORY = {
@@ -141,13 +142,16 @@ def test_one_release_is_one_run_and_one_version(
 
 @pytest.mark.slow
 def test_one_release_is_one_run_and_one_version_over_http(
-    mlflow_server: str,
+    mlflow_server: MlflowServer,
     record: RunRecord,
     model: Any,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _whole_story(mlflow_server, None, record, model, tmp_path)
+    for variable, value in mlflow_server.named.items():
+        monkeypatch.setenv(variable, value)
+    _whole_story(mlflow_server.url, None, record, model, tmp_path)
     assert capsys.readouterr().out == ""
 
 

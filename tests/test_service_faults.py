@@ -20,6 +20,7 @@ from tests.fixtures import faults
 from tests.fixtures.checkouts import Workshop
 from tests.fixtures.faults import Exchange, Proxy, proxy_to
 from tests.fixtures.prefect_api import PrefectApi
+from tests.fixtures.servers import MlflowServer
 from tests.fixtures.trained import Trained
 
 SECONDS = 30
@@ -228,19 +229,20 @@ def test_a_run_that_a_service_failed_is_resumed_without_training_again(
     tmp_path: Path,
     trained: Trained,
     s3: S3Address,
-    mlflow_server: str,
+    mlflow_server: MlflowServer,
     prefect_api: PrefectApi,
 ) -> None:
     workshop = trained.checkout(tmp_path / "checkout")
     workshop.change("training", batch_size=16)  # otherwise nothing would be trained here
     workshop.handsigns("import", trained.photos)
     _lose_prefect(workshop, prefect_api)
-    with proxy_to(s3.endpoint_url) as storage, proxy_to(mlflow_server) as registry:
+    with proxy_to(s3.endpoint_url) as storage, proxy_to(mlflow_server.url) as registry:
         named = {
             "HANDSIGNS_S3_ENDPOINT_URL": storage.url,
             "HANDSIGNS_BUCKET": s3.bucket,
             "AWS_ACCESS_KEY_ID": str(s3.access_key_id),
             "AWS_SECRET_ACCESS_KEY": str(s3.secret_access_key),
+            **mlflow_server.named,
             "MLFLOW_TRACKING_URI": registry.url,
             "HANDSIGNS_MODEL_NAME": "resumed",
             **prefect_api.named,
@@ -265,4 +267,5 @@ def test_a_run_that_a_service_failed_is_resumed_without_training_again(
         champion = read_champion(Storage(s3))
         assert champion is not None
         assert champion.pointer.release == last["release"]["id"]
-        assert len(Registry(mlflow_server, "resumed").versions()) == 1
+        known = Registry(mlflow_server.url, "resumed", login=mlflow_server.login)
+        assert len(known.versions()) == 1
