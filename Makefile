@@ -6,10 +6,10 @@ UV := $(BIN)/uv pip
 PHOTOS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run up down test packages lint format bench audit lock clean
+.PHONY: help install run up down test test-all pytest packages lint format bench audit lock clean
 
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(READY) ## Make .venv from the locked requirements.
 
@@ -33,10 +33,19 @@ down: $(READY) ## Stop it; its data stays.
 	$(BIN)/handsigns down
 
 # Hundreds of processes import this package, so Python may keep what it compiled.
-test: export PYTHONDONTWRITEBYTECODE :=
-test: lint packages ## Lint, types, all tests.
-	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder \
-	  --durations 25 --durations-min 10
+test test-all: export PYTHONDONTWRITEBYTECODE :=
+test test-all: packages
+
+test: $(READY) ## Lint, types, and the tests for each change, side by side.
+	$(MAKE) --jobs 2 --keep-going --no-print-directory lint pytest
+
+test-all: $(READY) ## The same with the slow tests: every crash point, full disks, PostgreSQL.
+	$(MAKE) --jobs 2 --keep-going --no-print-directory lint pytest TESTS="slow or not slow"
+
+TESTS := not slow
+pytest: $(READY)
+	$(BIN)/python -m pytest -m "$(TESTS)" --numprocesses 4 --dist loadfile \
+	  --no-loadscope-reorder --durations 25 --durations-min 5
 
 packages: ## Install the browser and PostgreSQL that some tests drive (Debian).
 	tests/packages.sh

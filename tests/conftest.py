@@ -2,13 +2,32 @@
 
 import gc
 import os
-from collections import Counter
 
 import pytest
 
 from tasks.garbage import RARELY
 
 THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
+
+LONGEST = (
+    "test_retrain",
+    "test_up",
+    "test_promotion",
+    "test_trust",
+    "test_configured_services",
+    "test_earlier_release",
+    "test_cli",
+    "test_browser",
+    "test_serve",
+    "test_publish_crashes",
+    "test_registry",
+    "test_service_faults",
+    "test_train",
+    "test_backbone",
+    "test_moves",
+    "test_data_faults",
+)
+"""Files in the order of their duration."""
 
 pytest_plugins = (
     "tests.fixtures.session",
@@ -42,6 +61,6 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files of most slow tests, so that none of them runs alone at the end."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    """Begin with the files that take longest, so that none of them runs alone at the end."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))

@@ -32,8 +32,6 @@ from tests.fixtures.photos import CHECKOUT
 
 Workshop = Callable[..., Context]
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def package() -> Path:

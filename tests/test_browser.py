@@ -26,7 +26,7 @@ from tests.fixtures.servers import MlflowServer, new_bucket
 from tests.fixtures.service import Service, named, serving
 from tests.fixtures.trained import Trained
 
-pytestmark = [pytest.mark.slow, pytest.mark.program("chromedriver")]
+pytestmark = pytest.mark.program("chromedriver")
 
 SHARE = "return [...document.querySelectorAll('.fill')].map(f => parseFloat(f.style.width))"
 CONTRAST = """

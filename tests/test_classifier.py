@@ -190,7 +190,6 @@ def test_a_graph_for_another_size_is_refused(graph: Path) -> None:
         load_classifier(graph, detail=64, size=64)
 
 
-@pytest.mark.slow
 def test_a_saved_model_gives_the_probabilities_keras_gives(tmp_path: Path, params: Params) -> None:
     from tasks.model.augment import enlarge
     from tasks.model.network import build_model

@@ -3,15 +3,11 @@
 import shutil
 from pathlib import Path
 
-import pytest
-
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.dask_cluster import DaskCluster
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.servers import MlflowServer
 from tests.fixtures.trained import Trained
-
-pytestmark = pytest.mark.slow
 
 
 def test_configured_services_take_everything_and_none_starts_here(

@@ -142,13 +142,11 @@ def test_a_dataset_without_a_test_split_is_refused(context: Context) -> None:
         run(context)
 
 
-@pytest.mark.slow
 def test_a_missing_model_is_named(context: Context) -> None:
     with pytest.raises(ModelError, match=r"model\.pb"):
         run(context)
 
 
-@pytest.mark.slow
 def test_the_stage_scores_the_test_split_and_repeats_itself_to_the_byte(context: Context) -> None:
     from tasks.model.export import frozen_graph
     from tasks.model.network import build_model

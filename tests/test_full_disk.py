@@ -42,6 +42,7 @@ def files(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in write_files(folder, folder.name).iterdir()}
 
 
+@pytest.mark.slow
 def test_a_store_on_a_full_disk_takes_nothing_and_keeps_what_it_holds(tmp_path: Path) -> None:
     with seaweedfs(tmp_path / "store", free=1) as address:
         bucket = new_bucket(address).bucket

@@ -414,7 +414,6 @@ def test_services_that_hang_are_given_up_within_30_s() -> None:
     assert time.monotonic() - started < 30
 
 
-@pytest.mark.slow
 def test_services_that_answer_pass(s3_server, prefect_api: PrefectApi) -> None:
     check_reachable(NOTHING_SET)
     check_reachable(NOTHING_SET.model_copy(update={"prefect_api_url": prefect_api.url}))

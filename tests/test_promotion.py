@@ -16,8 +16,6 @@ from tests.fixtures.checkouts import Workshop
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.trained import Trained
 
-pytestmark = pytest.mark.slow
-
 
 @dataclass(frozen=True)
 class Api:

@@ -123,7 +123,6 @@ def _whole_story(
     _check_record(uri, name, run, file)
 
 
-@pytest.mark.slow
 def test_one_release_is_one_run_and_one_version(
     tracking_uri: str,
     record: RunRecord,
@@ -140,7 +139,6 @@ def test_one_release_is_one_run_and_one_version(
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.slow
 def test_one_release_is_one_run_and_one_version_over_http(
     mlflow_server: MlflowServer,
     record: RunRecord,
@@ -155,7 +153,6 @@ def test_one_release_is_one_run_and_one_version_over_http(
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.slow
 def test_a_run_that_broke_off_is_recorded_anew(
     tracking_uri: str, record: RunRecord, model: Any, tmp_path: Path
 ) -> None:

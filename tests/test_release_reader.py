@@ -44,7 +44,6 @@ def release(folder: Path, files: dict[str, bytes]) -> str:
     return manifest.id
 
 
-@pytest.mark.slow
 def test_a_release_runs_its_graph_and_an_older_one_its_keras_file(
     tmp_path: Path, params: Params
 ) -> None:

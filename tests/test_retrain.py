@@ -22,8 +22,6 @@ from tests.fixtures.receiver import receiving
 from tests.fixtures.service import Clients, serving
 from tests.fixtures.trained import PER_CLASS, Trained
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:

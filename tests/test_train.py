@@ -85,7 +85,6 @@ def test_trunk_and_batch_norms_stay_while_a_phase_trains(
     witness.check()
 
 
-@pytest.mark.slow
 def test_trunk_and_batch_norms_stay_under_live_augmentation(workshop: Workshop) -> None:
     context = workshop()
     model = start(context, "full", plain=False)

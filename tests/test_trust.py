@@ -24,7 +24,6 @@ from tests.fixtures.checkouts import Workshop
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.trained import Trained
 
-pytestmark = pytest.mark.slow
 SENTINEL = "-".join(("Xq7", "never", "seen"))  # not in one piece: this file is searched too
 NOWHERE = "127.0.0.1:9"
 """Nobody listens there."""

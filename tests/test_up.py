@@ -34,7 +34,6 @@ from tests.fixtures.prefect_api import PrefectApi, basic
 from tests.fixtures.receiver import Receiver, receiving
 from tests.fixtures.trained import Trained
 
-pytestmark = pytest.mark.slow
 SILENCE = 35
 QUICK = {"PREFECT_WORKER_QUERY_SECONDS": "1"}
 TRAINING = "train@base"
@@ -295,6 +294,7 @@ def foreign(service: Service, cancelled: object) -> str:
     return str(run)
 
 
+@pytest.mark.slow
 @pytest.mark.program("initdb")
 @pytest.mark.usefixtures("killed")
 def test_a_database_url_moves_prefect_and_mlflow_to_postgresql(
