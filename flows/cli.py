@@ -103,18 +103,19 @@ def retrain(
     json_: Json = False,
 ) -> None:
     """Bring the model up to date: stages, gate, release, registry, champion."""
-    from flows.launch import launch_retrain
     from flows.output import run_table
+    from flows.run import retrain as run
 
-    workspace = open_workspace()
-    with shown_progress() as progress:
-        report = launch_retrain(workspace, force, progress)
+    with open_workspace() as workspace, shown_progress() as progress:
+        report = run(workspace, force, progress)
     if json_:
         print_json(report.model_dump(mode="json"))
     else:
         out.print(run_table(report))
         if report.status != "failed":  # what failed has said all there is
             out.print(_WHERE, highlight=False)
+    if report.status == "cancelled":
+        raise KeyboardInterrupt
     if report.status in ("rejected", "failed"):
         raise typer.Exit(1)
 
@@ -260,7 +261,7 @@ def promote(
 ) -> None:
     """Make a version the champion."""
     with open_workspace() as workspace:
-        from flows.moves import promote as move_to
+        from flows.run import promote as move_to
 
         move = move_to(workspace, version, reason or ("" if force else "promoted by hand"), force)
     tell(json_, move.model_dump(mode="json"), move.describe())
@@ -277,7 +278,7 @@ def rollback(
 ) -> None:
     """Give the champion's place back to the version that had it before."""
     with open_workspace() as workspace:
-        from flows.moves import rollback as move_back
+        from flows.run import rollback as move_back
 
         move = move_back(workspace, reason, from_)
     tell(json_, move.model_dump(mode="json"), move.describe())

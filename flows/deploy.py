@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from flows.local.member import POOL
 from flows.local.servers import HEARTBEAT_SECONDS, TAG, point_prefect_at
 from flows.notify import UNHEARD
-from flows.retrain import retrain_lock
+from flows.preflight import retrain_lock
 from flows.settings import Settings
 from tasks.errors import ServiceError, SettingsError, first_fault
 from tasks.project import Project

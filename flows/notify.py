@@ -1,4 +1,4 @@
-"""Notifications of bad ends."""
+"""Notifications of runs that ended badly."""
 
 import logging
 import socket
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun, State
 
 UNHEARD = "Nothing was heard of this run"
-"""What a state begins with that the crash automations set."""
+"""Start of the message of a state that the crash automations set."""
 
 _log = logging.getLogger(__name__)
 
@@ -27,13 +27,13 @@ def notify_people(settings: Settings, title: str, reason: str, link: str | None 
     """Send a message to the addresses in `HANDSIGNS_NOTIFY_URLS`, if there are any.
 
     Args:
-        settings: hold the addresses.
-        title: which run, and how it ended.
-        reason: why.
-        link: where to look; None where no server knows of the run.
+        settings: Hold the addresses.
+        title: One line.
+        reason: Plain text.
+        link: Where to look; None points to `run.json` of this machine.
 
     Returns:
-        Whether everybody was told.
+        Whether every address took it.
     """
     if settings.notify_urls is None:
         return False
@@ -46,15 +46,15 @@ def tell_bad_end(
 ) -> None:
     """Prefect's hook for a run that failed, was rejected, or crashed.
 
-    The run's own process calls it, or the worker where that process was killed, or
-    `flows.notify` where the worker was gone too.
+    The run's own process calls it, the worker if that process was killed, or
+    `notify_crash` if the worker is gone too.
     """
     from prefect.utilities.urls import url_for
 
     try:
         settings = load_settings()
     except SettingsError as error:
-        _log.warning("Nobody was told: %s", error)
+        _log.warning("No notification was sent: %s", error)
         return
     ended = (state.name or state.type.value).lower()
     reason = state.message or "No reason was given."

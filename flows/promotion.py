@@ -1,13 +1,12 @@
-"""The promote and rollback flows, approval, and what moves the champion in a retrain."""
+"""The promote and rollback flows, and the approval that a retrain may wait for."""
 
 import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 from uuid import UUID
 
 from httpx import HTTPError
@@ -21,33 +20,28 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from pydantic import Field
 
-from flows import ui as artifacts
-from flows.report import DataChanges, RunReport, Status, data_changes
-from flows.settings import load_settings
-from flows.ui import show_history_of
+from flows import ui
+from flows.notify import notify_people
+from flows.settings import Settings, load_settings
 from flows.workspace import Workspace
-from tasks.errors import HandsignsError, OvertakenError, PromotionError, ReleaseError
-from tasks.io import read_json
+from tasks.errors import HandsignsError
 from tasks.project import Project
-from tasks.releases.challenger import PromotionDecision, compare_with_champion, record_comparison
-from tasks.releases.champion import METRICS, set_champion
-from tasks.releases.pointer import Champion, Move, read_champion, sync_alias
-from tasks.releases.release import DATASET_INDEX, Release, fetch
-from tasks.services.mlflow import CHAMPION, Version
-from tasks.stage import Progress
+from tasks.releases.challenger import PromotionDecision
+from tasks.releases.pointer import Move
+from tasks.services.mlflow import Version
 
 GRACE = 600
-"""Seconds that Prefect waits longer than we do: what it ends by itself, it calls failed."""
+"""Seconds that Prefect waits longer than we do: a run that Prefect times out has failed."""
 AGAIN = 2.0
-"""Seconds between two tries to end the wait."""
+"""Seconds between two attempts to end the wait."""
 
 _log = logging.getLogger(__name__)
 
 
 class Approval(RunInput):
-    """What the Prefect UI asks for.
+    """The form in the Prefect UI.
 
-    Neither field has a default: else resuming with nothing filled in would approve.
+    Neither field has a default, or resuming with nothing filled in would approve.
     """
 
     name: str = Field(
@@ -61,35 +55,37 @@ class Approval(RunInput):
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of the question.
+    """The answer to a request for approval.
 
     Args:
-        approved: whether the challenger may become champion.
-        by: who said so; None where nobody did.
-        told: the answer in words.
+        approved: Whether the challenger may become champion.
+        by: Who answered; None if nobody did, or nobody was asked.
+        description: The answer in words.
     """
 
     approved: bool
-    by: str | None
-    told: str
+    by: str | None = None
+    description: str = ""
 
 
-def ask(question: str, seconds: int) -> Answer:
-    """Pause the flow run that this is called from until a person answers.
+def ask(settings: Settings, version: Version, decision: PromotionDecision) -> Answer:
+    """Ask a person to approve a promotion, if the settings say so.
 
-    Args:
-        question: Markdown; stands above the form.
-        seconds: longest wait; then the answer is no.
-
-    Returns:
-        The answer.
+    The flow run that this is called from pauses until somebody answers or the time is up;
+    no answer rejects.
     """
+    if settings.promotion == "auto":
+        return Answer(True)
+    seconds = settings.approval_seconds
+    title = f"Version {version.number} of {settings.model_name} may become champion"
+    question = f"{title}. Release `{version.content_id}`.\n\n{ui.comparison_text(decision)}"
+    _log.info("Waiting for approval in the Prefect UI, %d s at most.", seconds)
+    notify_people(settings, f"handsigns: {title}", "It waits for approval.", ui.run_address())
     ended, expired = threading.Event(), threading.Event()
     end = threading.Thread(
         target=_give_up, args=(UUID(str(flow_run.id)), seconds, ended, expired), daemon=True
     )
     end.start()
-    _log.info("Waiting for approval in the Prefect UI, %d s at most.", seconds)
     try:
         given = pause_flow_run(
             wait_for_input=Approval.with_initial_data(description=question),
@@ -103,18 +99,13 @@ def ask(question: str, seconds: int) -> Answer:
         end.join(AGAIN)  # it may be about to say that it answered
     if given is None or expired.is_set():
         return Answer(False, None, f"nobody approved it within {seconds} s")
-    approved = given.decision == "approve"
     comment = f": {given.comment}" if given.comment else ""
-    return Answer(
-        approved, given.name, f"{'approved' if approved else 'rejected'} by {given.name}{comment}"
-    )
+    verb = "approved" if given.decision == "approve" else "rejected"
+    return Answer(verb == "approved", given.name, f"{verb} by {given.name}{comment}")
 
 
 def _give_up(run: UUID, seconds: int, ended: threading.Event, expired: threading.Event) -> None:
-    """Answer in nobody's name, so that the run goes on and ends as what it is.
-
-    A server that does not hear it, or not yet, is asked again until the wait is over.
-    """
+    """Answer in nobody's name when the time is up, so that the run ends as registered."""
     comment = f"no answer within {seconds} s"
     answer = {"name": "nobody", "decision": "reject", "comment": comment}
     pause: float = seconds
@@ -125,147 +116,6 @@ def _give_up(run: UUID, seconds: int, ended: threading.Event, expired: threading
                 expired.set()
 
 
-_Result = TypeVar("_Result")
-
-
-class Run(Protocol):
-    """Runs one thing as a named Prefect task."""
-
-    def __call__(
-        self, name: str, call: Callable[[], _Result], network: bool = False
-    ) -> _Result: ...
-
-
-class Succession:
-    """Who is champion before a retrain and after it.
-
-    Args:
-        workspace: the checkout and its services.
-        report: takes what was compared.
-        run: runs one thing as a task.
-        progress: told how far scoring is.
-    """
-
-    def __init__(
-        self, workspace: Workspace, report: RunReport, run: Run, progress: Progress
-    ) -> None:
-        self._workspace = workspace
-        self._report = report
-        self._run = run
-        self._progress = progress
-        self._former: Any = None
-        self._since: int | None = None
-        self.changes: DataChanges | None = None
-
-    def begin(self) -> None:
-        """Mend what a crash between pointer and alias left, and note what the champion saw."""
-        champion = self._run("champion", self._look, network=True)
-        if champion is None:
-            return
-        self._since = champion.pointer.version
-        try:
-            project, release = self._workspace.project, champion.pointer.release
-            folder = fetch(self._workspace.storage, release, project.releases)
-            self._former = read_json(folder / DATASET_INDEX)
-        except ReleaseError as error:
-            _log.warning("What changed since the champion cannot be told: %s", error)
-
-    def show_changes(self) -> None:
-        """Tell which photos came and went since the champion was trained."""
-        self.changes = data_changes(self._workspace.project, self._former, self._since)
-        artifacts.show_changes(self.changes)
-
-    def settle(self, release: Release, version: Version) -> tuple[Status, str]:
-        """Let a registered version become champion if it may.
-
-        Returns:
-            What came of it, and why.
-        """
-        number = version.number
-        champion, decision = self._run(
-            "compare", lambda: self._compare(release, version), network=True
-        )
-        if decision is None:
-            return "unchanged", f"Version {number} is champion already."
-        if not decision.won:
-            return "registered", f"Version {number} stays challenger: {decision.reason}."
-        answer = self._ask(decision, release, version)
-        if not answer.approved:
-            return "registered", f"Version {number} stays challenger: {answer.told}."
-        reason = "; ".join(filter(None, (decision.reason, answer.told)))
-        try:
-            self._run(
-                "promote", lambda: self._promote(version, champion, reason, answer.by), network=True
-            )
-        except OvertakenError as error:
-            return "registered", f"Version {number} stays challenger: {error}"
-        self._report.model.alias = CHAMPION
-        return "promoted", f"Version {number} is champion: {reason}."
-
-    def _look(self) -> Champion | None:
-        champion = read_champion(self._workspace.storage)
-        if said := sync_alias(self._workspace.storage, self._workspace.registry):
-            _log.warning(said)
-        return champion
-
-    def _compare(
-        self, release: Release, version: Version
-    ) -> tuple[Champion | None, PromotionDecision | None]:
-        workspace = self._workspace
-        champion = read_champion(workspace.storage)
-        if champion and champion.pointer.release == release.id:
-            self._report.model.alias = CHAMPION
-            return champion, None
-        try:
-            decision = compare_with_champion(
-                workspace.project, workspace.storage, champion, self._progress
-            )
-        except PromotionError as error:
-            decision = PromotionDecision(False, str(error).rstrip("."))
-        record_comparison(workspace.registry, version.number, champion, decision)
-        if decision.comparison:
-            self._report.comparison = decision.comparison.to_json()
-        artifacts.show_comparison(decision)
-        return champion, decision
-
-    def _ask(self, decision: PromotionDecision, release: Release, version: Version) -> Answer:
-        settings = self._workspace.settings
-        if settings.promotion == "auto":
-            return Answer(True, None, "")
-        question = (
-            f"Version {version.number} of {settings.model_name} may become champion. "
-            f"Release `{release.id}`.\n\n{artifacts.comparison_text(decision)}"
-        )
-        return ask(question, settings.approval_seconds)
-
-    def _promote(
-        self, version: Version, champion: Champion | None, reason: str, by: str | None
-    ) -> None:
-        storage, registry = self._workspace.storage, self._workspace.registry
-        scores = self._report.test.model_dump(include=set(METRICS))
-        set_champion(storage, registry, version, champion, reason, scores, by=by)
-        artifacts.show_history_of(storage)
-
-
-@dataclass
-class Course:
-    """What came of a move, for whoever started the flow and must know it without Prefect.
-
-    Args:
-        begun: it may have been made.
-        made: the move.
-        refused: why there was none.
-    """
-
-    begun: bool = False
-    made: Move | None = None
-    refused: HandsignsError | None = None
-
-
-course: ContextVar[Course] = ContextVar("course")
-"""Takes what comes of the flow that this process runs; the command line sets it."""
-
-
 @flow(name="promote", flow_run_name="promote version {version}")
 def promote(version: int, reason: str, force: bool = False, by: str = "") -> State[Any]:
     """Make a registered version the champion.
@@ -273,7 +123,7 @@ def promote(version: int, reason: str, force: bool = False, by: str = "") -> Sta
     Args:
         version: Number of the version in the registry.
         reason: Why; kept in the champion's history.
-        force: Overrule the gate or a lost comparison; what was overruled is kept too.
+        force: Promote it against the gate or a lost comparison; that is kept too.
         by: Who decides; the worker's user when left empty.
 
     Returns:
@@ -286,7 +136,7 @@ def promote(version: int, reason: str, force: bool = False, by: str = "") -> Sta
 
 @flow(name="rollback", flow_run_name="rollback")
 def rollback(reason: str, by: str = "", expected: str = "") -> State[Any]:
-    """Give the champion's place back to the version that had it before.
+    """Return to the champion before the present one.
 
     Args:
         reason: Why; kept in the champion's history.
@@ -303,13 +153,11 @@ def rollback(reason: str, by: str = "", expected: str = "") -> State[Any]:
 
 
 def _move(done: str, move: Callable[[Workspace], Move]) -> State[Any]:
-    watched = course.get(Course())
-    watched.begun = True
+    ui.log_to_prefect()
     try:
         with Workspace(Project(Path.cwd()), load_settings()) as workspace:
-            watched.made = made = move(workspace)
-            show_history_of(workspace.storage)
+            made = move(workspace)
+            ui.show_history(workspace)
     except HandsignsError as error:
-        watched.refused = error
         return Failed(name="Refused", message=str(error))
     return Completed(name=done, message=made.describe(), data=made.model_dump(mode="json"))

@@ -122,7 +122,7 @@ def _fetch_data(workspace: Workspace, built: Project) -> None:
     Raises:
         ServiceError: they cannot be had.
     """
-    remote = workspace.pipeline_remote()
+    remote = workspace.remote()
     secrets: dict[str, str] = {}
     lines = ["[cache]", f"    dir = {workspace.project.root.resolve() / '.dvc' / 'cache'}"]
     if remote is not None:

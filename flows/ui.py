@@ -1,309 +1,309 @@
-"""Prefect artifacts and progress: what the Prefect UI shows of a run."""
+"""What the Prefect UI shows of a run: its name, artifacts and progress.
+
+Everything here is best effort: an error of Prefect's is logged once and fails no run.
+"""
 
 import base64
 import html
 import logging
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from uuid import UUID
 
-from httpx import HTTPError
 from prefect.artifacts import (
-    create_image_artifact,
     create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
     update_progress_artifact,
 )
-from prefect.exceptions import PrefectException
+from prefect.client.orchestration import get_client
+from prefect.runtime import flow_run
 
-from flows.report import DataChanges, GateReport, PhaseReport, TestReport
+from flows.report import DataChanges, RunReport
+from flows.workspace import Workspace
 from tasks.data.importer import ImportReport
 from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.card import table
 from tasks.releases.challenger import PromotionDecision
 from tasks.releases.champion import METRICS
-from tasks.releases.pointer import Move, read_champion
 from tasks.scoring.checks import shown, shown_interval
-from tasks.services.s3 import Storage
 from tasks.stage import Progress
 
+MOST_FILES = 100
+"""Quarantined files in the table; `quarantine.json` lists all."""
+MOST_PHOTOS = 50
+"""Photos in the comparison that the two models read differently."""
 SECONDS = 2.0
-"""Between two updates of one bar."""
+"""Least time between two updates of one progress bar."""
 
 _log = logging.getLogger(__name__)
+_failed = False
 
 
-class ShownProgress:
-    """A `Progress` that tells the UI now and then, and another listener always.
+def _try(call: Callable[..., Any], *args: Any, **content: Any) -> Any:
+    """Ask Prefect for something; None if that fails."""
+    global _failed
+    try:
+        return call(*args, **content)
+    except Exception as error:  # httpx's, Prefect's, pydantic's: none is worth a training
+        if not _failed:
+            _failed = True
+            _log.warning("The Prefect UI does not show everything (%s).", type(error).__name__)
+        return None
+
+
+def log_to_prefect() -> None:
+    """Log in a worker what the command line logs."""
+    for name in ("flows", "tasks"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def rename_run(name: str) -> None:
+    """Rename the present flow run."""
+
+    def rename() -> None:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(UUID(str(flow_run.get_id())), name=name[:200])
+
+    _try(rename)
+
+
+def run_address() -> str | None:
+    """Address of the present flow run in the UI."""
+    return str(flow_run.ui_url) if flow_run.get_id() else None
+
+
+class ProgressArtifacts:
+    """A `Progress` with a bar in the UI, gone when the run ends.
 
     Args:
-        also: the other listener, such as the terminal.
+        also: Another listener, such as the terminal's.
     """
 
     def __init__(self, also: Progress) -> None:
         self._also = also
-        self._bars: dict[str, tuple[UUID, float]] = {}
-        self._silenced = False
+        self._bars: dict[str, tuple[UUID | None, float]] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
         self._also(what, done, total)
-        if self._silenced:
-            return
-        try:
-            self._show(what, done, total)
-        except (HTTPError, PrefectException) as error:
-            # A bar is not worth a training.
-            self._silenced = True
-            _log.warning("Progress is not shown any more (%s).", type(error).__name__)
-
-    def _show(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        share = 100.0 * done / max(1, total)
-        told = f"{what}: {done} of {total}"
+        now, share = time.monotonic(), 100.0 * done / max(1, total)
+        text = f"{what}: {done} of {total}"
         if what not in self._bars:
             if done < total:
                 key = f"progress-{re.sub('[^a-z0-9]+', '-', what.lower()).strip('-')}"
-                # Its type allows for a coroutine, which only an asynchronous caller gets.
-                bar = cast(UUID, create_progress_artifact(share, key, told))
-                self._bars[what] = (bar, now)
+                self._bars[what] = (_try(create_progress_artifact, share, key, text), now)
             return
         bar, last = self._bars[what]
-        if done >= total or now - last > SECONDS:
-            update_progress_artifact(bar, share, told)
+        if bar and (done >= total or now - last > SECONDS):
             self._bars[what] = (bar, now)
-        if done >= total:
-            del self._bars[what]
+            _try(update_progress_artifact, bar, share, text)
+
+    def close(self) -> None:
+        """Remove the bars."""
+
+        def remove() -> None:
+            with get_client(sync_client=True) as client:
+                for bar, _ in self._bars.values():
+                    if bar:
+                        client.delete_artifact(bar)
+
+        if self._bars:
+            _try(remove)
 
 
-SHOWN = 100
-"""Rows of a table that grows with the fault; the list on disk has them all."""
+def show_summary(project: Project, report: RunReport) -> None:
+    """The outcome at a glance."""
+    facts = [("outcome", report.headline()), ("reason", report.reason)]
+    data, test = report.data, report.test
+    if test.accuracy is not None:
+        facts += [
+            ("test accuracy", shown(test.accuracy)),
+            ("test loss", shown(test.loss)),
+            ("photos", f"{data.train} train, {data.val} val, {data.test} test"),
+        ]
+    if found := report.comparison:
+        pair = f"{found['champion']['accuracy']:.4f} -> {found['challenger']['accuracy']:.4f}"
+        facts.append(("champion -> challenger", f"{pair}, {found['verdict']}"))
+    facts.append(("release", report.release.uri or "none"))
+    text = f"## {html.escape(report.headline())}\n\n{_table(('', ''), facts)}"
+    if report.gate.checks:
+        text += f"\n\n### Gate\n\n{_gate_table(report)}"
+    if report.phases:
+        text += "".join(_picture(project.plots / f"{name}.png") for name in ("curves", "confusion"))
+    _markdown("summary", report.headline(), text)
 
 
 def show_inbox(name: str, report: ImportReport) -> None:
-    """What came from the inbox, and which files were set aside."""
+    """What was imported from the inbox, and what was quarantined."""
     counts = {
-        "taken": sum(report.taken.values()),
-        "there already": sum(report.already_there.values()),
-        **{f"set aside: {kind}": number for kind, number in report.kinds().items()},
+        "imported": sum(report.taken.values()),
+        "known already": sum(report.already_there.values()),
+        **{f"quarantined: {kind}": number for kind, number in report.kinds().items()},
     }
-    rows = ["## Inbox", f"`{name}`", "", "| files | number |", "|---|---|"]
-    rows += [f"| {kind} | {number} |" for kind, number in counts.items()]
-    create_markdown_artifact(
-        "\n".join(rows), key="inbox", description="What came from the inbox before this run."
-    )
+    text = f"## Inbox\n`{name}`\n\n{_table(('files', 'number'), counts.items())}"
+    _markdown("inbox", "What was imported from the inbox before this run.", text)
     if report.quarantined:
-        create_table_artifact(
-            [aside.to_json() for aside in report.quarantined[:SHOWN]],
-            key="quarantine",
-            description="Files of the inbox that were set aside, and why.",
-        )
-
-
-def show_versions(paths: Sequence[Path]) -> None:
-    """The files that name the photos and results of this run."""
-    parts = [f"## {path.name}\n```yaml\n{path.read_text(encoding='utf-8')}```" for path in paths]
-    create_markdown_artifact(
-        "\n\n".join(parts), key="versions", description="The versions this run is of."
-    )
+        rows = [file.to_json() for file in report.quarantined[:MOST_FILES]]
+        _rows("quarantine", "Files of the inbox that were quarantined, and why.", rows)
 
 
 def show_audit(project: Project) -> None:
-    """Counts per class, twins, exclusions and warnings, with the audit's picture."""
+    """Counts by class, near-duplicates, exclusions and warnings."""
     audit = read_json(project.audit)
     counts = audit["counts"]
     labels = sorted(next(iter(counts.values())))
-    rows = ["| folder | " + " | ".join(labels) + " |", "|---" * (len(labels) + 1) + "|"]
-    rows += [
-        f"| {folder} | " + " | ".join(str(by_label[label]) for label in labels) + " |"
-        for folder, by_label in counts.items()
-    ]
+    rows = [[folder, *(by_label[label] for label in labels)] for folder, by_label in counts.items()]
     facts = [
-        f"- {audit['photos']} photos, {audit['duplicates']} of them twins of another",
+        f"- {audit['photos']} photos, {audit['duplicates']} of them near-duplicates of another",
         f"- {len(audit['excluded'])} excluded from training",
         *(f"- **{html.escape(warning)}**" for warning in audit["warnings"]),
     ]
-    create_markdown_artifact(
-        "## Photos\n" + "\n".join(rows) + "\n\n" + "\n".join(facts),
-        key="audit",
-        description="What the photos are like, and which are not trained on.",
-    )
-    _show_picture(project.plots / "audit.png", "audit-picture", "The photos at a glance.")
-
-
-def show_phases(project: Project, phases: list[PhaseReport]) -> None:
-    """One row a phase, and the curves of all of them."""
-    create_table_artifact(
-        [
-            {
-                "phase": phase.name,
-                "images": phase.images,
-                "epochs": phase.epochs,
-                "seconds": round(phase.seconds, 1),
-                "val accuracy": round(phase.val_accuracy, 4),
-                "val loss": round(phase.val_loss, 4),
-            }
-            for phase in phases
-        ],
-        key="phases",
-        description="The three training phases.",
-    )
-    _show_picture(project.plots / "curves.png", "curves", "Loss and accuracy by epoch.")
-    _show_picture(project.plots / "views.png", "views", "What the phases see of some photos.")
-
-
-def show_evaluation(project: Project, test: TestReport) -> None:
-    """Scores on the test split, and the pictures that explain them."""
-    scores = test.model_dump(exclude={"per_class", "robustness"}, mode="json")
-    disturbed = {f"accuracy under {n}": v for n, v in test.robustness.get("accuracy", {}).items()}
-    create_table_artifact(
-        [{"measure": name, "value": str(value)} for name, value in (scores | disturbed).items()],
-        key="evaluation",
-        description="Scores on the test split.",
-    )
-    create_table_artifact(
-        test.per_class, key="classes", description="Precision, recall and F1 of each class."
-    )
-    for name, words in (
-        ("confusion", "What was taken for what."),
-        ("mistakes", "The photos that were read wrongly."),
-    ):
-        _show_picture(project.plots / f"{name}.png", name, words)
-
-
-def show_gate(gate: GateReport) -> None:
-    """Each check with value, limit and verdict."""
-    create_table_artifact(
-        [
-            {
-                "check": check["name"],
-                "value": check["value"],
-                "limit": check["limit"],
-                "interval": shown_interval(check.get("interval")),
-                "verdict": "passed" if check["passed"] else f"FAILED {check.get('detail', '')}",
-            }
-            for check in gate.checks
-        ],
-        key="gate",
-        description="The gate passed." if gate.passed else "The gate refused this model.",
-    )
-
-
-def show_release(uri: str, address: str) -> None:
-    """Where the release lies."""
-    create_link_artifact(
-        address, link_text=uri, key="release", description="The published release."
-    )
-
-
-def _show_picture(path: Path, key: str, description: str) -> None:
-    if path.is_file():
-        content = base64.b64encode(path.read_bytes()).decode("ascii")
-        create_image_artifact(f"data:image/png;base64,{content}", key=key, description=description)
-
-
-MOST_PHOTOS = 50
-"""Photos that changed verdict which are listed one by one."""
-
-
-def show_comparison(decision: PromotionDecision) -> None:
-    """The challenger beside the champion, on the same photos."""
-    create_markdown_artifact(
-        comparison_text(decision), key="comparison", description="Who should be champion."
-    )
-
-
-def show_history_of(storage: Storage) -> None:
-    """Show every move of a champion that has moved: nothing here is a failure of that."""
-    try:
-        if champion := read_champion(storage):
-            show_history(champion.pointer.moves)
-    except Exception as error:  # of the storage or of Prefect, which raises many kinds
-        _log.warning("The champion has moved; its history cannot be shown: %s", error)
-
-
-def show_history(moves: Sequence[Move]) -> None:
-    """Every move of the champion, the last one first."""
-    create_table_artifact(
-        [
-            {
-                "when": move.at,
-                "from": move.previous or "none",
-                "to": move.version,
-                "action": f"{move.action}, FORCED" if move.forced else move.action,
-                "by": move.by,
-                "why": move.reason,
-                "forced over": "; ".join(move.overruled),
-                **move.metrics,
-            }
-            for move in reversed(moves)
-        ],
-        key="champion-history",
-        description=f"Version {moves[-1].version} is champion: {moves[-1].reason}",
-    )
+    text = f"## Photos\n\n{_table(('folder', *labels), rows)}\n\n" + "\n".join(facts)
+    text += _picture(project.plots / "audit.png")
+    _markdown("audit", "The photos, and which are excluded from training.", text)
 
 
 def show_changes(changes: DataChanges) -> None:
     """Photos that came, went or got another label since the champion was trained."""
     since = f"version {changes.since}" if changes.since else "the beginning: no champion yet"
-    heads = ("sign", "before", "came", "went", "now")
     rows = [[label, *counts.values()] for label, counts in changes.per_class.items()]
-    create_markdown_artifact(
-        f"## What changed in the photos since {since}\n\n{_table(heads, rows)}\n\n"
-        f"{changes.relabelled} photos got another label.",
-        key="data-changes",
-        description=f"{changes.added} photos came, {changes.removed} went.",
+    text = (
+        f"## What changed in the photos since {since}\n\n"
+        f"{_table(('sign', 'before', 'added', 'removed', 'now'), rows)}\n\n"
+        f"{changes.relabelled} photos got another label."
     )
+    what = f"{changes.added} photos added, {changes.removed} removed."
+    _markdown("data-changes", what, text)
+
+
+def show_results(project: Project, report: RunReport) -> None:
+    """Phases, scores and gate, with the plots that explain them; and the versions used."""
+    rows = [phase.model_dump(mode="json") for phase in report.phases]
+    _rows("phases", "The three training phases.", rows)
+    test = report.test
+    scores = test.model_dump(exclude={"per_class", "robustness"}, mode="json")
+    corrupted = test.robustness.get("accuracy", {})
+    scores |= {f"accuracy under {name}": value for name, value in corrupted.items()}
+    rows = [{"measure": name, "value": str(value)} for name, value in scores.items()]
+    _rows("evaluation", "Scores on the test split.", rows)
+    _rows("classes", "Precision, recall and F1 of each class.", test.per_class)
+    for name, what in {
+        "curves": "Loss and accuracy by epoch.",
+        "views": "Augmented copies of some photos.",
+        "confusion": "Confusion matrix.",
+        "mistakes": "Photos that were classified wrongly.",
+    }.items():
+        if text := _picture(project.plots / f"{name}.png"):
+            _markdown(name, what, text)
+    verdict = "The gate passed." if report.gate.passed else "The gate rejected this model."
+    _markdown("gate", verdict, _gate_table(report))
+    files = (project.data_file, project.lock)
+    text = "\n\n".join(f"## {path.name}\n```yaml\n{path.read_text()}```" for path in files)
+    _markdown("versions", "The versions of data and results.", text)
+
+
+def _gate_table(report: RunReport) -> str:
+    heads = ("check", "value", "limit", "interval", "verdict")
+    rows = [
+        (
+            check["name"],
+            check["value"],
+            check["limit"],
+            shown_interval(check.get("interval")),
+            "passed" if check["passed"] else f"FAILED {check.get('detail') or ''}",
+        )
+        for check in sorted(report.gate.checks, key=lambda check: bool(check["passed"]))
+    ]
+    return _table(heads, rows)
+
+
+def show_release(uri: str, address: str) -> None:
+    """Where the release lies."""
+    what = "The published release."
+    _try(create_link_artifact, address, link_text=uri, key="release", description=what)
+
+
+def show_comparison(decision: PromotionDecision) -> None:
+    """Champion and challenger on the same photos."""
+    _markdown("comparison", "Champion and challenger.", comparison_text(decision))
+
+
+def show_history(workspace: Workspace) -> None:
+    """Every move of the champion, the last one first."""
+    champion = _try(workspace.champion)
+    if champion is None:
+        return
+    moves = champion.pointer.moves
+    rows = [
+        {
+            "when": move.at,
+            "from": move.previous or "none",
+            "to": move.version,
+            "action": f"{move.action}, FORCED" if move.forced else move.action,
+            "by": move.by,
+            "why": move.reason,
+            "forced over": "; ".join(move.overruled),
+            **move.metrics,
+        }
+        for move in reversed(moves)
+    ]
+    what = f"Version {moves[-1].version} is champion: {moves[-1].reason}"
+    _rows("champion-history", what, rows)
 
 
 def comparison_text(decision: PromotionDecision) -> str:
-    """The comparison in Markdown, for the UI and for who approves.
-
-    Args:
-        decision: what the comparison came to.
-    """
+    """The comparison in Markdown, for the UI and for the request for approval."""
     lines = ["## Challenger and champion", "", html.escape(decision.reason)]
     if decision.comparison is None:
         return "\n".join(lines)
     found = decision.comparison.to_json()
-    words = (
-        f"McNemar's exact test: {found['won']} photos only the challenger has right, "
-        f"{found['lost']} only the champion, p = {found['p_value']:.3g}: **{found['verdict']}**."
-    )
     before, after = found["champion"], found["challenger"]
-    scores = [(name, before[name], after[name]) for name in METRICS]
-    recalls = [
-        [row[name] for name in ("label", "support", "champion", "challenger", "change")]
-        for row in found["recalls"]
-    ]
-    changed = found["changed"][:MOST_PHOTOS]
-    photos = [
-        [row[name] for name in ("name", "label", "champion", "challenger", "now")]
-        for row in changed
-    ]
-    more = len(found["changed"]) - len(changed)
-    lines += [
-        "",
-        words,
-        "",
-        _table((f"{before['n']} photos", "champion", "challenger"), scores),
-        "",
-        "### Recall of each sign",
-        "",
-        _table(("sign", "photos", "champion", "challenger", "change"), recalls),
-        "",
-        f"### {len(found['changed'])} photos changed verdict",
-        "",
-        _table(("photo", "sign", "champion read", "challenger reads", "now"), photos),
-        f"\nand {more} more." if more else "",
-    ]
-    return "\n".join(lines)
+    names = ("label", "support", "champion", "challenger", "change")
+    recalls = [[row[name] for name in names] for row in found["recalls"]]
+    names = ("name", "label", "champion", "challenger", "now")
+    photos = [[row[name] for name in names] for row in found["changed"][:MOST_PHOTOS]]
+    more = len(found["changed"]) - len(photos)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"McNemar's exact test: {found['won']} photos only the challenger has right, "
+            f"{found['lost']} only the champion, p = {found['p_value']:.3g}: "
+            f"**{found['verdict']}**.",
+            "",
+            _table(
+                (f"{before['n']} photos", "champion", "challenger"),
+                [(name, before[name], after[name]) for name in METRICS],
+            ),
+            "\n### Recall of each sign\n",
+            _table(("sign", "photos", "champion", "challenger", "change"), recalls),
+            f"\n### {len(found['changed'])} photos changed verdict\n",
+            _table(("photo", "sign", "champion read", "challenger reads", "now"), photos),
+            f"\nand {more} more." if more else "",
+        ]
+    )
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return table(heads, [[html.escape(shown(cell)) for cell in row] for row in rows])
+
+
+def _picture(path: Path) -> str:
+    """A plot in Markdown; empty if there is none."""
+    if not path.is_file():
+        return ""
+    content = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f"\n\n![{path.stem}](data:image/png;base64,{content})"
+
+
+def _markdown(key: str, description: str, text: str) -> None:
+    _try(create_markdown_artifact, text, key=key, description=description)
+
+
+def _rows(key: str, description: str, rows: list[dict[str, Any]]) -> None:
+    _try(create_table_artifact, rows, key=key, description=description)

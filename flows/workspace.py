@@ -1,5 +1,9 @@
 """One checkout and its services, each opened when it is first needed."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -7,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from flows.local.stack import Services, embedded
 from flows.settings import Settings
+from tasks.errors import HandsignsError
 from tasks.project import Project
-from tasks.releases.pointer import Move, read_champion
+from tasks.releases.pointer import Champion, Move, read_champion, sync_alias
 from tasks.releases.signing import Trust
 from tasks.services.s3 import Storage
 
@@ -17,15 +22,15 @@ if TYPE_CHECKING:
     from tasks.services.dvc import Pipeline, Remote
     from tasks.services.mlflow import Registry
 
+_log = logging.getLogger(__name__)
+
 
 class Workspace:
-    """What commands and flows work on.
-
-    As a context it stops, at the end, the local servers that it started.
+    """What commands and flows work on; a context that stops the servers it started.
 
     Args:
-        project: the checkout; the working directory.
-        settings: from the environment.
+        project: The checkout, which must be the working directory.
+        settings: From the environment.
     """
 
     def __init__(self, project: Project, settings: Settings) -> None:
@@ -47,19 +52,23 @@ class Workspace:
 
     @cached_property
     def pipeline(self) -> "Pipeline":
-        """The stages and the data's versions."""
+        """The stages and the versions of the data."""
         from tasks.services.dvc import Pipeline
 
-        return Pipeline(self.project, self.pipeline_remote())
+        return Pipeline(self.project, self.remote())
 
     @cached_property
     def storage(self) -> Storage:
         """Where releases are."""
         return Storage(self.services.s3(), self.trust)
 
+    def bucket(self, name: str) -> Storage:
+        """Another bucket of the same S3 service."""
+        return Storage(replace(self.services.s3(), bucket=name))
+
     @cached_property
     def trust(self) -> Trust:
-        """Whose signatures releases must have, and how ours are made."""
+        """The keys that releases are signed and verified with."""
         known = self.settings
         secret = known.signing_passphrase
         return Trust(
@@ -71,7 +80,7 @@ class Workspace:
 
     @cached_property
     def registry(self) -> "Registry":
-        """Where versions are."""
+        """The model registry."""
         from tasks.services.mlflow import Registry
 
         return Registry(
@@ -82,76 +91,48 @@ class Workspace:
         )
 
     def classifier(self, name: str) -> "tuple[Classifier, str]":
-        """Load a model that a person named.
+        """Load a model.
 
         Args:
-            name: `champion`, `challenger`, a version's number, or the path of a
-                release's folder or of a .keras or .pb file of this checkout's parameters.
+            name: `champion`, `challenger`, a version, or the path of a release's folder or
+                of a model file.
 
         Returns:
-            The classifier, and what it is in words.
+            The classifier, and its description.
 
         Raises:
-            ReleaseError: there is no such release, or it is not what its manifest says.
+            ReleaseError: There is no such release, or it does not match its manifest.
         """
         path = Path(name)
         if not path.exists():
-            self.services.start_s3()  # while it gets ready, the imports below run
+            self.services.start_s3()  # it gets ready during the imports below
 
         from tasks.model.inference import load_classifier
         from tasks.params import load_params
-        from tasks.releases.release import fetch, open_release, verify_folder
-        from tasks.releases.versions import find_release
+        from tasks.releases.release import open_release, verify_folder
 
         if path.is_dir():
-            found = verify_folder(path, None, self.trust)
-            return open_release(path), f"release {found.id}"
+            return open_release(path), f"release {verify_folder(path, None, self.trust).id}"
         if path.is_file():
-            detail = load_params(self.project.params).preprocess.detail
-            return load_classifier(path, detail), f"file {path}, in no verified release"
-        release = find_release(self.storage, lambda: self.registry, name)
-        folder = fetch(self.storage, release, self.project.releases)
+            size = load_params(self.project.params).preprocess.detail
+            return load_classifier(path, size), f"file {path}, in no verified release"
+        release, folder = self.release(name)
         return open_release(folder), f"{name}, release {release}"
 
-    def promote(
-        self, version: int, reason: str, force: bool = False, by: str | None = None
-    ) -> Move:
-        """Make a version the champion; with force also one that something speaks against."""
-        from tasks.releases.champion import promote
-
-        return promote(
-            self.storage, self.registry, self.project, version, reason, force=force, by=by
-        )
-
-    def rollback(self, reason: str, by: str | None = None, expected: str | None = None) -> Move:
-        """Return to the champion before the present one."""
-        from tasks.releases.champion import rollback
-        from tasks.releases.versions import find_release
-
-        seen = expected and find_release(self.storage, lambda: self.registry, expected)
-        return rollback(self.storage, self.registry, reason, by=by, expected=seen)
-
-    def rebuild_registry(self) -> list[dict[str, Any]]:
-        """Register the releases in storage that the registry lost."""
-        from tasks.releases.versions import rebuild_registry
-
-        added = rebuild_registry(self.storage, self.registry)
-        return [{"version": one.number, "release": one.content_id} for one in added]
-
     def release(self, name: str) -> tuple[str, Path]:
-        """Fetch and verify a release that a person named; its id and its local folder."""
+        """Fetch and verify a release; its id and its local folder."""
         from tasks.releases.release import fetch
-        from tasks.releases.versions import find_release
 
-        release = find_release(self.storage, lambda: self.registry, name)
+        release = self._find(name)
         return release, fetch(self.storage, release, self.project.releases)
 
     def verify(self, name: str) -> dict[str, Any]:
-        """Read a release back whole and compare it with its manifest."""
+        """Read a release back in full and compare it with its manifest."""
         from tasks.releases.release import verify
-        from tasks.releases.versions import find_release
 
-        release = verify(self.storage, find_release(self.storage, lambda: self.registry, name))
+        release = verify(self.storage, self._find(name))
+        champion = self.champion()
+        moves = champion.pointer.moves if champion else ()
         files = release.manifest.files
         return {
             "id": release.id,
@@ -160,26 +141,85 @@ class Workspace:
             "bytes": sum(digest.bytes for digest in files.values()),
             "facts": release.manifest.facts,
             "signature": self.trust.describe(),
-            "forced": self._forced(release.id),
+            "forced": [
+                move.describe() for move in moves if move.release == release.id and move.forced
+            ],
         }
 
-    def _forced(self, release: str) -> list[str]:
-        """Moves that made a release champion in spite of something, in words."""
-        champion = read_champion(self.storage)
-        moves = champion.pointer.moves if champion else ()
-        return [move.describe() for move in moves if move.release == release and move.forced]
+    def _find(self, name: str) -> str:
+        from tasks.releases.versions import find_release
+
+        return find_release(self.storage, lambda: self.registry, name)
+
+    def champion(self) -> Champion | None:
+        """The present champion."""
+        return read_champion(self.storage)
+
+    def promote(
+        self, version: int, reason: str, force: bool = False, by: str | None = None
+    ) -> Move:
+        """Make a version the champion; with force also against the gate or a comparison."""
+        from tasks.releases.champion import promote
+
+        with self.alias_follows():
+            return promote(
+                self.storage, self.registry, self.project, version, reason, force=force, by=by
+            )
+
+    def rollback(self, reason: str, by: str | None = None, expected: str | None = None) -> Move:
+        """Return to the champion before the present one, or before the expected one."""
+        from tasks.releases.champion import rollback
+
+        seen = expected and self._find(expected)
+        with self.alias_follows():
+            return rollback(self.storage, self.registry, reason, by=by, expected=seen)
+
+    def rebuild_registry(self) -> list[dict[str, Any]]:
+        """Register the releases in storage that the registry lost."""
+        from tasks.releases.versions import rebuild_registry
+
+        added = rebuild_registry(self.storage, self.registry)
+        return [{"version": one.number, "release": one.content_id} for one in added]
+
+    @property
+    def alias_pending(self) -> Path:
+        """Marks that MLflow's alias may not name the champion; see `repair_alias`."""
+        return self.project.local / "alias_pending"
+
+    @contextmanager
+    def alias_follows(self) -> Iterator[None]:
+        """Move the champion within the block; a crash leaves a mark for the next run."""
+        self.alias_pending.touch()
+        try:
+            yield
+        finally:
+            self.repair_alias()
+
+    def repair_alias(self) -> bool:
+        """Let MLflow's alias name the champion; log, don't raise, if that fails."""
+        try:
+            if said := sync_alias(self.storage, self.registry):
+                _log.warning(said)
+        except HandsignsError as error:
+            _log.warning("MLflow's alias could not follow the champion; the next run tries it "
+                         "again. %s", error)  # fmt: skip
+            return False
+        self.alias_pending.unlink(missing_ok=True)
+        return True
 
     def status(self) -> dict[str, Any]:
-        """Where the checkout, the registry and the champion stand."""
+        """Where data, registry, champion and the last run stand."""
+        from flows.preflight import last_run
         from tasks.params import load_params
         from tasks.services.mlflow import CHALLENGER
 
-        load_params(self.project.params)  # DVC would blame dvc.yaml for what is wrong there
-        champion = read_champion(self.storage)
+        load_params(self.project.params)  # DVC would blame dvc.yaml for a fault in it
+        champion = self.champion()
         challenger = self.registry.version_by_alias(CHALLENGER)
         moves = champion.pointer.moves if champion else ()
-        # The registry's numbers of today: it may have been begun anew since a move.
+        # The registry may have been rebuilt since a move, with other numbers.
         numbers = {one.content_id: one.number for one in self.registry.versions()}
+        last = last_run(self.project)
         return {
             "data": {
                 "version": self.pipeline.data_version(),
@@ -199,14 +239,15 @@ class Workspace:
             "history": [
                 {**move.model_dump(mode="json"), "told": move.describe()} for move in moves
             ],
+            "last_run": last and {"status": last.status, "reason": last.reason},
         }
 
     def _role(self, version: int, release: str | None) -> dict[str, Any]:
         uri = self.storage.uri(f"releases/{release}/") if release else "no release"
         return {"version": version, "release": release, "uri": uri}
 
-    def pipeline_remote(self) -> "Remote | None":
-        """Where photos are pushed, if a setting says so."""
+    def remote(self) -> "Remote | None":
+        """The DVC remote of the settings."""
         from tasks.services.dvc import Remote
 
         known = self.settings
@@ -228,7 +269,7 @@ class Workspace:
         return Remote(known.dvc_remote_url, options)
 
     def _local_s3(self) -> dict[str, str]:
-        """What DVC is told of the local server."""
+        """Options of a DVC remote on the local S3 server, known once it runs."""
         address = self.services.s3()
         return {
             "endpointurl": address.endpoint_url,

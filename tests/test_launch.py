@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flows.launch import launch_retrain
 from pydantic import SecretStr
 
 from flows import launch
-from flows.launch import launch_retrain
 from flows.report import ModelReport, RunReport, remember, unchanged_since
 from flows.retrain import retrain_lock
 from flows.settings import Settings

@@ -7,8 +7,8 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-
 from flows.moves import rollback
+
 from flows.promotion import course
 from flows.settings import Settings
 from flows.workspace import Workspace

@@ -1,0 +1,272 @@
+"""What is checked before a retrain: the lock, the settings, and whether anything changed."""
+
+import hashlib
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from flows.local.stack import check_reachable, find_running
+from flows.report import RunReport, quarantined
+from flows.workspace import Workspace
+from tasks.errors import HandsignsError, SettingsError, StageError
+from tasks.io import read_json, write_json
+from tasks.params import load_params
+from tasks.project import Project
+from tasks.services.s3 import redact_url
+
+if TYPE_CHECKING:
+    from tasks.data.inbox import Inbox
+
+SQLITE = b"SQLite format 3\0"
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def retrain_lock(project: Project) -> Iterator[bool]:
+    """Hold the lock of the checkout's one retrain.
+
+    Yields:
+        Whether the lock is held; False at once if another process has it.
+    """
+    project.local.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = FileLock(project.retrain_lock)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        _holder(project).write_text(f"process {os.getpid()}\n", encoding="utf-8")
+        yield True
+    finally:
+        lock.release()
+
+
+def another_runs(project: Project) -> str:
+    """Say that another retrain has the lock, and which one."""
+    try:
+        holder = _holder(project).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        holder = "unknown process"
+    return (
+        f"Another retrain of this checkout runs: {holder}. Let it end, or cancel it, and run again."
+    )
+
+
+def _holder(project: Project) -> Path:
+    return project.retrain_lock.with_suffix(".pid")
+
+
+def preflight(workspace: Workspace) -> None:
+    """Refuse a retrain that cannot end well, before anything is started or changed.
+
+    Raises:
+        HandsignsError: Parameters, settings, keys or `dvc.yaml` cannot be used.
+        ServiceError: A configured service does not answer.
+    """
+    params = load_params(workspace.project.params)
+    if params.training.mode == "end_to_end":
+        _check_one_worker()
+    workspace.trust.check_signer()
+    _check_approval(workspace)
+    check_reachable(workspace.settings)
+    if not workspace.pipeline.stages():
+        raise StageError("dvc.yaml defines no stage. Take it back from git and run again.")
+
+
+def _check_one_worker() -> None:
+    from tasks.training.end_to_end import named_workers
+
+    workers = named_workers()
+    if len(workers) > 1:
+        raise SettingsError(
+            f"A retrain trains in one process, and TF_CONFIG names {len(workers)} workers "
+            f"({', '.join(workers)}). Run `dvc repro` on each of them, then unset TF_CONFIG and "
+            "retrain on one: it finds the stages done."
+        )
+
+
+def _check_approval(workspace: Workspace) -> None:
+    """Approval needs services that outlive the run, or nobody could answer."""
+    settings = workspace.settings
+    if settings.promotion != "approval":
+        return
+    running = find_running(workspace.services.folder)
+    addresses = {
+        "PREFECT_API_URL": workspace.services.prefect_named(),
+        "HANDSIGNS_S3_ENDPOINT_URL": settings.s3_endpoint_url or (running and running.s3),
+    }
+    missing = [name for name, address in addresses.items() if address is None]
+    if missing:
+        raise SettingsError(
+            f"HANDSIGNS_PROMOTION=approval cannot be used without {' and '.join(missing)}: "
+            "a run that waits for approval needs services that others can reach meanwhile. Set "
+            "them, start the service with `handsigns up`, or use HANDSIGNS_PROMOTION=auto."
+        )
+
+
+def open_inbox(workspace: Workspace) -> "Inbox | None":
+    """List the inbox; None if none is set.
+
+    Raises:
+        SourceError: The folder is missing, or holds no class folder.
+        ServiceError: S3 does not answer, or has no such bucket.
+    """
+    if workspace.settings.inbox is None:
+        return None
+    from tasks.data.inbox import Inbox, list_bucket, list_folder
+
+    place = workspace.settings.inbox
+    if place.startswith("s3://"):
+        bucket, _, prefix = place.removeprefix("s3://").partition("/")
+        listing = list_bucket(workspace.bucket(bucket), prefix)
+    else:
+        listing = list_folder(Path(place))
+    return Inbox(workspace.project, place, listing, workspace.pipeline.data_version())
+
+
+def find_unchanged(workspace: Workspace) -> RunReport | None:
+    """Return an `unchanged` report if a run would come to the same end as the last one.
+
+    A release that was made for other services, or that its storage has lost, does not
+    count. MLflow's alias is repaired here if it does not follow the champion.
+
+    Raises:
+        ServiceError: The configured storage does not answer.
+        DataError: `data.dvc` is damaged.
+        ReleaseError: The champion is not signed as it must be.
+    """
+    project, pipeline = workspace.project, workspace.pipeline
+    version = pipeline.data_version()
+    last = read_json(_last_run(project))
+    if not isinstance(last, dict) or last.get("made_of") != _made_of(workspace):
+        return None
+    sent = last.get("sent_to") or {}
+    if any(place and sent.get(name) != place for name, place in _targets(workspace).items()):
+        return None
+    try:
+        report = RunReport.model_validate(last.get("report"))
+    except ValidationError:  # written by another version of this program
+        return None
+    if report.data.version != version or not project.data.is_dir() or pipeline.changed():
+        return None
+    if (inbox := open_inbox(workspace)) and inbox.new:
+        return None
+    if report.status != "rejected" and not _is_registered(workspace):
+        return None
+    outcome = f"the last run was rejected: {report.reason}"
+    if report.status != "rejected":
+        outcome = f"data, parameters and code are those of version {report.model.version}."
+    return report.model_copy(
+        update={
+            "status": "unchanged",
+            "reason": f"Nothing changed; {outcome}",
+            "data": report.data.model_copy(update={"quarantined": quarantined(project)}),
+            "seconds": {},
+        }
+    )
+
+
+def _is_registered(workspace: Workspace) -> bool:
+    """Whether champion and registry still are what the last run left, or were repaired."""
+    local = workspace.settings.mlflow_tracking_uri is None
+    database = workspace.project.local / "mlflow.db"
+    if local and workspace.settings.database_url is None and not _is_sqlite(database):
+        return False
+    if workspace.settings.s3_endpoint_url is None and not workspace.alias_pending.exists():
+        return True
+    return workspace.champion() is not None and workspace.repair_alias()
+
+
+def _is_sqlite(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(SQLITE)) == SQLITE
+    except OSError:
+        return False
+
+
+def save_last_run(workspace: Workspace, report: RunReport) -> None:
+    """Remember how a run ended and of what it was made, for `find_unchanged`.
+
+    Log, don't raise: the run is through.
+    """
+    try:
+        store = _store_id(workspace.project)
+        if workspace.settings.s3_endpoint_url is None and not store.exists():
+            store.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            store.write_text(uuid.uuid4().hex, encoding="utf-8")
+        content = {
+            "made_of": _made_of(workspace),
+            "sent_to": _targets(workspace),
+            "report": report.model_dump(mode="json"),
+        }
+        write_json(_last_run(workspace.project), content)
+    except (OSError, HandsignsError) as error:
+        _log.warning("The next run will not know that nothing changed (%s).", error)
+
+
+def last_run(project: Project) -> RunReport | None:
+    """The report of the last run that came to an end and was not merely `unchanged`."""
+    last = read_json(_last_run(project))
+    try:
+        return RunReport.model_validate(last["report"]) if isinstance(last, dict) else None
+    except (KeyError, ValidationError):
+        return None
+
+
+def _made_of(workspace: Workspace) -> dict[str, Any]:
+    project, settings = workspace.project, workspace.settings
+    store = _store_id(project)
+    local = store.read_bytes().hex() if store.is_file() else None
+    keys = [*settings.public_keys, *filter(None, [settings.signing_key])]
+    return {
+        "lock": _digest(project.lock),
+        "storage": settings.s3_endpoint_url or f"local {local}",
+        "bucket": settings.bucket,
+        "registry": _registry(workspace),
+        "model": settings.model_name,
+        "keys": [_digest(key) for key in keys],
+    }
+
+
+def _targets(workspace: Workspace) -> dict[str, str | None]:
+    """Where versions are sent besides; a target that is no longer set asks for nothing."""
+    settings = workspace.settings
+    return {"dvc_remote": redact_url(settings.dvc_remote_url or ""), "branch": settings.git_push}
+
+
+def _registry(workspace: Workspace) -> str:
+    """The registry's address, without the password of a database's."""
+    settings = workspace.settings
+    if settings.mlflow_tracking_uri:
+        return redact_url(settings.mlflow_tracking_uri)
+    running = find_running(workspace.project.local.resolve())
+    if running and running.mlflow:  # its worker's runs do not know the database
+        return running.database or ""
+    if settings.database_url is None:
+        return ""
+    from flows.local.servers import shown_database
+
+    return shown_database(settings.database_url.get_secret_value())
+
+
+def _digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _store_id(project: Project) -> Path:
+    """Lies among the local storage's files, so that it is removed with them."""
+    return project.local / "seaweedfs" / "handsigns.id"
+
+
+def _last_run(project: Project) -> Path:
+    return project.local / "last_run.json"

@@ -1,0 +1,155 @@
+"""Publish what the stages made: a release, a record in MLflow, a commit on a branch."""
+
+import subprocess
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+
+from flows.report import RunReport, histories
+from flows.workspace import Workspace
+from tasks.data.dataset import open_dataset
+from tasks.errors import StageError
+from tasks.io import read_json, write_json
+from tasks.model.augment import enlarge
+from tasks.params import LABELS, load_params
+from tasks.project import Project
+from tasks.releases.card import model_card, write_bill
+from tasks.releases.release import DATASET_INDEX, Release
+from tasks.releases.release import publish as upload
+from tasks.services.dvc import read_record
+from tasks.services.git import Branch, environment
+from tasks.services.mlflow import RecordedRun, RunRecord
+
+SOURCES = {
+    "sample": "The photos are the rendered sample set: drawn hands, not photographs.",
+    "photos": "The photos were imported.",
+}
+
+
+def check_versions(project: Project, version: str) -> None:
+    """Check that the stages used the version of the photos that the release will name.
+
+    Raises:
+        StageError: `data.dvc` or `dvc.lock` names another one.
+    """
+    record = read_record(project)
+    try:
+        stages = yaml.safe_load(project.lock.read_text(encoding="utf-8"))["stages"]
+        used = {
+            dep["md5"] for one in stages.values() for dep in one["deps"] if dep["path"] == "data"
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise StageError("dvc.lock is damaged. Take it back from git and run again.") from error
+    if record is None or record.version != version or used != {version}:
+        raise StageError(
+            f"The photos changed during this run, which began with version {version} of data/. "
+            "Nothing was published; run again."
+        )
+
+
+def commit_versions(project: Project, branch: str, report: RunReport) -> str:
+    """Commit `data.dvc` and `dvc.lock` to a branch of `origin`, unless it has them already.
+
+    Returns:
+        What was done, for the log.
+
+    Raises:
+        ServiceError: git or the remote refuses.
+    """
+    verdict = "passed" if report.gate.passed else "rejected"
+    commit = Branch(project.root, branch).commit(
+        [project.data_file, project.lock],
+        f"Retrain on data {report.data.version[:8]}\n\n"
+        f"Test accuracy {report.test.accuracy or 0.0:.1%}; the gate {verdict} the model.",
+    )
+    return f"commit {commit} is pushed" if commit else "it has these versions already"
+
+
+def publish_release(workspace: Workspace, report: RunReport) -> Release:
+    """Upload the release of what the stages made, or find it there."""
+    project, params = workspace.project, load_params(workspace.project.params)
+    champion = workspace.champion()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_json(folder / "labels.json", list(LABELS))
+        card = model_card(
+            metrics=read_json(project.metrics),
+            gate=read_json(project.gate),
+            counts={name: getattr(report.data, name) for name in ("train", "val", "test")},
+            params=params.model_dump(),
+            histories=histories(project, params),
+            data_version=report.data.version,
+            data_note=SOURCES[workspace.pipeline.data_source() or "photos"],
+        )
+        (folder / "model_card.md").write_text(card, encoding="utf-8")
+        root = project.root
+        write_bill(root / "requirements.lock", root / "pyproject.toml", folder / "sbom.cdx.json")
+        files = {
+            "model.keras": project.model,
+            "model.pb": project.graph,
+            "metrics.json": project.metrics,
+            "gate.json": project.gate,
+            DATASET_INDEX: project.dataset_index,
+            "params.yaml": project.params,
+            "dvc.lock": project.lock,
+            "data.dvc": project.data_file,
+            **{path.name: path for path in folder.iterdir()},
+        }
+        facts = {
+            **_provenance(project, report),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "changed": changed_files(root),
+            "environment": environment(),
+            "pointer_moves": len(champion.pointer.moves) if champion else 0,
+        }
+        return upload(workspace.storage, files, facts)
+
+
+def record_run(workspace: Workspace, report: RunReport, release: Release) -> RecordedRun:
+    """Record this run in MLflow, with the model that the release holds."""
+    from tasks.model.network import load_model
+
+    project, params = workspace.project, load_params(workspace.project.params)
+    record = RunRecord(
+        content_id=release.id,
+        params=params.model_dump(),
+        histories=histories(project, params),
+        metrics={"test": read_json(project.metrics)},
+        pictures=sorted(project.plots.glob("*.png")),
+        files=[project.lock, project.params, project.data_file],
+        tags={**_provenance(project, report), "release_uri": release.uri},
+    )
+    dataset = open_dataset(project.dataset)
+    example = enlarge(dataset.images[dataset.rows("test")[:1]]).astype("float32")
+    return workspace.registry.record_run(
+        record, project.model, lambda: load_model(project.model), example
+    )
+
+
+def _provenance(project: Project, report: RunReport) -> dict[str, str]:
+    return {"data_version": report.data.version, "git_revision": git_revision(project.root)}
+
+
+def git_revision(root: Path) -> str:
+    """Commit of the checkout, with `-dirty` if tracked files differ; 'unknown' outside of git."""
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
+    command += ["--exclude", "*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        # An image has no git; its build wrote down what it was made of.
+        stated = root / "REVISION"
+        return stated.read_text(encoding="utf-8").strip() if stated.is_file() else "unknown"
+    return done.stdout.strip()
+
+
+def changed_files(root: Path) -> list[str]:
+    """Tracked files that differ from the commit; none outside of git."""
+    command = ["git", "-C", str(root), "diff", "--name-only", "-z", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return sorted(filter(None, done.stdout.split("\0")))
