@@ -17,7 +17,7 @@ from flows.report import RunReport, quarantined
 from flows.workspace import Workspace
 from tasks.errors import HandsignsError, SettingsError, StageError
 from tasks.io import read_json, write_json
-from tasks.params import load_params
+from tasks.params import Params, load_params
 from tasks.project import Project
 from tasks.services.s3 import redact_url
 
@@ -73,8 +73,7 @@ def preflight(workspace: Workspace) -> None:
         ServiceError: A configured service does not answer.
     """
     params = load_params(workspace.project.params)
-    if params.training.mode == "end_to_end":
-        _check_one_worker()
+    check_one_worker(params)
     workspace.trust.check_signer()
     _check_approval(workspace)
     check_reachable(workspace.settings)
@@ -82,7 +81,10 @@ def preflight(workspace: Workspace) -> None:
         raise StageError("dvc.yaml defines no stage. Take it back from git and run again.")
 
 
-def _check_one_worker() -> None:
+def check_one_worker(params: Params) -> None:
+    """Reject a multi-worker TF_CONFIG; a retrain uses one worker."""
+    if params.training.mode != "end_to_end":
+        return
     from tasks.training.end_to_end import named_workers
 
     workers = named_workers()

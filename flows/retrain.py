@@ -60,6 +60,9 @@ from tasks.stage import Progress, silent
 LOCK_SECONDS = 600.0
 """Longest wait for an import that is running."""
 
+Candidate = tuple[Version, Champion | None, PromotionDecision | None]
+"""A registered version, the champion it was compared with, and the decision."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 

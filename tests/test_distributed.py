@@ -99,14 +99,14 @@ def test_a_config_that_names_nobody_has_no_workers(
 def test_a_retrain_does_not_wait_for_workers_that_only_a_stage_can_join(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from flows.retrain import _check_alone
+    from flows.preflight import check_one_worker
 
     params = plain_context(Path()).params
     monkeypatch.setenv("TF_CONFIG", config(["127.0.0.1:1", "127.0.0.1:2"], 0))
     with pytest.raises(SettingsError, match=r"names 2 workers \(127.0.0.1:1, 127.0.0.1:2\)"):
-        _check_alone(params)
+        check_one_worker(params)
     cached = params.training.model_copy(update={"mode": "cached"})
-    _check_alone(params.model_copy(update={"training": cached}))
+    check_one_worker(params.model_copy(update={"training": cached}))
 
 
 def config(addresses: list[str], number: int) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.retrain import look, take
+from flows.preflight import open_inbox
+from flows.retrain import import_new
 from flows.settings import load_settings
 from flows.workspace import Workspace
 from tasks.data.directory import held_photos
@@ -36,19 +37,19 @@ def test_an_s3_inbox_is_another_bucket_and_never_removes_what_a_person_put_there
     for label in range(6):
         drop.put(f"signs/{label}/a.png", photos / f"{label}/0000.png")
     with Workspace(made.project, load_settings()) as workspace:
-        inbox = look(workspace, workspace.services)
+        inbox = open_inbox(workspace)
         assert inbox is not None
-        assert take(workspace, inbox, silent).usable
+        assert import_new(workspace, inbox, silent).usable
         assert workspace.pipeline.data_source() == "sample"  # until it is versioned
         assert len(held_photos(made.project)) == 6
         # data/ differs from the sample that data.dvc names, so all of it stays.
         drop.put("signs/3/b.png", photos / "3/0001.png")
-        second = look(workspace, workspace.services)
+        second = open_inbox(workspace)
         assert second is not None
-        report = take(workspace, second, silent)
+        report = import_new(workspace, second, silent)
         assert (sum(report.taken.values()), report.removed) == (1, 0)
         second.remember(workspace.pipeline.version_data("photos"))
-        third = look(workspace, workspace.services)
+        third = open_inbox(workspace)
         assert third is not None
         assert third.new == ()
 

@@ -7,13 +7,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from flows.moves import rollback
 
-from flows.promotion import course
-from flows.settings import Settings
-from flows.workspace import Workspace
-from tasks.errors import PromotionError
-from tasks.project import Project
 from tests.fixtures.checkouts import make_checkout
 from tests.fixtures.prefect_api import PrefectApi
 
@@ -66,20 +60,3 @@ def test_a_prefect_that_fails_is_gone_without(version: str, tmp_path: Path) -> N
     warned, refused = said.splitlines()
     assert warned.startswith(f"Prefect cannot be used at {url} (")
     assert refused == "There is no earlier champion to return to. Nothing was moved."
-
-
-def test_a_move_of_which_nothing_is_known_is_not_made_again(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prefect_api: PrefectApi
-) -> None:
-    def begin_and_fail(*_: object, **__: object) -> None:
-        course.get().begun = True
-        raise RuntimeError("the server went")
-
-    monkeypatch.setattr("flows.promotion.rollback", begin_and_fail)
-    monkeypatch.setattr(Workspace, "rollback", lambda *_, **__: pytest.fail("it was made again"))
-    monkeypatch.setenv("PREFECT_API_URL", prefect_api.url)
-    with (
-        Workspace(Project(tmp_path), Settings()) as workspace,
-        pytest.raises(PromotionError, match="Whether the champion moved is not known"),
-    ):
-        rollback(workspace, "back")

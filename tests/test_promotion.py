@@ -142,8 +142,10 @@ def test_a_better_model_waits_for_a_person_and_then_is_champion(
     assert "Ann" in api.artifact("champion-history")["data"]
     assert "McNemar" in api.artifact("comparison")["data"]
     assert "since version 1" in api.artifact("data-changes")["data"]
-    features = api.artifact("progress-features")
-    assert (features["type"], features["data"]) == ("progress", 100.0)
+    assert api.artifact("summary")["description"].startswith("v2 promoted: 0.")
+    assert not api.post("artifacts/filter", artifacts={"type": {"any_": ["progress"]}})
+    (retrained,) = [one for one in api.runs("retrain") if one["id"] == run["id"]]
+    assert retrained["name"].startswith("v2 promoted: ")
 
 
 def test_the_champion_is_moved_by_hand_in_flow_runs_that_say_what_they_are(
