@@ -66,11 +66,12 @@ def log_to_prefect() -> None:
 def rename_run(name: str) -> None:
     """Rename the present flow run."""
 
-    def rename() -> None:
+    def rename(run: str) -> None:
         with get_client(sync_client=True) as client:
-            client.update_flow_run(UUID(str(flow_run.get_id())), name=name[:200])
+            client.update_flow_run(UUID(run), name=name[:200])
 
-    _try(rename)
+    if run := flow_run.get_id():
+        _try(rename, run)
 
 
 def run_address() -> str | None:
@@ -106,14 +107,13 @@ class ProgressArtifacts:
     def close(self) -> None:
         """Remove the bars."""
 
-        def remove() -> None:
+        def remove(bars: list[UUID]) -> None:
             with get_client(sync_client=True) as client:
-                for bar, _ in self._bars.values():
-                    if bar:
-                        client.delete_artifact(bar)
+                for bar in bars:
+                    client.delete_artifact(bar)
 
-        if self._bars:
-            _try(remove)
+        if bars := [bar for bar, _ in self._bars.values() if bar]:
+            _try(remove, bars)
 
 
 def show_summary(project: Project, report: RunReport) -> None:
