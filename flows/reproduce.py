@@ -24,7 +24,7 @@ from tasks.errors import HandsignsError, ReleaseError, ServiceError, StageError
 from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.reproduction import Comparison, compare_builds
-from tasks.services.dvc import read_record
+from tasks.services.data_file import read_record
 from tasks.services.git import environment
 from tasks.stage import Progress
 

@@ -1,6 +1,7 @@
 """Outputs that appear whole or not at all."""
 
 import glob
+import hashlib
 import json
 import shutil
 import tempfile
@@ -34,6 +35,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -99,7 +99,7 @@ WAIT = 60.0
 
 
 def fetch_data(project: Project, pipeline: Pipeline, progress: Progress = silent) -> str:
-    """Bring the photos that `data.dvc` names, unless photos are there already.
+    """Lay out the photos that `data.dvc` names, unless somebody changed `data/`.
 
     Args:
         project: the checkout.
@@ -115,7 +115,7 @@ def fetch_data(project: Project, pipeline: Pipeline, progress: Progress = silent
         BusyError: an import runs for too long.
     """
     recover(project)
-    if any(project.data.glob("*/*/*")):
+    if pipeline.data_state() in ("clean", "edited"):
         return "data/ is in place."
     version = pipeline.data_version()
     if version is None:
