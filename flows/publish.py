@@ -18,7 +18,7 @@ from tasks.project import Project
 from tasks.releases.card import model_card, write_bill
 from tasks.releases.release import DATASET_INDEX, Release
 from tasks.releases.release import publish as upload
-from tasks.services.dvc import read_record
+from tasks.services.data_file import read_record
 from tasks.services.git import Branch, environment
 from tasks.services.mlflow import RecordedRun, RunRecord
 
