@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from flows.local.stack import check_reachable, find_running
 from flows.report import RunReport, quarantined
 from flows.workspace import Workspace
-from tasks.errors import HandsignsError, SettingsError, StageError
+from tasks.errors import HandsignsError, SettingsError
 from tasks.io import read_json, write_json
 from tasks.params import Params, load_params
 from tasks.project import Project
+from tasks.services.git import read_revision
 from tasks.services.s3 import redact_url
 
 if TYPE_CHECKING:
@@ -77,8 +78,9 @@ def preflight(workspace: Workspace) -> None:
     workspace.trust.check_signer()
     _check_approval(workspace)
     check_reachable(workspace.settings)
-    if not workspace.pipeline.stages():
-        raise StageError("dvc.yaml defines no stage. Take it back from git and run again.")
+    workspace.pipeline.stages()
+    if problem := read_revision(workspace.project.root).problem:
+        _log.warning("Releases of this run name no commit and cannot be rebuilt: %s.", problem)
 
 
 def check_one_worker(params: Params) -> None:

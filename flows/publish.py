@@ -1,8 +1,6 @@
 """Publish what the stages made: a release, a record in MLflow, a commit on a branch."""
 
-import subprocess
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
@@ -16,10 +14,11 @@ from tasks.model.augment import enlarge
 from tasks.params import LABELS, load_params
 from tasks.project import Project
 from tasks.releases.card import model_card, write_bill
+from tasks.releases.provenance import release_facts
 from tasks.releases.release import DATASET_INDEX, Release
 from tasks.releases.release import publish as upload
 from tasks.services.data_file import read_record
-from tasks.services.git import Branch, environment
+from tasks.services.git import push_to_branch, read_revision
 from tasks.services.mlflow import RecordedRun, RunRecord
 
 SOURCES = {
@@ -59,7 +58,9 @@ def commit_versions(project: Project, branch: str, report: RunReport) -> str:
         ServiceError: git or the remote refuses.
     """
     verdict = "passed" if report.gate.passed else "rejected"
-    commit = Branch(project.root, branch).commit(
+    commit = push_to_branch(
+        project.root,
+        branch,
         [project.data_file, project.lock],
         f"Retrain on data {report.data.version[:8]}\n\n"
         f"Test accuracy {report.test.accuracy or 0.0:.1%}; the gate {verdict} the model.",
@@ -70,7 +71,6 @@ def commit_versions(project: Project, branch: str, report: RunReport) -> str:
 def publish_release(workspace: Workspace, report: RunReport) -> Release:
     """Upload the release of what the stages made, or find it there."""
     project, params = workspace.project, load_params(workspace.project.params)
-    champion = workspace.champion()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_json(folder / "labels.json", list(LABELS))
@@ -97,13 +97,7 @@ def publish_release(workspace: Workspace, report: RunReport) -> Release:
             "data.dvc": project.data_file,
             **{path.name: path for path in folder.iterdir()},
         }
-        facts = {
-            **_provenance(project, report),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "changed": changed_files(root),
-            "environment": environment(),
-            "pointer_moves": len(champion.pointer.moves) if champion else 0,
-        }
+        facts = release_facts(root, report.data.version, workspace.champion())
         return upload(workspace.storage, files, facts)
 
 
@@ -119,37 +113,14 @@ def record_run(workspace: Workspace, report: RunReport, release: Release) -> Rec
         metrics={"test": read_json(project.metrics)},
         pictures=sorted(project.plots.glob("*.png")),
         files=[project.lock, project.params, project.data_file],
-        tags={**_provenance(project, report), "release_uri": release.uri},
+        tags={
+            "data_version": report.data.version,
+            "git_revision": read_revision(project.root).commit,
+            "release_uri": release.uri,
+        },
     )
     dataset = open_dataset(project.dataset)
     example = enlarge(dataset.images[dataset.rows("test")[:1]]).astype("float32")
     return workspace.registry.record_run(
         record, project.model, lambda: load_model(project.model), example
     )
-
-
-def _provenance(project: Project, report: RunReport) -> dict[str, str]:
-    return {"data_version": report.data.version, "git_revision": git_revision(project.root)}
-
-
-def git_revision(root: Path) -> str:
-    """Commit of the checkout, with `-dirty` if tracked files differ; 'unknown' outside of git."""
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
-    command += ["--exclude", "*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
-    except (OSError, subprocess.SubprocessError):
-        # An image has no git; its build wrote down what it was made of.
-        stated = root / "REVISION"
-        return stated.read_text(encoding="utf-8").strip() if stated.is_file() else "unknown"
-    return done.stdout.strip()
-
-
-def changed_files(root: Path) -> list[str]:
-    """Tracked files that differ from the commit; none outside of git."""
-    command = ["git", "-C", str(root), "diff", "--name-only", "-z", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return sorted(filter(None, done.stdout.split("\0")))

@@ -23,9 +23,9 @@ from flows.workspace import Workspace
 from tasks.errors import HandsignsError, ReleaseError, ServiceError, StageError
 from tasks.io import read_json
 from tasks.project import Project
+from tasks.releases.provenance import environment
 from tasks.releases.reproduction import Comparison, compare_builds
 from tasks.services.data_file import read_record
-from tasks.services.git import environment
 from tasks.stage import Progress
 
 RECORDED = ("data.dvc", "dvc.lock", "params.yaml")
@@ -79,8 +79,8 @@ def recorded_revision(facts: Mapping[str, Any], release: str) -> str:
     commit = revision.removesuffix("-dirty")
     if commit == "unknown":
         raise ReleaseError(
-            f"The release names no git revision. Received: release {release}. It was made "
-            "outside of git and cannot be rebuilt."
+            f"Release {release} names no commit and cannot be rebuilt: "
+            f"{facts.get('git_problem', 'it was made outside of git')}."
         )
     changed = facts.get("changed", ["files that it does not name"])
     if commit != revision and (lost := [name for name in changed if name not in RECORDED]):

@@ -7,7 +7,7 @@ import pytest
 
 from tasks.errors import StageError
 from tasks.releases.card import write_bill
-from tasks.services.git import environment
+from tasks.releases.provenance import environment
 from tests.fixtures.photos import CHECKOUT
 
 LOCK, PROJECT = CHECKOUT.root / "requirements.lock", CHECKOUT.root / "pyproject.toml"

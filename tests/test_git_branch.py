@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import ServiceError
-from tasks.services.git import Branch
+from tasks.services.git import Revision, push_to_branch, read_revision
 
 TOKEN = "sentinel-token"
 
@@ -49,12 +49,13 @@ def test_what_the_person_is_doing_stays_as_it_is(checkout: Path) -> None:
             ["rev-parse", "HEAD"],
             ["branch"],
             ["stash", "list"],
+            ["worktree", "list"],
         )
         return [git(checkout, *words) for words in questions]
 
     before = state()
     index = (checkout / ".git/index").read_bytes()
-    commit = Branch(checkout, "handsigns/data").commit([checkout / "data.dvc"], "Retrain\n\nWhy.")
+    commit = push_to_branch(checkout, "handsigns/data", [checkout / "data.dvc"], "Retrain\n\nWhy.")
     assert (checkout / ".git/index").read_bytes() == index
     assert state() == before
     assert (checkout / "code.py").read_text() == "being edited\n"
@@ -71,11 +72,11 @@ def test_what_the_person_is_doing_stays_as_it_is(checkout: Path) -> None:
 
 
 def test_the_same_files_are_not_committed_twice(checkout: Path) -> None:
-    branch = Branch(checkout, "data")
-    assert branch.commit([checkout / "data.dvc"], "One")
-    assert branch.commit([checkout / "data.dvc"], "Two") is None
+    data = [checkout / "data.dvc"]
+    assert push_to_branch(checkout, "data", data, "One")
+    assert push_to_branch(checkout, "data", data, "Two") is None
     (checkout / "data.dvc").write_text("second\n")
-    second = branch.commit([checkout / "data.dvc"], "Three")
+    second = push_to_branch(checkout, "data", data, "Three")
     origin = checkout.parent / "origin"
     assert git(origin, "rev-parse", "data") == second
     assert git(origin, "log", "--format=%s", "data").split() == ["Three", "One", "Start"]
@@ -85,7 +86,7 @@ def test_a_checkout_below_the_repositorys_top_keeps_its_paths(checkout: Path) ->
     below = checkout / "models/signs"
     below.mkdir(parents=True)
     (below / "data.dvc").write_text("below\n")
-    Branch(below, "data").commit([below / "data.dvc"], "Below")
+    push_to_branch(below, "data", [below / "data.dvc"], "Below")
     origin = checkout.parent / "origin"
     assert git(origin, "show", "data:models/signs/data.dvc") == "below"
     assert git(origin, "show", "data:data.dvc") == "first"
@@ -98,7 +99,7 @@ def test_of_many_at_once_none_is_lost(checkout: Path) -> None:
         (checkout / name).write_text(f"{name}\n")
 
     def commit(name: str) -> str | None:
-        return Branch(checkout, "data").commit([checkout / name], name)
+        return push_to_branch(checkout, "data", [checkout / name], name)
 
     with ThreadPoolExecutor() as pool:
         assert all(pool.map(commit, names))
@@ -111,11 +112,46 @@ def test_a_remote_that_refuses_is_named_in_one_line_without_its_token(checkout: 
     hook.write_text("#!/bin/sh\necho only by review >&2\nexit 1\n")
     hook.chmod(0o755)
     with pytest.raises(ServiceError, match=r"git push failed .*only by review") as refused:
-        Branch(checkout, "data").commit([checkout / "data.dvc"], "One")
+        push_to_branch(checkout, "data", [checkout / "data.dvc"], "One")
     address = f"http://user:{TOKEN}@127.0.0.1:9/origin.git"
     git(checkout, "remote", "set-url", "origin", address)
     with pytest.raises(ServiceError, match="git ls-remote failed") as unreachable:
-        Branch(checkout, "data").commit([checkout / "data.dvc"], "One")
+        push_to_branch(checkout, "data", [checkout / "data.dvc"], "One")
     for caught in (refused, unreachable):
         assert "\n" not in str(caught.value)
         assert TOKEN not in str(caught.value)
+
+
+def test_the_commit_and_the_changed_files_are_named(checkout: Path) -> None:
+    clean = read_revision(checkout)
+    assert clean == Revision(git(checkout, "rev-parse", "HEAD"))
+    (checkout / "code.py").write_text("edited\n")
+    assert read_revision(checkout) == Revision(f"{clean.commit}-dirty", ("code.py",))
+
+
+def test_why_git_does_not_name_the_commit_is_said(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+        owner = read_revision(checkout)
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", str(tmp_path))
+        no_git = read_revision(checkout)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    elsewhere = read_revision(outside)
+    (checkout / ".git/index").write_bytes(b"damaged")
+    damaged = read_revision(checkout)
+    for found, words in (
+        (owner, f"git config --global --add safe.directory {checkout}"),
+        (no_git, "There is no git here"),
+        (elsewhere, "not a git repository"),
+        (damaged, "index file"),
+    ):
+        assert found.commit == "unknown"
+        assert words in str(found.problem)
+        assert "\n" not in str(found.problem)
+    (outside / "REVISION").write_text("abc\n")
+    assert read_revision(outside) == Revision("abc")

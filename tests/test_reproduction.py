@@ -17,8 +17,8 @@ from flows.reproduce import checkout, recorded_revision
 from tasks.errors import ReleaseError
 from tasks.io import write_json
 from tasks.project import Project
+from tasks.releases.provenance import environment
 from tasks.releases.reproduction import Comparison, compare_builds
-from tasks.services.git import environment
 
 LOCK: dict[str, Any] = {
     "stages": {
@@ -134,7 +134,7 @@ def test_other_data_code_or_parameters_come_first(
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
-        ({}, "names no git revision"),
+        ({}, "names no commit"),
         ({"git_revision": "abc-dirty"}, "files that it does not name"),
         ({"git_revision": "abc-dirty", "changed": ["tasks/gate.py"]}, "tasks/gate.py"),
     ],

@@ -1,210 +1,189 @@
-"""Git: provenance, and commits on a branch."""
+"""Git: what is checked out, and commits on a branch of the remote."""
 
+import logging
 import os
-import platform
 import re
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import stamina
 
 from tasks.errors import HandsignsError, ServiceError
-from tasks.model.inference import usable_cores
-
-LIBRARIES = (
-    "tensorflow",
-    "tensorflow-cpu",
-    "keras",
-    "numpy",
-    "openvino",
-    "opencv-python-headless",
-    "pillow",
-    "scikit-learn",
-    "dvc",
-)
-"""Those whose arithmetic, decoding or formats a release's bytes come from."""
-
-INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
-"""By which libraries choose other kernels, which round differently."""
-
-
-def environment() -> dict[str, Any]:
-    """Name the interpreter, the libraries and the processor of this process.
-
-    Returns:
-        `python`, `system`, `libraries` (version by name), `processor`,
-        `cores` and `instructions`.
-    """
-    processor, flags = _processor()
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "libraries": {name: found for name in LIBRARIES if (found := _version(name))},
-        "processor": processor,
-        "cores": usable_cores(),
-        "instructions": [name for name in INSTRUCTIONS if name in flags],
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> tuple[str, list[str]]:
-    """Its name and what it can do; where the system does not tell, only its kind."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor() or platform.machine(), []
-    lines = (line.partition(":") for line in text.splitlines())
-    fields = {name.strip(): value.strip() for name, _, value in lines}
-    name = fields.get("model name") or platform.machine()
-    return name, (fields.get("flags") or fields.get("Features") or "").split()
-
 
 ATTEMPTS = 5
 SECONDS = 60
-"""Longest wait for one answer of git; a remote that says nothing is given up."""
-
-_AUTHOR = {"NAME": "handsigns", "EMAIL": "handsigns@localhost"}
-_RACES = ("[rejected]", "cannot lock ref", "failed to update ref", "Unable to create")
-"""What git says where somebody else was faster."""
+"""Longest wait for one answer of git; a silent remote is given up."""
+RACES = ("[rejected]", "cannot lock ref", "failed to update ref", "Unable to create")
+"""What git says where another push was faster."""
+MISLEADING = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
+"""Set where a git hook starts us; they name another checkout."""
+AUTHOR = ("-c", "user.name=handsigns", "-c", "user.email=handsigns@localhost")
 
 
 class _MovedError(HandsignsError):
-    """Somebody else moved the branch in between."""
+    """Another push moved the branch in between."""
 
 
 @dataclass(frozen=True)
-class Branch:
-    """A branch of a checkout's remote.
+class Revision:
+    """The commit of a checkout.
+
+    Args:
+        commit: with `-dirty` if tracked files differ; `unknown` where git does not say.
+        changed: tracked files that differ.
+        problem: why the commit is unknown, and what to do about it.
+    """
+
+    commit: str
+    changed: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+def read_revision(root: Path) -> Revision:
+    """Name the commit that `root` is of; never raises."""
+    try:
+        described = _run(root, "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*")
+        differing = _run(root, "diff", "--name-only", "-z", "HEAD")
+        said = described.stderr + differing.stderr
+        if described.returncode == differing.returncode == 0:
+            changed = sorted(filter(None, differing.stdout.split("\0")))
+            return Revision(described.stdout.strip(), tuple(changed))
+    except ServiceError as error:
+        said = str(error)
+    # An image has no git; its build wrote down what it was made of.
+    stated = root / "REVISION"
+    if stated.is_file():
+        return Revision(stated.read_text(encoding="utf-8").strip())
+    problem = _one_line(said)[:200]
+    if "dubious ownership" in said:
+        advice = f"git config --global --add safe.directory {root.resolve()}"
+        problem = f"git refuses a folder that belongs to another user. Run `{advice}`"
+    return Revision("unknown", problem=problem.rstrip("."))
+
+
+def push_to_branch(
+    root: Path, branch: str, paths: Sequence[Path], message: str, remote: str = "origin"
+) -> str | None:
+    """Commit files as they are now onto a branch of the remote, from a temporary worktree.
+
+    The checkout's own branch, index and files stay as they are.
 
     Args:
         root: folder of the checkout, or one below it.
-        name: of the branch; it is made from HEAD where there is none.
+        branch: made from HEAD where the remote has none.
+        paths: files below `root`.
+        message: of the commit.
         remote: of the checkout.
+
+    Returns:
+        The commit, or None where the branch holds these very files already.
+
+    Raises:
+        ServiceError: git or the remote refuses, or does not answer, or others move the
+            branch again and again.
     """
-
-    root: Path
-    name: str
-    remote: str = "origin"
-
-    def commit(self, paths: Sequence[Path], message: str) -> str | None:
-        """Bring files as they are now onto the branch, as one commit.
-
-        Args:
-            paths: files below `root`.
-            message: of the commit.
-
-        Returns:
-            The commit, or None where the branch holds these very files already.
-
-        Raises:
-            ServiceError: git or the remote refuses, or does not answer, or others
-                move the branch again and again.
-        """
-        try:
-            for attempt in stamina.retry_context(on=_MovedError, attempts=ATTEMPTS, wait_max=3.0):
-                with attempt:
-                    return self._commit(paths, message)
-        except _MovedError as error:
-            raise ServiceError(
-                f"The branch was moved by others {ATTEMPTS} times in a row. "
-                f"Received: {self.name} on {self.remote} ({error}). Run again."
-            ) from None
-        raise AssertionError("a retry context either returns or raises")
-
-    def _commit(self, paths: Sequence[Path], message: str) -> str | None:
-        tip = self._tip()
-        parent = tip or self._git("rev-parse", "--verify", "HEAD^{commit}")
-        tree = self._tree(parent, paths)
-        if tip and tree == self._git("rev-parse", f"{tip}^{{tree}}"):
-            return None
-        commit = self._git("commit-tree", tree, "-p", parent, "-m", message, **self._author())
-        self._git("push", "--quiet", self.remote, f"{commit}:refs/heads/{self.name}")
-        return commit
-
-    def _tip(self) -> str | None:
-        """Last commit of the branch as the remote has it, fetched; None without one."""
-        found = self._git("ls-remote", self.remote, f"refs/heads/{self.name}").split()
-        if not found:
-            return None
-        ours = f"refs/handsigns/{self.name}"
-        self._git("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", self.remote,
-                  f"+refs/heads/{self.name}:{ours}")  # fmt: skip
-        return self._git("rev-parse", "--verify", f"{ours}^{{commit}}")
-
-    def _tree(self, parent: str, paths: Sequence[Path]) -> str:
-        """The parent's tree with the files in it, made in an index of its own."""
-        below = self._git("rev-parse", "--show-prefix")
-        with tempfile.TemporaryDirectory() as folder:
-            index = {"GIT_INDEX_FILE": f"{folder}/index"}
-            self._git("read-tree", parent, **index)
-            for path in paths:
-                name = path.relative_to(self.root).as_posix()
-                blob = self._git("hash-object", "-w", f"--path={name}", str(path.resolve()))
-                self._git(
-                    "update-index", "--add", "--cacheinfo", f"100644,{blob},{below}{name}", **index
-                )
-            return self._git("write-tree", **index)
-
-    def _author(self) -> dict[str, str]:
-        """Who commits, where git knows nobody here."""
-        if self._call("config", "user.email").returncode == 0:
-            return {}
-        roles = ("AUTHOR", "COMMITTER")
-        return {f"GIT_{role}_{key}": text for role in roles for key, text in _AUTHOR.items()}
-
-    def _git(self, *words: str, **environment: str) -> str:
-        done = self._call(*words, **environment)
-        if done.returncode == 0:
-            return done.stdout.strip()
-        said = _without_secrets(done.stderr)
-        if words[0] in ("push", "fetch") and any(race in done.stderr for race in _RACES):
-            raise _MovedError(said)
+    logging.getLogger("stamina").setLevel(logging.ERROR)
+    try:
+        for attempt in stamina.retry_context(
+            on=_MovedError, attempts=ATTEMPTS, timeout=None, wait_max=3.0
+        ):
+            with attempt:
+                return _push(root, branch, paths, message, remote)
+    except _MovedError as error:
         raise ServiceError(
-            f"git {words[0]} failed ({said}). Received: branch {self.name} of {self.remote}. "
-            "Check HANDSIGNS_GIT_PUSH, the remote and the right to push there."
-        )
+            f"Branch {branch} of {remote} was moved by others {ATTEMPTS} times in a row ({error}). "
+            "Run again."
+        ) from None
+    raise AssertionError("a retry context either returns or raises")
 
-    def _call(self, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-        kept = {name: text for name, text in os.environ.items() if name not in _MISLEADING}
-        quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true", "LC_ALL": "C"}
-        quiet["GIT_SSH_COMMAND"] = os.environ.get("GIT_SSH_COMMAND", "ssh -o BatchMode=yes")
-        command = ["git", "-C", str(self.root), "-c", "core.hooksPath=/dev/null", *words]
+
+def _push(root: Path, branch: str, paths: Sequence[Path], message: str, remote: str) -> str | None:
+    tip = _tip(root, branch, remote)
+    with _worktree(root, tip or "HEAD") as tree:
+        below = tree / _git(root, "rev-parse", "--show-prefix")
+        for path in paths:
+            target = below / path.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+            _git(tree, "add", "--force", str(target))
+        if tip and not _git(tree, "status", "--porcelain", "--untracked-files=no"):
+            return None
+        known = _run(root, "config", "user.email").returncode == 0
+        author = () if known else AUTHOR
+        _git(tree, *author, "-c", "commit.gpgsign=false", "commit", "--quiet", "--allow-empty",
+             "-m", message)  # fmt: skip
+        _git(tree, "push", "--quiet", remote, f"HEAD:refs/heads/{branch}")
+        return _git(tree, "rev-parse", "HEAD")
+
+
+def _tip(root: Path, branch: str, remote: str) -> str | None:
+    """Last commit of the branch as the remote has it, fetched; None without one."""
+    if not _git(root, "ls-remote", remote, f"refs/heads/{branch}"):
+        return None
+    ours = f"refs/handsigns/{branch}"
+    _git(root, "fetch", "--quiet", "--no-tags", "--no-write-fetch-head", remote,
+         f"+refs/heads/{branch}:{ours}")  # fmt: skip
+    return _git(root, "rev-parse", "--verify", f"{ours}^{{commit}}")
+
+
+@contextmanager
+def _worktree(root: Path, commit: str) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="handsigns-push-") as folder:
+        tree = Path(folder) / "tree"
+        _git(root, "worktree", "add", "--quiet", "--detach", str(tree), commit)
         try:
-            return subprocess.run(  # noqa: S603, the command is ours
-                command,
-                env={**kept, **quiet, **environment},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=SECONDS,
-            )
-        except FileNotFoundError:
-            raise ServiceError(
-                "There is no git here. Install it, or unset HANDSIGNS_GIT_PUSH."
-            ) from None
-        except subprocess.TimeoutExpired:
-            raise ServiceError(
-                f"git {words[0]} did not end within {SECONDS} s. Received: branch {self.name} "
-                f"of {self.remote}. Check the remote, then run again."
-            ) from None
+            yield tree
+        finally:
+            _run(root, "worktree", "remove", "--force", str(tree))
 
 
-_MISLEADING = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
-"""Set where a git hook starts us; they name another checkout."""
+def _git(root: Path, *words: str) -> str:
+    done = _run(root, *words)
+    if done.returncode == 0:
+        return done.stdout.strip()
+    said = _one_line(done.stderr)
+    verb = next(word for word in words if word in _VERBS)
+    if verb in ("push", "fetch", "worktree") and any(race in done.stderr for race in RACES):
+        raise _MovedError(said)
+    raise ServiceError(
+        f"git {verb} failed ({said}). Check HANDSIGNS_GIT_PUSH, the remote and the right to "
+        "push there."
+    )
 
 
-def _without_secrets(said: str) -> str:
+_VERBS = ("rev-parse", "add", "status", "commit", "push", "ls-remote", "fetch", "worktree")
+
+
+def _run(root: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    kept = {name: text for name, text in os.environ.items() if name not in MISLEADING}
+    quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true", "LC_ALL": "C"}
+    quiet["GIT_SSH_COMMAND"] = os.environ.get("GIT_SSH_COMMAND", "ssh -o BatchMode=yes")
+    command = ["git", "-C", str(root), "-c", "core.hooksPath=/dev/null", *words]
+    try:
+        return subprocess.run(  # noqa: S603, the command is ours
+            command,
+            env={**kept, **quiet},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
+        )
+    except FileNotFoundError:
+        raise ServiceError("There is no git here. Install it.") from None
+    except subprocess.TimeoutExpired:
+        raise ServiceError(
+            f"git {' '.join(words[:2])} did not end within {SECONDS} s. Check the remote, then run "
+            "again."
+        ) from None
+
+
+def _one_line(said: str) -> str:
     """One line of what git said; addresses lose their user and password."""
     lines = [line for line in said.splitlines() if not line.startswith("hint:")]
     return re.sub(r"(?<=://)[^\s'\"]*@", "", " ".join(" ".join(lines).split()))[:400]
