@@ -1,100 +1,84 @@
-"""Every verb of the `handsigns` command."""
+"""The verbs of the `handsigns` command."""
 
-import io
-import logging
-import subprocess
 import sys
+import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from flows.command import Json, Model, Named, Number, Reason, open_project, open_workspace
+from flows.keys import keys_app
 from flows.local.proxy import spare_loopback
-from flows.output import (
-    Json,
-    Model,
-    Reason,
-    err,
-    open_project,
-    open_workspace,
-    out,
-    print_json,
-    shown_progress,
-    tell,
-)
+from flows.output import echo, say, show_messages, shown_progress
 from tasks.errors import HandsignsError, SettingsError
 from tasks.garbage import rare_collection
 
-if TYPE_CHECKING:
-    from flows.serve.follower import ModelSource
-    from flows.settings import Settings
-    from tasks.project import Project
-
 INTERRUPTED = 130
-"""What the command ends with after Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C, as shells have it."""
 
 app = typer.Typer(
     name="handsigns",
     help="Keep a hand-sign classifier fresh: import photos, retrain, promote what is better.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(keys_app, name="keys")
 
 
 def main() -> None:
-    """Run the command; whatever is refused or fails ends in one line and exit code 1."""
-    _show_logs()
+    """Run the command; a refusal or a failure is one line and exit code 1."""
+    show_messages()
     spare_loopback()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # of a terminal that knows few letters
-            stream.reconfigure(errors="backslashreplace")
     try:
         with rare_collection():
             app()
     except HandsignsError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(
-            f"{error.strerror or error}. Received: {error.filename or 'an operation'}. "
-            "Give permission or make room, then run again."
-        )
+        where = f": '{error.filename}'" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}. Give permission or make room, then run again.")
     except KeyboardInterrupt:
         _interrupted()
     except SystemExit as end:
         if end.code == INTERRUPTED:
             _interrupted()
         raise
-
-
-def _show_logs() -> None:
-    """What flows and tasks have to say goes to standard error, in plain lines."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    for name in ("flows", "tasks"):
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).setLevel(logging.INFO)
+    except Exception as error:
+        traceback.print_exc()  # into the log, once there is one
+        kind = type(error).__name__
+        _fail(f"{kind}: {error}. This is a bug; the newest file in .local/logs/ has its traceback.")
 
 
 def _interrupted() -> NoReturn:
-    _say("Interrupted. What was there before is whole; run again to go on.")
+    say("Interrupted. Nothing is lost; run again to continue.")
     sys.exit(INTERRUPTED)
 
 
-def _fail(line: str) -> None:
-    _say(line)
+def _fail(reason: str) -> NoReturn:
+    say(reason)
     sys.exit(1)
 
 
-def _say(line: str) -> None:
-    err.print(" ".join(line.split()), highlight=False, markup=False, soft_wrap=True)
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        echo(False, None, f"handsigns {version('handsigns')}")
+        raise typer.Exit
 
 
-_WHERE = """\
-Look at artifacts/run.json, artifacts/plots/, and
-  handsigns status           who is champion
-  handsigns predict PHOTO    what it sees"""
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 @app.command()
@@ -103,17 +87,13 @@ def retrain(
     json_: Json = False,
 ) -> None:
     """Bring the model up to date: stages, gate, release, registry, champion."""
-    from flows.output import run_table
-    from flows.run import retrain as run
-
     with open_workspace() as workspace, shown_progress() as progress:
+        from flows.run import retrain as run
+
         report = run(workspace, force, progress)
-    if json_:
-        print_json(report.model_dump(mode="json"))
-    else:
-        out.print(run_table(report))
-        if report.status != "failed":  # what failed has said all there is
-            out.print(_WHERE, highlight=False)
+    from flows.tables import retrain_listing
+
+    echo(json_, report.model_dump(mode="json"), retrain_listing(report))
     if report.status == "cancelled":
         raise KeyboardInterrupt
     if report.status in ("rejected", "failed"):
@@ -123,63 +103,57 @@ def retrain(
 @app.command()
 def status(json_: Json = False) -> None:
     """Show the data's version, stages out of date, champion and challenger."""
-    from flows.output import status_table
-
     with open_workspace() as workspace:
         found = workspace.status()
-    tell(json_, found, status_table(found))
+    from flows.tables import status_listing
 
-
-_log = logging.getLogger(__name__)
+    echo(json_, found, status_listing(found))
 
 
 @app.command()
 def sample(json_: Json = False) -> None:
     """Render the sample data set into data/ and version it."""
+    project = open_project()
+    pipeline = open_workspace(project).pipeline
     from tasks.data.directory import recover
     from tasks.data.sources import render
 
-    project = open_project()
-    pipeline = open_workspace(project).pipeline
     with shown_progress() as progress:
         recover(project)
-        said = render(project, pipeline, progress)
-    tell(json_, {"version": pipeline.data_version(), "said": said}, said)
+        done = render(project, pipeline, progress)
+    echo(json_, {"version": pipeline.data_version(), "said": done}, done)
 
 
 @app.command("import")
 def import_(
     source: Annotated[Path, typer.Argument(help="Class folders, a .zip of them, or an .h5 file.")],
     test: Annotated[Path | None, typer.Option(help="The test set, where it is apart.")] = None,
-    replace: Annotated[bool, typer.Option(help="Hold these photos only.")] = False,
+    replace: Annotated[bool, typer.Option(help="Keep these photos only.")] = False,
     json_: Json = False,
 ) -> None:
     """Bring photos into data/, set bad files aside, and version the result."""
-    from flows.output import import_table
+    project = open_project()
+    from flows.tables import import_listing
     from tasks.data.importer import import_photos
     from tasks.data.sources import fetch_data
 
-    project = open_project()
     with open_workspace(project) as workspace, shown_progress() as progress:
         pipeline = workspace.pipeline
-        held = pipeline.data_source()  # a damaged data.dvc is told before photos are exchanged
+        former = pipeline.data_source()  # fails for a damaged data.dvc before photos are replaced
         # A sample that was never rendered is nothing that photos could be added to.
-        if not replace and held == "photos":
+        if not replace and former == "photos":
             fetch_data(project, pipeline, progress)
-        beside = held == "sample" and not replace and project.data.is_dir()
+        mixed = former == "sample" and not replace and project.data.is_dir()
         report = import_photos(project, source, test, replace, progress)
         version = pipeline.version_data("photos")
         pushed = pipeline.push_data() if pipeline.has_remote() else None
-    if beside and report.usable:
-        _log.warning(
+    if mixed and report.usable:
+        say(
             "data/ holds the rendered sample beside these photos. Import them with --replace to "
-            "hold them only."
+            "keep them only."
         )
-    if json_:
-        print_json({**report.to_json(), "version": version, "pushed": pushed})
-        return
-    out.print(import_table(report))
-    out.print(f"data/ is version {version}.", highlight=False)
+    result = {**report.to_json(), "version": version, "pushed": pushed}
+    echo(json_, result, import_listing(report, version))
 
 
 @app.command()
@@ -189,67 +163,72 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Score a model on labelled photos: accuracy, loss, AUC, each class."""
-    from flows.output import scores_table
-
     with open_workspace() as workspace, shown_progress() as progress:
         classifier, name = workspace.classifier(model)
         from tasks.evaluate import evaluate_folder
 
         report = evaluate_folder(classifier, folder, progress)
+    from flows.tables import scores_listing
+
     result = {"model": name, **report.to_json()}
-    tell(json_, result, scores_table(result))
+    echo(json_, result, scores_listing(result))
 
 
 @app.command()
 def predict(
-    files: Annotated[list[Path], typer.Argument(help="Photos of hands.")],
+    files: Annotated[list[Path], typer.Argument(help="Photos of hands, or folders of them.")],
     model: Model = "champion",
     json_: Json = False,
 ) -> None:
     """Read the sign in each photo, with the probability of every sign."""
-    from flows.output import predictions_table
-
+    photos = [photo for file in files for photo in _photos_in(file)]
     with open_workspace() as workspace, shown_progress() as progress:
         classifier, name = workspace.classifier(model)
         from tasks.model.inference import classify_files
 
-        predictions = [found.to_json() for found in classify_files(classifier, files, progress)]
-    tell(json_, {"model": name, "predictions": predictions}, predictions_table(predictions, name))
+        predictions = [found.to_json() for found in classify_files(classifier, photos, progress)]
+    from flows.tables import predictions_listing
+
+    result = {"model": name, "predictions": predictions}
+    echo(json_, result, predictions_listing(predictions, name))
     if any("error" in found for found in predictions):
         raise typer.Exit(1)
 
 
+def _photos_in(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.rglob("[!.]*") if file.is_file())
+    if not found:
+        raise HandsignsError(f"The folder '{path}' holds no photos. Name one that does.")
+    return found
+
+
 @app.command()
-def verify(
-    version: Annotated[str, typer.Argument(help="champion, challenger, or a version's number.")],
-    json_: Json = False,
-) -> None:
+def verify(version: Named, json_: Json = False) -> None:
     """Check a release's signature, read it back and compare every byte with its manifest."""
     with open_workspace() as workspace:
         found = workspace.verify(version)
-    said = f"{found['uri']}: {found['files']} files, {found['bytes']} bytes, as the manifest says."
-    said += "".join(f" {words}" for words in (found["signature"], *found["forced"]))
-    tell(json_, found, said)
+    shown = f"{found['uri']}: {found['files']} files, {found['bytes']} bytes, as the manifest says."
+    shown += "".join(f" {more}" for more in (found["signature"], *found["forced"]))
+    echo(json_, found, shown)
 
 
 @app.command()
-def reproduce(
-    version: Annotated[str, typer.Argument(help="champion, challenger, or a version's number.")],
-    json_: Json = False,
-) -> None:
+def reproduce(version: Named, json_: Json = False) -> None:
     """Rebuild a release from its recorded code, data and parameters, and compare."""
     with open_workspace() as workspace, shown_progress() as progress:
         from flows.reproduce import reproduce as rebuild
 
         found = rebuild(workspace, version, progress)
-    tell(json_, found.to_json(), found.told())
+    echo(json_, found.to_json(), found.told())
     if not found.identical:
         raise typer.Exit(1)
 
 
 @app.command()
 def promote(
-    version: Annotated[int, typer.Argument(help="Version in the registry.")],
+    version: Number,
     reason: Reason = "",
     force: Annotated[
         bool,
@@ -264,7 +243,7 @@ def promote(
         from flows.run import promote as move_to
 
         move = move_to(workspace, version, reason or ("" if force else "promoted by hand"), force)
-    tell(json_, move.model_dump(mode="json"), move.describe())
+    echo(json_, move.model_dump(mode="json"), move.describe())
 
 
 @app.command()
@@ -276,12 +255,12 @@ def rollback(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Give the champion's place back to the version that had it before."""
+    """Return to the champion before the present one."""
     with open_workspace() as workspace:
         from flows.run import rollback as move_back
 
         move = move_back(workspace, reason, from_)
-    tell(json_, move.model_dump(mode="json"), move.describe())
+    echo(json_, move.model_dump(mode="json"), move.describe())
 
 
 @app.command("rebuild-registry")
@@ -290,7 +269,7 @@ def rebuild_registry(json_: Json = False) -> None:
     with open_workspace() as workspace:
         added = workspace.rebuild_registry()
     lines = [f"Version {one['version']} is release {one['release']}." for one in added]
-    tell(json_, {"added": added}, "\n".join(lines) or "The registry has every release.")
+    echo(json_, {"added": added}, "\n".join(lines) or "The registry has every release.")
 
 
 @app.command()
@@ -300,69 +279,47 @@ def serve(
     model: Model = "champion",
     json_: Json = False,
 ) -> None:
-    """Serve a page and an interface that read signs; the champion is followed."""
-    from flows.settings import load_settings
+    """Serve a page and an HTTP API that read signs; they follow the champion."""
+    workspace = open_workspace()
+    from flows.serve.server import listen, open_source, run_service
 
-    project, settings = open_project(), load_settings()
-    token = settings.serve_token
-    from flows.serve.server import listen, run_service
-
-    with listen(host, port, bool(token)) as listening:
-        source = _source(project, settings, model)
+    settings = workspace.settings
+    token = settings.serve_token.get_secret_value() if settings.serve_token else None
+    with listen(host, port, token is not None) as listening:
+        source = open_source(workspace, model)
         from flows.serve.app import make_app
         from flows.serve.limits import Limits
 
-        limits = Limits(
-            settings.serve_rate,
-            settings.serve_max_mb * 2**20,
-            token.get_secret_value() if token else None,
-            listening.hosts,
-        )
-        service = make_app(source, limits)
-        url = listening.url
-        told = source.model.description if source.model else None
-        line = f"Serving on {url} ({told or 'no model yet'}). Ctrl-C stops it."
-        tell(json_, {"url": url, "model": told, "problem": source.problem}, line)
-        sys.stdout.flush()
+        max_bytes = settings.serve_max_mb * 2**20
+        service = make_app(source, Limits(settings.serve_rate, max_bytes, token, listening.hosts))
+        loaded = source.model.description if source.model else None
+        line = f"Serving on {listening.url} ({loaded or 'no model yet'}). Ctrl-C stops it."
+        echo(json_, {"url": listening.url, "model": loaded, "problem": source.problem}, line)
         try:
             run_service(service, listening)
         finally:
             source.stop()
 
 
-def _source(project: "Project", settings: "Settings", model: str) -> "ModelSource":
-    from flows.local.stack import SharedStorage
-    from flows.serve.follower import Follower, LoadedModel, StaticModel
-    from flows.workspace import Workspace
-
-    workspace = Workspace(project, settings)
-    if model != "champion":
-        with workspace:
-            return StaticModel(LoadedModel(*workspace.classifier(model)))
-    shared = SharedStorage(settings, project, workspace.trust)
-    follower = Follower(shared.opened, project.releases, settings.serve_follow_seconds)
-    follower.start()
-    return follower
-
-
 @app.command()
 def up(json_: Json = False) -> None:
     """Start S3, MLflow, Prefect and a worker on loopback, with the schedule."""
+    workspace = open_workspace()
     from flows.local.up import up as start
-    from flows.output import service_table
-    from flows.settings import load_settings
+    from flows.tables import service_listing
 
-    running, fresh = start(open_project(), load_settings())
-    tell(json_, {**running.model_dump(), "started": fresh}, service_table(running, fresh))
+    running, fresh = start(workspace.project, workspace.settings)
+    echo(json_, {**running.model_dump(), "started": fresh}, service_listing(running, fresh))
 
 
 @app.command()
 def down(json_: Json = False) -> None:
     """Stop what `up` started, and all that it started; the data stays."""
+    project = open_project()
     from flows.local.up import down as stop
 
-    stopped = stop(open_project())
-    tell(json_, {"stopped": stopped}, "The service is down." if stopped else "Nothing was up.")
+    stopped = stop(project)
+    echo(json_, {"stopped": stopped}, "The service is down." if stopped else "Nothing was up.")
 
 
 @app.command()
@@ -374,110 +331,30 @@ def deploy(
     json_: Json = False,
 ) -> None:
     """Register work pools, deployments and the crash automations with Prefect."""
-    from flows.deploy import POOLS
-    from flows.deploy import deploy as register
     from flows.local.servers import HEARTBEAT_SECONDS
-    from flows.local.stack import Services
-    from flows.settings import load_settings
-    from tasks.errors import SettingsError
 
-    project, settings = open_project(), load_settings()
     if not HEARTBEAT_SECONDS < silence < float("inf"):
         raise typer.BadParameter(
             f"must be more than the {HEARTBEAT_SECONDS} s between two signs of life, and finite "
             f"(received {silence:g})",
             param_hint="--silence",
         )
+    workspace = open_workspace()
+    from flows.deploy import POOLS
+    from flows.deploy import deploy as register
+    from flows.local.stack import Services
+
+    project, settings = workspace.project, workspace.settings
     if pool not in POOLS:
-        raise SettingsError(
-            f"There is no such work pool. Received: {pool!r}. Take one of {', '.join(POOLS)}."
-        )
+        raise SettingsError(f"There is no work pool {pool!r}. Take one of {', '.join(POOLS)}.")
     api = Services(settings, project.local.resolve()).prefect_named()
     if api is None:
         raise SettingsError(
             "No Prefect server is known. Set PREFECT_API_URL, or run `handsigns up` first."
         )
     names = register(project, settings, api, pool, silence)
-    tell(json_, {"api": api, "pool": pool, "deployments": names}, f"{', '.join(names)} on {pool}")
+    echo(json_, {"api": api, "pool": pool, "deployments": names}, f"{', '.join(names)} on {pool}")
 
-
-keys_app = typer.Typer(help="Make keys, and sign what is there.", no_args_is_help=True)
-
-
-@keys_app.command()
-def new(
-    folder: Annotated[
-        Path | None, typer.Option(help="Takes both keys; .local/keys if not named.")
-    ] = None,
-    json_: Json = False,
-) -> None:
-    """Make a key pair; HANDSIGNS_SIGNING_PASSPHRASE, if set, locks the private key."""
-    from flows.settings import load_settings
-    from tasks.releases.signing import fingerprint, new_keys, public_pem
-
-    place = (folder or open_project().keys).resolve()
-    refuse_tracked(place)
-    secret = load_settings().signing_passphrase
-    private, public = new_keys(place, secret.get_secret_value() if secret else None)
-    name = fingerprint(public_pem(public))[:16]
-    said = (
-        f"Key {name}. Keep {private} where releases are made, as HANDSIGNS_SIGNING_KEY; "
-        f"give {public} to all who use them, in HANDSIGNS_PUBLIC_KEYS."
-    )
-    tell(json_, {"key": name, "private": str(private), "public": str(public)}, said)
-
-
-@keys_app.command()
-def sign(json_: Json = False) -> None:
-    """Sign the champion, and every release that was one, with the present key."""
-    from tasks.errors import ReleaseError
-    from tasks.releases.pointer import sign_pointer
-    from tasks.releases.release import sign_release
-
-    with open_workspace() as workspace:
-        workspace.trust.check_signer()
-        if workspace.trust.signing_key is None:
-            raise SettingsError(
-                "There is no key to sign with. Received: no HANDSIGNS_SIGNING_KEY. Make one with "
-                "`handsigns keys new` and set it."
-            )
-        champion = sign_pointer(workspace.storage)
-        moves = champion.pointer.moves if champion else ()
-        releases, gone = [], {}
-        for release in sorted({move.release for move in moves}):
-            try:
-                sign_release(workspace.storage, release)
-                releases.append(release)
-            except ReleaseError as error:  # the others must not stay unsigned for it
-                gone[release] = str(error)
-    said = f"Signed: the champion pointer and {len(releases)} releases."
-    told = [said if champion else "There is no champion to sign."]
-    told += [f"Not signed, {release}: {reason}" for release, reason in gone.items()]
-    tell(json_, {"releases": releases, "not_signed": gone}, "\n".join(told))
-    if gone:
-        raise typer.Exit(1)
-
-
-def refuse_tracked(folder: Path) -> None:
-    """Refuse a folder from which the next `git add` would take a private key.
-
-    Raises:
-        SettingsError: it lies in a git checkout that does not ignore it.
-    """
-    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    command = ["git", "-C", str(existing), "check-ignore", "--quiet", str(folder / "signing.pem")]
-    try:
-        code = subprocess.run(command, capture_output=True, timeout=20, check=False).returncode  # noqa: S603
-    except (OSError, subprocess.TimeoutExpired):
-        return  # without git nothing can be added to it
-    if code == 1:
-        raise SettingsError(
-            f"A private key must not lie where git would take it. Received: '{folder}'. "
-            "Name a folder that is ignored, or one outside of the checkout."
-        )
-
-
-app.add_typer(keys_app, name="keys")
 
 if __name__ == "__main__":
     main()

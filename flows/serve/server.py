@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import uvicorn
 from starlette.types import ASGIApp
 
+from flows.local.stack import SharedStorage
+from flows.serve.follower import Follower, LoadedModel, ModelSource, StaticModel
+from flows.workspace import Workspace
 from tasks.errors import ServiceError, SettingsError
 
 CONNECTIONS = 4096
@@ -62,6 +65,18 @@ def listen(host: str, port: int, token: bool) -> Iterator[Listening]:
         shown = f"[{found}]" if ":" in found else found
         hosts = None if token else frozenset({"127.0.0.1", "::1", "localhost", host.lower()})
         yield Listening(bound, f"http://{shown}:{number}", hosts)
+
+
+def open_source(workspace: Workspace, model: str) -> ModelSource:
+    """Load the model that a person named; the champion is followed."""
+    if model != "champion":
+        with workspace:
+            return StaticModel(LoadedModel(*workspace.classifier(model)))
+    project, settings = workspace.project, workspace.settings
+    shared = SharedStorage(settings, project, workspace.trust)
+    follower = Follower(shared.opened, project.releases, settings.serve_follow_seconds)
+    follower.start()
+    return follower
 
 
 def run_service(service: ASGIApp, listening: Listening) -> None:
