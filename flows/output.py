@@ -62,7 +62,6 @@ def show_messages() -> None:
         logger = logging.getLogger(name)
         logger.addHandler(_MessageHandler())
         logger.setLevel(level)
-        logger.propagate = False  # Prefect prints what reaches the root logger
 
 
 def say(message: str) -> None:

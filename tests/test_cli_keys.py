@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import refuse_tracked
+from flows.keys import refuse_tracked
 from tasks.errors import SettingsError
 from tasks.releases.signing import PUBLIC_KEY, new_keys
 from tests.fixtures.checkouts import BIN
@@ -39,10 +39,3 @@ def test_no_private_key_where_git_would_take_it(tmp_path: Path) -> None:
     refuse_tracked(tmp_path / ".local" / "keys")
     with pytest.raises(SettingsError, match="where git would take it"):
         refuse_tracked(tmp_path / "keys")
-
-
-@pytest.mark.parametrize("verb", ["new", "sign"])
-def test_each_verb_explains_itself(verb: str) -> None:
-    done = subprocess.run([BIN / "handsigns", "keys", verb, "-h"], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert "--json" in done.stdout
