@@ -1,6 +1,8 @@
-"""A champion that cannot be examined is no reason to set_champion anybody."""
+"""A new model is compared with the champion on photos that are new to the champion."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from tasks import audit, preprocess
 from tasks.data.dataset import open_dataset
 from tasks.errors import PromotionError
-from tasks.io import write_json
+from tasks.io import read_json, write_json
 from tasks.model.inference import Classifier
 from tasks.params import LABELS, Params
 from tasks.project import Project
@@ -21,16 +23,43 @@ from tests.fixtures.photos import write_photos
 
 
 def champion_with(
-    storage: Storage, folder: Path, labels: list[str], model: bytes = b"no graph"
+    storage: Storage, folder: Path, labels: list[str], photos: Any = (), model: bytes = b"no graph"
 ) -> Champion:
-    """Make a release champion that holds these labels and this model."""
+    """Make a release champion that holds these labels, photos and this model."""
     folder.mkdir()
     write_json(folder / "labels.json", labels)
-    write_json(folder / "dataset.json", {"photos": []})
+    write_json(folder / "dataset.json", {"photos": list(photos)})
     (folder / "params.yaml").write_text("preprocess: {detail: 64}\n")
     (folder / "model.pb").write_bytes(model)
     release = publish(storage, {path.name: path for path in folder.iterdir()}, {})
     return move_champion(storage, None, Pointer(release=release.id, version=1))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Path:
+    """A checkout with photos, split, and a prediction for each test photo."""
+    project = Project(tmp_path_factory.mktemp("challenge"))
+    context = Context(project, params)
+    write_photos(project.data / "train", 8)
+    audit.run(context)
+    preprocess.run(context)
+    told = [{"name": name, "probabilities": [1 / 6] * 6} for name in tested(project)]
+    write_json(project.predictions, {"photos": told})
+    return project.root
+
+
+@pytest.fixture
+def project(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    even = Classifier(lambda images: np.full((len(images), 6), 1 / 6, np.float32), 64, 32)
+    monkeypatch.setattr("tasks.releases.challenger.open_release", lambda _folder: even)
+    shutil.copytree(prepared, tmp_path / "checkout")
+    return Project(tmp_path / "checkout")
+
+
+def tested(project: Project) -> list[str]:
+    """Names of the test photos; paths, for every class has photos of the same names."""
+    dataset = open_dataset(project.dataset)
+    return [dataset.names[row] for row in dataset.rows("test")]
 
 
 def test_without_a_champion_there_is_nothing_to_compare_with(
@@ -40,42 +69,60 @@ def test_without_a_champion_there_is_nothing_to_compare_with(
     assert (decision.won, decision.comparison) == (True, None)
 
 
-def test_labels_in_another_order_are_refused(storage: Storage, tmp_path: Path) -> None:
-    champion = champion_with(storage, tmp_path / "made", [*LABELS[1:], LABELS[0]])
-    with pytest.raises(PromotionError, match=r"champion cannot be scored.*in this order") as caught:
+@pytest.mark.parametrize(
+    ("labels", "words"), [([*LABELS[1:], LABELS[0]], "in this order"), (LABELS, r"model\.pb")]
+)
+def test_a_champion_that_cannot_be_loaded_is_refused(
+    storage: Storage, tmp_path: Path, labels: list[str], words: str
+) -> None:
+    champion = champion_with(storage, tmp_path / "made", list(labels))
+    with pytest.raises(PromotionError, match=rf"champion cannot be scored.*{words}") as caught:
         compare_with_champion(Project(tmp_path), storage, champion)
     assert "\n" not in str(caught.value)
-
-
-def test_a_champion_that_cannot_be_loaded_is_refused(storage: Storage, tmp_path: Path) -> None:
-    champion = champion_with(storage, tmp_path / "made", list(LABELS))
-    with pytest.raises(PromotionError, match=r"champion cannot be scored.*model\.pb"):
-        compare_with_champion(Project(tmp_path), storage, champion)
-
-
-def test_photos_that_went_during_the_run_are_named(
-    storage: Storage, tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    project = Project(tmp_path)
-    context = Context(project, params)
-    write_photos(project.data / "train", 8)
-    audit.run(context)
-    preprocess.run(context)
-    dataset = open_dataset(project.dataset)
-    names = [dataset.names[row] for row in dataset.rows("test")]
-    told = [{"name": name, "probabilities": [1 / 6] * 6} for name in names]
-    write_json(project.predictions, {"photos": told})
-    champion = champion_with(storage, tmp_path / "made", list(LABELS))
-    even = Classifier(lambda images: np.full((len(images), 6), 1 / 6, np.float32), 64, 32)
-    monkeypatch.setattr("tasks.releases.challenger.open_release", lambda _folder: even)
-    assert compare_with_champion(project, storage, champion).won
-    gone = project.data / names[0]  # a path, for every class has a photo of this name
-    gone.unlink()
-    with pytest.raises(PromotionError, match=rf"1 unreadable.*'{gone.name}' \(no such file\)"):
-        compare_with_champion(project, storage, champion)
 
 
 def test_a_champion_whose_release_is_gone_is_refused(storage: Storage, tmp_path: Path) -> None:
     nowhere = Champion(Pointer(release="0" * 32, version=1), "etag")
     with pytest.raises(PromotionError, match=r"champion cannot be scored.*no complete release"):
         compare_with_champion(Project(tmp_path), storage, nowhere)
+
+
+def test_photos_that_went_during_the_run_are_named(
+    project: Project, storage: Storage, tmp_path: Path
+) -> None:
+    champion = champion_with(storage, tmp_path / "made", list(LABELS))
+    decision = compare_with_champion(project, storage, champion)
+    assert decision.won
+    assert decision.comparison is not None
+    assert decision.comparison.champion.n == len(tested(project))
+    gone = project.data / tested(project)[0]
+    gone.unlink()
+    with pytest.raises(PromotionError, match=rf"1 unreadable.*'{gone.name}' \(no such file\)"):
+        compare_with_champion(project, storage, champion)
+
+
+@pytest.mark.parametrize("by_path", [True, False])
+def test_photos_that_the_champion_trained_on_and_their_near_duplicates_are_left_out(
+    project: Project, storage: Storage, tmp_path: Path, by_path: bool
+) -> None:
+    names = tested(project)
+    trained, copy = names[0], names[1]
+    audited = read_json(project.audit)
+    original = "train/0/original.png"  # only the champion's training split had it
+    write_json(project.audit, {**audited, "groups": [[original, copy]]})
+    known = [trained, original if by_path else Path(original).name]
+    photos = [{"name": name, "split": "train", "label": "0"} for name in known]
+    photos.append({"name": names[2], "split": "test", "label": "0"})
+    champion = champion_with(storage, tmp_path / "made", list(LABELS), photos)
+    found = compare_with_champion(project, storage, champion).comparison
+    assert found is not None
+    assert found.champion.n == len(names) - 2
+
+
+def test_a_champion_that_trained_on_every_test_photo_is_refused(
+    project: Project, storage: Storage, tmp_path: Path
+) -> None:
+    photos = [{"name": name, "split": "val", "label": "0"} for name in tested(project)]
+    champion = champion_with(storage, tmp_path / "made", list(LABELS), photos)
+    with pytest.raises(PromotionError, match="trained on every test photo"):
+        compare_with_champion(project, storage, champion)

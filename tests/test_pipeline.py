@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tasks.errors import BusyError, DataError, StageError
+from tasks.data.sources import fetch_data
+from tasks.errors import BusyError, DataError, HandsignsError, StageError
 from tasks.project import Project
 from tasks.services.dvc import Pipeline, Remote
-from tests.fixtures.checkouts import with_stages
+from tests.fixtures.checkouts import BIN, with_stages
 from tests.fixtures.locks import held
 
 EARLY = ("audit", "preprocess")
@@ -151,25 +152,114 @@ def test_data_travels_through_a_remote_and_damage_is_found(
 def test_the_version_remembers_where_the_photos_came_from(checkout: Project) -> None:
     pipeline = Pipeline(checkout)
     assert pipeline.data_source() == "photos"
-    version = pipeline.version_data("sample")
-    assert Pipeline(checkout).data_source() == "sample"
-    assert Pipeline(checkout).version_data("photos") == version
-
-
-def test_what_a_team_notes_in_the_data_file_stays(checkout: Project) -> None:
-    pipeline = Pipeline(checkout)
     record = yaml.safe_load(checkout.data_file.read_text())
     checkout.data_file.write_text(yaml.safe_dump({**record, "meta": {"camera": "hall"}}))
     assert pipeline.data_source() == "photos"
-    pipeline.version_data("sample")
+    assert pipeline.version_data("sample") == record["outs"][0]["md5"]
+    assert pipeline.data_source() == "sample"
+    # What a team notes there stays.
     kept = yaml.safe_load(checkout.data_file.read_text())["meta"]
     assert kept == {"camera": "hall", "source": "sample"}
-    checkout.data_file.write_text(yaml.safe_dump({**record, "meta": None}))
-    assert pipeline.data_source() == "photos"
 
 
-def test_a_spoiled_data_file_is_told_in_one_line(checkout: Project) -> None:
+def add_photo(project: Project, name: str) -> None:
+    shutil.copy(project.data / "train/0/0000.png", project.data / f"train/0/{name}.png")
+
+
+def pulled(project: Project, record: bytes) -> None:
+    """Write another version of data.dvc, as `git pull` does."""
+    project.data_file.write_bytes(record)
+
+
+def test_a_newer_data_file_is_laid_out_and_an_edited_folder_is_versioned(
+    checkout: Project,
+) -> None:
+    older = checkout.data_file.read_bytes()
     pipeline = Pipeline(checkout)
-    (checkout.root / "data.dvc").write_text("outs: 7\n")
-    with pytest.raises(DataError, match="not what DVC writes"):
-        pipeline.data_version()
+    assert pipeline.data_state() == "clean"
+    add_photo(checkout, "theirs")
+    assert pipeline.data_state() == "edited"
+    newer = pipeline.version_data("photos")
+    record = checkout.data_file.read_bytes()
+    pulled(checkout, older)
+    fetch_data(checkout, Pipeline(checkout))
+    assert not (checkout.data / "train/0/theirs.png").exists()
+    pulled(checkout, record)
+    # Photos that nobody changed must not win over a data.dvc that somebody did.
+    assert Pipeline(checkout).data_state() == "outdated"
+    fetch_data(checkout, Pipeline(checkout))
+    assert (checkout.data / "train/0/theirs.png").exists()
+    assert Pipeline(checkout).data_version() == newer
+    # Going back to an earlier state by hand is an edit, though the cache knows it.
+    (checkout.data / "train/0/theirs.png").unlink()
+    assert Pipeline(checkout).data_state() == "edited"
+
+
+def test_photos_and_data_file_that_both_changed_are_refused_with_both_ways_out(
+    checkout: Project,
+) -> None:
+    older = checkout.data_file.read_bytes()
+    pipeline = Pipeline(checkout)
+    add_photo(checkout, "theirs")
+    pipeline.version_data("photos")
+    record = checkout.data_file.read_bytes()
+    pulled(checkout, older)
+    fetch_data(checkout, pipeline)
+    add_photo(checkout, "ours")
+    pulled(checkout, record)
+    for call in (pipeline.data_state, lambda: fetch_data(checkout, pipeline)):
+        with pytest.raises(DataError, match=r"dvc add data.*dvc pull --force data\.dvc") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert (checkout.data / "train/0/ours.png").exists()
+    assert checkout.data_file.read_bytes() == record
+    subprocess.run([BIN / "dvc", "add", "-q", "data"], cwd=checkout.root, check=True)
+    assert Pipeline(checkout).data_state() == "clean"
+
+
+def test_only_a_remote_of_the_repository_or_of_our_setting_counts(
+    checkout: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    anybody = f"[core]\n    remote = anybody\n['remote \"anybody\"']\n    url = {tmp_path}/theirs\n"
+    (tmp_path / "home/config").write_text(anybody)
+    pipeline = Pipeline(checkout)
+    assert not pipeline.has_remote()
+    assert pipeline.remote_url() is None
+    ours = anybody.replace("anybody", "team").replace("theirs", "ours")
+    (checkout.root / ".dvc/config.local").write_text(ours)
+    assert Pipeline(checkout).remote_url() == f"{tmp_path}/ours"
+    assert Pipeline(checkout).push_data() > 0
+    set_by_us = Pipeline(checkout, Remote("s3://user:secret@bucket/photos", {}))
+    assert set_by_us.remote_url() == "s3://bucket/photos"
+    assert not (tmp_path / "theirs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("data.dvc", b"", "data.dvc is not what DVC writes"),
+        ("data.dvc", b"outs: 7\n", "data.dvc is not what DVC writes"),
+        ("dvc.yaml", b"", "dvc.yaml names no stage"),
+        ("dvc.lock", b"stages: [", "Take dvc.lock back from git"),
+        ("dvc.lock", b"\xff\xfe", "Take dvc.lock back from git"),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line(
+    checkout: Project, name: str, content: bytes, words: str
+) -> None:
+    (checkout.root / name).write_bytes(content)
+    with pytest.raises(HandsignsError, match=words) as caught:
+        Pipeline(checkout).changed()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damaged", [b"", b'{"write": {"/a/b": {"pi', b"[1]", b"\xff\xfe"])
+def test_a_damaged_list_of_locks_is_no_obstacle(
+    checkout: Project, damaged: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    (checkout.root / ".dvc/tmp").mkdir(exist_ok=True)
+    (checkout.root / ".dvc/tmp/rwlock").write_bytes(damaged)
+    assert Pipeline(checkout).run("audit") == "ran"
+    assert "list of locks" in caplog.text

@@ -96,6 +96,7 @@ class Pipeline:
         """Names of the stages, each after what it depends on."""
         import networkx
 
+        self.data_version()  # DVC would not say what to do about a damaged data.dvc
         graph = self._locked(lambda: self._repo.index.graph)
         names = [s.name for s in reversed(list(networkx.topological_sort(graph))) if s.cmd]
         if not names:
@@ -105,7 +106,6 @@ class Pipeline:
     def changed(self) -> dict[str, list[Any]]:
         """What is out of date, by stage; empty when there is nothing to do."""
         self.stages()
-        self.data_version()
         return dict(self._locked(self._repo.status))
 
     def run(self, name: str, force: bool = False, progress: Progress = silent) -> Outcome:

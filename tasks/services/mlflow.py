@@ -18,47 +18,12 @@ from tasks.errors import ServiceError
 from tasks.services.s3 import S3Address, redact_url
 
 PREFIX = "mlflow"
-
-
-def place_of(artifacts: Path | S3Address | None, experiment: str) -> str | None:
-    """Return the URI below which an experiment's files lie.
-
-    Args:
-        artifacts: a folder, a bucket, or None to let MLflow's server decide.
-        experiment: its name.
-    """
-    if isinstance(artifacts, S3Address):
-        return f"s3://{artifacts.bucket}/{PREFIX}/{experiment}"
-    return artifacts.resolve().as_uri() if artifacts else None
-
-
-@contextmanager
-def credentials_of(artifacts: Path | S3Address | None, login: str | None = None) -> Iterator[None]:
-    """Show MLflow what opens a bucket, and its own server, for as long as the block lasts.
-
-    It looks for that in the environment only; DVC, in the same process, may have other keys.
-
-    Args:
-        artifacts: a bucket's endpoint and keys are redact_url.
-        login: `user:password` of MLflow's server; None leaves the environment's own.
-    """
-    ours = artifacts.environment() if isinstance(artifacts, S3Address) else {}
-    if login:
-        ours |= zip(
-            ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
-            login.split(":", 1),
-            strict=True,
-        )
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name, text in before.items():
-            if text is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = text
+CHALLENGER = "challenger"
+CHAMPION = "champion"
+CONTENT_ID = "content_id"
+"""Tag of runs and versions: the release that they stand for."""
+_BATCH = 100
+"""Parameters, and tags, that one request may carry; metrics may be ten times as many."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +34,10 @@ class RunRecord:
         content_id: id of the release.
         params: nested; keys are joined with dots.
         histories: contents of the phases' `history.json`, in order.
-        metrics: nested final metrics; values that are not numbers are left out.
-        pictures: files that go to `pictures/`.
-        files: files that go to `files/`, such as `dvc.lock`.
-        tags: plain facts, such as git revision and data version.
+        metrics: nested final metrics; only numbers are recorded.
+        pictures: logged below `pictures/`.
+        files: logged below `files/`.
+        tags: such as git revision and data version.
     """
 
     content_id: str
@@ -84,14 +49,11 @@ class RunRecord:
     tags: Mapping[str, str] = field(default_factory=dict)
 
     def parameters(self) -> list[tuple[str, str]]:
-        """Return each parameter's dotted name and its value as text."""
+        """Each parameter's dotted name and its value as text."""
         return [(name, str(value)) for name, value in _flat(self.params)]
 
     def points(self) -> list[tuple[str, float, int]]:
-        """Return name, value and epoch of every number, such as ("base/val_loss", 0.3, 1).
-
-        Final metrics have epoch 0.
-        """
+        """Name, value and epoch of every number; final metrics have epoch 0."""
         training = [
             (f"{history['phase']}/{name}", float(value), int(epoch["epoch"]))
             for history in self.histories
@@ -117,14 +79,6 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-CHALLENGER = "challenger"
-CHAMPION = "champion"
-CONTENT_ID = "content_id"
-"""Tag of runs and versions: the release that they stand for."""
-_BATCH = 100
-"""Parameters, and tags, that one request may carry; metrics may be ten times as many."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +136,6 @@ class Registry:
             model_file: the `.keras` file; its very bytes become the logged model.
             load: returns the `keras.Model` of that file; called when a run is made.
             example: float32 or uint8, (1, height, width, 3); a photo in [0, 255].
-
-        Returns:
-            The run and where its model lies.
         """
         with self._asked() as client:
             experiment = self._experiment(client)
@@ -211,10 +162,7 @@ class Registry:
         Args:
             run: what `record_run` returned; None for a release whose run is lost.
             content_id: id of the release.
-            tags: plain facts, such as the release's URI.
-
-        Returns:
-            The version.
+            tags: `release_uri` at least.
         """
         if found := self.find(content_id):
             return found
@@ -226,24 +174,22 @@ class Registry:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            # Not "models:/<id>": with a database that is looked up in the default store.
+            source, ids = tags["release_uri"], {}
+            if run:
+                # Not "models:/<id>": with a database that is looked up in the default store.
+                source = client.get_logged_model(run.model_id).artifact_location
+                ids = {"run_id": run.run_id, "model_id": run.model_id}
             made = client.create_model_version(
-                self.model_name,
-                client.get_logged_model(run.model_id).artifact_location
-                if run
-                else tags["release_uri"],
-                run_id=run and run.run_id,
-                tags={**tags, CONTENT_ID: content_id},
-                model_id=run and run.model_id,
+                self.model_name, source, tags={**tags, CONTENT_ID: content_id}, **ids
             )
-        return _version(made, ())
+        return _version(made, {})
 
     def versions(self) -> list[Version]:
         """Return all versions, oldest first."""
         with self._asked() as client:
             aliases = self._aliases(client)
             found = self._search(client)
-        return [_version(one, aliases.get(str(one.version), ())) for one in found]
+        return [_version(one, aliases) for one in found]
 
     def find(self, content_id: str) -> Version | None:
         """Return the version of a release, or None."""
@@ -265,7 +211,7 @@ class Registry:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
                 return None
-            return _version(found, self._aliases(client).get(str(found.version), ()))
+            return _version(found, self._aliases(client))
 
     def set_alias(self, alias: str, number: int) -> None:
         """Let an alias name a version; the last writer wins."""
@@ -273,7 +219,7 @@ class Registry:
             client.set_registered_model_alias(self.model_name, alias, str(number))
 
     def set_tags(self, number: int, tags: Mapping[str, str]) -> None:
-        """Add plain facts to a version; the last writer of each wins."""
+        """Tag a version; the last writer of each tag wins."""
         with self._asked() as client:
             for name, text in tags.items():
                 client.set_model_version_tag(self.model_name, str(number), name, text)
@@ -310,8 +256,12 @@ class Registry:
     def _experiment(self, client: Any) -> str:
         known = client.get_experiment_by_name(self.model_name)
         if known is None:
-            place = place_of(self._artifacts, self.model_name)
-            return str(client.create_experiment(self.model_name, artifact_location=place))
+            place = self._artifacts
+            if isinstance(place, S3Address):
+                uri: str | None = f"s3://{place.bucket}/{PREFIX}/{self.model_name}"
+            else:
+                uri = place.resolve().as_uri() if place else None
+            return str(client.create_experiment(self.model_name, artifact_location=uri))
         return str(known.experiment_id)
 
     def _finished(self, client: Any, experiment: str, content_id: str) -> RecordedRun | None:
@@ -323,7 +273,7 @@ class Registry:
         return None
 
     def _end_broken(self, client: Any, experiment: str, content_id: str) -> None:
-        """Runs of this release whose process was killed would else be redact_url as running."""
+        """End the runs of killed processes, which MLflow would show as running."""
         wanted = f"tags.{CONTENT_ID} = '{content_id}' and attributes.status = 'RUNNING'"
         for run in client.search_runs([experiment], wanted):
             client.set_terminated(run.info.run_id, "KILLED")
@@ -379,8 +329,7 @@ class Registry:
         while True:
             page = client.search_model_versions(f"name = '{self.model_name}'", page_token=token)
             found += page
-            token = page.token
-            if not token:
+            if not (token := page.token):
                 return sorted(found, key=lambda one: int(one.version))
 
     def _aliases(self, client: Any) -> dict[str, tuple[str, ...]]:
@@ -410,8 +359,7 @@ def load_mlflow() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")
-    # Its import sets the levels that are changed here.
-    importlib.import_module("mlflow")
+    importlib.import_module("mlflow")  # sets the levels that are changed next
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -444,6 +392,28 @@ def _requirements() -> list[str]:
     return found
 
 
-def _version(made: Any, aliases: tuple[str, ...]) -> Version:
-    tags = dict(made.tags)
-    return Version(int(made.version), tags.get(CONTENT_ID), made.run_id, aliases, tags)
+def _version(made: Any, aliases: Mapping[str, tuple[str, ...]]) -> Version:
+    tags, held = dict(made.tags), aliases.get(str(made.version), ())
+    return Version(int(made.version), tags.get(CONTENT_ID), made.run_id, held, tags)
+
+
+@contextmanager
+def credentials_of(artifacts: Path | S3Address | None, login: str | None = None) -> Iterator[None]:
+    """Put a bucket's keys and the `user:password` of MLflow's server into the environment.
+
+    MLflow looks for them there only; DVC, in the same process, may have other keys.
+    """
+    ours = artifacts.environment() if isinstance(artifacts, S3Address) else {}
+    if login:
+        user, password = login.split(":", 1)
+        ours |= {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, text in before.items():
+            if text is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = text
