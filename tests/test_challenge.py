@@ -12,14 +12,14 @@ from tasks.data.dataset import open_dataset
 from tasks.errors import PromotionError
 from tasks.io import read_json, write_json
 from tasks.model.inference import Classifier
-from tasks.params import LABELS, Params
+from tasks.params import LABELS, load_params
 from tasks.project import Project
 from tasks.releases.challenger import compare_with_champion
 from tasks.releases.pointer import Champion, Pointer, move_champion
 from tasks.releases.release import publish
 from tasks.services.s3 import Storage
 from tasks.stage import Context
-from tests.fixtures.photos import write_photos
+from tests.fixtures.photos import CHECKOUT, write_photos
 
 
 def champion_with(
@@ -36,14 +36,14 @@ def champion_with(
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Path:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout with photos, split, and a prediction for each test photo."""
     project = Project(tmp_path_factory.mktemp("challenge"))
-    context = Context(project, params)
+    context = Context(project, load_params(CHECKOUT.params))
     write_photos(project.data / "train", 8)
     audit.run(context)
     preprocess.run(context)
-    told = [{"name": name, "probabilities": [1 / 6] * 6} for name in tested(project)]
+    told = [{"name": name, "probabilities": [1 / 6] * 6} for name in held_out(project)]
     write_json(project.predictions, {"photos": told})
     return project.root
 
@@ -56,7 +56,7 @@ def project(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return Project(tmp_path / "checkout")
 
 
-def tested(project: Project) -> list[str]:
+def held_out(project: Project) -> list[str]:
     """Names of the test photos; paths, for every class has photos of the same names."""
     dataset = open_dataset(project.dataset)
     return [dataset.names[row] for row in dataset.rows("test")]
@@ -94,8 +94,8 @@ def test_photos_that_went_during_the_run_are_named(
     decision = compare_with_champion(project, storage, champion)
     assert decision.won
     assert decision.comparison is not None
-    assert decision.comparison.champion.n == len(tested(project))
-    gone = project.data / tested(project)[0]
+    assert decision.comparison.champion.n == len(held_out(project))
+    gone = project.data / held_out(project)[0]
     gone.unlink()
     with pytest.raises(PromotionError, match=rf"1 unreadable.*'{gone.name}' \(no such file\)"):
         compare_with_champion(project, storage, champion)
@@ -105,7 +105,7 @@ def test_photos_that_went_during_the_run_are_named(
 def test_photos_that_the_champion_trained_on_and_their_near_duplicates_are_left_out(
     project: Project, storage: Storage, tmp_path: Path, by_path: bool
 ) -> None:
-    names = tested(project)
+    names = held_out(project)
     trained, copy = names[0], names[1]
     audited = read_json(project.audit)
     original = "train/0/original.png"  # only the champion's training split had it
@@ -122,7 +122,7 @@ def test_photos_that_the_champion_trained_on_and_their_near_duplicates_are_left_
 def test_a_champion_that_trained_on_every_test_photo_is_refused(
     project: Project, storage: Storage, tmp_path: Path
 ) -> None:
-    photos = [{"name": name, "split": "val", "label": "0"} for name in tested(project)]
+    photos = [{"name": name, "split": "val", "label": "0"} for name in held_out(project)]
     champion = champion_with(storage, tmp_path / "made", list(LABELS), photos)
     with pytest.raises(PromotionError, match="trained on every test photo"):
         compare_with_champion(project, storage, champion)
