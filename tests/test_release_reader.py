@@ -73,7 +73,7 @@ def test_a_release_runs_its_graph_and_an_older_one_its_keras_file(
 
 def test_a_release_with_other_labels_is_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text(json.dumps(LABELS[::-1]))
-    with pytest.raises(PromotionError, match=r"labels .* in this order\. Received"):
+    with pytest.raises(PromotionError, match=r"has the labels .* in this order"):
         open_release(tmp_path)
 
 
@@ -85,7 +85,7 @@ def test_a_release_whose_parameters_say_nothing_of_photos_is_refused(
 ) -> None:
     (tmp_path / "labels.json").write_text(json.dumps(LABELS))
     (tmp_path / "params.yaml").write_text(params)
-    with pytest.raises(PromotionError, match=r"preprocess\.detail\. Received: .*params\.yaml"):
+    with pytest.raises(PromotionError, match=r"params\.yaml does not say .*preprocess\.detail"):
         open_release(tmp_path)
 
 
@@ -94,7 +94,7 @@ def test_a_folder_is_the_release_that_its_manifest_names_or_none(tmp_path: Path)
     assert verify_folder(tmp_path, None, UNSIGNED).id == made
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     (tmp_path / MANIFEST).write_text(json.dumps({**manifest, "id": "0" * 32}))
-    with pytest.raises(ReleaseError, match=f"another release. Received: {'0' * 32} with files"):
+    with pytest.raises(ReleaseError, match=f"another release: {'0' * 32}, with the files"):
         verify_folder(tmp_path, None, UNSIGNED)
     for spoilt in ("[1]", "3", "null", '{"id": 5}'):
         (tmp_path / MANIFEST).write_text(spoilt)

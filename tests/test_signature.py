@@ -150,7 +150,7 @@ def test_who_may_not_sign_cannot_publish_and_nothing_is_uploaded(
     before = list(unsigned.list(""))
     for trust, words in (
         (Trust((ours[1],)), "no HANDSIGNS_SIGNING_KEY"),
-        (Trust((ours[1],), theirs[0]), "none of those that are believed"),
+        (Trust((ours[1],), theirs[0]), "none of those that are accepted"),
     ):
         storage = Storage(unsigned.address, trust)
         with pytest.raises(SettingsError, match=words):
@@ -168,7 +168,7 @@ def _unsigned(fields: Any, other: Any) -> str:
 
 def _by_another_key(fields: Any, other: Any) -> str:
     fields["signature"] = other["signature"]
-    return "by a key that is not believed"
+    return "by a key that is not accepted"
 
 
 def _in_anothers_name(fields: Any, other: Any) -> str:
@@ -284,10 +284,10 @@ def test_an_older_pointer_put_back_is_refused_by_who_saw_a_newer_one(signed: Sto
     after = Pointer(release="1" * 32, version=2, history=first.pointer.moves)
     move_champion(signed, first, after)
     signed.put(KEY, old)
-    with pytest.raises(ReleaseError, match=r"older than one seen before.*1 moves.*2 were seen"):
+    with pytest.raises(ReleaseError, match=r"older than one seen before: it has 1 moves and had 2"):
         read_champion(signed)
     signed._client.delete_object(Bucket=signed.address.bucket, Key=KEY)
-    with pytest.raises(ReleaseError, match=r"0 moves"):
+    with pytest.raises(ReleaseError, match=r"has 0 moves"):
         read_champion(signed)
 
 
@@ -312,7 +312,7 @@ def test_a_note_of_seen_pointers_that_cannot_be_read_is_no_empty_one(
     memory = tmp_path / "seen.json"
     trust = Trust((new_keys(tmp_path)[1],), seen_pointers=memory)
     memory.write_text(spoilt)
-    with pytest.raises(ReleaseError, match=r"cannot be read\. Received: .*seen\.json") as caught:
+    with pytest.raises(ReleaseError, match=r"seen\.json, cannot be read") as caught:
         trust.check_newest("here", 2)
     assert "\n" not in str(caught.value)
     assert memory.read_text() == spoilt
@@ -326,7 +326,7 @@ def test_keys_are_changed_without_losing_the_champion(
     release = publish(signed, files)
     move_champion(signed, None, Pointer(release=release.id, version=1, by="who"))
     later = Storage(signed.address, Trust((theirs[1],), theirs[0]))
-    with pytest.raises(ReleaseError, match="not believed"):
+    with pytest.raises(ReleaseError, match="not accepted"):
         read_champion(later)
     again = sign_pointer(later)
     sign_release(later, release.id)
@@ -334,5 +334,5 @@ def test_keys_are_changed_without_losing_the_champion(
     assert again == read_champion(later)
     assert again.pointer.by == "who"
     assert verify(later, release.id).manifest.files == release.manifest.files
-    with pytest.raises(ReleaseError, match="not believed"):
+    with pytest.raises(ReleaseError, match="not accepted"):
         verify(signed, release.id)

@@ -4,146 +4,40 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock
 
 from tasks.errors import ReleaseError, SettingsError
 from tasks.io import read_json, write_json
 
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-
 PRIVATE_KEY = "signing.pem"
 PUBLIC_KEY = "signing.pub.pem"
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
 """What model-signing takes."""
-
-
-def new_keys(folder: Path, passphrase: str | None = None) -> tuple[Path, Path]:
-    """Make a key pair on the curve P-256; neither file may exist.
-
-    Args:
-        folder: takes both; made with mode 0700 when missing.
-        passphrase: encrypts the private key.
-
-    Returns:
-        The private key, which only its owner can read, and the public key.
-
-    Raises:
-        SettingsError: one of the files exists.
-    """
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    private, public = folder / PRIVATE_KEY, folder / PUBLIC_KEY
-    for path in (private, public):
-        if path.exists():
-            raise SettingsError(
-                f"A key must not be replaced: what it signed could not be checked any more. "
-                f"Received: '{path}', which exists. Name another folder."
-            )
-    key = ec.generate_private_key(ec.SECP256R1())
-    for path, content, mode in (
-        (private, _private_pem(key, passphrase), 0o600),
-        (public, _pem(key.public_key()), 0o644),
-    ):
-        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(opened, "wb") as file:
-            file.write(content)
-    return private, public
-
-
-def public_pem(path: Path) -> bytes:
-    """A public key's file in the one form that its fingerprint is taken of.
-
-    Raises:
-        SettingsError: it cannot be read, or is of another kind.
-    """
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
-    try:
-        key = load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"A public key cannot be read ({_reason(error)}). Received: '{path}'. "
-            "Check HANDSIGNS_PUBLIC_KEYS."
-        ) from None
-    return _pem(key)
-
-
-def public_pem_of(private: Path, passphrase: str | None) -> bytes:
-    """The public half, in PEM, of a private key's file.
-
-    Raises:
-        SettingsError: it cannot be read, or is of another kind.
-    """
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    secret = passphrase.encode() if passphrase else None
-    try:
-        key = load_pem_private_key(private.read_bytes(), secret)
-    except (OSError, TypeError, ValueError) as error:
-        raise SettingsError(
-            f"The signing key cannot be used ({_reason(error)}). Received: '{private}'. "
-            "Check HANDSIGNS_SIGNING_KEY and HANDSIGNS_SIGNING_PASSPHRASE."
-        ) from None
-    return _pem(key.public_key())
-
-
-def fingerprint(pem: bytes) -> str:
-    """SHA-256 of a public key in hex, as model-signing names it in a signature."""
-    return hashlib.sha256(pem).hexdigest()
-
-
-def _pem(key: Any) -> bytes:
-    from cryptography.hazmat.primitives import serialization
-
-    if getattr(getattr(key, "curve", None), "name", None) not in CURVES:
-        raise SettingsError(
-            f"A key must be on one of the curves {', '.join(CURVES)}. Received: another kind. "
-            "Make one with `handsigns keys new`."
-        )
-    pem: bytes = key.public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    return pem
-
-
-def _private_pem(key: "EllipticCurvePrivateKey", passphrase: str | None) -> bytes:
-    from cryptography.hazmat.primitives import serialization
-
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.BestAvailableEncryption(passphrase.encode())
-        if passphrase
-        else serialization.NoEncryption(),
-    )
-
-
-def _reason(error: Exception) -> str:
-    """Why a key cannot be read; a library's message may run over lines, or be long."""
-    return (getattr(error, "strerror", None) or str(error)).split("\n")[0].split(". ")[0][:120]
-
-
 SIGNATURE = "signature"
+
+
+def canonical(content: Any) -> bytes:
+    """JSON with sorted keys and no spaces: the same content, the same bytes."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 @dataclass(frozen=True)
 class Trust:
-    """Whose signatures are believed, and the key to sign with.
+    """Whose signatures are accepted, and the key to sign with.
 
     Args:
         public_keys: PEM files; several while keys are changed. With none, that of the
             signing key counts.
         signing_key: PEM file of the private key; None where nothing is signed.
         passphrase: of the signing key.
-        seen_pointers: file that remembers the newest champion pointer seen; None forgets.
+        seen_pointers: file with the number of moves of each champion pointer seen here.
     """
 
     public_keys: tuple[Path, ...] = ()
@@ -160,7 +54,7 @@ class Trust:
         return {fingerprint(pem): pem for pem in found}
 
     def describe(self) -> str:
-        """What is demanded of a release, in one sentence."""
+        """What is required of a release, in one sentence."""
         if not self.known:
             return "Signatures are not checked: no public key is configured."
         keys = ", ".join(name[:16] for name in self.known)
@@ -170,25 +64,25 @@ class Trust:
         """Refuse, before anything is trained, what could not be signed in the end.
 
         Raises:
-            SettingsError: no signing key where signatures are demanded, one that cannot be
-                read, or one whose public key is not among those that are believed.
+            SettingsError: signatures are required, and the signing key is missing, damaged,
+                or none of those that are accepted.
         """
         if not self.known:
             return
         if self.signing_key is None:
             raise SettingsError(
-                "What is written must be signed, because public keys are configured. Received: "
+                "What is written must be signed, because public keys are configured, and there is "
                 "no HANDSIGNS_SIGNING_KEY. Set it, or do this where the key is."
             )
         own = fingerprint(self._own_pem())
         if own not in self.known:
             raise SettingsError(
-                f"The signing key is none of those that are believed. Received: key {own[:16]} "
-                f"of '{self.signing_key}'. Add its public key to HANDSIGNS_PUBLIC_KEYS."
+                f"The signing key {own[:16]} of '{self.signing_key}' is none of those that are "
+                "accepted. Add its public key to HANDSIGNS_PUBLIC_KEYS."
             )
 
     def sign(self, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Return `fields` with a signature over them; without one where none is demanded.
+        """Return `fields` with a signature over them; without one where none is required.
 
         Args:
             name: what the content is; a signature for one name is none for another.
@@ -203,18 +97,17 @@ class Trust:
             return plain
         from model_signing import signing
 
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = _laid_out(Path(temporary), name, plain)
-            bundle = Path(temporary) / "bundle"
-            # The library hands it on as it is, to where only bytes are taken.
-            secret: Any = self.passphrase.encode() if self.passphrase else None
+        # The library hands it on as it is, to where only bytes are taken.
+        secret: Any = self.passphrase.encode() if self.passphrase else None
+        with _laid_out(name, plain) as folder:
+            bundle = folder.with_name("bundle")
             signing.Config().use_elliptic_key_signer(
                 private_key=self.signing_key, password=secret
             ).sign(folder, bundle)
             return {**plain, SIGNATURE: json.loads(bundle.read_bytes())}
 
     def verify(self, name: str, fields: Mapping[str, Any], where: str) -> None:
-        """Refuse content that nobody we know has signed.
+        """Refuse content without a valid signature of a known key.
 
         Args:
             name: what the content must be.
@@ -230,77 +123,63 @@ class Trust:
         bundle = fields.get(SIGNATURE)
         if bundle is None:
             raise ReleaseError(
-                f"The signature is missing. Received: {where}, unsigned. Sign it with "
-                "`handsigns keys sign` if you know where it comes from."
+                f"The signature is missing: {where} is not signed. Sign it with `handsigns keys "
+                "sign` if you know where it comes from."
             )
         key = _key_of(bundle)
         if key not in self.known:
             raise ReleaseError(
-                f"The signature is by a key that is not believed. Received: key {key[:16]} in "
-                f"{where}. Add its public key to HANDSIGNS_PUBLIC_KEYS if you know whose it is."
+                f"{where} is signed by a key that is not accepted: key {key[:16]}. Add its public "
+                "key to HANDSIGNS_PUBLIC_KEYS if you know whose it is."
             )
         plain = {name: value for name, value in fields.items() if name != SIGNATURE}
         if fault := _fault(name, plain, bundle, self.known[key]):
-            raise ReleaseError(f"The signature {fault}. Received: {where}. Do not use it.")
+            raise ReleaseError(f"The signature of {where} {fault}. Do not use it.")
 
     def check_newest(self, place: str, moves: int) -> None:
-        """Refuse a champion pointer that is older than one seen before.
+        """Refuse a champion pointer with fewer moves than one seen before.
 
-        A signature cannot tell an old pointer from the present one; the number of its
-        moves, which only grows, can.
-
-        Args:
-            place: whose pointer.
-            moves: how many moves it tells of; 0 where there is none.
+        A signature cannot tell an old pointer from the present one; the count of its moves,
+        which only grows, can.
 
         Raises:
-            ReleaseError: an earlier one told of more.
+            ReleaseError: an earlier one had more moves.
         """
         if not self.known or self.seen_pointers is None:
             return
-        newest = _seen(self.seen_pointers).get(place, 0)
-        if moves > newest:
-            _note(self.seen_pointers, place, moves)
+        newest = _read_seen(self.seen_pointers).get(place, 0)
         if moves < newest:
             raise ReleaseError(
-                f"The champion pointer is older than one seen before. Received: {moves} moves at "
-                f"{place}, where {newest} were seen. Look who put it back; "
-                f"remove {self.seen_pointers} "
-                "if that was right."
+                f"The champion pointer {place} is older than one seen before: it has {moves} moves "
+                f"and had {newest}. Find out who put it back; remove {self.seen_pointers} if that "
+                "was right."
             )
+        if moves > newest:
+            self.seen_pointers.parent.mkdir(parents=True, exist_ok=True)
+            # Others write too, and the slower must not take back what was seen.
+            with FileLock(f"{self.seen_pointers}.lock"):
+                seen = _read_seen(self.seen_pointers)
+                write_json(self.seen_pointers, {**seen, place: max(moves, seen.get(place, 0))})
 
     def _own_pem(self) -> bytes:
         return public_pem_of(Path(str(self.signing_key)), self.passphrase)
-
-
-def _note(memory: Path, place: str, moves: int) -> None:
-    """Remember a pointer; others write too, and the slower must not take back what was seen."""
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{memory}.lock"):
-        seen = _seen(memory)
-        write_json(memory, {**seen, place: max(moves, seen.get(place, 0))})
-
-
-def _seen(memory: Path) -> dict[str, int]:
-    """What was noted; a note that cannot be read must not pass for none."""
-    if not memory.exists():
-        return {}
-    seen = read_json(memory)
-    if not isinstance(seen, dict) or any(type(moves) is not int for moves in seen.values()):
-        raise ReleaseError(
-            f"The note of champion pointers that were seen cannot be read. Received: {memory}. "
-            "Find out what spoilt it, remove it, and run again."
-        )
-    return seen
 
 
 UNSIGNED = Trust()
 """Nothing is signed, and nothing need be."""
 
 
-def canonical(content: Any) -> bytes:
-    """JSON with sorted keys and no spaces: the same content, the same bytes."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+def _read_seen(path: Path) -> dict[str, int]:
+    """What was seen; a damaged file must not pass for an empty one."""
+    if not path.exists():
+        return {}
+    seen = read_json(path)
+    if not isinstance(seen, dict) or any(type(moves) is not int for moves in seen.values()):
+        raise ReleaseError(
+            f"The list of champion pointers seen here, {path}, cannot be read. Find out what "
+            "damaged it, remove it, and run again."
+        )
+    return seen
 
 
 def _fault(name: str, plain: Mapping[str, Any], bundle: Any, pem: bytes) -> str | None:
@@ -308,15 +187,12 @@ def _fault(name: str, plain: Mapping[str, Any], bundle: Any, pem: bytes) -> str 
     from cryptography.exceptions import InvalidSignature
     from model_signing import verifying
 
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        folder = _laid_out(root, name, plain)
-        (root / "key").write_bytes(pem)
-        (root / "bundle").write_text(json.dumps(bundle), encoding="utf-8")
+    with _laid_out(name, plain) as folder:
+        key, signature = folder.with_name("key"), folder.with_name("bundle")
+        key.write_bytes(pem)
+        signature.write_text(json.dumps(bundle), encoding="utf-8")
         try:
-            verifying.Config().use_elliptic_key_verifier(public_key=root / "key").verify(
-                folder, root / "bundle"
-            )
+            verifying.Config().use_elliptic_key_verifier(public_key=key).verify(folder, signature)
         except InvalidSignature:
             return "is forged or damaged: it was not made with the key that it names"
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -326,12 +202,14 @@ def _fault(name: str, plain: Mapping[str, Any], bundle: Any, pem: bytes) -> str 
     return None
 
 
-def _laid_out(root: Path, name: str, plain: Mapping[str, Any]) -> Path:
-    """Lay out what is signed as the library takes it: a folder with one file."""
-    folder = root / "signed"
-    folder.mkdir()
-    (folder / name).write_bytes(canonical(plain))
-    return folder
+@contextmanager
+def _laid_out(name: str, plain: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder with one file, which is what the library signs."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "signed"
+        folder.mkdir()
+        (folder / name).write_bytes(canonical(plain))
+        yield folder
 
 
 def _key_of(bundle: Any) -> str:
@@ -339,3 +217,90 @@ def _key_of(bundle: Any) -> str:
         return str(bundle["verificationMaterial"]["publicKey"]["hint"])
     except (KeyError, TypeError):
         return "unnamed"
+
+
+def new_keys(folder: Path, passphrase: str | None = None) -> tuple[Path, Path]:
+    """Make a key pair on the curve P-256; neither file may exist.
+
+    Args:
+        folder: takes both; made with mode 0700 when missing.
+        passphrase: encrypts the private key.
+
+    Returns:
+        The private key, which only its owner can read, and the public key.
+    """
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private, public = folder / PRIVATE_KEY, folder / PUBLIC_KEY
+    for path in (private, public):
+        if path.exists():
+            raise SettingsError(
+                f"A key must not be replaced: what it signed could not be checked any more. "
+                f"'{path}' exists; name another folder."
+            )
+    key = ec.generate_private_key(ec.SECP256R1())
+    secret = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(passphrase.encode())
+        if passphrase
+        else serialization.NoEncryption(),
+    )
+    for path, content, mode in ((private, secret, 0o600), (public, _pem(key.public_key()), 0o644)):
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(opened, "wb") as file:
+            file.write(content)
+    return private, public
+
+
+def public_pem(path: Path) -> bytes:
+    """A public key's file in the one form that its fingerprint is taken of."""
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    try:
+        return _pem(load_pem_public_key(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"The public key '{path}' cannot be read ({_reason(error)}). Check "
+            "HANDSIGNS_PUBLIC_KEYS."
+        ) from None
+
+
+def public_pem_of(private: Path, passphrase: str | None) -> bytes:
+    """The public half, in PEM, of a private key's file."""
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    secret = passphrase.encode() if passphrase else None
+    try:
+        return _pem(load_pem_private_key(private.read_bytes(), secret).public_key())
+    except (OSError, TypeError, ValueError) as error:
+        raise SettingsError(
+            f"The signing key '{private}' cannot be used ({_reason(error)}). Check "
+            "HANDSIGNS_SIGNING_KEY and HANDSIGNS_SIGNING_PASSPHRASE."
+        ) from None
+
+
+def fingerprint(pem: bytes) -> str:
+    """SHA-256 of a public key in hex, as model-signing names it in a signature."""
+    return hashlib.sha256(pem).hexdigest()
+
+
+def _pem(key: Any) -> bytes:
+    from cryptography.hazmat.primitives import serialization
+
+    if getattr(getattr(key, "curve", None), "name", None) not in CURVES:
+        raise SettingsError(
+            f"A key must be on one of the curves {', '.join(CURVES)}. "
+            "Make one with `handsigns keys new`."
+        )
+    pem: bytes = key.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return pem
+
+
+def _reason(error: Exception) -> str:
+    """Why a key cannot be read; a library's message may run over lines, or be long."""
+    return (getattr(error, "strerror", None) or str(error)).split("\n")[0].split(". ")[0][:120]
