@@ -221,7 +221,7 @@ def reproduce(version: Named, json_: Json = False) -> None:
         from flows.reproduce import reproduce as rebuild
 
         found = rebuild(workspace, version, progress)
-    echo(json_, found.to_json(), found.told())
+    echo(json_, found.to_json(), found.describe())
     if not found.identical:
         raise typer.Exit(1)
 

@@ -1,7 +1,8 @@
 """Rebuild a release from its recorded code, data and parameters, and compare.
 
-The code is checked out into a temporary worktree; data and parameters are those of the
-release itself. Every stage is run there, none is restored from a cache.
+The code is checked out into a temporary worktree; data and parameters are the release's
+own. Of the earlier code only commands are used that every version has: `dvc checkout`,
+`dvc pull`, `dvc repro` and `handsigns sample`. Every stage runs; none comes from a cache.
 """
 
 import contextlib
@@ -25,55 +26,54 @@ from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.provenance import environment
 from tasks.releases.reproduction import Comparison, compare_builds
-from tasks.services.data_file import read_record
 from tasks.stage import Progress
 
 RECORDED = ("data.dvc", "dvc.lock", "params.yaml")
-"""Files that a release brings itself, so that they may differ from the commit."""
-
-FETCH = (
-    "from pathlib import Path; from tasks.data.sources import fetch_data; "
-    "from tasks.project import Project; from tasks.services.dvc import Pipeline; "
-    "project = Project(Path.cwd()); print(fetch_data(project, Pipeline(project)))"
-)
+"""Files that come from the release, so that they may differ from the commit."""
+DVC = (sys.executable, "-m", "dvc")
 
 
 def reproduce(workspace: Workspace, name: str, progress: Progress) -> Comparison:
     """Rebuild a release and compare weights and metrics with it.
 
     Args:
-        workspace: a checkout whose git history holds the release's revision.
-        name: `champion`, `challenger` or the number of a version.
-        progress: told which stage is being rebuilt.
-
-    Returns:
-        Identical, or the first difference and its likely cause.
+        workspace: A checkout whose git history has the release's revision.
+        name: `champion`, `challenger` or a version.
+        progress: Called with the stage that is being rebuilt.
 
     Raises:
-        ReleaseError: the release does not say what it was made from, or was made from
-            files that are in no commit.
-        StageError: a stage could not be run again.
-        ServiceError: the data cannot be had.
+        ReleaseError: The release has no revision, or was made of uncommitted files.
+        StageError: A stage failed.
+        ServiceError: The data is not available.
     """
     began = time.monotonic()
     release, folder = workspace.release(name)
     facts = (read_json(folder / "manifest.json") or {})["facts"]
     revision = recorded_revision(facts, release)
-    progress("check out", 0, 1)
     with checkout(workspace.project, revision) as built:
-        for file in RECORDED:
-            shutil.copy(folder / file, built.root / file)
-        _fetch_data(workspace, built)
-        _rebuild(built, len(_stages(folder / "dvc.lock")), progress)
-        found = compare_builds(folder, built, facts.get("environment"), environment())
+        progress("check out", 1, 1)
+        found = rebuild(workspace, folder, built, facts.get("environment"), progress)
     return found.of(release, revision, time.monotonic() - began)
+
+
+def rebuild(
+    workspace: Workspace, folder: Path, built: Project, then: Any, progress: Progress
+) -> Comparison:
+    """Run every stage in a worktree and compare the results with the release in `folder`."""
+    for file in RECORDED:
+        shutil.copy(folder / file, built.root / file)
+    stages = len(_read_yaml(folder / "dvc.lock")["stages"])
+    _fetch_data(workspace, built)
+    built.lock.unlink()
+    _run_stages(built, stages, progress)
+    return compare_builds(folder, built, then, environment())
 
 
 def recorded_revision(facts: Mapping[str, Any], release: str) -> str:
     """The commit that a release was made from.
 
     Raises:
-        ReleaseError: there is none, or files that the release does not bring differed.
+        ReleaseError: There is none, or files that the release does not bring differed.
     """
     revision = str(facts.get("git_revision", "unknown"))
     commit = revision.removesuffix("-dirty")
@@ -85,7 +85,7 @@ def recorded_revision(facts: Mapping[str, Any], release: str) -> str:
     changed = facts.get("changed", ["files that it does not name"])
     if commit != revision and (lost := [name for name in changed if name not in RECORDED]):
         raise ReleaseError(
-            f"The release was made from files that are in no commit. Received: {revision}, with "
+            f"Release {release} was made of files that are in no commit: {revision}, with "
             f"changes in {', '.join(map(str, lost[:5]))}. Commit before you retrain."
         )
     return commit
@@ -93,7 +93,7 @@ def recorded_revision(facts: Mapping[str, Any], release: str) -> str:
 
 @contextmanager
 def checkout(project: Project, revision: str) -> Iterator[Project]:
-    """Check a commit out beside everything else; the worktree is gone after the block.
+    """Check a commit out into a temporary worktree, removed after the block.
 
     Raises:
         ReleaseError: git does not know the commit.
@@ -106,8 +106,8 @@ def checkout(project: Project, revision: str) -> Iterator[Project]:
         done = _run([*git, "add", "--quiet", "--detach", str(tree), revision], project.root)
         if done.returncode:
             raise ReleaseError(
-                f"Git cannot check out the release's revision ({_last(done.stderr)}). Received: "
-                f"{revision}. Fetch it first: `git fetch --all`."
+                f"Git cannot check out revision {revision} ({_last_line(done)}). "
+                "Fetch it first: `git fetch --all`."
             )
         yield Project(tree)
     finally:
@@ -120,81 +120,73 @@ def _fetch_data(workspace: Workspace, built: Project) -> None:
     """Lay out the recorded photos: from our cache, from the remote, or rendered anew.
 
     Raises:
-        ServiceError: they cannot be had.
+        ServiceError: They are nowhere to be had.
     """
-    remote = workspace.remote()
-    secrets: dict[str, str] = {}
+    remote, secrets = workspace.remote(), {}
     lines = ["[cache]", f"    dir = {workspace.project.root.resolve() / '.dvc' / 'cache'}"]
     if remote is not None:
         lines += ["[core]", "    remote = recorded", "['remote \"recorded\"']"]
         lines += [f"    url = {remote.url}"]
-        # Keys go through the environment, where the AWS library looks for them.
         options = {**remote.options, **remote.late()}
         public = ("endpointurl", "region")
         lines += [f"    {name} = {options[name]}" for name in public if name in options]
+        # Keys go through the environment, where the AWS library looks for them.
         keys = ("access_key_id", "secret_access_key", "session_token")
         secrets = {f"AWS_{name.upper()}": options[name] for name in keys if name in options}
     config = built.root / ".dvc" / "config.local"
     config.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    done = _run([sys.executable, "-c", FETCH], built.root, secrets)
-    if done.returncode or not built.data.is_dir():
-        record = read_record(built)
-        raise ServiceError(
-            f"The release's photos cannot be had ({_last(done.stderr)}). Received: version "
-            f"{record.version if record else 'none'}. "
-            "Set HANDSIGNS_DVC_REMOTE_URL to where they were pushed."
-        )
+    done = _run([*DVC, "checkout", "--force", "data.dvc"], built.root)
+    if done.returncode:
+        done = _run([*DVC, "pull", "--force", "data.dvc"], built.root, secrets)
     # From here on it has a cache of its own: nothing may be restored from ours.
     config.unlink()
-    kept = workspace.project.local / "backbone"
-    if kept.is_dir():  # the npm package, whose digest is pinned
-        shutil.copytree(kept, built.local / "backbone", dirs_exist_ok=True)
+    record = _read_yaml(built.data_file)
+    if done.returncode and (record.get("meta") or {}).get("source") == "sample":
+        done = _run([str(Path(sys.executable).with_name("handsigns")), "sample"], built.root)
+    if done.returncode or not built.data.is_dir():
+        raise ServiceError(
+            f"Photos of version {record['outs'][0]['md5']} are not available "
+            f"({_last_line(done)}). Set HANDSIGNS_DVC_REMOTE_URL to where they were pushed."
+        )
+    downloaded = workspace.project.local / "backbone"
+    if downloaded.is_dir():  # the npm package, whose digest is pinned
+        shutil.copytree(downloaded, built.local / "backbone", dirs_exist_ok=True)
 
 
-def _rebuild(built: Project, count: int, progress: Progress) -> None:
-    """Run every stage, in a process of its own and as a person would.
+def _run_stages(built: Project, count: int, progress: Progress) -> None:
+    """Run every stage in a process of its own.
 
     Raises:
-        StageError: one failed.
+        StageError: One failed.
     """
-    built.lock.unlink()
-    command = [sys.executable, "-m", "dvc", "repro", "--force", "--no-run-cache"]
     lines: list[str] = []
-    with _started(command, built.root) as process:
-        done = 0
-        for line in process.stdout or ():
-            lines = [*lines[-30:], line]
-            if line.startswith("Running stage"):
-                progress(f"rebuild {line.split(chr(39))[1]}", done, count)
-                done += 1
-    if process.returncode:
-        raise StageError(
-            f"The release cannot be rebuilt ({_last(''.join(lines))}). Received: its revision's "
-            "own stages, its data and parameters. Look whether its libraries are installed."
-        )
-    progress("rebuilt", count, count)
-
-
-@contextmanager
-def _started(command: list[str], folder: Path) -> "Iterator[subprocess.Popen[str]]":
-    """A child whose whole family ends with the block."""
-    process = subprocess.Popen(  # noqa: S603, our own interpreter
-        command,
-        cwd=folder,
-        env=_environment(folder),
+    with subprocess.Popen(  # noqa: S603, our own interpreter
+        [*DVC, "repro", "--force", "--no-run-cache"],
+        cwd=built.root,
+        env=_environment(built.root),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
         start_new_session=True,
-    )
-    try:
-        yield process
-        process.wait()
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    ) as process:
+        try:
+            done = 0
+            for line in process.stdout or ():
+                lines = [*lines[-30:], line]
+                if line.startswith("Running stage"):
+                    progress(f"rebuild {line.split(chr(39))[1]}", done, count)
+                    done += 1
+            process.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # what the stages started, too
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
+        raise StageError(
+            f"The release cannot be rebuilt ({_last_line(lines)}). See whether the libraries of "
+            "its revision are installed."
+        )
+    progress("rebuilt", count, count)
 
 
 def _run(
@@ -204,7 +196,8 @@ def _run(
         command,
         cwd=folder,
         env={**_environment(folder), **(secrets or {})},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
         check=False,
@@ -212,25 +205,33 @@ def _run(
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Ours, but for the code that is imported and the programs that are found first."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, "PYTHONPATH": str(folder), "PATH": path, "DVC_NO_ANALYTICS": "1"}
+    """This environment, with the worktree's code and without DVC's global configuration."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "DVC_NO_ANALYTICS": "1",
+        "DVC_GLOBAL_CONFIG_DIR": str(folder / ".dvc" / "tmp"),
+    }
 
 
-def _stages(lock: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        stages: dict[str, Any] = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not content.keys() & {"stages", "outs"}:
+            raise ValueError("it has neither stages nor outs")
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ReleaseError(
-            f"The release's dvc.lock cannot be read ({type(error).__name__}). Received: {lock}. "
-            "Look at the release with `handsigns verify`, or reproduce another version."
+            f"The release's {path.name} cannot be read ({type(error).__name__}). Check the "
+            "release with `handsigns verify`, or reproduce another version."
         ) from error
-    return stages
+    return content
 
 
-def _last(text: str) -> str:
+def _last_line(said: "subprocess.CompletedProcess[str] | list[str]") -> str:
+    text = "".join(said) if isinstance(said, list) else said.stdout
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300].rstrip(".") if lines else "it said nothing"
+    return lines[-1][:300].rstrip(".") if lines else "no output"
 
 
 def _stop(_signal: int, _frame: Any) -> None:

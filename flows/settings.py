@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -16,6 +17,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from tasks.errors import SettingsError
@@ -25,110 +27,105 @@ from tasks.services.s3 import LOOPBACK, redact_url
 TOKEN_LETTERS = 16
 
 
-def _host(name: str | None) -> bool:
-    """Whether a host's name is one that can be asked for at all."""
-    try:
-        return bool(name and name.encode("idna"))
-    except UnicodeError:
-        return False
+def _must(be: str, test: Callable[[str], Any]) -> AfterValidator:
+    """Validate text or a secret by a test, which fails by what it returns or by ValueError."""
+
+    def check(value: Any) -> Any:
+        try:
+            valid = test(value.get_secret_value() if isinstance(value, SecretStr) else value)
+        except ValueError:
+            valid = False
+        if not valid:
+            raise ValueError(f"must {be}")
+        return value
+
+    return AfterValidator(check)
 
 
-def _web_address(url: str) -> str:
+def _is_address(url: str, *schemes: str) -> bool:
+    """Whether scheme, host and port can be used; a bad port raises ValueError."""
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not _host(parts.hostname):
-        raise ValueError("must be an address such as http://host:port")
-    if parts.port == 0:  # reading it also refuses what is no port number
-        raise ValueError("must name a port from 1 to 65535")
-    if "@" in parts.netloc or parts.query:
-        raise ValueError("must hold no user, password or query; set credentials on their own")
-    return url.rstrip("/")
+    return (
+        parts.scheme in schemes
+        and bool((parts.hostname or "").encode("idna"))
+        and (parts.port != 0)
+    )
 
 
-def _any_address(url: str) -> str:
-    if not urlsplit(url).scheme:
-        raise ValueError("must be an address such as http://host:port or sqlite:///file.db")
-    return url
+def _is_web_address(url: str) -> bool:
+    parts = urlsplit(url)
+    return _is_address(url, "http", "https") and "@" not in parts.netloc and not parts.query
 
 
-def _postgresql(secret: SecretStr) -> SecretStr:
-    parts = urlsplit(secret.get_secret_value())
-    known = parts.scheme in ("postgresql", "postgres") and bool(parts.path.strip("/"))
-    try:
-        # Reading the port refuses what is no number, such as that of several hosts.
-        known = known and (parts.hostname is None or _host(parts.hostname)) and parts.port != 0
-    except ValueError:
-        known = False
-    if not known:
-        raise ValueError("must be an address such as postgresql://user:password@host:5432/name")
-    return secret
+def _is_scheduler(url: str) -> bool:
+    parts = urlsplit(url)
+    plain = f"{parts.scheme}://{parts.netloc}" == url and "@" not in parts.netloc
+    return plain and parts.port is not None and _is_address(url, "tcp", "tls")
 
 
-def _login(secret: SecretStr) -> SecretStr:
-    user, _, password = secret.get_secret_value().partition(":")
-    if not user or not password:
-        raise ValueError("must be user:password")
-    return secret
+def _is_postgresql(url: str) -> bool:
+    parts = urlsplit(url)  # without a host it is the local socket
+    named = parts.scheme in ("postgresql", "postgres") and bool(parts.path.strip("/"))
+    return named and (parts.hostname is None or _is_address(url, "postgresql", "postgres"))
 
 
-def _long(secret: SecretStr) -> SecretStr:
-    if len(secret.get_secret_value()) < TOKEN_LETTERS:
-        raise ValueError(f"must have {TOKEN_LETTERS} characters or more")
-    return secret
+def _is_remote(place: str) -> bool:
+    parts = urlsplit(place)
+    return bool(parts.scheme or Path(place).is_absolute()) and (
+        parts.scheme != "s3" or bool(parts.netloc)
+    )
 
 
-def _people(secret: SecretStr) -> SecretStr:
-    check_addresses(secret.get_secret_value())
-    return secret
-
-
-def _remote(place: str) -> str:
-    if not urlsplit(place).scheme and not Path(place).is_absolute():
-        raise ValueError("must be an address such as s3://bucket/dvc, or a folder's full path")
-    if place.startswith("s3:") and not urlsplit(place).netloc:
-        raise ValueError("must name a bucket, such as s3://bucket/dvc")
-    return place
-
-
-def _scheduler(address: str) -> str:
-    parts = urlsplit(address)
-    plain = f"{parts.scheme}://{parts.netloc}" == address and "@" not in parts.netloc
-    # Reading the port also refuses what is no port number.
-    known = parts.scheme in ("tcp", "tls") and _host(parts.hostname) and parts.port
-    if not plain or not known:
-        raise ValueError("must be a scheduler's address such as tcp://host:8786")
-    return address
-
-
-def _inbox(place: str) -> str:
-    if "://" in place and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", place):
-        raise ValueError("must be a folder or s3://bucket/prefix")
-    return place
-
-
-def _branch(name: str) -> str:
+def _is_branch(name: str) -> bool:
     plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}", name)
-    if not plain or re.search(r"\.\.|//|/\.|[./]$|\.lock(/|$)", name):
-        raise ValueError("must be the plain name of a branch, such as handsigns/data")
-    return name
+    return bool(plain) and not re.search(r"\.\.|//|/\.|[./]$|\.lock(/|$)", name)
 
 
-WebAddress = Annotated[str, AfterValidator(_web_address)]
-AnyAddress = Annotated[str, AfterValidator(_any_address)]
+S3_PLACE = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?"
+WebAddress = Annotated[
+    str,
+    _must("be an address such as http://host:port, without user or query", _is_web_address),
+    AfterValidator(lambda url: url.rstrip("/")),
+]
+AnyAddress = Annotated[
+    str,
+    _must(
+        "be an address such as http://host:port or sqlite:///file.db",
+        lambda url: urlsplit(url).scheme,
+    ),
+]
 Paths = Annotated[
     tuple[Path, ...],
     NoDecode,
     BeforeValidator(lambda text: text.split(os.pathsep) if isinstance(text, str) else text),
 ]
 Bucket = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
-People = Annotated[SecretStr, AfterValidator(_people)]
-PostgreSQL = Annotated[SecretStr, AfterValidator(_postgresql)]
-Login = Annotated[SecretStr, AfterValidator(_login)]
-Token = Annotated[SecretStr, AfterValidator(_long)]
-Remote = Annotated[str, AfterValidator(_remote)]
-Scheduler = Annotated[str, AfterValidator(_scheduler)]
-Inbox = Annotated[str, AfterValidator(_inbox)]
-Branch = Annotated[str, AfterValidator(_branch)]
-
+Recipients = Annotated[
+    SecretStr,
+    AfterValidator(lambda secret: check_addresses(secret.get_secret_value()) or secret),
+]
+PostgreSQL = Annotated[
+    SecretStr,
+    _must("be an address such as postgresql://user:password@host:5432/name", _is_postgresql),
+]
+Login = Annotated[SecretStr, _must("be user:password", lambda text: all(text.partition(":")[::2]))]
+Token = Annotated[
+    SecretStr,
+    _must(f"have {TOKEN_LETTERS} characters or more", lambda text: len(text) >= TOKEN_LETTERS),
+]
+Remote = Annotated[
+    str,
+    _must("be an address such as s3://bucket/dvc, or a folder's full path", _is_remote),
+]
+Scheduler = Annotated[str, _must("be a scheduler's address such as tcp://host:8786", _is_scheduler)]
+Inbox = Annotated[
+    str,
+    _must(
+        "be a folder or s3://bucket/prefix",
+        lambda place: "://" not in place or re.fullmatch(S3_PLACE, place),
+    ),
+]
+Branch = Annotated[str, _must("be the plain name of a branch, such as handsigns/data", _is_branch)]
 
 PREFIX = "HANDSIGNS_"
 SECRET = (
@@ -140,14 +137,14 @@ SECRET = (
     "HANDSIGNS_NOTIFY_URLS",
     "HANDSIGNS_SERVE_TOKEN",
 )
-"""Variables whose value no message shows."""
+"""Variables whose value is never shown."""
 
 
 class Settings(BaseSettings):
     """Where the services are; one that is not named is started on loopback.
 
-    Each field is read from `HANDSIGNS_<FIELD>` or, where an alias stands, from the
-    variable that the service's own tools read.
+    A field is read from `HANDSIGNS_<FIELD>`, or from its alias: the variable that the
+    service's own tools read.
     """
 
     model_config = SettingsConfigDict(
@@ -166,7 +163,7 @@ class Settings(BaseSettings):
     inbox: Inbox | None = None
     dask_address: Scheduler | None = None
     git_push: Branch | None = None
-    notify_urls: People | None = None
+    notify_urls: Recipients | None = None
     promotion: Literal["auto", "approval"] = "auto"
     approval_seconds: int = Field(default=86_400, ge=1, le=30 * 86_400)
 
@@ -195,15 +192,11 @@ class Settings(BaseSettings):
     database_url: PostgreSQL | None = Field(default=None, validation_alias="DATABASE_URL")
 
     @model_validator(mode="after")
-    def _keys_come_in_pairs(self) -> "Settings":
+    def _check_together(self) -> "Settings":
         if (self.aws_access_key_id is None) != (self.aws_secret_access_key is None):
             raise ValueError(
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY must be set together or not at all"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _only_loopback_is_open(self) -> "Settings":
         if self.host not in LOOPBACK and self.prefect_auth is None:
             raise ValueError(
                 "HANDSIGNS_HOST lets others reach Prefect, so PREFECT_SERVER_API_AUTH_STRING must "
@@ -215,53 +208,45 @@ class Settings(BaseSettings):
 def load_settings() -> Settings:
     """Read the settings from the environment.
 
-    Returns:
-        The frozen settings; secrets in them print as asterisks.
-
     Raises:
-        SettingsError: a variable is malformed, contradicts another, or starts
-            with `HANDSIGNS_` and is not one of ours; no secret is redact_url.
+        SettingsError: A variable is malformed, contradicts another, or starts with
+            `HANDSIGNS_` and is not a setting; no secret is shown.
     """
-    _refuse_unknown()
+    _reject_unknown()
     try:
         return Settings()
     except ValidationError as error:
         faults = "; ".join(_explain(fault) for fault in error.errors())
-        raise SettingsError(f"Settings cannot be used: {faults}. Mend the environment.") from None
+        raise SettingsError(f"Settings cannot be used: {faults}. Fix the environment.") from None
 
 
-def _refuse_unknown() -> None:
+def _reject_unknown() -> None:
     """A mistyped name would otherwise start a local server in silence."""
-    read = _variables()
+    read = {name for info in Settings.model_fields.items() for name in _variables(*info)}
     known = sorted(name for name in read if name.startswith(PREFIX))
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
             plain = name.removeprefix(PREFIX)
             close = [plain] if plain in read else difflib.get_close_matches(name, known, n=1)
             advice = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(known)}."
-            raise SettingsError(f"Unknown setting in the environment. Received: {name}. {advice}")
+            raise SettingsError(f"{name} is no setting. {advice}")
 
 
-def _variables() -> list[str]:
-    """Names of all variables that are read."""
-    names: set[str] = set()
-    for field, info in Settings.model_fields.items():
-        alias = info.validation_alias
-        if isinstance(alias, AliasChoices):
-            names.update(str(choice) for choice in alias.choices)
-        else:
-            names.add(str(alias or PREFIX + field.upper()))
-    return sorted(names)
+def _variables(field: str, info: FieldInfo) -> list[str]:
+    """Environment variables that a field is read from, the first one first."""
+    alias = info.validation_alias
+    if isinstance(alias, AliasChoices):
+        return [str(choice) for choice in alias.choices]
+    return [str(alias or PREFIX + field.upper())]
 
 
 def _variable(name: str) -> str:
-    """The variable that was read where pydantic tells of a field or its first alias."""
-    for info in Settings.model_fields.values():
-        alias = info.validation_alias
-        if isinstance(alias, AliasChoices) and name in alias.choices:
-            read = (str(choice) for choice in alias.choices if os.environ.get(str(choice)))
-            return next(read, name)  # one that is written in small letters is read too
-    return name if name.isupper() else PREFIX + name.upper()
+    """The variable that was read, where pydantic names a field or its first alias."""
+    for field, info in Settings.model_fields.items():
+        names = _variables(field, info)
+        if name == field or name in names:
+            return next((one for one in names if os.environ.get(one)), names[0])
+    return name
 
 
 def _explain(fault: Any) -> str:

@@ -1,7 +1,9 @@
 """What is said of a rebuilt release: identical, or where it parts and why."""
 
 import copy
+import shutil
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
@@ -13,12 +15,16 @@ import numpy as np
 import pytest
 import yaml
 
-from flows.reproduce import checkout, recorded_revision
-from tasks.errors import ReleaseError
+from flows.reproduce import checkout, rebuild, recorded_revision
+from flows.settings import Settings
+from flows.workspace import Workspace
+from tasks.errors import ReleaseError, ServiceError
 from tasks.io import write_json
 from tasks.project import Project
 from tasks.releases.provenance import environment
 from tasks.releases.reproduction import Comparison, compare_builds
+from tasks.stage import silent
+from tests.fixtures.photos import CHECKOUT
 
 LOCK: dict[str, Any] = {
     "stages": {
@@ -84,7 +90,7 @@ def test_the_same_bytes_are_identical_even_if_a_picture_differs(tmp_path: Path) 
     found = compared(tmp_path, lambda s: s["audit"]["outs"][1].update(md5="other"))
     assert found.identical
     assert found.metrics["loss"] == (1.0, 1.0)
-    assert found.of("a" * 32, "b" * 40, 2.0).told().endswith("identical.")
+    assert found.of("a" * 32, "b" * 40, 2.0).describe().endswith("identical.")
 
 
 def test_the_first_stage_that_parts_is_named_and_by_how_much(tmp_path: Path) -> None:
@@ -96,7 +102,7 @@ def test_the_first_stage_that_parts_is_named_and_by_how_much(tmp_path: Path) -> 
     assert found.weights == 0.25
     assert found.metrics["loss"] == (1.0, 1.25)
     assert "none that is recorded" in str(found.cause)
-    assert "\n" not in found.told()
+    assert "\n" not in found.describe()
 
 
 @pytest.mark.parametrize(
@@ -172,3 +178,50 @@ def test_the_worktree_goes_whatever_happens(tmp_path: Path) -> None:
     assert len(listed.stdout.splitlines()) == 1
     with pytest.raises(ReleaseError, match="git fetch"), checkout(Project(tmp_path), "f" * 40):
         pass
+
+
+STAGE = """
+import os, pathlib
+out = pathlib.Path("artifacts")
+out.mkdir(exist_ok=True)
+photos = sorted(map(str, pathlib.Path("data").rglob("*.png")))
+for name in ("model.keras", "model.pb", "gate.json"):
+    (out / name).write_text(repr(photos))
+(out / "metrics.json").write_text("{}")
+"""
+
+
+def test_of_the_earlier_code_only_commands_that_every_version_has_are_used(tmp_path: Path) -> None:
+    root, release = tmp_path / "checkout", tmp_path / "release"
+    names = ("model.keras", "model.pb", "gate.json", "metrics.json")
+    (root / ".dvc").mkdir(parents=True)
+    shutil.copy(CHECKOUT.root / ".dvc/config", root / ".dvc")
+    (root / "data/train/0").mkdir(parents=True)
+    (root / "data/train/0/a.png").write_text("a photo")
+    (root / "make.py").write_text(STAGE)
+    (root / "params.yaml").write_text("seed: 1\n")
+    outs = [f"artifacts/{name}" for name in names]
+    stage = {"cmd": "python make.py", "deps": ["data", "make.py"], "outs": outs}
+    (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"make": stage}}))
+
+    def run(*command: str) -> None:
+        subprocess.run(command, cwd=root, check=True, capture_output=True)
+
+    run("git", "init", "-q")
+    run(sys.executable, "-m", "dvc", "add", "data")
+    run("git", "add", "-A")
+    run("git", "-c", "user.name=t", "-c", "user.email=t@example.invalid", "commit", "-qm", "Old")
+    run(sys.executable, "-m", "dvc", "repro")
+    release.mkdir()
+    for path in (*outs, "dvc.lock", "data.dvc", "params.yaml"):
+        shutil.copy(root / path, release)
+    workspace = Workspace(Project(root), Settings())
+    shutil.rmtree(root / "data")  # the cache has the recorded version
+    with checkout(workspace.project, "HEAD") as built:
+        assert rebuild(workspace, release, built, None, silent).identical
+    shutil.rmtree(root / ".dvc/cache")
+    with (
+        checkout(workspace.project, "HEAD") as built,
+        pytest.raises(ServiceError, match="HANDSIGNS_DVC_REMOTE_URL"),
+    ):
+        rebuild(workspace, release, built, None, silent)

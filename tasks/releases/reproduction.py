@@ -1,9 +1,11 @@
-"""Whether two builds of a model are the same, and if not, where they part."""
+"""Compare two builds of a model, and find where they part."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import yaml
 
@@ -11,7 +13,7 @@ from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.champion import METRICS
 
-PICTURES = "artifacts/plots/"
+PLOTS = "artifacts/plots/"
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,13 @@ class Comparison:
     """A release and what was rebuilt from its record.
 
     Args:
-        identical: weights and metrics are the same to the last byte.
-        difference: the first thing that differs; None where nothing does.
-        cause: what it probably comes from.
-        weights: largest difference between two weights; None where they cannot be compared.
-        metrics: value in the release and in the rebuilt model, by name.
-        release: id of the release.
-        revision: commit that it was rebuilt from.
-        seconds: how long it took.
+        identical: Weights and metrics are the same bytes.
+        difference: The first thing that differs.
+        cause: Its likely cause.
+        weights: Largest difference between two weights; None if they cannot be compared.
+        metrics: Values in the release and in the rebuilt model, by name.
+        release: Id of the release.
+        revision: Commit that it was rebuilt from.
     """
 
     identical: bool
@@ -45,14 +46,12 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """The verdict in one line."""
-        if self.identical:
-            return f"Release {self.release} was rebuilt from {self.revision[:12]}: identical."
-        return (
-            f"Release {self.release} was rebuilt from {self.revision[:12]}: {self.difference} "
-            f"Likely cause: {self.cause}"
-        )
+        verdict = "identical."
+        if not self.identical:
+            verdict = f"{self.difference} Likely cause: {self.cause}"
+        return f"Release {self.release} was rebuilt from {self.revision[:12]}: {verdict}"
 
 
 def compare_builds(
@@ -61,18 +60,16 @@ def compare_builds(
     """Compare a rebuilt model with the release's, stage by stage.
 
     Args:
-        release: folder of the verified release.
-        built: checkout in which every stage was run again.
-        then: `tasks.services.git.environment` when the release was made, if recorded.
-        now: the same today.
-
-    Returns:
-        Whether they are identical, and else the first stage that parts and why.
+        release: Folder of the verified release.
+        built: Checkout in which every stage ran again.
+        then: `tasks.services.git.environment()` when the release was made, if recorded.
+        now: The same today.
     """
     files = {"model.keras": built.model, "model.pb": built.graph}
     files |= {"metrics.json": built.metrics, "gate.json": built.gate}
     same = all((release / name).read_bytes() == path.read_bytes() for name, path in files.items())
-    metrics = _metrics(read_json(release / "metrics.json"), read_json(built.metrics))
+    before, after = read_json(release / "metrics.json"), read_json(built.metrics)
+    metrics = {name: (before.get(name), after.get(name)) for name in METRICS}
     if same:
         return Comparison(True, metrics=metrics, weights=0.0)
     difference, by_code = _first_difference(_lock(release / "dvc.lock"), _lock(built.lock))
@@ -85,10 +82,6 @@ def compare_builds(
     )
 
 
-def _metrics(released: Any, rebuilt: Any) -> dict[str, tuple[Any, Any]]:
-    return {name: (released.get(name), rebuilt.get(name)) for name in METRICS}
-
-
 def _lock(path: Path) -> dict[str, Any]:
     stages: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
     return stages
@@ -97,11 +90,7 @@ def _lock(path: Path) -> dict[str, Any]:
 def _first_difference(
     released: Mapping[str, Any], rebuilt: Mapping[str, Any]
 ) -> tuple[str, str | None]:
-    """The stage whose results differ although what it was given does not.
-
-    Returns:
-        What differs in words, and the cause where the lock itself names it.
-    """
+    """The stage whose results differ although its inputs do not; the cause if `dvc.lock` has it."""
     for name, stage in released.items():
         other = rebuilt.get(name)
         if other is None:
@@ -115,7 +104,7 @@ def _first_difference(
                 return f"{path} is not what {name} ran.", "code that was not in the commit."
     for name, stage in released.items():
         other = rebuilt[name]
-        results = [p for p in _differing(stage, other, "outs") if not p.startswith(PICTURES)]
+        results = [p for p in _differing(stage, other, "outs") if not p.startswith(PLOTS)]
         if results and not _differing(stage, other, "deps"):
             return f"stage {name} gave another {results[0]} from the same inputs.", None
     return "files outside of the pipeline differ.", None
@@ -151,7 +140,7 @@ def _cause(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
 
 
 def _largest_difference(released: Path, rebuilt: Path) -> float | None:
-    """Between the weights of two .keras files; None where their arrays do not match."""
+    """Between the weights of two .keras files; None if their arrays do not match."""
     import numpy as np
 
     one, two = _arrays(released), _arrays(rebuilt)
@@ -161,9 +150,6 @@ def _largest_difference(released: Path, rebuilt: Path) -> float | None:
 
 
 def _arrays(path: Path) -> dict[str, Any]:
-    import io
-    import zipfile
-
     import h5py
     import numpy as np
 
@@ -173,8 +159,6 @@ def _arrays(path: Path) -> dict[str, Any]:
         if isinstance(entry, h5py.Dataset):
             found[name] = np.asarray(entry, np.float64)
 
-    with zipfile.ZipFile(path) as archive:
-        content = archive.read("model.weights.h5")
-    with h5py.File(io.BytesIO(content), "r") as file:
+    with ZipFile(path) as archive, h5py.File(BytesIO(archive.read("model.weights.h5"))) as file:
         file.visititems(take)
     return found

@@ -1,7 +1,7 @@
-"""Tell people over what they use: mail, chat, a pager, any address that apprise knows.
+"""Notifications by mail, chat, pager, or whatever else apprise supports.
 
-An address is a secret: it holds tokens and passwords. It is handed to apprise and
-appears in no message, log or error; neither do apprise's own log lines, which quote it.
+An address is a secret: it holds tokens and passwords. It appears in no message, log or
+error; apprise's own log lines, which quote it, are silenced.
 """
 
 import logging
@@ -12,25 +12,25 @@ from contextlib import contextmanager
 SECONDS = 30
 """Longest wait for all addresses together."""
 
-_TALKATIVE = ("apprise", "urllib3.connectionpool")
-"""Loggers that quote addresses, or the paths in them, when asked for details."""
+_QUOTING = ("apprise", "urllib3.connectionpool")
+"""Loggers that quote addresses in their details."""
 
 _log = logging.getLogger(__name__)
 
 
 def notify(addresses: str, title: str, body: str) -> bool:
-    """Send a message to every address; that it fails is never an error.
+    """Send a message to every address; log, don't raise, if that fails.
 
     Args:
-        addresses: as apprise takes them, with spaces or commas between.
-        title: one line.
-        body: plain text.
+        addresses: In apprise's format, separated by spaces or commas.
+        title: One line.
+        body: Plain text.
 
     Returns:
-        Whether every address took it within 30 s; if not, a warning is logged.
+        Whether every address took it within 30 s.
     """
     outcome: list[bool] = []
-    # A daemon, so that an address that never answers cannot hold up the end of a run.
+    # A daemon, so that an address that never answers cannot delay the end of a run.
     thread = threading.Thread(
         target=lambda: outcome.append(_send(addresses, title, body)), daemon=True
     )
@@ -39,17 +39,14 @@ def notify(addresses: str, title: str, body: str) -> bool:
     delivered = outcome == [True]
     if not delivered:
         _log.warning(
-            "Not everybody was told: an address in HANDSIGNS_NOTIFY_URLS %s.",
+            "Not everybody was notified: an address in HANDSIGNS_NOTIFY_URLS %s.",
             "was refused or did not answer" if outcome else f"took more than {SECONDS} s",
         )
     return delivered
 
 
 def check_addresses(addresses: str) -> None:
-    """Refuse addresses that nobody could be told at, before somebody has to be.
-
-    Args:
-        addresses: as for `notify`.
+    """Check addresses before they are needed.
 
     Raises:
         ValueError: apprise cannot use one of them; the message does not show it.
@@ -85,7 +82,7 @@ def _send(addresses: str, title: str, body: str) -> bool:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    loggers = {name: logging.getLogger(name) for name in _TALKATIVE}
+    loggers = {name: logging.getLogger(name) for name in _QUOTING}
     levels = {name: logger.level for name, logger in loggers.items()}
     for logger in loggers.values():
         logger.setLevel(logging.CRITICAL + 1)
