@@ -1,4 +1,4 @@
-"""The model card and the bill of materials."""
+"""The model card and the software bill of materials of a release."""
 
 import os
 import subprocess
@@ -12,38 +12,140 @@ from tasks.errors import StageError
 from tasks.io import atomic_write
 from tasks.scoring.checks import shown, shown_interval
 
+SECONDS = 120
+Content = Mapping[str, Any]
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Draw a table; what a cell holds cannot break out of it.
+CARD = """\
+# Hand signs
+
+Reads the digit, 0 to 5, that one hand shows in a photo. An EfficientNetB0 with global average \
+pooling and a softmax over six classes, as one Keras functional model: float32 \
+`(batch, 224, 224, 3)`, RGB in [0, 255], to probabilities `(batch, 6)`; column *i* is the sign *i*.
+
+Photos are cut to their central square, reduced to {size} x {size} pixels (and then blurred by \
+{blur} of them, where they were larger), and enlarged to 224 x 224 before they reach the model. \
+Pixels are not scaled to [0, 1]: the model does that itself.
+
+## Intended use and limits
+
+For one upright hand that fills most of the picture, on a plain background, as in the training \
+photos. {mirror}
+
+- It always answers with one of six signs, also when there is no hand. A low highest probability \
+is the only hint.
+- The scores below hold for photos like those it was tested on. Other people, cameras and rooms \
+may score much lower: run `handsigns evaluate FOLDER` on your own photos first.
+- It does not read sign language, does not recognise people, and must not decide anything that \
+can harm somebody.
+
+## Data
+
+Version `{version}`.{note} Photos that are nearly the same are kept in one split.
+
+{counts}
+
+## Training
+
+Seed {seed}, {seen}, mode `{mode}`.
+
+{phases}
+
+## Evaluation
+
+On {n} test photos that training never saw.
+
+{overall}
+
+{per_class}
+
+## Gate
+
+{verdict}.
+
+{checks}
+
+## Licence
+
+Apache-2.0. The backbone starts from EfficientNetB0's ImageNet weights.
+"""
+
+
+def model_card(
+    *,
+    metrics: Content,
+    gate: Content,
+    counts: Mapping[str, int],
+    params: Content,
+    histories: Sequence[Content],
+    data_version: str,
+    data_note: str = "",
+) -> str:
+    """Write the model card in Markdown.
 
     Args:
-        heads: one for each column.
-        rows: cells in the order of `heads`; each is shown as `str` gives it.
-
-    Returns:
-        Lines without an end of line at the last.
+        metrics: content of `metrics.json`.
+        gate: content of `gate.json`.
+        counts: photos in each split: `train`, `val`, `test`.
+        params: content of `params.yaml`.
+        histories: contents of the phases' `history.json`, in order.
+        data_version: DVC's hash of the photos.
+        data_note: one sentence on where the photos come from.
     """
+    mirrored = params["augmentation"]["horizontal_flip"]
+    mode = params["training"]["mode"]
+    copies = f"{params['features']['augmented_copies']} augmented copies of each photo"
+    low, high = metrics["accuracy_interval"]
+    overall = (
+        ("accuracy", f"{shown(metrics['accuracy'])} (95% Wilson: {low:.4f} to {high:.4f})"),
+        ("loss (categorical cross-entropy)", shown(metrics["loss"])),
+        ("AUC (one against the rest, macro)", shown(metrics["auc"])),
+        ("expected calibration error", shown(metrics["ece"])),
+    )
+    per_class = (
+        (
+            row["label"],
+            *(shown(row[name]) for name in ("precision", "recall", "f1")),
+            row["support"],
+        )
+        for row in metrics["per_class"]
+    )
+    return CARD.format(
+        size=params["preprocess"]["detail"],
+        blur=SOFTNESS,
+        mirror="Left and right hands count alike: photos are mirrored at random while training."
+        if mirrored
+        else "Photos are not mirrored while training: a hand that is rare in them may read worse.",
+        version=data_version,
+        note=f" {data_note}" if data_note else "",
+        counts=table(("split", "photos"), [(name, counts[name]) for name in counts]),
+        seed=params["seed"],
+        seen="each photo augmented anew in every epoch" if mode == "end_to_end" else copies,
+        mode=mode,
+        phases=_phases(params, histories),
+        n=metrics["n"],
+        overall=table(("measure", "value"), overall),
+        per_class=table(("sign", "precision", "recall", "F1", "photos"), per_class),
+        verdict="Passed" if gate["passed"] else "Failed",
+        checks=_checks(gate),
+    )
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; what a cell holds cannot break out of it."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    return " ".join(str(value).replace("|", "\\|").split())
-
-
-SECONDS = 120
 
 
 def write_bill(lock: Path, project: Path, target: Path) -> None:
     """Write a CycloneDX bill of materials of a locked environment.
 
     It holds no time and no serial number, so the same lock gives the same bytes, and the
-    release's id stays derived from what is in it.
+    release's id depends on its content only.
 
     Args:
         lock: `requirements.lock`, with hashes.
         project: `pyproject.toml`, which names the root component.
-        target: the file to appear, JSON.
+        target: the JSON file to write.
 
     Raises:
         StageError: the lock cannot be read as one.
@@ -61,109 +163,17 @@ def write_bill(lock: Path, project: Path, target: Path) -> None:
                 command, env=environment, capture_output=True, timeout=SECONDS, check=True
             )
         except subprocess.SubprocessError as error:
-            told = (getattr(error, "stderr", None) or b"").decode(errors="replace").split("\n")
-            reason = next((line for line in reversed(told) if line.strip()), type(error).__name__)
+            said = (getattr(error, "stderr", None) or b"").decode(errors="replace").split("\n")
+            reason = next((line for line in reversed(said) if line.strip()), type(error).__name__)
             raise StageError(
-                f"No bill of materials could be made ({reason.strip()[:200]}). "
-                f"Received: '{lock}'. Run `make lock`, and look at what it says."
+                f"No bill of materials could be made of '{lock}' ({reason.strip()[:200]}). Run "
+                "`make lock`, and look at what it says."
             ) from error
 
 
-LICENCE = "Apache-2.0"
-
-Content = Mapping[str, Any]
-
-
-def model_card(
-    *,
-    metrics: Content,
-    gate: Content,
-    counts: Mapping[str, int],
-    params: Content,
-    histories: Sequence[Content],
-    data_version: str,
-    data_note: str = "",
-) -> str:
-    """Write the model card.
-
-    Args:
-        metrics: content of `metrics.json`.
-        gate: content of `gate.json`.
-        counts: photos in each split: `train`, `val`, `test`.
-        params: content of `params.yaml`, say `Params.model_dump()`.
-        histories: contents of the phases' `history.json`, in order.
-        data_version: DVC's hash of the photos.
-        data_note: one sentence on where the photos come from.
-
-    Returns:
-        Markdown.
-    """
-    sections = [
-        _model(params),
-        _use(params),
-        _data(counts, data_version, data_note),
-        _training(params, histories),
-        _evaluation(metrics),
-        _gate(gate),
-        f"## Licence\n\n{LICENCE}. The backbone starts from EfficientNetB0's ImageNet weights.",
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def _model(params: Content) -> str:
-    detail = params["preprocess"]["detail"]
-    return (
-        "# Hand signs\n\n"
-        "Reads the digit, 0 to 5, that one hand shows in a photo. An EfficientNetB0 with global "
-        "average pooling and a softmax over six classes, as one Keras functional model: float32 "
-        "`(batch, 224, 224, 3)`, RGB in [0, 255], to probabilities `(batch, 6)`; column *i* is "
-        f"the sign *i*.\n\nPhotos are cut to their central square, reduced to {detail} x {detail} "
-        f"pixels (and then blurred by {SOFTNESS} of them, where they were larger), and enlarged to "
-        "224 x 224 before they reach the model. Pixels are not scaled to [0, 1]: the model does "
-        "that itself."
-    )
-
-
-def _use(params: Content) -> str:
-    mirror = (
-        "Left and right hands count alike: photos are mirrored at random while training."
-        if params["augmentation"]["horizontal_flip"]
-        else "Photos are not mirrored while training: a hand that is rare in them may read worse."
-    )
-    return (
-        "## Intended use and limits\n\n"
-        "For one upright hand that fills most of the picture, on a plain background, as in the "
-        f"training photos. {mirror}\n\n"
-        "- It always answers with one of six signs, also when there is no hand. A low highest "
-        "probability is the only hint.\n"
-        "- The scores below hold for photos like those it was tested on. Other people, cameras "
-        "and rooms may score much lower: run `handsigns evaluate FOLDER` on your own photos "
-        "first.\n"
-        "- It does not read sign language, does not recognise people, and must not decide "
-        "anything that can harm somebody."
-    )
-
-
-def _data(counts: Mapping[str, int], version: str, note: str) -> str:
-    rows = [(split, counts[split]) for split in ("train", "val", "test")]
-    told = f" {note}" if note else ""
-    return (
-        f"## Data\n\nVersion `{version}`.{told} Photos that are nearly the same are kept in one "
-        f"split.\n\n{table(('split', 'photos'), rows)}"
-    )
-
-
-def _training(params: Content, histories: Sequence[Content]) -> str:
-    heads = (
-        "phase",
-        "photos",
-        "open layers",
-        "learning rate",
-        "epochs",
-        "averaged",
-        "val loss",
-        "val acc.",
-    )
+def _phases(params: Content, histories: Sequence[Content]) -> str:
+    heads = ("phase", "photos", "open layers", "learning rate", "epochs", "averaged",
+             "val loss", "val acc.")  # fmt: skip
     rows = []
     for history in histories:
         phase = params["phases"][history["phase"]]
@@ -179,38 +189,10 @@ def _training(params: Content, histories: Sequence[Content]) -> str:
                 shown(history["val_accuracy"]),
             )
         )
-    mode = params["training"]["mode"]
-    views = f"{params['features']['augmented_copies']} augmented copies of each photo"
-    seen = "each photo augmented anew in every epoch" if mode == "end_to_end" else views
-    return f"## Training\n\nSeed {params['seed']}, {seen}, mode `{mode}`.\n\n{table(heads, rows)}"
+    return table(heads, rows)
 
 
-def _evaluation(metrics: Content) -> str:
-    low, high = metrics["accuracy_interval"]
-    overall = [
-        ("accuracy", f"{shown(metrics['accuracy'])} (95% Wilson: {low:.4f} to {high:.4f})"),
-        ("loss (categorical cross-entropy)", shown(metrics["loss"])),
-        ("AUC (one against the rest, macro)", shown(metrics["auc"])),
-        ("expected calibration error", shown(metrics["ece"])),
-    ]
-    per_class = [
-        (
-            row["label"],
-            shown(row["precision"]),
-            shown(row["recall"]),
-            shown(row["f1"]),
-            row["support"],
-        )
-        for row in metrics["per_class"]
-    ]
-    return (
-        f"## Evaluation\n\nOn {metrics['n']} test photos that training never saw.\n\n"
-        f"{table(('measure', 'value'), overall)}\n\n"
-        f"{table(('sign', 'precision', 'recall', 'F1', 'photos'), per_class)}"
-    )
-
-
-def _gate(gate: Content) -> str:
+def _checks(gate: Content) -> str:
     rows = [
         (
             check["name"],
@@ -221,6 +203,8 @@ def _gate(gate: Content) -> str:
         )
         for check in gate["checks"]
     ]
-    verdict = "Passed" if gate["passed"] else "Failed"
-    heads = ("check", "value", "limit", "interval", "verdict")
-    return f"## Gate\n\n{verdict}.\n\n{table(heads, rows)}"
+    return table(("check", "value", "limit", "interval", "verdict"), rows)
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).replace("|", "\\|").split())
