@@ -14,10 +14,9 @@ from tasks.io import write_json
 from tasks.params import GateParams
 from tasks.project import Project
 from tasks.releases.challenger import PromotionDecision, record_comparison
-from tasks.releases.champion import promote, rollback, set_champion
+from tasks.releases.champion import find_release, promote, rebuild_registry, rollback, set_champion
 from tasks.releases.pointer import Champion, Move, read_champion, sync_alias
 from tasks.releases.release import publish
-from tasks.releases.versions import find_release, rebuild_registry
 from tasks.scoring.metrics import DIGITS
 from tasks.services.mlflow import CHAMPION, CONTENT_ID, Registry, Version
 from tasks.services.s3 import Storage

@@ -14,9 +14,9 @@ from tasks.errors import HandsignsError, PromotionError, ServiceError
 from tasks.io import read_json
 from tasks.model.inference import classify_files
 from tasks.project import Project
+from tasks.releases.champion import COMPARED_WITH, COMPARISON, COMPARISON_WON
 from tasks.releases.pointer import Champion
 from tasks.releases.release import DATASET_INDEX, fetch, open_release
-from tasks.releases.versions import COMPARED_WITH, COMPARISON, COMPARISON_WON
 from tasks.scoring.compare import Comparison, compare
 from tasks.services.mlflow import Registry
 from tasks.services.s3 import Storage

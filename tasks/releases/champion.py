@@ -1,14 +1,13 @@
-"""Promote and roll back."""
+"""Promote, roll back, and find releases by the names that people use."""
 
 import datetime
 import getpass
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tasks.errors import HandsignsError, OvertakenError, PromotionError
-from tasks.gate import judge
+from tasks.errors import HandsignsError, OvertakenError, PromotionError, ReleaseError
 from tasks.io import read_json
 from tasks.params import GateParams, load_params
 from tasks.project import Project
@@ -17,8 +16,8 @@ from tasks.releases.pointer import (
     Move,
     Pointer,
     check_alias,
-    check_champion,
     move_champion,
+    overtaken,
     read_champion,
     sync_alias,
 )
@@ -26,12 +25,17 @@ from tasks.releases.release import (
     DATASET_INDEX,
     MANIFEST,
     fetch,
+    list_releases,
+    read_manifest,
     verify,
 )
-from tasks.releases.versions import COMPARED_WITH, COMPARISON, COMPARISON_WON, release_of
-from tasks.services.mlflow import Registry, Version
+from tasks.services.mlflow import CHALLENGER, CHAMPION, Registry, Version
 from tasks.services.s3 import Storage, check_conditional_writes
 
+COMPARED_WITH = "compared_with"
+COMPARISON = "comparison"
+COMPARISON_WON = "comparison_won"
+"""Tags of a version: how it compared with the champion of its day."""
 METRICS = ("accuracy", "loss", "auc", "ece")
 """Scores that the history keeps of each champion."""
 
@@ -61,9 +65,6 @@ def promote(
         by: who decided; None is the user of this process.
         expected: release of the champion that the caller saw; None takes any.
 
-    Returns:
-        The move that made it champion.
-
     Raises:
         PromotionError: there is no such version, or a check fails.
         OvertakenError: the champion is not the expected one.
@@ -89,7 +90,7 @@ def promote(
             f"Version {version} should not be champion: {'; '.join(failed)}. Nothing was moved. "
             "To overrule that, promote it with --force and a --reason."
         )
-    # Where the alias lags behind, it must not be taken for one that was moved by hand.
+    # An alias that lags behind must not be taken for one that was moved by hand.
     _sync_alias_or_warn(storage, registry)
     metrics = read_json(folder / "metrics.json") or {}
     return set_champion(storage, registry, found, present, reason, metrics, by=by, overruled=failed)
@@ -115,9 +116,6 @@ def rollback(
         by: who decided; None is the user of this process.
         expected: release of the champion to roll back.
 
-    Returns:
-        The move that made the earlier champion champion again.
-
     Raises:
         PromotionError: there is no earlier champion, or the registry lost it.
         OvertakenError: the champion is not the expected one.
@@ -126,8 +124,10 @@ def rollback(
     _need_reason("A rollback", reason)
     check_conditional_writes(storage)
     present = read_champion(storage)
-    if present and _rolled_back_already(present.pointer, expected):
-        return _already(storage, registry, present)
+    if present and present.pointer.action == "rollback":
+        undone = present.pointer.history[-1].release
+        if expected is None or expected == undone != present.pointer.release:
+            return _already(storage, registry, present)
     _check_expected(present, expected)
     target = present.pointer.former() if present else None
     if present is None or target is None:
@@ -139,16 +139,8 @@ def rollback(
             "another version, or run `handsigns rebuild-registry`."
         )
     verify(storage, target.release)
-    update = {
-        "action": "rollback",
-        "version": version.number,
-        "reason": reason,
-        "by": by or _user(),
-    }
-    new = _pointer(present, target.model_copy(update=update))
-    move_champion(storage, present, new)
-    _sync_alias_or_warn(storage, registry)
-    return new
+    update = {"action": "rollback", "reason": reason, "by": by or "", "version": version.number}
+    return _move(storage, registry, present, target.model_copy(update=update))
 
 
 def set_champion(
@@ -186,32 +178,29 @@ def set_champion(
     present = read_champion(storage)
     if present and present.pointer.release == release.id:
         return _already(storage, registry, present)
-    check_champion(storage, expected)
+    if (present and present.etag) != (expected and expected.etag):
+        raise overtaken(expected)
     if expected is not None:
         check_alias(registry, expected)
     facts = release.manifest.facts
     move = Move(
         release=release.id,
         version=version.number,
-        by=by or _user(),
+        by=by or "",
         reason=reason,
         metrics={name: metrics.get(name) for name in METRICS},
         created=str(facts.get("created", "")),
         pointer_moves=facts.get("pointer_moves"),
         overruled=tuple(overruled),
     )
-    new = _pointer(expected, move)
-    move_champion(storage, expected, new)
-    _sync_alias_or_warn(storage, registry)
+    new = _move(storage, registry, expected, move)
     if overruled:
         kept = {"by": new.by, "because": reason, "over": "; ".join(overruled)}
         tags = {f"forced_{name}": text[:5000] for name, text in kept.items()}
         try:
             registry.set_tags(version.number, tags)
         except HandsignsError as error:
-            _log.warning(
-                "The registry does not say that version %d was forced: %s", version.number, error
-            )
+            _log.warning("The registry does not show that the promotion was forced: %s", error)
     return new
 
 
@@ -221,7 +210,7 @@ def blockers(
     """Checks that a version fails as champion, one short sentence each.
 
     Args:
-        version: with its tags, see `record_comparison`.
+        version: with its tags, see `tasks.releases.challenger.record_comparison`.
         release: folder of its verified release.
         present: the champion that it would replace.
         limits: the gate's limits of today, which may be stricter than those of its day.
@@ -234,6 +223,8 @@ def blockers(
 
 
 def _failed_gates(release: Path, limits: GateParams) -> Iterator[str]:
+    from tasks.gate import judge  # loads scipy, which a rollback need not wait for
+
     verdict = read_json(release / "gate.json")
     if not isinstance(verdict, dict) or verdict.get("passed") is not True:
         yield "its own gate did not pass it"
@@ -271,13 +262,71 @@ def _made_earlier(release: Path, present: Champion | None) -> Iterator[str]:
         )
 
 
-def _rolled_back_already(pointer: Pointer, expected: str | None) -> bool:
-    """Whether the last move is the rollback that is asked for."""
-    if pointer.action != "rollback":
-        return False
-    return expected is None or (
-        pointer.release != expected and pointer.history[-1].release == expected
-    )
+def find_release(storage: Storage, registry: Callable[[], Registry], name: str) -> str:
+    """Id of the release that a person means.
+
+    Args:
+        storage: bucket with the pointer.
+        registry: opened only when the pointer does not answer the question.
+        name: `champion`, `challenger`, a version's number, or a release's id.
+
+    Raises:
+        ReleaseError: there is no such release.
+    """
+    if name == CHAMPION:
+        champion = read_champion(storage)
+        if champion is None:
+            raise ReleaseError("There is no champion yet. Run `handsigns retrain` first.")
+        return champion.pointer.release
+    if len(name) == 32 and set(name) <= set("0123456789abcdef"):
+        return name
+    if name == CHALLENGER:
+        version = registry().version_by_alias(CHALLENGER)
+    elif name.isdecimal():
+        version = registry().version(int(name))
+    else:
+        raise ReleaseError(
+            f"'{name}' names no model. Use champion, challenger, a version's number, a release's "
+            "id, or the path of a release."
+        )
+    if version is None:
+        raise ReleaseError(
+            f"There is no model {name} in the registry. `handsigns status` shows which there are; "
+            "if versions were lost, run `handsigns rebuild-registry`."
+        )
+    return release_of(version)
+
+
+def release_of(version: Version) -> str:
+    """Id of a version's release; `ReleaseError` for a version of another program."""
+    if version.content_id is None:
+        raise ReleaseError(
+            f"Version {version.number} names no release. It was not registered by this workflow; "
+            "retrain, and use the version that it makes."
+        )
+    return version.content_id
+
+
+def rebuild_registry(storage: Storage, registry: Registry) -> list[Version]:
+    """Register every complete release in storage that the registry lacks.
+
+    Numbers are given anew, in the order in which the releases were made.
+    """
+    known = {version.content_id for version in registry.versions()}
+    missing = []
+    for release in list_releases(storage):
+        if release not in known:
+            try:
+                missing.append(read_manifest(storage, release))
+            except ReleaseError as error:
+                _log.warning("Release %s is left out: %s", release, error)
+    missing.sort(key=lambda one: (one.facts.get("pointer_moves", 0), one.facts.get("created", "")))
+    added = [
+        registry.register(None, one.id, {"release_uri": storage.uri(f"releases/{one.id}/")})
+        for one in missing
+    ]
+    sync_alias(storage, registry)
+    return added
 
 
 def _check_expected(present: Champion | None, expected: str | None) -> None:
@@ -293,18 +342,28 @@ def _check_expected(present: Champion | None, expected: str | None) -> None:
 def _already(storage: Storage, registry: Registry, present: Champion) -> Move:
     """Report a repeated request as done; the alias may have been left behind."""
     now = present.pointer
-    further = (
-        f" To go back further, run `handsigns rollback --from {now.version}`."
-        if now.action == "rollback"
-        else ""
-    )
+    back = f" To go back further, run `handsigns rollback --from {now.version}`."
+    further = back if now.action == "rollback" else ""
     _log.warning("Version %d is champion already; nothing was moved.%s", now.version, further)
     _sync_alias_or_warn(storage, registry)
     return now
 
 
+def _move(storage: Storage, registry: Registry, before: Champion | None, move: Move) -> Move:
+    fields = {
+        **move.model_dump(),
+        "by": move.by or _user(),
+        "previous": before.pointer.version if before else None,
+        "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "history": before.pointer.moves if before else (),
+    }
+    moved = move_champion(storage, before, Pointer.model_validate(fields))
+    _sync_alias_or_warn(storage, registry)
+    return moved.pointer
+
+
 def _sync_alias_or_warn(storage: Storage, registry: Registry) -> None:
-    """Log, don't raise, if the alias update fails: the champion has moved."""
+    """Log, don't raise, if the alias update fails twice: the champion has moved."""
     for last in (False, True):
         try:
             if said := sync_alias(storage, registry):
@@ -329,14 +388,3 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user may have no name
         return f"uid {os.getuid()}"
-
-
-def _pointer(before: Champion | None, move: Move) -> Pointer:
-    return Pointer.model_validate(
-        {
-            **move.model_dump(),
-            "previous": before.pointer.version if before else None,
-            "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "history": before.pointer.moves if before else (),
-        }
-    )

@@ -166,17 +166,6 @@ def _written(storage: Storage, content: bytes, error: ServiceError) -> str:
     return etag
 
 
-def check_champion(storage: Storage, expected: Champion | None) -> None:
-    """Raise what `move_champion` would raise, before anything else is done.
-
-    Raises:
-        OvertakenError: the champion was changed meanwhile.
-    """
-    present = read_champion(storage)
-    if (present and present.etag) != (expected and expected.etag):
-        raise overtaken(expected)
-
-
 def overtaken(expected: Champion | None) -> OvertakenError:
     """The error for a champion that is no longer `expected`."""
     was = f"version {expected.pointer.version} was" if expected else "there was no"
