@@ -7,10 +7,17 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from flows.command import Json, Model, Named, Number, Reason, open_project, open_workspace
 from flows.keys import keys_app
 from flows.local.proxy import spare_loopback
-from flows.output import echo, say, show_messages, shown_progress
+from flows.output import (
+    Json,
+    echo,
+    open_project,
+    open_workspace,
+    say,
+    show_messages,
+    shown_progress,
+)
 from tasks.errors import HandsignsError, SettingsError
 from tasks.garbage import rare_collection
 
@@ -18,7 +25,6 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 app = typer.Typer(
-    name="handsigns",
     help="Keep a hand-sign classifier fresh: import photos, retrain, promote what is better.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -40,10 +46,10 @@ def main() -> None:
         where = f": '{error.filename}'" if error.filename else ""
         _fail(f"{error.strerror or error}{where}. Give permission or make room, then run again.")
     except KeyboardInterrupt:
-        _interrupted()
+        _fail("Interrupted. Nothing is lost; run again to continue.", INTERRUPTED)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            _interrupted()
+            _fail("Interrupted. Nothing is lost; run again to continue.", INTERRUPTED)
         raise
     except Exception as error:
         traceback.print_exc()  # into the log, once there is one
@@ -51,14 +57,23 @@ def main() -> None:
         _fail(f"{kind}: {error}. This is a bug; the newest file in .local/logs/ has its traceback.")
 
 
-def _interrupted() -> NoReturn:
-    say("Interrupted. Nothing is lost; run again to continue.")
-    sys.exit(INTERRUPTED)
-
-
-def _fail(reason: str) -> NoReturn:
+def _fail(reason: str, code: int = 1) -> NoReturn:
     say(reason)
-    sys.exit(1)
+    sys.exit(code)
+
+
+def _utf_8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter(f"must be UTF-8 (received {text!a})") from None
+    return text
+
+
+def _version_number(text: str) -> int:
+    if not text.isdecimal():
+        raise typer.BadParameter(f"{text!r} is not a number. `handsigns status` shows some.")
+    return int(text)
 
 
 def _print_version(wanted: bool) -> None:
@@ -69,15 +84,20 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+Model = Annotated[
+    str,
+    typer.Option(help="champion, challenger, a version's number, or the path of a release."),
+]
+Named = Annotated[str, typer.Argument(help="champion, challenger, or a version's number.")]
+Number = Annotated[int, typer.Argument(help="A version's number.", parser=_version_number)]
+Reason = Annotated[str, typer.Option(help="Why; kept in the champion's history.", callback=_utf_8)]
+Version = Annotated[
+    bool, typer.Option("--version", help="Print it.", callback=_print_version, is_eager=True)
+]
+
+
 @app.callback()
-def _options(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", help="Print the version.", callback=_print_version, is_eager=True
-        ),
-    ] = False,
-) -> None:
+def _options(version: Version = False) -> None:
     """Options of the command itself."""
 
 
@@ -91,7 +111,7 @@ def retrain(
         from flows.run import retrain as run
 
         report = run(workspace, force, progress)
-    from flows.tables import retrain_listing
+    from flows.output import retrain_listing
 
     echo(json_, report.model_dump(mode="json"), retrain_listing(report))
     if report.status == "cancelled":
@@ -105,7 +125,7 @@ def status(json_: Json = False) -> None:
     """Show the data's version, stages out of date, champion and challenger."""
     with open_workspace() as workspace:
         found = workspace.status()
-    from flows.tables import status_listing
+    from flows.output import status_listing
 
     echo(json_, found, status_listing(found))
 
@@ -113,15 +133,14 @@ def status(json_: Json = False) -> None:
 @app.command()
 def sample(json_: Json = False) -> None:
     """Render the sample data set into data/ and version it."""
-    project = open_project()
-    pipeline = open_workspace(project).pipeline
+    workspace = open_workspace()
     from tasks.data.directory import recover
     from tasks.data.sources import render
 
     with shown_progress() as progress:
-        recover(project)
-        done = render(project, pipeline, progress)
-    echo(json_, {"version": pipeline.data_version(), "said": done}, done)
+        recover(workspace.project)
+        done = render(workspace.project, workspace.pipeline, progress)
+    echo(json_, {"version": workspace.pipeline.data_version(), "said": done}, done)
 
 
 @app.command("import")
@@ -132,13 +151,11 @@ def import_(
     json_: Json = False,
 ) -> None:
     """Bring photos into data/, set bad files aside, and version the result."""
-    project = open_project()
-    from flows.tables import import_listing
-    from tasks.data.importer import import_photos
-    from tasks.data.sources import fetch_data
+    with open_workspace() as workspace, shown_progress() as progress:
+        from tasks.data.importer import import_photos
+        from tasks.data.sources import fetch_data
 
-    with open_workspace(project) as workspace, shown_progress() as progress:
-        pipeline = workspace.pipeline
+        project, pipeline = workspace.project, workspace.pipeline
         former = pipeline.data_source()  # fails for a damaged data.dvc before photos are replaced
         # A sample that was never rendered is nothing that photos could be added to.
         if not replace and former == "photos":
@@ -152,6 +169,8 @@ def import_(
             "data/ holds the rendered sample beside these photos. Import them with --replace to "
             "keep them only."
         )
+    from flows.output import import_listing
+
     result = {**report.to_json(), "version": version, "pushed": pushed}
     echo(json_, result, import_listing(report, version))
 
@@ -168,7 +187,7 @@ def evaluate(
         from tasks.evaluate import evaluate_folder
 
         report = evaluate_folder(classifier, folder, progress)
-    from flows.tables import scores_listing
+    from flows.output import scores_listing
 
     result = {"model": name, **report.to_json()}
     echo(json_, result, scores_listing(result))
@@ -187,7 +206,7 @@ def predict(
         from tasks.model.inference import classify_files
 
         predictions = [found.to_json() for found in classify_files(classifier, photos, progress)]
-    from flows.tables import predictions_listing
+    from flows.output import predictions_listing
 
     result = {"model": name, "predictions": predictions}
     echo(json_, result, predictions_listing(predictions, name))
@@ -232,9 +251,7 @@ def promote(
     reason: Reason = "",
     force: Annotated[
         bool,
-        typer.Option(
-            "--force", help="Overrule the gate or a lost comparison; needs --reason, and is kept."
-        ),
+        typer.Option("--force", help="Overrule failed checks; needs --reason, and is kept."),
     ] = False,
     json_: Json = False,
 ) -> None:
@@ -281,15 +298,15 @@ def serve(
 ) -> None:
     """Serve a page and an HTTP API that read signs; they follow the champion."""
     workspace = open_workspace()
-    from flows.serve.server import listen, open_source, run_service
+    from flows.serve.limits import Limits, listen, run_service
 
     settings = workspace.settings
     token = settings.serve_token.get_secret_value() if settings.serve_token else None
     with listen(host, port, token is not None) as listening:
-        source = open_source(workspace, model)
         from flows.serve.app import make_app
-        from flows.serve.limits import Limits
+        from flows.serve.follower import open_source
 
+        source = open_source(workspace, model)
         max_bytes = settings.serve_max_mb * 2**20
         service = make_app(source, Limits(settings.serve_rate, max_bytes, token, listening.hosts))
         loaded = source.model.description if source.model else None
@@ -306,7 +323,7 @@ def up(json_: Json = False) -> None:
     """Start S3, MLflow, Prefect and a worker on loopback, with the schedule."""
     workspace = open_workspace()
     from flows.local.up import up as start
-    from flows.tables import service_listing
+    from flows.output import service_listing
 
     running, fresh = start(workspace.project, workspace.settings)
     echo(json_, {**running.model_dump(), "started": fresh}, service_listing(running, fresh))
@@ -334,11 +351,8 @@ def deploy(
     from flows.local.servers import HEARTBEAT_SECONDS
 
     if not HEARTBEAT_SECONDS < silence < float("inf"):
-        raise typer.BadParameter(
-            f"must be more than the {HEARTBEAT_SECONDS} s between two signs of life, and finite "
-            f"(received {silence:g})",
-            param_hint="--silence",
-        )
+        wanted = f"must be more than the {HEARTBEAT_SECONDS} s between two signs of life"
+        raise typer.BadParameter(f"{wanted} (received {silence:g})", param_hint="--silence")
     workspace = open_workspace()
     from flows.deploy import POOLS
     from flows.deploy import deploy as register
@@ -354,7 +368,3 @@ def deploy(
         )
     names = register(project, settings, api, pool, silence)
     echo(json_, {"api": api, "pool": pool, "deployments": names}, f"{', '.join(names)} on {pool}")
-
-
-if __name__ == "__main__":
-    main()

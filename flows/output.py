@@ -5,24 +5,57 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
+from tasks.errors import HandsignsError
+
 if TYPE_CHECKING:
+    from flows.local.stack import Running
+    from flows.report import RunReport
+    from flows.workspace import Workspace
+    from tasks.data.importer import ImportReport
+    from tasks.project import Project
     from tasks.stage import Progress
 
 out = Console()
 err = Console(stderr=True)
 
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
 SECONDS_BETWEEN_LINES = 10.0
 """How often a long step writes a line where there is no terminal."""
+
+
+def open_project() -> "Project":
+    """The checkout in the working directory; from here on libraries print to its log."""
+    from tasks.project import Project
+
+    project = Project(Path.cwd())
+    if not (project.root / "dvc.yaml").is_file():
+        raise HandsignsError(
+            f"'{project.root}' is not a checkout of handsigns: it has no dvc.yaml. "
+            "Change to the checkout's root."
+        )
+    capture_libraries(project.local / "logs" / f"{sys.argv[1]}.log")
+    return project
+
+
+def open_workspace() -> "Workspace":
+    """The checkout and its services; none of them is started yet."""
+    project = open_project()
+    from flows.settings import load_settings
+    from flows.workspace import Workspace
+
+    return Workspace(project, load_settings())
 
 
 def capture_libraries(log: Path) -> None:
@@ -127,25 +160,10 @@ def shown_progress() -> Iterator["Progress"]:
     if not err.is_terminal:
         yield _ProgressLines()
         return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress as rich
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=err, transient=True, redirect_stdout=False, redirect_stderr=False
-    ) as bars:
+    columns = rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn()
+    with rich.Progress("{task.description}", *columns, console=err, transient=True) as bars:
         bar, shown = bars.add_task("", visible=False), ""
 
         def progress(what: str, done: int, total: int) -> None:
@@ -176,3 +194,155 @@ class _ProgressLines:
         elif now - last >= SECONDS_BETWEEN_LINES:
             self._last[what] = now
             say(f"{what}: {done}/{total}")
+
+
+MAX_FILES = 20
+"""Files named one by one; `--json` names all."""
+
+
+def import_listing(report: "ImportReport", version: str) -> Listing:
+    """Photos by split and sign, and the files that were set aside."""
+    from tasks.params import LABELS
+
+    rows = []
+    for title, counts in (("taken", report.taken), ("already there", report.already_there)):
+        for split in sorted({split for split, _ in counts}):
+            row = [counts.get((split, label), 0) for label in LABELS]
+            rows.append([title, split, *map(str, [*row, sum(row)])])
+    empty = [""] * len(LABELS)
+    if report.removed:
+        rows.append(["removed", "", *empty, str(report.removed)])
+    rows += [["set aside", kind, *empty, str(n)] for kind, n in report.kinds().items()]
+    notes = [f"{file.origin}: {file.reason}" for file in report.quarantined[:MAX_FILES]]
+    if len(report.quarantined) > MAX_FILES:
+        notes.append("The others: artifacts/quarantine/quarantine.json")
+    notes.append(f"data/ is version {version}.")
+    return Listing("Photos", rows, ("import", "", *LABELS, "all"), notes)
+
+
+def service_listing(running: "Running", fresh: bool) -> Listing:
+    """Where each part of the service answers."""
+    rows = [
+        ("Prefect", (running.prefect or "").removesuffix("/api") or "as the environment says"),
+        ("MLflow", running.mlflow or "as the environment says"),
+        ("S3", running.s3 or "as the environment says"),
+        ("database", running.database or "SQLite in .local/"),
+        ("logs", ".local/logs/"),
+        ("login", "in .local/credentials.json, for what is started here"),
+    ]
+    notes = ["handsigns status, predict and retrain use it. To stop it: make down"]
+    return Listing("Service" if fresh else "Service, already up", rows, notes=notes)
+
+
+def retrain_listing(report: "RunReport") -> Listing:
+    """What happened, how good it is, compared with what, and what to do next."""
+    rows, number = [("why", report.reason)], report.model.version
+    if report.phases and report.status != "unchanged":
+        rows += _training_rows(report)
+    test = report.test
+    if test.accuracy is not None:
+        low, high = test.accuracy_interval or (0.0, 1.0)
+        more = f"loss {_shown(test.loss)}, AUC {_shown(test.auc)}, ECE {_shown(test.ece)}"
+        rows.append(("test", f"accuracy {test.accuracy:.4f} ({low:.3f} to {high:.3f}), {more}"))
+    if checks := report.gate.checks:
+        failed = "; ".join(failed_check(check) for check in checks if not check["passed"])
+        rows.append(("gate", f"failed: {failed}" if failed else f"passed, {len(checks)} checks"))
+    if found := report.comparison:
+        before, after = found["champion"], found["challenger"]
+        moved = [f"{k} {before[k]:.4f} -> {after[k]:.4f}" for k in ("accuracy", "loss")]
+        photos = f"{before['n']} photos, {found['won']} won, {found['lost']} lost"
+        rows.append(("champion", f"{', '.join(moved)} on the same {photos}"))
+    if number is not None:
+        alias = f" ({report.model.alias})" if report.model.alias else ""
+        rows.append(("model", f"{report.model.name} version {number}{alias}"))
+    if report.release.uri and report.status != "unchanged":
+        rows.append(("release", report.release.uri))
+    if "total" in report.seconds:
+        rows.append(("took", f"{report.seconds['total']:.0f} s"))
+    steps = {
+        "promoted": "Try it: handsigns predict PHOTO, or handsigns serve",
+        "registered": f"To promote it anyway: handsigns promote {number} --force --reason WHY",
+        "rejected": "Nothing was published. Add photos of the weak signs, or change gate in "
+        "params.yaml; misread photos are in artifacts/plots/mistakes.png",
+    }
+    notes = [step for name, step in steps.items() if name == report.status]
+    if notes:
+        notes.append("Plots: artifacts/plots/   Report: artifacts/run.json")
+    return Listing(f"Retrain: {report.status}", rows, notes=notes)
+
+
+def _training_rows(report: "RunReport") -> list[tuple[str, str]]:
+    data, features = report.data, report.features
+    counts = f"{data.train} train, {data.val} val, {data.test} test"
+    if changes := data.changes:
+        since = f"version {changes.since}" if changes.since else "the beginning"
+        counts += f"; {changes.added} added, {changes.removed} removed since {since}"
+    rows = [("photos", counts)]
+    if features.computed or features.reused:
+        rows.append(("features", f"{features.computed} computed, {features.reused} reused"))
+    for phase in report.phases:
+        spent = f"{phase.seconds:.1f} s" if phase.seconds else "restored"
+        scores = f"val accuracy {phase.val_accuracy:.4f}, loss {phase.val_loss:.4f}"
+        size = f"{phase.images} images, {phase.epochs} epochs"
+        rows.append((phase.name, f"{size}, {spent}: {scores}"))
+    return rows
+
+
+def failed_check(check: Mapping[str, Any]) -> str:
+    """A failed check of the gate with its numbers: 'accuracy 0.9630 < 0.9900'."""
+    name, value, limit = check["name"], check["value"], check["limit"]
+    interval = check.get("interval")
+    if value is None or limit is None:
+        return f"{name}: {check.get('detail') or 'no value'}"
+    if interval and interval[0] < limit <= value:
+        return f"{name} {_shown(value)}, surely only {_shown(interval[0])} < {_shown(limit)}"
+    return f"{name} {_shown(value)} {'<' if value < limit else '>'} {_shown(limit)}"
+
+
+def status_listing(found: Mapping[str, Any]) -> Listing:
+    """Where the checkout and its services stand."""
+    rows = [
+        ("data", f"{found['data']['version']} ({found['data']['source']})"),
+        ("out of date", ", ".join(found["stale"]) or "nothing"),
+    ]
+    for role in ("champion", "challenger"):
+        held = found[role]
+        forced = ", FORCED" if held and held.get("overruled") else ""
+        rows.append((role, f"version {held['version']}{forced}, {held['uri']}" if held else "none"))
+    rows.append(("signatures", found["signatures"]))
+    rows += [("moved", move["told"]) for move in found["history"][-5:]]
+    return Listing("Status", rows)
+
+
+def scores_listing(result: Mapping[str, Any]) -> Listing:
+    """Scores on labelled photos, sign by sign."""
+    low, high = result["accuracy_interval"]
+    more = ", ".join(f"{name} {_shown(result[name])}" for name in ("loss", "auc", "ece"))
+    title = (
+        f"{result['model']}: accuracy {result['accuracy']:.4f} ({low:.3f} to {high:.3f}) on "
+        f"{result['n']} photos, {more}"
+    )
+    names = ("precision", "recall", "f1", "support")
+    rows = [[row["label"], *(_shown(row[name]) for name in names)] for row in result["per_class"]]
+    unread = [f"{file['file']}: {file['error']}" for file in result["unreadable"]]
+    rest = [f"and {len(unread) - MAX_FILES} more"] if len(unread) > MAX_FILES else []
+    header = ("sign", "precision", "recall", "F1", "photos")
+    return Listing(title, rows, header, [*unread[:MAX_FILES], *rest])
+
+
+def predictions_listing(predictions: Sequence[Mapping[str, Any]], model: str) -> Listing:
+    """The sign read in each photo, and the probability of each."""
+    from tasks.params import LABELS
+
+    rows = []
+    for found in predictions:
+        if "error" in found:
+            rows.append([found["file"], "-", found["error"]])
+        else:
+            shares = [f"{found['probabilities'][label]:.3f}" for label in LABELS]
+            rows.append([found["file"], found["label"], *shares])
+    return Listing(model, rows, ("photo", "sign", *LABELS))
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

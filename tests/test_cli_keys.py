@@ -37,5 +37,5 @@ def test_no_private_key_where_git_would_take_it(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     (tmp_path / ".gitignore").write_text("/.local/\n")
     refuse_tracked(tmp_path / ".local" / "keys")
-    with pytest.raises(SettingsError, match="where git would take it"):
+    with pytest.raises(SettingsError, match="git would take a private key"):
         refuse_tracked(tmp_path / "keys")

@@ -17,7 +17,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -142,7 +141,7 @@ BAD: dict[str, tuple[int, str, dict[str, Any]]] = {
     "JSON other": (422, "nothing else", {"json": {"photo": "AAAA"}}),
     "JSON no base64": (422, "not base64", {"json": {"image": "%%%%"}}),
     "JSON no photo": (415, "not an image", {"json": {"image": "AAAA"}}),
-    "too large": (413, "more than 10 MB", {"content": bytes(10 * 2**20 + 1), "headers": JSON}),
+    "too large": (413, "larger than 10 MB", {"content": bytes(10 * 2**20 + 1), "headers": JSON}),
 }
 
 
@@ -182,21 +181,14 @@ def test_a_body_that_says_it_is_too_large_is_refused_before_it_is_sent(service: 
     line.close()
 
 
-def test_an_endless_body_is_refused_at_the_limit_and_cut_off(service: Service) -> None:
-    sent = 0
-
-    def endless() -> Iterator[bytes]:
-        nonlocal sent
-        while sent < 2**30:
-            sent += 2**16
-            yield bytes(2**16)
-
-    try:
-        answer = service.client.post("/predict", content=endless(), headers=JSON)
-        assert answer.status_code == 413
-    except httpx.WriteError:  # it wrote on after the end, and had no time to read the answer
-        pass
-    assert 10 * 2**20 < sent < 40 * 2**20
+def test_an_endless_body_is_refused_at_the_limit(service: Service) -> None:
+    port = service.client.base_url.port or 0
+    with socket.create_connection(("127.0.0.1", port)) as line:
+        head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        line.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        for _ in range(161):  # of 64 KB each, and no end
+            line.sendall(b"10000\r\n" + bytes(2**16) + b"\r\n")
+        assert line.recv(100).startswith(b"HTTP/1.1 413")
     assert service.metric('handsigns_requests_total{method="POST",path="/predict",status="413"}')
 
 

@@ -53,12 +53,12 @@ def in_terminal(workshop: Workshop, *words: str, **environment: str) -> list[str
 def test_a_terminal_shows_results_and_bars_and_nothing_of_libraries(
     trained: Trained,
     s3: S3Address,
-    local_mlflow: MlflowServer,
+    mlflow_server: MlflowServer,
     prefect_api: PrefectApi,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     workshop = trained.checkout(tmp_path_factory.mktemp("terminal") / "checkout")
-    services = {**named(s3), **local_mlflow.named, **prefect_api.named}
+    services = {**named(s3), **mlflow_server.named, **prefect_api.named}
     assert len(in_terminal(workshop, "import", str(trained.photos), **services)) <= 15
     first = in_terminal(workshop, "retrain", **services)
     assert len(first) <= 40

@@ -1,10 +1,10 @@
 """The HTTP service that reads signs."""
 
 import asyncio
-import datetime
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,16 @@ from typing import Any, Literal
 import numpy as np
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -22,7 +31,6 @@ from starlette.types import ASGIApp
 
 from flows.serve.follower import LoadedModel, ModelSource
 from flows.serve.limits import Admission, Boundary, Credentials, Limits, ScoringPool
-from flows.serve.metrics import Metrics
 from tasks.data.images import is_large, look, shrink
 from tasks.errors import ImageError
 from tasks.model.inference import Classifier, Prediction
@@ -34,6 +42,10 @@ PAGE = Path(__file__).with_name("page")
 BODY_SECONDS = 30.0
 EXAMPLE_SEED = 21
 """Seed of the rendered examples; not the seed of the sample data set."""
+
+BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+PATHS = ("/predict", "/health", "/metrics", "/openapi.json")
+METHODS = ("GET", "HEAD", "POST")
 
 _PHOTO = {"type": "string", "format": "binary"}
 ACCEPTED: dict[str, Any] = {
@@ -61,6 +73,12 @@ class Model(BaseModel):
     version: int | None = Field(description="Of a champion: its number in the registry.")
     release: str | None = Field(description="Of a champion: its verified release.")
     promoted_at: str | None = Field(description="When it became champion, ISO 8601.")
+
+    @classmethod
+    def of(cls, model: LoadedModel) -> "Model":
+        """Describe a loaded model."""
+        values = {name: getattr(model, name) for name in cls.model_fields if name != "told"}
+        return cls(told=model.description, **values)
 
 
 class Reading(BaseModel):
@@ -96,6 +114,53 @@ class JsonPhoto(BaseModel):
     model_config = ConfigDict(extra="forbid", val_json_bytes="base64")
 
     image: bytes
+
+
+class Metrics:
+    """Prometheus metrics of one service, in a registry of its own."""
+
+    def __init__(self, source: ModelSource) -> None:
+        registry = self._registry = CollectorRegistry()
+        self._source = source
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        registry.register(self)
+        about, labels = "Requests answered.", ("method", "path", "status")
+        self._requests = Counter("handsigns_requests", about, labels, registry=registry)
+        about = "From a request's headers to the end of its answer."
+        self._seconds = Histogram(
+            "handsigns_request_seconds", about, ("path",), buckets=BUCKETS, registry=registry
+        )
+        about = "Photos read, by sign."
+        self.predictions = Counter("handsigns_predictions", about, ("label",), registry=registry)
+
+    def observe(self, method: str, path: str, status: int, seconds: float) -> None:
+        """Count one request; unknown paths and methods share one label each."""
+        path = path if path in PATHS else "page"
+        self._requests.labels(method if method in METHODS else "other", path, status).inc()
+        self._seconds.labels(path).observe(seconds)
+
+    def collect(self) -> Iterator[Metric]:
+        """Metrics of the loaded model."""
+        source, model = self._source, self._source.model
+        about = "The model that answers."
+        info = GaugeMetricFamily("handsigns_model_info", about, labels=("version", "release"))
+        if model:
+            info.add_metric((str(model.version or ""), model.release or ""), 1)
+        yield info
+        about = "1 while the loaded model is not the champion, or that is unknown."
+        yield GaugeMetricFamily("handsigns_follow_problem", about, bool(source.problem))
+        about = "When the champion pointer was last read."
+        yield GaugeMetricFamily("handsigns_follow_timestamp_seconds", about, source.checked_at or 0)
+        about = "Failed checks of the champion."
+        failures = CounterMetricFamily("handsigns_follow_failures", about, labels=("kind",))
+        for kind, count in source.failures.items():
+            failures.add_metric((kind,), count)
+        yield failures
+
+    def render(self) -> bytes:
+        """Return the metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
 
 
 def make_app(source: ModelSource, limits: Limits) -> ASGIApp:
@@ -134,8 +199,8 @@ def make_app(source: ModelSource, limits: Limits) -> ASGIApp:
                 found = await pool.run(partial(_score, model.classifier, content), large)
             except ImageError as error:
                 raise _unusable(error) from None
-        metrics.count_prediction(str(found.label))
-        return Reading(**found.to_json(), model=_describe(model))
+        metrics.predictions.labels(str(found.label)).inc()
+        return Reading(**found.to_json(), model=Model.of(model))
 
     @app.api_route(
         "/predict", methods=["GET", "HEAD", "PUT", "PATCH", "DELETE"], include_in_schema=False
@@ -232,16 +297,6 @@ def _unusable(error: ImageError) -> HTTPException:
     return HTTPException(status, f"This is not a usable photo: {error.reason}.")
 
 
-def _describe(model: LoadedModel) -> Model:
-    return Model(
-        description=model.description,
-        told=model.description,
-        version=model.version,
-        release=model.release,
-        promoted_at=model.promoted_at,
-    )
-
-
 def _waiting(source: ModelSource) -> str:
     return source.problem or "There is no champion yet. Once one is promoted, it answers here."
 
@@ -250,31 +305,23 @@ def _health(source: ModelSource, detailed: bool) -> Health:
     model, problem = source.model, source.problem
     if problem and not detailed:
         problem = "The champion cannot be followed; the service's log says why."
-    if model is None:
-        state: Literal["ready", "behind", "waiting"] = "waiting"
-        problem = problem or _waiting(source)
-    else:
-        state = "behind" if problem else "ready"
-    checked = source.checked_at and datetime.datetime.fromtimestamp(
-        source.checked_at, datetime.UTC
-    ).isoformat(timespec="seconds")
+    state: Literal["ready", "behind", "waiting"] = "behind" if problem else "ready"
+    checked = source.checked_at and datetime.fromtimestamp(source.checked_at, UTC)
     return Health(
-        state=state,
-        model=_describe(model) if model else None,
+        state=state if model else "waiting",
+        model=Model.of(model) if model else None,
         age_seconds=_age(model),
-        looked_at=checked or None,
-        problem=problem,
+        looked_at=checked.isoformat(timespec="seconds") if checked else None,
+        problem=problem if model or problem else _waiting(source),
     )
 
 
 def _age(model: LoadedModel | None) -> float | None:
-    if model is None or not model.promoted_at:
-        return None
     try:
-        promoted = datetime.datetime.fromisoformat(model.promoted_at)
+        promoted = datetime.fromisoformat(model.promoted_at or "") if model else None
     except ValueError:
-        return None
-    return round((datetime.datetime.now(datetime.UTC) - promoted).total_seconds(), 1)
+        promoted = None
+    return round((datetime.now(UTC) - promoted).total_seconds(), 1) if promoted else None
 
 
 @lru_cache(maxsize=len(LABELS))

@@ -7,21 +7,20 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from tasks.errors import BusyError, HandsignsError, ReleaseError, ServiceError
 from tasks.releases.pointer import Champion, read_champion
 from tasks.services.s3 import Storage
 
 if TYPE_CHECKING:
+    from flows.workspace import Workspace
     from tasks.model.inference import Classifier
 
 _log = logging.getLogger(__name__)
 
 MAX_PAUSE = 300.0
 """Longest back-off in seconds between two tries of a rejected release."""
-POINTER = "pointer"
-"""Marks a rejected pointer, where others are marked with their ETag."""
 
 OpenStorage = Callable[[bool], AbstractContextManager[Storage | None]]
 """Opens the storage for one check. With False it may give None if nothing was written since."""
@@ -29,15 +28,7 @@ OpenStorage = Callable[[bool], AbstractContextManager[Storage | None]]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that answers requests.
-
-    Args:
-        classifier: scores photos.
-        description: what it is, in words.
-        version: number in the registry; only of a champion, like the rest.
-        release: id of its verified release.
-        promoted_at: when it became champion, ISO 8601 in UTC.
-    """
+    """A model that answers; what follows its description is only known of a champion."""
 
     classifier: "Classifier"
     description: str
@@ -46,59 +37,39 @@ class LoadedModel:
     promoted_at: str | None = None
 
 
-class ModelSource(Protocol):
-    """The loaded model, what is wrong with it, and when that was last checked."""
-
-    model: LoadedModel | None
-    problem: str | None
-    checked_at: float | None
-    failures: dict[str, int]
-
-    def stop(self) -> None:
-        """Release what the source holds."""
-
-
 @dataclass
-class StaticModel:
-    """A model named on the command line; it never changes."""
+class ModelSource:
+    """The model that answers; by itself one that never changes.
 
-    model: LoadedModel | None
+    Args:
+        model: replaced, never changed.
+        problem: why it is not the champion, or why that is unknown.
+        checked_at: when the pointer was last read, as a Unix time.
+        failures: failed checks by kind.
+    """
+
+    model: LoadedModel | None = None
     problem: str | None = None
     checked_at: float | None = None
     failures: dict[str, int] = field(default_factory=dict)
 
     def stop(self) -> None:
-        """Nothing to stop."""
+        """Stop what runs in the background."""
 
 
-class Follower:
-    """Follow the champion pointer in a background thread.
+class Follower(ModelSource):
+    """Follow the champion pointer in a background thread, every `seconds`.
 
-    A new champion answers once its release is fetched, verified and loaded. Until then,
-    and if any of that fails, the old model answers.
-
-    Args:
-        open_storage: opens the storage for one check.
-        releases: folder for fetched releases.
-        seconds: pause between two checks.
-
-    Attributes:
-        model: the model that answers; replaced, never changed.
-        problem: why it is not the champion, or why that is unknown.
-        checked_at: when the pointer was last read, as a Unix time.
-        failures: failed checks by `storage`, `release` or `other`.
+    A new champion answers once its release is fetched to `releases`, verified and loaded.
+    Until then, and if any of that fails, the old model answers.
     """
 
     def __init__(self, open_storage: OpenStorage, releases: Path, seconds: float) -> None:
-        self.model: LoadedModel | None = None
-        self.problem: str | None = None
-        self.checked_at: float | None = None
-        self.failures = dict.fromkeys(("storage", "release", "other"), 0)
+        super().__init__(failures=dict.fromkeys(("storage", "release", "other"), 0))
         self._open, self._releases, self._seconds = open_storage, releases, seconds
         self._etag: str | None = None
-        self._rejected: str | None = None
-        self._pause = seconds
-        self._retry_at = 0.0
+        self._rejected: str | None = None  # an ETag, or "pointer"
+        self._pause, self._retry_at = seconds, 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
 
@@ -122,9 +93,13 @@ class Follower:
     def poll(self) -> None:
         """Check the champion once; record a failure instead of raising it."""
         try:
-            self._check()
+            retry = self._rejected is not None and time.monotonic() >= self._retry_at
+            with self._open(retry) as storage:
+                if storage is not None:
+                    self._check(storage, retry)
+            self.checked_at = time.time()
         except BusyError:
-            pass  # a run of this checkout starts or stops the storage; the next check will do
+            pass  # the storage is being started or stopped; the next check will do
         except ServiceError as error:
             self._fail("storage", str(error))
         except HandsignsError as error:
@@ -136,53 +111,43 @@ class Follower:
         while not self._stopping.wait(self._seconds):
             self.poll()
 
-    def _check(self) -> None:
-        retry = self._rejected is not None and time.monotonic() >= self._retry_at
-        with self._open(retry) as storage:
-            if storage is not None:
-                self._read(storage, retry)
-        self.checked_at = time.time()
-
-    def _read(self, storage: Storage, retry: bool) -> None:
+    def _check(self, storage: Storage, retry: bool) -> None:
         try:
             champion = read_champion(storage)
         except ReleaseError:
-            self._reject(POINTER)
+            self._reject("pointer")
             raise
         if champion is None or champion.etag == self._etag:
             gone = champion is None and self.model
             self.problem = "The champion pointer is gone." if gone else None
             self._rejected = None
         elif champion.etag != self._rejected or retry:
-            self._take(storage, champion)
+            self._load(storage, champion)
 
-    def _reject(self, what: str) -> None:
-        self._pause = self._pause * 2 if what == self._rejected else self._seconds
-        self._rejected = what
-        self._retry_at = time.monotonic() + min(self._pause, MAX_PAUSE)
+    def _load(self, storage: Storage, champion: Champion) -> None:
+        from tasks.releases.release import fetch, open_release
 
-    def _take(self, storage: Storage, champion: Champion) -> None:
         pointer = champion.pointer
         try:
-            classifier = self._load(storage, pointer.release)
+            if self.model and self.model.release == pointer.release:
+                classifier = self.model.classifier
+            else:
+                classifier = open_release(fetch(storage, pointer.release, self._releases))
         except ServiceError:
             raise
         except HandsignsError:
             self._reject(champion.etag)
             raise
         description = f"champion, version {pointer.version}, release {pointer.release}"
-        self.model = LoadedModel(
-            classifier, description, pointer.version, pointer.release, pointer.at
-        )
+        found = (pointer.version, pointer.release, pointer.at)
+        self.model = LoadedModel(classifier, description, *found)
         self._etag, self._rejected, self.problem = champion.etag, None, None
         _log.info("Serving the %s.", description)
 
-    def _load(self, storage: Storage, release: str) -> "Classifier":
-        from tasks.releases.release import fetch, open_release
-
-        if self.model and self.model.release == release:
-            return self.model.classifier
-        return open_release(fetch(storage, release, self._releases))
+    def _reject(self, what: str) -> None:
+        self._pause = self._pause * 2 if what == self._rejected else self._seconds
+        self._rejected = what
+        self._retry_at = time.monotonic() + min(self._pause, MAX_PAUSE)
 
     def _fail(self, kind: str, reason: str) -> None:
         self.failures[kind] += 1
@@ -191,3 +156,17 @@ class Follower:
         if problem != self.problem:
             _log.warning("%s", problem)
         self.problem = problem
+
+
+def open_source(workspace: "Workspace", model: str) -> ModelSource:
+    """Load the model that a person named; the champion is followed."""
+    if model != "champion":
+        with workspace:
+            return ModelSource(LoadedModel(*workspace.classifier(model)))
+    from flows.local.stack import SharedStorage
+
+    project, settings = workspace.project, workspace.settings
+    shared = SharedStorage(settings, project, workspace.trust)
+    follower = Follower(shared.opened, project.releases, settings.serve_follow_seconds)
+    follower.start()
+    return follower

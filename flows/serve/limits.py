@@ -3,15 +3,20 @@
 import asyncio
 import ipaddress
 import math
+import os
+import resource
 import secrets
+import signal
+import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 from urllib.parse import urlsplit
 
+import uvicorn
 from fastapi import Depends
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from limits import parse
@@ -23,12 +28,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tasks.errors import ServiceError, SettingsError
 from tasks.model.inference import usable_cores
 
 IN_FLIGHT = 128
 """Photos that may be uploaded, queued or scored at once; bounds the memory they take."""
-LINGER_SECONDS = 2.0
-"""How long an early answer waits for the rest of the body."""
+CONNECTIONS = 2048
+"""Open connections, idle ones included; beyond it requests get 503."""
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -42,12 +48,12 @@ SECURITY_HEADERS = {
     "X-Frame-Options": "DENY",
 }
 
-Observe = Callable[[str, str, int, float], None]
-"""Called with method, path, status and seconds of each request."""
 Credentials = Annotated[
     HTTPAuthorizationCredentials | None,
     Depends(HTTPBearer(auto_error=False, description="HANDSIGNS_SERVE_TOKEN, where it is set.")),
 ]
+Observe = Callable[[str, str, int, float], None]
+"""Called with method, path, status and seconds of each request."""
 Result = TypeVar("Result")
 
 
@@ -83,34 +89,22 @@ class Admission:
         if not self._limiter.hit(self._rate, *bucket):
             free_at = self._limiter.get_window_stats(self._rate, *bucket).reset_time
             wait = max(1, math.ceil(free_at - time.time()))
-            raise HTTPException(
-                429,
-                f"Too many requests: more than {self._rate}. Wait {wait} s.",
-                {"Retry-After": str(wait)},
-            )
+            reason = f"Too many requests: more than {self._rate}. Wait {wait} s."
+            raise HTTPException(429, reason, {"Retry-After": str(wait)})
         if not known:
-            raise HTTPException(
-                401,
-                "This service asks for a token. Send it as 'Authorization: Bearer TOKEN'.",
-                {"WWW-Authenticate": "Bearer"},
-            )
+            reason = "This service asks for a token. Send it as 'Authorization: Bearer TOKEN'."
+            raise HTTPException(401, reason, {"WWW-Authenticate": "Bearer"})
 
     def accepts(self, credentials: HTTPAuthorizationCredentials | None) -> bool:
         """Whether the client sent the right token, or none is expected."""
-        if self._token is None:
-            return True
         sent = credentials.credentials if credentials else ""
-        return secrets.compare_digest(sent.encode(), self._token.encode())
+        return self._token is None or secrets.compare_digest(sent.encode(), self._token.encode())
 
 
 def _client_network(request: Request) -> str:
     """The client's address; for IPv6 the /64 network that one subscriber has."""
     host = request.client.host if request.client else ""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host
-    return host if address.version == 4 else str(ipaddress.ip_network(f"{host}/64", strict=False))
+    return str(ipaddress.ip_network(f"{host}/64", strict=False)) if ":" in host else host
 
 
 class ScoringPool:
@@ -125,9 +119,8 @@ class ScoringPool:
     async def place(self) -> AsyncIterator[None]:
         """Hold one of the `IN_FLIGHT` places, or raise 503 with Retry-After."""
         if self.in_flight >= IN_FLIGHT:
-            raise HTTPException(
-                503, "Too many photos are waiting. Try again in a second.", {"Retry-After": "1"}
-            )
+            reason = "Too many photos are waiting. Try again in a second."
+            raise HTTPException(503, reason, {"Retry-After": "1"})
         self.in_flight += 1
         try:
             yield
@@ -146,12 +139,7 @@ class ScoringPool:
 
 
 class Boundary:
-    """Outermost layer: hosts, body size, security headers, metrics.
-
-    A body is refused by its declared length before a byte is read, otherwise at the first
-    byte too many. An answer before the end of the body gives the sender a moment to finish:
-    cut off, most clients would report a broken connection instead of the answer.
-    """
+    """Outermost layer: foreign hosts, body size, security headers, metrics."""
 
     def __init__(self, app: ASGIApp, limits: Limits, observe: Observe) -> None:
         self._app, self._limits, self._observe = app, limits, observe
@@ -160,85 +148,122 @@ class Boundary:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = time.perf_counter()
-        exchange = _Exchange(scope, receive, send, self._limits.max_bytes)
-        refusal = foreign_origin(Headers(scope=scope), self._limits.hosts)
+        headers, started = Headers(scope=scope), time.perf_counter()
+        size, status = int(headers.get("Content-Length", "0")), 500
+
+        async def receive_limited() -> Message:
+            nonlocal size
+            if size <= self._limits.max_bytes:
+                message = await receive()
+                if "Content-Length" not in headers:
+                    size += len(message.get("body", b""))
+            if size > self._limits.max_bytes:
+                limit = self._limits.max_bytes // 2**20
+                raise HTTPException(413, f"The request is larger than {limit} MB. Send less.")
+            return message
+
+        async def send_secured(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                sent = MutableHeaders(scope=message)
+                sent.update(SECURITY_HEADERS)
+                sent.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        refusal = foreign(headers, self._limits.hosts)
         app = JSONResponse({"error": refusal}, 403) if refusal else self._app
         try:
-            await app(scope, exchange.receive, exchange.send)
+            await app(scope, receive_limited, send_secured)
         finally:
             seconds = time.perf_counter() - started
-            self._observe(scope["method"], scope["path"], exchange.status, seconds)
+            self._observe(scope["method"], scope["path"], status, seconds)
 
 
-def foreign_origin(headers: Headers, hosts: frozenset[str] | None) -> str | None:
-    """Return why a request may come from another site's page, or None.
+def foreign(headers: Headers, hosts: frozenset[str] | None) -> str | None:
+    """Why a request may come from another site's page, or None.
 
-    A page elsewhere can let its name point to this machine (DNS rebinding), or post a
-    form here; a service without a token would answer it.
+    A page elsewhere can let its name point to this machine (DNS rebinding) or post a form
+    here; a service without a token would answer it.
     """
-    if hosts is None:
-        return None
-    advice = f"Use {', '.join(sorted(hosts))}, or set HANDSIGNS_SERVE_TOKEN to allow any."
-    host = headers.get("Host", "")
-    if _hostname(f"//{host}") not in hosts:
-        return f"This service does not answer to the host {host[:80]!r}. {advice}"
-    origin = headers.get("Origin")
-    if origin is not None and _hostname(origin) not in hosts:
-        return f"This service does not answer pages of {origin[:80]!r}. {advice}"
+    sources = [f"//{headers.get('Host', '')}", headers.get("Origin", "//localhost")]
+    for source in sources if hosts else ():
+        try:
+            name = urlsplit(source).hostname
+        except ValueError:
+            name = None
+        if hosts and name not in hosts:
+            return (
+                f"This service does not answer to {source[:80]!r}. Use "
+                f"{', '.join(sorted(hosts))}, or set HANDSIGNS_SERVE_TOKEN to allow any."
+            )
     return None
 
 
-def _hostname(url: str) -> str | None:
+@dataclass(frozen=True)
+class Listening:
+    """A bound socket, its URL, and the hosts that it answers to; None for any."""
+
+    socket: socket.socket
+    url: str
+    hosts: frozenset[str] | None
+
+
+@contextmanager
+def listen(host: str, port: int, token: bool) -> Iterator[Listening]:
+    """Bind an address for as long as the block lasts; port 0 takes a free one.
+
+    Raises:
+        SettingsError: others could reach the address, and there is no token.
+        ServiceError: the address cannot be bound.
+    """
     try:
-        return urlsplit(url).hostname
-    except ValueError:
-        return None
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        if not token and not ipaddress.ip_address(address[0]).is_loopback:
+            raise SettingsError(
+                f"Others can reach {host}, so HANDSIGNS_SERVE_TOKEN must be set. "
+                "Set it to 16 or more characters, or use --host 127.0.0.1."
+            )
+        bound = socket.create_server(address[:2], family=family)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a host name"
+        raise ServiceError(
+            f"Cannot listen on {host}:{port}: {reason}. Choose another --host or --port."
+        ) from None
+    with bound:
+        found, number = bound.getsockname()[:2]
+        shown = f"[{found}]" if ":" in found else found
+        hosts = None if token else frozenset({"127.0.0.1", "::1", "localhost", host.lower()})
+        yield Listening(bound, f"http://{shown}:{number}", hosts)
 
 
-class _Exchange:
-    """One request and its answer."""
+def run_service(service: ASGIApp, listening: Listening) -> None:
+    """Serve until SIGTERM or Ctrl-C; requests in progress get 10 s to finish.
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:
-        headers = Headers(scope=scope)
-        self._receive, self._send, self._max = receive, send, max_bytes
-        self._declared = int(headers.get("Content-Length", "0"))
-        self._unread = self._declared > 0 or "Transfer-Encoding" in headers
-        self._received = 0
-        self.status = 500
-
-    async def receive(self) -> Message:
-        if self._declared <= self._max:
-            message = await self._read()
-            if self._received <= self._max:
-                return message
-        limit = self._max // 2**20
-        raise HTTPException(413, f"The request is too large: more than {limit} MB. Send less.")
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            headers = MutableHeaders(scope=message)
-            headers.update(SECURITY_HEADERS)
-            headers.setdefault("Cache-Control", "no-store")
-            if self._unread:
-                headers["Connection"] = "close"
-        elif self._unread and not message.get("more_body", False):
-            await self._send({**message, "more_body": True})
-            await self._linger()
-            message = {"type": "http.response.body", "body": b""}
-        await self._send(message)
-
-    async def _read(self) -> Message:
-        message = await self._receive()
-        self._received += len(message.get("body", b""))
-        self._unread = bool(message.get("more_body", False))
-        return message
-
-    async def _linger(self) -> None:
-        try:
-            async with asyncio.timeout(LINGER_SECONDS):
-                while self._unread and self._received <= 2 * self._max:
-                    await self._read()
-        except TimeoutError:
-            pass
+    Uvicorn limits neither how long a client takes to send a request's head nor how many
+    connections one client opens. A reverse proxy does; use one beyond loopback.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    config = uvicorn.Config(
+        service,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        # Anyone can send X-Forwarded-For; only proxies that are named may.
+        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
+        limit_concurrency=CONNECTIONS,
+        h11_max_incomplete_event_size=16 * 1024,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=10,
+    )
+    # Uvicorn raises the signal again once it has stopped; that must not end the process.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    uvicorn.Server(config).run(sockets=[listening.socket])
