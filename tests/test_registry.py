@@ -216,7 +216,7 @@ def test_a_database_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 
 def test_a_damaged_database_is_not_blamed_on_a_setting(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"no database")
-    with pytest.raises(ServiceError, match=r"Mend that file, or move it away") as caught:
+    with pytest.raises(ServiceError, match=r"Repair that file; or move it away") as caught:
         Registry(f"sqlite:///{tmp_path}/mlflow.db", "hand-signs").versions()
     assert "MLFLOW_TRACKING_URI" not in str(caught.value)
 

@@ -56,19 +56,13 @@ def promote(
     """Make a registered version the champion; nothing happens if it already is.
 
     Args:
-        storage: bucket with the releases and the pointer.
-        registry: knows the version.
-        project: the checkout, with the gate's limits of today.
-        version: its number in the registry.
-        reason: why, for the history.
-        force: promote in spite of failed checks, which are kept; needs a reason.
+        force: promote in spite of failed checks, which are kept in the history.
         by: who decided; None is the user of this process.
         expected: release of the champion that the caller saw; None takes any.
 
     Raises:
         PromotionError: there is no such version, or a check fails.
         OvertakenError: the champion is not the expected one.
-        ReleaseError: the release is missing, damaged or not signed as required.
     """
     _need_reason(f"A promotion{' by force' if force else ''}", reason)
     check_conditional_writes(storage)
@@ -110,16 +104,12 @@ def rollback(
     rollback stays; with it, only that champion is rolled back.
 
     Args:
-        storage: bucket with the releases and the pointer.
-        registry: must still know the earlier champion.
-        reason: why, for the history.
         by: who decided; None is the user of this process.
         expected: release of the champion to roll back.
 
     Raises:
         PromotionError: there is no earlier champion, or the registry lost it.
         OvertakenError: the champion is not the expected one.
-        ReleaseError: the earlier release is missing or damaged.
     """
     _need_reason("A rollback", reason)
     check_conditional_writes(storage)
@@ -157,22 +147,12 @@ def set_champion(
     """Move the pointer to a verified version, then the alias.
 
     Args:
-        storage: bucket with the releases and the pointer.
-        registry: its alias follows the pointer.
-        version: the new champion.
         expected: the champion that the decision was made against.
-        reason: why, for the history.
-        metrics: scores for the history.
-        by: who decided; None is the user of this process.
         overruled: checks that failed; with any, the promotion is a forced one.
-
-    Returns:
-        The move; that of an earlier attempt whose answer was lost, if there was one.
 
     Raises:
         OvertakenError: the champion was changed meanwhile; nothing was moved.
         PromotionError: the alias was moved by hand; nothing was moved either.
-        ReleaseError: the release is not what its manifest says.
     """
     release = verify(storage, release_of(version))
     present = read_champion(storage)
@@ -210,9 +190,7 @@ def blockers(
     """Checks that a version fails as champion, one short sentence each.
 
     Args:
-        version: with its tags, see `tasks.releases.challenger.record_comparison`.
         release: folder of its verified release.
-        present: the champion that it would replace.
         limits: the gate's limits of today, which may be stricter than those of its day.
     """
     return (
@@ -266,12 +244,8 @@ def find_release(storage: Storage, registry: Callable[[], Registry], name: str) 
     """Id of the release that a person means.
 
     Args:
-        storage: bucket with the pointer.
         registry: opened only when the pointer does not answer the question.
         name: `champion`, `challenger`, a version's number, or a release's id.
-
-    Raises:
-        ReleaseError: there is no such release.
     """
     if name == CHAMPION:
         champion = read_champion(storage)

@@ -18,21 +18,17 @@ _log = logging.getLogger(__name__)
 
 
 class Move(BaseModel):
-    """One move of the champion, kept for good.
+    """One move of the champion, kept for good; numbers and times are for display only.
 
     Args:
         release: id of the release that became champion.
-        version: its number in the registry on that day; for display only.
+        version: its number in the registry on that day.
         previous: number of the champion before.
-        action: `promote` or `rollback`.
-        by: who moved it.
-        reason: why.
-        at: when, ISO 8601 in UTC; for display only.
         metrics: its scores on the test split.
         overruled: failed checks of a forced promotion.
-        created: when the release was made; for display only.
-        pointer_moves: how many moves there were when the release was made; None for
-            releases of earlier program versions.
+        created: when the release was made.
+        pointer_moves: how many moves there were then; None for releases of earlier
+            program versions.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -106,7 +102,6 @@ def read_champion(storage: Storage) -> Champion | None:
     Raises:
         ReleaseError: the pointer is damaged, not signed as required, or older than one
             seen before.
-        ServiceError: the storage does not answer.
     """
     place = storage.uri(KEY)
     try:
@@ -131,14 +126,12 @@ def move_champion(storage: Storage, expected: Champion | None, new: Pointer) -> 
     """Compare and set: replace the pointer if it still is the one that was read.
 
     Args:
-        storage: bucket with the pointer.
         expected: what `read_champion` returned when the decision was made.
         new: the pointer to write; its signature is added here.
 
     Raises:
         OvertakenError: it was changed meanwhile; nothing was written.
         SettingsError: it must be signed and cannot be.
-        ServiceError: the storage does not answer.
     """
     signed = storage.trust.sign(_signed_name(storage), new.model_dump(mode="json"))
     content = json.dumps(signed, indent=1).encode() + b"\n"
@@ -177,22 +170,13 @@ def overtaken(expected: Champion | None) -> OvertakenError:
 
 
 def sign_pointer(storage: Storage) -> Champion | None:
-    """Replace the pointer's signature, whoever made it, by ours; nothing else changes.
-
-    Raises:
-        OvertakenError: the pointer was changed meanwhile; nothing was written.
-        SettingsError: there is no usable signing key.
-    """
+    """Replace the pointer's signature, whoever made it, by ours; nothing else changes."""
     present = read_champion(Storage(storage.address))
     return present and move_champion(storage, present, present.pointer)
 
 
 def check_alias(registry: Registry, expected: Champion) -> None:
-    """Refuse to overwrite an alias that somebody moved by hand.
-
-    Raises:
-        PromotionError: the alias names another release than the pointer.
-    """
+    """Refuse, with `PromotionError`, to overwrite an alias that somebody moved by hand."""
     held = registry.version_by_alias(CHAMPION)
     release = expected.pointer.release
     if held and held.content_id == release:

@@ -76,11 +76,7 @@ def content_id(files: Mapping[str, Digest]) -> str:
 
 
 def describe(files: Mapping[str, Path], facts: Mapping[str, Any] | None = None) -> Manifest:
-    """Make the manifest of local files, not signed yet.
-
-    Args:
-        files: path by the plain name that the file gets in the release.
-        facts: JSON values, such as the git revision; not in the id.
+    """Make the manifest of local files by the names they get; not signed yet.
 
     Raises:
         ReleaseError: no file, a file that cannot be read, or a name that is not plain.
@@ -108,14 +104,12 @@ def publish(
     incomplete or damaged one is repaired.
 
     Args:
-        storage: bucket that takes `releases/<id>/`.
         files: path by the plain name that the file gets in the release.
         facts: JSON values for people; they do not change the id.
 
     Raises:
         ReleaseError: a file changes meanwhile, or the folder has a foreign one.
         SettingsError: it must be signed and cannot be.
-        ServiceError: the storage does not answer.
     """
     manifest = describe(files, facts).signed(storage.trust)
     stored = _stored(storage, manifest.id)
@@ -135,7 +129,6 @@ def verify(storage: Storage, release_id: str) -> Release:
 
     Raises:
         ReleaseError: anything is missing, added, or differs; the message says which.
-        ServiceError: the storage does not answer.
     """
     manifest = read_manifest(storage, release_id)
     for name, wanted in manifest.files.items():
@@ -150,14 +143,8 @@ def fetch(storage: Storage, release_id: str, cache: Path) -> Path:
 
     What is in the cache is verified again, and fetched again if it is damaged.
 
-    Args:
-        storage: bucket with `releases/<id>/`.
-        release_id: 32 hex digits.
-        cache: takes one folder per release.
-
     Raises:
         ReleaseError: the stored release is missing, incomplete or damaged.
-        ServiceError: the storage does not answer.
     """
     target = cache / check_id(release_id)
     if target.exists():
@@ -191,9 +178,7 @@ def verify_folder(folder: Path, release_id: str | None, trust: Trust) -> Manifes
     """Compare a local folder with its manifest, and the manifest with id and signature.
 
     Args:
-        folder: the release.
         release_id: which it must be; None takes whichever its manifest names.
-        trust: whose signature it must have.
 
     Raises:
         ReleaseError: anything is missing, added, or differs, or the signature is not accepted.
@@ -213,11 +198,7 @@ def verify_folder(folder: Path, release_id: str | None, trust: Trust) -> Manifes
 
 
 def read_manifest(storage: Storage, release_id: str) -> Manifest:
-    """Read a stored manifest; check its signature, and names and sizes of the files.
-
-    Raises:
-        ReleaseError: the release is missing, incomplete, or not signed as required.
-    """
+    """Read a stored manifest; check its signature, and names and sizes of the files."""
     stored = _stored(storage, check_id(release_id))
     where = _uri(storage, release_id)
     if MANIFEST not in stored:
@@ -236,13 +217,7 @@ def list_releases(storage: Storage) -> list[str]:
 
 
 def sign_release(storage: Storage, release_id: str) -> None:
-    """Replace a release's signature, whoever made it, by ours; every byte is read before.
-
-    Raises:
-        ReleaseError: the release is not what its manifest says.
-        SettingsError: there is no usable signing key.
-        ServiceError: the storage does not answer, or another writer came between.
-    """
+    """Replace a release's signature, whoever made it, by ours; every byte is read before."""
     anybody = Storage(storage.address)
     content, etag = anybody.read(_key(check_id(release_id), MANIFEST))
     manifest = verify(anybody, release_id).manifest

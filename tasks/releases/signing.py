@@ -64,8 +64,7 @@ class Trust:
         """Refuse, before anything is trained, what could not be signed in the end.
 
         Raises:
-            SettingsError: signatures are required, and the signing key is missing, damaged,
-                or none of those that are accepted.
+            SettingsError: the signing key is missing, damaged, or not accepted.
         """
         if not self.known:
             return
@@ -87,9 +86,6 @@ class Trust:
         Args:
             name: what the content is; a signature for one name is none for another.
             fields: JSON values.
-
-        Raises:
-            SettingsError: there is no usable signing key.
         """
         plain = {key: value for key, value in fields.items() if key != SIGNATURE}
         self.check_signer()
@@ -113,10 +109,6 @@ class Trust:
             name: what the content must be.
             fields: what `sign` returned, read back.
             where: its place, for messages.
-
-        Raises:
-            ReleaseError: the signature is missing, broken, of an unknown key, or of other
-                content; each in its own words.
         """
         if not self.known:
             return
@@ -141,9 +133,6 @@ class Trust:
 
         A signature cannot tell an old pointer from the present one; the count of its moves,
         which only grows, can.
-
-        Raises:
-            ReleaseError: an earlier one had more moves.
         """
         if not self.known or self.seen_pointers is None:
             return

@@ -170,12 +170,7 @@ class Pipeline:
         return self.data_state() == "edited"
 
     def version_data(self, source: DataSource) -> str:
-        """Record `data/` as it is now (`dvc add`); the hash of the version.
-
-        Args:
-            source: kept in `data.dvc`, so that a fresh clone knows whether it can
-                render what it cannot pull.
-        """
+        """Record `data/` as it is now (`dvc add`), and where it came from; its hash."""
         if not self._project.data.is_dir():
             raise DataError("There is no data/ to version. Import photos, or render the sample.")
         self._locked(lambda: self._repo.add(str(self._project.data)))

@@ -77,15 +77,9 @@ def push_to_branch(
         root: folder of the checkout, or one below it.
         branch: made from HEAD where the remote has none.
         paths: files below `root`.
-        message: of the commit.
-        remote: of the checkout.
 
     Returns:
         The commit, or None where the branch holds these very files already.
-
-    Raises:
-        ServiceError: git or the remote refuses, or does not answer, or others move the
-            branch again and again.
     """
     logging.getLogger("stamina").setLevel(logging.ERROR)
     try:

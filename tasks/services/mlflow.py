@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +22,22 @@ CHALLENGER = "challenger"
 CHAMPION = "champion"
 CONTENT_ID = "content_id"
 """Tag of runs and versions: the release that they stand for."""
-_BATCH = 100
-"""Parameters, and tags, that one request may carry; metrics may be ten times as many."""
+BATCH = 100
+"""Parameters that one request may carry; metrics may be ten times as many."""
+FIXED = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # Whoever reads our standard output expects JSON there.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+DEFAULTS = {
+    # Three attempts of 8 s; MLflow's own defaults ask a server that is down for minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "8",
+}
 
 
 @dataclass(frozen=True)
@@ -55,30 +69,18 @@ class RunRecord:
     def points(self) -> list[tuple[str, float, int]]:
         """Name, value and epoch of every number; final metrics have epoch 0."""
         training = [
-            (f"{history['phase']}/{name}", float(value), int(epoch["epoch"]))
+            (f"{history['phase']}/{name}", value, int(epoch["epoch"]))
             for history in self.histories
             for epoch in history["epochs"]
             for name, value in epoch.items()
-            if name != "epoch" and _is_number(value)
+            if name != "epoch"
         ]
-        final = [
-            (name.replace(".", "/"), float(value), 0)
-            for name, value in _flat(self.metrics)
-            if _is_number(value)
+        final = [(name.replace(".", "/"), value, 0) for name, value in _flat(self.metrics)]
+        return [
+            (name, float(value), epoch)
+            for name, value, epoch in training + final
+            if isinstance(value, int | float) and not isinstance(value, bool)
         ]
-        return training + final
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class RecordedRun:
 
 @dataclass(frozen=True)
 class Version:
-    """One registered version of the model."""
+    """One registered version of the model; `content_id` is its release."""
 
     number: int
     content_id: str | None
@@ -100,6 +102,7 @@ class Version:
     tags: Mapping[str, str] = field(repr=False)
 
 
+@dataclass(eq=False)
 class Registry:
     """One registered model, and the experiment of the same name.
 
@@ -108,23 +111,15 @@ class Registry:
         model_name: name of the experiment and of the registered model.
         artifacts: folder, or S3 bucket, of the experiment's files; None lets the server
             decide.
-        login: `user:password` that the server asks for; None takes the environment's.
+        login: `user:password` of the server; None takes the environment's.
 
-    Every method raises `ServiceError` in one line within 30 s when MLflow does
-    not answer.
+    Every method raises `ServiceError` in one line within 30 s when MLflow does not answer.
     """
 
-    def __init__(
-        self,
-        tracking_uri: str,
-        model_name: str,
-        artifacts: Path | S3Address | None = None,
-        login: str | None = None,
-    ) -> None:
-        self.tracking_uri = tracking_uri
-        self.model_name = model_name
-        self._artifacts = artifacts
-        self._login = login
+    tracking_uri: str
+    model_name: str
+    artifacts: Path | S3Address | None = None
+    login: str | None = field(default=None, repr=False)
 
     def record_run(
         self, record: RunRecord, model_file: Path, load: Callable[[], Any], example: Any
@@ -141,14 +136,13 @@ class Registry:
             experiment = self._experiment(client)
             if found := self._finished(client, experiment, record.content_id):
                 return found
-            self._end_broken(client, experiment, record.content_id)
-            run_id = client.create_run(
-                experiment, tags={**record.tags, CONTENT_ID: record.content_id}
-            ).info.run_id
+            self._end_killed(client, experiment, record.content_id)
+            tags = {**record.tags, CONTENT_ID: record.content_id}
+            run_id = client.create_run(experiment, tags=tags).info.run_id
             state = "FAILED"
             try:
-                self._log(client, run_id, record)
-                model_id = self._log_model(client, experiment, run_id, model_file, load(), example)
+                _log(client, run_id, record)
+                model_id = _log_model(client, experiment, run_id, model_file, load(), example)
                 state = "FINISHED"
             finally:
                 client.set_terminated(run_id, state)
@@ -157,12 +151,10 @@ class Registry:
     def register(
         self, run: RecordedRun | None, content_id: str, tags: Mapping[str, str]
     ) -> Version:
-        """Make a version of a recorded run, or find the one with the same content id.
+        """Make a version of a release, or find the one that there is.
 
         Args:
-            run: what `record_run` returned; None for a release whose run is lost.
-            content_id: id of the release.
-            tags: `release_uri` at least.
+            run: None where it is lost; then `tags` must name the `release_uri`.
         """
         if found := self.find(content_id):
             return found
@@ -174,7 +166,7 @@ class Registry:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            source, ids = tags["release_uri"], {}
+            source, ids = tags.get("release_uri", ""), {}
             if run:
                 # Not "models:/<id>": with a database that is looked up in the default store.
                 source = client.get_logged_model(run.model_id).artifact_location
@@ -186,10 +178,17 @@ class Registry:
 
     def versions(self) -> list[Version]:
         """Return all versions, oldest first."""
+        found: list[Any] = []
+        token: str | None = ""
         with self._asked() as client:
             aliases = self._aliases(client)
-            found = self._search(client)
-        return [_version(one, aliases) for one in found]
+            while token is not None:
+                page = client.search_model_versions(
+                    f"name = '{self.model_name}'", page_token=token or None
+                )
+                found += page
+                token = page.token or None
+        return sorted((_version(one, aliases) for one in found), key=lambda one: one.number)
 
     def find(self, content_id: str) -> Version | None:
         """Return the version of a release, or None."""
@@ -207,7 +206,7 @@ class Registry:
             try:
                 found = client.get_model_version_by_alias(self.model_name, alias)
             except MlflowException as error:
-                # An alias of a deleted version, or none: the code differs between stores.
+                # No alias, or that of a deleted version: the code differs between stores.
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
                 return None
@@ -238,31 +237,26 @@ class Registry:
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
-            with credentials_of(self._artifacts, self._login):
+            with credentials_of(self.artifacts, self.login):
                 yield self._client
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            raise ServiceError(self._explain(error)) from None
-
-    def _explain(self, error: Exception) -> str:
-        reason = getattr(error, "error_code", None) or type(error).__name__
-        first = next(iter(str(error).splitlines()), "")
-        # Connection errors quote the whole address; the rest is MLflow's own words.
-        quoted = "" if "://" in first else f": {first[:200]}"
-        return (
-            f"MLflow failed at {redact_url(self.tracking_uri)} ({reason}{quoted}). "
-            f"{_advice(self.tracking_uri)}, then run again."
-        )
+            reason = getattr(error, "error_code", None) or type(error).__name__
+            first = next(iter(str(error).splitlines()), "")
+            # Connection errors quote the whole address; the rest is MLflow's own words.
+            quoted = "" if "://" in first else f": {first[:200]}"
+            raise ServiceError(
+                f"MLflow failed at {redact_url(self.tracking_uri)} ({reason}{quoted}). "
+                f"{_advice(self.tracking_uri)}, then run again."
+            ) from None
 
     def _experiment(self, client: Any) -> str:
         known = client.get_experiment_by_name(self.model_name)
-        if known is None:
-            place = self._artifacts
-            if isinstance(place, S3Address):
-                uri: str | None = f"s3://{place.bucket}/{PREFIX}/{self.model_name}"
-            else:
-                uri = place.resolve().as_uri() if place else None
-            return str(client.create_experiment(self.model_name, artifact_location=uri))
-        return str(known.experiment_id)
+        if known is not None:
+            return str(known.experiment_id)
+        place = self.artifacts.resolve().as_uri() if isinstance(self.artifacts, Path) else None
+        if isinstance(self.artifacts, S3Address):
+            place = f"s3://{self.artifacts.bucket}/{PREFIX}/{self.model_name}"
+        return str(client.create_experiment(self.model_name, artifact_location=place))
 
     def _finished(self, client: Any, experiment: str, content_id: str) -> RecordedRun | None:
         wanted = f"tags.{CONTENT_ID} = '{content_id}' and attributes.status = 'FINISHED'"
@@ -272,65 +266,11 @@ class Registry:
                 return RecordedRun(run.info.run_id, outputs.model_outputs[0].model_id)
         return None
 
-    def _end_broken(self, client: Any, experiment: str, content_id: str) -> None:
+    def _end_killed(self, client: Any, experiment: str, content_id: str) -> None:
         """End the runs of killed processes, which MLflow would show as running."""
         wanted = f"tags.{CONTENT_ID} = '{content_id}' and attributes.status = 'RUNNING'"
         for run in client.search_runs([experiment], wanted):
             client.set_terminated(run.info.run_id, "KILLED")
-
-    def _log(self, client: Any, run_id: str, record: RunRecord) -> None:
-        from mlflow.entities import Metric, Param
-
-        now = int(time.time() * 1000)
-        params = [Param(name, text) for name, text in record.parameters()]
-        metrics = [Metric(name, value, now, epoch) for name, value, epoch in record.points()]
-        for start in range(0, max(len(params), len(metrics)), _BATCH):
-            part = slice(start, start + _BATCH)
-            client.log_batch(run_id, metrics[part], params[part], synchronous=True)
-        for folder, paths in (("pictures", record.pictures), ("files", record.files)):
-            for path in paths:
-                client.log_artifact(run_id, str(path), folder)
-
-    def _log_model(
-        self, client: Any, experiment: str, run_id: str, model_file: Path, model: Any, example: Any
-    ) -> str:
-        """Log the release's own file; `log_model` would save, and load, the model anew."""
-        import mlflow.tensorflow
-        from mlflow.entities import LoggedModelOutput
-        from mlflow.models import Model
-
-        signature = _signature(model)
-        made = client.create_logged_model(experiment, "model", run_id)
-        described = Model(
-            artifact_path=made.artifact_location,
-            run_id=run_id,
-            model_uuid=made.model_id,
-            model_id=made.model_id,
-        )
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / "model"
-            mlflow.tensorflow.save_model(
-                model,
-                str(folder),
-                mlflow_model=described,
-                signature=signature,
-                input_example=example.astype(signature.inputs.inputs[0].type),
-                pip_requirements=_requirements(),
-            )
-            shutil.copyfile(model_file, folder / "data" / "model.keras")
-            client.log_model_artifacts(made.model_id, str(folder))
-        client.finalize_logged_model(made.model_id, "READY")
-        client.log_outputs(run_id, [LoggedModelOutput(made.model_id, 0)])
-        return str(made.model_id)
-
-    def _search(self, client: Any) -> list[Any]:
-        found: list[Any] = []
-        token = None
-        while True:
-            page = client.search_model_versions(f"name = '{self.model_name}'", page_token=token)
-            found += page
-            if not (token := page.token):
-                return sorted(found, key=lambda one: int(one.version))
 
     def _aliases(self, client: Any) -> dict[str, tuple[str, ...]]:
         from mlflow.exceptions import MlflowException
@@ -349,52 +289,12 @@ class Registry:
 
 def load_mlflow() -> None:
     """Import MLflow, having set what it reads from the environment."""
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
-    os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"
-    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
-    # What reads our standard output expects JSON there.
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-    # By default a server that is down is asked for minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")
+    os.environ.update(FIXED)
+    for name, text in DEFAULTS.items():
+        os.environ.setdefault(name, text)
     importlib.import_module("mlflow")  # sets the levels that are changed next
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def _advice(uri: str) -> str:
-    if uri.startswith("sqlite:"):
-        return "Mend that file, or move it away, which begins an empty registry"
-    if uri.startswith("postgresql"):
-        return "Check DATABASE_URL and the database"
-    return "Check MLFLOW_TRACKING_URI and the service"
-
-
-def _signature(model: Any) -> Any:
-    import numpy as np
-    from mlflow.models import ModelSignature
-    from mlflow.types.schema import Schema, TensorSpec
-
-    def schema(tensors: Sequence[Any]) -> Any:
-        return Schema([TensorSpec(np.dtype(one.dtype), (-1, *one.shape[1:])) for one in tensors])
-
-    return ModelSignature(inputs=schema(model.inputs), outputs=schema(model.outputs))
-
-
-def _requirements() -> list[str]:
-    """The versions that run here, so that MLflow need not load the model to find them."""
-    found = []
-    for name in ("keras", "mlflow", "numpy", "tensorflow", "tensorflow-cpu"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name}=={importlib.metadata.version(name)}")
-    return found
-
-
-def _version(made: Any, aliases: Mapping[str, tuple[str, ...]]) -> Version:
-    tags, held = dict(made.tags), aliases.get(str(made.version), ())
-    return Version(int(made.version), tags.get(CONTENT_ID), made.run_id, held, tags)
 
 
 @contextmanager
@@ -417,3 +317,83 @@ def credentials_of(artifacts: Path | S3Address | None, login: str | None = None)
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = text
+
+
+def _log(client: Any, run_id: str, record: RunRecord) -> None:
+    from mlflow.entities import Metric, Param
+
+    now = int(time.time() * 1000)
+    params = [Param(name, text) for name, text in record.parameters()]
+    metrics = [Metric(name, value, now, epoch) for name, value, epoch in record.points()]
+    for start in range(0, max(len(params), len(metrics)), BATCH):
+        part = slice(start, start + BATCH)
+        client.log_batch(run_id, metrics[part], params[part], synchronous=True)
+    for folder, paths in (("pictures", record.pictures), ("files", record.files)):
+        for path in paths:
+            client.log_artifact(run_id, str(path), folder)
+
+
+def _log_model(
+    client: Any, experiment: str, run_id: str, model_file: Path, model: Any, example: Any
+) -> str:
+    """Log the release's own file; `log_model` would save, and load, the model anew."""
+    import mlflow.tensorflow
+    import numpy as np
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types.schema import Schema, TensorSpec
+
+    def schema(tensors: Sequence[Any]) -> Any:
+        return Schema([TensorSpec(np.dtype(one.dtype), (-1, *one.shape[1:])) for one in tensors])
+
+    signature = ModelSignature(inputs=schema(model.inputs), outputs=schema(model.outputs))
+    made = client.create_logged_model(experiment, "model", run_id)
+    described = Model(
+        artifact_path=made.artifact_location,
+        run_id=run_id,
+        model_uuid=made.model_id,
+        model_id=made.model_id,
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        mlflow.tensorflow.save_model(
+            model,
+            str(folder),
+            mlflow_model=described,
+            signature=signature,
+            input_example=example.astype(signature.inputs.inputs[0].type),
+            pip_requirements=_requirements(),
+        )
+        shutil.copyfile(model_file, folder / "data" / "model.keras")
+        client.log_model_artifacts(made.model_id, str(folder))
+    client.finalize_logged_model(made.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(made.model_id, 0)])
+    return str(made.model_id)
+
+
+def _requirements() -> list[str]:
+    """The versions that run here, so that MLflow need not load the model to find them."""
+    known = {one.name: one.version for one in importlib.metadata.distributions()}
+    used = ("keras", "mlflow", "numpy", "tensorflow", "tensorflow-cpu")
+    return [f"{name}=={known[name]}" for name in used if name in known]
+
+
+def _version(made: Any, aliases: Mapping[str, tuple[str, ...]]) -> Version:
+    tags, held = dict(made.tags), aliases.get(str(made.version), ())
+    return Version(int(made.version), tags.get(CONTENT_ID), made.run_id, held, tags)
+
+
+def _advice(uri: str) -> str:
+    if uri.startswith("sqlite:"):
+        return "Repair that file; or move it away, run `handsigns rebuild-registry`"
+    if uri.startswith("postgresql"):
+        return "Check DATABASE_URL and the database"
+    return "Check MLFLOW_TRACKING_URI and the service"
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -144,25 +144,11 @@ class Storage:
         self._put(key, body)
 
     def put_if_absent(self, key: str, content: bytes) -> str:
-        """Write the object unless one exists.
-
-        Returns:
-            The new object's etag.
-
-        Raises:
-            ChangedError: one exists.
-        """
+        """Write the object, or raise `ChangedError` if one exists; the new etag."""
         return self._put(key, content, IfNoneMatch="*")
 
     def put_if_match(self, key: str, content: bytes, etag: str) -> str:
-        """Replace the object if it still is the one that `etag` names.
-
-        Returns:
-            The new object's etag.
-
-        Raises:
-            ChangedError: it has been replaced or removed meanwhile.
-        """
+        """Replace the object, or raise `ChangedError` if it changed since `etag`; the new etag."""
         return self._put(key, content, IfMatch=etag)
 
     def read(self, key: str) -> tuple[bytes, str]:
