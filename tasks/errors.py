@@ -1,60 +1,60 @@
-"""What can go wrong, as one tree.
+"""The exceptions of this project.
 
     HandsignsError
     ├── ParamsError          params.yaml has an unknown, missing or out-of-range key
     ├── SettingsError        an environment setting is missing or contradicts another
-    ├── DataError            photos or labels that nothing sound can be trained on
-    │   ├── SourceError      an import source is refused as a whole
-    │   └── ImageError       one file is set aside; the import goes on
-    ├── BackboneError        ImageNet weights cannot be had, or are not what they claim
+    ├── DataError            photos or labels that cannot be trained on
+    │   ├── SourceError      an import source is refused; nothing was imported from it
+    │   └── ImageError       one file is not a usable photo
+    ├── BackboneError        ImageNet weights are missing or not what they claim to be
     ├── ModelError           weights or features do not fit the architecture
     ├── StageError           a stage failed, or its inputs changed while it ran
-    ├── BusyError            somebody else holds DVC's lock
+    ├── BusyError            another process holds a lock
     ├── ServiceError         S3, MLflow or Prefect does not answer
     ├── ReleaseError         a release is missing, incomplete or not what its manifest says
     └── PromotionError       the champion was not moved
         └── OvertakenError   because another promotion was faster
 
-Every message says what was wrong, the value received, and what to do next, in
-that order. The command line prints it as one line and exits with 1.
+A message is one line: what is wrong, the offending value, and what to do. The command
+line prints it and exits with 1.
 """
 
 
 class HandsignsError(Exception):
-    """Root of everything this project raises on purpose."""
+    """Base class of all errors that this project raises on purpose."""
 
 
 class ParamsError(HandsignsError):
-    """`params.yaml` cannot be used as it is."""
+    """`params.yaml` is invalid."""
 
 
 class SettingsError(HandsignsError):
-    """The environment's settings cannot be used as they are."""
+    """The environment settings are invalid."""
 
 
 class DataError(HandsignsError):
-    """The photos are not fit to train on."""
+    """The photos cannot be trained on."""
 
 
 class SourceError(DataError):
-    """An import source is refused as a whole; nothing was taken from it."""
+    """An import source is refused as a whole."""
 
 
 class ImageError(DataError):
-    """One file is not a usable photo; it is set aside with this reason.
+    """One file is not a usable photo.
 
     Args:
-        reason: `kind: detail`, without the file's name.
-        name: the file, as the message calls it.
+        reason: `kind: detail`, without the name of the file.
+        name: name of the file, for the message.
     """
 
     def __init__(self, reason: str, name: str = "") -> None:
-        super().__init__(f"{reason}. Received: '{name}'." if name else reason)
+        super().__init__(f"{reason} ('{name}')" if name else reason)
         self.reason = reason
 
 
 class BackboneError(HandsignsError):
-    """The ImageNet weights cannot be had, or are not what they claim to be."""
+    """The ImageNet weights are missing or damaged."""
 
 
 class ModelError(HandsignsError):
@@ -62,11 +62,11 @@ class ModelError(HandsignsError):
 
 
 class StageError(HandsignsError):
-    """A stage failed, or its inputs changed under it."""
+    """A stage failed, or its inputs changed while it ran."""
 
 
 class BusyError(HandsignsError):
-    """Another run holds the pipeline's lock."""
+    """Another process holds a lock."""
 
 
 class ServiceError(HandsignsError):
@@ -82,18 +82,11 @@ class PromotionError(HandsignsError):
 
 
 class OvertakenError(PromotionError):
-    """Another promotion moved the champion since the decision was made."""
+    """Another promotion moved the champion first."""
 
 
 def first_fault(error: Exception) -> str:
-    """Say in one line what is wrong with a file, without showing what it holds.
-
-    Args:
-        error: of pydantic, or of whatever read the file.
-
-    Returns:
-        The first fault and its place, without a full stop.
-    """
+    """The first validation error on one line, with its location but without the input."""
     from pydantic import ValidationError
 
     if not isinstance(error, ValidationError):

@@ -1,6 +1,6 @@
-"""Outputs that appear whole or not at all."""
+"""JSON files, and atomic file and directory writes."""
 
-import glob
+import functools
 import hashlib
 import json
 import shutil
@@ -13,16 +13,14 @@ from typing import Any
 
 PART = ".part"
 STALE_SECONDS = 86_400
-"""After this long without a change nobody writes to a folder any more."""
+"""After this long without a change a temporary folder belongs to a killed process."""
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` with sorted keys; the same content gives the same bytes.
+    """Write JSON atomically, with sorted keys; the same content gives the same bytes.
 
-    Args:
-        path: the file, replaced in one move. A read-only link that DVC put there is
-            replaced too, never written through.
-        content: what `json.dumps` takes; NaN and infinity are refused.
+    Raises:
+        ValueError: `content` holds NaN or infinity.
     """
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
     with atomic_write(path) as temporary:
@@ -30,7 +28,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Content of a JSON file; None where it is missing or no JSON."""
+    """Read a JSON file; None if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -45,15 +43,11 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path with `path`'s suffix; on success it becomes `path`.
+    """Yield a temporary path that replaces `path` on success.
 
-    Args:
-        path: the file to appear.
-
-    Yields:
-        A path in a fresh folder beside `path`, removed whatever happens.
+    A link at `path` is replaced, never written through: DVC links outputs into its cache.
     """
-    with _beside(path) as folder:
+    with _temporary_folder(path) as folder:
         temporary = folder / path.name
         yield temporary
         temporary.replace(path)
@@ -61,17 +55,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Give an empty temporary folder; on success it becomes `path`.
-
-    What was at `path` before stays until the new folder is complete, then goes.
-
-    Args:
-        path: the folder to appear.
-
-    Yields:
-        An empty folder beside `path`.
-    """
-    with _beside(path) as folder:
+    """Yield an empty temporary directory that replaces `path` on success."""
+    with _temporary_folder(path) as folder:
         temporary = folder / "new"
         temporary.mkdir()
         yield temporary
@@ -81,9 +66,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def _temporary_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
+    _remove_stale(path.parent)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent))
     try:
         yield folder
@@ -91,9 +76,11 @@ def _beside(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sweep(path: Path) -> None:
-    """Remove what a killed writer of the same path left, which may be large."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*{PART}"):
+# Once per parent folder: a scan for each file would take quadratic time.
+@functools.lru_cache(maxsize=1024)
+def _remove_stale(parent: Path) -> None:
+    """Remove what killed processes left, which may be large."""
+    for left in parent.glob(f".*{PART}"):
         with suppress(OSError):
             if time.time() - left.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(left)

@@ -1,34 +1,50 @@
 """`params.yaml`, validated."""
 
-from collections.abc import Iterable
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     Tag,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from tasks.errors import ParamsError
 
+LABELS: tuple[str, ...] = ("0", "1", "2", "3", "4", "5")
+BACKBONE = "backbone"
+PHASES = ("base", "fine_tune", "full")
+MAX_TRAINABLE_LAYERS = 16
+"""Layers of EfficientNetB0 above `block6d_add`, where the trunk is cut off."""
 
-def _no_switch(value: object) -> object:
-    """YAML reads `yes` and `on` as true, which would pass for 1, often the most there is."""
-    if isinstance(value, bool):
-        raise ValueError("must not be true or false")
-    return value
+RENAMED: dict[str, str | None] = {
+    "audit.hash_distance": "audit.max_hash_distance",
+    "audit.twin_rms": "audit.max_rms_difference",
+    "preprocess.detail": "preprocess.image_size",
+    "augmentation.far": "augmentation.zoom_out_prob",
+    "augmentation.farthest": "augmentation.zoom_out_min",
+    "augmentation.channel": "augmentation.color_jitter",
+    "augmentation.backdrop": None,
+    "features.views": "features.augmented_copies",
+    "training.style_mixing": "training.mixstyle_prob",
+    "training.erasing": "training.random_erasing_prob",
+    "training.calibrate": "training.temperature",
+    "training.weight_decay": None,
+    "training.label_smoothing": None,
+    "phases.*.starts_from": "phases.*.init_from",
+    "phases.*.averaging": "phases.*.swa_fraction",
+    "phases.*.schedule": None,
+    "gate.max_leaks": "gate.max_cross_split_duplicates",
+}
+"""Parameters of earlier versions, and what they are called now; None: they are gone."""
 
-
-Share = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(_no_switch)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 ONE, EACH = "one", "each"
 Shares = Annotated[
     Annotated[Share, Tag(ONE)] | Annotated[dict[str, Share], Tag(EACH)],
@@ -37,25 +53,14 @@ Shares = Annotated[
 """One share for every class, or one for each."""
 HeldOut = Annotated[float, Field(gt=0.0, lt=0.5)]
 
-BACKBONE = "backbone"
-PHASES = ("base", "fine_tune", "full")
-MAX_TRAINABLE_LAYERS = 16
-"""Layers of EfficientNetB0 above `block6d_add`, where the trunk is cut off."""
-
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _switches_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
-        switch = cls.model_fields[str(info.field_name)].annotation is bool
-        return value if switch else _no_switch(value)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class AuditParams(_Section):
-    hash_distance: int = Field(ge=0, le=32)
-    twin_rms: float = Field(ge=0.0, le=64.0)
+    max_hash_distance: int = Field(ge=0, le=32)
+    max_rms_difference: float = Field(ge=0.0, le=64.0)
 
 
 class SplitParams(_Section):
@@ -64,7 +69,7 @@ class SplitParams(_Section):
 
 
 class PreprocessParams(_Section):
-    detail: int = Field(ge=16, le=224)
+    image_size: int = Field(ge=16, le=224)
 
 
 class BackboneParams(_Section):
@@ -107,11 +112,11 @@ class PhaseParams(_Section):
 
 
 class GateParams(_Section):
-    """Limits; one that is left out is not checked, and none at all fails.
+    """Limits of the gate. A limit that is left out is not checked; no limit at all fails.
 
     Args:
-        confidence: level of every interval; where it is set, the lower bound of the
-            accuracy's interval is held against `min_accuracy`, else its value.
+        confidence: level of all intervals. If set, the lower bound of the accuracy's
+            interval must reach `min_accuracy`; otherwise the accuracy itself.
         min_recall: one limit for every class, or one for each.
     """
 
@@ -126,8 +131,8 @@ class GateParams(_Section):
 
     @field_validator("min_recall", mode="before")
     @classmethod
-    def _every_class_is_named(cls, value: object) -> object:
-        """A class that a mapping forgets would go unchecked; YAML reads `0:` as a number."""
+    def _names_every_class(cls, value: object) -> object:
+        """A class missing from a mapping would go unchecked. YAML reads `0:` as a number."""
         if not isinstance(value, dict):
             return value
         named = {str(label): limit for label, limit in value.items()}
@@ -137,7 +142,7 @@ class GateParams(_Section):
 
 
 class Params(_Section):
-    """The whole of `params.yaml`."""
+    """The content of `params.yaml`."""
 
     seed: int = Field(ge=0, lt=2**31)
     audit: AuditParams
@@ -152,127 +157,103 @@ class Params(_Section):
 
     @model_validator(mode="after")
     def _phases_form_a_chain(self) -> "Params":
-        # dvc.yaml has a stage for each of them.
+        # dvc.yaml has one stage for each phase.
         if tuple(self.phases) != PHASES:
-            raise ValueError(
-                f"phases must be {', '.join(PHASES)}, in this order. "
-                f"Received: {', '.join(map(str, self.phases)) or 'none'}"
-            )
+            found = ", ".join(map(str, self.phases)) or "no phase"
+            raise ValueError(f"phases must be {', '.join(PHASES)}, in this order, not {found}")
         before = BACKBONE
         for name, phase in self.phases.items():
             if phase.init_from != before:
                 raise ValueError(
-                    f"phase {name!r} must start from {before!r}, the one before it. "
-                    f"Received: {phase.init_from!r}"
+                    f"phase {name!r} must start from {before!r}, not from {phase.init_from!r}"
                 )
             before = name
         return self
 
     @property
     def last_phase(self) -> str:
-        """Name of the phase whose weights become the model."""
+        """The phase whose weights become the model."""
         return list(self.phases)[-1]
 
 
-RENAMED = {
-    "augmentation.far": "augmentation.zoom_out_prob",
-    "augmentation.farthest": "augmentation.zoom_out_min",
-    "augmentation.channel": "augmentation.color_jitter",
-    "features.views": "features.augmented_copies",
-    "training.style_mixing": "training.mixstyle_prob",
-    "training.erasing": "training.random_erasing_prob",
-    "training.calibrate": "training.temperature, a number",
-    "phases.*.starts_from": "phases.*.init_from",
-    "phases.*.averaging": "phases.*.swa_fraction",
-    "gate.max_leaks": "gate.max_cross_split_duplicates",
-}
-"""Parameters of earlier versions, and what they are called now."""
-REMOVED = (
-    "augmentation.backdrop",
-    "training.weight_decay",
-    "training.label_smoothing",
-    "phases.*.schedule",
-)
-"""Parameters of earlier versions that no longer exist."""
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML lets the last of two equal keys win, in silence."""
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)  # before what is merged into it
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return node
-
-
 def load_params(path: Path) -> Params:
-    """Read and check `params.yaml`.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The frozen parameters.
+    """Read and validate `params.yaml`.
 
     Raises:
-        ParamsError: the file is missing, is not YAML, or has an unknown,
-            missing or out-of-range key; the message names each.
+        ParamsError: the file is missing or not YAML, or has an unknown, missing or
+            out-of-range key; the message names each key.
     """
+    from ruamel.yaml import YAML, YAMLError
+
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
+        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ParamsError(
-            f"Parameters cannot be read ({error.strerror}). Received: '{path}'. "
-            "Run from the checkout's root, where params.yaml lies."
+            f"'{path}' cannot be read ({error.strerror}). Run in the root of the checkout, "
+            "where params.yaml is."
         ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        place = " ".join(str(error).split())
-        raise ParamsError(f"{path.name} is not valid YAML: {place}. Mend that line.") from error
-    _reject_old_names(path, content)
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise ParamsError(f"{path.name} is not valid YAML: {_place(error)}.") from error
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        raise ParamsError(_explain(path, error)) from error
+        faults = _faults(error)
+        raise ParamsError(
+            f"{path.name} has {len(faults)} fault(s): {'; '.join(faults)}. Correct these keys."
+        ) from error
 
 
-def _explain(path: Path, error: ValidationError) -> str:
-    faults = []
+def _place(error: Exception) -> str:
+    """What is wrong with the YAML, and where."""
+    from ruamel.yaml.error import MarkedYAMLError
+
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
+    return " ".join(str(error).split())
+
+
+def _faults(error: ValidationError) -> list[str]:
+    """One phrase for each wrong key."""
+    found = {}
     for fault in error.errors():
-        # Pydantic names the choice that it took, too, which is no key of the file.
+        # Pydantic adds the tag of the union's member, which is not a key of the file.
         keys = [str(part) for part in fault["loc"] if part not in (ONE, EACH)]
-        where = ".".join(keys) or "the file"
-        whole = fault["type"] == "missing" or not fault["loc"]
-        received = "" if whole else f" (received {fault['input']!r})"
-        faults.append(f"{where}: {fault['msg'].removeprefix('Value error, ')}{received}")
-    return (
-        f"{path.name} has {len(faults)} fault(s): {'; '.join(faults)}. Mend or remove these keys."
-    )
+        found[".".join(keys) or "the file"] = fault
+    missing = [key for key, fault in found.items() if fault["type"] == "missing"]
+    phrases = []
+    for key, fault in found.items():
+        if fault["type"] == "extra_forbidden":
+            phrase, meant = _explain_unknown(key, missing)
+            missing = [one for one in missing if one != meant]
+            phrases.append(phrase)
+        elif fault["type"] != "missing":
+            value = f", not {fault['input']!r}" if fault["loc"] else ""
+            phrases.append(f"{key}: {fault['msg'].removeprefix('Value error, ')}{value}")
+    return phrases + [f"{key} is missing" for key in missing]
 
 
-def _reject_old_names(path: Path, content: Any) -> None:
-    sections = content.items() if isinstance(content, dict) else ()
-    found = []
-    for name, section in sections:
-        phases = isinstance(section, dict) and name == "phases"
-        for key in _keys(section.values() if phases else [section]):
-            old = f"phases.*.{key}" if phases else f"{name}.{key}"
-            if old in RENAMED:
-                found.append(f"{old} is now {RENAMED[old]}")
-            elif old in REMOVED:
-                found.append(f"{old} no longer exists, remove it")
-    if found:
-        raise ParamsError(f"{path.name} is of an earlier version: {'; '.join(found)}.")
+def _explain_unknown(key: str, missing: list[str]) -> tuple[str, str | None]:
+    """Say what an unknown key should be called, and name the key that was meant."""
+    section, _, name = key.rpartition(".")
+    pattern = f"phases.*.{name}" if section.startswith("phases.") else key
+    if pattern in RENAMED:
+        new = RENAMED[pattern]
+        if new is None:
+            return f"{key} no longer exists, remove it", None
+        new = f"{section}.{new.rpartition('.')[2]}"
+        return f"{key} is now called {new}", new
+    fields = [f"{section}.{field}".lstrip(".") for field in _fields(section)]
+    # A required key that is missing was meant more likely than one that is there.
+    near = difflib.get_close_matches(key, missing, 1) or difflib.get_close_matches(key, fields, 1)
+    if not near:
+        return f"{key} is unknown", None
+    return f"{key} is unknown, did you mean {near[0]}?", near[0]
 
 
-def _keys(sections: Iterable[Any]) -> list[str]:
-    """Keys of all these mappings, each once."""
-    return list(dict.fromkeys(key for one in sections if isinstance(one, dict) for key in one))
-
-
-LABELS: tuple[str, ...] = ("0", "1", "2", "3", "4", "5")
+def _fields(section: str) -> list[str]:
+    """Names that a section may hold."""
+    if section.startswith("phases."):
+        return list(PhaseParams.model_fields)
+    annotation = Params.model_fields[section].annotation if section else Params
+    return list(getattr(annotation, "model_fields", {}))

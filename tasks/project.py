@@ -47,13 +47,18 @@ class Project:
         return self.local / "retrain.lock"
 
     @property
-    def intake(self) -> Path:
-        """The next state of `data/` while an import builds it."""
-        return self.local / "intake"
+    def data_lock(self) -> Path:
+        """Held by whoever changes `data/`, or needs it to stay the same."""
+        return self.local / "data.lock"
+
+    @property
+    def staging(self) -> Path:
+        """Where an import builds the next `data/`."""
+        return self.local / "import"
 
     @property
     def inbox(self) -> Path:
-        """Which files of the inbox were looked at; see `tasks.data.inbox`."""
+        """Which files of the inbox were imported, see `tasks.data.inbox`."""
         return self.local / "inbox.json"
 
     @property

@@ -1,4 +1,4 @@
-"""What every stage's command shares: entry point, progress, process settings."""
+"""The command of a stage: context, progress, and entry point."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """Tell nobody."""
+    """Report no progress."""
 
 
 Item = TypeVar("Item")
@@ -120,7 +120,7 @@ def refuse(reason: str) -> None:
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage is given: where, with which parameters, and whom to tell."""
+    """Where a stage runs, with which parameters."""
 
     project: Project
     params: Params
@@ -141,8 +141,8 @@ def stage_main(stage: Stage) -> None:
         sys.exit(f"{type(error).__name__}: {error}")
     except OSError as error:
         sys.exit(
-            f"A file cannot be read or written ({error.strerror or error}). Received: "
-            f"'{error.filename or project.artifacts}'. Make room or give permission, and run again."
+            f"'{error.filename or project.artifacts}' cannot be read or written "
+            f"({error.strerror or error}). Make room or give permission, and run again."
         )
 
 

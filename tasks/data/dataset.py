@@ -1,7 +1,7 @@
-"""The preprocessed photos as every later stage reads them.
+"""The dataset that preprocess writes and later stages read.
 
-`artifacts/dataset/` holds `images.npy`, uint8 (n, detail, detail, 3), rows sorted by
-(split, label, name), and `index.json`, which names the rows; see `tasks.preprocess`.
+`artifacts/dataset/` holds `images.npy`, uint8 (n, size, size, 3), rows sorted by (split,
+label, name), and `index.json` with the name, label and split of each row.
 """
 
 import json
@@ -21,11 +21,11 @@ INDEX = "index.json"
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """The preprocessed photos of all splits; row i is the same photo everywhere.
+    """Preprocessed photos of all splits, one row each.
 
     Args:
-        images: uint8, (n, detail, detail, 3), RGB in [0, 255]; memory-mapped, read-only.
-        names: file name of each photo, unique.
+        images: uint8, (n, size, size, 3), RGB in [0, 255]; memory-mapped, read-only.
+        names: unique name of each photo.
         labels: int64, (n,); index into `tasks.params.LABELS`.
         splits: `train`, `val` or `test` for each photo.
     """
@@ -36,14 +36,7 @@ class Dataset:
     splits: tuple[str, ...]
 
     def rows(self, split: str) -> NDArray[np.int64]:
-        """Rows of one split, ascending.
-
-        Args:
-            split: `train`, `val` or `test`.
-
-        Returns:
-            int64, (m,); indices into `images`, `names`, `labels` and `splits`.
-        """
+        """Row numbers of one split, ascending."""
         return np.flatnonzero(self._split_array == split).astype(np.int64)
 
     @cached_property
@@ -52,13 +45,7 @@ class Dataset:
 
 
 def open_dataset(folder: Path) -> Dataset:
-    """Open what the preprocess stage wrote, without reading the pictures yet.
-
-    Args:
-        folder: `Project.dataset`.
-
-    Returns:
-        The dataset; its images are read from disk as they are used.
+    """Open a dataset; pictures are read from disk when they are used.
 
     Raises:
         DataError: the folder is missing, or its two files do not belong together.
@@ -66,8 +53,8 @@ def open_dataset(folder: Path) -> Dataset:
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         images = np.load(folder / IMAGES, mmap_mode="r", allow_pickle=False)
-        photos = index["photos"]
-        expected = (len(photos), index["detail"], index["detail"], 3)
+        photos, size = index["photos"], index["image_size"]
+        expected = (len(photos), size, size, 3)
         if images.shape != expected or images.dtype != np.uint8:
             raise ValueError(f"{IMAGES} is {images.dtype} {images.shape}, not uint8 {expected}")
         return Dataset(
@@ -78,6 +65,5 @@ def open_dataset(folder: Path) -> Dataset:
         )
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"The preprocessed photos cannot be opened ({error}). Received: '{folder}'. "
-            "Run the preprocess stage again."
+            f"The dataset in '{folder}' cannot be opened ({error}). Run the preprocess stage again."
         ) from error

@@ -1,147 +1,143 @@
-"""Change `data/` atomically; quarantine what cannot be used."""
+"""The data directory: its lock, atomic changes, and its photos from DVC."""
 
 import errno
-import hashlib
-import json
+import logging
 import os
-import re
 import shutil
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from tasks.errors import BusyError, DataError
-from tasks.io import atomic_write, write_json
+from tasks.errors import BusyError, DataError, ServiceError
 from tasks.params import LABELS
 from tasks.project import FOLDERS, Project
-from tasks.stage import Progress
+from tasks.stage import Progress, silent
+
+if TYPE_CHECKING:
+    from tasks.services.dvc import Pipeline
+
+WAIT = 600.0
+"""Seconds to wait for the data lock."""
 
 Place = tuple[str, str]
 """Split and label."""
 
-_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
+_NO_HARD_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
+_locked: ContextVar[frozenset[Path]] = ContextVar("locked", default=frozenset())
+_log = logging.getLogger(__name__)
 
 
-def held_photos(project: Project) -> dict[str, Place]:
-    """Index what `data/` holds.
+@contextmanager
+def data_lock(project: Project, wait: float | None = None) -> Iterator[None]:
+    """Hold the lock on `data/`; the kernel releases it if the process dies.
 
-    Args:
-        project: the checkout.
+    An import holds it while it changes `data/`, and a retrain while it needs one version
+    of `data/`. Re-entrant in one context.
 
-    Returns:
-        Each file name below `data/<split>/<label>/` with its place.
+    Raises:
+        BusyError: another process holds the lock for longer than `wait` seconds.
     """
-    held: dict[str, Place] = {}
+    wait = WAIT if wait is None else wait
+    if project.data_lock in _locked.get():
+        yield
+        return
+    with file_errors(project.local):
+        project.local.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = FileLock(project.data_lock)
+        try:
+            lock.acquire(timeout=min(wait, 0.5))
+        except Timeout:
+            _log.warning("A retrain or an import uses data/. Waiting up to %g s for it.", wait)
+            try:
+                lock.acquire(timeout=wait)
+            except Timeout as error:
+                raise BusyError(
+                    f"data/ is in use: a retrain or another import has held '{lock.lock_file}' "
+                    f"for more than {wait:g} seconds. Try again when it has ended."
+                ) from error
+    token = _locked.set(_locked.get() | {project.data_lock})
+    try:
+        yield
+    finally:
+        _locked.reset(token)
+        lock.release()
+
+
+def stored_photos(project: Project) -> dict[str, Place]:
+    """Split and label of each file name in `data/`."""
+    found: dict[str, Place] = {}
     for split in FOLDERS:
         for label in LABELS:
             folder = project.data / split / label
             if folder.is_dir():
-                held.update((entry.name, (split, label)) for entry in os.scandir(folder))
-    return held
+                found.update((entry.name, (split, label)) for entry in os.scandir(folder))
+    return found
 
 
-def recover(project: Project, wait: float = 60.0) -> None:
-    """Put `data/` back if an import was killed while it replaced the folder.
+def restore_data(project: Project) -> None:
+    """Put `data/` back if an import was killed between its two renames."""
+    if _is_torn(project):
+        with data_lock(project):
+            _put_back(project)
 
-    Cheap where nothing is to be done; anybody who reads `data/` may call it.
 
-    Args:
-        project: the checkout.
-        wait: seconds to wait for an import that is running.
+@contextmanager
+def staging(project: Project) -> Iterator[Path]:
+    """Yield an empty folder on the file system of `data/`, removed afterwards.
 
-    Raises:
-        BusyError: an import runs for longer than that.
-        DataError: the folder cannot be put back.
+    The caller holds the data lock.
     """
-    if _is_torn(project):
-        with locked(project, wait):
-            mend(project)
-
-
-def mend(project: Project) -> None:
-    """Do what `recover` does; the caller holds the lock."""
-    if _is_torn(project):
-        with writing(project.data):
-            _old(project).rename(project.data)
-
-
-@contextmanager
-def locked(project: Project, wait: float) -> Iterator[None]:
-    """Hold the right to change `data/`; a killed holder's right ends with it."""
-    with writing(project.local):
-        project.local.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(project.local / "intake.lock", timeout=wait)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise BusyError(
-                f"Another import is running. Received: no turn within {wait:g} seconds "
-                f"('{lock.lock_file}'). Wait until it has ended."
-            ) from error
+    _put_back(project)
+    with file_errors(project.staging):
+        shutil.rmtree(project.staging, ignore_errors=True)
+        project.staging.mkdir(parents=True, exist_ok=True)
     try:
-        yield
+        yield project.staging
     finally:
-        lock.release()
+        _put_back(project)
+        shutil.rmtree(project.staging, ignore_errors=True)
 
 
 @contextmanager
-def workshop(project: Project) -> Iterator[Path]:
-    """Give an empty folder on `data/`'s file system; it goes whatever happens."""
-    with writing(project.intake):
-        shutil.rmtree(project.intake, ignore_errors=True)
-        project.intake.mkdir(parents=True, exist_ok=True)
-    try:
-        yield project.intake
-    finally:
-        mend(project)
-        shutil.rmtree(project.intake, ignore_errors=True)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failure of the file system into one line that names path and fault."""
+def file_errors(path: Path) -> Iterator[None]:
+    """Turn an error of the file system into a `DataError`."""
     try:
         yield
     except OSError as error:
-        where = error.filename or path
-        code = errno.errorcode.get(error.errno or 0, "unknown")
+        code = errno.errorcode.get(error.errno or 0, "unknown error")
         raise DataError(
-            f"Import cannot go on ({error.strerror}, {code}). Received: '{where}'. "
-            "Make room or give permission and import again; the data held is untouched."
+            f"Import failed at '{error.filename or path}' ({error.strerror}, {code}). Make room "
+            "or give permission and import again; data/ is unchanged."
         ) from error
 
 
-def build(project: Project, keep: set[str] | None, progress: Progress) -> Path:
-    """Link what is held into a new folder beside `data/`.
+def link_photos(project: Project, keep: Container[str] | None, progress: Progress) -> Path:
+    """Hard-link `data/` into a new folder in staging.
 
     Args:
-        project: the checkout.
-        keep: paths below `data/` to keep, and nothing else; None keeps every file.
-        progress: told about each file.
-
-    Returns:
-        The new folder.
+        keep: paths below `data/` to keep; None keeps all.
     """
-    new = project.intake / "new"
+    new = project.staging / "new"
     new.mkdir()
-    for folder, names in _folders(project.data, keep).items():
-        target = new / folder
-        target.mkdir(parents=True, exist_ok=True)
-        # Plain strings: this runs for every photo held.
-        before, after = str(project.data / folder), str(target)
+    for parent, folders, files in os.walk(project.data):
+        below = os.path.relpath(parent, project.data)
+        links = [name for name in folders if os.path.islink(f"{parent}/{name}")]
+        names = [n for n in [*files, *links] if keep is None or f"{below}/{n}" in keep]
+        if names:
+            (new / below).mkdir(parents=True, exist_ok=True)
         for done, name in enumerate(names, start=1):
-            _link(f"{before}/{name}", f"{after}/{name}")
+            _link(f"{parent}/{name}", f"{new}/{below}/{name}")
             progress("keep", done, len(names))
     return new
 
 
-def swap(project: Project, new: Path, progress: Progress) -> None:
-    """Put `new` in the place of `data/`; what was there goes afterwards."""
-    # New files first, or a power failure could leave names without content.
+def replace_data(project: Project, new: Path, progress: Progress) -> None:
+    """Rename `new` to `data/`; what was there is removed with the staging folder."""
+    # Content must reach the disk before names do, for the case of a power failure.
     os.sync()
     progress("swap", 0, 2)
     if project.data.exists():
@@ -155,151 +151,73 @@ def _is_torn(project: Project) -> bool:
     return _old(project).exists() and not project.data.exists()
 
 
+def _put_back(project: Project) -> None:
+    if _is_torn(project):
+        with file_errors(project.data):
+            _old(project).rename(project.data)
+
+
 def _old(project: Project) -> Path:
-    return project.intake / "old"
-
-
-def _folders(data: Path, keep: set[str] | None) -> dict[str, list[str]]:
-    """Each folder below `data/` with the names of the files and links to keep in it."""
-    found = {}
-    for parent, folders, files in os.walk(data):
-        below = Path(parent).relative_to(data).as_posix()
-        links = [name for name in folders if Path(parent, name).is_symlink()]
-        names = [name for name in [*files, *links] if keep is None or f"{below}/{name}" in keep]
-        if names:
-            found[below] = sorted(names)
-    return found
+    return project.staging / "old"
 
 
 def _link(path: str, target: str) -> None:
     try:
         os.link(path, target, follow_symlinks=False)
     except OSError as error:
-        if error.errno not in _NO_LINK:
+        if error.errno not in _NO_HARD_LINK:
             raise
         shutil.copy2(path, target, follow_symlinks=False)
 
 
-MAX_COPIES = 2**30
-"""Bytes of copies that one import may leave; beyond it files are listed only."""
+def fetch_data(project: Project, pipeline: "Pipeline", progress: Progress = silent) -> str:
+    """Check out, pull or render the photos that `data.dvc` names, if `data/` is empty.
 
+    Returns:
+        What was done, for the log.
 
-@dataclass(frozen=True)
-class SetAside:
-    """One file that was not taken.
-
-    Args:
-        origin: where it was in the source.
-        reason: `kind: detail`.
-        copy: path below `artifacts/quarantine/`; None where none was made.
+    Raises:
+        DataError: the version is neither in the cache nor in a remote.
+        ServiceError: the remote does not answer.
     """
-
-    origin: str
-    reason: str
-    copy: str | None = None
-
-    @property
-    def kind(self) -> str:
-        return self.reason.split(":")[0]
-
-    def to_json(self) -> dict[str, str | None]:
-        return {"origin": self.origin, "reason": self.reason, "copy": self.copy}
-
-
-class Quarantine:
-    """Where one import puts what it sets aside.
-
-    Copies are named by content below a folder named by the kind of fault, so that the
-    same import twice leaves the same files.
-
-    Args:
-        project: the checkout.
-    """
-
-    def __init__(self, project: Project) -> None:
-        self._folder = project.quarantine
-        self._project = project
-        self._room = MAX_COPIES
-
-    def keep(self, origin: str, reason: str, content: bytes | None) -> SetAside:
-        """Copy one file and give its entry; nothing is copied of what could not be read."""
-        aside = SetAside(origin, reason)
-        if not content or len(content) > self._room:
-            return aside
-        self._room -= len(content)
-        digest = hashlib.sha256(content).hexdigest()[:12]
-        copy = f"{_plain(aside.kind)}/{digest}-{_plain(origin.split('/')[-1])}"
-        path = self._folder / copy
-        with writing(path):
-            if not path.exists():
-                with atomic_write(path) as temporary:
-                    temporary.write_bytes(content)
-        return SetAside(origin, reason, copy)
-
-    def finish(
-        self,
-        source: str,
-        aside: Sequence[SetAside],
-        forget: bool,
-        standing: Container[str] = (),
-    ) -> None:
-        """List this import's files in place of what the same source had set aside before.
-
-        Args:
-            source: what the list calls the source.
-            aside: its files.
-            forget: drop what other sources had set aside, too.
-            standing: origins of this source that were not read again; what was said of
-                them still holds.
-        """
-        # Of a list that cannot be read nobody knows which copies are somebody's.
-        listed = _listed(self._project)
-        known = listed is not None or not _list(self._project).exists()
-        earlier = listed or {}
-        sources = {} if forget else dict(earlier)
-        files = [each for each in earlier.get(source, []) if each["origin"] in standing]
-        sources[source] = files + [each.to_json() for each in aside]
-        if not sources[source]:
-            del sources[source]
-        with writing(self._folder):
-            if sources or self._folder.exists():
-                if not known:
-                    _list(self._project).replace(_spoilt(self._project))
-                write_json(_list(self._project), {"sources": sources})
-                if not _spoilt(self._project).exists():
-                    self._prune({each["copy"] for files in sources.values() for each in files})
-
-    def _prune(self, listed: set[str | None]) -> None:
-        for path in sorted(self._folder.glob("*/*")):
-            if path.is_file() and path.relative_to(self._folder).as_posix() not in listed:
-                path.unlink()
+    restore_data(project)
+    if any(project.data.glob("*/*/*")):
+        return "data/ is in place."
+    version = pipeline.data_version()
+    if version is None:
+        raise DataError(
+            "There are no photos yet. Run `handsigns import FOLDER` for your own, or "
+            "`handsigns sample` to render an example set."
+        )
+    if pipeline.checkout_data():
+        return f"data/ {version} was checked out from the local DVC cache."
+    rendered = pipeline.data_source() == "sample"
+    if pipeline.has_remote():
+        try:
+            pipeline.pull_data()
+            return f"data/ {version} was pulled from the DVC remote."
+        except ServiceError:
+            if not rendered:
+                raise
+    if not rendered:
+        raise DataError(
+            f"Photos of version {version} are not in the local DVC cache, and no DVC remote is "
+            "set. Set HANDSIGNS_DVC_REMOTE_URL to where they were pushed, or import them again."
+        )
+    return render(project, pipeline, progress)
 
 
-def set_aside(project: Project) -> dict[str, list[dict[str, Any]]]:
-    """Files that are listed, by source; none where the list cannot be read."""
-    return _listed(project) or {}
+def render(project: Project, pipeline: "Pipeline", progress: Progress = silent) -> str:
+    """Render the sample set into `data/` and version it; returns what was done."""
+    from tasks.rendering.sample import render_sample
 
-
-def _listed(project: Project) -> dict[str, list[dict[str, Any]]] | None:
-    try:
-        sources = json.loads(_list(project).read_text(encoding="utf-8"))["sources"]
-        return {
-            str(name): [SetAside(**each).to_json() for each in files]
-            for name, files in sources.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _list(project: Project) -> Path:
-    return project.quarantine / "quarantine.json"
-
-
-def _spoilt(project: Project) -> Path:
-    """A list that could not be read; while it lies there, no copy goes."""
-    return project.quarantine / "quarantine.json.spoilt"
-
-
-def _plain(name: str) -> str:
-    """Letters, digits, dot, dash and underscore; never hidden, never a parent."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[-80:].lstrip(".") or "_"
+    expected = pipeline.data_version() if pipeline.data_source() == "sample" else None
+    with data_lock(project):
+        render_sample(project.data, progress)
+        version = pipeline.version_data("sample")
+    if expected in (None, version):
+        return f"The sample set was rendered: data/ {version}."
+    return (
+        f"The sample set was rendered, but this machine's arithmetic gave other bytes: "
+        f"data/ {version} instead of {expected}. It is versioned as such."
+    )

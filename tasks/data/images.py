@@ -1,4 +1,4 @@
-"""Decode, crop and resize photos."""
+"""Decode, normalize and resize photos from untrusted files."""
 
 import hashlib
 import io
@@ -6,112 +6,46 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePath
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from tasks.errors import ImageError
 
-SOFTNESS = 0.5
-"""Standard deviation in pixels of the blur of a reduced photo; see `shrink`."""
-
-
-def shrink(picture: NDArray[np.uint8], detail: int) -> NDArray[np.uint8]:
-    """Bring one picture to the size every photo is trained, scored and predicted at.
-
-    A photo that was larger is softened as well: thumbnails are softer than an average
-    over areas leaves it, and with this its finest detail falls off as theirs does
-    (docs/accuracy.md). A photo that comes at that size keeps its pixels.
-
-    Args:
-        picture: uint8, (height, width, 3), RGB.
-        detail: side of the result in pixels.
-
-    Returns:
-        uint8, (detail, detail, 3); a new array.
-    """
-    small = resize_square(picture, detail)
-    if min(picture.shape[:2]) <= detail:
-        return small
-    softened: NDArray[np.uint8] = cv2.GaussianBlur(small, (0, 0), SOFTNESS)
-    return softened
-
-
-def resize_square(picture: NDArray[np.uint8], detail: int) -> NDArray[np.uint8]:
-    """Bring the largest central square to one size.
-
-    Reducing averages over areas, so that no pixel is dropped and fine patterns do not
-    alias; enlarging is bilinear.
-
-    Args:
-        picture: uint8, (height, width, 3), RGB.
-        detail: side of the result in pixels.
-
-    Returns:
-        uint8, (detail, detail, 3); a new array.
-    """
-    height, width = picture.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = np.ascontiguousarray(picture[top : top + side, left : left + side])
-    if side == detail:
-        return square.copy()
-    method = cv2.INTER_AREA if side > detail else cv2.INTER_LINEAR
-    shrunk: NDArray[np.uint8] = cv2.resize(square, (detail, detail), interpolation=method)
-    return shrunk
-
-
 Read = Callable[[int], bytes]
-"""`read(limit)` gives at most `limit` bytes of a file, or raises `ImageError`."""
+"""`read(limit)` returns at most `limit` bytes of a file, or raises `ImageError`."""
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
-"""Checked from the header, before anything is decoded."""
+"""Checked in the header, before decoding."""
 
 LARGE_PIXELS = 16_000_000
-"""Above it a picture is reduced while it is decoded, where its caller allows that."""
+"""Above it, `decode` reduces a photo while decoding it, if asked to."""
 
 MIN_SIDE = 16
 MAX_SCANS = 64
-"""A progressive JPEG has about ten; one of thousands is made to keep a decoder busy."""
+"""A progressive JPEG has about ten; one with thousands is made to keep a decoder busy."""
 
-SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "PNG": (".png",),
-    "WEBP": (".webp",),
-    "BMP": (".bmp", ".dib"),
-    "TIFF": (".tif", ".tiff"),
-    "GIF": (".gif",),
+BLUR_SIGMA = 0.5
+"""Standard deviation, in pixels, of the blur that `resize` applies to larger photos."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+_HEIF_BRANDS = {
+    *(b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"),
+    *(b"mif1", b"mif2", b"msf1", b"miaf", b"avif", b"avis"),
 }
-"""The formats that are read at all, each with the file name endings it goes by."""
-
-_STORED = ("JPEG", "PNG")
-_PHONES = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"avif")
-"""Kinds of HEIF, as they stand after `ftyp`; its decoders are no part of this project."""
-_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What makes a picture of each EXIF orientation upright; others are upright."""
-
+ORIENTATION = int(ExifTags.Base.Orientation)
 _PNG_DEPTH = 24  # offset of the bit depth in the first chunk
 
 
 @dataclass(frozen=True)
-class Photo:
-    """A photo as it is stored: decodable, RGB, upright.
+class StoredPhoto:
+    """An upright RGB photo in the form that `data/` holds.
 
     Args:
-        content: the file's bytes.
+        content: bytes of the file.
         suffix: `.jpg` or `.png`.
     """
 
@@ -124,80 +58,101 @@ class Photo:
         return hashlib.sha256(self.content).hexdigest()[:32] + self.suffix
 
 
-def read_photo(data: bytes, name: str) -> Photo:
-    """Check one file that anybody may have made, and bring it into the stored form.
+def normalize(data: bytes, name: str) -> StoredPhoto:
+    """Check an untrusted file and convert it to the form that `data/` holds.
 
-    A plain photo (8-bit RGB JPEG or PNG, upright) keeps its bytes. Everything else
-    becomes an 8-bit RGB PNG without metadata: EXIF rotation is applied, transparent
-    parts are put on white, 16-bit grey is scaled, CMYK and palettes are converted.
-    Colour profiles are not applied. Of a multi-picture JPEG (phones write them) the
-    first picture is the photo.
-
-    Args:
-        data: the file's bytes.
-        name: the file's name; its ending must not contradict the content.
-
-    Returns:
-        The photo as it is stored.
-
-    Raises:
-        ImageError: the file is not a usable photo; `reason` says why.
-    """
-    with _faults_told(name):
-        image = _loaded(data, name)
-        if _is_plain(image, data):
-            suffix = SUFFIXES["PNG" if image.format == "PNG" else "JPEG"][0]
-            return Photo(data, suffix)
-        return Photo(_png(_upright(image)), ".png")
-
-
-def look(data: bytes, name: str = "", least: int | None = None) -> NDArray[np.uint8]:
-    """Check one file that anybody may have made, and decode it without storing it.
-
-    Args:
-        data: the file's bytes.
-        name: the file's name, as for `read_photo`; without one its ending is not compared.
-        least: reduce a large picture to sides of at least this many pixels, which takes a
-            fraction of the memory.
-
-    Returns:
-        uint8, (height, width, 3), RGB; the pixels that `read_photo` would store.
-
-    Raises:
-        ImageError: the file is not a usable photo; `reason` says why.
-    """
-    with _faults_told(name):
-        image = _opened(data, name)
-        if least is not None and _is_large(image):
-            turn, rgb = _turn(image), _reduced(image, least)
-            return np.array(rgb if turn is None else rgb.transpose(turn), dtype=np.uint8)
-        return np.array(_upright(image), dtype=np.uint8)
-
-
-def is_large(data: bytes) -> bool:
-    """Whether decoding this file takes much memory; reads its header only.
+    An upright 8-bit RGB JPEG or PNG keeps its bytes. Everything else becomes an 8-bit RGB
+    PNG without metadata: EXIF rotation is applied, transparent parts become white, 16-bit
+    grey is scaled, CMYK and palettes are converted. Color profiles are not applied. The
+    first picture of a multi-picture JPEG is the photo.
 
     Raises:
         ImageError: the file is not a usable photo.
     """
-    with _faults_told(""):
-        return _is_large(_opened(data, ""))
+    with _decoder_errors(name):
+        image = _open(data)
+        image.load()
+        if _keeps_its_bytes(image, data):
+            return StoredPhoto(data, ".png" if image.format == "PNG" else ".jpg")
+        return StoredPhoto(_png(_upright_rgb(image)), ".png")
+
+
+def decode(data: bytes, name: str = "", min_side: int | None = None) -> NDArray[np.uint8]:
+    """Check and decode an untrusted file, to the same pixels that `normalize` stores.
+
+    Args:
+        min_side: reduce a large photo to sides of at least this many pixels, which takes a
+            fraction of the memory.
+
+    Returns:
+        uint8, (height, width, 3), RGB.
+
+    Raises:
+        ImageError: the file is not a usable photo.
+    """
+    with _decoder_errors(name):
+        image = _open(data)
+        if min_side is not None and _is_large(image):
+            image = _reduced(image, min_side)
+        return np.array(_upright_rgb(image), dtype=np.uint8)
+
+
+def is_large(data: bytes) -> bool:
+    """Whether decoding a file takes much memory; reads only its header.
+
+    Raises:
+        ImageError: the file is not a usable photo.
+    """
+    with _decoder_errors(""):
+        return _is_large(_open(data))
 
 
 def encode(pixels: NDArray[np.uint8]) -> bytes:
-    """Encode pixels as PNG; the same pixels give the same bytes.
-
-    Args:
-        pixels: uint8, (height, width, 3), RGB.
-
-    Returns:
-        The file's bytes.
-    """
+    """Encode uint8 (height, width, 3) RGB as PNG; the same pixels give the same bytes."""
     return _png(Image.fromarray(pixels, "RGB"))
 
 
+def resize(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Resize a photo for training or prediction.
+
+    A photo that was larger is blurred slightly: averaging over areas leaves it sharper
+    than thumbnails are (docs/accuracy.md). A photo of that size keeps its pixels.
+
+    Args:
+        picture: uint8, (height, width, 3), RGB.
+
+    Returns:
+        uint8, (size, size, 3); a new array.
+    """
+    small = resize_square(picture, size)
+    if min(picture.shape[:2]) <= size:
+        return small
+    blurred: NDArray[np.uint8] = cv2.GaussianBlur(small, (0, 0), BLUR_SIGMA)
+    return blurred
+
+
+def resize_square(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Crop the central square and resize it: area averages down, bilinear up.
+
+    Args:
+        picture: uint8, (height, width, 3), RGB.
+
+    Returns:
+        uint8, (size, size, 3); a new array.
+    """
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = np.ascontiguousarray(picture[top : top + side, left : left + side])
+    if side == size:
+        return square.copy()
+    method = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
+    resized: NDArray[np.uint8] = cv2.resize(square, (size, size), interpolation=method)
+    return resized
+
+
 def printable(text: str) -> str:
-    """Make a foreign name safe to show: one line, no control characters, valid UTF-8."""
+    """Escape control characters and invalid UTF-8, for one line of a terminal."""
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return "".join(shown)
 
@@ -209,51 +164,28 @@ def _png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def _loaded(data: bytes, name: str) -> Image.Image:
-    image = _opened(data, name)
-    image.load()
+def _open(data: bytes) -> Image.Image:
+    """Open an image and check its header; nothing is decoded yet."""
+    if not data:
+        raise ImageError("zero bytes: the file is empty")
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"too large: more than {MAX_BYTES // 2**20} MB")
+    if _is_heif(data):
+        raise ImageError("HEIC or AVIF, as phones save photos: not supported; export it as JPEG")
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    _check_header(image, data)
     return image
 
 
-def _opened(data: bytes, name: str) -> Image.Image:
-    """Check everything that the header tells; nothing is decoded yet."""
-    _check_length(data)
-    if data[4:8] == b"ftyp" and data[8:12] in _PHONES:
-        raise ImageError("HEIC or AVIF, as phones may save photos: not read; export it as JPEG")
-    image = _open(data, tuple(SUFFIXES))
-    _check_suffix(image, name)
-    if image.format != "MPO" and getattr(image, "is_animated", False):
-        raise ImageError("animated: more than one frame; save one frame as a picture")
-    return image
+def _is_heif(data: bytes) -> bool:
+    """Whether any brand of an ISO media file, the major or a compatible one, is of HEIF."""
+    if data[4:8] != b"ftyp":
+        return False
+    end = min(int.from_bytes(data[:4]), 1024)
+    return not _HEIF_BRANDS.isdisjoint(data[at : at + 4] for at in range(8, end, 4))
 
 
-def _is_large(image: Image.Image) -> bool:
-    return image.width * image.height > LARGE_PIXELS
-
-
-def _reduced(image: Image.Image, least: int) -> Image.Image:
-    """Average a picture down in bands, so that only one copy of its full size exists."""
-    factor = max(1, min(image.size) // least)
-    image.draft("RGB", (image.width // factor, image.height // factor))  # JPEG only
-    image.load()
-    factor = max(1, min(image.size) // least)
-    width, height = image.width // factor, image.height // factor
-    small = Image.new("RGB", (width, height))
-    for top in range(0, height, 64):
-        bottom = min(top + 64, height)
-        band = image.crop((0, top * factor, width * factor, bottom * factor))
-        small.paste(_to_rgb(band).reduce(factor), (0, top))
-    return small
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    turn = _turn(image)
-    rgb = _to_rgb(image)
-    return rgb if turn is None else rgb.transpose(turn)
-
-
-def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
-    image = Image.open(io.BytesIO(data), formats=formats)
+def _check_header(image: Image.Image, data: bytes) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(
@@ -264,35 +196,45 @@ def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
         raise ImageError(f"damaged: more than {MAX_SCANS} scans in one JPEG")
     if any(tile.codec_name == "libtiff" for tile in image.tile):
-        # One more C library for hostile files to reach, and it writes to standard error.
-        raise ImageError("compressed TIFF: only plain ones are read; save it as PNG")
-    return image
+        # libtiff is one more C library for hostile files to reach, and writes to stderr.
+        raise ImageError("compressed TIFF: only uncompressed ones are supported; save it as PNG")
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise ImageError("animated: more than one frame; save one frame as a picture")
 
 
-def _check_length(data: bytes) -> None:
-    if not data:
-        raise ImageError("zero bytes: the file is empty")
-    if len(data) > MAX_BYTES:
-        raise ImageError(f"too large: more than {MAX_BYTES // 2**20} MB")
-
-
-def _check_suffix(image: Image.Image, name: str) -> None:
-    suffix = PurePath(name).suffix.lower()
-    kind = "JPEG" if image.format == "MPO" else str(image.format)
-    if suffix and suffix not in SUFFIXES[kind]:
-        raise ImageError(
-            f"wrong extension: the content is {kind}, the name says {printable(suffix)!r}; "
-            f"rename it to {SUFFIXES[kind][0]}"
-        )
-
-
-def _is_plain(image: Image.Image, data: bytes) -> bool:
+def _keeps_its_bytes(image: Image.Image, data: bytes) -> bool:
     if image.mode != "RGB" or image.has_transparency_data:
         return False
-    # Pillow shows 16 bits a channel as plain RGB; only the header tells.
+    # Pillow opens 16 bits a channel as plain RGB; only the header tells.
     if image.format == "PNG" and data[_PNG_DEPTH] != 8:
         return False
-    return image.format in ("JPEG", "MPO", "PNG") and _turn(image) is None
+    turned = image.getexif().get(ORIENTATION, 1) in range(2, 9)
+    return image.format in ("JPEG", "MPO", "PNG") and not turned
+
+
+def _is_large(image: Image.Image) -> bool:
+    return image.width * image.height > LARGE_PIXELS
+
+
+def _reduced(image: Image.Image, min_side: int) -> Image.Image:
+    """Average a photo down in bands, so that only one copy of its full size exists."""
+    factor = max(1, min(image.size) // min_side)
+    image.draft("RGB", (image.width // factor, image.height // factor))  # JPEG only
+    image.load()
+    factor = max(1, min(image.size) // min_side)
+    width, height = image.width // factor, image.height // factor
+    small = Image.new("RGB", (width, height))
+    small.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
+    for top in range(0, height, 64):
+        bottom = min(top + 64, height)
+        band = image.crop((0, top * factor, width * factor, bottom * factor))
+        small.paste(_to_rgb(band).reduce(factor), (0, top))
+    return small
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -307,16 +249,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-
-
 @contextmanager
-def _faults_told(name: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into an `ImageError` with a reason and the name."""
+def _decoder_errors(name: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into an `ImageError`."""
     shown = printable(name)
     with warnings.catch_warnings():
-        # Threads share the filters: naming Pillow's alone does no harm if it outlives this.
+        # Threads share the filters, so only Pillow's own warnings are ignored.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             yield
@@ -326,12 +264,9 @@ def _faults_told(name: str) -> Iterator[None]:
             limit = MAX_PIXELS // 10**6
             raise ImageError(f"too many pixels: more than {limit} megapixels", shown) from error
         except UnidentifiedImageError as error:
-            raise ImageError("not an image: no format we read", shown) from error
-        except Exception as error:  # decoders raise what they like on a damaged file
-            raise ImageError(_reason(error), shown) from error
-
-
-def _reason(error: Exception) -> str:
-    told = " ".join(printable(str(error)).split()) or type(error).__name__
-    kind = "truncated" if "truncated" in told.lower() else "damaged"
-    return f"{kind}: it cannot be decoded to the end ({told[:120]})"
+            kinds = ", ".join(FORMATS)
+            raise ImageError(f"not an image: none of {kinds}", shown) from error
+        except Exception as error:  # decoders raise anything on damaged files
+            detail = " ".join(printable(str(error)).split()) or type(error).__name__
+            kind = "truncated" if "truncated" in detail.lower() else "damaged"
+            raise ImageError(f"{kind}: cannot be decoded ({detail[:120]})", shown) from error

@@ -2,126 +2,79 @@
 
 import os
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tasks.data.directory import (
     Place,
-    Quarantine,
-    SetAside,
-    build,
-    held_photos,
-    locked,
-    mend,
-    swap,
-    workshop,
-    writing,
+    data_lock,
+    file_errors,
+    link_photos,
+    replace_data,
+    staging,
+    stored_photos,
 )
-from tasks.data.folders import Item, Source
-from tasks.data.images import MAX_BYTES, printable, read_photo
-from tasks.data.sources import as_test, open_source
+from tasks.data.images import MAX_BYTES, normalize, printable
+from tasks.data.quarantine import Quarantine, QuarantinedFile
+from tasks.data.sources import UNKNOWN_FOLDER, Source, SourceFile, as_test, open_source
 from tasks.errors import ImageError, SourceError
 from tasks.project import FOLDERS, Project
 from tasks.stage import Progress, silent
 
-TAKEN = "taken"
+IMPORTED = "imported"
 ALREADY_THERE = "already there"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A sound photo of the source: its stored name and where it belongs."""
+    """A usable photo of a source: its stored name, and where it belongs."""
 
     origin: str
     name: str
     place: Place
 
 
-def verdicts(candidates: Iterable[Candidate], held: Mapping[str, Place]) -> list[str]:
-    """Decide for each photo; the order of the files makes no difference to what is held.
-
-    A photo that is held stays as it is: the same photo under another label or in the
-    other split is set aside. Within one import, the same photo under two labels is set
-    aside everywhere, and of one in both splits the test keeps it.
-
-    Args:
-        candidates: all sound photos of one import.
-        held: name and place of each photo in `data/`.
-
-    Returns:
-        `TAKEN`, `ALREADY_THERE` or a reason, for each candidate in order.
-    """
-    candidates = list(candidates)
-    wanted: dict[str, set[Place]] = {}
-    for candidate in candidates:
-        wanted.setdefault(candidate.name, set()).add(candidate.place)
-    taken: set[str] = set()
-    decided = []
-    for candidate in candidates:
-        verdict = _verdict(candidate, wanted[candidate.name], held.get(candidate.name))
-        if verdict == TAKEN and candidate.name in taken:
-            verdict = ALREADY_THERE
-        if verdict == TAKEN:
-            taken.add(candidate.name)
-        decided.append(verdict)
-    return decided
-
-
-def _verdict(candidate: Candidate, wanted: set[Place], held: Place | None) -> str:
-    split, label = candidate.place
-    if held == candidate.place:
-        return ALREADY_THERE
-    labels = sorted({label for _, label in wanted} | ({held[1]} if held else set()))
-    if held and held[1] != label:
-        return f"same photo under two labels: it is held as {held[1]}"
-    if not held and len(labels) > 1:
-        return f"same photo under two labels: {' and '.join(labels)}"
-    kept = held or (("test", label) if ("test", label) in wanted else candidate.place)
-    if kept[0] != split:
-        return f"same photo in train and test: {kept[0]} keeps it"
-    return TAKEN
-
-
 @dataclass(frozen=True)
 class ImportReport:
-    """What became of each file of an import.
+    """What became of the files of an import.
 
     Args:
-        taken: photos per split and label that are new in `data/`.
-        already_there: photos per split and label that were held, or came twice.
-        quarantined: files that were set aside, in the order of the source.
-        ignored: hidden files and system clutter.
-        removed: photos that `replace` took out of `data/`.
+        imported: new photos by split and label.
+        already_there: photos that `data/` had, or that came twice, by split and label.
+        quarantined: files that were not imported, sorted by origin.
+        ignored: number of hidden files and system clutter.
+        removed: number of photos that `replace` removed from `data/`.
     """
 
-    taken: dict[Place, int]
+    imported: dict[Place, int]
     already_there: dict[Place, int]
-    quarantined: tuple[SetAside, ...]
+    quarantined: tuple[QuarantinedFile, ...]
     ignored: int
     removed: int
 
     @property
     def usable(self) -> bool:
-        """Whether any file is a photo that is held now."""
-        return bool(self.taken or self.already_there)
+        """Whether any file is a photo that `data/` has now."""
+        return bool(self.imported or self.already_there)
 
     def kinds(self) -> dict[str, int]:
-        """Files set aside by kind of reason, most frequent first."""
-        return dict(Counter(aside.kind for aside in self.quarantined).most_common())
+        """Number of quarantined files by kind of reason, most frequent first."""
+        return dict(Counter(file.kind for file in self.quarantined).most_common())
 
-    def told_kinds(self) -> str:
-        """The same in words."""
-        return ", ".join(f"{count} {kind}" for kind, count in self.kinds().items())
+    def unknown_folders(self) -> list[str]:
+        """One line for each folder whose name is not a label."""
+        faults = Counter(f.reason for f in self.quarantined if f.kind == UNKNOWN_FOLDER)
+        return [f"{reason}; {count} files quarantined" for reason, count in faults.items()]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, ready for `json.dumps`."""
+        """Plain values for `json.dumps`."""
         return {
-            "taken": _by_split(self.taken),
+            "taken": _by_split(self.imported),
             "already_there": _by_split(self.already_there),
-            "quarantined": [aside.to_json() for aside in self.quarantined],
+            "quarantined": [asdict(file) for file in self.quarantined],
             "ignored": self.ignored,
             "removed": self.removed,
         }
@@ -134,213 +87,228 @@ def _by_split(counts: dict[Place, int]) -> dict[str, dict[str, int]]:
     }
 
 
+def apply_import_rules(candidates: Iterable[Candidate], stored: Mapping[str, Place]) -> list[str]:
+    """Decide about each photo, independently of their order.
+
+    A photo that `data/` has stays where it is; the same photo under another label or in the
+    other split is rejected. In one import, the same photo under two labels is rejected
+    everywhere, and the same photo in both splits stays in the test only.
+
+    Args:
+        stored: place of each photo in `data/` by name.
+
+    Returns:
+        `IMPORTED`, `ALREADY_THERE` or the reason of the rejection, for each candidate.
+    """
+    candidates = list(candidates)
+    wanted: dict[str, set[Place]] = {}
+    for candidate in candidates:
+        wanted.setdefault(candidate.name, set()).add(candidate.place)
+    imported: set[str] = set()
+    decisions = []
+    for candidate in candidates:
+        decision = _decide(candidate, wanted[candidate.name], stored.get(candidate.name))
+        if decision == IMPORTED and candidate.name in imported:
+            decision = ALREADY_THERE
+        if decision == IMPORTED:
+            imported.add(candidate.name)
+        decisions.append(decision)
+    return decisions
+
+
+def _decide(candidate: Candidate, wanted: set[Place], stored: Place | None) -> str:
+    split, label = candidate.place
+    if stored == candidate.place:
+        return ALREADY_THERE
+    if stored and stored[1] != label:
+        return f"same photo under two labels: data/ has it as {stored[1]}"
+    labels = sorted({label for _, label in wanted})
+    if not stored and len(labels) > 1:
+        return f"same photo under two labels: {' and '.join(labels)}"
+    keeper = stored or (("test", label) if ("test", label) in wanted else candidate.place)
+    if keeper[0] != split:
+        return f"same photo in train and test: it stays in {keeper[0]}"
+    return IMPORTED
+
+
 def import_photos(
     project: Project,
     source: Path,
     test: Path | None = None,
     replace: bool = False,
     progress: Progress = silent,
-    wait: float = 60.0,
+    wait: float | None = None,
 ) -> ImportReport:
-    """Add a source's photos to `data/`.
+    """Add the photos of a source to `data/`.
 
-    `data/` is the former or the new state at every moment but for the instant between
-    two renames, which `held.recover` and the next import mend. Where nothing is new, nothing
-    is touched. Versioning with DVC is the caller's part, also when nothing was taken: an
-    import that was killed right after the renames has not been versioned yet.
+    `data/` is the former or the new state at every moment, except between two renames;
+    `restore_data` and the next import repair that. The caller versions `data/` with DVC,
+    also if nothing was imported: an import that was killed was not versioned.
 
     Args:
-        project: the checkout.
-        source: class folders, a .zip of them, or the Kaggle files; see `tasks.data.sources`.
-        test: the test set, where it is a source of its own.
-        replace: hold this import's photos alone instead of adding them.
-        progress: told about each file.
-        wait: seconds to wait for another import.
-
-    Returns:
-        What was taken, was there, and was set aside with its reason.
+        source: label folders, a .zip of them, or HDF5 files, see `tasks.data.sources`.
+        test: the test set, if it is a source of its own.
+        replace: remove all other photos.
+        wait: seconds to wait for the data lock.
 
     Raises:
-        SourceError: a source is refused as a whole.
-        BusyError: another import runs for longer than `wait`.
+        SourceError: a source is refused, or has no usable photo.
+        BusyError: a retrain or another import uses `data/`.
         DataError: `data/` or the quarantine cannot be written.
     """
-    name = printable(os.path.realpath(source))  # which takes a link to itself, too
-    with _bench(project, wait), _items(project, source, test) as opened:
-        report = _take_in(project, opened, name, replace, progress)
+    name = printable(os.path.realpath(source))
+    with data_lock(project, wait), staging(project), _open_both(source, test) as opened:
+        report = _import(project, opened, name, replace, progress)
     if not report.usable:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in report.kinds().items())
         raise SourceError(
-            f"Source has no usable photo. Received: '{name}' with {report.told_kinds()}. "
-            "The data held was kept; see quarantine.json."
+            f"Source '{name}' has no usable photo: {kinds}. data/ is unchanged; see "
+            "artifacts/quarantine/quarantine.json."
         )
     return report
 
 
-def import_items(
+def import_source(
     project: Project,
     source: Source,
     name: str,
-    standing: Container[str] = (),
+    unchanged: Container[str] = (),
     replace: bool = False,
     progress: Progress = silent,
-    wait: float = 60.0,
 ) -> ImportReport:
-    """Add to `data/` what is new in a source that is looked at again and again.
-
-    Works like `import_photos`. That nothing is usable is no error here: the files are
-    set aside, and `data/` stays as it is.
+    """Add the new files of an inbox to `data/`; no usable photo is no error.
 
     Args:
-        project: the checkout.
-        source: the files to look at.
-        name: what the quarantine's list calls their source.
-        standing: origins of the same source that are there still and are not looked at
-            again; those that were set aside stay in the list.
-        replace: hold these photos alone, if any is usable.
-        progress: told about each file.
-        wait: seconds to wait for another import.
-
-    Returns:
-        What was taken, was there, and was set aside with its reason.
-
-    Raises:
-        BusyError: another import runs for longer than `wait`.
-        DataError: `data/` or the quarantine cannot be written.
+        source: the new files.
+        name: of the inbox, for the quarantine.
+        unchanged: origins of files that were seen before.
+        replace: remove all other photos, if any new one is usable.
     """
-    with _bench(project, wait):
-        return _take_in(project, source, name, replace, progress, standing)
+    with data_lock(project), staging(project):
+        return _import(project, source, name, replace, progress, unchanged)
 
 
 @contextmanager
-def _bench(project: Project, wait: float) -> Iterator[None]:
-    with locked(project, wait):
-        mend(project)
-        with workshop(project):
-            yield
+def _open_both(source: Path, test: Path | None) -> Iterator[Source]:
+    with open_source(source) as train:
+        if test is None:
+            yield train
+            return
+        if any(file.split == "test" for file in train.files):
+            raise SourceError(
+                f"Source '{printable(str(source))}' has a test set of its own. Leave out "
+                f"--test '{printable(str(test))}', or name only its train folder."
+            )
+        with open_source(test) as opened:
+            files = (*train.files, *as_test(opened, test).files)
+            yield Source(files, train.ignored + opened.ignored)
 
 
-def _take_in(
+def _import(
     project: Project,
     source: Source,
     name: str,
     replace: bool,
     progress: Progress,
-    standing: Container[str] = (),
+    unchanged: Container[str] = (),
 ) -> ImportReport:
-    quarantine = Quarantine(project)
-    intake = _Intake(project, quarantine, replace, progress)
-    intake.read(source.items)
-    report = intake.settle(source.ignored)
-    if report.usable and (report.taken or report.removed):
-        intake.put_in_place()
-    # Last, for it forgets what a source that is replaced had set aside.
-    quarantine.finish(name, report.quarantined, replace and report.usable, standing)
+    with file_errors(project.data):
+        stored = stored_photos(project)
+    run = _Import(project, Quarantine(project), stored, replace)
+    with file_errors(run.incoming):
+        run.incoming.mkdir()
+    for done, file in enumerate(source.files, start=1):
+        run.read(file)
+        progress("read", done, len(source.files))
+    report = run.decide(source.ignored, progress)
+    if report.usable and (report.imported or report.removed):
+        run.put_in_place(progress)
+    # Last: a replacement forgets the quarantined files of other sources.
+    run.quarantine.update(name, report.quarantined, replace and report.usable, unchanged)
     return report
 
 
-class _Intake:
-    """One import under way."""
+class _Import:
+    """One import while it runs."""
 
     def __init__(
-        self, project: Project, quarantine: Quarantine, replace: bool, progress: Progress
+        self, project: Project, quarantine: Quarantine, stored: dict[str, Place], replace: bool
     ) -> None:
+        self.quarantine = quarantine
+        self.incoming = project.staging / "incoming"
         self._project = project
-        self._quarantine = quarantine
+        self._stored = stored
         self._replace = replace
-        self._progress = progress
-        self._incoming = project.intake / "incoming"
-        with writing(project.data):
-            self._held = held_photos(project)
         self._candidates: list[Candidate] = []
-        self._next: dict[str, Place] = {}
-        self._aside: list[SetAside] = []
+        self._accepted: dict[str, Place] = {}
+        self._quarantined: list[QuarantinedFile] = []
 
-    def read(self, items: Sequence[Item]) -> None:
-        """Judge each file by itself; sound new ones are stored beside `data/`."""
-        with writing(self._incoming):
-            self._incoming.mkdir()
-        for done, item in enumerate(items, start=1):
-            self._read_one(item)
-            self._progress("read", done, len(items))
-
-    def _read_one(self, item: Item) -> None:
+    def read(self, file: SourceFile) -> None:
+        """Check one file, and write a new photo to staging."""
         content = b""
         try:
-            content = b"" if item.read is None else item.read(MAX_BYTES + 1)
-            if item.fault or item.label is None:
-                raise ImageError(item.fault or "no label: it lies in no class folder")
-            photo = read_photo(content, item.origin)
+            content = b"" if file.read is None else file.read(MAX_BYTES + 1)
+            if file.fault or file.label is None:
+                raise ImageError(file.fault or "no label: it is in no label folder")
+            photo = normalize(content, file.origin)
         except ImageError as error:
-            reason = item.fault or error.reason
-            self._aside.append(self._quarantine.keep(item.origin, reason, content[:MAX_BYTES]))
+            reason = file.fault or error.reason
+            self._quarantined.append(
+                self.quarantine.add(file.origin, reason, content[:MAX_BYTES])
+            )
             return
-        candidate = Candidate(item.origin, photo.name, (item.split, item.label))
+        candidate = Candidate(file.origin, photo.name, (file.split, file.label))
         self._candidates.append(candidate)
-        stored = self._incoming / photo.name
-        if self._held.get(photo.name) != candidate.place and not stored.exists():
-            with writing(stored):
-                stored.write_bytes(photo.content)
+        path = self.incoming / photo.name
+        if self._stored.get(photo.name) != candidate.place and not path.exists():
+            with file_errors(path):
+                path.write_bytes(photo.content)
 
-    def settle(self, ignored: int) -> ImportReport:
-        """Judge the photos against each other and against what is held."""
-        taken: Counter[Place] = Counter()
+    def decide(self, ignored: int, progress: Progress) -> ImportReport:
+        """Apply the import rules to all photos."""
+        imported: Counter[Place] = Counter()
         there: Counter[Place] = Counter()
-        decided = verdicts(self._candidates, {} if self._replace else self._held)
-        for candidate, verdict in zip(self._candidates, decided, strict=True):
-            if verdict == ALREADY_THERE or self._is_held(candidate, verdict):
+        decisions = apply_import_rules(self._candidates, {} if self._replace else self._stored)
+        pairs = zip(self._candidates, decisions, strict=True)
+        for done, (candidate, decision) in enumerate(pairs, start=1):
+            accepted = decision in (IMPORTED, ALREADY_THERE)
+            known = self._stored.get(candidate.name) == candidate.place
+            if decision == ALREADY_THERE or (accepted and known):
                 there[candidate.place] += 1
-            elif verdict == TAKEN:
-                taken[candidate.place] += 1
+            elif accepted:
+                imported[candidate.place] += 1
             else:
                 content = self._content(candidate)
-                self._aside.append(self._quarantine.keep(candidate.origin, verdict, content))
-            if verdict == TAKEN:
-                self._next[candidate.name] = candidate.place
-        removed = set(self._held.items()) - set(self._next.items()) if self._replace else ()
-        aside = sorted(self._aside, key=lambda aside: (aside.origin, aside.reason))
-        return ImportReport(dict(taken), dict(there), tuple(aside), ignored, len(removed))
+                self._quarantined.append(
+                    self.quarantine.add(candidate.origin, decision, content)
+                )
+            if decision == IMPORTED:
+                self._accepted[candidate.name] = candidate.place
+            progress("check", done, len(decisions))
+        removed = self._stored.items() - self._accepted.items() if self._replace else ()
+        quarantined = sorted(self._quarantined, key=lambda file: (file.origin, file.reason))
+        return ImportReport(
+            dict(imported), dict(there), tuple(quarantined), ignored, len(removed)
+        )
 
-    def put_in_place(self) -> None:
-        """Build the next state beside `data/` and swap it in."""
-        paths = {name: "/".join((*place, name)) for name, place in self._next.items()}
-        with writing(self._project.data):
+    def put_in_place(self, progress: Progress) -> None:
+        """Build the next `data/` and replace the present one."""
+        paths = {name: "/".join((*place, name)) for name, place in self._accepted.items()}
+        with file_errors(self._project.data):
             keep = set(paths.values()) if self._replace else None
-            new = build(self._project, keep, self._progress)
+            new = link_photos(self._project, keep, progress)
             for name, path in paths.items():
                 target = new / path
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if not target.is_symlink() and not target.exists():
-                    (self._incoming / name).rename(target)
-            swap(self._project, new, self._progress)
-
-    def _is_held(self, candidate: Candidate, verdict: str) -> bool:
-        return verdict == TAKEN and self._held.get(candidate.name) == candidate.place
+                if not os.path.lexists(target):
+                    (self.incoming / name).rename(target)
+            replace_data(self._project, new, progress)
 
     def _content(self, candidate: Candidate) -> bytes:
-        stored = self._incoming / candidate.name
-        if not stored.exists():
-            stored = self._project.data.joinpath(*self._held[candidate.name], candidate.name)
+        path = self.incoming / candidate.name
+        if not path.exists():
+            path = self._project.data.joinpath(*self._stored[candidate.name], candidate.name)
         try:
-            return stored.read_bytes()
-        except OSError:  # a link into a cache that was emptied: listed, without a copy
+            return path.read_bytes()
+        except OSError:  # a link into a cache that was emptied
             return b""
-
-
-@contextmanager
-def _items(project: Project, source: Path, test: Path | None) -> Iterator[Source]:
-    with ExitStack() as stack:
-        spools = [project.intake / "source", project.intake / "test"]
-        with writing(project.intake):
-            for spool in spools:
-                spool.mkdir()
-        main = stack.enter_context(open_source(source, spools[0]))
-        if test is None:
-            yield main
-            return
-        if any(item.split == "test" for item in main.items):
-            raise SourceError(
-                f"Source has a test set of its own. Received: '{printable(str(source))}' and "
-                f"--test '{printable(str(test))}'. Leave out --test, or name the train part alone."
-            )
-        other = as_test(stack.enter_context(open_source(test, spools[1])), test)
-        yield Source((*main.items, *other.items), main.ignored + other.ignored)

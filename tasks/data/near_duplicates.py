@@ -1,8 +1,10 @@
-"""Photos that are nearly the same picture, or its mirror image: bursts, copies, new encodings."""
+"""Find near-duplicate photos: bursts, copies, other encodings, and mirror images of these."""
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import cv2
 import imagehash
 import numpy as np
 from numpy.typing import NDArray
@@ -10,123 +12,146 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-Pairs = NDArray[np.int64]
+REPRESENTATIVES = 64
+"""A photo with this many near-duplicates of its own kind is not compared with later ones."""
 
-_COMPARED = 1 << 22
-"""Pairs of hashes compared at a time, so that memory does not grow with the photos."""
-_CHUNK = 128
+_BLOCK = 256
+_CHUNK = 4096
+_GRID = 4
+_ROUNDING = 0.05
+"""Of float32 sums of squares, as a root-mean-square difference."""
+
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Twins:
-    """Pairs of near-identical pictures, sorted by their rows.
+class NearDuplicates:
+    """Pairs of near-duplicates, sorted by row.
 
     Args:
-        pairs: int64, (m, 2); two rows each, the smaller first.
-        distances: int64, (m,); bits in which the perceptual hashes differ.
-        rms: float64, (m,); root-mean-square difference, 0 to 255.
+        pairs: int64, (m, 2); two rows each, the smaller first. All pairs, if no photo has
+            more than `REPRESENTATIVES` near-duplicates; else enough to join the groups.
+        rms: float64, (m,); root-mean-square difference of the pixels, 0 to 255.
+        representatives: int64, (n,); the row itself, or the near-duplicate of the same
+            kind that was compared with the other photos instead.
     """
 
-    pairs: Pairs
-    distances: NDArray[np.int64]
+    pairs: Rows
     rms: NDArray[np.float64]
+    representatives: Rows
+
+    @property
+    def groups(self) -> Rows:
+        """int64, (n,); the group of each row: near-duplicates, and their near-duplicates."""
+        count = len(self.representatives)
+        edges = (np.ones(len(self.pairs), bool), self.pairs.T)
+        graph = coo_array(edges, (count, count))
+        return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
 def perceptual_hash(picture: NDArray[np.uint8]) -> int:
-    """Hash a picture so that pictures that look alike differ in few bits.
+    """64-bit `imagehash.phash`: the signs of the 8x8 lowest cosine frequencies.
 
     Args:
         picture: uint8, (height, width, 3), RGB.
-
-    Returns:
-        64 bits: signs of the lowest 8x8 cosine frequencies of the grey picture about
-        their median (`imagehash.phash`).
     """
-    return int(str(imagehash.phash(Image.fromarray(picture))), 16)
+    return int.from_bytes(np.packbits(imagehash.phash(Image.fromarray(picture)).hash).tobytes())
 
 
-def find_twins(
+def find_near_duplicates(
     pictures: NDArray[np.uint8],
     hashes: NDArray[np.uint64],
     mirrored: NDArray[np.uint64],
-    hash_distance: int,
-    twin_rms: float,
-) -> Twins:
-    """Find all pairs that are close by hash and confirmed on pixels, as they are or mirrored.
+    kinds: Rows,
+    max_hash_distance: int,
+    max_rms: float,
+) -> NearDuplicates:
+    """Find pairs whose hashes and pixels are close, as they are or mirrored.
 
-    Hashes are compared with each other in whole blocks, 64 bits at a time; pixels
-    only where the hashes are close.
-
-    Args:
-        pictures: uint8, (n, side, side, 3); all at one small size.
-        hashes: uint64, (n,); `perceptual_hash` of each.
-        mirrored: uint64, (n,); that of each one's mirror image.
-        hash_distance: most bits in which a pair's hashes may differ.
-        twin_rms: largest root-mean-square difference of a pair, 0 to 255.
-
-    Returns:
-        The pairs found.
-    """
-    kept: list[tuple[Pairs, NDArray[np.int64], NDArray[np.float64]]] = [
-        (np.empty((0, 2), np.int64), np.empty(0, np.int64), np.empty(0, np.float64))
-    ]
-    for others, turned in ((hashes, False), (mirrored, True)):
-        for pairs, distances in _near_by_hash(hashes, others, hash_distance):
-            rms = difference(pictures, pairs, turned)
-            near = rms <= twin_rms
-            kept.append((pairs[near], distances[near], rms[near]))
-    pairs, distances, rms = (np.concatenate(part) for part in zip(*kept, strict=True))
-    # A picture that is its own mirror image is found both ways; the nearer one stands first.
-    order = np.lexsort((rms, pairs[:, 1], pairs[:, 0]))
-    again = np.append(False, ~np.diff(pairs[order], axis=0).any(axis=1))[: len(order)]
-    once = order[~again]
-    return Twins(pairs[once], distances[once], rms[once])
-
-
-def difference(
-    pictures: NDArray[np.uint8], pairs: Pairs, mirrored: bool = False
-) -> NDArray[np.float64]:
-    """Root-mean-square difference of each pair, over all pixels and channels.
+    Photos are compared in the order of their brightness, each with representatives that
+    are about as bright, because the root-mean-square difference of two pictures is at
+    least the difference of their brightness.
 
     Args:
         pictures: uint8, (n, side, side, 3).
-        pairs: int64, (m, 2); rows of `pictures`.
-        mirrored: compare each pair's first with the mirror image of its second.
-
-    Returns:
-        float64, (m,); 0 for the same picture, 255 for black against white.
+        hashes: uint64, (n,); `perceptual_hash` of each picture.
+        mirrored: uint64, (n,); that of each mirror image.
+        kinds: int64, (n,); a photo is only represented by one of its kind.
+        max_hash_distance: bits in which the hashes of a pair may differ.
+        max_rms: largest root-mean-square difference of a pair, 0 to 255.
     """
-    others = pictures[:, :, ::-1] if mirrored else pictures
-    squares = np.empty(len(pairs), np.int64)
-    for start in range(0, len(pairs), _CHUNK):
-        left, right = pairs[start : start + _CHUNK].T
-        gap = pictures[left].astype(np.int64) - others[right]
-        squares[start : start + _CHUNK] = np.einsum("ijkl,ijkl->i", gap, gap)
-    root: NDArray[np.float64] = np.sqrt(squares / pictures[0].size)
-    return root
+    coarse = _coarse(pictures)
+    brightness = coarse.mean(axis=1, dtype=np.float64)
+    order = np.argsort(brightness, kind="stable")
+    near: list[tuple[int, int, float]] = []
+    represented_by = np.arange(len(pictures))
+    active = np.empty(0, np.int64)
+    for start in range(0, len(order), _BLOCK):
+        block = order[start : start + _BLOCK]
+        active = active[brightness[active] >= brightness[block[0]] - max_rms - _ROUNDING]
+        found = defaultdict(list)
+        for left, right in _close_colors(coarse, block, active, max_rms):
+            for turned in (False, True):
+                one, other = (hashes, mirrored) if turned else (hashes, hashes)
+                bits = np.bitwise_count(one[left] ^ other[right])
+                if turned:
+                    bits = np.minimum(bits, np.bitwise_count(other[left] ^ one[right]))
+                close = bits <= max_hash_distance
+                for row, earlier in zip(left[close].tolist(), right[close].tolist(), strict=True):
+                    rms = rms_difference(pictures[row], pictures[earlier], turned)
+                    if rms <= max_rms:
+                        found[row].append((rms, earlier))
+        for row in block.tolist():
+            pairs = [(rms, other) for rms, other in found[row] if represented_by[other] == other]
+            near += [(min(row, other), max(row, other), rms) for rms, other in pairs]
+            same = {other: rms for rms, other in pairs if kinds[other] == kinds[row]}
+            if len(same) >= REPRESENTATIVES:
+                represented_by[row] = min(same, key=lambda other: (same[other], other))
+        active = np.concatenate([active, block[represented_by[block] == block]])
+    # A picture that is its own mirror image is found twice.
+    closest = {(left, right): rms for left, right, rms in sorted(near, reverse=True)}
+    pairs = np.array(sorted(closest), np.int64).reshape(-1, 2)
+    return NearDuplicates(
+        pairs, np.array([closest[pair] for pair in sorted(closest)]), represented_by
+    )
 
 
-def group(count: int, pairs: Iterable[tuple[int, int]] | Pairs) -> NDArray[np.int64]:
-    """Join rows that are twins, or twins of twins.
+def rms_difference(
+    one: NDArray[np.uint8], other: NDArray[np.uint8], mirrored: bool = False
+) -> float:
+    """Root-mean-square difference of two uint8 pictures, 0 to 255."""
+    turned = np.ascontiguousarray(other[:, ::-1]) if mirrored else other
+    return float(np.sqrt(cv2.norm(one, turned, cv2.NORM_L2SQR) / one.size))
 
-    Args:
-        count: number of rows.
-        pairs: pairs of rows.
 
-    Returns:
-        int64, (count,); the group of each row, the same number for the same group.
+def _coarse(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Mean colors of a grid's cells and their mirror images, float32 (n, d).
+
+    Two pictures differ by at least the root-mean-square difference of these.
     """
-    edges = np.array(list(pairs), dtype=np.int64).reshape(-1, 2)
-    graph = coo_array((np.ones(len(edges), bool), (edges[:, 0], edges[:, 1])), (count, count))
-    members: NDArray[np.int64] = connected_components(graph, directed=False)[1].astype(np.int64)
-    return members
+    count, side = pictures.shape[:2]
+    grid = _GRID if side % _GRID == 0 else 1
+    cells = pictures.reshape(count, grid, side // grid, grid, side // grid, 3)
+    means = cells.mean(axis=(2, 4), dtype=np.float32)
+    both = (means + means[:, :, ::-1])[:, :, : (grid + 1) // 2] / 2
+    return both.reshape(count, -1)
 
 
-def _near_by_hash(
-    hashes: NDArray[np.uint64], others: NDArray[np.uint64], distance: int
-) -> Iterator[tuple[Pairs, NDArray[np.int64]]]:
-    block = max(1, _COMPARED // max(1, len(hashes)))
-    for start in range(0, len(hashes), block):
-        bits = np.bitwise_count(hashes[start : start + block, None] ^ others[None, start:])
-        left, right = np.nonzero(np.triu(bits <= distance, k=1))
-        yield np.stack([left, right], axis=1) + start, bits[left, right].astype(np.int64)
+def _close_colors(
+    coarse: NDArray[np.float32], block: Rows, active: Rows, max_rms: float
+) -> Iterator[tuple[Rows, Rows]]:
+    """Rows of `block`, each with an active row or an earlier one of `block`."""
+    limit = coarse.shape[1] * (max_rms + _ROUNDING) ** 2
+
+    def within(others: Rows) -> NDArray[np.bool_]:
+        # |a - b|^2 <= limit, as one matrix product.
+        ours, theirs = coarse[block], coarse[others]
+        reach = np.square(ours).sum(axis=1) - limit
+        return 2 * (ours @ theirs.T) - np.square(theirs).sum(axis=1) >= reach[:, None]
+
+    for start in range(0, len(active), _CHUNK):
+        others = active[start : start + _CHUNK]
+        left, right = np.nonzero(within(others))
+        yield block[left], others[right]
+    left, right = np.nonzero(np.tril(within(block), k=-1))
+    yield block[left], block[right]

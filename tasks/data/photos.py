@@ -1,27 +1,27 @@
-"""The photos in `data/`: which there are, and reading many of them at once."""
+"""The photos in `data/`."""
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import joblib
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.data.images import look
+from tasks.data.images import decode
 from tasks.errors import DataError, ImageError
 from tasks.params import LABELS
 from tasks.project import FOLDERS
-from tasks.stage import Progress, in_order
+from tasks.stage import Progress
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, order=True)
 class Photo:
-    """One stored photo: `data/<folder>/<label>/<name>`."""
+    """The photo `data/<folder>/<label>/<name>`."""
 
     folder: str
     label: str
@@ -29,26 +29,20 @@ class Photo:
 
     @property
     def key(self) -> str:
-        """Path below `data/`, with forward slashes; what reports name it by."""
+        """Path below `data/`, with forward slashes."""
         return f"{self.folder}/{self.label}/{self.name}"
 
 
 def find_photos(data: Path) -> list[Photo]:
-    """List what `data/` holds, sorted by folder, label and name.
-
-    Args:
-        data: holds `train/<label>/*` and optionally `test/<label>/*`.
-
-    Returns:
-        The photos; files whose name starts with a dot are not photos.
+    """List `data/`, sorted by folder, label and name; hidden files are not photos.
 
     Raises:
-        DataError: `data/train` is missing, a label is none of `LABELS`, or a name is no text.
+        DataError: there is no `train/`, a label is unknown, or a name is not UTF-8.
     """
     if not (data / "train").is_dir():
         raise DataError(
-            f"There are no photos to train on. Received: '{data}' without a train/ folder. "
-            "Import photos, or render the sample."
+            f"There are no photos to train on: '{data}' has no train/ folder. Import photos, "
+            "or render the sample."
         )
     found = []
     for folder in FOLDERS:
@@ -57,49 +51,30 @@ def find_photos(data: Path) -> list[Photo]:
                 continue
             if path.parent.name not in LABELS:
                 raise DataError(
-                    f"Label must be a folder named 0 to 5. Received: '{path.parent.name}' "
-                    f"({folder}/{path.parent.name}). Rename the folder, or leave it out."
+                    f"'{path.parent.name}' in '{data / folder}' is not a label. Rename the "
+                    f"folder to one of {', '.join(LABELS)}, or move it out of data/."
                 )
-            found.append(_listed(folder, path))
+            photo = Photo(folder, path.parent.name, path.name)
+            if not _is_text(path.name):
+                raise DataError(
+                    f"A name must be UTF-8, and {photo.key!a} is not. Rename the file."
+                )
+            found.append(photo)
     return sorted(found)
 
 
-def _listed(folder: str, path: Path) -> Photo:
-    photo = Photo(folder, path.parent.name, path.name)
-    try:
-        photo.name.encode()
-    except UnicodeEncodeError:
-        raise DataError(
-            f"A photo's name must be text in UTF-8. Received: {photo.key!a}. Rename the "
-            "file, or bring it in with `handsigns import`, which names photos itself."
-        ) from None
-    return photo
-
-
 def name_photos(photos: Sequence[Photo]) -> dict[str, str]:
-    """Give each photo a name of its own, by which splits, features and comparisons know it.
+    """The unique name by which a dataset knows each photo's key.
 
-    Import names photos by what they hold, so that a name says which photo it is wherever
-    it lies. Photos that were put there by hand may share one, and are named by their path.
-
-    Args:
-        photos: as `find_photos` lists them.
-
-    Returns:
-        A name for each photo's key.
+    Imported photos are named by their content, wherever they are. Photos that were put
+    into `data/` by hand may share a name, and are named by their keys.
     """
     shared = Counter(photo.name for photo in photos)
     return {photo.key: photo.name if shared[photo.name] == 1 else photo.key for photo in photos}
 
 
 def count_classes(photos: Sequence[Photo]) -> dict[str, dict[str, int]]:
-    """Count photos by folder and label.
-
-    Args:
-        photos: as `find_photos` lists them.
-
-    Returns:
-        `{"train": {"0": 180, ...}, "test": {...}}`; no `test` where there is none.
+    """Count photos by folder and label; `test` only if there are test photos.
 
     Raises:
         DataError: a class has no photo in one of the folders.
@@ -109,10 +84,26 @@ def count_classes(photos: Sequence[Photo]) -> dict[str, dict[str, int]]:
     missing = [f"{f}/{label}" for f in folders for label in LABELS if not found[f, label]]
     if missing:
         raise DataError(
-            f"Every class needs photos in {' and '.join(folders)}. Received: none in "
+            f"Every class needs photos in {' and '.join(folders)}, but there are none in "
             f"{', '.join(missing)}. Import photos of these classes."
         )
     return {folder: {label: found[folder, label] for label in LABELS} for folder in folders}
+
+
+def check_trainable(photos: Sequence[Photo]) -> None:
+    """Check that each class has enough photos for all splits.
+
+    Raises:
+        DataError: a class has too few; the message counts each of them.
+    """
+    counts = count_classes(photos)
+    needed = 2 if "test" in counts else 3
+    few = [f"{label} ({n})" for label, n in counts["train"].items() if n < needed]
+    if few:
+        raise DataError(
+            f"Too few photos to train on: every class needs {needed} or more, and these have "
+            f"fewer: {', '.join(few)}. Import more photos of these classes."
+        )
 
 
 def each_photo(
@@ -122,38 +113,35 @@ def each_photo(
     progress: Progress,
     what: str,
 ) -> Iterator[Result]:
-    """Read photos on a few threads and give what `work` makes of each, in order.
-
-    Only as many full-size pictures as there are threads are in memory at once.
+    """Decode photos in threads and yield `work`'s result for each, in order.
 
     Args:
-        work: takes uint8 (height, width, 3), RGB; called on the reading thread.
-        data: the folder the photos are in.
-        photos: which to read.
-        progress: told after each photo.
-        what: what progress is told.
-
-    Yields:
-        `work`'s result for each photo, in the order of `photos`.
+        work: takes uint8 (height, width, 3), RGB.
+        what: name of the work, for `progress`.
 
     Raises:
-        DataError: a stored file cannot be decoded; the message names it.
+        DataError: a stored photo cannot be decoded.
     """
 
     def read(photo: Photo) -> Result:
-        return work(_read(data / photo.key))
+        path = data / photo.key
+        try:
+            return work(decode(path.read_bytes()))
+        except (ImageError, OSError) as error:
+            raise DataError(
+                f"The stored photo '{path}' cannot be read ({error}). Restore it with "
+                "'dvc checkout', or remove it and import it again."
+            ) from error
 
-    workers = min(4, os.cpu_count() or 1)
-    for done, result in enumerate(in_order(read, photos, workers), start=1):
+    pool = joblib.Parallel(min(4, joblib.cpu_count()), prefer="threads", return_as="generator")
+    for done, result in enumerate(pool(joblib.delayed(read)(photo) for photo in photos), start=1):
         progress(what, done, len(photos))
         yield result
 
 
-def _read(path: Path) -> NDArray[np.uint8]:
+def _is_text(name: str) -> bool:
     try:
-        return look(path.read_bytes())
-    except (ImageError, OSError) as error:
-        raise DataError(
-            f"A stored photo cannot be read ({error}). Received: '{path}'. "
-            "Restore it with 'dvc checkout', or remove it and import again."
-        ) from error
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,10 +1,11 @@
-"""Which photo is in which split, and which training photos a phase sees.
+"""Splits of the photos, and the part of the training split that a phase uses.
 
-Every choice is a rank by SHA-256 of the seed and a file name, so it hangs on the
-photo itself and not on what else is there: new photos hardly move old ones.
+Every choice depends on a SHA-256 of the seed and a photo's name, and not on which other
+photos there are, so that photos that are added hardly change it.
 """
 
 import hashlib
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -15,95 +16,100 @@ from tasks.errors import DataError
 from tasks.params import LABELS
 
 TRAIN = "train"
+_SMALL_GROUPS = 0.1
+"""Quantile of the group sizes that the limits of the split are computed for."""
 
 
-def assign(
+def stratified_group_split(
     names: Sequence[str],
     labels: Sequence[str],
     groups: Sequence[int] | NDArray[np.int64],
     shares: Mapping[str, float],
     seed: int,
 ) -> list[str]:
-    """Split photos class by class, groups of twins kept on one side.
+    """Hash-based split of each class, with each group in one split.
 
-    In each class the groups are ranked and cut in the order of `shares`; the rest is
-    `train`. With test before val, a photo near a cut that moves when photos are added
-    goes between test and val or val and train, hardly ever from train to test.
+    The rank of a group is the highest rank of its photos, and the lowest ranks are held
+    out. A photo that is added can only raise the rank of its group, so it moves no photo
+    from training to the test. Hence large groups are mostly trained on. If nearly all
+    groups have m photos or more, the limits take it into account that all m ranks lie
+    below a limit with probability limit**m.
 
     Args:
-        names: file name of each photo.
-        labels: class of each photo; a group has one class.
-        groups: group of each photo, as `tasks.data.near_duplicates.group` gives it.
-        shares: share of each class for each split but train, say {"test": 0.15, "val": 0.1}.
-            Met to within the size of one group, where few are twins. A burst is trained on,
-            and of the others no more than twice a share of the groups is held out.
-        seed: another seed gives another split.
+        names: unique name of each photo.
+        labels: class of each photo; the photos of a group have one class.
+        groups: group of each photo.
+        shares: share of each split but `train`, the test first; met on average.
 
     Returns:
-        The split of each photo. Each class is in each split.
+        The split of each photo. Every class is in every split.
 
     Raises:
         DataError: a class has fewer groups than there are splits.
     """
     splits = [TRAIN] * len(names)
-    for rows_of_groups in _by_class(labels, groups, tuple(shares)).values():
-        ranked = sorted(rows_of_groups, key=lambda rows: _first(rows, names, seed))
-        # A burst would else fill a split by itself, and hardly be trained on.
-        most = min(shares.values()) * sum(len(rows) for rows in ranked)
-        ranked.sort(key=lambda rows: len(rows) > max(1.0, most))
-        for split, chosen in _cut(ranked, shares).items():
-            for row in (row for rows in chosen for row in rows):
-                splits[row] = split
+    classes = _groups_by_class(labels, groups, tuple(shares))
+    sizes = [len(rows) for found in classes.values() for rows in found]
+    size = np.quantile(sizes, _SMALL_GROUPS, method="lower")
+    for found in classes.values():
+        ranked = sorted(
+            (max(_rank(seed, names[row]) for row in rows), rows) for rows in found
+        )
+        ranks = [rank for rank, _ in ranked]
+        start, held_out = 0, 0.0
+        for number, (split, share) in enumerate(shares.items()):
+            held_out += share
+            below = bisect_left(ranks, held_out ** (1.0 / size))
+            # At least one group for this split, and for each of those that follow.
+            stop = min(max(below, start + 1), len(ranked) - len(shares) + number)
+            for _, rows in ranked[start:stop]:
+                for row in rows:
+                    splits[row] = split
+            start = stop
     return splits
 
 
 def require_enough(
     labels: Sequence[str], groups: Sequence[int] | NDArray[np.int64], held_out: Sequence[str]
 ) -> None:
-    """Refuse photos that cannot be in every split.
+    """Check that every class has a group for each split.
 
     Args:
-        labels: class of each photo.
-        groups: group of each photo.
-        held_out: the splits that are cut from the photos besides `train`.
+        held_out: the splits besides `train`.
 
     Raises:
-        DataError: a class of `LABELS` has fewer groups than there are splits.
+        DataError: a class has fewer groups than there are splits.
     """
-    _by_class(labels, groups, held_out)
+    _groups_by_class(labels, groups, held_out)
 
 
-def subset(
+def stratified_sample(
     names: Sequence[str],
     labels: Sequence[str] | NDArray[np.int64],
     fraction: float,
     seed: int,
 ) -> NDArray[np.int64]:
-    """Choose a stratified part of the training photos.
+    """Sample a share of each class, at least one photo each.
 
-    A smaller fraction's choice lies within a larger one's, and the same fraction gives
-    the same choice, so phases that ask for 10 % share their photos.
+    The sample of a smaller fraction is part of that of a larger one.
 
     Args:
-        names: file name of each photo.
-        labels: class of each photo.
-        fraction: share of each class, above 0 and at most 1; at least one photo each.
-        seed: another seed gives another choice.
+        fraction: above 0 and at most 1.
 
     Returns:
-        int64, (m,); chosen indices into `names`, ascending.
+        int64, (m,); indices into `names`, ascending.
     """
     classes: dict[object, list[int]] = defaultdict(list)
     for row, label in enumerate(labels):
         classes[label].append(row)
     chosen: list[int] = []
     for rows in classes.values():
-        ranked = sorted(rows, key=lambda row: _rank("subset", seed, names[row]))
+        ranked = sorted(rows, key=lambda row: _digest("subset", seed, names[row]))
         chosen += ranked[: max(1, int(fraction * len(rows) + 0.5))]
     return np.array(sorted(chosen), dtype=np.int64)
 
 
-def _by_class(
+def _groups_by_class(
     labels: Sequence[str], groups: Sequence[int] | NDArray[np.int64], held_out: Sequence[str]
 ) -> dict[str, list[list[int]]]:
     members: dict[int, list[int]] = defaultdict(list)
@@ -115,39 +121,17 @@ def _by_class(
     for label, found in classes.items():
         if len(found) <= len(held_out):
             raise DataError(
-                f"Class {label} has too few different photos to be in each of "
-                f"{', '.join([*held_out, TRAIN])}. Received: {len(found)} (twins count once). "
+                f"Class {label} has too few photos: {len(found)} (near-duplicates count once) "
+                f"cannot be in each of {', '.join([*held_out, TRAIN])}. "
                 f"Import at least {len(held_out) + 1 - len(found)} more."
             )
     return classes
 
 
-def _first(rows: list[int], names: Sequence[str], seed: int) -> bytes:
-    return _rank("split", seed, min(names[row] for row in rows))
+def _rank(seed: int, name: str) -> float:
+    """Pseudo-random number in [0, 1)."""
+    return int.from_bytes(_digest("split", seed, name)[:6]) / 2**48
 
 
-def _rank(purpose: str, seed: int, name: str) -> bytes:
+def _digest(purpose: str, seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{purpose}/{seed}/{name}".encode()).digest()
-
-
-def _cut(ranked: list[list[int]], shares: Mapping[str, float]) -> dict[str, list[list[int]]]:
-    total = sum(len(rows) for rows in ranked)
-    cut, start = {}, 0
-    for place, (split, share) in enumerate(shares.items()):
-        still_to_come = len(shares) - place
-        most = len(ranked) - start - still_to_come
-        most = min(most, max(1, int(2 * share * len(ranked))))
-        count = min(most, max(1, _nearest(ranked[start:], share * total)))
-        cut[split] = ranked[start : start + count]
-        start += count
-    return cut
-
-
-def _nearest(ranked: list[list[int]], wanted: float) -> int:
-    """How many leading groups come nearest to `wanted` photos."""
-    before = 0
-    for count, rows in enumerate(ranked):
-        if before + len(rows) / 2 > wanted:
-            return count
-        before += len(rows)
-    return len(ranked)
