@@ -89,7 +89,7 @@ def scores(context: Context) -> dict[str, float]:
     assemble.run(context)
     dataset = open_dataset(context.project.dataset)
     rows = dataset.rows("test")
-    classifier = load_classifier(context.project.graph, context.params.preprocess.detail)
+    classifier = load_classifier(context.project.graph, context.params.preprocess.image_size)
     given = classifier.probabilities(dataset.images[rows])
     found = score(given.astype(np.float64), dataset.labels[rows])
     return {"accuracy": found.accuracy, "loss": found.loss}

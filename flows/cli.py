@@ -134,8 +134,7 @@ def status(json_: Json = False) -> None:
 def sample(json_: Json = False) -> None:
     """Render the sample data set into data/ and version it."""
     workspace = open_workspace()
-    from tasks.data.directory import recover
-    from tasks.data.sources import render
+    from tasks.data.directory import render, restore_data
 
     with shown_progress() as progress:
         recover(workspace.project)
@@ -152,17 +151,20 @@ def import_(
 ) -> None:
     """Bring photos into data/, set bad files aside, and version the result."""
     with open_workspace() as workspace, shown_progress() as progress:
+        from tasks.data.directory import data_lock, fetch_data
         from tasks.data.importer import import_photos
-        from tasks.data.sources import fetch_data
+        from tasks.data.photos import check_trainable, find_photos
 
         project, pipeline = workspace.project, workspace.pipeline
         former = pipeline.data_source()  # fails for a damaged data.dvc before photos are replaced
-        # A sample that was never rendered is nothing that photos could be added to.
-        if not replace and former == "photos":
-            fetch_data(project, pipeline, progress)
-        mixed = former == "sample" and not replace and project.data.is_dir()
-        report = import_photos(project, source, test, replace, progress)
-        version = pipeline.version_data("photos")
+        # A retrain must not begin between the import and the version of it.
+        with data_lock(project):
+            # A sample that was never rendered is nothing that photos could be added to.
+            if not replace and former == "photos":
+                fetch_data(project, pipeline, progress)
+            mixed = former == "sample" and not replace and project.data.is_dir()
+            report = import_photos(project, source, test, replace, progress)
+            version = pipeline.version_data("photos")
         pushed = pipeline.push_data() if pipeline.has_remote() else None
     if mixed and report.usable:
         say(
@@ -173,6 +175,9 @@ def import_(
 
     result = {**report.to_json(), "version": version, "pushed": pushed}
     echo(json_, result, import_listing(report, version))
+    for line in report.unknown_folders():
+        say(f"{line}.")
+    check_trainable(find_photos(project.data))
 
 
 @app.command()

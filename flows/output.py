@@ -205,7 +205,7 @@ def import_listing(report: "ImportReport", version: str) -> Listing:
     from tasks.params import LABELS
 
     rows = []
-    for title, counts in (("taken", report.taken), ("already there", report.already_there)):
+    for title, counts in (("taken", report.imported), ("already there", report.already_there)):
         for split in sorted({split for split, _ in counts}):
             row = [counts.get((split, label), 0) for label in LABELS]
             rows.append([title, split, *map(str, [*row, sum(row)])])

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tasks.data.directory import set_aside
+from tasks.data.quarantine import Quarantine
 from tasks.errors import StageError
 from tasks.io import read_json, write_json
 from tasks.params import LABELS, Params
@@ -169,7 +169,7 @@ def recorded_version(project: Project) -> str:
 
 def quarantined(project: Project) -> int:
     """Number of quarantined files."""
-    return sum(map(len, set_aside(project).values()))
+    return sum(map(len, Quarantine(project).listed().values()))
 
 
 def data_changes(project: Project, former: Any, since: int | None) -> DataChanges:

@@ -41,10 +41,9 @@ from flows.report import (
 from flows.run import session, write_report
 from flows.settings import load_settings
 from flows.workspace import Workspace
-from tasks.data.directory import locked
+from tasks.data.directory import data_lock, fetch_data
 from tasks.data.importer import ImportReport
 from tasks.data.inbox import Inbox
-from tasks.data.sources import fetch_data
 from tasks.errors import HandsignsError, OvertakenError, PromotionError, ServiceError
 from tasks.io import read_json
 from tasks.model.shards import runner
@@ -211,7 +210,7 @@ def _retrain(run: Run) -> None:
         import_inbox(run)
     fetch_photos(run)
     # One version of data/ from here until the champion was scored on it: an import waits.
-    with locked(run.project, LOCK_SECONDS):
+    with data_lock(run.project, LOCK_SECONDS):
         version_photos(run)
         if not run.force and (found := find_unchanged(workspace)):
             run.report = found
@@ -279,13 +278,13 @@ def import_new(workspace: Workspace, inbox: Inbox, progress: Progress) -> Import
         fetch_data(project, pipeline, progress)
     # What a person put beside the rendered photos must not be removed.
     untouched = not project.data.is_dir() or not pipeline.data_changed()
-    report = inbox.take(source == "sample" and untouched, progress)
+    report = inbox.import_new(source == "sample" and untouched, progress)
     if source == "sample" and report.usable and untouched:
         _log.info("Photos from the inbox replace the rendered sample.")
     _log.info(
         "Inbox %s: %d photos imported, %d known already, %d quarantined.",
         inbox.name,
-        sum(report.taken.values()),
+        sum(report.imported.values()),
         sum(report.already_there.values()),
         len(report.quarantined),
     )

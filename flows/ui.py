@@ -9,6 +9,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -141,14 +142,14 @@ def show_summary(project: Project, report: RunReport) -> None:
 def show_inbox(name: str, report: ImportReport) -> None:
     """What was imported from the inbox, and what was quarantined."""
     counts = {
-        "imported": sum(report.taken.values()),
+        "imported": sum(report.imported.values()),
         "known already": sum(report.already_there.values()),
         **{f"quarantined: {kind}": number for kind, number in report.kinds().items()},
     }
     text = f"## Inbox\n`{name}`\n\n{_table(('files', 'number'), counts.items())}"
     _markdown("inbox", "What was imported from the inbox before this run.", text)
     if report.quarantined:
-        rows = [file.to_json() for file in report.quarantined[:MOST_FILES]]
+        rows = [asdict(file) for file in report.quarantined[:MOST_FILES]]
         _rows("quarantine", "Files of the inbox that were quarantined, and why.", rows)
 
 

@@ -159,7 +159,9 @@ def _exclude(
     for left, right in found.pairs.tolist():
         if photos[left].label != photos[right].label:
             conflicts |= {left: right, right: left}
-    in_test = {int(groups[r]): photo.key for r, photo in enumerate(photos) if photo.folder == "test"}
+    in_test = {
+        int(groups[r]): photo.key for r, photo in enumerate(photos) if photo.folder == "test"
+    }
     excluded = {}
     for row, representative in enumerate(found.representatives.tolist()):
         if photos[row].folder != "train":

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.data.dataset import Dataset, open_dataset
-from tasks.data.folders import arrange, folder_entries
+from tasks.data.sources import arrange, folder_files
 from tasks.errors import DataError, StageError
 from tasks.io import write_json
 from tasks.model.inference import Classifier, Prediction, classify, load_classifier
@@ -132,7 +132,7 @@ def evaluate_folder(
             f"There must be a folder of class folders 0 to 5. Received: '{folder}', which is "
             f"{'a file' if folder.exists() else 'not there'}. Check the path."
         )
-    items = arrange(folder_entries(folder), str(folder)).items
+    items = arrange(folder_files(folder), str(folder)).files
     if len({item.split for item in items if item.label}) > 1:
         raise DataError(
             f"Only one set of photos is scored at a time. Received: '{folder}' with photos inside "

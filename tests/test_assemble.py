@@ -137,7 +137,7 @@ def test_model_file_gives_the_tails_probabilities(
 
 def test_graph_gives_the_model_files_probabilities(trained: Context) -> None:
     images = open_dataset(trained.project.dataset).images
-    detail = trained.params.preprocess.detail
+    detail = trained.params.preprocess.image_size
     model, graph = (
         load_classifier(path, detail, SIZE).probabilities(images)
         for path in (trained.project.model, trained.project.graph)

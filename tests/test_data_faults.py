@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.data.directory import locked
-from tasks.data.sources import fetch_data, render
+from tasks.data.directory import data_lock, fetch_data, render
 from tasks.errors import BusyError, DataError, HandsignsError, ServiceError
 from tasks.project import Project
 from tasks.services.dvc import Pipeline, Remote
@@ -277,12 +276,12 @@ def test_a_flow_waits_for_repro_and_then_finds_its_work_done(checkout: Project) 
 def test_the_sample_is_not_rendered_while_an_import_runs(
     checkout: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.data.sources.WAIT", 0.2)
+    monkeypatch.setattr("tasks.data.directory.WAIT", 0.2)
     before = _photos(checkout)
     pipeline = Pipeline(checkout)
-    with locked(checkout, 1), ThreadPoolExecutor() as pool:
+    with data_lock(checkout, 1), ThreadPoolExecutor() as pool:
         rendering = pool.submit(render, checkout, pipeline)
-        with pytest.raises(BusyError, match="Another import is running"):
+        with pytest.raises(BusyError, match="data/ is in use"):
             rendering.result()
     assert _photos(checkout) == before
 

@@ -114,7 +114,7 @@ def context(tmp_path: Path, params: Params) -> Context:
         {"name": f"{seed}.png", "label": LABELS[label], "split": split}
         for split, label, seed in rows
     ]
-    write_json(project.dataset / "index.json", {"detail": 64, "photos": named})
+    write_json(project.dataset / "index.json", {"image_size": 64, "photos": named})
     numbers = {"loss": 0.4, "val_loss": 0.5, "accuracy": 0.9, "val_accuracy": 0.8}
     for name in params.phases:
         epochs = [{"epoch": 1, **numbers}, {"epoch": 2, **numbers}]

@@ -121,7 +121,7 @@ def _photos(project: Project, train: range, val: range, test: range) -> None:
     project.dataset.mkdir(parents=True, exist_ok=True)
     np.save(project.dataset / "images.npy", images)
     photos = [{"name": _name(n), "label": LABELS[n % 6], "split": split} for split, n in numbered]
-    write_json(project.dataset / "index.json", {"detail": DETAIL, "photos": photos})
+    write_json(project.dataset / "index.json", {"image_size": DETAIL, "photos": photos})
 
 
 def _counts(report: FeatureReport) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from flows.preflight import open_inbox
 from flows.retrain import import_new
 from flows.settings import load_settings
 from flows.workspace import Workspace
-from tasks.data.directory import held_photos
+from tasks.data.directory import stored_photos
 from tasks.errors import SettingsError
 from tasks.services.s3 import S3Address, Storage
 from tasks.stage import silent
@@ -41,13 +41,13 @@ def test_an_s3_inbox_is_another_bucket_and_never_removes_what_a_person_put_there
         assert inbox is not None
         assert import_new(workspace, inbox, silent).usable
         assert workspace.pipeline.data_source() == "sample"  # until it is versioned
-        assert len(held_photos(made.project)) == 6
+        assert len(stored_photos(made.project)) == 6
         # data/ differs from the sample that data.dvc names, so all of it stays.
         drop.put("signs/3/b.png", photos / "3/0001.png")
         second = open_inbox(workspace)
         assert second is not None
         report = import_new(workspace, second, silent)
-        assert (sum(report.taken.values()), report.removed) == (1, 0)
+        assert (sum(report.imported.values()), report.removed) == (1, 0)
         second.remember(workspace.pipeline.version_data("photos"))
         third = open_inbox(workspace)
         assert third is not None

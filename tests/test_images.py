@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tasks.data.images import MAX_BYTES, MAX_SCANS, Photo, encode, look, read_photo
+from tasks.data.images import MAX_BYTES, MAX_SCANS, StoredPhoto, decode, encode, normalize
 from tasks.errors import ImageError
 from tests.fixtures.photos import photo
 
@@ -46,28 +46,28 @@ PNG = saved(Image.fromarray(PICTURE), "PNG")
 
 @pytest.mark.parametrize(("data", "suffix"), [(JPEG, ".jpg"), (PNG, ".png")])
 def test_plain_photo_keeps_its_bytes(data: bytes, suffix: str) -> None:
-    taken = read_photo(data, "IMG_1" + suffix.upper())
-    assert taken == Photo(data, suffix)
+    taken = normalize(data, "IMG_1" + suffix.upper())
+    assert taken == StoredPhoto(data, suffix)
     assert taken.name == hashlib.sha256(data).hexdigest()[:32] + suffix
 
 
 def test_progressive_jpeg_is_plain() -> None:
     data = saved(Image.fromarray(PICTURE), "JPEG", progressive=True)
-    assert read_photo(data, "a.jpeg").content == data
+    assert normalize(data, "a.jpeg").content == data
 
 
 def test_first_picture_of_a_multi_picture_jpeg_is_the_photo() -> None:
     first, second = (Image.new("RGB", (48, 48), colour) for colour in ("red", "blue"))
     data = saved(first, "MPO", save_all=True, append_images=[second])
-    taken = read_photo(data, "phone.jpg")
+    taken = normalize(data, "phone.jpg")
     assert taken.content == data
-    assert look(taken.content)[..., 0].mean() > 240
+    assert decode(taken.content)[..., 0].mean() > 240
 
 
 def test_transparent_parts_become_white() -> None:
     image = picture_in("RGBA")
     image.putpixel((5, 6), (10, 20, 30, 0))
-    pixels = look(read_photo(saved(image, "PNG"), "a.png").content)
+    pixels = decode(normalize(saved(image, "PNG"), "a.png").content)
     assert pixels[6, 5].tolist() == [255, 255, 255]
     pixels[6, 5] = PICTURE[6, 5]
     assert np.array_equal(pixels, PICTURE)
@@ -77,13 +77,13 @@ def test_colour_marked_as_transparent_becomes_white() -> None:
     image = Image.fromarray(PICTURE)
     image.putpixel((5, 6), (1, 2, 3))
     data = saved(image, "PNG", transparency=(1, 2, 3))
-    pixels = look(read_photo(data, "a.png").content)
+    pixels = decode(normalize(data, "a.png").content)
     assert pixels[6, 5].tolist() == [255, 255, 255]
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
     deep = np.linspace(0, 65535, 48 * 48).reshape(48, 48).astype(np.uint16)
-    pixels = look(read_photo(saved(Image.fromarray(deep), "PNG"), "a.png").content)
+    pixels = decode(normalize(saved(Image.fromarray(deep), "PNG"), "a.png").content)
     assert np.array_equal(pixels[..., 0], np.round(deep / 257).astype(np.uint8))
     assert pixels.shape == (48, 48, 3)
 
@@ -91,10 +91,10 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
 def test_sixteen_bit_colour_png_is_stored_with_eight() -> None:
     deep = (PICTURE.astype(np.uint16) << 8).astype(">u2")
     data = png(48, 48, b"".join(b"\0" + row.tobytes() for row in deep), depth=16)
-    taken = read_photo(data, "a.png")
+    taken = normalize(data, "a.png")
     assert taken.content != data
     assert taken.content[24] == 8
-    assert np.array_equal(look(taken.content), PICTURE)
+    assert np.array_equal(decode(taken.content), PICTURE)
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,12 @@ def test_sixteen_bit_colour_png_is_stored_with_eight() -> None:
 def test_other_kinds_become_rgb_png(
     image: Image.Image, kind: str, suffix: str, tolerance: float
 ) -> None:
-    taken = read_photo(saved(image, kind), "a" + suffix)
+    taken = normalize(saved(image, kind), "a" + suffix)
     assert taken.suffix == ".png"
     stored = Image.open(io.BytesIO(taken.content))
     assert (stored.format, stored.mode, stored.size) == ("PNG", "RGB", (48, 48))
     wanted = np.asarray(image.convert("RGB")).astype(int)
-    assert np.abs(look(taken.content) - wanted).mean() <= tolerance
+    assert np.abs(decode(taken.content) - wanted).mean() <= tolerance
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
@@ -130,7 +130,7 @@ def test_exif_rotation_is_applied(orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     options: dict[str, Any] = {"exif": exif} if kind == "PNG" else {"tiffinfo": {274: orientation}}
-    taken = read_photo(saved(lying, kind, **options), "a." + kind.lower())
+    taken = normalize(saved(lying, kind, **options), "a." + kind.lower())
     upright = {
         2: lambda p: p[:, ::-1],
         3: lambda p: p[::-1, ::-1],
@@ -140,16 +140,16 @@ def test_exif_rotation_is_applied(orientation: int, kind: str) -> None:
         7: lambda p: np.rot90(p, 2).swapaxes(0, 1),
         8: lambda p: np.rot90(p),
     }[orientation](PICTURE[:, :32])
-    assert np.array_equal(look(taken.content), upright)
+    assert np.array_equal(decode(taken.content), upright)
 
 
 def test_rotated_jpeg_is_stored_upright_and_stays_so() -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     data = saved(Image.fromarray(PICTURE[:, :32]), "JPEG", exif=exif)
-    taken = read_photo(data, "a.jpg")
-    assert (taken.suffix, look(taken.content).shape) == (".png", (32, 48, 3))
-    assert read_photo(taken.content, taken.name).content == taken.content
+    taken = normalize(data, "a.jpg")
+    assert (taken.suffix, decode(taken.content).shape) == (".png", (32, 48, 3))
+    assert normalize(taken.content, taken.name).content == taken.content
 
 
 def test_metadata_does_not_reach_a_converted_photo() -> None:
@@ -157,7 +157,7 @@ def test_metadata_does_not_reach_a_converted_photo() -> None:
     exif[0x010E] = "somebody's name"
     data = saved(picture_in("L"), "JPEG", exif=exif, icc_profile=b"profile")
     assert b"somebody" in data
-    taken = read_photo(data, "a.jpg").content
+    taken = normalize(data, "a.jpg").content
     assert b"somebody" not in taken
     assert b"iCCP" not in taken
 
@@ -167,12 +167,14 @@ FRAMES = {"save_all": True, "append_images": [Image.fromarray(photo(1, 1, 48))]}
 BAD = [
     ("zero bytes", b"", "a.jpg"),
     ("not an image", b"label,file\n3,a.jpg\n" * 50, "a.jpg"),
-    ("HEIC or AVIF", b"\0\0\0\x18ftypheic" + bytes(99), "IMG_0001.HEIC"),
-    ("HEIC or AVIF", b"\0\0\0\x1cftypavif" + bytes(99), "a.avif"),
+    *[
+        ("HEIC or AVIF", b"\0\0\0\x18ftyp" + brand + bytes(99), "IMG_0001.HEIC")
+        for brand in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+    ],
+    ("HEIC or AVIF", b"\0\0\0\x1cftypavif" + bytes(99), "a.jpg"),
+    ("HEIC or AVIF", b"\0\0\0\x1cftypMSNK\0\0\0\0miafavis" + bytes(99), "a.avif"),
     ("not an image", b"\0\0\0\x14ftypqt  " + bytes(99), "IMG_0001.MOV"),
     ("truncated", JPEG[: len(JPEG) // 2], "a.jpg"),
-    ("wrong extension", PNG, "a.jpg"),
-    ("wrong extension: the content is JPEG, the name says '.txt'", JPEG, "a.txt"),
     ("animated", saved(picture_in("RGB"), "GIF", **FRAMES), "a.gif"),
     ("animated", saved(picture_in("RGB"), "PNG", **FRAMES), "a.png"),
     ("animated", saved(picture_in("RGB"), "WEBP", **FRAMES), "a.webp"),
@@ -192,19 +194,32 @@ BAD = [
 @pytest.mark.parametrize(("reason", "data", "name"), BAD, ids=[bad[0] for bad in BAD])
 def test_bad_file_is_refused_with_its_reason(reason: str, data: bytes, name: str) -> None:
     with pytest.raises(ImageError) as refusal:
-        read_photo(data, name)
+        normalize(data, name)
     assert refusal.value.reason.startswith(reason)
-    assert str(refusal.value).endswith(f"Received: '{name}'.")
+    assert str(refusal.value).endswith(f"('{name}')")
     assert "\n" not in str(refusal.value)
 
 
-def test_name_without_extension_is_not_a_wrong_one() -> None:
-    assert read_photo(JPEG, "upload").suffix == ".jpg"
+@pytest.mark.parametrize(
+    ("data", "name", "suffix"),
+    [
+        (JPEG, "upload", ".jpg"),
+        (JPEG, "photo.png", ".jpg"),
+        (PNG, "photo.jpg", ".png"),
+        (saved(picture_in("RGB"), "WEBP", lossless=True), "photo.jpg", ".png"),
+    ],
+)
+def test_a_file_is_read_by_its_content_whatever_its_name(
+    data: bytes, name: str, suffix: str
+) -> None:
+    stored = normalize(data, name)
+    assert stored.suffix == suffix
+    assert np.array_equal(decode(stored.content), decode(data, name))
 
 
 def test_hostile_name_cannot_reach_the_terminal() -> None:
     with pytest.raises(ImageError) as refusal:
-        read_photo(b"", "\x1b[2J\n\udc80.jpg")
+        normalize(b"", "\x1b[2J\n\udc80.jpg")
     assert str(refusal.value).isprintable()
 
 
@@ -212,9 +227,9 @@ def test_hostile_name_cannot_reach_the_terminal() -> None:
 @given(st.integers(16, 80), st.integers(16, 80), st.integers(0, 2**31))
 def test_encoded_pixels_are_a_plain_photo_and_come_back(width: int, height: int, seed: int) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    taken = read_photo(encode(pixels), "a.png")
+    taken = normalize(encode(pixels), "a.png")
     assert taken.content == encode(pixels)
-    assert np.array_equal(look(taken.content), pixels)
+    assert np.array_equal(decode(taken.content), pixels)
 
 
 SEEDS = [
@@ -242,16 +257,16 @@ def test_mangled_file_is_a_photo_or_an_image_error(
         start = int(where**2 * len(data))
         data[start : start + len(patch)] = patch
     try:
-        taken = read_photo(bytes(data[: int(length * len(data)) + 1]), "a" + seed[1])
+        taken = normalize(bytes(data[: int(length * len(data)) + 1]), "a" + seed[1])
     except ImageError:
         return
-    assert look(taken.content).shape[2] == 3
+    assert decode(taken.content).shape[2] == 3
 
 
 @pytest.mark.parametrize("turn", [1, 3, 6])
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
-def test_looking_sees_the_pixels_that_would_be_stored(mode: str, turn: int) -> None:
+def test_decoding_gives_the_pixels_that_would_be_stored(mode: str, turn: int) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = turn
     content = saved(picture_in(mode), "PNG", exif=exif)
-    assert np.array_equal(look(content), look(read_photo(content, "a.png").content))
+    assert np.array_equal(decode(content), decode(normalize(content, "a.png").content))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tasks.data.sources import fetch_data
+from tasks.data.directory import fetch_data
 from tasks.errors import BusyError, DataError, HandsignsError, StageError
 from tasks.project import Project
 from tasks.services.dvc import Pipeline, Remote
@@ -80,19 +80,19 @@ def test_a_run_in_process_finds_nothing_to_do_after_repro(checkout: Project) -> 
 def test_a_changed_parameter_runs_its_stage_and_no_earlier_one(checkout: Project) -> None:
     for name in EARLY:
         Pipeline(checkout).run(name)
-    change(checkout, "preprocess", detail=32)
+    change(checkout, "preprocess", image_size=32)
     pipeline = Pipeline(checkout)
     assert [pipeline.run(name) for name in EARLY] == ["unchanged", "ran"]
-    assert json.loads((checkout.dataset / "index.json").read_text())["detail"] == 32
+    assert json.loads((checkout.dataset / "index.json").read_text())["image_size"] == 32
 
 
 def test_a_result_seen_before_is_restored(checkout: Project) -> None:
     for name in EARLY:
         Pipeline(checkout).run(name)
     first = (checkout.dataset / "images.npy").read_bytes()
-    change(checkout, "preprocess", detail=32)
+    change(checkout, "preprocess", image_size=32)
     assert Pipeline(checkout).run("preprocess") == "ran"
-    change(checkout, "preprocess", detail=64)
+    change(checkout, "preprocess", image_size=64)
     assert Pipeline(checkout).run("preprocess") == "restored"
     assert (checkout.dataset / "images.npy").read_bytes() == first
 

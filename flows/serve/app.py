@@ -31,7 +31,7 @@ from starlette.types import ASGIApp
 
 from flows.serve.follower import LoadedModel, ModelSource
 from flows.serve.limits import Admission, Boundary, Credentials, Limits, ScoringPool
-from tasks.data.images import is_large, look, shrink
+from tasks.data.images import decode, is_large, resize
 from tasks.errors import ImageError
 from tasks.model.inference import Classifier, Prediction
 from tasks.params import LABELS
@@ -285,7 +285,7 @@ def _from_json(body: bytes) -> bytes:
 
 
 def _score(classifier: Classifier, content: bytes) -> Prediction:
-    photo = shrink(look(content, least=4 * classifier.detail), classifier.detail)
+    photo = resize(decode(content, min_side=4 * classifier.detail), classifier.detail)
     (row,) = classifier.probabilities(photo[np.newaxis]).tolist()
     return Prediction(Path("photo"), tuple(row))
 

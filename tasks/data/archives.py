@@ -155,6 +155,31 @@ def h5_files(path: Path) -> Iterator[list[Row]]:
 
 def _rows(file: "h5py.File", split: str, limit: int) -> Iterator[Row]:
     photos, labels = _dataset(file, f"{split}_set_x"), _dataset(file, f"{split}_set_y")
+    _check_photos(photos, limit)
+    _check_labels(labels, len(photos))
+    _, height, width, _ = photos.shape
+    size = max(1, _BLOCK // (height * width * 3))
+
+    @lru_cache(maxsize=1)
+    def block(number: int) -> NDArray[np.uint8]:
+        pixels: NDArray[np.uint8] = photos[number * size : (number + 1) * size]
+        return pixels
+
+    def read(row: int, limit: int) -> bytes:
+        try:
+            try:
+                pixels = block(row // size)[row % size]
+            except (OSError, RuntimeError):  # of this row or another one
+                pixels = photos[row]
+        except (OSError, RuntimeError) as error:
+            raise ImageError(f"damaged in the HDF5 file: {str(error)[:120]}") from error
+        return encode(np.ascontiguousarray(pixels))[:limit]
+
+    for row, label in enumerate(np.asarray(labels[...]).reshape(-1).tolist()):
+        yield split, row, str(label), partial(read, row)
+
+
+def _check_photos(photos: Any, limit: int) -> None:
     if photos.dtype != np.uint8:
         raise ValueError(f"holds {photos.dtype} photos, not uint8 ('{photos.name}')")
     if photos.ndim != 4 or photos.shape[3] != 3 or 0 in photos.shape:
@@ -165,28 +190,15 @@ def _rows(file: "h5py.File", split: str, limit: int) -> Iterator[Row]:
     chunk = np.prod(photos.chunks or (1,), dtype=np.int64)
     if count > MAX_ROWS or height * width > MAX_PIXELS or max(photos.size, chunk) > limit:
         raise ValueError(f"holds too much: {photos.shape} ('{photos.name}')")
+
+
+def _check_labels(labels: Any, count: int) -> None:
     if labels.dtype.kind not in "iu":
         raise ValueError(f"holds {labels.dtype} labels, not integers ('{labels.name}')")
     if labels.ndim not in (1, 2) or (labels.ndim == 2 and labels.shape[0] != 1):
         raise ValueError(f"holds labels of shape {labels.shape}, not (n,) ('{labels.name}')")
     if labels.size != count:
         raise ValueError(f"has {count} photos but {labels.size} labels ('{labels.name}')")
-    size = max(1, _BLOCK // (height * width * 3))
-
-    @lru_cache(maxsize=1)
-    def block(number: int) -> NDArray[np.uint8]:
-        pixels: NDArray[np.uint8] = photos[number * size : (number + 1) * size]
-        return pixels
-
-    def read(row: int, limit: int) -> bytes:
-        try:
-            pixels = np.ascontiguousarray(block(row // size)[row % size])
-        except (OSError, RuntimeError) as error:
-            raise ImageError(f"damaged in the HDF5 file: {str(error)[:120]}") from error
-        return encode(pixels)[:limit]
-
-    for row, label in enumerate(np.asarray(labels[...]).reshape(-1).tolist()):
-        yield split, row, str(label), partial(read, row)
 
 
 def _check_links(file: "h5py.File") -> None:

@@ -125,7 +125,7 @@ def link_photos(project: Project, keep: Container[str] | None, progress: Progres
     new.mkdir()
     for parent, folders, files in os.walk(project.data):
         below = os.path.relpath(parent, project.data)
-        links = [name for name in folders if os.path.islink(f"{parent}/{name}")]
+        links = [name for name in folders if Path(parent, name).is_symlink()]
         names = [n for n in [*files, *links] if keep is None or f"{below}/{n}" in keep]
         if names:
             (new / below).mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def _link(path: str, target: str) -> None:
 
 
 def fetch_data(project: Project, pipeline: "Pipeline", progress: Progress = silent) -> str:
-    """Check out, pull or render the photos that `data.dvc` names, if `data/` is empty.
+    """Check out, pull or render the photos that `data.dvc` names, unless `data/` was edited.
 
     Returns:
         What was done, for the log.
@@ -181,7 +181,7 @@ def fetch_data(project: Project, pipeline: "Pipeline", progress: Progress = sile
         ServiceError: the remote does not answer.
     """
     restore_data(project)
-    if any(project.data.glob("*/*/*")):
+    if pipeline.data_state() in ("clean", "edited"):
         return "data/ is in place."
     version = pipeline.data_version()
     if version is None:

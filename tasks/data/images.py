@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from tasks.errors import ImageError
 
@@ -92,9 +92,9 @@ def decode(data: bytes, name: str = "", min_side: int | None = None) -> NDArray[
     """
     with _decoder_errors(name):
         image = _open(data)
-        if min_side is not None and _is_large(image):
-            image = _reduced(image, min_side)
-        return np.array(_upright_rgb(image), dtype=np.uint8)
+        reduce = min_side is not None and _is_large(image)
+        rgb = _upright_rgb(_reduced(image, min_side or 1) if reduce else image)
+        return np.array(rgb, dtype=np.uint8)
 
 
 def is_large(data: bytes) -> bool:
@@ -164,7 +164,7 @@ def _png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes) -> ImageFile.ImageFile:
     """Open an image and check its header; nothing is decoded yet."""
     if not data:
         raise ImageError("zero bytes: the file is empty")
@@ -185,7 +185,7 @@ def _is_heif(data: bytes) -> bool:
     return not _HEIF_BRANDS.isdisjoint(data[at : at + 4] for at in range(8, end, 4))
 
 
-def _check_header(image: Image.Image, data: bytes) -> None:
+def _check_header(image: ImageFile.ImageFile, data: bytes) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(

@@ -253,9 +253,7 @@ class _Import:
             photo = normalize(content, file.origin)
         except ImageError as error:
             reason = file.fault or error.reason
-            self._quarantined.append(
-                self.quarantine.add(file.origin, reason, content[:MAX_BYTES])
-            )
+            self._quarantined.append(self.quarantine.add(file.origin, reason, content[:MAX_BYTES]))
             return
         candidate = Candidate(file.origin, photo.name, (file.split, file.label))
         self._candidates.append(candidate)
@@ -279,17 +277,13 @@ class _Import:
                 imported[candidate.place] += 1
             else:
                 content = self._content(candidate)
-                self._quarantined.append(
-                    self.quarantine.add(candidate.origin, decision, content)
-                )
+                self._quarantined.append(self.quarantine.add(candidate.origin, decision, content))
             if decision == IMPORTED:
                 self._accepted[candidate.name] = candidate.place
             progress("check", done, len(decisions))
         removed = self._stored.items() - self._accepted.items() if self._replace else ()
         quarantined = sorted(self._quarantined, key=lambda file: (file.origin, file.reason))
-        return ImportReport(
-            dict(imported), dict(there), tuple(quarantined), ignored, len(removed)
-        )
+        return ImportReport(dict(imported), dict(there), tuple(quarantined), ignored, len(removed))
 
     def put_in_place(self, progress: Progress) -> None:
         """Build the next `data/` and replace the present one."""

@@ -46,7 +46,8 @@ class NearDuplicates:
         count = len(self.representatives)
         edges = (np.ones(len(self.pairs), bool), self.pairs.T)
         graph = coo_array(edges, (count, count))
-        return connected_components(graph, directed=False)[1].astype(np.int64)
+        members: Rows = connected_components(graph, directed=False)[1].astype(np.int64)
+        return members
 
 
 def perceptual_hash(picture: NDArray[np.uint8]) -> int:
@@ -102,9 +103,9 @@ def find_near_duplicates(
                     if rms <= max_rms:
                         found[row].append((rms, earlier))
         for row in block.tolist():
-            pairs = [(rms, other) for rms, other in found[row] if represented_by[other] == other]
-            near += [(min(row, other), max(row, other), rms) for rms, other in pairs]
-            same = {other: rms for rms, other in pairs if kinds[other] == kinds[row]}
+            others = [(rms, other) for rms, other in found[row] if represented_by[other] == other]
+            near += [(min(row, other), max(row, other), rms) for rms, other in others]
+            same = {other: rms for rms, other in others if kinds[other] == kinds[row]}
             if len(same) >= REPRESENTATIVES:
                 represented_by[row] = min(same, key=lambda other: (same[other], other))
         active = np.concatenate([active, block[represented_by[block] == block]])
@@ -133,7 +134,7 @@ def _coarse(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
     grid = _GRID if side % _GRID == 0 else 1
     cells = pictures.reshape(count, grid, side // grid, grid, side // grid, 3)
     means = cells.mean(axis=(2, 4), dtype=np.float32)
-    both = (means + means[:, :, ::-1])[:, :, : (grid + 1) // 2] / 2
+    both: NDArray[np.float32] = (means + means[:, :, ::-1])[:, :, : (grid + 1) // 2] / 2
     return both.reshape(count, -1)
 
 
@@ -147,7 +148,10 @@ def _close_colors(
         # |a - b|^2 <= limit, as one matrix product.
         ours, theirs = coarse[block], coarse[others]
         reach = np.square(ours).sum(axis=1) - limit
-        return 2 * (ours @ theirs.T) - np.square(theirs).sum(axis=1) >= reach[:, None]
+        near: NDArray[np.bool_] = (
+            2 * (ours @ theirs.T) - np.square(theirs).sum(axis=1) >= reach[:, None]
+        )
+        return near
 
     for start in range(0, len(active), _CHUNK):
         others = active[start : start + _CHUNK]

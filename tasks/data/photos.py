@@ -56,9 +56,7 @@ def find_photos(data: Path) -> list[Photo]:
                 )
             photo = Photo(folder, path.parent.name, path.name)
             if not _is_text(path.name):
-                raise DataError(
-                    f"A name must be UTF-8, and {photo.key!a} is not. Rename the file."
-                )
+                raise DataError(f"A name must be UTF-8, and {photo.key!a} is not. Rename the file.")
             found.append(photo)
     return sorted(found)
 

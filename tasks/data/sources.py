@@ -95,9 +95,9 @@ def as_test(source: Source, path: Path) -> Source:
 def arrange(files: list[SourceFile], where: str) -> Source:
     """Find the split and label of each file by the folders above it.
 
-    A folder that holds label folders is a level of labels, and all other folders in it are
-    unknown labels. Folders above (of a split, a day, an export) are passed through, each
-    by itself. Folders below a label's belong to the label.
+    Folders above those of labels (of a split, a day, an export) are passed through, each by
+    itself. Beside label folders, any other folder is an unknown label, or a split. Folders
+    below a label's belong to the label.
 
     Args:
         where: what an error calls the source.
@@ -175,13 +175,16 @@ def _place(files: list[SourceFile], depth: int, split: str | None = None) -> Ite
             yield replace(file, split=split or "train", fault=file.fault or _no_label(file))
         else:
             below.setdefault(file.parts[depth], []).append(file)
+    labelled = not below.keys().isdisjoint(LABELS)
     for name, inside in below.items():
+        named_split = None if split else SPLITS.get(name.lower())
         if name in LABELS:
             yield from (replace(f, split=split or "train", label=name) for f in inside)
-        elif not below.keys().isdisjoint(LABELS):
-            yield from (replace(f, split=split or "train", fault=_unknown(name)) for f in inside)
+        elif labelled and not named_split:
+            fault = _unknown(name)
+            yield from (replace(f, split=split or "train", fault=fault) for f in inside)
         else:
-            yield from _place(inside, depth + 1, split or SPLITS.get(name.lower()))
+            yield from _place(inside, depth + 1, split or named_split)
 
 
 def _no_label(file: SourceFile) -> str:

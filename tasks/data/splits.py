@@ -52,9 +52,7 @@ def stratified_group_split(
     sizes = [len(rows) for found in classes.values() for rows in found]
     size = np.quantile(sizes, _SMALL_GROUPS, method="lower")
     for found in classes.values():
-        ranked = sorted(
-            (max(_rank(seed, names[row]) for row in rows), rows) for rows in found
-        )
+        ranked = sorted((max(_rank(seed, names[row]) for row in rows), rows) for rows in found)
         ranks = [rank for rank, _ in ranked]
         start, held_out = 0, 0.0
         for number, (split, share) in enumerate(shares.items()):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.data.images import MAX_BYTES, Read, look, printable, shrink
+from tasks.data.images import MAX_BYTES, Read, decode, printable, resize
 from tasks.errors import DataError, ImageError, ModelError
 from tasks.model.augment import INPUT_SIZE, enlarge
 from tasks.model.untrusted import examined
@@ -246,7 +246,7 @@ def load_classifier(
 
     Args:
         path: a `.keras` or `.pb` file of the assemble stage or of a release.
-        detail: `preprocess.detail` of the parameters it was trained with.
+        detail: `preprocess.image_size` of the parameters it was trained with.
         size: side of the model's input in pixels.
         vouched: it is of a verified release, or a stage here wrote it; any other file
             is examined first, which takes a second or two.
@@ -330,7 +330,7 @@ def classify(
     def reduced(source: tuple[Path, Read]) -> NDArray[np.uint8] | str:
         path, read = source
         try:
-            return shrink(look(read(MAX_BYTES + 1), path.name), classifier.detail)
+            return resize(decode(read(MAX_BYTES + 1), path.name), classifier.detail)
         except ImageError as error:
             return error.reason
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.data.images import SOFTNESS
+from tasks.data.images import BLUR_SIGMA
 from tasks.errors import StageError
 from tasks.io import atomic_write
 from tasks.scoring.checks import shown, shown_interval
@@ -110,8 +110,8 @@ def model_card(
         for row in metrics["per_class"]
     )
     return CARD.format(
-        size=params["preprocess"]["detail"],
-        blur=SOFTNESS,
+        size=params["preprocess"]["image_size"],
+        blur=BLUR_SIGMA,
         mirror="Left and right hands count alike: photos are mirrored at random while training."
         if mirrored
         else "Photos are not mirrored while training: a hand that is rare in them may read worse.",

@@ -267,10 +267,13 @@ def _image_size(path: Path) -> int:
     """Read the one parameter that a prediction needs; the rest may be another version's."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return PreprocessParams(detail=content["preprocess"]["detail"]).detail
+        section = content["preprocess"]
+        # Releases of earlier versions call it `detail`.
+        size = section["image_size"] if "image_size" in section else section["detail"]
+        return PreprocessParams(image_size=size).image_size
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError) as error:
         raise PromotionError(
-            f"{path} does not say how photos are resized, as preprocess.detail "
+            f"{path} does not say how photos are resized, as preprocess.image_size "
             f"({type(error).__name__}). Promote a release of this project."
         ) from error
 

@@ -272,8 +272,8 @@ def _ratio(value: float | None) -> str:
 
 
 SAMPLES = 12
-SHOWN_TWINS = 12
-TWINS_A_ROW = 6
+SHOWN_PAIRS = 12
+PAIRS_A_ROW = 6
 
 INK = "#22303c"
 QUIET = "#8a97a3"
@@ -299,13 +299,13 @@ def draw_audit(
         pictures: uint8, (n, side, side, 3); one for each photo.
         sizes: int64, (n, 2); height and width of each photo in pixels.
     """
-    rows = -(-min(SHOWN_TWINS, len(report["twins"])) // TWINS_A_ROW)
+    rows = -(-min(SHOWN_PAIRS, len(report["pairs"])) // PAIRS_A_ROW)
     heights = [6.2] + ([0.6 + 1.3 * rows] if rows else [])
     figure = Figure(figsize=(13.0, sum(heights)), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     if rows:
-        _draw_twins(parts[1], rows, report, photos, pictures)
+        _draw_near_duplicates(parts[1], rows, report, photos, pictures)
     parts[0].text(0.025, 0.945, _title(report), size=15, color=INK, weight="bold")
     left, right = parts[0].subfigures(1, 2, squeeze=False, width_ratios=[1.0, 1.9])[0]
     varied = report["sizes"]["distinct"] > 1
@@ -372,19 +372,20 @@ def _draw_samples(place: SubFigure, photos: Sequence[Photo], pictures: Pictures)
     axes[0].set_title("Samples of each sign", loc="left", size=11, color=INK)
 
 
-def _draw_twins(
+def _draw_near_duplicates(
     place: SubFigure,
     rows: int,
     report: dict[str, Any],
     photos: Sequence[Photo],
     pictures: Pictures,
 ) -> None:
-    axes = place.subplots(rows, TWINS_A_ROW, squeeze=False)
+    axes = place.subplots(rows, PAIRS_A_ROW, squeeze=False)
     top = 1.0 - 0.55 / (0.6 + 1.3 * rows)
     place.subplots_adjust(left=0.025, right=0.985, top=top, bottom=0.03, wspace=0.08, hspace=0.22)
     row_of = {photo.key: row for row, photo in enumerate(photos)}
     shown = _most_telling(report)
-    title = f"Twins: {len(shown)} of {report['pairs']:,} pairs, by root-mean-square difference"
+    count = len(report["pairs"])
+    title = f"Near-duplicates: {len(shown)} of {count:,} pairs, by root-mean-square difference"
     place.text(0.025, 1.0 - 0.2 / (0.6 + 1.3 * rows), title, size=11, color=INK)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -398,12 +399,12 @@ def _draw_twins(
 
 def _most_telling(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Two labels first, then across train and test, then a spread; shown by difference."""
-    pairs = {tuple(pair["photos"]): pair for pair in report["twins"]}
+    pairs = {tuple(pair["photos"]): pair for pair in report["pairs"]}
     first = [pairs.pop(key) for key in _keys([*report["conflicts"], *report["across"]])]
     rest = sorted(pairs.values(), key=lambda pair: pair["rms"])
-    free = max(0, SHOWN_TWINS - len(first))
+    free = max(0, SHOWN_PAIRS - len(first))
     spread = np.linspace(0, len(rest) - 1, min(free, len(rest))).round().astype(int)
-    shown = first[:SHOWN_TWINS] + [rest[k] for k in spread]
+    shown = first[:SHOWN_PAIRS] + [rest[k] for k in spread]
     return sorted(shown, key=lambda pair: (pair["rms"], pair["photos"]))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.data.dataset import Dataset
-from tasks.data.splits import subset
+from tasks.data.splits import stratified_sample
 from tasks.errors import ParamsError
 from tasks.params import LABELS, Params, PhaseParams, TrainingParams
 
@@ -109,7 +109,7 @@ def training_rows(dataset: Dataset, fraction: float, seed: int) -> NDArray[np.in
     """
     rows = dataset.rows("train")
     names = [dataset.names[row] for row in rows]
-    return rows[subset(names, dataset.labels[rows], fraction, seed)]
+    return rows[stratified_sample(names, dataset.labels[rows], fraction, seed)]
 
 
 def plan_phase(params: Params, name: str | None, dataset: Dataset) -> Plan:

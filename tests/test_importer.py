@@ -1,4 +1,4 @@
-"""An import takes all that is sound or nothing, and never harms what is held."""
+"""An import is complete or has no effect, and never harms what data/ has."""
 
 import errno
 import json
@@ -11,18 +11,24 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
-import h5py
-import numpy as np
 import pytest
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.data.directory import recover, set_aside
+from tasks.data.directory import restore_data
 from tasks.data.images import encode
-from tasks.data.importer import ALREADY_THERE, TAKEN, Candidate, import_photos, verdicts
+from tasks.data.importer import (
+    ALREADY_THERE,
+    IMPORTED,
+    Candidate,
+    apply_import_rules,
+    import_photos,
+)
+from tasks.data.quarantine import Quarantine
 from tasks.errors import BusyError, DataError, SourceError
 from tasks.project import Project
 from tests.fixtures.photos import CHECKOUT, photo, write_photos
@@ -41,6 +47,14 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
+def listed(project: Project) -> dict[str, list[dict[str, str | None]]]:
+    """Content of the quarantine's list."""
+    return {
+        name: [asdict(file) for file in files]
+        for name, files in Quarantine(project).listed().items()
+    }
+
+
 def source(folder: Path, files: dict[str, bytes]) -> Path:
     """Write a class folder; `files` are its paths and contents."""
     for name, content in files.items():
@@ -54,11 +68,11 @@ def test_photos_are_stored_under_their_content(
     project: Project, photos: Callable[..., Path]
 ) -> None:
     report = import_photos(project, photos("a", 2))
-    assert report.taken == {("train", label): 2 for label in "012345"}
+    assert report.imported == {("train", label): 2 for label in "012345"}
     stored = tree(project.data)
     assert len(stored) == 12
     assert set(stored.values()) == set(tree(photos("a", 2)).values())
-    assert not project.intake.exists()
+    assert not project.staging.exists()
     assert not project.quarantine.exists()
 
 
@@ -66,7 +80,7 @@ def test_second_import_touches_nothing(project: Project, photos: Callable[..., P
     import_photos(project, photos("a", 2))
     before = {path: path.stat() for path in project.data.rglob("*")}
     report = import_photos(project, photos("a", 2))
-    assert report.taken == {}
+    assert report.imported == {}
     assert report.already_there == {("train", label): 2 for label in "012345"}
     assert {path: path.stat() for path in project.data.rglob("*")} == before
 
@@ -75,7 +89,7 @@ def test_import_adds_and_shares_what_is_held(project: Project, photos: Callable[
     import_photos(project, photos("a", 2))
     held = {path: path.stat().st_ino for path in project.data.rglob("*.png")}
     report = import_photos(project, photos("b", 1, seed=1))
-    assert sum(report.taken.values()) == 6
+    assert sum(report.imported.values()) == 6
     assert len(tree(project.data)) == 18
     assert all(path.stat().st_ino == inode for path, inode in held.items())
 
@@ -112,10 +126,10 @@ def test_replace_holds_the_new_photos_alone(project: Project, photos: Callable[.
     shared = photos("a", 1)
     shutil.rmtree(shared)
     report = import_photos(project, photos("a", 1), replace=True)
-    assert (sum(report.already_there.values()), report.taken, report.removed) == (6, {}, 6)
+    assert (sum(report.already_there.values()), report.imported, report.removed) == (6, {}, 6)
     assert set(tree(project.data).values()) == set(tree(shared).values())
     report = import_photos(project, photos("b", 1, seed=1), replace=True)
-    assert (sum(report.taken.values()), report.removed) == (6, 6)
+    assert (sum(report.imported.values()), report.removed) == (6, 6)
 
 
 @pytest.mark.parametrize("replace", [False, True])
@@ -125,10 +139,10 @@ def test_source_with_nothing_usable_is_refused_and_listed(
     import_photos(project, source(photos("a", 1), {"0/b.png": b"text"}))
     before = tree(project.data)
     bad = source(tmp_path / "bad", {"0/a.png": b"text", "1/b.png": b""})
-    with pytest.raises(SourceError, match="with 1 not an image, 1 zero bytes"):
+    with pytest.raises(SourceError, match="no usable photo: 1 not an image, 1 zero bytes"):
         import_photos(project, bad, replace=replace)
     assert tree(project.data) == before
-    assert set(set_aside(project)) == {str(bad), str(tmp_path / "a")}
+    assert set(listed(project)) == {str(bad), str(tmp_path / "a")}
 
 
 def test_test_source_goes_to_the_test_split(project: Project, photos: Callable[..., Path]) -> None:
@@ -162,7 +176,7 @@ def test_held_photo_stays_when_it_comes_under_another_label(
     import_photos(project, source(tmp_path / "a", {"3/a.png": PNG[0]}))
     before = tree(project.data)
     assert reasons(project, source(tmp_path / "b", {"0/a.png": PNG[0], "3/a.png": PNG[0]})) == {
-        "b/0/a.png": "same photo under two labels: it is held as 3"
+        "b/0/a.png": "same photo under two labels: data/ has it as 3"
     }
     assert tree(project.data) == before
 
@@ -171,7 +185,7 @@ def test_test_set_keeps_a_photo_that_is_also_in_train(project: Project, tmp_path
     folder = source(
         tmp_path / "s", {"train/0/a.png": PNG[0], "test/0/b.png": PNG[0], "train/1/c.png": PNG[1]}
     )
-    expected = {"s/train/0/a.png": "same photo in train and test: test keeps it"}
+    expected = {"s/train/0/a.png": "same photo in train and test: it stays in test"}
     assert reasons(project, folder) == expected
     assert reasons(project, folder) == expected
     assert [path.split("/")[:2] for path in tree(project.data)] == [["test", "0"], ["train", "1"]]
@@ -181,7 +195,7 @@ def test_held_train_photo_does_not_move_to_the_test_set(project: Project, tmp_pa
     import_photos(project, source(tmp_path / "a", {"train/0/a.png": PNG[0]}))
     assert reasons(
         project, source(tmp_path / "b", {"test/0/a.png": PNG[0], "1/b.png": PNG[1]})
-    ) == {"b/test/0/a.png": "same photo in train and test: train keeps it"}
+    ) == {"b/test/0/a.png": "same photo in train and test: it stays in train"}
 
 
 PLACES = st.tuples(st.sampled_from(["train", "test"]), st.sampled_from("012"))
@@ -197,15 +211,15 @@ def test_what_is_taken_does_not_depend_on_the_order_of_files(
 ) -> None:
     def settle(order: list[tuple[str, tuple[str, str]]]) -> set[tuple[str, tuple[str, str]]]:
         candidates = [Candidate("", name, place) for name, place in order]
-        decided = verdicts(candidates, held)
+        decided = apply_import_rules(candidates, held)
         assert len(decided) == len(order)
-        taken = [pair for pair, verdict in zip(order, decided, strict=True) if verdict == TAKEN]
+        taken = [pair for pair, verdict in zip(order, decided, strict=True) if verdict == IMPORTED]
         assert len({name for name, _ in taken}) == len(taken)
         assert not {name for name, _ in taken} & set(held)
         after = held | dict(taken)
-        again = verdicts(candidates, after)
-        assert TAKEN not in again
-        assert [verdict in (TAKEN, ALREADY_THERE) for verdict in decided] == [
+        again = apply_import_rules(candidates, after)
+        assert IMPORTED not in again
+        assert [verdict in (IMPORTED, ALREADY_THERE) for verdict in decided] == [
             verdict == ALREADY_THERE for verdict in again
         ]
         return set(taken)
@@ -221,28 +235,28 @@ def test_bad_files_are_copied_and_listed_once(project: Project, tmp_path: Path) 
     )
     for _ in range(2):
         report = import_photos(project, folder)
-        (listed,) = set_aside(project).values()
-        assert listed == [aside.to_json() for aside in report.quarantined]
-        assert {each["origin"]: each["reason"].split(":")[0] for each in listed} == {
+        (files,) = listed(project).values()
+        assert files == [asdict(file) for file in report.quarantined]
+        assert {each["origin"]: each["reason"].split(":")[0] for each in files} == {
             "s/0/b.png": "not an image",
             "s/1/d.png": "zero bytes",
-            "s/7/c.png": "label outside 0 to 5",
+            "s/7/c.png": "unknown label folder",
         }
         copies = tree(project.quarantine)
         del copies["quarantine.json"]
         assert sorted(copies.values()) == sorted([b"text", PNG[1]])
-        assert set(copies) == {each["copy"] for each in listed if each["copy"]}
+        assert set(copies) == {each["copy"] for each in files if each["copy"]}
 
 
 def test_mended_file_leaves_the_quarantine(project: Project, tmp_path: Path) -> None:
     folder = source(tmp_path / "s", {"0/a.png": PNG[0], "0/b.png": b"text"})
     import_photos(project, source(tmp_path / "other", {"0/a.png": PNG[2], "0/b.png": b"more text"}))
     import_photos(project, folder)
-    assert len(set_aside(project)) == 2
+    assert len(listed(project)) == 2
     import_photos(project, source(folder, {"0/b.png": PNG[1]}))
-    assert list(set_aside(project)) == [str(tmp_path / "other")]
+    assert list(listed(project)) == [str(tmp_path / "other")]
     assert [path for path in tree(project.quarantine) if path != "quarantine.json"] == [
-        each["copy"] for each in set_aside(project)[str(tmp_path / "other")]
+        each["copy"] for each in listed(project)[str(tmp_path / "other")]
     ]
 
 
@@ -253,9 +267,9 @@ def test_a_list_that_cannot_be_read_counts_for_none_and_is_written_anew(
     folder = source(tmp_path / "s", {"0/a.png": PNG[0], "0/b.png": b"text"})
     project.quarantine.mkdir(parents=True)
     (project.quarantine / "quarantine.json").write_text(spoilt)
-    assert set_aside(project) == {}
+    assert listed(project) == {}
     import_photos(project, folder)
-    assert [len(files) for files in set_aside(project).values()] == [1]
+    assert [len(files) for files in listed(project).values()] == [1]
 
 
 def test_copies_outlive_a_list_that_was_spoilt(project: Project, tmp_path: Path) -> None:
@@ -278,7 +292,7 @@ def test_a_failing_replacement_forgets_nothing_that_was_set_aside(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("tasks.data.importer.swap", full)
+    monkeypatch.setattr("tasks.data.importer.replace_data", full)
     with pytest.raises(DataError, match="No space left"):
         import_photos(project, source(tmp_path / "b", {"1/a.png": PNG[1]}), replace=True)
     assert tree(project.quarantine) == before
@@ -355,7 +369,7 @@ POINTS = [
 
 
 @pytest.mark.parametrize(("what", "done"), POINTS)
-@pytest.mark.parametrize("mended_by", ["recover", "import"])
+@pytest.mark.parametrize("mended_by", ["restore_data", "import"])
 def test_killed_import_leaves_the_old_or_the_new_data(
     what: str, done: int, mended_by: str, project: Project, photos: Callable[..., Path]
 ) -> None:
@@ -365,18 +379,18 @@ def test_killed_import_leaves_the_old_or_the_new_data(
     source(more, {"0/bad.png": b"text"})
     code, _ = import_in_a_process(project, more, what, done)
     assert code == -signal.SIGKILL
-    if mended_by == "recover":
-        recover(project)
+    if mended_by == "restore_data":
+        restore_data(project)
         expected = 12 if (what, done) == ("swap", 2) else 6
         assert len(tree(project.data)) == expected
         assert old.items() <= tree(project.data).items()
     report = import_photos(project, more)
-    assert sum(report.taken.values()) + sum(report.already_there.values()) == 6
+    assert sum(report.imported.values()) + sum(report.already_there.values()) == 6
     assert set(tree(project.data).values()) == {
         *old.values(),
         *tree(photos("new", 1, seed=1)).values(),
     } - {b"text"}
-    assert not project.intake.exists()
+    assert not project.staging.exists()
 
 
 @pytest.mark.parametrize("done", [0, 1, 2])
@@ -385,7 +399,7 @@ def test_killed_first_import_leaves_nothing_or_all(
 ) -> None:
     code, _ = import_in_a_process(project, photos("new", 1), "swap", done)
     assert code == -signal.SIGKILL
-    recover(project)
+    restore_data(project)
     assert len(tree(project.data)) == (6 if done == 2 else 0)
     import_photos(project, photos("new", 1))
     assert len(tree(project.data)) == 6
@@ -402,7 +416,7 @@ def test_interrupted_swap_is_undone_at_once(project: Project, photos: Callable[.
     with pytest.raises(KeyboardInterrupt):
         import_photos(project, photos("new", 1, seed=1), progress=interrupt)
     assert tree(project.data) == old
-    assert not project.intake.exists()
+    assert not project.staging.exists()
 
 
 def test_imports_at_once_take_turns(project: Project, photos: Callable[..., Path]) -> None:
@@ -425,35 +439,26 @@ def held(project: Project, photos: Callable[..., Path]) -> Iterator[Project]:
 def test_full_disk_is_told_and_harms_nothing(held: Project, photos: Callable[..., Path]) -> None:
     code, told = import_in_a_process(held, photos("new", 1, seed=1), "limit", 2000)
     assert code == 1
-    assert told.startswith("DataError: Import cannot go on (File too large, EFBIG)")
-    assert str(held.intake / "incoming") in told
+    assert told.startswith("DataError: Import failed at")
+    assert str(held.staging / "incoming") in told
     assert told.count("\n") == 1
-    assert not held.intake.exists()
-
-
-def test_full_disk_while_unpacking_h5_is_told(held: Project, tmp_path: Path) -> None:
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file["train_set_x"] = np.stack([photo(1, n, 64) for n in range(20)])
-        file["train_set_y"] = np.ones(20, int)
-    code, told = import_in_a_process(held, tmp_path / "a.h5", "limit", 2000)
-    assert code == 1
-    assert told.startswith("DataError: Arrays cannot be unpacked (File too large)")
+    assert not held.staging.exists()
 
 
 def test_place_that_cannot_be_written_is_named(held: Project, photos: Callable[..., Path]) -> None:
-    held.intake.write_text("a file where a folder must be")
-    with pytest.raises(DataError, match=r"cannot go on \(.*EEXIST\).*intake'"):
+    held.staging.write_text("a file where a folder must be")
+    with pytest.raises(DataError, match=r"Import failed at '.*import' \(.*EEXIST\)"):
         import_photos(held, photos("new", 1, seed=1))
 
 
 def test_quarantine_that_cannot_be_written_stops_the_import(held: Project, tmp_path: Path) -> None:
     held.artifacts.write_text("a file where a folder must be")
-    with pytest.raises(DataError, match=r"cannot go on \(.*ENOTDIR\)"):
+    with pytest.raises(DataError, match=r"Import failed at .*ENOTDIR\)"):
         import_photos(held, source(tmp_path / "s", {"0/a.png": PNG[0], "0/b.png": b"text"}))
 
 
 def test_checkout_that_cannot_be_written_is_named(photos: Callable[..., Path]) -> None:
-    with pytest.raises(DataError, match=r"cannot go on \(.*'/proc/1/"):
+    with pytest.raises(DataError, match=r"Import failed at '/proc/1/"):
         import_photos(Project(Path("/proc/1")), photos("a", 1))
 
 
@@ -461,8 +466,8 @@ def test_second_import_waits_its_turn_and_says_so(
     held: Project, photos: Callable[..., Path]
 ) -> None:
     with (
-        FileLock(held.local / "intake.lock"),
-        pytest.raises(BusyError, match=r"within 0\.1 seconds"),
+        FileLock(held.local / "data.lock"),
+        pytest.raises(BusyError, match=r"more than 0\.1 seconds"),
     ):
         import_photos(held, photos("new", 1, seed=1), wait=0.1)
 
@@ -470,7 +475,7 @@ def test_second_import_waits_its_turn_and_says_so(
 def test_refused_source_leaves_no_trace(held: Project, tmp_path: Path) -> None:
     with pytest.raises(SourceError):
         import_photos(held, tmp_path / "nothing")
-    assert not held.intake.exists()
+    assert not held.staging.exists()
     assert not held.artifacts.exists()
 
 
