@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from flows.keys import keys_app
-from flows.local.proxy import spare_loopback
+from flows.local.clients import prepare_environment
 from flows.output import (
     Json,
     echo,
@@ -36,7 +36,7 @@ app.add_typer(keys_app, name="keys")
 def main() -> None:
     """Run the command; a refusal or a failure is one line and exit code 1."""
     show_messages()
-    spare_loopback()
+    prepare_environment(Path.cwd() / ".local")
     try:
         with rare_collection():
             app()
@@ -327,7 +327,7 @@ def serve(
 def up(json_: Json = False) -> None:
     """Start S3, MLflow, Prefect and a worker on loopback, with the schedule."""
     workspace = open_workspace()
-    from flows.local.up import up as start
+    from flows.local.stack import up as start
     from flows.output import service_listing
 
     running, fresh = start(workspace.project, workspace.settings)
@@ -338,7 +338,7 @@ def up(json_: Json = False) -> None:
 def down(json_: Json = False) -> None:
     """Stop what `up` started, and all that it started; the data stays."""
     project = open_project()
-    from flows.local.up import down as stop
+    from flows.local.stack import down as stop
 
     stopped = stop(project)
     echo(json_, {"stopped": stopped}, "The service is down." if stopped else "Nothing was up.")
@@ -353,7 +353,7 @@ def deploy(
     json_: Json = False,
 ) -> None:
     """Register work pools, deployments and the crash automations with Prefect."""
-    from flows.local.servers import HEARTBEAT_SECONDS
+    from flows.local.clients import HEARTBEAT_SECONDS
 
     if not HEARTBEAT_SECONDS < silence < float("inf"):
         wanted = f"must be more than the {HEARTBEAT_SECONDS} s between two signs of life"

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from flows.local.stack import check_reachable, find_running
+from flows.local.clients import check_reachable
+from flows.local.stack import find_running
 from flows.report import RunReport, quarantined
 from flows.workspace import Workspace
 from tasks.errors import HandsignsError, SettingsError
@@ -258,9 +259,9 @@ def _registry(workspace: Workspace) -> str:
         return running.database or ""
     if settings.database_url is None:
         return ""
-    from flows.local.servers import shown_database
+    from flows.local.database import redact_database
 
-    return shown_database(settings.database_url.get_secret_value())
+    return redact_database(settings.database_url.get_secret_value())
 
 
 def _digest(path: Path) -> str | None:

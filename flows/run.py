@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flows.local.servers import TAG, advice, ask, point_prefect_at
+from flows.local.clients import TAG, advice, ask, point_prefect_at
 from flows.preflight import another_runs, find_unchanged, preflight, retrain_lock
 from flows.report import ModelReport, RunReport
 from flows.workspace import Workspace

@@ -15,14 +15,14 @@ from typing import Any
 
 from PIL import Image
 
-from flows.local import servers
 from flows.local.credentials import local_credentials
+from flows.local.stack import embedded
+from flows.settings import Settings
 from tasks.io import atomic_write
 from tests.fixtures.browser import DESKTOP, PHONE, chromium, see, shoot
 from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.screens import log_in, open_page, open_run, open_version, read_example
-from tests.fixtures.servers import running
 from tests.fixtures.service import serving
 
 WIDE = (1280, 1020)
@@ -34,20 +34,15 @@ CLOSE = """
 """
 """Closes the panel at the right of MLflow's page."""
 
-PATIENCE = 30.0
-
 
 def main(folder: Path) -> None:
     """Start what is to be seen, and take one picture of each."""
     local = CHECKOUT.local
     with ExitStack() as kept:
-        store, address = servers.seaweedfs(local, "artifacts", PATIENCE)
-        kept.enter_context(running(store))
+        services = kept.enter_context(embedded(Settings(), CHECKOUT))
         login = local_credentials(local).login
-        prefect, api = servers.prefect(local, PATIENCE, login)
-        mlflow, tracking = servers.mlflow(local, PATIENCE, address)
-        for server in (prefect, mlflow):
-            kept.enter_context(running(server))
+        running = services.start_all()
+        api, tracking = str(running.prefect), str(running.mlflow)
         service = kept.enter_context(serving(CHECKOUT.root))
         profile = kept.enter_context(tempfile.TemporaryDirectory())
         driver = kept.enter_context(chromium(Path(profile)))

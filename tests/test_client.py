@@ -1,13 +1,35 @@
-"""What a process is told before it first talks to Prefect, or to anything on loopback."""
+"""How services are reached: proxies, private authorities, and what does not answer."""
 
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from urllib.request import proxy_bypass_environment
 
 import pytest
+import trustme
 
-from flows.local.proxy import spare_loopback
-from flows.local.servers import point_prefect_at, reachable
-from flows.settings import load_settings
+from flows.local import clients
+from flows.local.clients import (
+    check_reachable,
+    point_prefect_at,
+    prepare_environment,
+    spare_loopback,
+)
+from flows.local.servers import reachable
+from flows.settings import Settings, load_settings
+from tasks.errors import ServiceError, SettingsError
+from tests.fixtures.checkouts import SERVICES
+from tests.fixtures.photos import CHECKOUT
+from tests.fixtures.prefect_api import PrefectApi
+
+SETTINGS = Settings()
 
 
 @pytest.mark.parametrize(
@@ -34,6 +56,14 @@ def test_a_proxy_is_not_asked_for_loopback(known: dict[str, str]) -> None:
     assert environment == once
 
 
+@pytest.mark.parametrize("variable", ["all_proxy", "HTTPS_PROXY"])
+def test_a_proxy_that_no_client_can_use_is_named(tmp_path: Path, variable: str) -> None:
+    environment = {variable: "socks://user:secret@127.0.0.1:1080/"}
+    with pytest.raises(SettingsError, match=rf"^{variable} must be .*socks5://") as caught:
+        point_prefect_at("http://127.0.0.1:1/api", tmp_path, SETTINGS, environment)
+    assert "secret" not in str(caught.value)
+
+
 def test_the_local_servers_password_is_for_the_local_server(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -48,8 +78,158 @@ def test_the_local_servers_password_is_for_the_local_server(
     assert ours["PREFECT_API_AUTH_STRING"] == "admin:ours"
 
 
+def test_a_user_without_a_name_has_a_home_in_the_checkout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nameless: dict[str, str] = {}
+    monkeypatch.setattr(os, "getuid", lambda: 54_321)
+    prepare_environment(tmp_path, nameless)
+    assert nameless["HOME"] == str(tmp_path / "home")
+    named = {"HOME": "/home/somebody", "PREFECT_HOME": "/prefect"}
+    prepare_environment(tmp_path, named)
+    assert (named["HOME"], named["PREFECT_HOME"]) == ("/home/somebody", "/prefect")
+
+
 @pytest.mark.parametrize(
     ("host", "at"), [("0.0.0.0", "127.0.0.1"), ("::", "127.0.0.1"), ("::1", "[::1]")]
 )
 def test_what_listens_somewhere_is_reached_there(host: str, at: str) -> None:
     assert reachable(host) == at
+
+
+class Healthy(BaseHTTPRequestHandler):
+    """Answers every question with `true`, as Prefect's health does."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.end_headers()
+        self.wfile.write(b"true")
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """URL of a service with a certificate of a private authority, and that authority's file."""
+    authority = trustme.CA()
+    file = tmp_path_factory.mktemp("authority") / "authority.pem"
+    authority.cert_pem.write_to_path(file)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"https://127.0.0.1:{server.server_port}", str(file)
+        server.shutdown()
+
+
+CHECK = """
+from pathlib import Path
+from flows.local.clients import check_reachable, prepare_environment
+from flows.settings import load_settings
+from tasks.errors import ServiceError
+prepare_environment(Path("/nonexistent"))
+try:
+    check_reachable(load_settings())
+except ServiceError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("service", "trusting"),
+    [
+        ("MLFLOW_TRACKING_URI", {"MLFLOW_TRACKING_SERVER_CERT_PATH": "FILE"}),
+        ("MLFLOW_TRACKING_URI", {"MLFLOW_TRACKING_INSECURE_TLS": "true"}),
+        ("MLFLOW_TRACKING_URI", {"REQUESTS_CA_BUNDLE": "FILE"}),
+        ("PREFECT_API_URL", {"PREFECT_API_SSL_CERT_FILE": "FILE"}),
+        ("PREFECT_API_URL", {"PREFECT_API_TLS_INSECURE_SKIP_VERIFY": "true"}),
+        ("MLFLOW_TRACKING_URI", {}),
+        ("PREFECT_API_URL", {}),
+    ],
+)
+def test_a_private_authority_is_trusted_as_the_services_own_client_does(
+    private: tuple[str, str], service: str, trusting: dict[str, str], tmp_path: Path
+) -> None:
+    url, file = private
+    kept = {name: text for name, text in os.environ.items() if not name.startswith(SERVICES)}
+    kept |= {name: text.replace("FILE", file) for name, text in trusting.items()}
+    kept |= {service: url, "PREFECT_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CHECK],
+        env=kept,
+        cwd=CHECKOUT.root,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    if trusting:
+        assert done.stdout == ""
+    else:
+        assert url in done.stdout
+        assert "CERTIFICATE_VERIFY_FAILED" in done.stdout.replace(" ", "_").upper()
+        assert service in done.stdout
+
+
+def test_what_speaks_another_protocol_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+
+        def greet() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1024)
+                connection.sendall(b"SSH-2.0-nobody\r\n")
+
+        thread = Thread(target=greet)
+        thread.start()
+        named = f"http://127.0.0.1:{port}"
+        with pytest.raises(ServiceError, match=f"{port}.*SSH-2.0.*MLFLOW_TRACKING_URI"):
+            check_reachable(SETTINGS.model_copy(update={"mlflow_tracking_uri": named}))
+        thread.join()
+
+
+def test_a_dask_scheduler_that_is_gone_is_named() -> None:
+    named = {"dask_address": "tcp://127.0.0.1:9"}
+    with pytest.raises(ServiceError, match=r"Dask does not answer at tcp://127.0.0.1:9 "):
+        check_reachable(SETTINGS.model_copy(update=named))
+
+
+def test_what_is_no_dask_scheduler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients, "CHECK_SECONDS", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        named = {"dask_address": address}
+        with pytest.raises(ServiceError, match=f"No Dask scheduler answers at {address}"):
+            check_reachable(SETTINGS.model_copy(update=named))
+
+
+@pytest.mark.parametrize("field", ["s3_endpoint_url", "mlflow_tracking_uri", "prefect_api_url"])
+def test_an_unreachable_service_is_named_within_30_s(field: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises(ServiceError, match=url) as caught:
+            check_reachable(SETTINGS.model_copy(update={field: url}))
+    assert time.monotonic() - started < 30
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_services_that_hang_are_given_up_within_30_s() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        fields = ("s3_endpoint_url", "mlflow_tracking_uri", "prefect_api_url")
+        started = time.monotonic()
+        with pytest.raises(ServiceError, match=url):
+            check_reachable(SETTINGS.model_copy(update=dict.fromkeys(fields, url)))
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.slow
+def test_services_that_answer_pass(prefect_api: PrefectApi) -> None:
+    check_reachable(SETTINGS)
+    check_reachable(SETTINGS.model_copy(update={"prefect_api_url": prefect_api.url}))

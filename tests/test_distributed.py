@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flows.local.servers import choose_ports
+from flows.local.processes import choose_ports
 from tasks.errors import SettingsError
 from tasks.model.weights import read_weights
 from tasks.project import Project

@@ -3,7 +3,6 @@
 import configparser
 import contextlib
 import http.client
-import os
 import subprocess
 import sys
 import urllib.error
@@ -12,17 +11,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from pydantic import SecretStr
 
 from flows.local import servers
 from flows.local.credentials import (
     FILE,
-    local_certificates,
     local_credentials,
     mlflow_guard,
-    seaweedfs_guard,
 )
-from flows.local.servers import PAIR, known_ports
-from flows.settings import load_settings
+from flows.settings import Settings, load_settings
 from tasks.errors import SettingsError
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.photos import CHECKOUT
@@ -105,55 +102,6 @@ def test_nothing_behind_the_store_hands_out_or_takes_a_file(
     assert storage.get("kept") == b"for those who have the keys"
 
 
-def test_the_parts_of_the_store_speak_only_with_each_other(
-    s3_server: S3Address, tmp_path: Path
-) -> None:
-    """Over gRPC with a certificate, and over HTTP not at all; `weed shell` is who would."""
-    port = int(s3_server.endpoint_url.rpartition(":")[2])
-    authority = psutil.Process(_listener(port)).environ()["WEED_GRPC_CA"]
-    folder = Path(authority).parents[1]
-    ports = known_ports(folder, "seaweedfs")
-    shell = [str(Path(sys.executable).with_name("weed")), "shell"]
-    for name, port in zip(("master", "filer"), (ports[1], ports[3]), strict=True):
-        shell += [f"-{name}=127.0.0.1:{port}.{port + PAIR}"]
-    bare = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-
-    def seen(environment: dict[str, str]) -> str:
-        with subprocess.Popen(
-            shell,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        ) as process:
-            try:
-                return process.communicate("fs.ls /buckets\n", timeout=4)[0]
-            except subprocess.TimeoutExpired:  # who is not let in tries on
-                process.kill()
-                return process.communicate()[0]
-
-    assert s3_server.bucket not in seen(bare)
-    other = seaweedfs_guard(tmp_path)
-    assert s3_server.bucket not in seen(bare | other)
-    assert s3_server.bucket in seen(bare | seaweedfs_guard(folder))
-    for path in ("dir/assign", "dir/lookup?volumeId=1", "dir/status", "submit"):
-        assert status(f"http://127.0.0.1:{ports[1]}/{path}") == 404
-
-
-def test_certificates_are_made_once_and_kept_for_their_owner(tmp_path: Path) -> None:
-    first = local_certificates(tmp_path / "local")
-    content = first.key.read_bytes()
-    assert local_certificates(tmp_path / "local").key.read_bytes() == content
-    assert first.key.stat().st_mode & 0o077 == 0
-    assert first.key.parent.stat().st_mode & 0o077 == 0
-    assert sorted(path.name for path in first.key.parent.iterdir()) == [
-        "authority.pem",
-        "certificate.pem",
-        "key.pem",
-    ]
-
-
 def _listener(port: int) -> int:
     return next(
         one.pid
@@ -233,9 +181,14 @@ def test_a_new_login_shuts_out_the_old_one(tmp_path: Path) -> None:
 
 def test_servers_tell_their_makers_nothing_and_read_no_pickles(tmp_path: Path) -> None:
     store = S3Address("http://127.0.0.1:9", "artifacts", "us-east-1", "key", "a-secret-of-ours")
-    seaweedfs, _ = servers.seaweedfs(tmp_path, "artifacts", 0)
-    mlflow, _ = servers.mlflow(tmp_path, 0, store, database="postgresql://u:a-secret-of-ours@h/d")
-    prefect, _ = servers.prefect(tmp_path, 0, "someone:a-secret-of-ours")
+    named = {
+        "database_url": SecretStr("postgresql://u:a-secret-of-ours@h/d"),
+        "prefect_auth": SecretStr("someone:a-secret-of-ours"),
+    }
+    settings = Settings().model_copy(update=named)
+    seaweedfs = servers.seaweedfs(tmp_path, "artifacts", (1, 2, 3, 4, 5))
+    mlflow = servers.mlflow(tmp_path, settings, store, (6,))
+    prefect = servers.prefect(tmp_path, settings, (7,))
     assert "-master.telemetry=false" in seaweedfs.command
     assert "--allowed-hosts" in mlflow.command
     assert mlflow.environment["MLFLOW_DISABLE_TELEMETRY"] == "true"

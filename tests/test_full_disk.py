@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from flows.local import servers
+from flows.local.clients import ask
+from flows.local.processes import Program
 from tasks.errors import ServiceError
 from tasks.releases.pointer import Pointer, move_champion, read_champion
 from tasks.releases.release import publish, verify
@@ -27,14 +29,19 @@ def seaweedfs(folder: Path, free: int) -> Iterator[S3Address]:
 
     `weed mini` has no such option, so its parts are started as `weed server`.
     """
-    server, address = servers.seaweedfs(folder, "artifacts", patience=0)
-    weed, _, data, _, *more = server.command
-    shared = [word for word in more if not word.startswith("-admin.")]
-    sizes = ["-master.volumeSizeLimitMB=64", "-volume.max=20"]
-    command = [weed, "server", data, "-filer", "-s3", *shared, *sizes, PER_CENT.format(free)]
-    url = f"{address.endpoint_url}/healthz"
-    with running(replace(server, command=command, ready=lambda: servers.ask(url) is not None)):
-        yield address
+
+    def describe(ports: tuple[int, ...]) -> Program:
+        program = servers.seaweedfs(folder, "artifacts", ports)
+        weed, _, data, _, *more = program.command
+        shared = [word for word in more if not word.startswith("-admin.")]
+        sizes = ["-master.volumeSizeLimitMB=64", "-volume.max=20"]
+        command = [weed, "server", data, "-filer", "-s3", *shared, *sizes, PER_CENT.format(free)]
+        url = f"{program.url}/healthz"
+        return replace(program, command=command, ready=lambda: ask(url) is not None)
+
+    folder.mkdir(exist_ok=True)
+    with running(folder, "seaweedfs", describe) as program:
+        yield servers.local_s3(folder, "artifacts", program.ports[0])
 
 
 def files(folder: Path) -> dict[str, Path]:

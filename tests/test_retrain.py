@@ -69,7 +69,7 @@ def test_the_first_run_is_promoted_and_tells_all(workshop: Workshop, first: RunR
 
 
 def test_the_photos_are_pushed_to_the_local_s3_where_no_other_is_named(workshop: Workshop) -> None:
-    with embedded(Settings(), workshop.project, share=True) as services:
+    with embedded(Settings(), workshop.project) as services:
         pushed = Storage(replace(services.s3(), bucket="dvc")).list("photos/files/md5/")
         assert len(list(pushed)) == 6 * PER_CLASS + 1
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flows.local.stack import check_reachable
+from flows.local.clients import check_reachable
 from flows.settings import Settings
 from tasks.errors import HandsignsError, ReleaseError, ServiceError
 from tasks.releases.pointer import KEY, Champion, Pointer, move_champion, read_champion

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prefect.settings import (
-    PREFECT_API_AUTH_STRING,
-    PREFECT_API_URL,
-    PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW,
-    temporary_settings,
-)
 
 from flows.dask import check_scheduler, shard_runner
-from flows.local.servers import choose_ports
+from flows.local.processes import choose_ports
 from tasks.data.dataset import open_dataset
 from tasks.errors import ServiceError
 from tasks.model.export import frozen_graph
@@ -28,7 +21,6 @@ from tasks.model.shards import Shard, cut, run_here
 from tasks.stage import Context
 from tests.fixtures.dask_cluster import DaskCluster
 from tests.fixtures.models import SIZE
-from tests.fixtures.prefect_api import PrefectApi
 
 Shards = Callable[[], Iterator[Shard]]
 
@@ -62,16 +54,6 @@ def rows_of(made: Iterator[tuple[Key, Any]]) -> dict[Key, bytes]:
     return {key: row.tobytes() for key, row in made}
 
 
-def told_to(prefect_api: PrefectApi) -> AbstractContextManager[Any]:
-    """Let tasks without a flow be told to this Prefect."""
-    named: dict[Any, str] = {
-        PREFECT_API_URL: prefect_api.url,
-        PREFECT_API_AUTH_STRING: prefect_api.login,
-        PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore",
-    }
-    return temporary_settings(named)
-
-
 @given(count=st.integers(0, 40), rows=st.integers(1, 12))
 def test_every_row_is_in_one_shard_and_none_is_too_large(count: int, rows: int) -> None:
     keys = [Key("photo", number, "") for number in range(count)]
@@ -83,24 +65,22 @@ def test_every_row_is_in_one_shard_and_none_is_too_large(count: int, rows: int) 
 
 @pytest.mark.slow
 def test_a_cluster_whose_workers_die_and_join_gives_the_same_bytes(
-    prefect_api: PrefectApi, graph: Path, shards: Shards, dask_cluster: DaskCluster
+    graph: Path, shards: Shards, dask_cluster: DaskCluster
 ) -> None:
     address = dask_cluster.address
     workers = [dask_cluster.start_worker(), dask_cluster.start_worker()]
     alone = rows_of(run_here(shards(), graph))
-    with told_to(prefect_api):
-        assert rows_of(shard_runner(None)(shards(), graph)) == alone
-        made = shard_runner(address)(shards(), graph)
-        first, row = next(made)
-        workers[0].kill()
-        dask_cluster.start_worker()
-        workers[1].kill()
-        assert {first: row.tobytes(), **rows_of(made)} == alone
+    assert rows_of(shard_runner(None)(shards(), graph)) == alone
+    made = shard_runner(address)(shards(), graph)
+    first, row = next(made)
+    workers[0].kill()
+    dask_cluster.start_worker()
+    workers[1].kill()
+    assert {first: row.tobytes(), **rows_of(made)} == alone
 
 
 @pytest.mark.slow
 def test_a_cluster_without_workers_is_waited_for_and_one_that_is_lost_is_named(
-    prefect_api: PrefectApi,
     graph: Path,
     shards: Shards,
     dask_cluster: DaskCluster,
@@ -117,17 +97,17 @@ def test_a_cluster_without_workers_is_waited_for_and_one_that_is_lost_is_named(
             time.sleep(0.1)
         dask_cluster.start_worker()
 
-    with told_to(prefect_api), ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool:
         joined = pool.submit(join_once_told)
         made = shard_runner(address, patience=5)(shards(), graph)
         next(made)
         joined.result()
         dask_cluster.scheduler.kill()
-        with pytest.raises(ServiceError, match=f"does not answer.*{address}"):
+        with pytest.raises(ServiceError, match=f"{address} does not answer"):
             list(made)
 
 
 def test_a_cluster_that_is_not_there_is_named(graph: Path, shards: Shards, tmp_path: Path) -> None:
     address = f"tcp://127.0.0.1:{choose_ports(tmp_path, 'dask', 1)[0]}"
-    with pytest.raises(ServiceError, match=f"does not answer.*{address}"):
+    with pytest.raises(ServiceError, match=f"{address} does not answer"):
         next(shard_runner(address, patience=2)(shards(), graph))

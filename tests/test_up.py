@@ -22,8 +22,8 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.deploy import POOLS, pool_template
+from flows.local.clients import ask
 from flows.local.credentials import FILE, local_credentials
-from flows.local.servers import ask
 from flows.local.stack import embedded
 from flows.settings import Settings
 from tasks.services.mlflow import credentials_of

@@ -1,49 +1,61 @@
-"""The local stack of one checkout: opened by its first user, closed by its last."""
+"""The services of one checkout: those that the settings name, and a local one for every other."""
 
-import contextlib
-import fcntl
-import http.client
 import os
-import socket
+import signal
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, SecretStr, ValidationError
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ValidationError
 
 from flows.local import servers
-from flows.local.credentials import local_credentials, prefect_login
-from flows.local.servers import POLL_SECONDS, Server, running_seaweedfs
+from flows.local.clients import check_reachable, configured_s3
+from flows.local.credentials import local_credentials
+from flows.local.database import (
+    database_url,
+    make_databases,
+    migrate,
+    mlflow_file_url,
+    redact_database,
+)
+from flows.local.processes import (
+    LocalStack,
+    Program,
+    is_alive,
+    is_used,
+    read_state,
+)
+from flows.local.servers import HOST, PORTS, local_s3
+from flows.local.supervisor import POLL_SECONDS, USERS, open_lock, stop_group
 from flows.settings import Settings
 from tasks.errors import BusyError, HandsignsError, ServiceError
 from tasks.io import write_json
 from tasks.project import Project
 from tasks.releases.signing import Trust
-from tasks.services.s3 import S3Address, Storage, check_conditional_writes, redact_url
+from tasks.services.s3 import S3Address, Storage
 
 FILE = "service.json"
-LOCK = "service.lock"
+START_SECONDS = 300.0
+STOP_SECONDS = 60.0
+RUN_SECONDS = 15.0
+"""In which a flow run that is told to stop notifies people."""
 
 
 class Running(BaseModel):
-    """Addresses of a running service.
+    """Addresses of a service that `handsigns up` started.
 
     Args:
-        pid: the process runner.
+        pid: the worker's supervisor.
         s3: endpoint of the local S3 server; None where the environment names another.
         mlflow: tracking URI of the local MLflow server, or None as before.
         prefect: URL of the local Prefect API, or None as before.
         database: PostgreSQL's address without user and password; None with SQLite.
     """
 
-    pid: int
+    pid: int = 0
     s3: str | None = None
     mlflow: str | None = None
     prefect: str | None = None
@@ -51,65 +63,305 @@ class Running(BaseModel):
 
 
 def find_running(folder: Path) -> Running | None:
-    """Return the service that runs in a checkout, or None.
+    """Return the service that is up in a checkout, or None.
 
     Args:
         folder: the checkout's `.local/`.
     """
-    file = folder / FILE
-    if not file.is_file() or not is_held(folder):
-        return None
+    state = read_state(folder, "worker")
     try:
-        return Running.model_validate_json(file.read_bytes())
+        running = Running.model_validate_json((folder / FILE).read_bytes())
     except (OSError, ValidationError):
         return None
+    return running.model_copy(update={"pid": state["pid"]}) if state else None
 
 
-def keep_running(folder: Path, running: Running) -> None:
-    """Write what `find_running` reads, for its owner alone."""
-    write_json(folder / FILE, running.model_dump())
-    (folder / FILE).chmod(0o600)
+class Services:
+    """Addresses of S3, MLflow and Prefect; asking for one starts it if need be.
+
+    Args:
+        settings: what they name is used as it is.
+        folder: the checkout's `.local/`; local servers keep their state here.
+        patience: longest wait in seconds for a local server that does not answer.
+    """
+
+    def __init__(self, settings: Settings, folder: Path, patience: float = 30.0) -> None:
+        self.settings, self.folder = settings, folder
+        self._stack = LocalStack(folder, patience)
+        self._programs: dict[str, Program] = {}
+
+    def start_s3(self) -> None:
+        """Start the local S3 server in the background, if one is needed."""
+        if self.settings.s3_endpoint_url is None:
+            self._start("seaweedfs")
+
+    def start_prefect(self, host: str = HOST) -> str:
+        """Start the local Prefect server in the background, if one is needed.
+
+        Returns:
+            The URL of its API, which answers after `prefect()`.
+        """
+        return self.prefect_named() or self._start("prefect", host).url
+
+    def s3(self) -> S3Address:
+        """Return the address of S3 once it is ready.
+
+        Raises:
+            ServiceError: the local server did not start, or does not answer.
+            BusyError: it does not stop, or runs with other settings.
+        """
+        address = self._s3_address()
+        if self.settings.s3_endpoint_url is None:
+            self._stack.wait(self._programs["seaweedfs"])
+        return address
+
+    def mlflow(self) -> str:
+        """Return MLflow's tracking URI; locally a database, which needs no server."""
+        if named := self.settings.mlflow_tracking_uri or (self._running and self._running.mlflow):
+            return named
+        if self.settings.database_url:
+            url = self.settings.database_url.get_secret_value()
+            make_databases(url)
+            return database_url(url, "mlflow")
+        uri = mlflow_file_url(self.folder)
+        migrate(self.folder, "mlflow")
+        return uri
+
+    def mlflow_artifacts(self) -> S3Address | None:
+        """Return where MLflow's files are, or None where its server decides."""
+        return None if self.settings.mlflow_tracking_uri else self.s3()
+
+    def mlflow_login(self) -> str | None:
+        """Return the login of the MLflow server of `handsigns up`; None where it is not used."""
+        if self.settings.mlflow_tracking_uri or not (self._running and self._running.mlflow):
+            return None
+        return local_credentials(self.folder).login
+
+    def prefect(self) -> str:
+        """Return the URL of Prefect's API once it is ready.
+
+        Raises:
+            ServiceError: the local server did not start, or does not answer.
+            BusyError: it does not stop, or runs with other settings.
+        """
+        return self.prefect_named() or self._ready("prefect").url
+
+    def prefect_named(self) -> str | None:
+        """Return the API that the settings or `handsigns up` name, or None."""
+        running = self._running.prefect if self._running else None
+        return self.settings.prefect_api_url or running
+
+    def stop(self) -> None:
+        """Use no local server any more; those that nobody else uses are gone afterwards."""
+        self._stack.close()
+        self._programs.clear()
+
+    def start_all(self) -> Running:
+        """Start every server that the settings do not name, and wait until all answer."""
+        known = self.settings
+        if known.database_url:
+            make_databases(known.database_url.get_secret_value())
+        self.start_s3()
+        self.start_prefect(known.host)
+        if not known.mlflow_tracking_uri:
+            self._start("mlflow")
+        url = {name: self._ready(name).url for name in self._programs}
+        database = known.database_url and redact_database(known.database_url.get_secret_value())
+        return Running(
+            s3=url.get("seaweedfs"),
+            mlflow=url.get("mlflow"),
+            prefect=url.get("prefect"),
+            database=database,
+        )
+
+    def start_worker(self) -> None:
+        """Start a worker, which stays after `stop`, as does all that runs now."""
+        self._start("worker")
+
+    @cached_property
+    def _running(self) -> Running | None:
+        return find_running(self.folder)
+
+    def _s3_address(self) -> S3Address:
+        if self.settings.s3_endpoint_url:
+            return configured_s3(self.settings)
+        return local_s3(self.folder, self.settings.bucket, self._start("seaweedfs").ports[0])
+
+    def _ready(self, name: str) -> Program:
+        program = self._start(name)
+        self._stack.wait(program)
+        return program
+
+    def _start(self, name: str, host: str = HOST) -> Program:
+        if name not in self._programs:
+            settings = self.settings
+
+            def describe(ports: tuple[int, ...]) -> Program:
+                if name == "seaweedfs":
+                    return servers.seaweedfs(self.folder, settings.bucket, ports)
+                if name == "mlflow":
+                    return servers.mlflow(self.folder, settings, self._s3_address(), ports)
+                if name == "prefect":
+                    return servers.prefect(self.folder, settings, ports, host)
+                return servers.worker(self.folder, settings, self.start_prefect())
+
+            if name in ("mlflow", "prefect") and settings.database_url is None:
+                if not is_alive(self.folder, name):
+                    migrate(self.folder, name)
+            elif name == "prefect" and settings.database_url:
+                make_databases(settings.database_url.get_secret_value())
+            self._programs[name] = self._stack.start(name, PORTS[name], describe)
+        return self._programs[name]
 
 
-def hold(folder: Path) -> int | None:
-    """Take the service's lock.
+@contextmanager
+def embedded(settings: Settings, project: Project, patience: float = 30.0) -> Iterator[Services]:
+    """Use the services for as long as the block lasts.
+
+    Args:
+        settings: name the services that exist already.
+        project: local servers keep their state below `project.local`.
+        patience: longest wait in seconds for a local server that does not answer.
+    """
+    folder = project.local.resolve()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    services = Services(settings, folder, patience)
+    try:
+        yield services
+    finally:
+        services.stop()
+
+
+def up(project: Project, settings: Settings) -> tuple[Running, bool]:
+    """Start what the settings do not name, wait until each answers, and register the flows.
+
+    Args:
+        project: the checkout; the working directory.
+        settings: services that exist already are used as they are.
 
     Returns:
-        A descriptor that holds it, to be handed to the process runner; None where
-        another one has it.
+        Where each part answers, and whether it was started now.
+
+    Raises:
+        BusyError: another command starts or stops the service.
+        SettingsError: `prefect.yaml` cannot be used, or another checkout has the work pool.
+        ServiceError: a part did not start; all others are stopped again.
     """
-    descriptor = _open(folder)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    from flows.deploy import (
+        asking,
+        check_owner,
+        declared_deployments,
+        deploy,
+        mark_lost_runs,
+        wait_for_worker,
+    )
+
+    with _changing(project) as folder, embedded(settings, project) as services:
+        if found := find_running(folder):
+            return found, False
+        declared_deployments(project)
+        check_reachable(settings)
+        running = services.start_all()
+        api = str(settings.prefect_api_url or running.prefect)
+        try:
+            check_owner(project, settings, api)
+            deploy(project, settings, api)
+            with asking(api):
+                if running.prefect:
+                    # Of a database that others use, too, those without a pool may be theirs.
+                    mark_lost_runs(project, settings.database_url is None)
+                write_json(folder / FILE, running.model_dump())
+                (folder / FILE).chmod(0o600)
+                services.start_worker()
+                wait_for_worker(START_SECONDS)
+        except BaseException:
+            _stop_worker(folder)
+            raise
+        return find_running(folder) or running, True
 
 
-def is_held(folder: Path) -> bool:
-    """Tell whether a process runner is there."""
-    descriptor = _open(folder)
-    try:
-        # Shared, so that two who look at once do not take each other for it.
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+def down(project: Project) -> bool:
+    """Stop the service; what another command still uses stops with that.
+
+    Flow runs are stopped first: a worker that is stopped kills them, and they could not
+    notify anybody.
+
+    Returns:
+        Whether anything ran.
+
+    Raises:
+        ServiceError: something is still there after 60 s.
+    """
+    if not project.local.is_dir():
+        return False
+    with _changing(project) as folder:
+        stopped = _stop_worker(folder)
+        users = open_lock(folder / USERS)
+        for name in PORTS:
+            if is_alive(folder, name) and not is_used(users):
+                _wait_for_end(folder, name)
+            elif not is_alive(folder, name):
+                stopped |= stop_group(folder, name)
+        os.close(users)
+    return stopped
 
 
-def _open(folder: Path) -> int:
+@contextmanager
+def _changing(project: Project) -> Iterator[Path]:
+    folder = project.local.resolve()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        with FileLock(folder / "service.lock", timeout=0):
+            yield folder
+    except Timeout:
+        raise BusyError(
+            "Another command starts or stops the service of this checkout. "
+            "Wait for it, and run again."
+        ) from None
+
+
+def _stop_worker(folder: Path) -> bool:
+    (folder / FILE).unlink(missing_ok=True)
+    state = read_state(folder, "worker")
+    with suppress(OSError, ValueError):
+        _stop_runs(int((folder / "worker.group").read_text()))
+    if state:
+        with suppress(ProcessLookupError):
+            os.kill(state["pid"], signal.SIGTERM)
+        _wait_for_end(folder, "worker")
+    return state is not None
+
+
+def _stop_runs(worker: int) -> None:
+    """Let a worker's flow runs end by themselves."""
+    import psutil
+
+    runs = []
+    with suppress(psutil.NoSuchProcess):
+        for one in psutil.Process(worker).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # one that ends meanwhile spares no other
+                if "prefect.engine" in one.cmdline():
+                    one.terminate()
+                    runs.append(one)
+    psutil.wait_procs(runs, RUN_SECONDS)
+
+
+def _wait_for_end(folder: Path, name: str) -> None:
+    deadline = time.monotonic() + STOP_SECONDS
+    while is_alive(folder, name):
+        if time.monotonic() > deadline:
+            raise ServiceError(
+                f"The local {name} server does not stop. See {folder / 'logs' / name}.log, and "
+                "stop it yourself."
+            )
+        time.sleep(POLL_SECONDS)
 
 
 Mark = tuple[tuple[str, int], ...]
 
 
 class SharedStorage:
-    """Open the storage of a checkout; the configured one, or the local one for a moment.
+    """The storage of a checkout, opened for a moment when it changed.
 
     Args:
         settings: may name an S3 service.
@@ -123,8 +375,7 @@ class SharedStorage:
 
     @cached_property
     def _configured(self) -> Storage:
-        with embedded(self._settings, self._project) as services:
-            return Storage(services.s3(), self._trust)
+        return Storage(configured_s3(self._settings), self._trust)
 
     @contextmanager
     def opened(self, again: bool = False) -> Iterator[Storage | None]:
@@ -134,283 +385,32 @@ class SharedStorage:
             again: give it all the same.
 
         Raises:
-            BusyError: a run keeps the local server and does not answer yet, or no longer.
-            ServiceError: the local server did not start.
+            BusyError: the local server does not stop.
+            ServiceError: the local server did not start, or does not answer.
         """
         if self._settings.s3_endpoint_url:
             yield self._configured
             return
-        mark = self._mark()
-        if mark == self._seen and not again:
+        before = self._mark()
+        if before == self._seen and not again:
             yield None
             return
-        kept = self._kept_by_a_run()
         try:
-            if kept:
-                yield Storage(kept, self._trust)
-            else:
-                with embedded(self._settings, self._project, patience=0) as services:
-                    yield Storage(services.s3(), self._trust)
+            with embedded(self._settings, self._project) as services:
+                yield Storage(services.s3(), self._trust)
         except HandsignsError as error:
-            # What was read and refused is no more to be read than what was accepted.
+            # What was read and refused need not be read again, either.
             if not isinstance(error, (BusyError, ServiceError)):
-                self._seen = self._mark_after(kept, mark)
+                self._seen = self._mark_after(before)
             raise
-        self._seen = self._mark_after(kept, mark)
+        self._seen = self._mark_after(before)
 
-    def _mark_after(self, kept: S3Address | None, before: Mark) -> Mark:
-        """Of a run's server, so that the next look sees what was written meanwhile, the one before.
-
-        A server of our own writes notes while it stops, and nobody else could.
-        """
-        return before if kept else self._mark()
-
-    def _kept_by_a_run(self) -> S3Address | None:
-        return running_seaweedfs(self._project.local.resolve(), self._settings.bucket)
+    def _mark_after(self, before: Mark) -> Mark:
+        """A server writes notes while it stops; what another user writes is seen next time."""
+        still_used = is_alive(self._project.local, "seaweedfs")
+        return before if still_used else self._mark()
 
     def _mark(self) -> Mark:
-        """Sizes of the volumes, which only ever grow by what is written."""
+        """Sizes of the volumes, which only grow by what is written."""
         volumes = (self._project.local / "seaweedfs").rglob("*.dat")
         return tuple(sorted((str(path), path.stat().st_size) for path in volumes))
-
-
-CHECK_SECONDS = 10.0
-
-
-@dataclass
-class Services:
-    """Addresses of S3, MLflow and Prefect; asking for one starts it if need be.
-
-    Args:
-        settings: what the environment names is used as it is.
-        folder: servers keep their state here.
-        patience: longest wait in seconds for another run's server.
-        share: use the S3 server that another run of this checkout keeps, while it
-            does; for what only reads and is soon done.
-    """
-
-    settings: Settings
-    folder: Path
-    patience: float = 30.0
-    share: bool = False
-    _s3: tuple[Server, S3Address] | None = field(default=None, init=False)
-    _prefect: tuple[Server, str] | None = field(default=None, init=False)
-
-    def start_s3(self) -> None:
-        """Let the local S3 server start in the background, if one is needed."""
-        kept = self._running and self._running.s3
-        if self.settings.s3_endpoint_url is None and not kept and self._shared_s3() is None:
-            self._own_s3()
-
-    def start_prefect(self) -> str:
-        """Let the local Prefect server start in the background, if one is needed.
-
-        Returns:
-            The URL at which Prefect's API answers, once it is ready.
-        """
-        if named := self.prefect_named():
-            return named
-        if self._prefect is None:
-            self._prefect = servers.prefect(
-                self.folder,
-                self.patience,
-                prefect_login(self.settings, self.folder),
-                database=self._database("prefect"),
-            )
-            self._prefect[0].start()
-        return self._prefect[1]
-
-    def s3(self) -> S3Address:
-        """Return the address of S3 once it is ready.
-
-        Raises:
-            ServiceError: the local server did not start, or that of `handsigns up` is silent.
-            BusyError: another run of this checkout keeps it.
-        """
-        if self.settings.s3_endpoint_url:
-            return configured_s3(self.settings)
-        if shared := self._shared_s3():
-            return shared
-        server, address = self._own_s3()
-        server.wait()
-        return address
-
-    def mlflow(self) -> str:
-        """Return MLflow's tracking URI; locally a database, which needs no server."""
-        if named := self.settings.mlflow_tracking_uri or (self._running and self._running.mlflow):
-            return named
-        return self._database("mlflow") or f"sqlite:///{self.folder / 'mlflow.db'}"
-
-    def mlflow_artifacts(self) -> S3Address | None:
-        """Return where MLflow's files are, or None where its server decides."""
-        return None if self.settings.mlflow_tracking_uri else self.s3()
-
-    def mlflow_login(self) -> str | None:
-        """Return what the MLflow of `handsigns up` asks for; None where it is not used."""
-        if self.settings.mlflow_tracking_uri or not (self._running and self._running.mlflow):
-            return None
-        return local_credentials(self.folder).login
-
-    def prefect(self) -> str:
-        """Return the URL of Prefect's API once it is ready.
-
-        Raises:
-            ServiceError: the local server did not start.
-            BusyError: another run of this checkout keeps it.
-        """
-        url = self.start_prefect()
-        if self._prefect:
-            self._prefect[0].wait()
-        return url
-
-    def stop(self) -> None:
-        """Stop every server that was started here, and return when all are gone."""
-        started = [pair[0] for pair in (self._s3, self._prefect) if pair]
-        self._s3 = self._prefect = None
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(Server.stop, started))
-
-    @cached_property
-    def _running(self) -> Running | None:
-        return find_running(self.folder)
-
-    def prefect_named(self) -> str | None:
-        """Return the API that the environment or `handsigns up` names, or None."""
-        running = self._running.prefect if self._running else None
-        return self.settings.prefect_api_url or running
-
-    def _database(self, name: str) -> str | None:
-        if self.settings.database_url is None:
-            return None
-        from flows.local.servers import database_url, make_databases
-
-        url = self.settings.database_url.get_secret_value()
-        make_databases(url)
-        return database_url(url, name)
-
-    def _shared_s3(self) -> S3Address | None:
-        if self._s3:
-            return None
-        if self._running and self._running.s3:
-            return self._kept_s3()
-        return self._found_s3() if self.share else None
-
-    def _found_s3(self) -> S3Address | None:
-        return servers.running_seaweedfs(self.folder, self.settings.bucket)
-
-    def _kept_s3(self) -> S3Address | None:
-        """The server of `handsigns up`, which starts it again where it ends; nobody else may."""
-        deadline = time.monotonic() + self.patience
-        while (running := find_running(self.folder)) and running.s3:
-            if found := self._found_s3():
-                return found
-            if time.monotonic() > deadline:
-                # Who waits for nobody looks again soon.
-                kind = ServiceError if self.patience else BusyError
-                raise kind(
-                    f"The S3 server of `handsigns up` does not answer. Received: {running.s3}. "
-                    f"See {self.folder / 'logs' / 'seaweedfs.log'}, and run again."
-                )
-            time.sleep(POLL_SECONDS)
-        return None
-
-    def _own_s3(self) -> tuple[Server, S3Address]:
-        if self._s3 is None:
-            self._s3 = servers.seaweedfs(self.folder, self.settings.bucket, self.patience)
-            self._s3[0].start()
-        return self._s3
-
-
-@contextlib.contextmanager
-def embedded(
-    settings: Settings, project: Project, patience: float = 30.0, share: bool = False
-) -> Iterator[Services]:
-    """Resolve the services for one run and stop with it what was started.
-
-    Args:
-        settings: names the services that exist already.
-        project: local servers keep their state below `project.local`.
-        patience: longest wait in seconds for another run's local server.
-        share: use another run's S3 server instead of waiting; for short readers.
-    """
-    folder = project.local.resolve()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    services = Services(settings, folder, patience, share)
-    try:
-        yield services
-    finally:
-        services.stop()
-
-
-def check_reachable(settings: Settings) -> None:
-    """Ask every configured service for a sign of life, all at once, within 30 s.
-
-    Raises:
-        ServiceError: one does not answer; the message names its address.
-    """
-    checks: list[Callable[[], None]] = []
-    if settings.s3_endpoint_url:
-        checks.append(lambda: _check_s3(Storage(configured_s3(settings))))
-    tracking, api = settings.mlflow_tracking_uri, settings.prefect_api_url
-    if tracking and tracking.startswith("http"):
-        checks.append(lambda: _check("MLflow", "MLFLOW_TRACKING_URI", tracking))
-    if api:
-        checks.append(lambda: _check("Prefect", "PREFECT_API_URL", api))
-    if settings.dask_address:
-        scheduler = settings.dask_address
-        checks.append(lambda: _check_dask(scheduler))
-    with ThreadPoolExecutor() as pool:
-        for outcome in [pool.submit(check) for check in checks]:
-            outcome.result()
-
-
-def _check_s3(storage: Storage) -> None:
-    storage.check()
-    check_conditional_writes(storage)
-
-
-def _check(service: str, variable: str, url: str) -> None:
-    address = url.rstrip("/") + "/health"
-    try:
-        with urllib.request.urlopen(address, timeout=CHECK_SECONDS):  # noqa: S310
-            return
-    except urllib.error.HTTPError as error:
-        # It answers; whether it lets us in is for its own client to find out.
-        if error.code in (401, 403):
-            return
-        reason = f"status {error.code}"
-    except (OSError, http.client.HTTPException) as error:
-        reason = str(getattr(error, "reason", error)).strip() or type(error).__name__
-    raise ServiceError(
-        f"{service} does not answer at {redact_url(url)} ({reason}). "
-        f"Check {variable} and the service."
-    )
-
-
-def _check_dask(scheduler: str) -> None:
-    parts = urlsplit(scheduler)
-    try:
-        socket.create_connection((str(parts.hostname), parts.port or 0), CHECK_SECONDS).close()
-    except OSError as error:
-        raise ServiceError(
-            f"Dask does not answer at {scheduler} ({error.strerror or error}). "
-            "Check HANDSIGNS_DASK_ADDRESS and the scheduler."
-        ) from None
-    from flows.dask import check_scheduler
-
-    check_scheduler(scheduler, CHECK_SECONDS)
-
-
-def configured_s3(settings: Settings) -> S3Address:
-    return S3Address(
-        str(settings.s3_endpoint_url),
-        settings.bucket,
-        settings.s3_region,
-        _plain(settings.aws_access_key_id),
-        _plain(settings.aws_secret_access_key),
-        _plain(settings.aws_session_token),
-    )
-
-
-def _plain(secret: SecretStr | None) -> str | None:
-    return secret.get_secret_value() if secret else None

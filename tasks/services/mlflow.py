@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from tasks.errors import ServiceError
@@ -243,10 +244,10 @@ class Registry:
             reason = getattr(error, "error_code", None) or type(error).__name__
             first = next(iter(str(error).splitlines()), "")
             # Connection errors quote the whole address; the rest is MLflow's own words.
-            quoted = "" if "://" in first else f": {first[:200]}"
+            quoted = "" if "://" in first else f": {shorten(first, 200, placeholder=' …')}"
             raise ServiceError(
                 f"MLflow failed at {redact_url(self.tracking_uri)} ({reason}{quoted}). "
-                f"{_advice(self.tracking_uri)}, then run again."
+                f"{_advice(self.tracking_uri, first)}, then run again."
             ) from None
 
     def _experiment(self, client: Any) -> str:
@@ -383,9 +384,11 @@ def _version(made: Any, aliases: Mapping[str, tuple[str, ...]]) -> Version:
     return Version(int(made.version), tags.get(CONTENT_ID), made.run_id, held, tags)
 
 
-def _advice(uri: str) -> str:
+def _advice(uri: str, reason: str) -> str:
+    if "out-of-date database schema" in reason:
+        return f"Back the database up and run `mlflow db upgrade {redact_url(uri)}`"
     if uri.startswith("sqlite:"):
-        return "Repair that file; or move it away, run `handsigns rebuild-registry`"
+        return "Restore that file from a backup, or move it away, which begins an empty registry"
     if uri.startswith("postgresql"):
         return "Check DATABASE_URL and the database"
     return "Check MLFLOW_TRACKING_URI and the service"

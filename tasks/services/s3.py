@@ -69,6 +69,7 @@ class S3Address:
         """The usual AWS variables, for tools that read only those."""
         known = {
             "AWS_ENDPOINT_URL_S3": self.endpoint_url,
+            "MLFLOW_S3_ENDPOINT_URL": self.endpoint_url,  # MLflow would prefer another project's
             "AWS_DEFAULT_REGION": self.region,
             "AWS_ACCESS_KEY_ID": self.access_key_id,
             "AWS_SECRET_ACCESS_KEY": self.secret_access_key,

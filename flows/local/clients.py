@@ -1,0 +1,221 @@
+"""How this process reaches services: its environment, and whether they answer at all."""
+
+import asyncio
+import http.client
+import os
+import pwd
+import socket
+import textwrap
+import urllib.request
+from collections.abc import Callable, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pydantic import SecretStr
+
+from flows.local.credentials import prefect_login
+from flows.settings import Settings
+from tasks.errors import ServiceError, SettingsError
+from tasks.services.s3 import S3Address, Storage, check_conditional_writes, redact_url
+
+CHECK_SECONDS = 10.0
+TAG = "handsigns"
+"""Tag of our runs, on a server that may have others; `prefect.yaml` sets it for deployments."""
+HEARTBEAT_SECONDS = 30
+"""The least that Prefect takes; see `flows.deploy` for what silence means."""
+PROXIES = ("all_proxy", "http_proxy", "https_proxy")
+PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
+
+
+def prepare_environment(folder: Path, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set what libraries read from the environment; to be called before they are imported.
+
+    Args:
+        folder: the checkout's `.local/`; Prefect's home, unless one is set, and that of a user
+            without a home.
+        environment: changed in place.
+    """
+    spare_loopback(environment)
+    if "HOME" not in environment:
+        try:
+            environment["HOME"] = pwd.getpwuid(os.getuid()).pw_dir
+        except KeyError:
+            environment["HOME"] = str(folder / "home")
+    environment["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+    environment.setdefault("PREFECT_HOME", str(folder / "prefect"))
+    environment.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
+    environment.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "flows,tasks")
+    # A server that is gone is asked several times before a run can end; with Prefect's default
+    # each question would take more than a minute.
+    environment.setdefault("PREFECT_CLIENT_MAX_RETRIES", "2")
+
+
+def spare_loopback(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Reach loopback without a proxy, which could not reach it.
+
+    Most libraries read `no_proxy` alone where both spellings are set, so both name all hosts.
+    """
+    spellings = ("no_proxy", "NO_PROXY")
+    named = [host.strip() for name in spellings for host in environment.get(name, "").split(",")]
+    hosts = dict.fromkeys(filter(None, [*named, "127.0.0.1", "localhost"]))
+    # Alone it means every host, and among others nothing.
+    spared = "*" if "*" in hosts else ",".join(hosts)
+    environment.update(dict.fromkeys(spellings, spared))
+
+
+def point_prefect_at(
+    api: str, folder: Path, settings: Settings, environment: MutableMapping[str, str] = os.environ
+) -> None:
+    """Let a process, by default this one, talk to one Prefect server.
+
+    Args:
+        api: URL of its API.
+        folder: the checkout's `.local/`.
+        settings: name the server, unless it is the local one, which asks for our login.
+        environment: changed in place.
+
+    Raises:
+        SettingsError: a proxy is named that Prefect's client cannot use.
+    """
+    prepare_environment(folder, environment)
+    for name in (*PROXIES, *map(str.upper, PROXIES)):
+        if (url := environment.get(name)) and urlsplit(url).scheme not in PROXY_SCHEMES:
+            raise SettingsError(
+                f"{name} must be an address such as http://host:port or socks5://host:port, "
+                f"and is {redact_url(url)!r}. Correct or unset it."
+            )
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # Prefect makes its own folder only
+    environment["PREFECT_API_URL"] = api
+    if settings.prefect_api_url is None:
+        environment["PREFECT_API_AUTH_STRING"] = prefect_login(settings, folder)
+
+
+def advice(error: Exception) -> str:
+    """Return what to do about an error of Prefect's client, without a full stop."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return "It lets nobody in without a login: set PREFECT_API_AUTH_STRING to user:password"
+    return "Look at its log"
+
+
+def ask(url: str, seconds: float = 2.0) -> bytes | None:
+    """Return what a loopback server answers with success, or None."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(url, timeout=seconds) as answer:
+            return bytes(answer.read())
+    except (OSError, http.client.HTTPException):
+        return None
+
+
+def check_reachable(settings: Settings) -> None:
+    """Ask every configured service for a sign of life, all at once, within 30 s.
+
+    Each is asked through the client that is used later, with all of its own settings.
+
+    Raises:
+        ServiceError: one does not answer; the message names its address.
+    """
+    checks: list[Callable[[], None]] = []
+    if settings.s3_endpoint_url:
+        checks.append(lambda: _check_s3(Storage(configured_s3(settings))))
+    tracking, api = settings.mlflow_tracking_uri, settings.prefect_api_url
+    if tracking and tracking.startswith("http"):
+        checks.append(lambda: _check_mlflow(tracking))
+    if api:
+        # Modules that two threads import at once can see each other half made.
+        import prefect.client.orchestration  # noqa: F401
+
+        checks.append(lambda: asyncio.run(_check_prefect(api)))
+    if settings.dask_address:
+        scheduler = settings.dask_address
+        checks.append(lambda: _check_dask(scheduler))
+    with ThreadPoolExecutor() as pool:
+        for outcome in [pool.submit(check) for check in checks]:
+            outcome.result()
+
+
+def configured_s3(settings: Settings) -> S3Address:
+    """Return the address that the settings name."""
+
+    def plain(secret: SecretStr | None) -> str | None:
+        return secret.get_secret_value() if secret else None
+
+    return S3Address(
+        str(settings.s3_endpoint_url),
+        settings.bucket,
+        settings.s3_region,
+        plain(settings.aws_access_key_id),
+        plain(settings.aws_secret_access_key),
+        plain(settings.aws_session_token),
+    )
+
+
+def _check_s3(storage: Storage) -> None:
+    storage.check()
+    check_conditional_writes(storage)
+
+
+def _check_mlflow(url: str) -> None:
+    """Ask with requests, as MLflow's client does, and with its settings."""
+    import requests
+
+    insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("1", "true")
+    try:
+        answer = requests.get(
+            f"{url.rstrip('/')}/health",
+            timeout=CHECK_SECONDS,
+            verify=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or not insecure,
+            cert=os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH"),
+        )
+    except (OSError, ValueError) as error:
+        raise _unreachable("MLflow", url, "MLFLOW_TRACKING_URI", error) from None
+    # Whether it lets us in is for its own client to find out.
+    if answer.status_code >= 400 and answer.status_code not in (401, 403):
+        reason = f"status {answer.status_code}"
+        raise _unreachable("MLflow", url, "MLFLOW_TRACKING_URI", reason)
+
+
+async def _check_prefect(api: str) -> None:
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    named = {PREFECT_API_URL: api, PREFECT_CLIENT_MAX_RETRIES: 0}
+    try:
+        with temporary_settings(named):
+            async with asyncio.timeout(CHECK_SECONDS), get_client() as client:
+                error = await client.api_healthcheck()
+    except (OSError, ValueError, ImportError, RuntimeError, httpx.HTTPError) as raised:
+        error = raised
+    if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403):
+        return
+    if error:
+        raise _unreachable("Prefect", api, "PREFECT_API_URL", error)
+
+
+def _unreachable(
+    service: str, url: str, variable: str, reason: BaseException | str
+) -> ServiceError:
+    while isinstance(reason, BaseException) and (cause := reason.__cause__ or reason.__context__):
+        reason = cause  # the innermost one says what happened
+    said = textwrap.shorten(str(reason) or type(reason).__name__, 300, placeholder=" …")
+    return ServiceError(
+        f"{service} does not answer at {redact_url(url)} ({said}). "
+        f"Check {variable} and the service."
+    )
+
+
+def _check_dask(scheduler: str) -> None:
+    parts = urlsplit(scheduler)
+    try:
+        socket.create_connection((str(parts.hostname), parts.port or 0), CHECK_SECONDS).close()
+    except OSError as error:
+        raise ServiceError(
+            f"Dask does not answer at {scheduler} ({error.strerror or error}). "
+            "Check HANDSIGNS_DASK_ADDRESS and the scheduler."
+        ) from None
+    from flows.dask import check_scheduler
+
+    check_scheduler(scheduler, CHECK_SECONDS)

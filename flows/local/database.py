@@ -1,0 +1,182 @@
+"""Databases of the local Prefect and MLflow: PostgreSQL for `DATABASE_URL`, SQLite otherwise."""
+
+import logging
+import os
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from contextlib import closing, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from sqlalchemy.engine import URL, make_url
+
+from tasks.errors import ServiceError, SettingsError
+from tasks.io import read_json, write_json
+
+CONNECT_SECONDS = 10
+VERSIONS = "versions.json"
+SQLITE = {"mlflow": "mlflow.db", "prefect": "prefect/prefect.db"}
+
+_log = logging.getLogger(__name__)
+
+
+def mlflow_file_url(folder: Path) -> str:
+    """Return the address of the local registry.
+
+    Raises:
+        SettingsError: the folder's path cannot be part of an address.
+    """
+    if "?" in str(folder):
+        raise SettingsError(
+            f"The path '{folder}' holds a question mark, which database addresses cannot hold. "
+            "Rename the folder."
+        )
+    return f"sqlite:///{folder / SQLITE['mlflow']}"
+
+
+def database_url(url: str, name: str) -> str:
+    """Return the address of one server's own database; it holds the password.
+
+    Args:
+        url: `DATABASE_URL`, such as `postgresql://user:password@host/handsigns`.
+        name: `prefect` or `mlflow`; its database is then called `handsigns_<name>`.
+    """
+    known = _named(make_url(url), name)
+    if name != "prefect":
+        known = known.set(drivername="postgresql+psycopg2")
+    else:
+        # asyncpg has another word for the same option.
+        query = {"ssl" if key == "sslmode" else key: text for key, text in known.query.items()}
+        known = known.set(drivername="postgresql+asyncpg", query=query)
+    return known.render_as_string(hide_password=False)
+
+
+def redact_database(url: str) -> str:
+    """Return the address without user, password and options."""
+    known = make_url(url)
+    port = f":{known.port}" if known.port else ""
+    return f"postgresql://{known.host or 'localhost'}{port}/{known.database}"
+
+
+def make_databases(url: str) -> None:
+    """Create the databases of Prefect and MLflow where they are missing.
+
+    Args:
+        url: `DATABASE_URL`; the database that it names need not exist.
+
+    Raises:
+        ServiceError: PostgreSQL does not answer, or its user may not create one.
+    """
+    import psycopg2
+    from psycopg2 import errors, sql
+
+    known = make_url(url)
+    try:
+        with closing(_connect(known)) as connection:
+            connection.autocommit = True
+            for name in ("prefect", "mlflow"):
+                database = str(_named(known, name).database)
+                with connection.cursor() as cursor:
+                    cursor.execute("select 1 from pg_database where datname = %s", (database,))
+                    if cursor.fetchone():
+                        continue
+                    with suppress(errors.DuplicateDatabase):  # another process was faster
+                        cursor.execute(
+                            sql.SQL("create database {}").format(sql.Identifier(database))
+                        )
+                        _log.info("Created database %s.", database)
+    except psycopg2.Error as error:
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
+        raise ServiceError(
+            f"PostgreSQL at {redact_database(url)} cannot be used ({reason}). Check DATABASE_URL, "
+            f"and that its user may create the databases {_named(known, 'prefect').database} and "
+            f"{_named(known, 'mlflow').database}, or create them yourself."
+        ) from None
+
+
+def _connect(url: URL) -> Any:
+    """Connect to the database in the address, or to the one that every server has."""
+    import psycopg2
+
+    parts = url.translate_connect_args(username="user", database="dbname") | dict(url.query)
+    try:
+        return psycopg2.connect(**parts, connect_timeout=CONNECT_SECONDS)
+    except psycopg2.OperationalError:
+        with suppress(psycopg2.OperationalError):
+            parts["dbname"] = "postgres"
+            return psycopg2.connect(**parts, connect_timeout=CONNECT_SECONDS)
+        raise
+
+
+def _named(url: URL, name: str) -> URL:
+    return url.set(database=f"{url.database}_{name}")
+
+
+def migrate(folder: Path, name: str) -> None:
+    """Back up and migrate a local SQLite database after an upgrade of its library.
+
+    Args:
+        folder: the checkout's `.local/`; notes in `versions.json` which version used it last.
+        name: `prefect`, whose server migrates by itself, or `mlflow`.
+
+    Raises:
+        ServiceError: the database cannot be migrated; the backup is named.
+    """
+    file, present = folder / SQLITE[name], version(name)
+    if (read_json(folder / VERSIONS) or {}).get(name) == present:
+        return
+    with FileLock(folder / "start.lock"):
+        known = read_json(folder / VERSIONS) or {}
+        if known.get(name) == present:
+            return
+        if file.exists():
+            backup = file.with_name(f"{file.name}.before-{present}")
+            _back_up(file, backup)
+            _log.warning(
+                "%s %s may need another schema: '%s' is migrated; the backup is '%s'.",
+                name.capitalize() if name == "prefect" else "MLflow",
+                present,
+                file,
+                backup,
+            )
+            if name == "mlflow":
+                _upgrade_mlflow(file, backup, known.get(name, "another version"))
+        write_json(folder / VERSIONS, {**known, name: present})
+
+
+def _back_up(file: Path, backup: Path) -> None:
+    if backup.exists():  # from an attempt that failed; the first copy is the good one
+        return
+    part = backup.with_name(f"{backup.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(part)) as target:
+            source.backup(target)
+    except sqlite3.DatabaseError as error:
+        part.unlink(missing_ok=True)
+        raise ServiceError(
+            f"The database '{file}' cannot be read ({error}). Restore it from a backup, or move "
+            "it away, which begins an empty one."
+        ) from None
+    part.replace(backup)
+
+
+def _upgrade_mlflow(file: Path, backup: Path, last: str) -> None:
+    done = subprocess.run(  # noqa: S603, the command is ours
+        [sys.executable, "-P", "-m", "mlflow", "db", "upgrade", f"sqlite:///{file}"],
+        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = textwrap.shorten(lines[-1] if lines else "no reason given", 300, placeholder=" …")
+        raise ServiceError(
+            f"The registry '{file}' of MLflow {last} cannot be migrated to {version('mlflow')} "
+            f"({reason}). Install the version that made it; the backup is '{backup}'."
+        )
