@@ -170,7 +170,7 @@ def test_a_mistyped_setting_is_named(workshop: Workshop) -> None:
 
 def test_a_server_that_takes_no_deployment_is_named_in_one_line(workshop: Workshop) -> None:
     told = workshop.handsigns("deploy", code=1, PREFECT_API_URL="http://127.0.0.1:9/api")
-    assert "Prefect did not do as asked (ConnectError). Received: http://127.0.0.1:9/api." in told
+    assert "Prefect at http://127.0.0.1:9/api failed (ConnectError)." in told
     assert told.count("\n") == 1
 
 
