@@ -202,7 +202,7 @@ def test_a_misspelt_schedule_is_told_before_any_server_is_asked_or_started(
     declared.write_text(spoilt)
     api = {"PREFECT_API_URL": "http://127.0.0.1:9/api"} if verb == "deploy" else {}
     told = workshop.handsigns(verb, code=1, **api)
-    assert f"declared for Prefect cannot be read. Received: '{declared}' (" in told
+    assert f"'{declared}' cannot be read (" in told
     assert fault in told
     assert told.count("\n") == 1
     assert logs() == before
