@@ -137,7 +137,7 @@ def sample(json_: Json = False) -> None:
     from tasks.data.directory import render, restore_data
 
     with shown_progress() as progress:
-        recover(workspace.project)
+        restore_data(workspace.project)
         done = render(workspace.project, workspace.pipeline, progress)
     echo(json_, {"version": workspace.pipeline.data_version(), "said": done}, done)
 
