@@ -47,23 +47,6 @@ BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 PATHS = ("/predict", "/health", "/metrics", "/openapi.json")
 METHODS = ("GET", "HEAD", "POST")
 
-_PHOTO = {"type": "string", "format": "binary"}
-ACCEPTED: dict[str, Any] = {
-    "multipart/form-data": {
-        "schema": {"type": "object", "required": ["file"], "properties": {"file": _PHOTO}}
-    },
-    "application/json": {
-        "schema": {
-            "type": "object",
-            "required": ["image"],
-            "additionalProperties": False,
-            "properties": {"image": {"type": "string", "contentEncoding": "base64"}},
-        }
-    },
-    "image/*": {"schema": _PHOTO},
-}
-"""The forms of a request, as OpenAPI puts them."""
-
 
 class Model(BaseModel):
     """The model that answers."""
@@ -114,6 +97,16 @@ class JsonPhoto(BaseModel):
     model_config = ConfigDict(extra="forbid", val_json_bytes="base64")
 
     image: bytes
+
+
+_PHOTO = {"type": "string", "format": "binary"}
+_FORM = {"type": "object", "required": ["file"], "properties": {"file": _PHOTO}}
+ACCEPTED: dict[str, Any] = {
+    "multipart/form-data": {"schema": _FORM},
+    "application/json": {"schema": JsonPhoto.model_json_schema()},
+    "image/*": {"schema": _PHOTO},
+}
+"""The forms of a request, as OpenAPI puts them."""
 
 
 class Metrics:
@@ -194,11 +187,8 @@ def make_app(source: ModelSource, limits: Limits) -> ASGIApp:
         async with pool.place():
             content = await read_upload(request)
             model = source.model
-            try:
-                large = await pool.run(partial(is_large, content))
-                found = await pool.run(partial(_score, model.classifier, content), large)
-            except ImageError as error:
-                raise _unusable(error) from None
+            large = await pool.run(partial(is_large, content))
+            found = await pool.run(partial(_score, model.classifier, content), large)
         metrics.predictions.labels(str(found.label)).inc()
         return Reading(**found.to_json(), model=Model.of(model))
 
@@ -266,35 +256,24 @@ async def _from_form(request: Request) -> bytes:
 
 
 def _from_json(body: bytes) -> bytes:
+    fault = HTTPException(422, 'The JSON must be {"image": "…"} with base64, and nothing else.')
     # A valid body has one object, four quotes and no list. Anything else is refused before
     # it is parsed: megabytes of nested lists would block every other request meanwhile.
     if body.count(b"{") != 1 or body.count(b'"') != 4 or b"[" in body:
-        raise HTTPException(422, 'The JSON must be {"image": "…"} and nothing else.')
+        raise fault
     start, _, encoded = body.partition(b";base64,")
     if encoded and b'"data:' in start:  # a data URL
         body = start[: start.rindex(b'"data:') + 1] + encoded
     try:
         return JsonPhoto.model_validate_json(body).image
-    except ValidationError as error:
-        (fault, *_) = error.errors(include_input=False, include_url=False)
-        if fault["type"] == "json_invalid":
-            raise HTTPException(400, "The body is not JSON.") from None
-        if fault["loc"] == ("image",) and fault["type"] != "missing":
-            raise HTTPException(422, "The value of 'image' is not base64.") from None
-        raise HTTPException(422, 'The JSON must be {"image": "…"} and nothing else.') from None
+    except ValidationError:
+        raise fault from None
 
 
 def _score(classifier: Classifier, content: bytes) -> Prediction:
     photo = resize(decode(content, min_side=4 * classifier.detail), classifier.detail)
     (row,) = classifier.probabilities(photo[np.newaxis]).tolist()
     return Prediction(Path("photo"), tuple(row))
-
-
-def _unusable(error: ImageError) -> HTTPException:
-    """The answer to a file that is not a usable photo."""
-    kind = error.reason.partition(":")[0]
-    status = {"not an image": 415, "too large": 413}.get(kind, 422)
-    return HTTPException(status, f"This is not a usable photo: {error.reason}.")
 
 
 def _waiting(source: ModelSource) -> str:
@@ -335,6 +314,11 @@ def _answer_faults_as_json(app: FastAPI) -> None:
     async def refused(_: Request, error: Any) -> Response:
         return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
 
+    async def unusable(_: Request, error: Any) -> Response:
+        kind, reason = error.reason.partition(":")[0], error.reason.partition(" (")[0]
+        status = {"not an image": 415, "too large": 413}.get(kind, 422)
+        return JSONResponse({"error": f"This is not a usable photo: {reason}."}, status)
+
     async def gone(_: Request, error: Exception) -> Response:
         return JSONResponse({"error": "The request ended before its body did."}, 400)
 
@@ -343,5 +327,6 @@ def _answer_faults_as_json(app: FastAPI) -> None:
         return JSONResponse({"error": "The service failed; its log says why."}, 500)
 
     app.add_exception_handler(HTTPException, refused)
+    app.add_exception_handler(ImageError, unusable)
     app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(Exception, broken)
