@@ -72,4 +72,4 @@ def test_a_terminal_shows_results_and_bars_and_nothing_of_libraries(
     # In a file each photo has one line, whatever its length.
     deep = trained.photos / "1/.." / "1/../1" / "../1/../1/../1/../1/../1/../1/../1/0000.png"
     said = workshop.run("handsigns", "predict", deep, **services).stdout
-    assert re.search(rf"^  {re.escape(str(deep))}  [0-5]  (0\.\d+ *|1\.000 *){{6}}$", said, re.M)
+    assert re.search(rf"^  {re.escape(str(deep))} +[0-5]( +[01]\.\d{{3}}){{6}}$", said, re.M)

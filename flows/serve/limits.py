@@ -194,7 +194,7 @@ def foreign(headers: Headers, hosts: frozenset[str] | None) -> str | None:
             name = None
         if hosts and name not in hosts:
             return (
-                f"This service does not answer to {source[:80]!r}. Use "
+                f"This service does not answer to {source.removeprefix('//')[:80]!r}. Use "
                 f"{', '.join(sorted(hosts))}, or set HANDSIGNS_SERVE_TOKEN to allow any."
             )
     return None
