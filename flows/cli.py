@@ -262,9 +262,10 @@ def promote(
 ) -> None:
     """Make a version the champion."""
     with open_workspace() as workspace:
-        from flows.run import promote as move_to
+        from flows.run import show_move
 
-        move = move_to(workspace, version, reason or ("" if force else "promoted by hand"), force)
+        move = workspace.promote(version, reason or ("" if force else "promoted by hand"), force)
+        show_move(workspace, move)
     echo(json_, move.model_dump(mode="json"), move.describe())
 
 
@@ -279,9 +280,10 @@ def rollback(
 ) -> None:
     """Return to the champion before the present one."""
     with open_workspace() as workspace:
-        from flows.run import rollback as move_back
+        from flows.run import show_move
 
-        move = move_back(workspace, reason, from_)
+        move = workspace.rollback(reason, expected=from_)
+        show_move(workspace, move)
     echo(json_, move.model_dump(mode="json"), move.describe())
 
 

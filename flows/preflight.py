@@ -1,6 +1,5 @@
 """What is checked before a retrain: the lock, the settings, and whether anything changed."""
 
-import hashlib
 import logging
 import os
 import uuid
@@ -16,8 +15,8 @@ from flows.local.clients import check_reachable
 from flows.local.stack import find_running
 from flows.report import RunReport, quarantined
 from flows.workspace import Workspace
-from tasks.errors import HandsignsError, SettingsError
-from tasks.io import read_json, write_json
+from tasks.errors import SettingsError
+from tasks.io import read_json, sha256, write_json
 from tasks.params import Params, load_params
 from tasks.project import Project
 from tasks.services.git import read_revision
@@ -150,16 +149,8 @@ def find_unchanged(workspace: Workspace) -> RunReport | None:
         ReleaseError: The champion is not signed as it must be.
     """
     project, pipeline = workspace.project, workspace.pipeline
-    version = pipeline.data_version()
-    last = read_json(_last_run(project))
-    if not isinstance(last, dict) or last.get("made_of") != _made_of(workspace):
-        return None
-    sent = last.get("sent_to") or {}
-    if any(place and sent.get(name) != place for name, place in _targets(workspace).items()):
-        return None
-    try:
-        report = RunReport.model_validate(last.get("report"))
-    except ValidationError:  # written by another version of this program
+    version, report = pipeline.data_version(), last_run(project)
+    if report is None or (read_json(_last_run(project)) or {}).get("inputs") != _inputs(workspace):
         return None
     if report.data.version != version or not project.data.is_dir() or pipeline.changed():
         return None
@@ -167,9 +158,9 @@ def find_unchanged(workspace: Workspace) -> RunReport | None:
         return None
     if report.status != "rejected" and not _is_registered(workspace):
         return None
-    outcome = f"the last run was rejected: {report.reason}"
-    if report.status != "rejected":
-        outcome = f"data, parameters and code are those of version {report.model.version}."
+    outcome = f"data, parameters and code are those of version {report.model.version}."
+    if report.status == "rejected":
+        outcome = f"the last run was rejected: {report.reason}"
     return report.model_copy(
         update={
             "status": "unchanged",
@@ -200,72 +191,53 @@ def _is_sqlite(path: Path) -> bool:
 
 
 def save_last_run(workspace: Workspace, report: RunReport) -> None:
-    """Remember how a run ended and of what it was made, for `find_unchanged`.
-
-    Log, don't raise: the run is through.
-    """
+    """Remember how a run ended, for `find_unchanged`; log, don't raise, if that fails."""
+    store = _store_id(workspace.project)
     try:
-        store = _store_id(workspace.project)
         if workspace.settings.s3_endpoint_url is None and not store.exists():
             store.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             store.write_text(uuid.uuid4().hex, encoding="utf-8")
-        content = {
-            "made_of": _made_of(workspace),
-            "sent_to": _targets(workspace),
-            "report": report.model_dump(mode="json"),
-        }
+        content = {"inputs": _inputs(workspace), "report": report.model_dump(mode="json")}
         write_json(_last_run(workspace.project), content)
-    except (OSError, HandsignsError) as error:
+    except OSError as error:
         _log.warning("The next run will not know that nothing changed (%s).", error)
 
 
 def last_run(project: Project) -> RunReport | None:
-    """The report of the last run that came to an end and was not merely `unchanged`."""
+    """The report of the last run that was not merely `unchanged`; None if it is unreadable."""
     last = read_json(_last_run(project))
     try:
         return RunReport.model_validate(last["report"]) if isinstance(last, dict) else None
-    except (KeyError, ValidationError):
+    except (KeyError, ValidationError):  # written by another version of this program
         return None
 
 
-def _made_of(workspace: Workspace) -> dict[str, Any]:
+def _inputs(workspace: Workspace) -> dict[str, Any]:
+    """What a run is made of and where its results go, without any secret."""
     project, settings = workspace.project, workspace.settings
     store = _store_id(project)
-    local = store.read_bytes().hex() if store.is_file() else None
+    registry = settings.mlflow_tracking_uri
+    if registry is None:
+        running = find_running(project.local.resolve())
+        if running and running.mlflow:  # its worker's runs do not know the database
+            registry = running.database
+        elif settings.database_url:
+            registry = settings.database_url.get_secret_value()
     keys = [*settings.public_keys, *filter(None, [settings.signing_key])]
     return {
         "lock": _digest(project.lock),
-        "storage": settings.s3_endpoint_url or f"local {local}",
+        "storage": settings.s3_endpoint_url or (store.read_bytes().hex() if store.exists() else ""),
         "bucket": settings.bucket,
-        "registry": _registry(workspace),
+        "registry": redact_url(registry or ""),
         "model": settings.model_name,
         "keys": [_digest(key) for key in keys],
+        "dvc_remote": redact_url(settings.dvc_remote_url or ""),
+        "branch": settings.git_push,
     }
 
 
-def _targets(workspace: Workspace) -> dict[str, str | None]:
-    """Where versions are sent besides; a target that is no longer set asks for nothing."""
-    settings = workspace.settings
-    return {"dvc_remote": redact_url(settings.dvc_remote_url or ""), "branch": settings.git_push}
-
-
-def _registry(workspace: Workspace) -> str:
-    """The registry's address, without the password of a database's."""
-    settings = workspace.settings
-    if settings.mlflow_tracking_uri:
-        return redact_url(settings.mlflow_tracking_uri)
-    running = find_running(workspace.project.local.resolve())
-    if running and running.mlflow:  # its worker's runs do not know the database
-        return running.database or ""
-    if settings.database_url is None:
-        return ""
-    from flows.local.database import redact_database
-
-    return redact_database(settings.database_url.get_secret_value())
-
-
 def _digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return sha256(path) if path.is_file() else None
 
 
 def _store_id(project: Project) -> Path:

@@ -125,13 +125,8 @@ def promote(version: int, reason: str, force: bool = False, by: str = "") -> Sta
         reason: Why; kept in the champion's history.
         force: Promote it against the gate or a lost comparison; that is kept too.
         by: Who decides; the worker's user when left empty.
-
-    Returns:
-        Completed, with the move in words; failed, with the reason.
     """
-    return _move(
-        "Promoted", lambda workspace: workspace.promote(version, reason, force, by or None)
-    )
+    return _move(lambda workspace: workspace.promote(version, reason, force, by or None))
 
 
 @flow(name="rollback", flow_run_name="rollback")
@@ -142,17 +137,11 @@ def rollback(reason: str, by: str = "", expected: str = "") -> State[Any]:
         reason: Why; kept in the champion's history.
         by: Who decides; the worker's user when left empty.
         expected: Version or release to roll back from; any other champion stays.
-
-    Returns:
-        Completed, with the move in words; failed, with the reason.
     """
-    return _move(
-        "Rolled back",
-        lambda workspace: workspace.rollback(reason, by or None, expected or None),
-    )
+    return _move(lambda workspace: workspace.rollback(reason, by or None, expected or None))
 
 
-def _move(done: str, move: Callable[[Workspace], Move]) -> State[Any]:
+def _move(move: Callable[[Workspace], Move]) -> State[Any]:
     ui.log_to_prefect()
     try:
         with Workspace(Project(Path.cwd()), load_settings()) as workspace:
@@ -160,4 +149,20 @@ def _move(done: str, move: Callable[[Workspace], Move]) -> State[Any]:
             ui.show_history(workspace)
     except HandsignsError as error:
         return Failed(name="Refused", message=str(error))
-    return Completed(name=done, message=made.describe(), data=made.model_dump(mode="json"))
+    return _moved(made)
+
+
+def _moved(move: Move) -> State[Any]:
+    name = "Promoted" if move.action == "promote" else "Rolled back"
+    return Completed(name=name, message=move.describe())
+
+
+def record_move(workspace: Workspace, move: Move) -> None:
+    """Run a flow that shows a move which a command made."""
+
+    @flow(name=move.action, flow_run_name=f"{move.action} version {move.version}")
+    def record() -> State[Any]:
+        ui.show_history(workspace)
+        return _moved(move)
+
+    record(return_state=True)

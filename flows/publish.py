@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from flows.report import RunReport, histories
+from flows.report import ModelReport, ReleaseReport, RunReport, histories
 from flows.workspace import Workspace
 from tasks.data.dataset import open_dataset
 from tasks.errors import StageError
@@ -15,11 +15,10 @@ from tasks.params import LABELS, load_params
 from tasks.project import Project
 from tasks.releases.card import model_card, write_bill
 from tasks.releases.provenance import release_facts
-from tasks.releases.release import DATASET_INDEX, Release
-from tasks.releases.release import publish as upload
+from tasks.releases.release import DATASET_INDEX, Release, publish
 from tasks.services.data_file import read_record
 from tasks.services.git import push_to_branch, read_revision
-from tasks.services.mlflow import RecordedRun, RunRecord
+from tasks.services.mlflow import CHALLENGER, RunRecord, Version
 
 SOURCES = {
     "sample": "The photos are the rendered sample set: drawn hands, not photographs.",
@@ -35,10 +34,8 @@ def check_versions(project: Project, version: str) -> None:
     """
     record = read_record(project)
     try:
-        stages = yaml.safe_load(project.lock.read_text(encoding="utf-8"))["stages"]
-        used = {
-            dep["md5"] for one in stages.values() for dep in one["deps"] if dep["path"] == "data"
-        }
+        stages = yaml.safe_load(project.lock.read_text(encoding="utf-8"))["stages"].values()
+        used = {dep["md5"] for one in stages for dep in one["deps"] if dep["path"] == "data"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise StageError("dvc.lock is damaged. Take it back from git and run again.") from error
     if record is None or record.version != version or used != {version}:
@@ -48,24 +45,20 @@ def check_versions(project: Project, version: str) -> None:
         )
 
 
-def commit_versions(project: Project, branch: str, report: RunReport) -> str:
-    """Commit `data.dvc` and `dvc.lock` to a branch of `origin`, unless it has them already.
-
-    Returns:
-        What was done, for the log.
+def commit_versions(project: Project, branch: str, report: RunReport) -> str | None:
+    """Commit `data.dvc` and `dvc.lock` to a branch of `origin`; None if it has them already.
 
     Raises:
         ServiceError: git or the remote refuses.
     """
     verdict = "passed" if report.gate.passed else "rejected"
-    commit = push_to_branch(
+    return push_to_branch(
         project.root,
         branch,
         [project.data_file, project.lock],
         f"Retrain on data {report.data.version[:8]}\n\n"
         f"Test accuracy {report.test.accuracy or 0.0:.1%}; the gate {verdict} the model.",
     )
-    return f"commit {commit} is pushed" if commit else "it has these versions already"
 
 
 def publish_release(workspace: Workspace, report: RunReport) -> Release:
@@ -98,14 +91,17 @@ def publish_release(workspace: Workspace, report: RunReport) -> Release:
             **{path.name: path for path in folder.iterdir()},
         }
         facts = release_facts(root, report.data.version, workspace.champion())
-        return upload(workspace.storage, files, facts)
+        release = publish(workspace.storage, files, facts)
+    report.release = ReleaseReport(id=release.id, uri=release.uri)
+    return release
 
 
-def record_run(workspace: Workspace, report: RunReport, release: Release) -> RecordedRun:
-    """Record this run in MLflow, with the model that the release holds."""
+def register_release(workspace: Workspace, report: RunReport, release: Release) -> Version:
+    """Record the run in MLflow and register the model of its release as challenger."""
     from tasks.model.network import load_model
 
     project, params = workspace.project, load_params(workspace.project.params)
+    registry = workspace.registry
     record = RunRecord(
         content_id=release.id,
         params=params.model_dump(),
@@ -121,6 +117,10 @@ def record_run(workspace: Workspace, report: RunReport, release: Release) -> Rec
     )
     dataset = open_dataset(project.dataset)
     example = enlarge(dataset.images[dataset.rows("test")[:1]]).astype("float32")
-    return workspace.registry.record_run(
+    recorded = registry.record_run(
         record, project.model, lambda: load_model(project.model), example
     )
+    version = registry.register(recorded, release.id, {"release_uri": release.uri})
+    registry.set_alias(CHALLENGER, version.number)
+    report.model = ModelReport(name=registry.model_name, version=version.number, alias=CHALLENGER)
+    return version

@@ -1,6 +1,7 @@
 """The report of a run: `artifacts/run.json`, made of what the stages wrote."""
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,9 @@ from tasks.params import LABELS, Params
 from tasks.project import Project
 
 Status = Literal["promoted", "registered", "rejected", "unchanged", "failed", "cancelled"]
+
+
+_log = logging.getLogger(__name__)
 
 
 class _Part(BaseModel):
@@ -108,10 +112,6 @@ class RunReport(_Part):
     features: FeaturesReport = Field(default_factory=FeaturesReport)
     seconds: dict[str, float] = Field(default_factory=dict)
 
-    def write(self, project: Project) -> None:
-        """Write `run.json` atomically."""
-        write_json(project.run, self.model_dump(mode="json"))
-
     def headline(self) -> str:
         """The outcome in a few words, such as `v4 promoted: 0.982 -> 0.991, +84 photos`."""
         if self.status == "unchanged":
@@ -142,6 +142,14 @@ def _failure(check: Mapping[str, Any]) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def write_report(report: RunReport, project: Project) -> None:
+    """Write `run.json`; log, don't raise, so that the first cause is the one reported."""
+    try:
+        write_json(project.run, report.model_dump(mode="json"))
+    except OSError as error:
+        _log.warning("artifacts/run.json cannot be written (%s).", error.strerror or error)
 
 
 def read_output(path: Path) -> Any:

@@ -9,13 +9,11 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from prefect.artifacts import (
-    create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
@@ -118,24 +116,28 @@ class ProgressArtifacts:
 
 
 def show_summary(project: Project, report: RunReport) -> None:
-    """The outcome at a glance."""
-    facts = [("outcome", report.headline()), ("reason", report.reason)]
+    """The outcome at a glance: verdict, scores, phases, and the plots of this run."""
     data, test = report.data, report.test
-    if test.accuracy is not None:
-        facts += [
-            ("test accuracy", shown(test.accuracy)),
-            ("test loss", shown(test.loss)),
-            ("photos", f"{data.train} train, {data.val} val, {data.test} test"),
-        ]
+    facts = [
+        ("reason", report.reason),
+        ("photos", f"{data.train} train, {data.val} val, {data.test} test"),
+        ("test", f"accuracy {shown(test.accuracy)}, loss {shown(test.loss)}"),
+        ("release", report.release.uri or "none"),
+        ("data", data.version),
+    ]
     if found := report.comparison:
         pair = f"{found['champion']['accuracy']:.4f} -> {found['challenger']['accuracy']:.4f}"
-        facts.append(("champion -> challenger", f"{pair}, {found['verdict']}"))
-    facts.append(("release", report.release.uri or "none"))
+        facts.append(("champion -> challenger", f"accuracy {pair}, {found['verdict']}"))
     text = f"## {html.escape(report.headline())}\n\n{_table(('', ''), facts)}"
-    if report.gate.checks:
-        text += f"\n\n### Gate\n\n{_gate_table(report)}"
     if report.phases:
-        text += "".join(_picture(project.plots / f"{name}.png") for name in ("curves", "confusion"))
+        names = ("name", "images", "epochs", "seconds", "val_accuracy", "val_loss")
+        phases = [[getattr(phase, name) for name in names] for phase in report.phases]
+        text += f"\n\n{_table(('phase', *names[1:]), phases)}"
+        scores = ("label", "precision", "recall", "f1", "support")
+        classes = [[row.get(name) for name in scores] for row in test.per_class]
+        text += f"\n\n{_table(scores, classes)}"
+        plots = ("curves", "confusion", "mistakes")
+        text += "".join(_picture(project.plots / f"{name}.png") for name in plots)
     _markdown("summary", report.headline(), text)
 
 
@@ -147,10 +149,10 @@ def show_inbox(name: str, report: ImportReport) -> None:
         **{f"quarantined: {kind}": number for kind, number in report.kinds().items()},
     }
     text = f"## Inbox\n`{name}`\n\n{_table(('files', 'number'), counts.items())}"
+    rows = [(file.origin, file.reason) for file in report.quarantined[:MOST_FILES]]
+    if rows:
+        text += f"\n\n{_table(('quarantined', 'reason'), rows)}"
     _markdown("inbox", "What was imported from the inbox before this run.", text)
-    if report.quarantined:
-        rows = [asdict(file) for file in report.quarantined[:MOST_FILES]]
-        _rows("quarantine", "Files of the inbox that were quarantined, and why.", rows)
 
 
 def show_audit(project: Project) -> None:
@@ -182,34 +184,8 @@ def show_changes(changes: DataChanges) -> None:
     _markdown("data-changes", what, text)
 
 
-def show_results(project: Project, report: RunReport) -> None:
-    """Phases, scores and gate, with the plots that explain them; and the versions used."""
-    rows = [phase.model_dump(mode="json") for phase in report.phases]
-    _rows("phases", "The three training phases.", rows)
-    test = report.test
-    scores = test.model_dump(exclude={"per_class", "robustness"}, mode="json")
-    corrupted = test.robustness.get("accuracy", {})
-    scores |= {f"accuracy under {name}": value for name, value in corrupted.items()}
-    rows = [{"measure": name, "value": str(value)} for name, value in scores.items()]
-    _rows("evaluation", "Scores on the test split.", rows)
-    _rows("classes", "Precision, recall and F1 of each class.", test.per_class)
-    for name, what in {
-        "curves": "Loss and accuracy by epoch.",
-        "views": "Augmented copies of some photos.",
-        "confusion": "Confusion matrix.",
-        "mistakes": "Photos that were classified wrongly.",
-    }.items():
-        if text := _picture(project.plots / f"{name}.png"):
-            _markdown(name, what, text)
-    verdict = "The gate passed." if report.gate.passed else "The gate rejected this model."
-    _markdown("gate", verdict, _gate_table(report))
-    files = (project.data_file, project.lock)
-    text = "\n\n".join(f"## {path.name}\n```yaml\n{path.read_text()}```" for path in files)
-    _markdown("versions", "The versions of data and results.", text)
-
-
-def _gate_table(report: RunReport) -> str:
-    heads = ("check", "value", "limit", "interval", "verdict")
+def show_gate(report: RunReport) -> None:
+    """Each check with value, limit and verdict, failures first."""
     rows = [
         (
             check["name"],
@@ -220,13 +196,9 @@ def _gate_table(report: RunReport) -> str:
         )
         for check in sorted(report.gate.checks, key=lambda check: bool(check["passed"]))
     ]
-    return _table(heads, rows)
-
-
-def show_release(uri: str, address: str) -> None:
-    """Where the release lies."""
-    what = "The published release."
-    _try(create_link_artifact, address, link_text=uri, key="release", description=what)
+    verdict = "The gate passed." if report.gate.passed else "The gate rejected this model."
+    heads = ("check", "value", "limit", "interval", "verdict")
+    _markdown("gate", verdict, _table(heads, rows))
 
 
 def show_comparison(decision: PromotionDecision) -> None:
@@ -254,7 +226,7 @@ def show_history(workspace: Workspace) -> None:
         for move in reversed(moves)
     ]
     what = f"Version {moves[-1].version} is champion: {moves[-1].reason}"
-    _rows("champion-history", what, rows)
+    _try(create_table_artifact, rows, key="champion-history", description=what)
 
 
 def comparison_text(decision: PromotionDecision) -> str:
@@ -304,7 +276,3 @@ def _picture(path: Path) -> str:
 
 def _markdown(key: str, description: str, text: str) -> None:
     _try(create_markdown_artifact, text, key=key, description=description)
-
-
-def _rows(key: str, description: str, rows: list[dict[str, Any]]) -> None:
-    _try(create_table_artifact, rows, key=key, description=description)

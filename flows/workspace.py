@@ -190,10 +190,8 @@ class Workspace:
     def alias_follows(self) -> Iterator[None]:
         """Move the champion within the block; a crash leaves a mark for the next run."""
         self.alias_pending.touch()
-        try:
-            yield
-        finally:
-            self.repair_alias()
+        yield
+        self.repair_alias()
 
     def repair_alias(self) -> bool:
         """Let MLflow's alias name the champion; log, don't raise, if that fails."""

@@ -1,26 +1,16 @@
-"""Moving the champion by hand: through Prefect where it lets us in, and else without it."""
+"""Moving the champion by command: Prefect shows it, and cannot get in its way."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 
 import pytest
 
 from tests.fixtures.checkouts import make_checkout
+from tests.fixtures.earlier import Earlier
 from tests.fixtures.prefect_api import PrefectApi
-
-
-def test_a_prefect_that_lets_nobody_in_is_gone_without(
-    prefect_api: PrefectApi, tmp_path: Path
-) -> None:
-    workshop = make_checkout(tmp_path / "checkout")
-    wrong = {"PREFECT_API_URL": prefect_api.url, "PREFECT_API_AUTH_STRING": "some:body"}
-    warned, refused = workshop.handsigns("promote", "3", code=1, **wrong).splitlines()
-    assert warned.startswith(f"Prefect cannot be used at {prefect_api.url} (401)")
-    assert "set PREFECT_API_AUTH_STRING to user:password" in warned
-    assert refused.startswith("There is no version 3 in the registry, only: none.")
 
 
 @contextmanager
@@ -52,11 +42,41 @@ def sick_prefect(version: str) -> Iterator[str]:
         server.server_close()
 
 
+@pytest.fixture(scope="module")
+def rollback(earlier: Earlier, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Roll back, in a checkout with a champion; what the command says on standard error."""
+    checkout = make_checkout(tmp_path_factory.mktemp("moves") / "checkout")
+    services = earlier.adopt(checkout)
+
+    def run(**environment: str) -> str:
+        done = checkout.run("handsigns", "rollback", "--json", **services, **environment)
+        assert json.loads(done.stdout)["action"] == "rollback"
+        return done.stderr
+
+    return run
+
+
 @pytest.mark.parametrize("version", ["3.6.0", "2.20.0"])
-def test_a_prefect_that_fails_is_gone_without(version: str, tmp_path: Path) -> None:
-    workshop = make_checkout(tmp_path / "checkout")
+def test_a_move_does_not_depend_on_a_prefect_that_fails(
+    version: str, rollback: Callable[..., str]
+) -> None:
     with sick_prefect(version) as url:
-        said = workshop.handsigns("rollback", code=1, PREFECT_API_URL=url)
-    warned, refused = said.splitlines()
-    assert warned.startswith(f"Prefect cannot be used at {url} (")
-    assert refused == "There is no earlier champion to return to. Nothing was moved."
+        assert f"Prefect at {url} cannot be used (" in rollback(PREFECT_API_URL=url)
+
+
+def test_a_move_does_not_depend_on_a_prefect_that_lets_nobody_in(
+    prefect_api: PrefectApi, rollback: Callable[..., str]
+) -> None:
+    wrong = {"PREFECT_API_URL": prefect_api.url, "PREFECT_API_AUTH_STRING": "some:body"}
+    said = rollback(**wrong)
+    assert f"Prefect at {prefect_api.url} cannot be used (401)" in said
+    assert "set PREFECT_API_AUTH_STRING to user:password" in said
+
+
+def test_a_move_by_command_is_a_flow_run_at_once(
+    prefect_api: PrefectApi, rollback: Callable[..., str]
+) -> None:
+    assert "lacks this move" not in rollback(**prefect_api.named)
+    wanted = {"flows": {"name": {"any_": ["rollback"]}}}
+    states = {run["state_name"] for run in prefect_api.ask("flow_runs/filter", wanted)}
+    assert "Rolled back" in states

@@ -167,8 +167,7 @@ def test_the_champion_is_moved_by_hand_in_flow_runs_that_say_what_they_are(
     assert time.monotonic() - began < 30
     assert workshop.handsigns("rollback", "--from", "2", **named)["version"] == 1
     runs = {(run["name"], run["state_name"]) for run in api.runs("promote") + api.runs("rollback")}
-    assert {("promote version 1", "Promoted"), ("promote version 1", "Refused")} <= runs
-    assert ("rollback", "Rolled back") in runs
+    assert {("promote version 1", "Promoted"), ("rollback version 1", "Rolled back")} <= runs
 
 
 def test_approval_without_services_that_outlive_the_run_is_refused(workshop: Workshop) -> None:

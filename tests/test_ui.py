@@ -100,7 +100,7 @@ def test_an_error_of_the_ui_is_logged_once_and_fails_nothing(
     def refuse(*_: object, **__: object) -> None:
         raise ConnectionError
 
-    for name in ("create_markdown_artifact", "create_link_artifact", "create_progress_artifact"):
+    for name in ("create_markdown_artifact", "create_progress_artifact"):
         monkeypatch.setattr(ui, name, refuse)
     seen: list[int] = []
     progress = ui.ProgressArtifacts(lambda what, done, total: seen.append(done))
@@ -108,7 +108,7 @@ def test_an_error_of_the_ui_is_logged_once_and_fails_nothing(
         progress("features", done, 3)
     progress.close()
     ui.rename_run("over")
-    ui.show_release("s3://artifacts/releases/x/", "http://127.0.0.1:9")
+    ui.show_gate(report("rejected"))
     ui.show_comparison(PromotionDecision(False, "none"))
     assert seen == [1, 2, 3]
     assert len([line for line in caplog.messages if "does not show everything" in line]) == 1
