@@ -15,7 +15,7 @@ from flows.local.clients import check_reachable
 from flows.local.stack import find_running
 from flows.report import RunReport, quarantined
 from flows.workspace import Workspace
-from tasks.errors import SettingsError
+from tasks.errors import ServiceError, SettingsError
 from tasks.io import read_json, sha256, write_json
 from tasks.params import Params, load_params
 from tasks.project import Project
@@ -78,9 +78,19 @@ def preflight(workspace: Workspace) -> None:
     workspace.trust.check_signer()
     _check_approval(workspace)
     check_reachable(workspace.settings)
+    _check_registry(workspace)
     workspace.pipeline.stages()
     if problem := read_revision(workspace.project.root).problem:
         _log.warning("Releases of this run name no commit and cannot be rebuilt: %s.", problem)
+
+
+def _check_registry(workspace: Workspace) -> None:
+    database = workspace.project.local / "mlflow.db"
+    if workspace.services.mlflow().startswith("sqlite:") and not _is_sqlite(database):
+        raise ServiceError(
+            f"'{database}' is damaged: it is no SQLite database. Move it away and run `handsigns "
+            "rebuild-registry`, which registers the releases in storage anew."
+        )
 
 
 def check_one_worker(params: Params) -> None:
@@ -173,21 +183,21 @@ def find_unchanged(workspace: Workspace) -> RunReport | None:
 
 def _is_registered(workspace: Workspace) -> bool:
     """Whether champion and registry still are what the last run left, or were repaired."""
-    local = workspace.settings.mlflow_tracking_uri is None
-    database = workspace.project.local / "mlflow.db"
-    if local and workspace.settings.database_url is None and not _is_sqlite(database):
-        return False
+    if workspace.services.mlflow().startswith("sqlite:"):
+        database = workspace.project.local / "mlflow.db"
+        if not database.exists() or not database.stat().st_size:
+            return False
     if workspace.settings.s3_endpoint_url is None and not workspace.alias_pending.exists():
         return True
     return workspace.champion() is not None and workspace.repair_alias()
 
 
 def _is_sqlite(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(len(SQLITE)) == SQLITE
-    except OSError:
-        return False
+    """Whether a file can be opened as a database; an empty one is new."""
+    if not path.exists():
+        return True
+    with path.open("rb") as file:
+        return file.read(len(SQLITE)) in (SQLITE, b"")
 
 
 def save_last_run(workspace: Workspace, report: RunReport) -> None:

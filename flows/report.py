@@ -114,12 +114,12 @@ class RunReport(_Part):
 
     def headline(self) -> str:
         """The outcome in a few words, such as `v4 promoted: 0.982 -> 0.991, +84 photos`."""
-        if self.status == "unchanged":
-            return "unchanged"
+        if self.status in ("unchanged", "cancelled"):
+            return self.status
         if self.status == "rejected":
             return f"rejected: {'; '.join(self.gate.failures()[:2])}"
-        if self.status not in ("promoted", "registered"):
-            return f"{self.status}: {self.reason}"[:120]
+        if self.status == "failed":
+            return f"failed: {self.reason}"
         verb = "promoted" if self.status == "promoted" else "stays challenger"
         facts = []
         if self.comparison:

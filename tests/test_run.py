@@ -180,8 +180,10 @@ def test_a_record_of_another_version_of_the_program_is_no_reason_to_fail(
 def test_damaged_state_is_never_called_unchanged(released: Workspace) -> None:
     project = released.project
     database = project.local / "mlflow.db"
-    for content in (b"garbage", b""):
-        database.write_bytes(content)
+    database.write_bytes(b"garbage")
+    assert "rebuild-registry" in retrain(released, False, silent).reason
+    for lose in (Path.unlink, Path.touch):
+        lose(database)
         assert find_unchanged(released) is None
     database.write_bytes(b"SQLite format 3\0")
     (project.local / "seaweedfs/handsigns.id").write_bytes(b"\xff\xfe")
