@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from flows.local.clients import check_reachable
+from flows.local.database import SQLITE
 from flows.local.stack import find_running
 from flows.report import RunReport, quarantined
 from flows.workspace import Workspace
@@ -25,7 +26,7 @@ from tasks.services.s3 import redact_url
 if TYPE_CHECKING:
     from tasks.data.inbox import Inbox
 
-SQLITE = b"SQLite format 3\0"
+MAGIC = b"SQLite format 3\0"
 
 _log = logging.getLogger(__name__)
 
@@ -85,8 +86,8 @@ def preflight(workspace: Workspace) -> None:
 
 
 def _check_registry(workspace: Workspace) -> None:
-    database = workspace.project.local / "mlflow.db"
-    if workspace.services.mlflow().startswith("sqlite:") and not _is_sqlite(database):
+    database = _local_registry(workspace)
+    if database and not _is_sqlite(database):
         raise ServiceError(
             f"'{database}' is damaged: it is no SQLite database. Move it away and run `handsigns "
             "rebuild-registry`, which registers the releases in storage anew."
@@ -183,13 +184,19 @@ def find_unchanged(workspace: Workspace) -> RunReport | None:
 
 def _is_registered(workspace: Workspace) -> bool:
     """Whether champion and registry still are what the last run left, or were repaired."""
-    if workspace.services.mlflow().startswith("sqlite:"):
-        database = workspace.project.local / "mlflow.db"
-        if not database.exists() or not database.stat().st_size:
-            return False
+    database = _local_registry(workspace)
+    if database and not (database.exists() and database.stat().st_size):
+        return False
     if workspace.settings.s3_endpoint_url is None and not workspace.alias_pending.exists():
         return True
     return workspace.champion() is not None and workspace.repair_alias()
+
+
+def _local_registry(workspace: Workspace) -> Path | None:
+    settings = workspace.settings
+    if settings.mlflow_tracking_uri or settings.database_url:
+        return None
+    return workspace.project.local / SQLITE["mlflow"]
 
 
 def _is_sqlite(path: Path) -> bool:
@@ -197,7 +204,7 @@ def _is_sqlite(path: Path) -> bool:
     if not path.exists():
         return True
     with path.open("rb") as file:
-        return file.read(len(SQLITE)) in (SQLITE, b"")
+        return file.read(len(MAGIC)) in (MAGIC, b"")
 
 
 def save_last_run(workspace: Workspace, report: RunReport) -> None:

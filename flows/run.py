@@ -6,7 +6,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from flows.local.clients import TAG, advice, ask, point_prefect_at
@@ -23,7 +22,6 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
-@dataclass
 class Run:
     """One retrain, shared by the command, the flow in its process, and the flow's tasks.
 
@@ -31,17 +29,12 @@ class Run:
         workspace: Open; of a command also checked, and with the retrain lock held.
         force: Run every stage.
         progress: Shows how far long stages are.
-        report: What is known so far.
     """
 
-    workspace: Workspace
-    force: bool
-    progress: Progress
-    report: RunReport = field(init=False)
-    ended: bool = field(default=False, init=False)
-
-    def __post_init__(self) -> None:
-        self.report = RunReport(model=ModelReport(name=self.workspace.settings.model_name))
+    def __init__(self, workspace: Workspace, force: bool, progress: Progress) -> None:
+        self.workspace, self.force, self.progress = workspace, force, progress
+        self.report = RunReport(model=ModelReport(name=workspace.settings.model_name))
+        self.ended = False
 
     def end(self, status: Status, reason: str) -> None:
         """Set the outcome."""
