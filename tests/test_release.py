@@ -1,6 +1,5 @@
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.errors import PromotionError, ReleaseError
-from tasks.releases.pointer import KEY, Champion, Pointer, move_champion, read_champion
+from tasks.releases.pointer import KEY, Pointer, move_champion, read_champion
 from tasks.releases.release import (
     MANIFEST,
     Digest,
@@ -274,25 +273,6 @@ def test_the_champion_is_moved_only_by_who_saw_the_present_one(storage: Storage)
         with pytest.raises(PromotionError, match="changed meanwhile"):
             move_champion(storage, stale, Pointer(release=OTHER, version=3))
     assert read_champion(storage) == second
-
-
-def test_of_two_promotions_at_once_one_wins(storage: Storage) -> None:
-    def promote(expected: Champion | None, version: int) -> int | None:
-        try:
-            move_champion(storage, expected, Pointer(release=OTHER, version=version))
-        except PromotionError:
-            return None
-        return version
-
-    with ThreadPoolExecutor(2) as pool:
-        for round_ in range(10):
-            expected = read_champion(storage)
-            rivals = [2 * round_ + 1, 2 * round_ + 2]
-            winners = [v for v in pool.map(lambda v, e=expected: promote(e, v), rivals) if v]
-            champion = read_champion(storage)
-            assert len(winners) == 1
-            assert champion is not None
-            assert champion.pointer.version == winners[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"release": "../..", "version": 1}'])

@@ -7,9 +7,7 @@ import logging
 import re
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -37,7 +35,6 @@ _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefre
 """Refusals of credentials that come with status 400."""
 _FULL = ("InsufficientStorage", "QuotaExceeded", "XMinioStorageFull")
 
-Body = Path | bytes
 T = TypeVar("T")
 
 
@@ -140,7 +137,7 @@ class Storage:
         """Remove an object, if it is there."""
         self._call(lambda: self._client.delete_object(**self._at(key)), key)
 
-    def put(self, key: str, body: Body) -> None:
+    def put(self, key: str, body: Path | bytes) -> None:
         """Write one object; the service checks its MD5 on arrival."""
         self._put(key, body)
 
@@ -202,17 +199,17 @@ class Storage:
                     file.write(chunk)
         return digest.hexdigest(), size
 
-    def _put(self, key: str, body: Body, **condition: Any) -> str:
+    def _put(self, key: str, body: Path | bytes, **condition: Any) -> str:
         at, sent = self._at(key), 0
 
         def send() -> str:
             nonlocal sent
             sent += 1
-            with _opened(body) as content:
-                answer = self._client.put_object(
-                    **at, Body=content, ContentMD5=_md5(body), **condition
-                )
-            return _etag(answer)
+            content = body.read_bytes() if isinstance(body, Path) else body
+            digest = base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest())
+            return _etag(
+                self._client.put_object(**at, Body=content, ContentMD5=digest.decode(), **condition)
+            )
 
         try:
             return self._call(send, key)
@@ -361,17 +358,6 @@ def _explain(response: Any, address: S3Address, key: str) -> HandsignsError:
         f"S3 failed with {status} {code} for {at}. Look at the service, its log and its disk, "
         "then run again."
     )
-
-
-def _opened(body: Body) -> AbstractContextManager[Any]:
-    return body.open("rb") if isinstance(body, Path) else contextlib.nullcontext(body)
-
-
-def _md5(body: Body) -> str:
-    with _opened(body) as content:
-        file = BytesIO(content) if isinstance(content, bytes) else content
-        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
-    return base64.b64encode(digest.digest()).decode()
 
 
 def _chunks(answer: Any) -> Iterator[bytes]:
