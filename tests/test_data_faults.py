@@ -242,7 +242,9 @@ def test_a_remote_that_cannot_be_spoken_to_is_told_in_one_line(
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     pipeline = Pipeline(checkout, Remote(url, {}))
-    with pytest.raises(ServiceError, match=rf"data/ could not be pushed \(.*{told}") as caught:
+    with pytest.raises(
+        ServiceError, match=rf"data/ could not be pushed to {url} \(.*{told}"
+    ) as caught:
         pipeline.push_data()
     assert "\n" not in str(caught.value)
 

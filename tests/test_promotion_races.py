@@ -43,12 +43,12 @@ def registry(database: str, storage: Storage) -> Registry:
 
 @pytest.fixture
 def rivals(storage: Storage, registry: Registry, tmp_path: Path) -> list[Version]:
-    """Two published and registered versions."""
+    """Three published and registered versions."""
     from mlflow import MlflowClient
 
     client = MlflowClient(registry.tracking_uri, registry.tracking_uri)
     client.create_registered_model(registry.model_name)
-    for name in ("one", "two"):
+    for name in ("one", "two", "three"):
         path = tmp_path / name
         path.write_text(name)
         release = publish(storage, {"labels.json": path})
@@ -71,7 +71,9 @@ def test_of_two_promotions_at_once_one_wins_and_the_other_changes_nothing(
     with ThreadPoolExecutor(2) as pool:
         for number in range(ROUNDS):
             expected, start = read_champion(storage), threading.Barrier(2)
-            outcomes = list(pool.map(lambda one, e=expected, b=start: attempt(one, e, b), rivals))
+            now = expected and expected.pointer.release
+            two = [rival for rival in rivals if rival.content_id != now][:2]
+            outcomes = list(pool.map(lambda one, e=expected, b=start: attempt(one, e, b), two))
             (lost,) = [one for one in outcomes if isinstance(one, PromotionError)]
             (won,) = [one for one in outcomes if not isinstance(one, PromotionError)]
             assert "changed meanwhile" in str(lost)

@@ -60,8 +60,8 @@ def _files(folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("ignored", "named"),
     [
-        (("If-None-Match", "If-Match"), "If-None-Match and If-Match without effect"),
-        (("If-Match",), "Received: If-Match without effect"),
+        (("If-None-Match", "If-Match"), "ignores If-None-Match and If-Match:"),
+        (("If-Match",), "ignores If-Match:"),
     ],
 )
 def test_an_endpoint_that_ignores_conditions_is_refused_at_start(
