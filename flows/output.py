@@ -273,7 +273,9 @@ def retrain_listing(report: "RunReport") -> Listing:
 
 def _training_rows(report: "RunReport") -> list[tuple[str, str]]:
     data, features = report.data, report.features
-    counts = f"{data.train} train, {data.val} val, {data.test} test"
+    counts = (
+        f"{data.train} train, {data.val} val, {data.test} test; {data.synthetic} synthetic hands"
+    )
     if changes := data.changes:
         since = f"version {changes.since}" if changes.since else "the beginning"
         counts += f"; {changes.added} added, {changes.removed} removed since {since}"

@@ -70,7 +70,7 @@ def publish_release(workspace: Workspace, report: RunReport) -> Release:
         card = model_card(
             metrics=read_json(project.metrics),
             gate=read_json(project.gate),
-            counts={name: getattr(report.data, name) for name in ("train", "val", "test")},
+            counts=report.data.model_dump(include={"train", "val", "test", "synthetic"}),
             params=params.model_dump(),
             histories=histories(project, params),
             data_version=report.data.version,

@@ -45,6 +45,7 @@ class DataReport(_Part):
     train: int = 0
     val: int = 0
     test: int = 0
+    synthetic: int = 0
     quarantined: int = 0
     duplicates: int = 0
     leaks: int = 0
@@ -223,6 +224,7 @@ def read_stages(project: Project, params: Params, report: RunReport, features_ra
             "train": splits["train"],
             "val": splits["val"],
             "test": splits["test"],
+            "synthetic": len(LABELS) * index["synthetic"],
             "duplicates": read_output(project.audit)["duplicates"],
             "leaks": index["leaks"],
         }

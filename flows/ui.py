@@ -121,6 +121,7 @@ def show_summary(project: Project, report: RunReport) -> None:
     facts = [
         ("reason", report.reason),
         ("photos", f"{data.train} train, {data.val} val, {data.test} test"),
+        ("synthetic hands", f"{data.synthetic}, in training only"),
         ("test", f"accuracy {shown(test.accuracy)}, loss {shown(test.loss)}"),
         ("release", report.release.uri or "none"),
         ("data", data.version),

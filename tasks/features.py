@@ -16,7 +16,7 @@ from pathlib import Path
 
 import cv2
 
-from tasks.data.dataset import Dataset, open_dataset
+from tasks.data.dataset import SYNTHETIC, Dataset, open_dataset
 from tasks.errors import BackboneError, DataError
 from tasks.io import write_json
 from tasks.model.augment import INPUT_SIZE
@@ -131,8 +131,8 @@ def _wanted(dataset: Dataset, params: Params) -> Iterator[tuple[Key, int]]:
     largest = max(phase.data_fraction for phase in params.phases.values())
     train = training_rows(dataset, largest, params.seed)
     for photos, views in ((train, params.features.augmented_copies), (dataset.rows("val"), 0)):
-        numbers = range(views + 1)
         for photo in photos:
+            numbers = range(1 if dataset.splits[photo] == SYNTHETIC else views + 1)
             pixels = digest(dataset.images[photo].tobytes())
             for number in numbers:
                 yield Key(dataset.names[photo], number, pixels), int(photo)

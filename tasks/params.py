@@ -72,6 +72,10 @@ class PreprocessParams(_Section):
     image_size: int = Field(ge=16, le=224)
 
 
+class SyntheticParams(_Section):
+    per_class: int = Field(ge=0, le=100_000)
+
+
 class BackboneParams(_Section):
     source: str = Field(min_length=1)
 
@@ -148,6 +152,7 @@ class Params(_Section):
     audit: AuditParams
     split: SplitParams
     preprocess: PreprocessParams
+    synthetic: SyntheticParams
     backbone: BackboneParams
     augmentation: AugmentationParams
     features: FeaturesParams

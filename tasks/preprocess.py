@@ -1,18 +1,21 @@
 """Stage: split the photos, and resize them into one array.
 
 `artifacts/dataset/` holds `images.npy`, uint8 (n, size, size, 3), rows sorted by (split,
-label, name), and `index.json`: the name, label and split of each row, counts, and the
-number of test photos with a near-duplicate in train or val (`leaks`).
+label, name), then the synthetic hands by label, and `index.json`: the name, label and
+split of each photo, counts, the number of synthetic hands of each class, and of test
+photos with a near-duplicate in train or val (`leaks`).
 """
 
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tasks.data.dataset import IMAGES, INDEX
 from tasks.data.images import resize
@@ -20,7 +23,7 @@ from tasks.data.photos import Photo, count_classes, each_photo, find_photos, nam
 from tasks.data.splits import stratified_group_split
 from tasks.errors import DataError
 from tasks.io import atomic_directory, write_json
-from tasks.params import SplitParams
+from tasks.params import LABELS, SplitParams
 from tasks.stage import Context, stage_main
 
 SPLITS = ("train", "val", "test")
@@ -43,22 +46,24 @@ def run(context: Context, item: str | None = None) -> None:
     split_of = split_photos(photos, group_of, params.split, params.seed)
     photos.sort(key=lambda photo: (split_of[photo.key], photo.label, names[photo.key]))
     size = params.preprocess.image_size
+    hands = _synthetic_hands(context)
     with atomic_directory(project.dataset) as folder:
         pictures = each_photo(
             partial(resize, size=size), project.data, photos, context.progress, "resize photos"
         )
         # Written, not memory-mapped: a mapped page that finds no room kills the process.
         with (folder / IMAGES).open("wb") as file:
-            shape = (len(photos), size, size, 3)
+            shape = (len(photos) + len(hands), size, size, 3)
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
-            for picture in pictures:
+            for picture in chain(pictures, (resize(hand, size) for hand in hands)):
                 file.write(picture.tobytes())
         counts = Counter(split_of.values())
         index = {
             "image_size": size,
             "counts": {split: counts[split] for split in SPLITS},
             "leaks": count_cross_split_duplicates(split_of, group_of),
+            "synthetic": len(hands) // len(LABELS),
             "photos": [
                 {"name": names[photo.key], "label": photo.label, "split": split_of[photo.key]}
                 for photo in photos
@@ -114,6 +119,21 @@ def count_cross_split_duplicates(split_of: Mapping[str, str], group_of: Mapping[
         split_of.get(key) == "test" and len(seen[group, key.split("/")[1]]) > 1
         for key, group in group_of.items()
     )
+
+
+def _synthetic_hands(context: Context) -> NDArray[np.uint8]:
+    """The rendered hands by label, (n, size, size, 3)."""
+    path = context.project.synthetic
+    if not context.params.synthetic.per_class:
+        return np.empty((0, 1, 1, 3), np.uint8)
+    try:
+        hands: NDArray[np.uint8] = np.concatenate(np.load(path, allow_pickle=False))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"The synthetic hands in '{path}' cannot be read ({error}). "
+            "Run the synthetic stage again."
+        ) from error
+    return hands
 
 
 def _read_audit(path: Path, photos: Sequence[Photo]) -> dict[str, Any]:

@@ -93,6 +93,11 @@ class Project:
         return self.artifacts / "audit.json"
 
     @property
+    def synthetic(self) -> Path:
+        """Rendered hands that only training sees, see `tasks.synthetic`."""
+        return self.artifacts / "synthetic.npy"
+
+    @property
     def dataset(self) -> Path:
         """`images.npy` and `index.json`, see `tasks.preprocess`."""
         return self.artifacts / "dataset"

@@ -14,7 +14,7 @@ def card(params: Params, probabilities: np.ndarray | None = None, note: str = ""
     return model_card(
         metrics=metrics,
         gate=judge(metrics, 0, params.gate).to_json(),
-        counts={"train": 100, "val": 10, "test": 12},
+        counts={"train": 100, "val": 10, "test": 12, "synthetic": 60},
         params=params.model_dump(),
         histories=[
             {
@@ -43,6 +43,7 @@ def test_the_card_carries_data_phases_scores_and_verdict(params: Params) -> None
     averaged = f"{full.swa_fraction:.0%}" if full.swa_fraction else "-"
     rate = f"{full.learning_rate:g}"
     assert "Version `3f2a.dir`. Rendered hands, no photos of people." in text
+    assert "used 60 synthetic (rendered) hands" in text
     assert ["train", "100"] in table
     layers = str(full.trainable_layers)
     assert ["full", "10", layers, rate, "3", averaged, "0.2500", "0.9000"] in table

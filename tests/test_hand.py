@@ -17,16 +17,17 @@ def drawn(label: int, seed: int) -> Hand:
 
 
 def raised(hand: Hand) -> set[int]:
-    """Fingers that are straight; a thumb that is straight and stands off the palm."""
+    """Fingers that are nearly straight; of thumbs, those that stand off the palm."""
+    bones = np.linalg.norm(np.diff(hand.joints, axis=1), axis=2).sum(axis=1)
     spans = np.linalg.norm(hand.joints[:, 3] - hand.joints[:, 0], axis=1)
-    straight = {int(finger) for finger in np.flatnonzero(spans > 0.9 * BONES.sum(axis=1))}
-    if hand.joints[THUMB, 3, 0] < hand.joints[INDEX, 0, 0] + 1.5:
+    straight = {int(finger) for finger in np.flatnonzero(spans > 0.8 * bones)}
+    if hand.joints[THUMB, 3, 0] < hand.joints[INDEX, 0, 0] + 0.5:
         straight.discard(THUMB)
     return straight
 
 
 @BUSY
-@given(labels, seeds)
+@given(st.integers(1, 5), seeds)
 def test_a_pose_raises_exactly_the_fingers_of_its_sign(label: int, seed: int) -> None:
     assert raised(drawn(label, seed)) == set(RAISED[label])
 
@@ -35,8 +36,8 @@ def test_a_pose_raises_exactly_the_fingers_of_its_sign(label: int, seed: int) ->
 @given(seeds)
 def test_the_ring_closes_at_the_tips_of_thumb_index_and_middle(seed: int) -> None:
     tips = drawn(0, seed).joints[:, 3]
-    assert np.linalg.norm(tips[THUMB] - tips[INDEX]) < 2.2
-    assert np.linalg.norm(tips[THUMB] - tips[MIDDLE]) < 3.3
+    assert np.linalg.norm(tips[THUMB] - tips[INDEX]) < 3.0
+    assert np.linalg.norm(tips[THUMB] - tips[MIDDLE]) < 4.5
 
 
 @BUSY
@@ -51,17 +52,33 @@ def test_the_ring_is_open_inside(seed: int) -> None:
 @given(seeds)
 def test_four_fingers_keep_the_thumb_over_the_palm(seed: int) -> None:
     x, y, z = drawn(4, seed).joints[THUMB, 3]
-    assert -2.7 < x < 2.7
-    assert 0.0 < y < 8.0
-    assert z > 1.0
+    assert -2.7 < x < 3.1
+    assert 2.0 < y < 10.5
+    assert z > 1.5
+
+
+def test_four_fingers_fold_the_thumb_at_all_depths() -> None:
+    tips = np.stack([drawn(4, seed).joints[THUMB, 3] for seed in range(200)])
+    x, y, z = tips.T
+    assert (x < -1.0).mean() > 0.1, "across, to the ring finger"
+    assert ((x > 1.0) & (y > 8.0)).mean() > 0.1, "upright, beside the index finger"
+    assert (z > 3.5).mean() > 0.03, "towards the camera"
+
+
+@pytest.mark.parametrize("label", [2, 3, 4, 5])
+def test_fingers_are_closed_as_well_as_spread(label: int) -> None:
+    tips = np.stack([drawn(label, seed).joints[[INDEX, MIDDLE], 3] for seed in range(200)])
+    apart = np.linalg.norm(tips[:, 0] - tips[:, 1], axis=1)
+    assert (apart < 2.3).mean() > 0.1
+    assert (apart > 3.2).mean() > 0.1
 
 
 @BUSY
 @given(labels, seeds)
-def test_bones_keep_their_lengths(label: int, seed: int) -> None:
+def test_bones_have_human_lengths(label: int, seed: int) -> None:
     hand = drawn(label, seed)
     bones = np.linalg.norm(np.diff(hand.joints, axis=1), axis=2)
-    np.testing.assert_allclose(bones, BONES, rtol=1e-6)
+    assert (np.abs(bones / BONES - 1.0) < 0.15).all()
 
 
 @BUSY

@@ -43,6 +43,7 @@ def plan_of(photos: int, views: int, batch_size: int = 8, name: str = "full") ->
         views=views,
         train=rows,
         train_labels=rows % 6,
+        synthetic=rows < 0,
         val=rows[:0],
         val_labels=rows[:0],
     )

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tasks import audit, preprocess
+from tasks import audit, preprocess, synthetic
 from tasks.data.dataset import open_dataset
 from tasks.data.images import BLUR_SIGMA, resize, resize_square
 from tasks.data.photos import Photo
@@ -23,7 +24,9 @@ from tasks.errors import DataError
 from tasks.params import LABELS, AuditParams, Params, SplitParams
 from tasks.preprocess import count_cross_split_duplicates, split_photos
 from tasks.project import Project
+from tasks.rendering.sample import draw
 from tasks.stage import Context
+from tasks.training.plan import training_rows
 from tests.fixtures.photos import CHECKOUT, photo, write_photos
 
 
@@ -68,6 +71,37 @@ def test_a_row_holds_the_picture_its_name_says(context: Context) -> None:
         assert path.parent.name == LABELS[dataset.labels[row]]
         assert (dataset.images[row] == np.asarray(Image.open(path))).all()
     assert len(set(dataset.names)) == 49
+
+
+def test_synthetic_hands_are_rows_of_their_own_that_no_photo_count_includes(
+    context: Context,
+) -> None:
+    more = context.params.synthetic.model_copy(update={"per_class": 3})
+    both = replace(context, params=context.params.model_copy(update={"synthetic": more}))
+    preprocess.run(context)
+    photos, without = open_dataset(context.project.dataset), _index(context)
+    synthetic.run(both)
+    preprocess.run(both)
+    dataset, index = open_dataset(context.project.dataset), _index(both)
+    assert index == without | {"synthetic": 3}
+    assert dataset.splits == (*photos.splits, *["synthetic"] * 18)
+    assert dataset.labels[dataset.rows("synthetic")].tolist() == [n // 3 for n in range(18)]
+    assert np.array_equal(dataset.images[:49], photos.images)
+    first = dataset.images[dataset.rows("synthetic")[4]]
+    assert np.array_equal(first, draw((synthetic.FIRST_SEED + both.params.seed, 1, 1)))
+    for split in ("train", "val", "test"):
+        assert np.array_equal(dataset.rows(split), photos.rows(split))
+    trained = set(training_rows(dataset, 1.0, seed=1).tolist())
+    assert trained == {*dataset.rows("train"), *dataset.rows("synthetic")}
+
+
+def test_missing_synthetic_hands_are_one_line(context: Context) -> None:
+    more = context.params.synthetic.model_copy(update={"per_class": 3})
+    both = replace(context, params=context.params.model_copy(update={"synthetic": more}))
+    with pytest.raises(
+        DataError, match=r"synthetic\.npy' cannot be read .*Run the synthetic stage"
+    ):
+        preprocess.run(both)
 
 
 def test_near_duplicates_stay_in_one_split(context: Context) -> None:
@@ -132,7 +166,8 @@ def test_a_full_disk_is_one_line_and_kills_nothing(context: Context, stage: str)
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
         f"from tasks.stage import stage_main; from tasks.{stage} import run; stage_main(run)"
     )
-    shutil.copy(CHECKOUT.params, context.project.root)
+    content = yaml.safe_load(CHECKOUT.params.read_text()) | {"synthetic": {"per_class": 0}}
+    context.project.params.write_text(yaml.safe_dump(content))
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=context.project.root, capture_output=True, text=True
     )

@@ -136,6 +136,7 @@ def test_a_better_model_waits_for_a_person_and_then_is_champion(
     assert found["won"] == sum(photo["now"] == "right" for photo in found["changed"])
     assert [row["label"] for row in found["recalls"]] == list("012345")
     assert report["data"]["changes"]["since"] == 1
+    assert report["data"]["synthetic"] == 12
     assert report["data"]["changes"]["added"] == report["data"]["changes"]["removed"] == 0
     move = workshop.handsigns("status", **named)["history"][-1]
     assert (move["by"], move["previous"], move["version"]) == ("Ann", 1, 2)

@@ -1,7 +1,8 @@
 """The dataset that preprocess writes and later stages read.
 
 `artifacts/dataset/` holds `images.npy`, uint8 (n, size, size, 3), rows sorted by (split,
-label, name), and `index.json` with the name, label and split of each row.
+label, name), then the synthetic hands, and `index.json` with the name, label and split
+of each photo and the number of synthetic hands of each class.
 """
 
 import json
@@ -17,6 +18,7 @@ from tasks.params import LABELS
 
 IMAGES = "images.npy"
 INDEX = "index.json"
+SYNTHETIC = "synthetic"
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,7 @@ class Dataset:
         images: uint8, (n, size, size, 3), RGB in [0, 255]; memory-mapped, read-only.
         names: unique name of each photo.
         labels: int64, (n,); index into `tasks.params.LABELS`.
-        splits: `train`, `val` or `test` for each photo.
+        splits: `train`, `val` or `test` for each photo, `synthetic` for a rendered hand.
     """
 
     images: NDArray[np.uint8]
@@ -53,7 +55,12 @@ def open_dataset(folder: Path) -> Dataset:
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         images = np.load(folder / IMAGES, mmap_mode="r", allow_pickle=False)
-        photos, size = index["photos"], index["image_size"]
+        photos, size = list(index["photos"]), index["image_size"]
+        photos += [
+            {"name": f"synthetic/{label}/{number}", "label": label, "split": SYNTHETIC}
+            for label in LABELS
+            for number in range(index.get("synthetic", 0))
+        ]
         expected = (len(photos), size, size, 3)
         if images.shape != expected or images.dtype != np.uint8:
             raise ValueError(f"{IMAGES} is {images.dtype} {images.shape}, not uint8 {expected}")

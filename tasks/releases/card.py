@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks.data.dataset import SYNTHETIC
 from tasks.data.images import BLUR_SIGMA
 from tasks.errors import StageError
 from tasks.io import atomic_write
@@ -40,7 +41,8 @@ can harm somebody.
 
 ## Data
 
-Version `{version}`.{note} Photos that are nearly the same are kept in one split.
+Version `{version}`.{note} Photos that are nearly the same are kept in one split. Training also \
+used {synthetic} synthetic (rendered) hands.
 
 {counts}
 
@@ -85,7 +87,7 @@ def model_card(
     Args:
         metrics: content of `metrics.json`.
         gate: content of `gate.json`.
-        counts: photos in each split: `train`, `val`, `test`.
+        counts: photos in each split: `train`, `val`, `test`; and `synthetic` hands.
         params: content of `params.yaml`.
         histories: contents of the phases' `history.json`, in order.
         data_version: DVC's hash of the photos.
@@ -117,7 +119,8 @@ def model_card(
         else "Photos are not mirrored while training: a hand that is rare in them may read worse.",
         version=data_version,
         note=f" {data_note}" if data_note else "",
-        counts=table(("split", "photos"), [(name, counts[name]) for name in counts]),
+        counts=table(("split", "photos"), [(k, n) for k, n in counts.items() if k != SYNTHETIC]),
+        synthetic=counts[SYNTHETIC],
         seed=params["seed"],
         seen="each photo augmented anew in every epoch" if mode == "end_to_end" else copies,
         mode=mode,

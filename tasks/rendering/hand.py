@@ -108,55 +108,78 @@ def unit(vector: Floats) -> Floats:
 
 
 def pose(label: int, random: np.random.Generator) -> Hand:
-    """Draw one natural pose of a sign.
+    """Draw one natural pose of a sign, of a right hand.
 
     Args:
         label: the sign, 0 to 5.
         random: source of the pose's variety.
-
-    Returns:
-        A right hand.
     """
+    bones = BONES * random.uniform(0.92, 1.08) * random.uniform(0.95, 1.05, (5, 1))
     joints = np.zeros((5, 4, 3))
     dorsal = np.zeros((5, 3, 3))
-    opening = random.uniform(0.55, 1.7)
-    curl = random.uniform(-5.0, 5.0)
+    spreads = _spreads(label, random)
+    bends = _ring_bends(random) if label == 0 else _finger_bends(label, random)
     for finger in (INDEX, MIDDLE, RING, LITTLE):
-        spread = _spread(label, finger, opening)
-        bends = _bends(label, finger, curl, random)
-        joints[finger], dorsal[finger] = _finger(finger, spread + random.uniform(-2, 2), bends)
-    joints[THUMB], dorsal[THUMB] = _thumb(label, joints, random)
-    sideways, forward = circle(random.uniform(-22, 22)), circle(random.uniform(-14, 14))
+        joints[finger], dorsal[finger] = _finger(
+            BASES[finger], bones[finger], spreads[finger], bends[finger - 1]
+        )
+    thumb = (
+        _straight_thumb(label, random)
+        if THUMB in RAISED[label]
+        else _bent_thumb(label, joints, random)
+    )
+    joints[THUMB], dorsal[THUMB] = _place_thumb(thumb, bones[THUMB])
+    sideways, forward = circle(random.uniform(-30, 30)), circle(random.uniform(-22, 22))
     arm = np.array([sideways[1], -sideways[0] * forward[0], sideways[0] * forward[1]])
-    return Hand(joints, dorsal, arm, random.uniform(0.94, 1.18))
+    return Hand(joints, dorsal, arm, random.uniform(0.9, 1.2))
 
 
-def _spread(label: int, finger: int, opening: float) -> float:
-    """Degrees by which a finger leans towards the thumb's side."""
-    if finger not in RAISED[label]:
-        # The fingertips of the ring meet; those of a fist just lie close.
-        return SPREAD[finger] * (-0.4 if label == 0 else 0.4)
-    apart = {INDEX: 5.0, MIDDLE: -5.0}[finger] if label == 2 else 0.0
-    return (SPREAD[finger] + apart) * opening
+def _spreads(label: int, random: np.random.Generator) -> Floats:
+    """Degrees by which each finger leans towards the thumb's side, (5,)."""
+    # Below zero the tips of neighbours touch.
+    opening = random.uniform(-0.4, 1.7)
+    leans = np.array(SPREAD)
+    if label in (2, 3):
+        apart = 7.0 if label == 2 else 4.0
+        leans = leans + np.array([0.0, apart, -apart, 0.0, 0.0])
+    if label in (4, 5) and random.uniform() < 0.15:
+        leans = leans + random.uniform(3.0, 9.0) * np.array([0.0, 1.0, 1.0, -1.0, -1.0])
+    raised = np.isin(np.arange(5), RAISED[label])
+    # The fingertips of the ring meet; those of a fist just lie close.
+    closed = np.array(SPREAD) * (-0.4 if label == 0 else random.uniform(0.1, 0.6))
+    spreads: Floats = np.where(raised, leans * opening, closed) + random.uniform(-3.0, 3.0, 5)
+    return spreads
 
 
-def _bends(label: int, finger: int, curl: float, random: np.random.Generator) -> list[float]:
-    """Degrees by which the three joints of a finger bend towards the palm."""
-    if label == 0:
-        loose = -2.0 * (finger - INDEX)
-        limits = ((50.0 + curl + loose, 4.0), (64.0 + curl + loose, 4.0), (46.0, 5.0))
-    elif finger in RAISED[label]:
-        limits = ((4.0 + curl, 5.0), (7.0, 6.0), (5.0, 4.0))
-    else:
-        limits = ((80.0 + curl, 6.0), (104.0, 6.0), (52.0, 8.0))
-    return [middle + random.uniform(-width, width) for middle, width in limits]
+def _ring_bends(random: np.random.Generator) -> Floats:
+    """Degrees by which the joints of the four fingers of sign 0 bend, (4, 3)."""
+    tight = random.uniform(-1.0, 1.0)
+    bends = np.array([51.0, 67.0, 44.0]) + tight * np.array([9.0, 14.0, 6.0])
+    fan = random.uniform(-4.0, 1.0) * np.arange(4)[:, None]
+    return bends + fan + random.uniform(-4.0, 4.0, (4, 3))
 
 
-def _finger(finger: int, spread: float, bends: list[float]) -> tuple[Floats, Floats]:
+def _finger_bends(label: int, random: np.random.Generator) -> Floats:
+    """Degrees by which the joints of the four fingers of signs 1 to 5 bend, (4, 3)."""
+    droop, loose = random.uniform(0.0, 1.0, 2)
+    droop = droop * droop * droop
+    # No thumb holds the folded fingers of sign 3.
+    loose = 0.7 * loose if label == 3 else 0.8 * loose * loose
+    own = random.uniform(-1.0, 1.0, (4, 3))
+    straight = np.array([-3.0, 5.0, 4.0]) + droop * np.array([26.0, 26.0, 16.0])
+    straight = straight + own * (np.array([6.0, 5.0, 4.0]) + 6.0 * droop)
+    folded = np.array([86.0, 106.0, 54.0]) - loose * np.array([34.0, 14.0, 20.0])
+    folded = folded + own * np.array([8.0, 7.0, 9.0])
+    raised = np.isin(np.arange(1, 5), RAISED[label])[:, None]
+    bends: Floats = np.where(raised, straight, folded)
+    return bends
+
+
+def _finger(base: Floats, bones: Floats, spread: float, bends: Floats) -> tuple[Floats, Floats]:
     cos, sin = circle(spread)
     along, out = np.array([sin, cos, 0.0]), np.array([0.0, 0.0, 1.0])
-    joints, dorsal, total = [BASES[finger]], [], 0.0
-    for bone, bend in zip(BONES[finger], bends, strict=True):
+    joints, dorsal, total = [base], [], 0.0
+    for bone, bend in zip(bones.tolist(), bends.tolist(), strict=True):
         total += bend
         cos, sin = circle(total)
         joints.append(joints[-1] + bone * (cos * along + sin * out))
@@ -164,34 +187,99 @@ def _finger(finger: int, spread: float, bends: list[float]) -> tuple[Floats, Flo
     return np.stack(joints), np.stack(dorsal)
 
 
-def _thumb(label: int, joints: Floats, random: np.random.Generator) -> tuple[Floats, Floats]:
+@dataclass(frozen=True)
+class _Thumb:
+    """Where a thumb goes: all float64, (3,).
+
+    Args:
+        first: direction of the bone in the ball of the thumb.
+        reach: of the tip, from the knuckle if `free`, else from the wrist.
+        pole: where the middle joint points.
+        back: out of the nail.
+    """
+
+    first: Floats
+    reach: Floats
+    pole: Floats
+    back: Floats
+    free: bool = False
+
+
+def _straight_thumb(label: int, random: np.random.Generator) -> _Thumb:
+    """A thumb that is shown: from square to the fingers to beside them, or forward."""
+    angle = random.uniform(28.0, 84.0)
+    forward = random.uniform(-0.05, 0.3)
+    if label == 5 and random.uniform() < 0.15:
+        forward += 0.4
+    cos, sin = circle(angle)
+    away = unit(np.array([cos, sin, forward]))
+    cos, sin = circle(0.6 * angle + 19.0)
+    first = np.array([cos, sin, 0.1 + 0.6 * forward])
+    # At almost full reach a thumb is straight; some bend outwards and some inwards.
+    length = random.uniform(5.3, 5.9)
+    pole = np.array([0.6, -0.6, -0.2]) * (1.0 if random.uniform() < 0.5 else -1.0)
+    return _Thumb(first, length * away, pole, np.array([0.5, -0.5, -0.7]), free=True)
+
+
+def _bent_thumb(label: int, joints: Floats, random: np.random.Generator) -> _Thumb:
+    """The thumb of a sign that does not show it."""
     jitter = random.uniform(-1.0, 1.0, 3)
-    if THUMB in RAISED[label]:
-        cos, sin = circle(47.0 + 13.0 * jitter[0])
-        away = np.array([cos, sin, 0.12 + 0.15 * jitter[1]])
-        first, back = away + np.array([-0.05, 0.12, 0.1]), np.array([0.5, -0.5, -0.7])
-        knuckle = BASES[THUMB] + BONES[THUMB, 0] * unit(first)
-        target, pole = knuckle + 5.8 * unit(away), np.array([0.6, -0.6, -0.2])
-    else:
-        first, target, pole = _opposed(label, joints, jitter)
-        knuckle = BASES[THUMB] + BONES[THUMB, 0] * unit(first)
-        back = pole
-    bent, tip = _reach(knuckle, target, pole, BONES[THUMB, 1], BONES[THUMB, 2])
-    chain = np.stack([BASES[THUMB], knuckle, bent, tip])
-    return chain, np.stack([_across(back, chain[i + 1] - chain[i]) for i in range(3)])
-
-
-def _opposed(label: int, joints: Floats, jitter: Floats) -> tuple[Floats, Floats, Floats]:
-    """First bone's direction, the tip's target and where the knuckle points."""
     if label == 0:
         touch = joints[INDEX, 3] * 0.6 + joints[MIDDLE, 3] * 0.4 + np.array([0.0, -1.0, -0.5])
-        return np.array([0.25, 0.45, 0.8]), touch + 0.25 * jitter, np.array([0.1, -0.9, 0.5])
+        pole = np.array([0.1, -0.9, 0.5])
+        return _Thumb(np.array([0.25, 0.45, 0.8]), touch + 0.3 * jitter, pole, pole)
+    kind = random.uniform()
     if label == 4:
-        touch = np.array([-1.2, 5.6, 2.5]) + jitter * np.array([0.9, 0.7, 0.2])
-        return np.array([0.5, 0.75, 0.5]), touch, np.array([0.5, 0.35, 0.6])
-    folded = MIDDLE if label == 1 else RING
-    touch = joints[folded, 1] * 0.2 + joints[folded, 2] * 0.8 + np.array([-0.4, 0.0, 1.35])
-    return np.array([0.5, 0.6, 0.75]), touch + 0.35 * jitter, np.array([0.6, 0.0, 0.8])
+        return _thumb_on_palm(kind, jitter)
+    if kind < 0.15:  # beside the fist
+        touch = np.array([2.4, 8.3, 1.9]) + jitter * np.array([0.5, 0.9, 0.6])
+        pole = np.array([0.8, 0.0, 0.3])
+        return _Thumb(np.array([0.35, 0.8, 0.4]), touch, pole, pole)
+    if kind < 0.4:  # tip to tip with the first folded finger
+        finger = MIDDLE if label == 1 else RING
+        tip, before = joints[finger, 3], joints[finger, 2]
+        pole = np.array([0.3, -0.7, 0.6])
+        touch = tip + 0.9 * unit(tip - before) + 0.35 * jitter
+        return _Thumb(np.array([0.3, 0.5, 0.8]) + 0.1 * jitter, touch, pole, pole)
+    folded = int(random.integers(MIDDLE if label == 1 else RING, LITTLE + 1))
+    along = random.uniform(0.3, 1.0)
+    touch = joints[folded, 1] * (1.0 - along) + joints[folded, 2] * along
+    pole = np.array([0.35, -0.1, 0.9])
+    touch = touch + np.array([-0.2, 0.0, 1.35]) + 0.35 * jitter
+    first = np.array([0.35, 0.58, 0.8]) + 0.12 * jitter
+    return _Thumb(first, touch, pole, pole)
+
+
+def _thumb_on_palm(kind: float, jitter: Floats) -> _Thumb:
+    """The thumb of sign 4, which people fold in many ways.
+
+    Args:
+        kind: 0 to 1; which way.
+        jitter: float64, (3,); -1 to 1.
+    """
+    pole = np.array([0.5, 0.35, 0.6])
+    if kind < 0.35:  # across, to the ring or little finger
+        touch = np.array([-0.9, 6.4, 2.35]) + jitter * np.array([1.3, 1.7, 0.35])
+        return _Thumb(np.array([0.4, 0.75, 0.5]) + 0.12 * jitter, touch, pole, pole)
+    if kind < 0.6:  # tip below the index or middle finger
+        touch = np.array([1.1, 7.5, 2.2]) + jitter * np.array([1.1, 1.4, 0.35])
+        return _Thumb(np.array([0.45, 0.75, 0.5]), touch, pole, pole)
+    if kind < 0.8:  # upright, beside the index finger's base
+        touch = np.array([2.0, 8.9, 2.25]) + jitter * np.array([0.9, 1.1, 0.35])
+        return _Thumb(np.array([0.25, 0.85, 0.4]), touch, np.array([0.8, 0.0, 0.4]), pole)
+    if kind < 0.9:  # towards the camera
+        touch = np.array([0.6, 5.0, 4.6]) + jitter * np.array([1.5, 1.2, 1.0])
+        return _Thumb(np.array([0.4, 0.6, 0.7]), touch, pole, pole)
+    touch = np.array([-1.4, 3.8, 2.7]) + jitter * np.array([1.1, 0.9, 0.3])
+    return _Thumb(np.array([0.5, 0.6, 0.65]), touch, pole, pole)
+
+
+def _place_thumb(thumb: _Thumb, bones: Floats) -> tuple[Floats, Floats]:
+    knuckle = BASES[THUMB] + bones[0] * unit(thumb.first)
+    target = knuckle + thumb.reach if thumb.free else thumb.reach
+    bent, tip = _reach(knuckle, target, thumb.pole, float(bones[1]), float(bones[2]))
+    chain = np.stack([BASES[THUMB], knuckle, bent, tip])
+    return chain, np.stack([_across(thumb.back, chain[i + 1] - chain[i]) for i in range(3)])
 
 
 def _across(vector: Floats, axis: Floats) -> Floats:
@@ -231,6 +319,9 @@ def capsules(hand: Hand) -> Capsules:
         if finger != LITTLE:
             web = (BASES[finger] * 0.93, BASES[finger + 1] * 0.93)
             rows.append((*web, 1.1, 1.1, behind, Part.PALM))
+            near, far = hand.joints[finger : finger + 2, :2]
+            low, high = near[0] + 0.34 * (near[1] - near[0]), far[0] + 0.34 * (far[1] - far[0])
+            rows.append((low, high, 0.85, 0.8, behind, Part.PALM))
     pads = (
         (np.array([1.0, 2.2, 0.5]), BASES[THUMB] * 0.35 + thumb * 0.65, 1.45, 1.25),
         (np.array([2.3, 5.6, 0.0]), BASES[THUMB] * 0.4 + thumb * 0.6, 1.1, 0.8),

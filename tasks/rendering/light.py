@@ -17,11 +17,13 @@ class Light:
         towards: float64, (3,); unit vector to the lamp.
         key: float64, (3,); the lamp's red, green and blue.
         ambient: float64, (3,); the room's.
+        depth: 0 to 1; how dark shadows and hollows of the hand are.
     """
 
     towards: Floats
     key: Floats
     ambient: Floats
+    depth: float = 0.8
 
 
 def draw_light(random: np.random.Generator) -> Light:
@@ -29,11 +31,12 @@ def draw_light(random: np.random.Generator) -> Light:
     cos, sin = circle(random.uniform(10, 170))
     towards = unit(np.array([cos, sin, random.uniform(0.7, 2.2)]))
     warmth = random.uniform(-1.0, 1.0)
-    colour = np.array([1.0 + 0.10 * warmth, 1.0, 1.0 - 0.14 * warmth])
-    share = random.uniform(0.45, 0.75)
+    colour = np.array([1.0 + 0.14 * warmth, 1.0, 1.0 - 0.2 * warmth])
+    share = random.uniform(0.3, 0.8)
     exposure = random.uniform(0.85, 1.1)
     cool = np.array([1.0, 1.0, 1.0 + random.uniform(-0.02, 0.1)])
-    return Light(towards, exposure * share * colour, exposure * (1.0 - share) * cool)
+    key, ambient = exposure * share * colour, exposure * (1.0 - share) * cool
+    return Light(towards, key, ambient, random.uniform(0.3, 0.9))
 
 
 def light_on_hand(depth: Floats, hits: Hits, light: Light, camera: Camera) -> Floats:
@@ -50,9 +53,9 @@ def light_on_hand(depth: Floats, hits: Hits, light: Light, camera: Camera) -> Fl
     """
     facing = inner(hits.normals, light.towards)
     lambert = np.clip((facing + 0.2) / 1.2, 0.0, 1.0)
-    lit = lambert * (1.0 - 0.8 * _shadow(depth, light, camera)[hits.seen])
+    lit = lambert * (1.0 - light.depth * _shadow(depth, light, camera)[hits.seen])
     hollow = blur(depth, round(0.8 * camera.focal / camera.distance)) - depth
-    open_share = 1.0 - 0.6 * np.clip(hollow[hits.seen] / 1.6, 0.0, 1.0)
+    open_share = 1.0 - 0.75 * light.depth * np.clip(hollow[hits.seen] / 1.6, 0.0, 1.0)
     edge = 0.62 + 0.38 * np.clip(1.4 * hits.normals[2], 0.0, 1.0)
     sky = (0.75 + 0.25 * hits.normals[1]) * open_share
     key, ambient = light.key[:, None], light.ambient[:, None]
@@ -82,22 +85,22 @@ def light_on_wall(
         random: source of softness and falloff.
 
     Returns:
-        float64, (3, size, size); smooth, so computed at the photo's own size.
+        float64, (3, SIDE, SIDE); smooth, so computed at the photo's own size.
     """
     scale = camera.focal / camera.distance / SUPERSAMPLED
     right, up = (float(part) / float(light.towards[2]) * gap * scale for part in light.towards[:2])
     mask = blur(hits.seen[::SUPERSAMPLED, ::SUPERSAMPLED].astype(np.float64), round(0.5 * scale))
-    soft = max(1, round(gap * scale * random.uniform(0.08, 0.3)))
+    soft = max(1, round(gap * scale * random.uniform(0.02, 0.3)))
     cast_shadow = blur(blur(shift(mask, round(up), -round(right)), soft), soft)
     near = blur(blur(mask, round(1.2 * scale)), round(1.2 * scale)) * random.uniform(0.0, 0.35)
     steps = (np.arange(SIDE) + 0.5) / SIDE - 0.5
     slope = random.uniform(-0.35, 0.35, 2)
-    corner = random.uniform(0.0, 0.7) * (steps[:, None] * steps[:, None] + steps * steps)
+    corner = random.uniform(0.0, 1.3) * (steps[:, None] * steps[:, None] + steps * steps)
     falloff = 1.0 + slope[0] * steps[:, None] + slope[1] * steps - corner
     key, ambient = light.key[:, None, None], light.ambient[:, None, None]
     strength = random.uniform(0.35, 0.9)
     wall: Floats = (key * (1.0 - strength * cast_shadow) + ambient * (1.0 - near)) * falloff
-    return wall.repeat(SUPERSAMPLED, axis=1).repeat(SUPERSAMPLED, axis=2)
+    return wall
 
 
 def _shadow(depth: Floats, light: Light, camera: Camera) -> Floats:

@@ -41,10 +41,10 @@ def blur(values: Floats, radius: int) -> Floats:
     return values
 
 
-def clouds(random: np.random.Generator, cells: int) -> Floats:
+def clouds(random: np.random.Generator, cells: int, size: int) -> Floats:
     """Random values on a grid with straight lines between them, 0 to 1, (size, size)."""
     grid = random.uniform(0.0, 1.0, (cells + 1, cells + 1))
-    steps = (np.arange(FRAME) + 0.5) * cells / FRAME
+    steps = (np.arange(size) + 0.5) * cells / size
     cell = steps.astype(np.int64)
     share = steps - cell
     rows = grid[cell] + share[:, None] * (grid[cell + 1] - grid[cell])
@@ -52,17 +52,37 @@ def clouds(random: np.random.Generator, cells: int) -> Floats:
     return clouds
 
 
+def enlarge(picture: Floats) -> Floats:
+    """Repeat pixels of (3, SIDE, SIDE) to (3, FRAME, FRAME)."""
+    return picture.repeat(SUPERSAMPLED, axis=1).repeat(SUPERSAMPLED, axis=2)
+
+
 def develop(picture: Floats, random: np.random.Generator) -> NDArray[np.uint8]:
-    """Lens blur, gamma, camera noise and rounding, to (64, 64, 3)."""
-    values = np.sqrt(np.clip(picture, 0.0, 1.0))
+    """What a phone's camera does: exposure, lens, colour, tone, sharpening and noise.
+
+    Args:
+        picture: float64, (3, FRAME, FRAME), linear brightness.
+        random: source of the camera's settings.
+
+    Returns:
+        uint8, (64, 64, 3).
+    """
+    values = np.sqrt(np.clip(random.uniform(0.85, 1.25) * picture, 0.0, 1.0))
     pairs = values[:, 0::2, :] + values[:, 1::2, :]
     small = (pairs[:, :, 0::2] + pairs[:, :, 1::2]) / 4.0
-    blurred = np.stack([blur(channel, 1) for channel in small])
-    small = small + random.uniform(0.0, 0.35) * (blurred - small)
+    grey = (small[0] + small[1] + small[2]) / 3.0
+    small = (grey + random.uniform(0.6, 1.15) * (small - grey)) * random.uniform(
+        0.95, 1.05, (3, 1, 1)
+    )
+    contrast = random.uniform(-0.1, 0.5)
+    small = small + contrast * (small * small * (3.0 - 2.0 * small) - small)
+    # Below zero it sharpens.
+    softness = random.uniform(-0.2, 0.4)
+    small = small + softness * (np.stack([blur(channel, 1) for channel in small]) - small)
     # Four bytes added up are close to normal, and integers on every processor.
     grains = random.integers(0, 256, (4, 3, SIDE, SIDE), dtype=np.int64)
     grain = (grains[0] + grains[1] + grains[2] + grains[3] - 510) / 148.0
-    levels = 255.0 * small + random.uniform(0.5, 3.5) * grain
+    levels = 255.0 * small + random.uniform(0.3, 2.5) * grain
     # The odd offset keeps values that are meant to be equal off the rounding edge.
     rounded = np.floor(np.clip(levels, 0.0, 255.0) + 0.5 + 2.0**-21)
     return np.ascontiguousarray(np.minimum(rounded, 255.0).astype(np.uint8).transpose(1, 2, 0))

@@ -66,7 +66,8 @@ def render_sample(
         for label in LABELS:
             (temporary / "train" / label).mkdir(parents=True)
         progress("render", 0, len(places))
-        for done, (place, content) in enumerate(_render(places), start=1):
+        for done, (place, picture) in enumerate(draw_all(places), start=1):
+            content = encode(picture)
             path = temporary / "train" / LABELS[place[1]] / f"{_digest(content)}.png"
             path.write_bytes(content)
             if done % CHUNK == 0 or done == len(places):
@@ -118,16 +119,16 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def _render(places: list[Place]) -> Iterator[tuple[Place, bytes]]:
-    """Files in the order of `places`, from as many processes as it is worth."""
+def draw_all(places: list[Place]) -> Iterator[tuple[Place, NDArray[np.uint8]]]:
+    """Render photos in the order of `places`, on several processes if there are many."""
     processes = min(MAX_PROCESSES, os.cpu_count() or 1, len(places) // (2 * CHUNK))
     if processes < 2:
-        yield from ((place, _file(place)) for place in places)
+        yield from ((place, draw(place)) for place in places)
         return
     # A fork would copy the locks of whatever threads the caller runs.
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _serve)
     try:
-        yield from zip(places, pool.map(_file, places, chunksize=CHUNK), strict=True)
+        yield from zip(places, pool.map(draw, places, chunksize=CHUNK), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -143,10 +144,6 @@ def _serve() -> None:
             os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-
-
-def _file(place: Place) -> bytes:
-    return encode(draw(place))
 
 
 def encode(picture: NDArray[np.uint8]) -> bytes:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from tasks.rendering.hand import Capsules, Floats, Hand, Part, capsules, circle
 from tasks.rendering.light import draw_light, gloss, light_on_hand, light_on_wall
-from tasks.rendering.pixels import FRAME, develop
+from tasks.rendering.pixels import FRAME, develop, enlarge
 from tasks.rendering.raycast import Camera, cast
 from tasks.rendering.surface import skin, wall
 
@@ -57,7 +57,8 @@ def photograph(label: int, hand: Hand, random: np.random.Generator) -> NDArray[n
     gap = random.uniform(1.0, 7.0)
     depth = np.full((FRAME, FRAME), lowest - 1.0 - gap)
     depth[hits.seen] = np.maximum(hits.points[2], lowest - 1.0 - gap)
-    picture = wall(random) * light_on_wall(hits, light, camera, gap + 2.5, random)
+    behind = wall(random) * light_on_wall(hits, light, camera, gap + 2.5, random)
+    picture = enlarge(behind)
     lit = skin(hits, shapes, turn.undo(hits.points), random) * light_on_hand(
         depth, hits, light, camera
     )
@@ -68,11 +69,19 @@ def photograph(label: int, hand: Hand, random: np.random.Generator) -> NDArray[n
 
 
 def _draw_turn(label: int, random: np.random.Generator) -> Turn:
-    yaw = random.uniform(-82, -56) if label == 0 else random.uniform(-26, 26)
-    if label != 0 and random.uniform() < 0.15:
-        yaw += 180.0
+    """A view of the palm or the back, mostly upright and mostly from the front."""
+    wide = random.uniform() < 0.2
     roll = random.uniform(-22, 22) + random.uniform(-22, 22)
-    pitch = random.uniform(-9, 9) if label == 0 else random.uniform(-16, 16)
+    if random.uniform() < 0.05:
+        roll = random.uniform(-180, 180)
+    elif wide:
+        roll *= 1.6
+    if label == 0:  # the ring shows from the thumb's side
+        return Turn(random.uniform(-115, -35), random.uniform(-20, 20), 1.3 * roll)
+    yaw = random.uniform(-48, 48) if wide else random.uniform(-26, 26)
+    if random.uniform() < 0.12:
+        yaw += 180.0
+    pitch = random.uniform(-32, 32) if wide else random.uniform(-16, 16)
     return Turn(yaw, pitch, roll)
 
 
@@ -90,8 +99,8 @@ def frame_hand(shapes: Capsules, random: np.random.Generator) -> Camera:
     ends = np.concatenate([shapes.starts[hand], shapes.ends[hand]])[:, :2]
     low, high = ends.min(axis=0) - 1.0, ends.max(axis=0) + 1.0
     extent = high - low
-    shown = float(extent.max()) / random.uniform(0.58, 0.9)
-    slack = 0.45 * (shown - extent) * random.uniform(-1.0, 1.0, 2)
-    x, y = (low + high) / 2 + slack * np.array([1.0, 0.8])
-    distance = random.uniform(38.0, 80.0)
+    smallest = 0.4 if random.uniform() < 0.12 else 0.62
+    shown = float(extent.max()) / random.uniform(smallest, 1.0)
+    x, y = (low + high) / 2 + 0.5 * (shown - extent) * random.uniform(-1.0, 1.0, 2)
+    distance = random.uniform(30.0, 80.0)
     return Camera(distance, distance * FRAME / shown, (float(x), float(y)), FRAME)

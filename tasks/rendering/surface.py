@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.rendering.hand import Capsules, Floats, Part, circle
-from tasks.rendering.pixels import FRAME, clouds, linear
+from tasks.rendering.pixels import FRAME, SIDE, blur, clouds, linear
 from tasks.rendering.raycast import Hits, inner
 
 SKINS = np.array(
@@ -35,16 +35,16 @@ def skin(hits: Hits, shapes: Capsules, places: Floats, random: np.random.Generat
     Returns:
         float64, (3, m); linear red, green and blue.
     """
-    tone = random.uniform(0.0, len(SKINS) - 1.001)
+    tone = random.uniform() * random.uniform(0.5, 1.0) * (len(SKINS) - 1.001)
     below = int(tone)
     colour = SKINS[below] + (tone - below) * (SKINS[below + 1] - SKINS[below])
-    colour = colour * (1.0 + random.uniform(-0.05, 0.05, 3))
-    palm = colour + (0.10 + 0.07 * tone) * (PALM - colour)
+    colour = colour * (1.0 + random.uniform(-0.08, 0.08, 3))
+    palm = colour + (0.10 + 0.05 * tone) * (PALM - colour)
     parts = shapes.parts[hits.owners]
     outside = inner(shapes.dorsal.T[:, hits.owners], hits.normals)
     inside = np.clip(0.5 - 1.2 * outside, 0.0, 1.0)
     colours = colour[:, None] + inside * (palm - colour)[:, None]
-    colours = colours * (1.0 + 0.07 * (clouds(random, 9)[hits.seen] - 0.5))
+    colours = colours * (1.0 + 0.07 * (clouds(random, 9, FRAME)[hits.seen] - 0.5))
     finger = (parts == Part.FINGER) | (parts == Part.TIP)
     fold = np.clip(1.0 - np.abs(hits.along - 0.03) / 0.11, 0.0, 1.0) * finger
     colours = colours * (1.0 - 0.12 * fold) * (1.0 - _lines(places, parts) * inside)
@@ -54,9 +54,21 @@ def skin(hits: Hits, shapes: Capsules, places: Floats, random: np.random.Generat
     varnished = random.uniform() < 0.08
     paint = random.uniform(20, 220, 3) if varnished else 0.45 * colour + 0.55 * NAIL
     colours = np.where(nail, paint[:, None], colours)
-    cloth, cuff = random.uniform(20, 230, 3), random.uniform(0.1, 0.9)
-    sleeve = (parts == Part.ARM) & (hits.along > cuff) & (random.uniform() < 0.35)
-    return linear(np.where(sleeve, cloth[:, None], colours))
+    return linear(_dressed(colours, hits, parts, random))
+
+
+def _dressed(
+    colours: Floats, hits: Hits, parts: NDArray[np.int64], random: np.random.Generator
+) -> Floats:
+    """Cover the forearm of some with a sleeve, from the wrist or later, or with a band."""
+    cloth, cuff = random.uniform(10, 230, 3), random.uniform(0.05, 0.7)
+    worn = random.uniform()
+    covered = (parts == Part.ARM) & (hits.along > cuff)
+    if worn < 0.12:  # a bracelet or a watch
+        covered &= hits.along < cuff + random.uniform(0.02, 0.1)
+    elif worn > 0.5:
+        return colours
+    return np.where(covered, cloth[:, None], colours)
 
 
 def _lines(places: Floats, parts: NDArray[np.int64]) -> Floats:
@@ -71,26 +83,50 @@ def _lines(places: Floats, parts: NDArray[np.int64]) -> Floats:
 
 
 def wall(random: np.random.Generator) -> Floats:
-    """Reflectance of the background, (3, size, size): plain, cloudy, striped or tiled."""
-    if random.uniform() < 0.6:
-        colour = random.uniform(150, 248) + random.uniform(-14, 14, 3)
+    """Reflectance of the background, (3, SIDE, SIDE): plain, patterned or cluttered."""
+    if random.uniform() < 0.7:
+        colour = random.uniform(140, 248) + random.uniform(-14, 14, 3)
     else:
-        colour = random.uniform(50, 225) + random.uniform(-45, 45, 3)
+        colour = random.uniform(40, 225) + random.uniform(-40, 40, 3)
     other = np.clip(colour + random.uniform(-60, 60) + random.uniform(-20, 20, 3), 10, 250)
-    cos, sin = circle(random.uniform(0, 180))
-    steps = np.arange(FRAME) - FRAME / 2 + 0.5
-    across, along = cos * steps + sin * steps[:, None], cos * steps[:, None] - sin * steps
-    period = random.uniform(12, 70)
-    kind = int(random.integers(8))
+    across, along = _grid(random.uniform(0, 180))
+    period = random.uniform(6, 35)
+    kind = int(random.integers(14))
     if kind <= 2:
-        mix = 0.15 * clouds(random, 3)
+        mix = 0.15 * clouds(random, 3, SIDE)
     elif kind <= 4:
-        mix = 0.5 * clouds(random, int(random.integers(5, 40)))
+        mix = 0.4 * clouds(random, int(random.integers(5, 25)), SIDE)
+        mix = mix + 0.4 * clouds(random, int(random.integers(25, 60)), SIDE)
     elif kind == 5:
-        mix = np.abs(across / period - np.floor(across / period) - 0.5) * clouds(random, 9)
+        mix = np.abs(across / period - np.floor(across / period) - 0.5) * clouds(random, 9, SIDE)
     elif kind == 6:
         odd = np.floor(across / period) + np.floor(along / period)
         mix = 0.6 * (odd - 2.0 * np.floor(odd / 2.0))
+    elif kind >= 10:
+        mix = 0.1 * clouds(random, 3, SIDE)
     else:
-        mix = np.clip((across - random.uniform(-45, 45)) / 2.0, 0.0, 1.0)
-    return linear(colour[:, None, None] + mix * (other - colour)[:, None, None])
+        mix = np.clip(across - random.uniform(-22, 22), 0.0, 1.0)
+    picture = colour[:, None, None] + mix * (other - colour)[:, None, None]
+    return linear(_clutter(picture, random) if kind in (8, 9) else picture)
+
+
+def _clutter(picture: Floats, random: np.random.Generator) -> Floats:
+    """Put boxes and discs of any colour onto `picture`, out of focus."""
+    for _ in range(int(random.integers(2, 9))):
+        across, along = _grid(random.uniform(0, 180))
+        x, y = random.uniform(-34, 34, 2)
+        wide, high = random.uniform(2, 24, 2)
+        across, along = np.abs(across - x) / wide, np.abs(along - y) / high
+        reach = np.maximum(across, along) if random.integers(2) else across * across + along * along
+        colour = random.uniform(15, 245) + random.uniform(-45, 45, 3)
+        shade = colour[:, None, None] * (1.0 - 0.3 * random.uniform() * reach)
+        picture = np.where(reach < 1.0, shade, picture)
+    radius = int(random.integers(0, 4))
+    return np.stack([blur(channel, radius) for channel in picture]) if radius else picture
+
+
+def _grid(degrees: float) -> tuple[Floats, Floats]:
+    """Turned coordinates of the photo's pixels from its middle, (SIDE, SIDE) each."""
+    cos, sin = circle(degrees)
+    steps = np.arange(SIDE) - SIDE / 2 + 0.5
+    return cos * steps + sin * steps[:, None], cos * steps[:, None] - sin * steps

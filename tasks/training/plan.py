@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.data.dataset import Dataset
+from tasks.data.dataset import SYNTHETIC, Dataset
 from tasks.data.splits import stratified_sample
 from tasks.errors import ParamsError
 from tasks.params import LABELS, Params, PhaseParams, TrainingParams
@@ -35,9 +35,10 @@ class Plan:
         phase: its parameters.
         training: parameters of all phases.
         seed: of every random choice.
-        views: augmented views that exist of each training photo.
+        views: augmented views that exist of each training photo; a synthetic hand has none.
         train: int64, (n,); dataset rows trained on.
         train_labels: int64, (n,).
+        synthetic: bool, (n,); which of `train` are synthetic hands.
         val: int64, (m,); dataset rows validated on.
         val_labels: int64, (m,).
     """
@@ -49,6 +50,7 @@ class Plan:
     views: int
     train: NDArray[np.int64]
     train_labels: NDArray[np.int64]
+    synthetic: NDArray[np.bool_]
     val: NDArray[np.int64]
     val_labels: NDArray[np.int64]
 
@@ -79,7 +81,7 @@ class Plan:
         shuffled = self.random(1, epoch).permutation(len(self.train))
         for start in range(0, len(shuffled), self.training.batch_size):
             chosen = shuffled[start : start + self.training.batch_size]
-            yield chosen, orders[chosen, place]
+            yield chosen, np.where(self.synthetic[chosen], 0, orders[chosen, place])
 
     def random(self, purpose: int, number: int) -> np.random.Generator:
         """Give the random numbers of one purpose in one epoch or update of this phase."""
@@ -97,17 +99,19 @@ class Plan:
 
 
 def training_rows(dataset: Dataset, fraction: float, seed: int) -> NDArray[np.int64]:
-    """Choose the photos that a phase trains on; a smaller fraction's are among a larger's.
+    """Choose the photos and synthetic hands that a phase trains on.
+
+    Those of a smaller fraction are among a larger's.
 
     Args:
         dataset: the preprocessed photos.
-        fraction: share of each class of the training split.
+        fraction: share of each class of the training split and of the synthetic hands.
         seed: `seed` of params.yaml.
 
     Returns:
         int64, (n,); rows of `dataset`, ascending.
     """
-    rows = dataset.rows("train")
+    rows = np.concatenate([dataset.rows("train"), dataset.rows(SYNTHETIC)])
     names = [dataset.names[row] for row in rows]
     return rows[stratified_sample(names, dataset.labels[rows], fraction, seed)]
 
@@ -136,6 +140,7 @@ def plan_phase(params: Params, name: str | None, dataset: Dataset) -> Plan:
         views=params.features.augmented_copies,
         train=train,
         train_labels=dataset.labels[train],
+        synthetic=np.isin(train, dataset.rows(SYNTHETIC)),
         val=val,
         val_labels=dataset.labels[val],
     )
