@@ -189,7 +189,7 @@ def evaluate(
     """Score a model on labelled photos: accuracy, loss, AUC, each class."""
     with open_workspace() as workspace, shown_progress() as progress:
         classifier, name = workspace.classifier(model)
-        from tasks.evaluate import evaluate_folder
+        from tasks.scoring.folder import evaluate_folder
 
         report = evaluate_folder(classifier, folder, progress)
     from flows.output import scores_listing

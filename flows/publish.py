@@ -98,7 +98,7 @@ def publish_release(workspace: Workspace, report: RunReport) -> Release:
 
 def register_release(workspace: Workspace, report: RunReport, release: Release) -> Version:
     """Record the run in MLflow and register the model of its release as challenger."""
-    from tasks.model.network import load_model
+    from tasks.model.export import load_model
 
     project, params = workspace.project, load_params(workspace.project.params)
     registry = workspace.registry

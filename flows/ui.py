@@ -25,12 +25,12 @@ from prefect.runtime import flow_run
 from flows.report import DataChanges, RunReport
 from flows.workspace import Workspace
 from tasks.data.importer import ImportReport
+from tasks.gate import shown, shown_interval
 from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.card import table
 from tasks.releases.challenger import PromotionDecision
 from tasks.releases.champion import METRICS
-from tasks.scoring.checks import shown, shown_interval
 from tasks.stage import Progress
 
 MOST_FILES = 100

@@ -24,7 +24,7 @@ from tasks.data.splits import require_enough
 from tasks.errors import DataError
 from tasks.io import atomic_write, write_json
 from tasks.params import AuditParams
-from tasks.scoring.plots import draw_audit
+from tasks.scoring.photo_sheets import draw_audit
 from tasks.stage import Context, Progress, stage_main
 
 COMPARED = 64

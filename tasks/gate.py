@@ -1,56 +1,67 @@
-"""Whether a model is good enough to leave this machine; fails closed.
+"""Stage: decide whether a model is good enough to be released; fails closed.
 
-The stage writes `gate.json` and exits with 0 either way, so that `dvc repro`
-ends and shows the verdict; whoever would publish reads `passed`.
+The stage writes `gate.json` and exits with 0 either way, so that `dvc repro` completes.
+Whoever would publish the model reads `passed`.
 """
 
-import json
+import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from scipy.stats import norm
 
 from tasks.data.dataset import INDEX
-from tasks.io import write_json
+from tasks.io import read_json, write_json
 from tasks.params import LABELS, GateParams
-from tasks.scoring.checks import (
-    LARGEST,
-    Check,
-    at_least,
-    at_most,
-    count_at_least,
-    count_at_most,
-    mean_interval,
-    share_interval,
-    shown,
-    shown_interval,
-    surely_at_least,
-)
+from tasks.scoring.metrics import DIGITS, FrozenModel, Interval, wilson_interval
 from tasks.stage import Context, stage_main
 
-DISTURBANCES = ("rotation", "brightness", "blur", "scale", "jpeg")
-"""What the model must have been tried under; see `tasks.scoring.robustness`."""
+Number = int | float
 
-_USUAL_LEVEL = 0.95
-"""Confidence of the intervals that are shown where `gate.confidence` is not set."""
+CORRUPTIONS = ("rotation", "brightness", "blur", "scale", "jpeg")
+"""Kinds that the model must have been tested with; see `tasks.scoring.robustness`."""
+
+LARGEST = 1e12
+"""A loss or a count above this is broken."""
+
+DEFAULT_CONFIDENCE = 0.95
+"""Level of the intervals that are shown where `gate.confidence` is not set."""
 
 
-class Verdict(BaseModel):
+class Check(FrozenModel):
+    """One limit and what was measured.
+
+    Args:
+        value: null where it is unusable.
+        interval: confidence interval of the value; null for counts.
+        detail: why the check failed, where the numbers do not say it.
+    """
+
+    name: str
+    value: Number | None
+    limit: Number | None
+    interval: Interval | None = None
+    passed: bool
+    detail: str | None = None
+
+    def describe(self) -> str:
+        """The check in words."""
+        if self.passed:
+            return self.name
+        fault = f"{shown(self.value)} misses the limit of {shown(self.limit)}"
+        return f"{self.name}: {self.detail or fault}"
+
+
+class Verdict(FrozenModel):
     """The gate's answer."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     passed: bool
     checks: tuple[Check, ...]
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """One line for each check that failed."""
-        return tuple(check.told for check in self.checks if not check.passed)
+        """One line for each failed check."""
+        return tuple(check.describe() for check in self.checks if not check.passed)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `detail` only where there is one."""
@@ -62,120 +73,144 @@ class Verdict(BaseModel):
 
 
 def run(context: Context, item: str | None = None) -> None:
-    """Judge `metrics.json` and the dataset's leaks; write and print the verdict."""
-    project = context.project
-    leaks = _read(project.dataset / INDEX).get("leaks")
-    verdict = judge(_read(project.metrics), leaks, context.params.gate)
-    write_json(project.gate, verdict.to_json())
-    Console().print(verdict_table(verdict))
+    """Judge `metrics.json` and the index of the dataset; write and print the verdict."""
+    index, metrics = read_json(context.project.dataset / INDEX), read_json(context.project.metrics)
+    duplicates = _section({"index": index}, "index").get("leaks")
+    verdict = judge(metrics, duplicates, context.params.gate)
+    write_json(context.project.gate, verdict.to_json())
+    print("Gate:", "passed" if verdict.passed else "failed")
+    for check in verdict.checks:
+        numbers = f"{check.name} {shown(check.value)}, limit {shown(check.limit)}"
+        print("  passed " if check.passed else "  FAILED ", numbers, check.detail or "")
 
 
-def judge(metrics: Mapping[str, Any], leaks: Any, limits: GateParams) -> Verdict:
-    """Hold metrics against the limits.
+def judge(metrics: Any, duplicates: Any, limits: GateParams) -> Verdict:
+    """Check metrics against the limits.
 
-    A value that is missing, null, NaN, infinite, not a number (a string, a
-    boolean) or out of its range fails its check, and so does the whole when no
-    limit is set.
+    A value that is missing, null, NaN, infinite, not a number or out of range fails its
+    check. Without any limit the verdict is a failure.
 
     Args:
         metrics: content of `metrics.json`, see `tasks.scoring.metrics.Scores`.
-        leaks: number of test photos with a twin that training still sees.
+        duplicates: number of test photos with a near-duplicate in training.
         limits: the `gate` section of `params.yaml`.
-
-    Returns:
-        The verdict, with one check for each limit and class.
     """
-    if not isinstance(metrics, Mapping):
-        metrics = {}
-    checks = [
-        *_accuracy(metrics, limits),
-        *_recalls(metrics, limits),
-        *_robust(metrics, limits),
-        *_errors(metrics, limits),
-        *_counts(metrics, leaks, limits),
-    ]
+    content = metrics if isinstance(metrics, Mapping) else {}
+    checks = [*_shares(content, limits), *_means(content, limits)]
+    if (most := limits.max_cross_split_duplicates) is not None:
+        checks.append(_check("cross-split duplicates", duplicates, most, most_allowed=True))
+    if limits.min_test_photos is not None:
+        checks.append(_check("test photos", content.get("n"), limits.min_test_photos))
     if not checks:
-        detail = "no limit is set; name at least one under gate in params.yaml"
+        detail = "no limit is set; set at least one under gate in params.yaml"
         checks.append(Check(name="limits", value=None, limit=None, passed=False, detail=detail))
     return Verdict(passed=all(check.passed for check in checks), checks=tuple(checks))
 
 
-def _accuracy(metrics: Mapping[str, Any], limits: GateParams) -> Iterator[Check]:
-    limit, value = limits.min_accuracy, metrics.get("accuracy")
-    if limit is None:
-        return
-    interval = share_interval(value, metrics.get("n"), _level(limits))
-    if limits.confidence is None:
-        yield at_least("accuracy", value, limit, 1.0, interval)
-    else:
-        yield surely_at_least("accuracy", value, limit, interval, limits.confidence)
+def shown(value: Number | None) -> str:
+    """A number as tables show it."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _recalls(metrics: Mapping[str, Any], limits: GateParams) -> Iterator[Check]:
-    if limits.min_recall is None:
-        return
-    rows = _by_label(metrics.get("per_class"))
-    for label in LABELS:
-        limit = limits.min_recall
-        row = rows.get(label, {})
-        value = row.get("recall")
-        interval = share_interval(value, row.get("support"), _level(limits))
-        least = limit[label] if isinstance(limit, dict) else limit
-        yield at_least(f"recall of {label}", value, least, 1.0, interval)
+def shown_interval(interval: Any) -> str:
+    """An interval as tables show it."""
+    return f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
 
 
-def _robust(metrics: Mapping[str, Any], limits: GateParams) -> Iterator[Check]:
-    if limits.min_robust_accuracy is None:
-        return
-    found = _section(metrics, "robustness")
-    accuracy = _section(found, "accuracy")
-    for kind in DISTURBANCES:
-        value = accuracy.get(kind)
-        interval = share_interval(value, found.get("photos"), _level(limits))
-        name = f"accuracy under {kind}"
-        yield at_least(name, value, limits.min_robust_accuracy, 1.0, interval)
+def _shares(metrics: Mapping[str, Any], limits: GateParams) -> Iterator[Check]:
+    """Accuracy, recall of each class, and accuracy under each corruption."""
+    level = limits.confidence or DEFAULT_CONFIDENCE
+
+    def check(name: str, value: Any, photos: Any, limit: float, sure: bool = False) -> Check:
+        interval = None
+        if not _fault(value, 1.0) and not _fault(photos, LARGEST, integer=True) and photos:
+            interval = wilson_interval(round(value * photos), photos, level)
+        return _check(name, value, limit, 1.0, interval=interval, level=level if sure else None)
+
+    if limits.min_accuracy is not None:
+        sure = limits.confidence is not None
+        accuracy = metrics.get("accuracy")
+        yield check("accuracy", accuracy, metrics.get("n"), limits.min_accuracy, sure)
+    if (least := limits.min_recall) is not None:
+        rows = _rows_by_label(metrics.get("per_class"))
+        for label in LABELS:
+            row = rows.get(label, {})
+            limit = least[label] if isinstance(least, dict) else least
+            yield check(f"recall of {label}", row.get("recall"), row.get("support"), limit)
+    if limits.min_robust_accuracy is not None:
+        found = _section(metrics, "robustness")
+        accuracies, photos = _section(found, "accuracy"), found.get("photos")
+        for kind in CORRUPTIONS:
+            name = f"accuracy under {kind}"
+            yield check(name, accuracies.get(kind), photos, limits.min_robust_accuracy)
 
 
-def _errors(metrics: Mapping[str, Any], limits: GateParams) -> Iterator[Check]:
-    spread = _section(metrics, "standard_errors")
-    if limits.max_loss is not None:
-        loss = metrics.get("loss")
-        interval = mean_interval(loss, spread.get("loss"), _level(limits))
-        yield at_most("loss", loss, limits.max_loss, LARGEST, interval)
-    if limits.max_calibration_error is not None:
-        ece = metrics.get("ece")
-        interval = mean_interval(ece, spread.get("ece"), _level(limits))
-        yield at_most("calibration error", ece, limits.max_calibration_error, 1.0, interval)
+def _means(metrics: Mapping[str, Any], limits: GateParams) -> Iterator[Check]:
+    errors = _section(metrics, "standard_errors")
+    z = float(norm.ppf((1 + (limits.confidence or DEFAULT_CONFIDENCE)) / 2))
+    for name, key, limit, largest in (
+        ("loss", "loss", limits.max_loss, LARGEST),
+        ("calibration error", "ece", limits.max_calibration_error, 1.0),
+    ):
+        if limit is None:
+            continue
+        value: Any = metrics.get(key)
+        error: Any = errors.get(key)
+        interval = None
+        if not _fault(value, LARGEST) and not _fault(error, LARGEST):
+            interval = max(0.0, value - z * error), value + z * error
+        yield _check(name, value, limit, largest, most_allowed=True, interval=interval)
 
 
-def _counts(metrics: Mapping[str, Any], leaks: Any, limits: GateParams) -> Iterator[Check]:
-    if limits.max_cross_split_duplicates is not None:
-        yield count_at_most("leaks", leaks, limits.max_cross_split_duplicates)
-    if limits.min_test_photos is not None:
-        yield count_at_least("test photos", metrics.get("n"), limits.min_test_photos)
+def _check(
+    name: str,
+    value: Any,
+    limit: Number,
+    largest: float | None = None,
+    *,
+    most_allowed: bool = False,
+    interval: Interval | None = None,
+    level: float | None = None,
+) -> Check:
+    """Check one value.
+
+    Args:
+        largest: possible value; None for a count.
+        most_allowed: whether the limit is an upper one.
+        level: of the interval, where its lower bound must reach the limit.
+    """
+    fault = _fault(value, largest or LARGEST, integer=largest is None)
+    if level and not fault and interval is None:
+        fault = "no interval: the number of photos is missing"
+    if fault:
+        return Check(name=name, value=None, limit=limit, passed=False, detail=fault)
+    if interval:
+        interval = round(interval[0], DIGITS), round(interval[1], DIGITS)
+    reached = interval[0] if level and interval else value
+    passed = reached <= limit if most_allowed else reached >= limit
+    detail = None
+    if level and not passed:
+        detail = (
+            f"{shown(value)}, at {level:.0%} confidence at least {reached:.4f}, "
+            f"misses the limit of {shown(limit)}"
+        )
+    return Check(
+        name=name, value=value, limit=limit, interval=interval, passed=passed, detail=detail
+    )
 
 
-def verdict_table(verdict: Verdict) -> Table:
-    """The verdict as a table for a terminal."""
-    colour = "green" if verdict.passed else "red"
-    title = f"Gate: [bold {colour}]{'passed' if verdict.passed else 'failed'}[/]"
-    table = Table("check", title=title, title_justify="left", caption_justify="left")
-    for heading in ("value", "limit", "interval"):
-        table.add_column(heading, justify="right")
-    table.add_column("verdict")
-    for check in verdict.checks:
-        words = Text("passed", "green") if check.passed else Text("failed", "red")
-        words.append(f" {check.detail}" if check.detail else "", "default")
-        table.add_row(check.name, *_cells(check), words)
-    return table
-
-
-def _cells(check: Check) -> tuple[str, str, str]:
-    return shown(check.value), shown(check.limit), shown_interval(check.interval)
-
-
-def _level(limits: GateParams) -> float:
-    return limits.confidence or _USUAL_LEVEL
+def _fault(value: Any, largest: float, integer: bool = False) -> str | None:
+    if value is None:
+        return "missing"
+    if isinstance(value, bool) or not isinstance(value, int if integer else int | float):
+        return f"not a {'whole ' if integer else ''}number: {value!r}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"not finite: {value!r}"
+    if not 0 <= value <= largest:
+        return f"out of range, 0 to {largest:g}"
+    return None
 
 
 def _section(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -183,21 +218,12 @@ def _section(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _by_label(per_class: Any) -> dict[str, Mapping[str, Any]]:
-    """Scores by label; a label that stands there twice counts as missing."""
+def _rows_by_label(per_class: Any) -> dict[str, Mapping[str, Any]]:
+    """Scores by label; a label that occurs twice counts as missing."""
     rows = per_class if isinstance(per_class, list) else []
     rows = [row for row in rows if isinstance(row, Mapping) and isinstance(row.get("label"), str)]
-    named = [row["label"] for row in rows]
-    return {row["label"]: row for row in rows if named.count(row["label"]) == 1}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A file that cannot be read says nothing, and what is missing fails."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    labels = [row["label"] for row in rows]
+    return {row["label"]: row for row in rows if labels.count(row["label"]) == 1}
 
 
 if __name__ == "__main__":

@@ -111,9 +111,9 @@ class Project:
         return self.artifacts / "features"
 
     @property
-    def features_journal(self) -> Path:
+    def features_partial(self) -> Path:
         """Rows that an interrupted features stage had computed."""
-        return self.artifacts / "features.journal"
+        return self.artifacts / "features.partial"
 
     @property
     def features_report(self) -> Path:

@@ -13,31 +13,34 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from tasks.backbone import write_backbone
 from tasks.data.dataset import open_dataset
 from tasks.errors import BackboneError, DataError, ModelError
-from tasks.features import CHANNELS, STRIDE, FeatureReport, run
+from tasks.features import FeatureReport, run
 from tasks.features import extract as extract_features
 from tasks.io import write_json
-from tasks.model.augment import enlarge
+from tasks.model.augment import augment, enlarge
 from tasks.model.feature_store import (
     INDEX,
     ROWS,
-    Journal,
     Key,
+    PartialFeatures,
     Row,
     check_space,
+    feature_shape,
     open_features,
-    open_rows,
-    write_rows,
+    write_features,
 )
-from tasks.model.inference import AHEAD
-from tasks.model.network import FEATURE_SHAPE, build_backbone, build_trunk
-from tasks.model.shards import Shard, TrunkEngine, compute
-from tasks.model.weights import BACKBONE_FILE, TRUNK_FILE, take
+from tasks.model.inference import QUEUE, Engine
+from tasks.model.network import build_backbone, build_trunk
+from tasks.model.shards import Shard, compute, load_trunk
+from tasks.model.weights import BACKBONE_FILE, TRUNK_FILE, get_weights
 from tasks.params import LABELS, Params, load_params
 from tasks.project import Project
+from tasks.scoring import photo_sheets
+from tasks.scoring.photo_sheets import draw_augmentation
 from tasks.stage import Context
 from tasks.training.plan import plan_phase
 from tests.fixtures.photos import CHECKOUT, photo
@@ -58,7 +61,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _untrained(seed: int) -> dict[str, np.ndarray]:
     """Weights with batch norm statistics that do something."""
     random = np.random.default_rng(seed)
-    weights = take(build_backbone(SIZE).layers)
+    weights = get_weights(build_backbone(SIZE).layers)
     for name, value in weights.items():
         if name.endswith(("gamma", "moving_variance")):
             weights[name] = random.uniform(0.7, 1.4, value.shape).astype(np.float32)
@@ -85,11 +88,11 @@ def _context(root: Path, backbone: Path) -> Context:
 
 
 @cache
-def _engine_of(graph: bytes, size: int) -> TrunkEngine:
+def _engine_of(graph: bytes, size: int) -> Engine:
     with TemporaryDirectory() as folder:
         path = Path(folder) / TRUNK_FILE
         path.write_bytes(graph)
-        return TrunkEngine(path, size)
+        return load_trunk(path, size)
 
 
 def extract(context: Context) -> FeatureReport:
@@ -100,7 +103,7 @@ def extract(context: Context) -> FeatureReport:
         for shard in shards:
             yield from zip(shard.keys, compute(shard, trunk), strict=True)
 
-    return extract_features(context, SIZE, run)
+    return extract_features(context, SIZE, run, shard_rows=4)
 
 
 def _views(views: int, params: Params) -> Any:
@@ -141,7 +144,7 @@ def _afresh(context: Context, folder: Path) -> dict[str, bytes]:
     return _content(project)
 
 
-def test_train_photos_have_all_views_and_val_photos_the_plain_one(context: Context) -> None:
+def test_train_photos_have_all_copies_and_val_photos_the_plain_one(context: Context) -> None:
     report = extract(context)
     features = open_features(context.project.features)
     assert _counts(report) == (4 * 3 + 2, 0)
@@ -157,7 +160,7 @@ def test_train_photos_have_all_views_and_val_photos_the_plain_one(context: Conte
     assert features.batch([features.row(_name(10), 0)]).dtype == np.float16
     assert features.batch([]).shape == (0, 1, 1, 192)
     for name, view in ((_name(10), 1), (_name(3), 3), (_name(20), 0), ("none.png", 0)):
-        with pytest.raises(DataError, match="Run the features stage"):
+        with pytest.raises(DataError, match="Run the features stage again"):
             features.row(name, view)
 
 
@@ -193,7 +196,7 @@ def test_rows_of_removed_photos_are_dropped(context: Context, tmp_path: Path) ->
     assert _content(context.project) == _afresh(context, tmp_path / "afresh")
 
 
-def test_a_photo_that_moves_to_train_gains_its_views_only(context: Context) -> None:
+def test_a_photo_that_moves_to_train_gains_its_copies_only(context: Context) -> None:
     extract(context)
     _photos(context.project, range(5), range(10, 12), range(20, 22))
     extract(context)
@@ -203,7 +206,7 @@ def test_a_photo_that_moves_to_train_gains_its_views_only(context: Context) -> N
     assert _counts(extract(context)) == (VIEWS, 13)
 
 
-def test_more_views_keep_the_ones_there_are(context: Context) -> None:
+def test_more_copies_keep_the_ones_there_are(context: Context) -> None:
     extract(context)
     more = context.params.model_copy(update={"features": _views(3, context.params)})
     assert _counts(extract(replace(context, params=more))) == (4, 14)
@@ -232,14 +235,14 @@ def test_another_picture_under_the_same_name_is_computed(context: Context) -> No
 
 
 @pytest.mark.parametrize("row", [0, 5, 13])
-def test_a_flipped_bit_is_found_and_only_that_row_mended(context: Context, row: int) -> None:
+def test_a_flipped_bit_is_found_and_only_that_row_recomputed(context: Context, row: int) -> None:
     extract(context)
     before = _content(context.project)
     _flip(context.project.features / ROWS, 128 + row * 384 + 100)
     features = open_features(context.project.features)
     others = [number for number in range(14) if number != row]
     assert np.isfinite(features.batch(others)).all()
-    with pytest.raises(DataError, match="does not match its digest"):
+    with pytest.raises(DataError, match="do not match their digest"):
         features.batch([row])
     assert _counts(extract(context)) == (1, 13)
     assert _content(context.project) == before
@@ -248,9 +251,9 @@ def test_a_flipped_bit_is_found_and_only_that_row_mended(context: Context, row: 
 @pytest.mark.parametrize(
     ("damage", "computed"),
     [
-        (lambda folder: _flip(folder / ROWS, 20), 0),
-        (lambda folder: (folder / ROWS).write_bytes((folder / ROWS).read_bytes()[:-400]), 2),
-        (lambda folder: (folder / ROWS).write_bytes((folder / ROWS).read_bytes() + b"x"), 0),
+        (lambda folder: _flip(folder / ROWS, 65), 14),
+        (lambda folder: (folder / ROWS).write_bytes((folder / ROWS).read_bytes()[:-400]), 14),
+        (lambda folder: (folder / ROWS).write_bytes((folder / ROWS).read_bytes() + b"x"), 14),
         (lambda folder: (folder / ROWS).unlink(), 14),
         (lambda folder: (folder / INDEX).write_text("{"), 14),
         (lambda folder: (folder / INDEX).write_text("[]"), 14),
@@ -259,7 +262,7 @@ def test_a_flipped_bit_is_found_and_only_that_row_mended(context: Context, row: 
     ],
     ids=["header", "cut", "longer", "no rows", "torn index", "odd index", "no index", "gone"],
 )
-def test_any_damage_is_mended_to_the_same_bytes(
+def test_any_damage_is_recomputed_to_the_same_bytes(
     context: Context, damage: Callable[[Path], Any], computed: int
 ) -> None:
     extract(context)
@@ -328,10 +331,6 @@ def test_training_end_to_end_has_no_features(context: Context) -> None:
     assert _counts(extract(context)) == (14, 0)
 
 
-def test_the_stage_and_the_model_agree_on_the_shape() -> None:
-    assert (224 // STRIDE, 224 // STRIDE, CHANNELS) == FEATURE_SHAPE
-
-
 def test_importing_the_stage_loads_no_engine() -> None:
     program = (
         "import sys, tasks.features; "
@@ -339,36 +338,6 @@ def test_importing_the_stage_loads_no_engine() -> None:
     )
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert loaded.stdout.strip() == "[]", loaded.stderr
-
-
-def test_a_stopped_run_is_continued(context: Context, tmp_path: Path) -> None:
-    def stop(what: str, done: int, total: int) -> None:
-        if done == 6:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        extract(replace(context, progress=stop))
-    assert not context.project.features.exists()
-    journal = context.project.features_journal
-    journal.write_bytes(journal.read_bytes()[:-100])
-    assert _counts(extract(context)) == (9, 5)
-    assert not journal.exists()
-    assert _content(context.project) == _afresh(context, tmp_path / "afresh")
-
-
-def test_a_journal_of_another_recipe_is_dropped(tmp_path: Path) -> None:
-    path, shape = tmp_path / "journal", (1, 1, 4)
-    row = np.arange(4, dtype=np.float16).reshape(shape)
-    key = Key("a.png", 0, "p")
-    with Journal(path, {"seed": 1}, shape) as journal:
-        journal.add(key, row)
-        kept = journal.rows.read(key)
-        assert kept is not None
-        assert np.array_equal(kept, row)
-    with Journal(path, {"seed": 1}, shape) as journal:
-        assert list(journal.rows.places) == [key]
-    with Journal(path, {"seed": 2}, shape) as journal:
-        assert journal.rows.read(key) is None
 
 
 def test_progress_counts_every_row(context: Context) -> None:
@@ -394,24 +363,10 @@ def test_a_full_disk_is_refused_before_anything_is_written(tmp_path: Path) -> No
         check_space(tmp_path, 10**15)
 
 
-def test_the_index_names_rows_as_numpy_reads_them(tmp_path: Path) -> None:
-    rows = {
-        Key(f"{name}.png", view, "p"): np.full((1, 1, 4), 10 * name + view, np.float16)
-        for name in range(3)
-        for view in range(2)
-    }
-    write_rows(tmp_path / "store", {}, (1, 1, 4), rows.items(), len(rows))
-    features = open_features(tmp_path / "store")
-    assert np.array_equal(np.load(tmp_path / "store" / ROWS), features.batch(range(6)))
-    assert features.batch([features.row("2.png", 1)]).ravel().tolist() == [21] * 4
-    assert open_rows(tmp_path / "store")[0] == {}
-    assert json.loads((tmp_path / "store" / INDEX).read_text())["shape"] == [1, 1, 4]
-
-
 def test_engine_agrees_with_keras_and_ignores_its_neighbours(backbone: Path) -> None:
     trunk = build_trunk(backbone / BACKBONE_FILE, SIZE)
     pictures = enlarge(np.stack([photo(n % 6, n, DETAIL) for n in range(8)]), SIZE)
-    one, three = (TrunkEngine(backbone / TRUNK_FILE, SIZE, cores) for cores in (1, 3))
+    one, three = (load_trunk(backbone / TRUNK_FILE, SIZE, cores) for cores in (1, 3))
     alone = [one(picture) for picture in pictures]
     turned = [three(picture) for picture in pictures[::-1]][::-1]
     assert np.array_equal(alone, turned)
@@ -420,7 +375,7 @@ def test_engine_agrees_with_keras_and_ignores_its_neighbours(backbone: Path) -> 
 
 
 def test_a_stream_gives_each_pictures_result_and_takes_few_ahead(backbone: Path) -> None:
-    trunk = TrunkEngine(backbone / TRUNK_FILE, SIZE, cores=2)
+    trunk = load_trunk(backbone / TRUNK_FILE, SIZE, cores=2)
     pictures = enlarge(np.stack([photo(n % 6, n, DETAIL) for n in range(40)]), SIZE)
     taken = 0
 
@@ -432,13 +387,13 @@ def test_a_stream_gives_each_pictures_result_and_takes_few_ahead(backbone: Path)
 
     for done, row in enumerate(trunk.stream(coming())):
         assert np.array_equal(row, trunk(pictures[done]))
-        assert taken <= done + 1 + 2 * AHEAD
+        assert taken <= done + 1 + 2 * QUEUE
     assert taken == done + 1 == len(pictures)
     assert list(trunk.stream([])) == []
 
 
 def test_a_stream_that_fails_or_is_left_does_not_disturb_the_next(backbone: Path) -> None:
-    trunk = TrunkEngine(backbone / TRUNK_FILE, SIZE, cores=2)
+    trunk = load_trunk(backbone / TRUNK_FILE, SIZE, cores=2)
     picture = enlarge(photo(0, 0, DETAIL)[np.newaxis], SIZE)[0]
     alone = trunk(picture)
 
@@ -459,12 +414,12 @@ def test_engine_refuses_activations_that_float16_cannot_hold(tmp_path: Path) -> 
     weights["block6d_project_bn/gamma"] = weights["block6d_project_bn/gamma"] * 1e9
     write_backbone(tmp_path, weights, SIZE)
     with pytest.raises(ModelError, match="do not fit float16"):
-        TrunkEngine(tmp_path / TRUNK_FILE, SIZE)
+        load_trunk(tmp_path / TRUNK_FILE, SIZE)
 
 
 def test_engine_refuses_a_trunk_of_another_size(backbone: Path) -> None:
-    with pytest.raises(ModelError, match=r"pictures of 224 pixels\. Received: 32"):
-        TrunkEngine(backbone / TRUNK_FILE, 224)
+    with pytest.raises(ModelError, match="takes pictures of 32 pixels, not of 224"):
+        load_trunk(backbone / TRUNK_FILE, 224)
 
 
 def test_the_stage_reports_beside_its_output(context: Context) -> None:
@@ -477,10 +432,63 @@ def test_the_stage_reports_beside_its_output(context: Context) -> None:
     assert report == {"computed": 4, "reused": 0, "views": VIEWS}
     assert speed > 0
     features = open_features(context.project.features)
-    assert features.batch(range(4)).shape == (4, *FEATURE_SHAPE)
+    assert features.batch(range(4)).shape == (4, *feature_shape(224))
 
 
 def test_the_stage_says_in_one_line_what_cannot_be_written(context: Context) -> None:
-    context.project.features_journal.mkdir()
-    with pytest.raises(DataError, match=r"cannot be written \(Is a directory\)"):
+    context.project.features_partial.write_text("a file")
+    with pytest.raises(
+        DataError, match=r"cannot be written to .*\((File exists|Not a directory)\)"
+    ):
         run(context)
+
+
+def test_a_stopped_run_is_continued(context: Context, tmp_path: Path) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(replace(context, progress=stop))
+    assert not context.project.features.exists()
+    (context.project.features_partial / "000002.npy").write_bytes(b"torn")
+    assert _counts(extract(context)) == (6, 8)
+    assert not context.project.features_partial.exists()
+    assert _content(context.project) == _afresh(context, tmp_path / "afresh")
+
+
+def test_partial_rows_of_another_cache_key_are_dropped(tmp_path: Path) -> None:
+    rows, key = np.arange(4, dtype=np.float16).reshape(1, 1, 1, 4), Key("a.png", 0, "p")
+    PartialFeatures(tmp_path, {"seed": 1}).add([key], rows)
+    kept = PartialFeatures(tmp_path, {"seed": 1}).get(key)
+    assert kept is not None
+    assert np.array_equal(kept, rows[0])
+    assert PartialFeatures(tmp_path, {"seed": 2}).get(key) is None
+
+
+def test_the_index_names_rows_as_numpy_reads_them(tmp_path: Path) -> None:
+    rows = {
+        Key(f"{name}.png", copy, "p"): np.full((1, 1, 4), 10 * name + copy, np.float16)
+        for name in range(3)
+        for copy in range(2)
+    }
+    write_features(tmp_path / "store", {"seed": 1}, (1, 1, 4), rows.items(), len(rows))
+    features = open_features(tmp_path / "store")
+    assert np.array_equal(np.load(tmp_path / "store" / ROWS), features.batch(range(6)))
+    assert features.batch([features.row("2.png", 1)]).ravel().tolist() == [21] * 4
+    assert features.cache_key == {"seed": 1}
+
+
+def test_the_sheet_shows_each_class_and_its_copies(context: Context, tmp_path: Path) -> None:
+    dataset, path = open_dataset(context.project.dataset), tmp_path / "plots" / "views.png"
+    augmentation = context.params.augmentation
+    draw_augmentation(path, dataset, 2, 20, augmentation)
+    sheet = np.asarray(Image.open(path))
+    cell = photo_sheets.SIDE + 3
+    assert sheet.shape == (6 * cell - 3, photo_sheets.PHOTOS * 3 * cell - 3, 3)
+    row = dataset.rows("train")[dataset.labels[dataset.rows("train")] == 1][0]
+    expected = augment(
+        np.asarray(dataset.images[row]), dataset.names[row], 2, 20, augmentation, photo_sheets.SIDE
+    )
+    corner = sheet[cell : cell + photo_sheets.SIDE, 2 * cell : 2 * cell + photo_sheets.SIDE]
+    assert np.array_equal(corner, expected)

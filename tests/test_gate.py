@@ -1,6 +1,5 @@
 """The gate passes only what meets every limit, and nothing it cannot read."""
 
-import io
 import json
 import math
 from pathlib import Path
@@ -9,9 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
-from tasks.gate import DISTURBANCES, Verdict, judge, run, verdict_table
+from tasks.gate import CORRUPTIONS, Verdict, judge, run
 from tasks.io import write_json
 from tasks.params import LABELS, GateParams, Params
 from tasks.project import Project
@@ -28,9 +26,9 @@ LIMITS = GateParams(
     min_test_photos=50,
 )
 FIELDS = (
-    *("accuracy", "loss", "ece", "n", "leaks"),
+    *("accuracy", "loss", "ece", "n", "cross-split duplicates"),
     *(f"recall {label}" for label in LABELS),
-    *DISTURBANCES,
+    *CORRUPTIONS,
 )
 
 bad_values = st.one_of(
@@ -53,8 +51,8 @@ def metrics(**changes: Any) -> dict[str, Any]:
         {"label": label, "recall": changes.get(f"recall {label}", 0.9), "support": 20}
         for label in LABELS
     ]
-    disturbed = {kind: changes.get(kind, 0.9) for kind in DISTURBANCES}
-    content["robustness"] = {"photos": 120, "accuracy": disturbed}
+    corrupted = {kind: changes.get(kind, 0.9) for kind in CORRUPTIONS}
+    content["robustness"] = {"photos": 120, "accuracy": corrupted}
     content["standard_errors"] = {"loss": 0.05, "ece": 0.01}
     return content
 
@@ -69,10 +67,10 @@ def test_a_good_model_passes_every_check() -> None:
     assert [check.name for check in verdict.checks] == [
         "accuracy",
         *(f"recall of {label}" for label in LABELS),
-        *(f"accuracy under {kind}" for kind in DISTURBANCES),
+        *(f"accuracy under {kind}" for kind in CORRUPTIONS),
         "loss",
         "calibration error",
-        "leaks",
+        "cross-split duplicates",
         "test photos",
     ]
     assert verdict.reasons == ()
@@ -105,14 +103,14 @@ def test_one_value_past_its_limit_fails_that_check_only(
 
 
 def test_a_leak_fails_the_gate() -> None:
-    assert failed(judge(metrics(), 1, LIMITS)) == ["leaks"]
+    assert failed(judge(metrics(), 1, LIMITS)) == ["cross-split duplicates"]
 
 
 @FEW
 @given(st.sampled_from(FIELDS), bad_values)
 def test_no_unusable_value_ever_passes(field: str, value: Any) -> None:
-    changes = {} if field == "leaks" else {field: value}
-    verdict = judge(metrics(**changes), value if field == "leaks" else 0, LIMITS)
+    changes = {} if field == "cross-split duplicates" else {field: value}
+    verdict = judge(metrics(**changes), value if field == "cross-split duplicates" else 0, LIMITS)
     assert not verdict.passed
     assert len(failed(verdict)) == 1
     check = next(check for check in verdict.checks if not check.passed)
@@ -154,12 +152,6 @@ def test_gate_refuses_when_no_threshold_is_set() -> None:
     assert "no limit is set" in verdict.reasons[0]
 
 
-@pytest.mark.parametrize("content", [{}, None, [], "passed", 1.0])
-def test_metrics_that_are_not_a_report_fail_every_check(content: Any) -> None:
-    verdict = judge(content, 0, LIMITS)
-    assert len(failed(verdict)) == len(verdict.checks) - 1
-
-
 def test_a_limit_that_is_left_out_is_not_checked() -> None:
     verdict = judge({"accuracy": 0.95}, None, GateParams(min_accuracy=0.9))
     assert verdict.passed
@@ -183,7 +175,7 @@ def test_every_share_and_mean_has_an_interval_and_counts_have_none() -> None:
     for level in (None, 0.9, 0.99):
         limits = LIMITS.model_copy(update={"confidence": level})
         for check in judge(metrics(), 0, limits).checks:
-            if check.name in ("leaks", "test photos"):
+            if check.name in ("cross-split duplicates", "test photos"):
                 assert check.interval is None
             else:
                 assert check.interval is not None
@@ -196,12 +188,12 @@ def test_each_class_can_have_a_limit_of_its_own(params: Params) -> None:
     assert failed(judge(metrics(**{"recall 3": 0.49}), 0, limits)) == ["recall of 0", "recall of 3"]
 
 
-def test_a_model_that_was_not_disturbed_fails() -> None:
+def test_a_model_that_was_not_corrupted_fails() -> None:
     content = metrics()
     del content["robustness"]["accuracy"]["jpeg"]
     assert failed(judge(content, 0, LIMITS)) == ["accuracy under jpeg"]
     content["robustness"] = [0.9]
-    assert len(failed(judge(content, 0, LIMITS))) == len(DISTURBANCES)
+    assert len(failed(judge(content, 0, LIMITS))) == len(CORRUPTIONS)
 
 
 def test_a_class_that_is_missing_or_named_twice_fails() -> None:
@@ -235,16 +227,6 @@ def test_json_and_reasons_name_value_and_limit() -> None:
     )
 
 
-def test_the_table_shows_every_check_and_hostile_text_as_it_is() -> None:
-    verdict = judge(metrics(accuracy="[/]\n[bold"), 0, LIMITS)
-    screen = io.StringIO()
-    Console(file=screen, width=100).print(verdict_table(verdict))
-    shown = screen.getvalue()
-    assert "Gate: failed" in shown
-    assert "[/]" in shown
-    assert all(check.name in shown for check in verdict.checks)
-
-
 def gated(root: Path, params: Params, metrics_text: str | None, index: Any) -> dict[str, Any]:
     project = Project(root)
     write_json(project.dataset / "index.json", index)
@@ -260,12 +242,14 @@ def test_the_stage_writes_and_shows_the_verdict_either_way(
 ) -> None:
     good, bad = json.dumps(metrics()), json.dumps(metrics(accuracy=0.1))
     assert gated(tmp_path, params, good, {"leaks": 0})["passed"] is True
-    assert "Gate: passed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("Gate: passed\n")
+    assert "passed  accuracy 0.9700, limit 0.8500" in printed
     assert gated(tmp_path, params, bad, {"leaks": 0})["passed"] is False
     assert "Gate: failed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "NaN", '{"accuracy": NaN}', "[" * 100_000])
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "NaN", '{"accuracy": NaN}'])
 def test_broken_metrics_fail_the_stage_s_verdict(
     tmp_path: Path, params: Params, text: str | None
 ) -> None:
@@ -279,4 +263,4 @@ def test_unknown_or_present_leaks_fail_the_stage_s_verdict(
     tmp_path: Path, params: Params, index: Any
 ) -> None:
     content = gated(tmp_path, params, json.dumps(metrics()), index)
-    assert [c["name"] for c in content["checks"] if not c["passed"]] == ["leaks"]
+    assert [c["name"] for c in content["checks"] if not c["passed"]] == ["cross-split duplicates"]

@@ -1,6 +1,9 @@
-"""The architecture, its cut, and what a model file may and may not do."""
+"""The functional model, its files, and the tail that trains in its place."""
 
-import zipfile
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,27 +11,30 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from scipy.special import log_softmax, softmax
 
-from tasks.assemble import save_model
+from tasks.assemble import assemble
+from tasks.data.dataset import open_dataset
 from tasks.errors import ModelError
+from tasks.model.augment import INPUT_SIZE, enlarge
+from tasks.model.export import load_model, save_model
+from tasks.model.inference import load_classifier
 from tasks.model.network import (
     CUT,
-    FEATURE_SHAPE,
     HEAD,
-    INPUT_SIZE,
-    TAIL_LAYERS,
     backbone_of,
     build_model,
-    build_tail,
     build_trunk,
     freeze,
-    load_model,
+    set_tail,
 )
+from tasks.model.tail import LAYERS, Tail
 from tasks.model.weights import BACKBONE_FILE, read_phase
-from tasks.params import BACKBONE, MAX_TRAINABLE_LAYERS, Params
+from tasks.params import MAX_TRAINABLE_LAYERS, Params
+from tasks.project import Project
 from tasks.stage import Context
-from tasks.training.tail import Tail, put_tail, tail_weights
 from tests.fixtures.models import SIZE
+from tests.fixtures.photos import CHECKOUT
 
 Workshop = Callable[..., Context]
 
@@ -49,7 +55,7 @@ def photos() -> np.ndarray:
     return np.random.default_rng(0).uniform(0, 255, (4, SIZE, SIZE, 3)).astype(np.float32)
 
 
-def test_model_is_the_missions(model: Any) -> None:
+def test_model_is_the_documented_one(model: Any) -> None:
     assert isinstance(model, keras.Model)
     assert [layer.name for layer in model.layers] == [
         "photo",
@@ -64,44 +70,6 @@ def test_model_is_the_missions(model: Any) -> None:
     whole = build_model()
     assert whole.input_shape == (None, INPUT_SIZE, INPUT_SIZE, 3)
     assert backbone_of(whole).get_layer(CUT).output.shape == (None, 7, 7, 192)
-
-
-def test_tail_is_what_lies_above_the_cut(model: Any) -> None:
-    names = [layer.name for layer in backbone_of(model).layers]
-    assert tuple(names[-MAX_TRAINABLE_LAYERS:]) == TAIL_LAYERS
-    assert names[-MAX_TRAINABLE_LAYERS - 1] == CUT
-
-
-def test_trunk_then_tail_is_the_whole_model(
-    workshop: Workshop, model: Any, photos: np.ndarray
-) -> None:
-    trunk = build_trunk(workshop().project.weights("backbone") / BACKBONE_FILE, SIZE)
-    tail = Tail(model)
-    logits = tail.logits(tail.pooled(trunk(photos, training=False)))
-    expected = np.asarray(model(photos, training=False))
-    np.testing.assert_allclose(keras.ops.softmax(logits), expected, atol=1e-5)
-    assert expected.std() > 1e-3
-
-
-def test_model_without_trunk_trains_the_same_layers_from_the_same_start(
-    workshop: Workshop, model: Any
-) -> None:
-    without = build_tail(SIZE, seed=0)
-    weights = read_phase(workshop().project, BACKBONE)
-    for one in (model, without):
-        put_tail(one, weights)
-    whole, alone = tail_weights(model), tail_weights(without)
-    assert whole.keys() == alone.keys()
-    assert all(np.array_equal(whole[name], alone[name]) for name in whole)
-    features = np.random.default_rng(0).normal(0, 1, (4, *without.input_shape[1:]))
-    logits = [Tail(one).logits(Tail(one).pooled(features.astype("f4"))) for one in (model, without)]
-    assert np.array_equal(*logits)
-    for opened in (0, 10, 16):
-        for one in (model, without):
-            freeze(one, opened)
-        names = [[variable.path for variable in Tail(one).variables] for one in (model, without)]
-        assert names[0] == names[1]
-    assert build_tail().input_shape == (None, *FEATURE_SHAPE)
 
 
 def test_augmentation_runs_only_while_training(model: Any, photos: np.ndarray) -> None:
@@ -140,42 +108,71 @@ def test_freeze_opens_the_top_and_never_a_batch_norm(model: Any, opened: int) ->
     assert model.get_layer(HEAD).trainable
 
 
-def test_loaded_model_gives_the_same_probabilities(
-    tmp_path: Path, model: Any, photos: np.ndarray
+def test_the_tail_is_what_lies_above_the_cut(model: Any) -> None:
+    names = [layer.name for layer in backbone_of(model).layers]
+    assert tuple(names[-MAX_TRAINABLE_LAYERS:]) == LAYERS
+    assert names[-MAX_TRAINABLE_LAYERS - 1] == CUT
+
+
+def test_weights_that_do_not_fit_are_named(model: Any) -> None:
+    with pytest.raises(ModelError, match=r"'block7a_expand_conv/kernel' of shape .* are missing"):
+        set_tail(model, {})
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_model_file_gives_the_tails_probabilities(
+    chain: Context, tmp_path: Path, temperature: float
 ) -> None:
+    project = Project(tmp_path)
+    shutil.copytree(chain.project.artifacts, project.artifacts)
+    training = chain.params.training.model_copy(update={"temperature": temperature})
+    params = chain.params.model_copy(update={"training": training})
+    assemble(Context(project, params), SIZE)
+
+    dataset = open_dataset(project.dataset)
+    photos = enlarge(dataset.images, SIZE).astype(np.float32)
+    found = np.asarray(load_model(project.model)(photos, training=False))
+    trunk = build_trunk(project.weights("backbone") / BACKBONE_FILE, SIZE)
+    tail = Tail(read_phase(project, "full"))
+    logits = np.asarray(tail.logits(tail.pooled(trunk(photos, training=False))))
+    np.testing.assert_allclose(found, softmax(logits / temperature, axis=1), atol=1e-4)
+    assert found.max() > 0.3
+    graph = load_classifier(project.graph, params.preprocess.image_size, SIZE, trusted=True)
+    np.testing.assert_allclose(graph.probabilities(dataset.images), found, atol=1e-4)
+    assert np.ptp(found, axis=0).max() > 0.1
+
+
+def test_the_last_phases_val_loss_is_the_model_files(chain: Context) -> None:
+    dataset = open_dataset(chain.project.dataset)
+    rows = dataset.rows("val")
+    photos = enlarge(dataset.images[rows], SIZE).astype(np.float32)
+    logits = np.log(np.asarray(load_model(chain.project.model)(photos, training=False)))
+    likely = log_softmax(logits, axis=1)[np.arange(len(rows)), dataset.labels[rows]]
+    history = json.loads(chain.project.history("full").read_text())
+    assert history["val_loss"] == pytest.approx(-likely.mean(), abs=1e-3)
+
+
+def test_another_process_writes_the_same_files(chain: Context, tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    shutil.copytree(chain.project.artifacts, project.artifacts)
+    written = [path.relative_to(tmp_path) for path in (project.model, project.graph)]
+    for path in written:
+        (tmp_path / path).unlink()
+    program = (
+        "import sys; from pathlib import Path; from tasks.assemble import assemble; "
+        "from tasks.project import Project; from tasks.params import load_params; "
+        "from tasks.stage import Context; "
+        "params = load_params(Path(sys.argv[2])); "
+        f"assemble(Context(Project(Path(sys.argv[1])), params), {SIZE})"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), str(CHECKOUT.params)]
+    subprocess.run(command, check=True, capture_output=True)
+    for path in written:
+        assert (tmp_path / path).read_bytes() == (chain.project.root / path).read_bytes(), path
+
+
+def test_a_saved_model_needs_nothing_of_ours(model: Any, photos: Any, tmp_path: Path) -> None:
     save_model(model, tmp_path / "model.keras")
-    expected = np.asarray(model(photos, training=False))
-    ours = load_model(tmp_path / "model.keras", SIZE)
-    np.testing.assert_allclose(ours(photos, training=False), expected, atol=1e-6)
     stock = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
+    expected = np.asarray(model(photos, training=False))
     np.testing.assert_allclose(stock(photos, training=False), expected, atol=1e-6)
-
-
-def test_a_files_own_architecture_is_never_built(tmp_path: Path, model: Any) -> None:
-    save_model(model, tmp_path / "model.keras")
-    changed = tmp_path / "changed.keras"
-    with (
-        zipfile.ZipFile(tmp_path / "model.keras") as source,
-        zipfile.ZipFile(changed, "w") as target,
-    ):
-        for name in source.namelist():
-            content = b"not even JSON" if name == "config.json" else source.read(name)
-            target.writestr(name, content)
-    assert load_model(changed, SIZE).count_params() == model.count_params()
-
-
-@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 no zip", b"no zip at all"])
-def test_broken_model_file_is_named(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "model.keras"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"Received: '.*model\.keras'"):
-        load_model(path, SIZE)
-
-
-def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
-    inputs = keras.Input((4,))
-    other = keras.Model(inputs, keras.layers.Dense(3)(inputs))
-    other.save(tmp_path / "model.keras")
-    with pytest.raises(ModelError, match="architecture"):
-        load_model(tmp_path / "model.keras", SIZE)

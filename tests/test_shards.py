@@ -15,7 +15,7 @@ from flows.dask import check_scheduler, shard_runner
 from flows.local.processes import choose_ports
 from tasks.data.dataset import open_dataset
 from tasks.errors import ServiceError
-from tasks.model.export import frozen_graph
+from tasks.model.export import export_graph
 from tasks.model.feature_store import Key
 from tasks.model.shards import Shard, cut, run_here
 from tasks.stage import Context
@@ -33,7 +33,7 @@ def graph(workshop: Callable[..., Context], tmp_path_factory: pytest.TempPathFac
 
     trunk = build_trunk(workshop().project.weights("backbone") / BACKBONE_FILE, SIZE)
     path = tmp_path_factory.mktemp("trunk") / "trunk.pb"
-    path.write_bytes(frozen_graph(trunk))
+    path.write_bytes(export_graph(trunk))
     return path
 
 

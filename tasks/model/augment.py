@@ -15,80 +15,70 @@ INPUT_SIZE = 224
 
 
 def enlarge(images: NDArray[np.uint8], size: int = INPUT_SIZE) -> NDArray[np.uint8]:
-    """Enlarge photos as they are: the plain view, number 0.
+    """Enlarge photos to the model's input size.
 
-    Bilinear with half-pixel centres, as `tf.image.resize` does by default, rounded
-    to the nearest level. Levels stay integers: a view is a picture like any other,
-    four times smaller than as float32, and rounding moves a pixel by half a level
-    of 255 at most.
+    Bilinear with half-pixel centers, as `tf.image.resize` does by default, rounded to the
+    nearest level.
 
     Args:
-        images: uint8, (n, d, d, 3), RGB in [0, 255].
-        size: side of the result in pixels.
+        images: uint8, (n, d, d, 3), RGB.
 
     Returns:
         uint8, (n, size, size, 3).
     """
-    large = np.empty((len(images), size, size, 3), np.uint8)
-    plain = _placement(images.shape[1], size)
-    for image, result in zip(images, large, strict=True):
-        result[...] = _warp(image, plain, size)
-    return large
+    enlarged = np.empty((len(images), size, size, 3), np.uint8)
+    transform = _affine(images.shape[1], size)
+    for image, result in zip(images, enlarged, strict=True):
+        result[...] = _warp(image, transform, size)
+    return enlarged
 
 
-def view(
+def augment(
     image: NDArray[np.uint8],
     name: str,
-    number: int,
+    copy: int,
     seed: int,
     params: AugmentationParams,
     size: int = INPUT_SIZE,
 ) -> NDArray[np.uint8]:
-    """Make one view of one photo; the same arguments always give the same bytes.
+    """Make one copy of a photo; the same arguments always give the same bytes.
 
-    What is drawn depends on `(seed, name, number)` alone, not on other photos, on
-    their order or on the strengths in `params`, which only scale it.
+    The random numbers depend on `(seed, name, copy)` alone. `params` only scales them.
 
     Args:
-        image: uint8, (d, d, 3), RGB in [0, 255].
+        image: uint8, (d, d, 3), RGB.
         name: the photo's file name.
-        number: 0 for the plain view, 1 and up for augmented ones.
+        copy: 0 for the photo itself, 1 and up for augmented copies.
         seed: `seed` of params.yaml.
-        params: strength of each variation.
-        size: side of the result in pixels.
 
     Returns:
         uint8, (size, size, 3).
     """
-    if number == 0:
-        return _warp(image, _placement(len(image), size), size)
-    key = [seed, number, _number_of(name)]
-    random = np.random.default_rng(key)
-    mirror = bool(random.random() < 0.5) and params.horizontal_flip
-    angle, zoom, right, down, light, contrast, *channels = random.uniform(-1, 1, 9)
-    coloured = _recolour(
+    if copy == 0:
+        return _warp(image, _affine(len(image), size), size)
+    random = np.random.default_rng([seed, copy, _name_seed(name)])
+    flip = bool(random.random() < 0.5) and params.horizontal_flip
+    angle, zoom, right, down, brightness, contrast, *channels = random.uniform(-1, 1, 9)
+    recolored = _recolor(
         image,
-        light=255 * params.brightness * light,
+        brightness=255 * params.brightness * brightness,
         contrast=1 + params.contrast * contrast,
         gains=1 + params.color_jitter * np.array(channels),
     )
-    placement = _placement(
+    transform = _affine(
         len(image),
         size,
-        mirror=mirror,
+        flip=flip,
         angle=np.deg2rad(params.rotation * angle),
-        zoom=_zoom((zoom + 1) / 2, params),
+        scale=_scale((zoom + 1) / 2, params),
         shift=(params.shift * right, params.shift * down),
     )
-    return _warp(coloured, placement, size)
+    return _warp(recolored, transform, size)
 
 
 @contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Keep OpenCV from splitting single pictures, where the cores have other work.
-
-    The setting is the whole process's; it is put back at the end.
-    """
+def single_threaded_opencv() -> Iterator[None]:
+    """Keep OpenCV from using several threads for one picture while the cores are busy."""
     before = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
@@ -97,66 +87,59 @@ def one_thread_each() -> Iterator[None]:
         cv2.setNumThreads(before)
 
 
-def _zoom(place: float, params: AugmentationParams) -> float:
-    """Growth of the hand for a number drawn from [0, 1), small growth for small ones."""
-    nearer = 1 + params.zoom
-    return float(
-        np.interp(
-            place, (0, params.zoom_out_prob, 1), (params.zoom_out_min, 1 - params.zoom, nearer)
-        )
-    )
+def _scale(drawn: float, params: AugmentationParams) -> float:
+    """Scale for a number drawn from [0, 1); the lowest `zoom_out_prob` of it zoom out."""
+    scales = params.zoom_out_min, 1 - params.zoom, 1 + params.zoom
+    return float(np.interp(drawn, (0, params.zoom_out_prob, 1), scales))
 
 
-def _number_of(name: str) -> int:
+def _name_seed(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "little")
 
 
-def _recolour(
-    image: NDArray[np.uint8], light: float, contrast: float, gains: NDArray[np.float64]
+def _recolor(
+    image: NDArray[np.uint8], brightness: float, contrast: float, gains: NDArray[np.float64]
 ) -> NDArray[np.uint8]:
-    """Stretch each channel about its mean, as `tf.image.adjust_contrast`, then shift and scale."""
+    """Stretch each channel about its mean, as `tf.image.adjust_contrast`; shift and scale it."""
     means = np.array(cv2.mean(image)[:3])
     levels = np.arange(256)[:, np.newaxis]
-    changed: NDArray[np.float64] = ((levels - means) * contrast + means + light) * gains
+    changed: NDArray[np.float64] = ((levels - means) * contrast + means + brightness) * gains
     table = np.rint(np.clip(changed, 0, 255)).astype(np.uint8)
-    coloured: NDArray[np.uint8] = cv2.LUT(image, table[np.newaxis])
-    return coloured
+    recolored: NDArray[np.uint8] = cv2.LUT(image, table[np.newaxis])
+    return recolored
 
 
-def _placement(
-    detail: int,
+def _affine(
+    source: int,
     size: int,
-    mirror: bool = False,
+    flip: bool = False,
     angle: float = 0.0,
-    zoom: float = 1.0,
+    scale: float = 1.0,
     shift: tuple[float, float] = (0.0, 0.0),
 ) -> NDArray[np.float64]:
-    """Map pixel centres of the stored picture to pixel centres of the view.
+    """Map pixel centers of a picture with side `source` to one with side `size`.
 
     Args:
-        detail: side of the stored picture.
-        size: side of the view.
-        mirror: left becomes right, before anything else.
-        angle: turn about the centre, in radians.
-        zoom: growth of what the picture shows.
-        shift: to the right and down, as shares of the side.
+        flip: mirror horizontally before anything else.
+        angle: in radians, about the center.
+        shift: right and down, as shares of the side.
 
     Returns:
-        float64, (2, 3); what `cv2.warpAffine` takes.
+        float64, (2, 3); a matrix for `cv2.warpAffine`.
     """
-    scale = zoom * size / detail
-    cosine, sine = scale * np.cos(angle), scale * np.sin(angle)
-    turn = np.array([[cosine, -sine], [sine, cosine]])
-    if mirror:
-        turn[:, 0] *= -1
-    centre = np.full(2, (detail - 1) / 2)
+    factor = scale * size / source
+    cosine, sine = factor * np.cos(angle), factor * np.sin(angle)
+    linear = np.array([[cosine, -sine], [sine, cosine]])
+    if flip:
+        linear[:, 0] *= -1
+    center = np.full(2, (source - 1) / 2)
     target = (size - 1) / 2 + size * np.array(shift)
-    return np.column_stack([turn, target - turn @ centre])
+    return np.column_stack([linear, target - linear @ center])
 
 
-def _warp(image: NDArray[np.uint8], placement: NDArray[np.float64], size: int) -> NDArray[np.uint8]:
-    """Repeat the border beyond it: an arm and a wall go on, and no second hand appears."""
+def _warp(image: NDArray[np.uint8], transform: NDArray[np.float64], size: int) -> NDArray[np.uint8]:
+    """Apply `transform`. Replicated borders continue arm and wall; no second hand appears."""
     warped: NDArray[np.uint8] = cv2.warpAffine(
-        image, placement, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        image, transform, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
     )
     return warped

@@ -1,13 +1,15 @@
-"""Stored trunk activations."""
+"""Cached activations of the trunk.
+
+`artifacts/features/` holds `features.npy`, float16 (rows, h, w, 192), and `index.json`,
+which names the rows and holds their digests.
+"""
 
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,36 +17,23 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from tasks.errors import DataError
-from tasks.io import atomic_directory, write_json
+from tasks.io import atomic_directory, read_json, write_json
 
 ROWS = "features.npy"
 INDEX = "index.json"
-ROW_TYPE = np.dtype("<f2")
+DTYPE = np.dtype("<f2")
 
 Row = NDArray[np.float16]
-Recipe = dict[str, Any]
-"""Everything besides the photo and the view's number that a row depends on; JSON."""
+CacheKey = dict[str, Any]
+"""Everything besides photo and copy that a row depends on; JSON."""
 
 
 class Key(NamedTuple):
-    """What a row is of.
-
-    Args:
-        name: the photo's file name.
-        view: 0 for the plain view.
-        pixels: digest of the picture that the view is made from.
-    """
+    """What a row was computed from: a photo's name, the copy's number, and the pixels' digest."""
 
     name: str
-    view: int
+    copy: int
     pixels: str
-
-
-class Place(NamedTuple):
-    """Where a row lies in its file, in bytes, and what it must hash to."""
-
-    offset: int
-    digest: str
 
 
 def digest(content: bytes | memoryview) -> str:
@@ -52,282 +41,181 @@ def digest(content: bytes | memoryview) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def row_bytes(shape: tuple[int, ...]) -> int:
-    """Return the size of one row on disk."""
-    return int(np.prod(shape)) * ROW_TYPE.itemsize
-
-
-class StoredRows:
-    """Rows of one file. Safe to read from several threads.
-
-    Args:
-        path: the file.
-        shape: of one row.
-        places: where each row lies.
-        intact: whether what lies around the rows is as it was written.
-    """
-
-    def __init__(
-        self, path: Path, shape: tuple[int, ...], places: dict[Key, Place], intact: bool = True
-    ) -> None:
-        self.places = places
-        self.shape = shape
-        self.intact = intact
-        self._file = path.open("rb")
-
-    def read(self, key: Key) -> Row | None:
-        """Return one row, float16 of `shape`, or None if it is absent or damaged."""
-        place = self.places.get(key)
-        if place is None:
-            return None
-        content = os.pread(self._file.fileno(), row_bytes(self.shape), place.offset)
-        if digest(content) != place.digest:
-            return None
-        return np.frombuffer(content, ROW_TYPE).reshape(self.shape)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def open_rows(folder: Path) -> tuple[Recipe, StoredRows]:
-    """Open a finished store.
-
-    Args:
-        folder: `Project.features`.
-
-    Returns:
-        The recipe, and the rows; nothing of them is read yet.
-
-    Raises:
-        DataError: the store is missing, or its index cannot be read.
-    """
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        shape = tuple(index["shape"])
-        size = row_bytes(shape)
-        keys = [
-            (Key(name, view, photo["pixels"]), row)
-            for name, photo in index["photos"].items()
-            for view, row in enumerate(photo["rows"])
-        ]
-        head = _head((len(keys), *shape))
-        places = {key: Place(len(head) + i * size, row) for i, (key, row) in enumerate(keys)}
-        with (folder / ROWS).open("rb") as file:
-            whole = os.fstat(file.fileno()).st_size == len(head) + len(keys) * size
-            intact = whole and file.read(len(head)) == head
-        return index["recipe"], StoredRows(folder / ROWS, shape, places, intact)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"The features cannot be opened ({error}). Received: '{folder}'. "
-            "Run the features stage again."
-        ) from error
-
-
-def write_rows(
-    folder: Path,
-    recipe: Recipe,
-    shape: tuple[int, ...],
-    rows: Iterable[tuple[Key, Row]],
-    count: int,
-) -> None:
-    """Write a store; the same rows give the same bytes. What was there is replaced whole.
-
-    Args:
-        folder: `Project.features`.
-        recipe: how the rows were made.
-        shape: of one row.
-        rows: sorted by key, each photo's views from 0 without a gap.
-        count: how many there are.
-    """
-    photos: dict[str, dict[str, Any]] = {}
-    with atomic_directory(folder) as new:
-        with (new / ROWS).open("wb") as file:
-            file.write(_head((count, *shape)))
-            for key, row in rows:
-                content = row.tobytes()
-                file.write(content)
-                photo = photos.setdefault(key.name, {"pixels": key.pixels, "rows": []})
-                photo["rows"].append(digest(content))
-        write_json(new / INDEX, {"recipe": recipe, "shape": shape, "photos": photos})
-
-
-def _head(shape: tuple[int, ...]) -> bytes:
-    """Return what a .npy file begins with."""
-    head = io.BytesIO()
-    npy.write_array_header_1_0(
-        head, {"descr": ROW_TYPE.str, "fortran_order": False, "shape": shape}
-    )
-    return head.getvalue()
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Refuse to begin what would fill the disk.
-
-    Args:
-        folder: where it will be written.
-        needed: bytes.
-
-    Raises:
-        DataError: there is less free.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise DataError(
-            f"The features need {needed / 1e6:.1f} MB of disk. Received: {free / 1e6:.1f} MB "
-            f"free at '{folder}'. Free the rest, or lower features.views in params.yaml."
-        )
-
-
-class Journal:
-    """Rows in the order they were computed, on disk as soon as they are added.
-
-    One file: a line with the recipe, then for each row a line with its key and
-    digest followed by its bytes. A torn end, as of a killed process, is cut off.
-
-    Args:
-        path: the file; made if it is missing.
-        recipe: how the rows are made. A journal of another recipe is dropped.
-        shape: of one row.
-    """
-
-    def __init__(self, path: Path, recipe: Recipe, shape: tuple[int, ...]) -> None:
-        self._path = path
-        self._shape = shape
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        self._file = path.open("r+b")
-        head = json.dumps(recipe, sort_keys=True).encode() + b"\n"
-        places: dict[Key, Place] = {}
-        end = 0
-        if self._file.read(len(head)) == head:
-            places, end = self._scan(len(head))
-        self._file.truncate(end)
-        self._file.seek(end)
-        if end == 0:
-            self._file.write(head)
-            self._file.flush()
-        self.rows = StoredRows(path, shape, places)
-
-    def _scan(self, start: int) -> tuple[dict[Key, Place], int]:
-        size = row_bytes(self._shape)
-        length = self._path.stat().st_size
-        places: dict[Key, Place] = {}
-        end = start
-        with self._path.open("rb") as file:
-            file.seek(start)
-            while line := file.readline():
-                offset = file.tell()
-                try:
-                    name, view, pixels, row = json.loads(line)
-                except ValueError:
-                    break
-                if offset + size > length:
-                    break
-                places[Key(name, view, pixels)] = Place(offset, row)
-                end = file.seek(offset + size)
-        return places, end
-
-    def add(self, key: Key, row: Row) -> None:
-        """Append one row."""
-        content = row.tobytes()
-        hashed = digest(content)
-        line = json.dumps([*key, hashed]).encode() + b"\n"
-        offset = self._file.tell() + len(line)
-        self._file.write(line + content)
-        self._file.flush()
-        self.rows.places[key] = Place(offset, hashed)
-
-    def drop(self) -> None:
-        """Remove the file: its rows are in the store now."""
-        self._path.unlink()
-
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
-        self.rows.close()
+def feature_shape(size: int) -> tuple[int, int, int]:
+    """Shape of a row for an input of `size` pixels: (7, 7, 192) for 224."""
+    return size // 32, size // 32, 192
 
 
 class Features:
-    """The stored activations; rows are read from disk as they are used.
+    """A finished store; rows are read from disk as they are used."""
 
-    Args:
-        rows: an open store.
-    """
-
-    def __init__(self, rows: StoredRows) -> None:
-        self._rows = rows
-        self._keys = list(rows.places)
-        self._numbers = {(key.name, key.view): i for i, key in enumerate(self._keys)}
+    def __init__(self, folder: Path) -> None:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        self.cache_key: CacheKey = index["cache_key"]
+        self._digests = {
+            Key(name, copy, photo["pixels"]): row
+            for name, photo in index["photos"].items()
+            for copy, row in enumerate(photo["rows"])
+        }
+        self.keys = list(self._digests)
+        self._numbers = {(key.name, key.copy): row for row, key in enumerate(self.keys)}
+        self._rows: Row = np.load(folder / ROWS, mmap_mode="r" if self.keys else None)
+        size = len(_header(self._rows.shape)) + self._rows.nbytes
+        expected = (len(self.keys), *index["shape"])
+        if (self._rows.shape, self._rows.dtype) != (expected, DTYPE) or (
+            (folder / ROWS).stat().st_size != size
+        ):
+            raise ValueError(f"{ROWS} and {INDEX} do not match")
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.keys)
 
-    def row(self, name: str, view: int) -> int:
-        """Find one view of one photo.
+    def get(self, key: Key) -> Row | None:
+        """One row, or None if it is absent or damaged."""
+        number = self._numbers.get((key.name, key.copy))
+        if number is None or self.keys[number] != key:
+            return None
+        row = self._rows[number]
+        return row if digest(row.tobytes()) == self._digests[key] else None
+
+    def row(self, name: str, copy: int) -> int:
+        """Number of a row, for `batch`.
 
         Args:
-            name: the photo's file name.
-            view: 0 for the plain photo, 1 and up for augmented views.
-
-        Returns:
-            Its row, for `batch`.
+            copy: 0 for the photo itself, 1 and up for augmented copies.
 
         Raises:
             DataError: there is no such row.
         """
-        number = self._numbers.get((name, view))
+        number = self._numbers.get((name, copy))
         if number is None:
             raise DataError(
-                f"The features lack a view. Received: view {view} of '{name}'. "
-                "Run the features stage again."
+                f"The features have no copy {copy} of '{name}'. Run the features stage again."
             )
         return number
 
     def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> Row:
-        """Read rows, each checked against its digest.
-
-        Args:
-            rows: int, (n,); of `row`.
-
-        Returns:
-            float16, (n, 7, 7, 192); output of `block6d_add`.
+        """Read rows; float16, (n, h, w, 192).
 
         Raises:
             DataError: a row is damaged.
         """
-        result = np.empty((len(rows), *self._rows.shape), ROW_TYPE)
-        for place, row in zip(result, rows, strict=True):
-            place[...] = self._read(self._keys[int(row)])
+        result = np.empty((len(rows), *self._rows.shape[1:]), DTYPE)
+        for place, number in zip(result, rows, strict=True):
+            key = self.keys[int(number)]
+            row = self.get(key)
+            if row is None:
+                raise DataError(
+                    f"The features of copy {key.copy} of '{key.name}' do not match their digest. "
+                    "Run the features stage again: it computes damaged rows anew."
+                )
+            place[...] = row
         return result
-
-    def _read(self, key: Key) -> Row:
-        row = self._rows.read(key)
-        if row is None:
-            raise DataError(
-                f"A stored row does not match its digest. Received: view {key.view} of "
-                f"'{key.name}'. Run the features stage again: it mends the damaged rows."
-            )
-        return row
 
 
 def open_features(folder: Path) -> Features:
     """Open what the features stage wrote.
 
-    Args:
-        folder: `Project.features`.
+    Raises:
+        DataError: the store is missing or damaged.
+    """
+    try:
+        return Features(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"The features in '{folder}' cannot be opened ({error}). Run the features stage again."
+        ) from error
 
-    Returns:
-        The features; nothing of them is in memory yet.
+
+def write_features(
+    folder: Path,
+    cache_key: CacheKey,
+    shape: tuple[int, ...],
+    rows: Iterable[tuple[Key, Row]],
+    count: int,
+) -> None:
+    """Write a store atomically; the same rows give the same bytes.
+
+    Args:
+        shape: of one row.
+        rows: sorted by key, each photo's copies from 0 without a gap.
+        count: of the rows.
+    """
+    photos: dict[str, dict[str, Any]] = {}
+    with atomic_directory(folder) as new:
+        # Not a memory map: a full disk would end the process instead of raising OSError.
+        with (new / ROWS).open("wb") as file:
+            file.write(_header((count, *shape)))
+            for key, row in rows:
+                content = row.tobytes()
+                file.write(content)
+                photo = photos.setdefault(key.name, {"pixels": key.pixels, "rows": []})
+                photo["rows"].append(digest(content))
+        write_json(new / INDEX, {"cache_key": cache_key, "shape": shape, "photos": photos})
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Reject a run that would fill the disk.
 
     Raises:
-        DataError: the folder is missing, or its index cannot be read.
+        DataError: fewer than `needed` bytes are free at `folder`.
     """
-    return Features(open_rows(folder)[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(
+            f"The features need {needed / 1e6:.1f} MB of disk, but '{folder}' has "
+            f"{free / 1e6:.1f} MB free. Free the rest, or lower features.augmented_copies in "
+            "params.yaml."
+        )
+
+
+class PartialFeatures:
+    """Rows of an unfinished run, in files that are complete or absent.
+
+    Args:
+        folder: created if missing, and emptied if it was made with another cache key.
+    """
+
+    def __init__(self, folder: Path, cache_key: CacheKey) -> None:
+        self._folder = folder
+        self._rows: dict[Key, tuple[Row, int]] = {}
+        if read_json(folder / INDEX) != cache_key:
+            shutil.rmtree(folder, ignore_errors=True)
+            write_json(folder / INDEX, cache_key)
+        # A part is complete once its keys are there, which are written last.
+        self._parts = sorted(folder.glob("*.keys.json"))
+        for path in self._parts:
+            self._add(read_json(path), np.load(path.with_suffix("").with_suffix(".npy"), "r"))
+
+    def get(self, key: Key) -> Row | None:
+        """One row, or None if it is absent."""
+        if key not in self._rows:
+            return None
+        rows, number = self._rows[key]
+        row: Row = rows[number]
+        return row
+
+    def add(self, keys: Sequence[Key], rows: Row) -> None:
+        """Write rows, float16 (n, h, w, 192)."""
+        part = self._folder / f"{len(self._parts):06d}.keys.json"
+        path = part.with_suffix("").with_suffix(".npy")
+        np.save(path, rows)
+        write_json(part, keys)
+        self._parts.append(part)
+        self._add(keys, np.load(path, "r"))
+
+    def remove(self) -> None:
+        """Delete the files, once their rows are in the store."""
+        shutil.rmtree(self._folder)
+
+    def _add(self, keys: Iterable[Sequence[Any]], rows: Row) -> None:
+        self._rows |= {Key(*key): (rows, number) for number, key in enumerate(keys)}
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """The first bytes of a .npy file."""
+    header = io.BytesIO()
+    fields = {"descr": DTYPE.str, "fortran_order": False, "shape": shape}
+    npy.write_array_header_1_0(header, fields)
+    return header.getvalue()

@@ -1,6 +1,5 @@
-"""Load a model and read signs, without TensorFlow."""
+"""Load a model and classify photos, without TensorFlow."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,26 +14,23 @@ from numpy.typing import NDArray
 from tasks.data.images import MAX_BYTES, Read, decode, printable, resize
 from tasks.errors import DataError, ImageError, ModelError
 from tasks.model.augment import INPUT_SIZE, enlarge
-from tasks.model.untrusted import examined
 from tasks.params import LABELS
 from tasks.stage import Progress, silent
 
-AHEAD = 4
-"""Pictures for each core that `Engine.stream` holds at a time, being worked on or waiting."""
+QUEUE = 4
+"""Pictures for each core that `Engine.stream` holds at a time."""
 
-_UnderWay = tuple[Any, NDArray[np.uint8]]
-"""A request, and the picture that it reads."""
+BATCH = 32
 
 
 class Engine:
-    """Run a frozen graph on single pictures: one from any thread, or a stream of them.
+    """Run a graph of `tasks.model.export` with OpenVINO; safe to use from several threads.
 
     Args:
-        graph: file of `tasks.model.export.frozen_graph`.
-        cores: pictures worked on at a time; None for one per usable core.
+        cores: pictures processed at a time; all available cores by default.
 
     Attributes:
-        size: side of a picture in pixels.
+        size: side of the input in pixels.
         shape: of the result for one picture.
 
     Raises:
@@ -47,8 +43,7 @@ class Engine:
         self.cores = cores or usable_cores()
         core = ov.Core()
         try:
-            # The reader inside the runtime; `openvino.convert_model` reports to
-            # its maker over the network unless told otherwise on each machine.
+            # Not `openvino.convert_model`, which sends telemetry.
             model = core.read_model(graph)
             self.size = model.input().partial_shape[1].get_length()
             model.reshape([1, self.size, self.size, 3])
@@ -56,107 +51,78 @@ class Engine:
                 model,
                 "CPU",
                 {
-                    # Left alone, bfloat16 is taken where the processor has it: other numbers.
+                    # The default is bfloat16 where the processor has it: other results.
                     "INFERENCE_PRECISION_HINT": "f32",
                     "NUM_STREAMS": str(self.cores),
                     "INFERENCE_NUM_THREADS": self.cores,
                 },
             )
         except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1].rstrip(".")
             raise ModelError(
-                f"Model file does not hold a graph of photos ({_reason(error)}). "
-                f"Received: '{graph}'. Name a .pb file that the assemble stage wrote."
+                f"'{graph}' does not hold a graph for photos ({reason}). "
+                "Name a .pb file that the assemble stage wrote."
             ) from error
-        self._free: deque[Any] = deque()
-        # OpenVINO's binding sets itself up in the first call of a process and lets
-        # go of Python's lock in between: two first calls at once wait for each
-        # other for ever. So the first one is made here, alone.
+        self._idle: deque[Any] = deque()
+        # OpenVINO's binding initializes itself in a process's first call and releases the
+        # GIL meanwhile: two concurrent first calls would deadlock.
         self.shape = self(np.zeros((self.size, self.size, 3), np.uint8)).shape
 
     def __call__(self, picture: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Compute one picture's result.
-
-        Args:
-            picture: uint8, (size, size, 3), RGB in [0, 255].
-
-        Returns:
-            float32, what the graph gives for one picture.
-        """
+        """Compute the result for one picture, uint8 (size, size, 3), RGB."""
         return next(self.stream([picture]))
 
     def stream(self, pictures: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
-        """Compute many pictures on all cores, while this thread makes the next ones.
-
-        Threads that each make a picture and wait for its result get in each other's way,
-        which costs some hundredths of the time.
-
-        Args:
-            pictures: as for one; taken as there is room.
-
-        Yields:
-            Each picture's result, in their order.
-        """
-        under_way: deque[_UnderWay] = deque()
+        """Compute results in order on all cores, while this thread makes the next pictures."""
+        running: deque[Any] = deque()
         try:
             for picture in pictures:
-                if len(under_way) == AHEAD * self.cores:
-                    yield self._finish(under_way.popleft())
-                under_way.append(self._start(picture))
-            while under_way:
-                yield self._finish(under_way.popleft())
+                if len(running) == QUEUE * self.cores:
+                    yield self._finish(running.popleft())
+                running.append(self._start(picture))
+            while running:
+                yield self._finish(running.popleft())
         finally:
-            for request, _ in under_way:  # it still reads the picture's memory
+            for request, _ in running:  # it still reads the picture's memory
                 request.wait()
 
-    def _start(self, picture: NDArray[np.uint8]) -> _UnderWay:
+    def _start(self, picture: NDArray[np.uint8]) -> tuple[Any, NDArray[np.uint8]]:
         try:
-            request = self._free.pop()
+            request = self._idle.pop()
         except IndexError:
             request = self._compiled.create_infer_request()
         batch = picture[np.newaxis]
         request.start_async({0: batch}, share_inputs=True)
         return request, batch
 
-    def _finish(self, under_way: _UnderWay) -> NDArray[np.float32]:
-        request, _ = under_way
+    def _finish(self, running: tuple[Any, NDArray[np.uint8]]) -> NDArray[np.float32]:
+        request, _ = running
         request.wait()
         result: NDArray[np.float32] = request.get_output_tensor().data[0].copy()
-        self._free.append(request)
+        self._idle.append(request)
         return result
 
 
 def engine_version() -> str:
-    """Name what computes the results; another version may round differently."""
+    """Name the inference engine; another version may round differently."""
     import openvino as ov
 
     return f"OpenVINO {ov.__version__}"
 
 
 def usable_cores() -> int:
-    """Count the cores this process may use, which a container can have narrowed."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Count the cores that this process may use, within its container's quota."""
+    import joblib
 
-
-def _reason(error: RuntimeError) -> str:
-    """The last line of OpenVINO's message; those before it are places in its source."""
-    return str(error).strip().splitlines()[-1].rstrip(".")
-
-
-BATCH = 32
-
-Forward = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+    return int(joblib.cpu_count())
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model reads from one file, or why it reads nothing.
+    """A model's prediction for one file, or why there is none.
 
     Args:
-        path: the file.
         probabilities: six, in the order of `LABELS`; None when `error` is set.
-        error: why the file is not a usable photo.
     """
 
     path: Path
@@ -165,7 +131,7 @@ class Prediction:
 
     @property
     def label(self) -> str | None:
-        """The most probable sign."""
+        """The most probable class."""
         if self.probabilities is None:
             return None
         return LABELS[int(np.argmax(self.probabilities))]
@@ -184,44 +150,37 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model, and the size photos are reduced to before it sees them.
+    """A model for photos of any size.
 
     Args:
-        forward: uint8 (n, size, size, 3), RGB in [0, 255] -> float32 (n, 6).
-        detail: side in pixels that the model's training photos were reduced to.
+        forward: uint8 (n, size, size, 3), RGB -> float32 (n, 6).
+        detail: side in pixels that photos are reduced to first.
         size: side of the model's input in pixels.
     """
 
-    forward: Forward
+    forward: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
     detail: int
     size: int = INPUT_SIZE
 
     def probabilities(
         self, images: NDArray[np.uint8], progress: Progress = silent
     ) -> NDArray[np.float32]:
-        """Score photos that are already cut and reduced, as the dataset holds them.
+        """Score photos that are cropped and reduced already, as the dataset stores them.
 
         Args:
-            images: uint8, (n, d, d, 3), RGB in [0, 255].
-            progress: told after each batch.
+            images: uint8, (n, d, d, 3), RGB.
 
         Returns:
             float32, (n, 6); rows sum to one, column i is `LABELS[i]`.
 
         Raises:
             DataError: another shape or dtype.
-            ModelError: what comes out is no probability.
+            ModelError: the result is not finite.
         """
         if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2]:
-            raise DataError(
-                f"Images must have shape (n, d, d, 3). Received: {images.shape}. "
-                "Shrink the photos to squares first."
-            )
+            raise DataError(f"Images must have shape (n, d, d, 3), not {images.shape}.")
         if images.dtype != np.uint8:
-            raise DataError(
-                f"Images must be uint8 in [0, 255], not scaled. Received: {images.dtype}. "
-                "Pass the pixels as they were decoded."
-            )
+            raise DataError(f"Images must be uint8 in [0, 255], not {images.dtype}.")
         result = np.empty((len(images), len(LABELS)), np.float32)
         for start in range(0, len(images), BATCH):
             batch = slice(start, start + BATCH)
@@ -229,102 +188,58 @@ class Classifier:
             progress("score photos", min(start + BATCH, len(images)), len(images))
         if not np.isfinite(result).all():
             raise ModelError(
-                "A model must answer with probabilities. Received: numbers that are not finite. "
-                "Its weights are damaged or too large; use another one."
+                "The model's probabilities are not finite. Its weights are damaged or too "
+                "large; use another one."
             )
         return result
 
 
 def load_classifier(
-    path: Path, detail: int, size: int = INPUT_SIZE, *, vouched: bool = False
+    path: Path, detail: int, size: int = INPUT_SIZE, *, trusted: bool = False
 ) -> Classifier:
-    """Load a model file.
-
-    Of a `.keras` file only the weights are read, the architecture is ours. A `.pb` file
-    is run as it is, and is ready sooner: TensorFlow is not imported for it. Neither can
-    bring code; see `tasks.model.untrusted` for what else a file can do.
+    """Load a `.pb` file of the assemble stage or of a release.
 
     Args:
-        path: a `.keras` or `.pb` file of the assemble stage or of a release.
-        detail: `preprocess.image_size` of the parameters it was trained with.
+        detail: `preprocess.image_size` of the parameters that it was trained with.
         size: side of the model's input in pixels.
-        vouched: it is of a verified release, or a stage here wrote it; any other file
-            is examined first, which takes a second or two.
-
-    Returns:
-        The classifier; inference only.
+        trusted: it is of a verified release, or a stage here wrote it. Any other file is
+            first run in a sandbox, which takes a second.
 
     Raises:
-        ModelError: the file is missing, refused, or does not fit the architecture.
+        ModelError: the file is missing, is rejected, or does not fit.
     """
-    if not vouched:
-        with examined(path, size) as safe:
-            try:
-                return load_classifier(safe, detail, size, vouched=True)
-            except ModelError as error:
-                raise ModelError(str(error).replace(str(safe), str(path))) from error
-    forward = _graph_forward(path, size) if path.suffix == ".pb" else _keras_forward(path, size)
-    return Classifier(forward, detail, size)
+    if not trusted:
+        from tasks.model.untrusted import check_graph
 
-
-def _graph_forward(path: Path, size: int) -> Forward:
+        check_graph(path, size)
     engine = Engine(path)
     if (engine.size, engine.shape) != (size, (len(LABELS),)):
         raise ModelError(
-            f"A model's graph must give {len(LABELS)} probabilities for a photo of {size} pixels. "
-            f"Received: {engine.shape} for {engine.size} pixels from '{path}'. "
-            "Name a .pb file that the assemble stage wrote."
+            f"'{path}' gives {engine.shape} for photos of {engine.size} pixels, not "
+            f"{len(LABELS)} probabilities for photos of {size}. Name a .pb file that the "
+            "assemble stage wrote."
         )
-
-    def forward(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return np.stack(list(engine.stream(photos)))
-
-    return forward
-
-
-def _keras_forward(path: Path, size: int) -> Forward:
-    import tensorflow as tf
-
-    from tasks.model.network import load_model
-
-    model = load_model(path, size=size)
-    shape = tf.TensorSpec((None, size, size, 3), tf.uint8)
-    traced = tf.function(
-        lambda photos: model(tf.cast(photos, tf.float32), training=False), input_signature=[shape]
-    )
-    return lambda photos: np.asarray(traced(photos))
+    return Classifier(lambda photos: np.stack(list(engine.stream(photos))), detail, size)
 
 
 def classify_files(
     classifier: Classifier, paths: Sequence[Path], progress: Progress = silent
 ) -> list[Prediction]:
-    """Read and score image files that anybody may have made.
-
-    Args:
-        classifier: the model.
-        paths: files in any format that import takes.
-        progress: told for each file read and each batch scored.
-
-    Returns:
-        One prediction for each path, in order; a file that cannot be used has
-        an error instead of probabilities.
-    """
+    """Classify image files from anywhere; see `classify`."""
     return classify(classifier, [(path, partial(_read_file, path)) for path in paths], progress)
 
 
 def classify(
     classifier: Classifier, sources: Sequence[tuple[Path, Read]], progress: Progress = silent
 ) -> list[Prediction]:
-    """Read and score photos, wherever their bytes come from.
+    """Classify photos.
 
     Args:
-        classifier: the model.
-        sources: what to call each photo, and a function that gives its bytes, at
-            most as many as it is asked for, or raises `ImageError`.
-        progress: told for each photo read and each batch scored.
+        sources: a name for each photo, and a function that returns at most as many of its
+            bytes as it is asked for, or raises `ImageError`.
 
     Returns:
-        As `classify_files`.
+        One prediction for each source, in order; with an error for an unusable file.
     """
 
     def reduced(source: tuple[Path, Read]) -> NDArray[np.uint8] | str:
@@ -334,18 +249,18 @@ def classify(
         except ImageError as error:
             return error.reason
 
-    seen: list[NDArray[np.uint8] | str] = []
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    results: list[NDArray[np.uint8] | str] = []
+    with ThreadPoolExecutor(min(4, usable_cores())) as pool:
         for number, result in enumerate(pool.map(reduced, sources), start=1):
-            seen.append(result)
+            results.append(result)
             progress("read photos", number, len(sources))
-    images = [result for result in seen if not isinstance(result, str)]
+    images = [result for result in results if not isinstance(result, str)]
     rows = iter(classifier.probabilities(np.stack(images), progress).tolist() if images else [])
     return [
         Prediction(path, error=result)
         if isinstance(result, str)
         else Prediction(path, tuple(next(rows)))
-        for (path, _), result in zip(sources, seen, strict=True)
+        for (path, _), result in zip(sources, results, strict=True)
     ]
 
 

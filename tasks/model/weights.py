@@ -1,4 +1,4 @@
-"""Weights of the model as files and arrays."""
+"""Weights as safetensors files, arrays and Keras variables."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +14,11 @@ from tasks.params import BACKBONE
 from tasks.project import Project
 
 Weights = dict[str, np.ndarray]
+"""Arrays by `<Keras layer>/<variable>`."""
+
+BACKBONE_FILE = "backbone.safetensors"
+TRUNK_FILE = "trunk.pb"
+WEIGHTS_FILE = "weights.safetensors"
 
 
 def read_weights(path: Path) -> Weights:
@@ -24,23 +29,32 @@ def read_weights(path: Path) -> Weights:
     """
     try:
         return dict(load_file(path))
-    # A type of number that numpy does not have is none of its own errors.
+    # A number type that numpy lacks raises none of safetensors' own errors.
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError) as error:
         raise ModelError(
-            f"Weights cannot be read ({error}). Received: '{path}'. Run the stage that writes them."
+            f"Weights '{path}' cannot be read ({error}). Run the stage that writes them."
         ) from error
 
 
+def read_phase(project: Project, name: str) -> Weights:
+    """Read the weights that a phase, or the backbone stage, wrote.
+
+    Raises:
+        ModelError: as `read_weights`.
+    """
+    file = BACKBONE_FILE if name == BACKBONE else WEIGHTS_FILE
+    return read_weights(project.weights(name) / file)
+
+
 def write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file whole; the same arrays give the same bytes."""
+    """Write a safetensors file atomically; the same arrays give the same bytes."""
+    arrays = {name: np.asarray(weights[name], order="C") for name in sorted(weights)}
     with atomic_write(path) as temporary:
-        temporary.write_bytes(
-            save({name: np.asarray(weights[name], order="C") for name in sorted(weights)})
-        )
+        temporary.write_bytes(save(arrays))
 
 
-def take(layers: Iterable[Any]) -> Weights:
-    """Copy the weights out of Keras layers."""
+def get_weights(layers: Iterable[Any]) -> Weights:
+    """Copy the weights of Keras layers."""
     return {
         f"{layer.name}/{variable.name}": variable.numpy()
         for layer in layers
@@ -48,38 +62,23 @@ def take(layers: Iterable[Any]) -> Weights:
     }
 
 
-def put(layers: Iterable[Any], weights: Mapping[str, np.ndarray]) -> None:
-    """Copy weights into Keras layers; every variable of every layer must be given.
+def set_weights(layers: Iterable[Any], weights: Mapping[str, np.ndarray]) -> None:
+    """Copy weights into Keras layers.
 
     Raises:
-        ModelError: a variable is missing or has another shape.
+        ModelError: a variable of a layer is missing or has another shape.
     """
     for layer in layers:
         for variable in layer.weights:
-            name = f"{layer.name}/{variable.name}"
+            name, shape = f"{layer.name}/{variable.name}", tuple(variable.shape)
             value = weights.get(name)
-            if value is None or value.shape != tuple(variable.shape):
-                received = "nothing" if value is None else f"shape {value.shape}"
+            if value is None or value.shape != shape:
+                found = "are missing" if value is None else f"have shape {value.shape}"
                 raise ModelError(
-                    f"Weights must hold '{name}' of shape {tuple(variable.shape)}. "
-                    f"Received: {received}. Rebuild them with the backbone and training stages."
+                    f"The weights '{name}' of shape {shape} {found}. "
+                    "Run the backbone and training stages again."
                 )
             variable.assign(value)
         if hasattr(layer, "finalize_state"):
-            # Normalization copies its variables into constants, and only on request.
+            # Normalization copies its variables into constants only on request.
             layer.finalize_state()
-
-
-BACKBONE_FILE = "backbone.safetensors"
-TRUNK_FILE = "trunk.pb"
-WEIGHTS_FILE = "weights.safetensors"
-
-
-def read_phase(project: Project, name: str) -> Weights:
-    """Read the weights that a phase, or the backbone stage, wrote; by layer name.
-
-    Raises:
-        ModelError: the file is missing or is not safetensors.
-    """
-    file = BACKBONE_FILE if name == BACKBONE else WEIGHTS_FILE
-    return read_weights(project.weights(name) / file)

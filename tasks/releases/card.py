@@ -10,8 +10,8 @@ from typing import Any
 from tasks.data.dataset import SYNTHETIC
 from tasks.data.images import BLUR_SIGMA
 from tasks.errors import StageError
+from tasks.gate import shown, shown_interval
 from tasks.io import atomic_write
-from tasks.scoring.checks import shown, shown_interval
 
 SECONDS = 120
 Content = Mapping[str, Any]

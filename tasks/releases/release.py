@@ -230,7 +230,7 @@ def open_release(folder: Path) -> Classifier:
     """Load the classifier of a verified release; it resizes photos as in training.
 
     Args:
-        folder: what `fetch` returned. Without `model.pb`, `model.keras` is loaded.
+        folder: what `fetch` returned.
 
     Raises:
         PromotionError: its labels are not ours, in our order, or its parameters do not
@@ -243,9 +243,7 @@ def open_release(folder: Path) -> Classifier:
             f"Release {folder.name} has the labels {labels}, and they must be {list(LABELS)} in "
             "this order. Promote a release of this project."
         )
-    graph = folder / "model.pb"
-    model = graph if graph.is_file() else folder / "model.keras"
-    return load_classifier(model, _image_size(folder / "params.yaml"), vouched=True)
+    return load_classifier(folder / "model.pb", _image_size(folder / "params.yaml"), trusted=True)
 
 
 def check_id(release_id: str) -> str:

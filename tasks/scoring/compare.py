@@ -1,38 +1,30 @@
-"""Two models on the same photos: which is better, and is that more than chance.
+"""Compare two models on the same photos.
 
-The two questions are kept apart. `verdict` says in words whether McNemar's
-exact test finds a difference in accuracy. `no_worse` is the rule for
-promotion: the challenger must be right on at least as many photos, and where
-both are right on equally many its mean loss must not be higher by more than
-0.01, and significantly so.
-A rule on significance alone would let a model that is worse by a photo or two
-in through every nightly run, and the losses would add up.
+`verdict` says whether McNemar's exact test finds a difference in accuracy. `no_worse` is
+the promotion rule: the challenger must be right on at least as many photos, and on a tie
+its mean loss must not be significantly higher by more than 0.01. A rule on significance
+alone would let small losses of accuracy add up over many nightly runs.
 """
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 from scipy.stats import binomtest, ttest_1samp
 
 from tasks.errors import DataError
 from tasks.params import LABELS
-from tasks.scoring.metrics import DIGITS, Scores, checked, photo_losses, score
+from tasks.scoring.metrics import DIGITS, FrozenModel, Scores, checked, photo_losses, score
 
 SIGNIFICANCE = 0.05
 LOSS_MARGIN = 0.01
-"""A rise in mean loss (nats) up to this is nothing to a user, however significant."""
+"""Rise in mean loss (nats) that no user notices, however significant."""
 
-Words = Literal["better", "worse", "no significant difference"]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+Outcome = Literal["right", "wrong", "still wrong"]
 
 
-class ClassChange(_Frozen):
-    """Recall of one class under both; null where the class has no photo."""
+class ClassChange(FrozenModel):
+    """Recall of one class under both models; null where the class has no photo."""
 
     label: str
     support: int
@@ -41,33 +33,26 @@ class ClassChange(_Frozen):
     change: float | None
 
 
-class ChangedPhoto(_Frozen):
-    """A photo that the two models read differently."""
+class ChangedPhoto(FrozenModel):
+    """A photo that the two models classify differently."""
 
     name: str
     label: str
     champion: str
     challenger: str
-    now: Literal["right", "wrong", "still wrong"]
+    now: Outcome
 
 
-class Comparison(_Frozen):
-    """A challenger beside the champion, scored on the same photos.
+class Comparison(FrozenModel):
+    """A challenger and the champion, scored on the same photos.
 
     Args:
-        champion: scores of the present champion.
-        challenger: scores of the model that may replace it.
-        recalls: change in recall of each class.
         changed: photos that got another label, in the photos' order.
-        won: photos that only the challenger has right.
-        lost: photos that only the champion has right.
-        p_value: McNemar's exact test, two-sided: the chance of a split of the
-            `won + lost` photos at least this uneven between equal models.
-        loss_p_value: paired t-test, one-sided: the chance of a mean loss at
-            least this much higher between equal models.
-        verdict: 'better' or 'worse' when `p_value` is below 0.05.
+        won: photos that only the challenger classifies correctly.
+        lost: photos that only the champion classifies correctly.
+        p_value: McNemar's exact test, two-sided.
+        loss_p_value: paired t-test of a higher mean loss, one-sided.
         no_worse: whether the challenger may become champion.
-        reason: both in one sentence.
     """
 
     champion: Scores
@@ -78,7 +63,7 @@ class Comparison(_Frozen):
     lost: int
     p_value: float
     loss_p_value: float
-    verdict: Words
+    verdict: Literal["better", "worse", "no significant difference"]
     no_worse: bool
     reason: str
 
@@ -105,79 +90,66 @@ def compare(
 
     Args:
         champion: float, (n, 6); rows sum to one.
-        challenger: float, (n, 6); of the same photos in the same order.
+        challenger: float, (n, 6); same photos, same order.
         labels: integer, (n,); 0 to 5.
-        names: n names of the photos; their numbers when left out.
-
-    Returns:
-        Scores of both, what changed, and the verdict.
+        names: of the photos; their row numbers by default.
 
     Raises:
-        DataError: the arrays do not fit each other; see `tasks.scoring.metrics.score`.
+        DataError: the arrays do not match; see `tasks.scoring.metrics.checked`.
     """
-    before, y = checked(champion, labels)
-    after, _ = checked(challenger, labels)
-    titles = [str(number) for number in range(len(y))] if names is None else list(names)
-    if len(titles) != len(y):
+    old, y = checked(champion, labels)
+    new, _ = checked(challenger, labels)
+    names = [str(row) for row in range(len(y))] if names is None else names
+    if len(names) != len(y):
         raise DataError(
-            f"There must be one name a photo, {len(y)}. Received: {len(titles)} names. "
+            f"There are {len(names)} names for {len(y)} photos. "
             "Pass the names of the photos that were scored."
         )
-    was, now = before.argmax(axis=1), after.argmax(axis=1)
+    was, now = old.argmax(axis=1), new.argmax(axis=1)
     won = int(((was != y) & (now == y)).sum())
     lost = int(((was == y) & (now != y)).sum())
-    p_value = mcnemar(won, lost)
-    rise = photo_losses(after, y) - photo_losses(before, y)
-    loss_p_value = _chance_of_higher_loss(rise)
-    higher_loss = loss_p_value < SIGNIFICANCE and float(rise.mean()) > LOSS_MARGIN
-    verdict = _words(won, lost, p_value)
-    no_worse = won > lost or (won == lost and not higher_loss)
-    first, second = score(before, y), score(after, y)
-    return Comparison(
+    rise = photo_losses(new, y) - photo_losses(old, y)
+    loss_p_value = _higher_loss_p_value(rise)
+    first, second = score(old, y), score(new, y)
+    comparison = Comparison(
         champion=first,
         challenger=second,
         recalls=_recall_changes(first, second),
-        changed=_changed(titles, y, was, now),
+        changed=_changed_photos(names, y, was, now),
         won=won,
         lost=lost,
-        p_value=p_value,
+        p_value=mcnemar(won, lost),
         loss_p_value=loss_p_value,
-        verdict=verdict,
-        no_worse=no_worse,
-        reason=_reason(first, second, (won, lost), p_value, verdict, no_worse),
+        verdict=_verdict(won, lost),
+        no_worse=won > lost
+        or (won == lost and (loss_p_value >= SIGNIFICANCE or rise.mean() <= LOSS_MARGIN)),
+        reason="",
     )
+    return comparison.model_copy(update={"reason": _reason(comparison)})
 
 
 def mcnemar(won: int, lost: int) -> float:
-    """McNemar's exact test on the photos that exactly one of two models has right.
+    """Two-sided p-value of McNemar's exact test; 1 where the models never differ.
 
-    McNemar, "Note on the sampling error of the difference between correlated
-    proportions or percentages", Psychometrika 12, 1947, in its binomial form.
-
-    Args:
-        won: photos that only the second model has right.
-        lost: photos that only the first has right.
-
-    Returns:
-        Two-sided p-value; 1 where the models never differ.
+    McNemar, Note on the sampling error of the difference between correlated proportions
+    or percentages, 1947, in its binomial form.
     """
     return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
-def _chance_of_higher_loss(rise: np.ndarray) -> float:
+def _higher_loss_p_value(rise: np.ndarray) -> float:
     if np.ptp(rise) < 1e-12:  # the test divides by the spread
         return 0.0 if rise.mean() > 1e-12 else 1.0
     return float(ttest_1samp(rise, 0.0, alternative="greater").pvalue)
 
 
-def _words(won: int, lost: int, p_value: float) -> Words:
-    if p_value >= SIGNIFICANCE:
+def _verdict(won: int, lost: int) -> Literal["better", "worse", "no significant difference"]:
+    if mcnemar(won, lost) >= SIGNIFICANCE:
         return "no significant difference"
     return "better" if won > lost else "worse"
 
 
 def _recall_changes(champion: Scores, challenger: Scores) -> tuple[ClassChange, ...]:
-    pairs = zip(champion.per_class, challenger.per_class, strict=True)
     return tuple(
         ClassChange(
             label=old.label,
@@ -186,47 +158,40 @@ def _recall_changes(champion: Scores, challenger: Scores) -> tuple[ClassChange, 
             challenger=new.recall,
             change=None if old.recall is None or new.recall is None else new.recall - old.recall,
         )
-        for old, new in pairs
+        for old, new in zip(champion.per_class, challenger.per_class, strict=True)
     )
 
 
-def _changed(
+def _changed_photos(
     names: Sequence[str], y: np.ndarray, was: np.ndarray, now: np.ndarray
 ) -> tuple[ChangedPhoto, ...]:
-    photos = []
-    for row in np.flatnonzero(was != now).tolist():
-        outcome: Literal["right", "wrong", "still wrong"] = (
-            "right" if now[row] == y[row] else "wrong" if was[row] == y[row] else "still wrong"
+    def outcome(row: int) -> Outcome:
+        if now[row] == y[row]:
+            return "right"
+        return "wrong" if was[row] == y[row] else "still wrong"
+
+    return tuple(
+        ChangedPhoto(
+            name=names[row],
+            label=LABELS[y[row]],
+            champion=LABELS[was[row]],
+            challenger=LABELS[now[row]],
+            now=outcome(row),
         )
-        photos.append(
-            ChangedPhoto(
-                name=names[row],
-                label=LABELS[y[row]],
-                champion=LABELS[was[row]],
-                challenger=LABELS[now[row]],
-                now=outcome,
-            )
-        )
-    return tuple(photos)
+        for row in np.flatnonzero(was != now).tolist()
+    )
 
 
-def _reason(
-    champion: Scores,
-    challenger: Scores,
-    discordant: tuple[int, int],
-    p_value: float,
-    verdict: Words,
-    no_worse: bool,
-) -> str:
-    won, lost = discordant
-    if no_worse:
+def _reason(found: Comparison) -> str:
+    if found.no_worse:
         rule = "no worse than the champion"
-    elif won < lost:
+    elif found.won < found.lost:
         rule = "worse than the champion: right on fewer photos"
     else:
         rule = "worse than the champion: as many photos right, but a significantly higher loss"
+    old, new = found.champion, found.challenger
     return (
-        f"{rule}; accuracy {champion.accuracy:.4f} -> {challenger.accuracy:.4f}, "
-        f"loss {champion.loss:.4f} -> {challenger.loss:.4f}, {won} photos won, {lost} lost, "
-        f"{verdict} (McNemar p = {p_value:.3g})"
+        f"{rule}; accuracy {old.accuracy:.4f} -> {new.accuracy:.4f}, "
+        f"loss {old.loss:.4f} -> {new.loss:.4f}, {found.won} photos won, {found.lost} lost, "
+        f"{found.verdict} (McNemar p = {found.p_value:.3g})"
     )

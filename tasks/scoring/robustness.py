@@ -1,9 +1,7 @@
-"""How accuracy holds when test photos are disturbed a little, as cameras disturb them.
+"""Accuracy under common corruptions.
 
-The kinds are those of Hendrycks and Dietterich, "Benchmarking Neural Network
-Robustness to Common Corruptions and Perturbations", ICLR 2019, that a phone held by
-a hand brings: it is tilted, too light or too dark, out of focus, nearer or further,
-and it compresses.
+The kinds are those of Hendrycks and Dietterich, Benchmarking Neural Network Robustness to
+Common Corruptions and Perturbations, 2019, that a handheld phone causes.
 """
 
 from collections.abc import Callable
@@ -12,28 +10,25 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from tasks.model.inference import Classifier
-from tasks.scoring.metrics import DIGITS
+from tasks.scoring.metrics import DIGITS, wilson_interval
 from tasks.stage import Progress, silent
 
 Image = NDArray[np.uint8]
-Corruption = Callable[[Image, int], Image]
 
-MOST_PHOTOS = 96
-"""Photos that are disturbed at most, evenly of each class: each kind scores all of them."""
+MAX_PHOTOS = 96
+"""Photos that are corrupted, balanced over the classes; each kind scores all of them."""
 
-TURN = 12.0
-"""Degrees."""
-LIGHT = 0.25
+ROTATION = 12.0
+"""Degrees, either way."""
+BRIGHTNESS = 0.25
 """Share that levels are scaled by, up and down."""
-NEARER = 0.15
-"""Share of the size."""
-BLUR = 1 / 64
-"""Standard deviation of the blur as a share of the side: one pixel of 64."""
-QUALITY = 40
-"""Of JPEG, 1 to 95."""
+SCALE = 0.15
+"""Share of the size, either way."""
+BLUR_SIGMA = 1 / 64
+"""Share of the side."""
+JPEG_QUALITY = 40
 
 
 def robustness(
@@ -42,46 +37,32 @@ def robustness(
     labels: NDArray[np.int64],
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Score a model on disturbed test photos.
+    """Score a model on corrupted test photos.
 
-    Nothing is drawn: of every two photos one is disturbed one way and one the other, so
-    the same photos give the same numbers.
+    Nothing is random: photos alternate between the two directions of a corruption.
 
     Args:
-        classifier: the model.
-        images: uint8, (n, d, d, 3), RGB in [0, 255]; as the dataset holds them.
+        images: uint8, (n, d, d, 3), RGB; as the dataset stores them.
         labels: int64, (n,); 0 to 5.
-        progress: told after each kind.
 
     Returns:
-        `photos`, and by kind in `accuracy` the share that is read rightly, in
-        `interval` its 95 % Wilson interval.
+        `photos`, and by kind the `accuracy` and its 95 % Wilson `interval`.
     """
-    rows = evenly(labels, MOST_PHOTOS)
+    rows = balanced_rows(labels, MAX_PHOTOS)
     accuracy: dict[str, float] = {}
     interval: dict[str, list[float]] = {}
     for number, (name, corrupt) in enumerate(CORRUPTIONS.items(), start=1):
-        disturbed = [corrupt(images[row], 1 - 2 * (at % 2)) for at, row in enumerate(rows)]
-        found = classifier.probabilities(np.stack(disturbed)).argmax(axis=1)
-        right = int((found == labels[rows]).sum())
-        bounds = binomtest(right, len(rows)).proportion_ci(method="wilson")
+        corrupted = [corrupt(images[row], 1 - 2 * (at % 2)) for at, row in enumerate(rows)]
+        predicted = classifier.probabilities(np.stack(corrupted)).argmax(axis=1)
+        right = int((predicted == labels[rows]).sum())
         accuracy[name] = round(right / len(rows), DIGITS)
-        interval[name] = [round(float(bounds.low), DIGITS), round(float(bounds.high), DIGITS)]
-        progress("disturb photos", number, len(CORRUPTIONS))
+        interval[name] = [round(bound, DIGITS) for bound in wilson_interval(right, len(rows))]
+        progress("score corrupted photos", number, len(CORRUPTIONS))
     return {"photos": len(rows), "accuracy": accuracy, "interval": interval}
 
 
-def evenly(labels: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """Choose rows so that no class has many more than another.
-
-    Args:
-        labels: int64, (n,).
-        most: rows at most.
-
-    Returns:
-        int64, ascending; the first photos of each class, which the dataset sorts by a
-        hash of their content.
-    """
+def balanced_rows(labels: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Choose at most `most` rows, the first of each class; int64, ascending."""
     if len(labels) <= most:
         return np.arange(len(labels), dtype=np.int64)
     ranks = np.empty(len(labels), np.int64)
@@ -91,41 +72,40 @@ def evenly(labels: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     return np.sort(np.argsort(ranks, kind="stable")[:most]).astype(np.int64)
 
 
-def _turn(image: Image, way: int) -> Image:
-    return _place(image, way * TURN, 1.0)
+def _rotation(image: Image, direction: int) -> Image:
+    return _transform(image, direction * ROTATION, 1.0)
 
 
-def _light(image: Image, way: int) -> Image:
-    return cv2.convertScaleAbs(image, alpha=1 + way * LIGHT)  # type: ignore[no-any-return]
+def _brightness(image: Image, direction: int) -> Image:
+    return cv2.convertScaleAbs(image, alpha=1 + direction * BRIGHTNESS)  # type: ignore[no-any-return]
 
 
-def _blur(image: Image, way: int) -> Image:
-    return cv2.GaussianBlur(image, (0, 0), image.shape[0] * BLUR)  # type: ignore[no-any-return]
+def _blur(image: Image, direction: int) -> Image:
+    return cv2.GaussianBlur(image, (0, 0), len(image) * BLUR_SIGMA)  # type: ignore[no-any-return]
 
 
-def _scale(image: Image, way: int) -> Image:
-    return _place(image, 0.0, 1 + way * NEARER)
+def _scale(image: Image, direction: int) -> Image:
+    return _transform(image, 0.0, 1 + direction * SCALE)
 
 
-def _jpeg(image: Image, way: int) -> Image:
-    # The codec takes BGR; red and blue are weighed differently there.
-    coded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1]
-    decoded: Image = cv2.imdecode(coded, cv2.IMREAD_COLOR)  # type: ignore[assignment]
+def _jpeg(image: Image, direction: int) -> Image:
+    # The codec takes BGR and treats red and blue differently.
+    content = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+    decoded: Image = cv2.imdecode(content, cv2.IMREAD_COLOR)  # type: ignore[assignment]
     return np.ascontiguousarray(decoded[..., ::-1])
 
 
-def _place(image: Image, degrees: float, scale: float) -> Image:
-    side = image.shape[0]
-    centre = ((side - 1) / 2, (side - 1) / 2)
-    turn = cv2.getRotationMatrix2D(centre, degrees, scale)
+def _transform(image: Image, degrees: float, scale: float) -> Image:
+    side = len(image)
+    matrix = cv2.getRotationMatrix2D(((side - 1) / 2, (side - 1) / 2), degrees, scale)
     return cv2.warpAffine(  # type: ignore[no-any-return]
-        image, turn, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
+        image, matrix, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
     )
 
 
-CORRUPTIONS: dict[str, Corruption] = {
-    "rotation": _turn,
-    "brightness": _light,
+CORRUPTIONS: dict[str, Callable[[Image, int], Image]] = {
+    "rotation": _rotation,
+    "brightness": _brightness,
     "blur": _blur,
     "scale": _scale,
     "jpeg": _jpeg,

@@ -1,4 +1,4 @@
-"""Train end to end with Keras, on one or more workers."""
+"""Train end to end with Keras, on one or more devices or workers."""
 
 import functools
 import json
@@ -18,19 +18,17 @@ from numpy.typing import NDArray
 from tasks.errors import StageError
 from tasks.model.augment import enlarge
 from tasks.stage import Progress
-from tasks.training.cached import validation
-from tasks.training.plan import Epoch, Plan
-from tasks.training.regularizers import Average
-from tasks.training.temperature import score
+from tasks.training.plan import Epoch, Plan, score_logits
+from tasks.training.regularizers import WeightAverage
 
 WAIT_SECONDS = 600.0
-"""Longest wait for the others; each must come to the same phase first."""
+"""Longest wait for other workers to reach the same phase."""
 
 _log = logging.getLogger(__name__)
 
 
 def named_workers() -> list[str]:
-    """Addresses of all workers; none where `TF_CONFIG` is not set, or for TensorFlow to refuse."""
+    """Addresses of the workers in `TF_CONFIG`; none where it is not set or is malformed."""
     try:
         cluster = json.loads(os.environ.get("TF_CONFIG") or "{}")["cluster"]
         return [str(one) for job in ("chief", "worker") for one in cluster.get(job, [])]
@@ -38,25 +36,48 @@ def named_workers() -> list[str]:
         return []
 
 
+@functools.cache
+def find_strategy() -> Any:
+    """Choose how to distribute training, once per process.
+
+    Returns:
+        tf.distribute.Strategy over the workers in `TF_CONFIG`, or over this process's
+        devices; the default one for a single device.
+
+    Raises:
+        StageError: TensorFlow cannot join the other workers.
+    """
+    if os.environ.get("TF_CONFIG"):
+        try:
+            with _bounded_wait(WAIT_SECONDS):
+                return tf.distribute.MultiWorkerMirroredStrategy()
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise StageError(
+                f"TensorFlow cannot join the workers in TF_CONFIG ({error}). Run `dvc repro` on "
+                "every worker, in a checkout of its own."
+            ) from error
+    kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
+    devices = [device.name for device in tf.config.list_logical_devices(kind)]
+    if len(devices) > 1:
+        return tf.distribute.MirroredStrategy(devices)
+    return tf.distribute.get_strategy()
+
+
 @contextmanager
-def waiting_for_workers(seconds: float = WAIT_SECONDS) -> Iterator[None]:
-    """End this process where the others do not come in time, or on Ctrl-C.
+def _bounded_wait(seconds: float) -> Iterator[None]:
+    """End this process if the other workers do not come in time, or on Ctrl-C.
 
-    TensorFlow waits in its own code and without end, where no handler of Python's runs
-    and no thread of Python's either; so both signals get the kernel's answer.
-
-    Args:
-        seconds: longest wait.
+    TensorFlow waits in native code, where no Python signal handler runs; so both signals
+    get the kernel's default action.
     """
     workers = named_workers()
     if len(workers) < 2 or threading.current_thread() is not threading.main_thread():
         yield
         return
     _log.warning(
-        "Waiting for the workers that TF_CONFIG names (%s), %.0f s at most. "
-        "Run `dvc repro` on each of them.",
-        ", ".join(workers),
+        "Waiting up to %.0f s for the workers in TF_CONFIG (%s). Run `dvc repro` on each.",
         seconds,
+        ", ".join(workers),
     )
     before = {one: signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGALRM)}
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -68,173 +89,93 @@ def waiting_for_workers(seconds: float = WAIT_SECONDS) -> Iterator[None]:
             signal.signal(one, handler)
 
 
-_Photos = Callable[[NDArray[np.int64]], NDArray[np.float32]]
-
-
-@functools.cache
-def find_strategy() -> Any:
-    """Choose how training is shared out, from what there is; once for each process.
-
-    Returns:
-        tf.distribute.Strategy over the workers that `TF_CONFIG` names, else over
-        this process's devices; None where there is one device only.
-
-    Raises:
-        StageError: TensorFlow was used before, and cannot join other workers any more.
-    """
-    if os.environ.get("TF_CONFIG"):
-        try:
-            with waiting_for_workers():
-                return tf.distribute.MultiWorkerMirroredStrategy()
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise StageError(
-                f"TensorFlow cannot join the workers that TF_CONFIG names ({error}). Run "
-                "`dvc repro` on every worker, in a checkout of its own."
-            ) from error
-    kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
-    devices = [device.name for device in tf.config.list_logical_devices(kind)]
-    return tf.distribute.MirroredStrategy(devices) if len(devices) > 1 else None
-
-
-def fit_distributed(
-    strategy: Any, model: Any, plan: Plan, images: NDArray[np.uint8], progress: Progress
-) -> tuple[list[Epoch], NDArray[np.float32]]:
-    """Train `model` in place on all replicas; the averaged weights are kept.
-
-    Every worker calls this with the same arguments and ends with the same weights.
-
-    Args:
-        strategy: of `find_strategy`.
-        model: of `build_model`, built in the strategy's scope, its layers opened
-            by `freeze`.
-        plan: the phase; its batches are split over the replicas.
-        images: uint8, (n, detail, detail, 3); the dataset's photos.
-        progress: told after every update.
-
-    Returns:
-        The learning curve, and the validation logits of the kept weights,
-        float32, (m, 6), up to one constant for each photo.
-    """
-    size = model.input_shape[1]
-
-    def photos(rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return enlarge(images[rows], size).astype(np.float32)
-
-    with strategy.scope():
-        optimizer = plan.optimizer()
-        optimizer.build(model.trainable_variables)
-        average = Average(model.trainable_variables, plan.updates, plan.phase.swa_fraction)
-    learn = _learner(strategy, model, optimizer)
-    validate = validation(model, plan, images)
-    curve: list[Epoch] = []
-    for number in range(1, plan.phase.epochs + 1):
-        loss = right = 0.0
-        for place, (chosen, _) in enumerate(plan.batches(number - 1), 1):
-            now = learn(*_shared_out(strategy, plan, chosen, photos))
-            average.update()
-            loss += float(now[0]) * len(chosen)
-            right += float(now[1])
-            done = (number - 1) * plan.updates_per_epoch + place
-            progress(f"train {plan.name}", done, plan.updates)
-        with average.in_place():
-            logits = validate()
-        val_loss, val_accuracy = score(logits, plan.val_labels)
-        count = len(plan.train)
-        curve.append(Epoch(number, loss / count, right / count, val_loss, val_accuracy))
-    average.keep()
-    return curve, logits
-
-
-def _learner(strategy: Any, model: Any, optimizer: Any) -> Callable[..., Any]:
-    def replica(photos: Any, targets: Any, shares: Any) -> Any:
-        with tf.GradientTape() as tape:
-            probabilities = model(photos, training=True)
-            losses = tf.keras.losses.categorical_crossentropy(targets, probabilities)
-            loss = tf.reduce_sum(losses * shares)
-        gradients = tape.gradient(loss, [one.value for one in model.trainable_variables])
-        # Keras's optimizer adds the replicas' gradients up.
-        optimizer.apply(gradients, model.trainable_variables)
-        hits = tf.argmax(probabilities, axis=1) == tf.argmax(targets, axis=1)
-        return loss, tf.reduce_sum(tf.cast(hits & (shares > 0), tf.float32))
-
-    def learn(photos: Any, targets: Any, shares: Any) -> Any:
-        parts = strategy.run(replica, args=(photos, targets, shares))
-        return [strategy.reduce(tf.distribute.ReduceOp.SUM, part, axis=None) for part in parts]
-
-    compiled: Callable[..., Any] = tf.function(learn, reduce_retracing=True)
-    return compiled
-
-
-def _shared_out(
-    strategy: Any, plan: Plan, chosen: NDArray[np.int64], photos: _Photos
-) -> tuple[Any, Any, Any]:
-    """Give each replica its photos, their targets, and each photo's share of the mean.
-
-    The last batch may not divide evenly: a photo is then repeated at a share of zero.
-    """
-    replicas = strategy.num_replicas_in_sync
-    each = -(-len(chosen) // replicas)
-    padded = np.concatenate([chosen, np.repeat(chosen[:1], each * replicas - len(chosen))])
-    shares = (np.arange(len(padded)) < len(chosen)).astype(np.float32) / np.float32(len(chosen))
-
-    def part(values: Callable[[slice], Any]) -> Any:
-        def of(context: Any) -> Any:
-            first = context.replica_id_in_sync_group * each
-            return tf.constant(values(slice(first, first + each)))
-
-        return strategy.experimental_distribute_values_from_function(of)
-
-    return (
-        part(lambda at: photos(plan.train[padded[at]])),
-        part(lambda at: plan.targets(padded[at])),
-        part(lambda at: shares[at]),
-    )
-
-
 def fit_end_to_end(
     model: Any, plan: Plan, images: NDArray[np.uint8], progress: Progress
 ) -> tuple[list[Epoch], NDArray[np.float32]]:
-    """Train `model` in place; the averaged weights are kept.
+    """Train `model` in place and keep the averaged weights.
+
+    With several replicas each worker calls this with the same arguments and ends with the
+    same weights.
 
     Args:
-        model: of `build_model`, its layers opened by `freeze`.
-        plan: the phase; its batches give the order, the model's augmentation
-            layer the views.
-        images: uint8, (n, detail, detail, 3); the dataset's photos.
-        progress: told after every update.
+        model: of `build_model`, in the scope of `find_strategy`, its layers unfrozen.
+        images: uint8, (n, d, d, 3); the dataset's photos.
 
     Returns:
-        The learning curve, and the validation logits of the kept weights,
-        float32, (m, 6), up to one constant for each photo.
+        The learning curve, and the validation logits of the kept weights, float32 (m, 6),
+        up to a constant for each photo.
     """
-    size = model.input_shape[1]
-    model.compile(
-        optimizer=plan.optimizer(),
-        loss=keras.losses.CategoricalCrossentropy(),
-        metrics=["accuracy"],
-    )
-    # Variables made in the first update would have it traced twice.
-    model.optimizer.build(model.trainable_variables)
-    watch = _watch(
-        plan,
-        validation(model, plan, images),
-        progress,
-        Average(model.trainable_variables, plan.updates, plan.phase.swa_fraction),
-    )
-    model.fit(
-        _photos(plan, images, size),
-        epochs=plan.phase.epochs,
-        steps_per_epoch=plan.updates_per_epoch,
-        shuffle=False,  # the plan has done that
-        callbacks=[watch],
-        verbose=0,
-    )
-    watch.average.keep()
-    return watch.curve, watch.logits
+    strategy = find_strategy()
+    with strategy.scope():
+        optimizer = keras.optimizers.Adam(plan.phase.learning_rate)
+        # Variables created in the first update would have it traced twice.
+        optimizer.build(model.trainable_variables)
+        variables = [variable.value for variable in model.trainable_variables]
+        average = WeightAverage(variables, plan.updates, plan.phase.swa_fraction)
+    recorder = _Recorder(model, plan, images, average, progress)
+    if strategy.num_replicas_in_sync > 1:
+        _fit_replicas(strategy, model, optimizer, plan, images, recorder)
+    else:
+        loss = keras.losses.CategoricalCrossentropy()
+        model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
+        model.fit(
+            _batches(plan, images, model.input_shape[1]),
+            epochs=plan.phase.epochs,
+            steps_per_epoch=plan.updates_per_epoch,
+            shuffle=False,  # the plan's batches are shuffled
+            callbacks=[recorder],
+            verbose=0,
+        )
+    average.keep()
+    return recorder.curve, recorder.logits
 
 
-def _photos(plan: Plan, images: NDArray[np.uint8], size: int) -> Any:
-    """All epochs' batches, one after the other, as a tf.data pipeline."""
+class _Recorder(keras.callbacks.Callback):  # type: ignore[misc]
+    """Average the weights after each update; validate the average after each epoch."""
+
+    def __init__(
+        self,
+        model: Any,
+        plan: Plan,
+        images: NDArray[np.uint8],
+        average: WeightAverage,
+        progress: Progress,
+    ) -> None:
+        super().__init__()
+        self.curve: list[Epoch] = []
+        self.logits = np.empty((0, 0), np.float32)
+        self._plan = plan
+        self._average = average
+        self._progress = progress
+        self._updates = 0
+        self._images = images
+        self._size = model.input_shape[1]
+        photos = tf.TensorSpec((None, self._size, self._size, 3), tf.float32)
+        self._infer = tf.function(lambda batch: model(batch, training=False), [photos])
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._average.update()
+        self._updates += 1
+        self._progress(f"train {self._plan.name}", self._updates, self._plan.updates)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        with self._average.applied():
+            self.logits = self._validate()
+        loss, accuracy = float(logs["loss"]), float(logs["accuracy"])
+        validation = score_logits(self.logits, self._plan.val_labels)
+        self.curve.append(Epoch(epoch + 1, loss, accuracy, *validation))
+
+    def _validate(self) -> NDArray[np.float32]:
+        rows, step = self._plan.val, self._plan.training.batch_size
+        parts = [rows[start : start + step] for start in range(0, len(rows), step)]
+        photos = (tf.constant(enlarge(self._images[at], self._size), tf.float32) for at in parts)
+        probabilities = np.concatenate([self._infer(batch).numpy() for batch in photos])
+        logits: NDArray[np.float32] = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
+        return logits
+
+
+def _batches(plan: Plan, images: NDArray[np.uint8], size: int) -> Any:
+    """All epochs' batches in a row, as a tf.data pipeline."""
 
     def batches() -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         for epoch in range(plan.phase.epochs):
@@ -242,47 +183,70 @@ def _photos(plan: Plan, images: NDArray[np.uint8], size: int) -> Any:
                 photos = enlarge(images[plan.train[chosen]], size)
                 yield photos.astype(np.float32), plan.targets(chosen)
 
-    shapes = (
+    signature = (
         tf.TensorSpec((None, size, size, 3), tf.float32),
         tf.TensorSpec((None, None), tf.float32),
     )
     options = tf.data.Options()
-    # A thread that tunes a pipeline sleeps for up to a minute, and TensorFlow 2.20 lets
-    # `fit` return only once it has woken. There is nothing to tune in two batches ahead.
+    # The autotune thread sleeps for up to a minute, and TensorFlow 2.20 lets `fit` return
+    # only after it has woken.
     options.autotune.enabled = False
-    photos = tf.data.Dataset.from_generator(batches, output_signature=shapes)
-    return photos.prefetch(2).with_options(options)
+    dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
+    return dataset.prefetch(2).with_options(options)
 
 
-def _watch(
+def _fit_replicas(
+    strategy: Any,
+    model: Any,
+    optimizer: Any,
     plan: Plan,
-    validate: Callable[[], NDArray[np.float32]],
-    progress: Progress,
-    average: Average,
-) -> Any:
-    class Watch(keras.callbacks.Callback):  # type: ignore[misc]
-        """Average after each update, score the average after each epoch."""
+    images: NDArray[np.uint8],
+    recorder: _Recorder,
+) -> None:
+    """Split each batch over the replicas; their gradients add up to those of one device."""
+    size, replicas = model.input_shape[1], strategy.num_replicas_in_sync
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.average = average
-            self.curve: list[Epoch] = []
-            self.logits = np.empty((0, 0), np.float32)
-            self._updates = 0
+    def replica_step(photos: Any, targets: Any, shares: Any) -> Any:
+        with tf.GradientTape() as tape:
+            probabilities = model(photos, training=True)
+            losses = tf.keras.losses.categorical_crossentropy(targets, probabilities)
+            loss = tf.reduce_sum(losses * shares)
+        gradients = tape.gradient(loss, [one.value for one in model.trainable_variables])
+        # Keras's optimizer sums the replicas' gradients.
+        optimizer.apply(gradients, model.trainable_variables)
+        right = tf.argmax(probabilities, axis=1) == tf.argmax(targets, axis=1)
+        return loss, tf.reduce_sum(tf.cast(right & (shares > 0), tf.float32))
 
-        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-            average.update()
-            self._updates += 1
-            progress(f"train {plan.name}", self._updates, plan.updates)
+    @tf.function(reduce_retracing=True)  # type: ignore[untyped-decorator]
+    def step(photos: Any, targets: Any, shares: Any) -> Any:
+        parts = strategy.run(replica_step, args=(photos, targets, shares))
+        return [strategy.reduce(tf.distribute.ReduceOp.SUM, part, axis=None) for part in parts]
 
-        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            with average.in_place():
-                self.logits = validate()
-            val_loss, val_accuracy = score(self.logits, plan.val_labels)
-            self.curve.append(
-                Epoch(
-                    epoch + 1, float(logs["loss"]), float(logs["accuracy"]), val_loss, val_accuracy
-                )
-            )
+    def distributed(chosen: NDArray[np.int64]) -> Iterator[Any]:
+        # A batch that does not divide evenly is padded with photos that count nothing.
+        each = -(-len(chosen) // replicas)
+        padded = np.concatenate([chosen, np.repeat(chosen[:1], each * replicas - len(chosen))])
+        shares = (np.arange(len(padded)) < len(chosen)).astype(np.float32)
+        shares /= np.float32(len(chosen))
+        values: tuple[Callable[[slice], Any], ...] = (
+            lambda at: enlarge(images[plan.train[padded[at]]], size).astype(np.float32),
+            lambda at: plan.targets(padded[at]),
+            lambda at: shares[at],
+        )
+        for value in values:
 
-    return Watch()
+            def part(context: Any, value: Callable[[slice], Any] = value) -> Any:
+                first = context.replica_id_in_sync_group * each
+                return tf.constant(value(slice(first, first + each)))
+
+            yield strategy.experimental_distribute_values_from_function(part)
+
+    for epoch in range(plan.phase.epochs):
+        loss = right = 0.0
+        for number, (chosen, _) in enumerate(plan.batches(epoch)):
+            now = step(*distributed(chosen))
+            recorder.on_train_batch_end(number)
+            loss += float(now[0]) * len(chosen)
+            right += float(now[1])
+        count = len(plan.train)
+        recorder.on_epoch_end(epoch, {"loss": loss / count, "accuracy": right / count})

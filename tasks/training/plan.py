@@ -1,13 +1,13 @@
-"""What both training modes do alike in one phase: which photos, which views, in what order."""
+"""Training plan of one phase: samples and batches, the same in both training modes."""
 
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import log_softmax
 
 from tasks.data.dataset import SYNTHETIC, Dataset
 from tasks.data.splits import stratified_sample
@@ -17,7 +17,7 @@ from tasks.params import LABELS, Params, PhaseParams, TrainingParams
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of the learning curve; training figures are with dropout, as it ran."""
+    """One point of the learning curve; training figures are with dropout."""
 
     epoch: int
     loss: float
@@ -28,18 +28,14 @@ class Epoch:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """One phase, settled before its first update.
+    """One phase, decided before its first update.
 
     Args:
-        name: of the phase.
-        phase: its parameters.
-        training: parameters of all phases.
-        seed: of every random choice.
-        views: augmented views that exist of each training photo; a synthetic hand has none.
-        train: int64, (n,); dataset rows trained on.
+        copies: augmented copies of each training photo; a synthetic hand has none.
+        train: int64, (n,); dataset rows to train on.
         train_labels: int64, (n,).
         synthetic: bool, (n,); which of `train` are synthetic hands.
-        val: int64, (m,); dataset rows validated on.
+        val: int64, (m,); dataset rows to validate on.
         val_labels: int64, (m,).
     """
 
@@ -47,7 +43,7 @@ class Plan:
     phase: PhaseParams
     training: TrainingParams
     seed: int
-    views: int
+    copies: int
     train: NDArray[np.int64]
     train_labels: NDArray[np.int64]
     synthetic: NDArray[np.bool_]
@@ -63,20 +59,16 @@ class Plan:
         return self.updates_per_epoch * self.phase.epochs
 
     def batches(self, epoch: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield one epoch: each photo once, in a new order, in one of its views.
+        """Yield one epoch, counted from 0: each photo once, as itself or as one of its copies.
 
-        Each photo goes through its views in an order of its own and sees all of
-        them, the plain one too, before any comes again. An epoch so costs the same
-        however many views there are.
-
-        Args:
-            epoch: from 0.
+        Each photo goes through all of its copies, in an order of its own, before one
+        comes again. So an epoch costs the same however many copies there are.
 
         Yields:
-            int64, (batch,) positions in `train`, and int64, (batch,) view numbers.
+            int64, (batch,) positions in `train`, and int64, (batch,) copy numbers.
         """
-        cycle, place = divmod(epoch, self.views + 1)
-        every = np.tile(np.arange(self.views + 1), (len(self.train), 1))
+        cycle, place = divmod(epoch, self.copies + 1)
+        every = np.tile(np.arange(self.copies + 1), (len(self.train), 1))
         orders = self.random(0, cycle).permuted(every, axis=1)
         shuffled = self.random(1, epoch).permutation(len(self.train))
         for start in range(0, len(shuffled), self.training.batch_size):
@@ -84,49 +76,23 @@ class Plan:
             yield chosen, np.where(self.synthetic[chosen], 0, orders[chosen, place])
 
     def random(self, purpose: int, number: int) -> np.random.Generator:
-        """Give the random numbers of one purpose in one epoch or update of this phase."""
+        """Random numbers for one purpose in one epoch or update of this phase."""
         return np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), purpose, number])
 
     def targets(self, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
-        """One-hot labels; float32, (batch, 6)."""
+        """One-hot labels of positions in `train`; float32, (batch, 6)."""
         return np.eye(len(LABELS), dtype=np.float32)[self.train_labels[chosen]]
-
-    def optimizer(self, adam: type[Any] | None = None) -> Any:
-        """Build Adam at this phase's learning rate; `adam` is its class, Keras's by default."""
-        import keras
-
-        return (adam or keras.optimizers.Adam)(self.phase.learning_rate)
-
-
-def training_rows(dataset: Dataset, fraction: float, seed: int) -> NDArray[np.int64]:
-    """Choose the photos and synthetic hands that a phase trains on.
-
-    Those of a smaller fraction are among a larger's.
-
-    Args:
-        dataset: the preprocessed photos.
-        fraction: share of each class of the training split and of the synthetic hands.
-        seed: `seed` of params.yaml.
-
-    Returns:
-        int64, (n,); rows of `dataset`, ascending.
-    """
-    rows = np.concatenate([dataset.rows("train"), dataset.rows(SYNTHETIC)])
-    names = [dataset.names[row] for row in rows]
-    return rows[stratified_sample(names, dataset.labels[rows], fraction, seed)]
 
 
 def plan_phase(params: Params, name: str | None, dataset: Dataset) -> Plan:
-    """Settle one phase of `params` for the photos of `dataset`.
-
-    Phases with the same fraction train on the same photos.
+    """Plan one phase.
 
     Raises:
-        ParamsError: there is no phase of that name.
+        ParamsError: there is no phase called `name`.
     """
-    if name is None or name not in params.phases:
+    if name not in params.phases:
         raise ParamsError(
-            f"Phase must be one of {', '.join(params.phases)}. Received: {name!r}. "
+            f"There is no phase {name!r}, only {', '.join(params.phases)}. "
             "Name one: python -m tasks.train <phase>."
         )
     phase = params.phases[name]
@@ -137,10 +103,33 @@ def plan_phase(params: Params, name: str | None, dataset: Dataset) -> Plan:
         phase=phase,
         training=params.training,
         seed=params.seed,
-        views=params.features.augmented_copies,
+        copies=params.features.augmented_copies,
         train=train,
         train_labels=dataset.labels[train],
         synthetic=np.isin(train, dataset.rows(SYNTHETIC)),
         val=val,
         val_labels=dataset.labels[val],
     )
+
+
+def training_rows(dataset: Dataset, fraction: float, seed: int) -> NDArray[np.int64]:
+    """Choose the photos and synthetic hands that a phase trains on.
+
+    Smaller fractions are nested in larger ones.
+
+    Args:
+        fraction: of each class of the training split and of the synthetic hands.
+
+    Returns:
+        int64, (n,); ascending.
+    """
+    rows = np.concatenate([dataset.rows("train"), dataset.rows(SYNTHETIC)])
+    names = [dataset.names[row] for row in rows]
+    return rows[stratified_sample(names, dataset.labels[rows], fraction, seed)]
+
+
+def score_logits(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> tuple[float, float]:
+    """Mean cross-entropy in nats and accuracy of logits, (n, 6)."""
+    log_probabilities = log_softmax(logits.astype(np.float64), axis=1)
+    loss = -log_probabilities[np.arange(len(labels)), labels].mean()
+    return float(loss), float((log_probabilities.argmax(axis=1) == labels).mean())
