@@ -78,7 +78,7 @@ def prepared(artifacts: Path) -> Iterator[tuple[str, Callable[[Pictures], Any]]]
     """Yield the ways to run the model."""
     import tensorflow as tf
 
-    from tasks.model.network import load_model
+    from tasks.model.export import load_model
 
     graph = artifacts / "model.pb"
     every, one = Engine(graph), Engine(graph, cores=1)
@@ -90,7 +90,7 @@ def prepared(artifacts: Path) -> Iterator[tuple[str, Callable[[Pictures], Any]]]
         "the same, one stream of one core",
         lambda photos: [one(photo) for photo in photos],
     )
-    model = load_model(artifacts / "model.keras", SIZE)
+    model = load_model(artifacts / "model.keras")
     traced = tf.function(
         lambda photos: model(tf.cast(photos, tf.float32), training=False), reduce_retracing=True
     )
