@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -29,6 +30,8 @@ GRPC = 10_000
 """SeaweedFS's gRPC port lies this far above each of its ports."""
 RANGE = range(12_000, 22_000)
 """With `GRPC` added still below Linux's ephemeral ports, which outgoing connections take."""
+OPEN_FILES = 256
+"""SeaweedFS panics with half as many."""
 START_SECONDS = 120.0
 STOP_SECONDS = 15.0
 
@@ -167,6 +170,7 @@ class LocalStack:
         return None
 
     def _spawn(self, program: Program) -> "subprocess.Popen[bytes]":
+        _require_open_files()
         remember_ports(self.folder, program.name, program.ports)
         process = subprocess.Popen(  # noqa: S603, the command is ours
             [sys.executable, "-I", "-S", supervisor.__file__],
@@ -305,3 +309,14 @@ def _is_free(port: int) -> bool:
             except OSError:
                 return False
     return True
+
+
+def _require_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < OPEN_FILES:
+        raise SettingsError(
+            f"The local servers need {OPEN_FILES} open files, and only {hard} are allowed here. "
+            f"Allow more with `ulimit -n {OPEN_FILES}`, then run again."
+        )
+    if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import hashlib
 import logging
+import os
 import re
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 
 import stamina
 
-from tasks.errors import HandsignsError, ServiceError
+from tasks.errors import HandsignsError, ServiceError, SettingsError
 from tasks.io import atomic_write
 from tasks.releases.signing import UNSIGNED, Trust
 
@@ -290,11 +291,24 @@ def _accepted(write: Callable[[], str]) -> bool:
 
 def _client(address: S3Address, read_seconds: float) -> "S3Client":
     import boto3
+    import botocore.session
+    from botocore import exceptions
     from botocore.config import Config
 
     logging.getLogger("stamina").setLevel(logging.ERROR)  # a retry is no news
+    # Who has keys needs no profile, be it another project's or one that cannot be read.
+    ignored: Any = {"profile": (None, None, None, None)}
+    ignored |= dict.fromkeys(("config_file", "credentials_file"), (None, None, os.devnull, None))
+    known = botocore.session.Session(ignored if address.access_key_id else None)
+    try:
+        session = boto3.session.Session(botocore_session=known)
+    except (exceptions.ProfileNotFound, exceptions.ConfigParseError) as error:
+        raise SettingsError(
+            f"{error}. Set AWS_PROFILE and AWS_CONFIG_FILE to what exists, or set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        ) from None
 
-    return boto3.session.Session().client(
+    return session.client(
         "s3",
         endpoint_url=address.endpoint_url,
         region_name=address.region,
