@@ -6,7 +6,7 @@ UV := $(BIN)/uv pip
 PHOTOS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run up down test test-all pytest packages lint format bench audit lock clean
+.PHONY: help install run up down test test-all pytest mutants packages lint format bench audit lock clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ TESTS := not slow
 pytest: $(READY)
 	$(BIN)/python -m pytest -m "$(TESTS)" --numprocesses 4 --dist loadfile \
 	  --no-loadscope-reorder --durations 25 --durations-min 5
+
+mutants: $(READY) packages ## Change what decides in 220 ways, and list the changes that no test notices.
+	$(BIN)/python -m tests.mutants
 
 packages: ## Install the browser and PostgreSQL that some tests drive (Debian).
 	tests/packages.sh

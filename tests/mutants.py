@@ -1,0 +1,182 @@
+"""Do the tests notice? Change one thing in a module that decides, and run its tests.
+
+`python -m tests.mutants [COUNT]` makes that many changes, the same ones each time, and
+lists those that no test noticed. Each runs in a process forked from this one, which has
+the libraries loaded and keeps the servers for all of them.
+"""
+
+import ast
+import importlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.fixtures import session
+
+TESTS = {
+    "tasks/gate.py": ("test_gate",),
+    "tasks/scoring/checks.py": ("test_gate",),
+    "tasks/scoring/compare.py": ("test_compare", "test_challenge"),
+    "tasks/releases/pointer.py": ("test_release", "test_champion", "test_signature"),
+    "tasks/releases/champion.py": ("test_champion", "test_challenge"),
+    "tasks/data/splits.py": ("test_splits",),
+    "tasks/data/near_duplicates.py": ("test_twins", "test_audit"),
+    "tasks/data/importer.py": ("test_intake",),
+    "tasks/releases/signing.py": ("test_signature",),
+}
+"""The modules that decide, and the tests that must notice."""
+LIBRARIES = ("boto3", "cv2", "filelock", "hypothesis", "model_signing", "pandas", "pydantic")
+LIBRARIES += ("pytest", "scipy.stats", "sklearn.metrics", "stamina", "yaml")
+SECONDS = 180
+"""A change that makes tests run longer than this was noticed."""
+SWAPS: dict[type[ast.AST], type[ast.AST]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Add,
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change: a module's text, and what was changed where."""
+
+    module: str
+    text: str
+    what: str
+
+
+def mutants(module: str) -> Iterator[Mutant]:
+    """Every change of one module."""
+    tree = ast.parse((session.ROOT / module).read_text())
+    nodes = [node for body in _code(tree) for node in ast.walk(body)]
+    for node in nodes:
+        for field, old, new in _changes(node):
+            before = ast.unparse(node)
+            setattr(node, field, new)
+            text = ast.unparse(tree)
+            what = f"{module}:{getattr(node, 'lineno', '?')} {before} -> {ast.unparse(node)}"
+            setattr(node, field, old)
+            yield Mutant(module, text, " ".join(what.split())[:160])
+
+
+def _code(tree: ast.Module) -> Iterator[ast.AST]:
+    """Functions without what only people read: docstrings, annotations, messages of errors."""
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            yield from (one for one in function.body if not isinstance(one, ast.FunctionDef))
+
+
+def _changes(node: ast.AST) -> Iterator[tuple[str, object, object]]:
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+        yield "ops", node.ops, [SWAPS[type(node.ops[0])](), *node.ops[1:]]
+    elif isinstance(node, ast.BoolOp | ast.BinOp) and type(node.op) in SWAPS and not _text(node):
+        yield "op", node.op, SWAPS[type(node.op)]()
+    elif isinstance(node, ast.If | ast.IfExp | ast.While):
+        yield "test", node.test, ast.UnaryOp(ast.Not(), node.test)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield "value", node.value, not node.value
+    elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        yield "value", node.value, node.value + 1
+    elif isinstance(node, ast.Return) and node.value and ast.unparse(node.value) != "None":
+        yield "value", node.value, ast.Constant(None)
+
+
+def _text(node: ast.AST) -> bool:
+    """Whether text is put together, such as a message."""
+    parts = [one for one in ast.walk(node) if isinstance(one, ast.Constant | ast.JoinedStr)]
+    return any(isinstance(getattr(one, "value", ""), str) for one in parts)
+
+
+def run(mutant: Mutant, tree: Path) -> int:
+    """Start the tests of a mutant in a fork and return its process id."""
+    (tree / mutant.module).write_text(mutant.text)
+    if pid := os.fork():
+        return pid
+    signal.alarm(SECONDS)
+    os.chdir(tree)
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("tasks", "flows")]:
+        del sys.modules[name]
+    for name in [name for name in sys.modules if name.startswith("tests")]:
+        del sys.modules[name]
+    sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(session.ROOT)))]
+    pytest = importlib.import_module("pytest")
+    files = [f"tests/{name}.py" for name in TESTS[mutant.module]]
+    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *files])))
+
+
+def main(count: int) -> int:
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    session.begin()
+    chosen = _choose(count)
+    free = [_copy() for _ in range(os.cpu_count() or 1)]
+    trees, survivors, began = list(free), [], time.monotonic()
+    running: dict[int, tuple[Mutant | None, Path]] = {}
+    # First without a change: tests that fail anyway would kill everything.
+    pending = [*(Mutant(name, (session.ROOT / name).read_text(), "") for name in TESTS), *chosen]
+    try:
+        while pending or running:
+            while pending and free:
+                tree, mutant = free.pop(), pending.pop(0)
+                running[run(mutant, tree)] = (mutant, tree)
+            pid, status = os.wait()
+            mutant, tree = running.pop(pid)
+            shutil.copy(session.ROOT / mutant.module, tree / mutant.module)
+            free.append(tree)
+            if not mutant.what and status:
+                raise SystemExit(f"The tests of {mutant.module} fail without a change.")
+            if mutant.what and not status:
+                survivors.append(mutant.what)
+                print("survived", mutant.what, flush=True)
+    finally:
+        session.end()
+        for tree in trees:
+            shutil.rmtree(tree)
+    killed = len(chosen) - len(survivors)
+    share = killed / len(chosen)
+    print(f"{killed} of {len(chosen)} noticed ({share:.1%}) in {time.monotonic() - began:.0f} s")
+    return int(share < 0.92)
+
+
+def _choose(count: int) -> list[Mutant]:
+    """As many of each module as its share of all changes."""
+    every = [mutant for name in TESTS for mutant in mutants(name)]
+    return random.Random(18).sample(every, min(count, len(every)))
+
+
+def _copy() -> Path:
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=session.ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    tree = Path(tempfile.mkdtemp(prefix="handsigns-mutants-"))
+    for name in filter(lambda one: (session.ROOT / one).is_file(), listed):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(session.ROOT / name, tree / name)
+    return tree
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 220))
