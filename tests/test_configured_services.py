@@ -15,7 +15,7 @@ def test_configured_services_take_everything_and_none_starts_here(
     trained: Trained,
     s3: S3Address,
     mlflow_server: MlflowServer,
-    prefect_api: PrefectApi,
+    prefect_alone: PrefectApi,
     dask_cluster: DaskCluster,
 ) -> None:
     named = {
@@ -25,7 +25,7 @@ def test_configured_services_take_everything_and_none_starts_here(
         "AWS_ACCESS_KEY_ID": str(s3.access_key_id),
         "AWS_SECRET_ACCESS_KEY": str(s3.secret_access_key),
         **mlflow_server.named,
-        **prefect_api.named,
+        **prefect_alone.named,
     }
     one = trained.checkout(tmp_path / "one")
     imported = one.handsigns("import", trained.photos, **named)
@@ -38,7 +38,7 @@ def test_configured_services_take_everything_and_none_starts_here(
     assert not (one.project.local / "prefect/prefect.db").exists()
     names = {entry.key.split("/")[-1] for entry in Storage(s3).list("releases/")}
     assert {"manifest.json", "model.keras", "labels.json", "metrics.json", "model_card.md"} <= names
-    assert prefect_api.ask("flow_runs/count", {}) >= 1
+    assert prefect_alone.ask("flow_runs/count", {}) >= 1
     # A colleague's clone pulls the photos, asks the same champion, and computes the same
     # features on a cluster.
     two = trained.checkout(tmp_path / "two")
@@ -52,8 +52,8 @@ def test_configured_services_take_everything_and_none_starts_here(
     assert same["status"] == "unchanged"
     assert same["features"]["computed"] == report["features"]["computed"] > 0
     latest = {"sort": "START_TIME_DESC", "limit": 1}
-    run = prefect_api.ask("flow_runs/filter", latest)[0]["id"]
-    logs = prefect_api.ask("logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}})
+    run = prefect_alone.ask("flow_runs/filter", latest)[0]["id"]
+    logs = prefect_alone.ask("logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}})
     assert any(dask_cluster.address in line["message"] for line in logs)
     assert same["model"]["version"] == report["model"]["version"]
     # Without the login, the variable to set is named.
@@ -62,6 +62,6 @@ def test_configured_services_take_everything_and_none_starts_here(
     assert "PREFECT_API_AUTH_STRING" in refused["reason"]
     # Nothing of the keys is left in what others may read.
     for place in (one.project, two.project):
-        secrets = (str(s3.secret_access_key), mlflow_server.login[-16:], prefect_api.login[-16:])
+        secrets = (str(s3.secret_access_key), mlflow_server.login[-16:], prefect_alone.login[-16:])
         written = [place.run, place.root / "dvc.lock", place.root / ".dvc/config"]
         assert all(secret not in path.read_text() for path in written for secret in secrets)

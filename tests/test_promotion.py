@@ -61,12 +61,12 @@ class Api:
 
 
 @pytest.fixture(scope="module")
-def api(prefect_api: PrefectApi) -> Api:
-    return Api(prefect_api)
+def api(prefect_alone: PrefectApi) -> Api:
+    return Api(prefect_alone)
 
 
 @pytest.fixture(scope="module")
-def named(s3_server: S3Address, prefect_api: PrefectApi) -> dict[str, str]:
+def named(s3_server: S3Address, prefect_alone: PrefectApi) -> dict[str, str]:
     """Services that outlive a run, with a bucket of this module's own."""
     address = replace(s3_server, bucket=f"test-{uuid.uuid4().hex[:16]}")
     keys = {
@@ -80,7 +80,7 @@ def named(s3_server: S3Address, prefect_api: PrefectApi) -> dict[str, str]:
     return {
         "HANDSIGNS_S3_ENDPOINT_URL": address.endpoint_url,
         "HANDSIGNS_BUCKET": address.bucket,
-        **prefect_api.named,
+        **prefect_alone.named,
         **{name.upper(): text for name, text in keys.items()},
     }
 

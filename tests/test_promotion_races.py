@@ -14,7 +14,7 @@ from tasks.releases.release import publish
 from tasks.services.mlflow import CHAMPION, Registry, Version
 from tasks.services.s3 import Storage
 
-ROUNDS = 50
+ROUNDS = 12
 
 
 class Late(Registry):

@@ -21,12 +21,14 @@ from tests.fixtures.faults import Kill, Proxy, proxy_to
 from tests.fixtures.publishing import FILES, Publisher, started, write_files
 from tests.fixtures.servers import MlflowServer
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+Point = tuple[str, str, int]
+"""A request, whether to kill before, during or after it, and which one of those alike."""
 
 UPLOADS = ("labels.json", "model.keras", "manifest.json", "champion.json")
 PAUSE = 0.05
 ALIAS = "POST .*/registered-models/alias$"
-PUBLISHING = [
+POINTER = "PUT .*/champion.json$"
+PUBLISHING: list[Point] = [
     ("GET .*list-type", "before", 1),
     *((f"PUT .*/{name}$", when, 1) for name in UPLOADS for when in ("before", "during", "after")),
     ("PUT .*/model_card.md$", "after", 1),
@@ -36,7 +38,14 @@ PUBLISHING = [
     *(("POST .*/model-versions/create$", when, 1) for when in ("before", "after")),
     *((ALIAS, when, nth) for nth in (1, 2) for when in ("before", "after")),
 ]
-RECORDING = [
+QUICKLY: list[Point] = [
+    ("PUT .*/model.keras$", "during", 1),
+    ("PUT .*/manifest.json$", "after", 1),
+    (POINTER, "after", 1),
+    (ALIAS, "before", 2),
+]
+"""One of each consequence: half a release, a whole one that nobody names, no alias."""
+RECORDING: list[Point] = [
     ("POST .*/runs/create$", "after", 1),
     ("POST .*/logged-models$", "after", 1),
     ("PUT .*/data/model.keras$", "during", 1),
@@ -93,7 +102,7 @@ class Stage:
     proxies: tuple[Proxy, Proxy]
     publisher: Publisher
 
-    def killed(self, folder: Path, point: tuple[str, str, int]) -> None:
+    def killed(self, folder: Path, point: Point) -> None:
         """Publish, and be killed at a point."""
         kill = Kill(*point)
         for proxy in self.proxies:
@@ -132,25 +141,29 @@ def stage(
         yield Stage(*services, (storage, registry), publisher)
 
 
+@pytest.mark.parametrize(
+    "points",
+    [QUICKLY, pytest.param(PUBLISHING, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])],
+)
 def test_killed_anywhere_between_upload_and_alias_nothing_is_lost_or_half_seen(
-    stage: Stage, tmp_path: Path
+    stage: Stage, tmp_path: Path, points: list[Point]
 ) -> None:
-    names = [f"{number:03d}" for number in range(len(PUBLISHING) + 1)]
+    names = [f"{number:03d}" for number in range(len(points) + 1)]
     folders = [write_files(tmp_path / name, name) for name in names]
     champions = [stage.published(folders[0])]
     recorded = publishing.record(stage.registry, champions[0].pointer.release, folders[0])
     stage.publisher = replace(stage.publisher, run=recorded)
     with Reader(Storage(stage.direct.address), tmp_path / "reader") as reader:
-        for folder, point in zip(folders[1:], PUBLISHING, strict=True):
+        for folder, point in zip(folders[1:], points, strict=True):
             stage.killed(folder, point)
             champions.append(stage.published(folder))
             assert stage.alias() == champions[-1].pointer.version, point
     assert reader.fault is None
     assert reader.seen == sorted(reader.seen)
-    assert len(reader.seen) > len(PUBLISHING)
+    assert len(reader.seen) > len(points)
     # One release, one version and one move each, however often it was tried.
     releases = [champion.pointer.release for champion in champions]
-    assert len(set(releases)) == len(PUBLISHING) + 1
+    assert len(set(releases)) == len(points) + 1
     assert [move.release for move in champions[-1].pointer.moves] == releases
     assert Counter(one.content_id for one in stage.registry.versions()) == Counter(releases)
     for release in releases:
@@ -160,14 +173,15 @@ def test_killed_anywhere_between_upload_and_alias_nothing_is_lost_or_half_seen(
     bucket = stage.direct.address.bucket
     assert "Uploads" not in stage.direct._client.list_multipart_uploads(Bucket=bucket)
     # Killed between pointer and alias, which is said when the next run mends it.
-    mended = [point for folder, point in zip(folders[1:], PUBLISHING, strict=True) if said(folder)]
-    assert mended == [("PUT .*/champion.json$", "after", 1), (ALIAS, "before", 2)]
+    mended = [point for folder, point in zip(folders[1:], points, strict=True) if said(folder)]
+    assert mended == [(POINTER, "after", 1), (ALIAS, "before", 2)]
 
 
 def said(folder: Path) -> bool:
     return (folder / "said").exists()
 
 
+@pytest.mark.slow
 def test_killed_anywhere_in_recording_one_finished_run_is_left(
     stage: Stage, tmp_path: Path
 ) -> None:
