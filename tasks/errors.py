@@ -1,20 +1,5 @@
 """The exceptions of this project.
 
-    HandsignsError
-    ├── ParamsError          params.yaml has an unknown, missing or out-of-range key
-    ├── SettingsError        an environment setting is missing or contradicts another
-    ├── DataError            photos or labels that cannot be trained on
-    │   ├── SourceError      an import source is refused; nothing was imported from it
-    │   └── ImageError       one file is not a usable photo
-    ├── BackboneError        ImageNet weights are missing or not what they claim to be
-    ├── ModelError           weights or features do not fit the architecture
-    ├── StageError           a stage failed, or its inputs changed while it ran
-    ├── BusyError            another process holds a lock
-    ├── ServiceError         S3, MLflow or Prefect does not answer
-    ├── ReleaseError         a release is missing, incomplete or not what its manifest says
-    └── PromotionError       the champion was not moved
-        └── OvertakenError   because another promotion was faster
-
 A message is one line: what is wrong, the offending value, and what to do. The command
 line prints it and exits with 1.
 """
@@ -25,11 +10,11 @@ class HandsignsError(Exception):
 
 
 class ParamsError(HandsignsError):
-    """`params.yaml` is invalid."""
+    """`params.yaml` has an unknown, missing or out-of-range key."""
 
 
 class SettingsError(HandsignsError):
-    """The environment settings are invalid."""
+    """An environment setting is missing or contradicts another."""
 
 
 class DataError(HandsignsError):
@@ -37,16 +22,11 @@ class DataError(HandsignsError):
 
 
 class SourceError(DataError):
-    """An import source is refused as a whole."""
+    """An import source is refused; nothing was imported from it."""
 
 
 class ImageError(DataError):
-    """One file is not a usable photo.
-
-    Args:
-        reason: `kind: detail`, without the name of the file.
-        name: name of the file, for the message.
-    """
+    """One file is not a usable photo; `reason` is `kind: detail`, without its name."""
 
     def __init__(self, reason: str, name: str = "") -> None:
         super().__init__(f"{reason} ('{name}')" if name else reason)
@@ -54,7 +34,7 @@ class ImageError(DataError):
 
 
 class BackboneError(HandsignsError):
-    """The ImageNet weights are missing or damaged."""
+    """The ImageNet weights are missing, or not what they claim to be."""
 
 
 class ModelError(HandsignsError):

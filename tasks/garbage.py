@@ -1,11 +1,10 @@
-"""Python's garbage collector, kept out of the way of programs that load large libraries.
+"""Keep Python's garbage collector out of the way of programs that load large libraries.
 
-TensorFlow, Prefect and MLflow make objects by the hundred thousand while they are
-imported, and all of them stay until the process ends. Looking through them again and
-again is a third of the time that importing takes, and looking once more before leaving
-takes two to three seconds.
+TensorFlow, Prefect and MLflow make hundreds of thousands of objects that stay until the
+process ends. Collecting them again and again is a third of the time of their import, and
+collecting them once more at the end takes two to three seconds.
 
-`python -P garbage.py MODULE …` runs a module as `python -m MODULE …` would, so.
+`python -P garbage.py MODULE …` runs a module like `python -m MODULE …`.
 """
 
 import gc
@@ -15,16 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 RARELY = 50_000
-"""Objects made and not yet dropped before the youngest are looked through; Python's own
-limit is 700."""
 
 
 @contextmanager
 def rare_collection() -> Iterator[None]:
-    """Collect garbage rarely from now on, and not at all once the block has ended.
-
-    For what a program does from its first import to its end.
-    """
+    """Collect rarely, and not at all after the block."""
     gc.set_threshold(RARELY)
     try:
         yield

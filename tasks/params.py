@@ -118,10 +118,7 @@ class PhaseParams(_Section):
 class GateParams(_Section):
     """Limits of the gate. A limit that is left out is not checked; no limit at all fails.
 
-    Args:
-        confidence: level of all intervals. If set, the lower bound of the accuracy's
-            interval must reach `min_accuracy`; otherwise the accuracy itself.
-        min_recall: one limit for every class, or one for each.
+    With `confidence`, the lower bound of the accuracy's interval must reach `min_accuracy`.
     """
 
     confidence: float | None = Field(default=None, gt=0.0, lt=1.0)
@@ -185,11 +182,11 @@ def load_params(path: Path) -> Params:
     """Read and validate `params.yaml`.
 
     Raises:
-        ParamsError: the file is missing or not YAML, or has an unknown, missing or
-            out-of-range key; the message names each key.
+        ParamsError: it is missing or not YAML, or has unknown, missing or out-of-range
+            keys; the message names each key.
     """
     from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     try:
         content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
@@ -199,7 +196,10 @@ def load_params(path: Path) -> Params:
             "where params.yaml is."
         ) from error
     except (YAMLError, ValueError, RecursionError) as error:
-        raise ParamsError(f"{path.name} is not valid YAML: {_place(error)}.") from error
+        fault = " ".join(str(error).split())
+        if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark):
+            fault = f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
+        raise ParamsError(f"{path.name} is not valid YAML: {fault}.") from error
     try:
         return Params.model_validate(content)
     except ValidationError as error:
@@ -207,16 +207,6 @@ def load_params(path: Path) -> Params:
         raise ParamsError(
             f"{path.name} has {len(faults)} fault(s): {'; '.join(faults)}. Correct these keys."
         ) from error
-
-
-def _place(error: Exception) -> str:
-    """What is wrong with the YAML, and where."""
-    from ruamel.yaml.error import MarkedYAMLError
-
-    if isinstance(error, MarkedYAMLError) and error.problem_mark:
-        mark = error.problem_mark
-        return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
-    return " ".join(str(error).split())
 
 
 def _faults(error: ValidationError) -> list[str]:
@@ -240,26 +230,24 @@ def _faults(error: ValidationError) -> list[str]:
 
 
 def _explain_unknown(key: str, missing: list[str]) -> tuple[str, str | None]:
-    """Say what an unknown key should be called, and name the key that was meant."""
+    """What an unknown key should be called, and the key that was meant."""
     section, _, name = key.rpartition(".")
-    pattern = f"phases.*.{name}" if section.startswith("phases.") else key
+    in_phase = section.startswith("phases.")
+    pattern = f"phases.*.{name}" if in_phase else key
     if pattern in RENAMED:
         new = RENAMED[pattern]
         if new is None:
             return f"{key} no longer exists, remove it", None
         new = f"{section}.{new.rpartition('.')[2]}"
         return f"{key} is now called {new}", new
-    fields = [f"{section}.{field}".lstrip(".") for field in _fields(section)]
+    model = (
+        PhaseParams if in_phase else Params.model_fields[section].annotation if section else Params
+    )
+    names = [f"{section}.{one}".lstrip(".") for one in getattr(model, "model_fields", ())]
     # A required key that is missing was meant more likely than one that is there.
-    near = difflib.get_close_matches(key, missing, 1) or difflib.get_close_matches(key, fields, 1)
-    if not near:
-        return f"{key} is unknown", None
-    return f"{key} is unknown, did you mean {near[0]}?", near[0]
-
-
-def _fields(section: str) -> list[str]:
-    """Names that a section may hold."""
-    if section.startswith("phases."):
-        return list(PhaseParams.model_fields)
-    annotation = Params.model_fields[section].annotation if section else Params
-    return list(getattr(annotation, "model_fields", {}))
+    near = difflib.get_close_matches(key, missing, 1) or difflib.get_close_matches(key, names, 1)
+    return (
+        (f"{key} is unknown, did you mean {near[0]}?", near[0])
+        if near
+        else (f"{key} is unknown", None)
+    )

@@ -8,12 +8,11 @@ import stat
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tasks.data.images import MAX_PIXELS, Read, encode, printable
 from tasks.errors import ImageError, SourceError
@@ -31,7 +30,7 @@ MAX_DIRECTORY = 16 * 2**20
 MAX_ROWS = 1_000_000
 
 _ENCRYPTED = 0x1
-_BLOCK = 16 * 2**20
+_CACHE = 64 * 2**20  # of unpacked chunks, which may have many rows
 _FILTERS = (1, 2, 3, 32000)  # gzip, shuffle, Fletcher-32, LZF: part of h5py, no plug-ins
 
 Row = tuple[str, int, str, Read]
@@ -125,11 +124,9 @@ def _refused_zip(path: Path, fault: str) -> SourceError:
 
 @contextmanager
 def h5_files(path: Path) -> Iterator[list[Row]]:
-    """Open an HDF5 file and yield its photos.
+    """Open an HDF5 file with `train_set_x` and `train_set_y`, or the same of `test`, or both.
 
-    Args:
-        path: has `train_set_x` and `train_set_y`, or the same of `test`, or both: photos
-            uint8 (n, height, width, 3), labels integers (n,) or (1, n).
+    Photos are uint8 (n, height, width, 3), labels integers (n,) or (1, n).
 
     Raises:
         SourceError: it is damaged, or its arrays have other types, huge shapes, filters
@@ -139,8 +136,10 @@ def h5_files(path: Path) -> Iterator[list[Row]]:
 
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(h5py.File(path, "r", locking=False))
-            _check_links(file)
+            file = stack.enter_context(h5py.File(path, "r", locking=False, rdcc_nbytes=_CACHE))
+            for name in file:
+                if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+                    raise ValueError(f"has a link that may lead out of it ('{name}')")
             splits = [split for split in FOLDERS if f"{split}_set_x" in file]
             if not splits:
                 raise ValueError("has neither train_set_x nor test_set_x")
@@ -157,23 +156,12 @@ def _rows(file: "h5py.File", split: str, limit: int) -> Iterator[Row]:
     photos, labels = _dataset(file, f"{split}_set_x"), _dataset(file, f"{split}_set_y")
     _check_photos(photos, limit)
     _check_labels(labels, len(photos))
-    _, height, width, _ = photos.shape
-    size = max(1, _BLOCK // (height * width * 3))
-
-    @lru_cache(maxsize=1)
-    def block(number: int) -> NDArray[np.uint8]:
-        pixels: NDArray[np.uint8] = photos[number * size : (number + 1) * size]
-        return pixels
 
     def read(row: int, limit: int) -> bytes:
         try:
-            try:
-                pixels = block(row // size)[row % size]
-            except (OSError, RuntimeError):  # of this row or another one
-                pixels = photos[row]
+            return encode(np.ascontiguousarray(photos[row]))[:limit]
         except (OSError, RuntimeError) as error:
             raise ImageError(f"damaged in the HDF5 file: {str(error)[:120]}") from error
-        return encode(np.ascontiguousarray(pixels))[:limit]
 
     for row, label in enumerate(np.asarray(labels[...]).reshape(-1).tolist()):
         yield split, row, str(label), partial(read, row)
@@ -199,14 +187,6 @@ def _check_labels(labels: Any, count: int) -> None:
         raise ValueError(f"holds labels of shape {labels.shape}, not (n,) ('{labels.name}')")
     if labels.size != count:
         raise ValueError(f"has {count} photos but {labels.size} labels ('{labels.name}')")
-
-
-def _check_links(file: "h5py.File") -> None:
-    import h5py
-
-    for name in file:
-        if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-            raise ValueError(f"has a link that may lead out of it ('{name}')")
 
 
 def _dataset(file: "h5py.File", name: str) -> Any:

@@ -7,7 +7,6 @@ of each photo and the number of synthetic hands of each class.
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,6 @@ class Dataset:
 
     Args:
         images: uint8, (n, size, size, 3), RGB in [0, 255]; memory-mapped, read-only.
-        names: unique name of each photo.
         labels: int64, (n,); index into `tasks.params.LABELS`.
         splits: `train`, `val` or `test` for each photo, `synthetic` for a rendered hand.
     """
@@ -39,11 +37,7 @@ class Dataset:
 
     def rows(self, split: str) -> NDArray[np.int64]:
         """Row numbers of one split, ascending."""
-        return np.flatnonzero(self._split_array == split).astype(np.int64)
-
-    @cached_property
-    def _split_array(self) -> NDArray[np.str_]:
-        return np.array(self.splits, dtype=np.str_)
+        return np.flatnonzero(np.array(self.splits) == split).astype(np.int64)
 
 
 def open_dataset(folder: Path) -> Dataset:

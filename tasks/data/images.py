@@ -42,12 +42,7 @@ _PNG_DEPTH = 24  # offset of the bit depth in the first chunk
 
 @dataclass(frozen=True)
 class StoredPhoto:
-    """An upright RGB photo in the form that `data/` holds.
-
-    Args:
-        content: bytes of the file.
-        suffix: `.jpg` or `.png`.
-    """
+    """Bytes of an upright RGB photo as `data/` holds it, with its suffix `.jpg` or `.png`."""
 
     content: bytes
     suffix: str

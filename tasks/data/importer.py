@@ -39,15 +39,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What became of the files of an import.
-
-    Args:
-        imported: new photos by split and label.
-        already_there: photos that `data/` had, or that came twice, by split and label.
-        quarantined: files that were not imported, sorted by origin.
-        ignored: number of hidden files and system clutter.
-        removed: number of photos that `replace` removed from `data/`.
-    """
+    """Photos by split and label, and the files that were not imported, sorted by origin."""
 
     imported: dict[Place, int]
     already_there: dict[Place, int]
@@ -88,17 +80,11 @@ def _by_split(counts: dict[Place, int]) -> dict[str, dict[str, int]]:
 
 
 def apply_import_rules(candidates: Iterable[Candidate], stored: Mapping[str, Place]) -> list[str]:
-    """Decide about each photo, independently of their order.
+    """`IMPORTED`, `ALREADY_THERE` or a reason for each photo, independent of their order.
 
     A photo that `data/` has stays where it is; the same photo under another label or in the
     other split is rejected. In one import, the same photo under two labels is rejected
     everywhere, and the same photo in both splits stays in the test only.
-
-    Args:
-        stored: place of each photo in `data/` by name.
-
-    Returns:
-        `IMPORTED`, `ALREADY_THERE` or the reason of the rejection, for each candidate.
     """
     candidates = list(candidates)
     wanted: dict[str, set[Place]] = {}
@@ -145,12 +131,6 @@ def import_photos(
     `restore_data` and the next import repair that. The caller versions `data/` with DVC,
     also if nothing was imported: an import that was killed was not versioned.
 
-    Args:
-        source: label folders, a .zip of them, or HDF5 files, see `tasks.data.sources`.
-        test: the test set, if it is a source of its own.
-        replace: remove all other photos.
-        wait: seconds to wait for the data lock.
-
     Raises:
         SourceError: a source is refused, or has no usable photo.
         BusyError: a retrain or another import uses `data/`.
@@ -179,8 +159,6 @@ def import_source(
     """Add the new files of an inbox to `data/`; no usable photo is no error.
 
     Args:
-        source: the new files.
-        name: of the inbox, for the quarantine.
         unchanged: origins of files that were seen before.
         replace: remove all other photos, if any new one is usable.
     """
@@ -212,97 +190,75 @@ def _import(
     progress: Progress,
     unchanged: Container[str] = (),
 ) -> ImportReport:
+    quarantine = Quarantine(project)
+    incoming = project.staging / "incoming"
     with file_errors(project.data):
         stored = stored_photos(project)
-    run = _Import(project, Quarantine(project), stored, replace)
-    with file_errors(run.incoming):
-        run.incoming.mkdir()
+        incoming.mkdir()
+    candidates: list[Candidate] = []
+    rejected: list[QuarantinedFile] = []
     for done, file in enumerate(source.files, start=1):
-        run.read(file)
-        progress("read", done, len(source.files))
-    report = run.decide(source.ignored, progress)
-    if report.usable and (report.imported or report.removed):
-        run.put_in_place(progress)
-    # Last: a replacement forgets the quarantined files of other sources.
-    run.quarantine.update(name, report.quarantined, replace and report.usable, unchanged)
-    return report
-
-
-class _Import:
-    """One import while it runs."""
-
-    def __init__(
-        self, project: Project, quarantine: Quarantine, stored: dict[str, Place], replace: bool
-    ) -> None:
-        self.quarantine = quarantine
-        self.incoming = project.staging / "incoming"
-        self._project = project
-        self._stored = stored
-        self._replace = replace
-        self._candidates: list[Candidate] = []
-        self._accepted: dict[str, Place] = {}
-        self._quarantined: list[QuarantinedFile] = []
-
-    def read(self, file: SourceFile) -> None:
-        """Check one file, and write a new photo to staging."""
         content = b""
         try:
             content = b"" if file.read is None else file.read(MAX_BYTES + 1)
             if file.fault or file.label is None:
                 raise ImageError(file.fault or "no label: it is in no label folder")
-            photo = normalize(content, file.origin)
+            candidates.append(_stage(file, file.label, content, incoming, stored))
         except ImageError as error:
             reason = file.fault or error.reason
-            self._quarantined.append(self.quarantine.add(file.origin, reason, content[:MAX_BYTES]))
-            return
-        candidate = Candidate(file.origin, photo.name, (file.split, file.label))
-        self._candidates.append(candidate)
-        path = self.incoming / photo.name
-        if self._stored.get(photo.name) != candidate.place and not path.exists():
-            with file_errors(path):
-                path.write_bytes(photo.content)
+            rejected.append(quarantine.add(file.origin, reason, content[:MAX_BYTES]))
+        progress("read", done, len(source.files))
 
-    def decide(self, ignored: int, progress: Progress) -> ImportReport:
-        """Apply the import rules to all photos."""
-        imported: Counter[Place] = Counter()
-        there: Counter[Place] = Counter()
-        decisions = apply_import_rules(self._candidates, {} if self._replace else self._stored)
-        pairs = zip(self._candidates, decisions, strict=True)
-        for done, (candidate, decision) in enumerate(pairs, start=1):
-            accepted = decision in (IMPORTED, ALREADY_THERE)
-            known = self._stored.get(candidate.name) == candidate.place
-            if decision == ALREADY_THERE or (accepted and known):
-                there[candidate.place] += 1
-            elif accepted:
-                imported[candidate.place] += 1
-            else:
-                content = self._content(candidate)
-                self._quarantined.append(self.quarantine.add(candidate.origin, decision, content))
-            if decision == IMPORTED:
-                self._accepted[candidate.name] = candidate.place
-            progress("check", done, len(decisions))
-        removed = self._stored.items() - self._accepted.items() if self._replace else ()
-        quarantined = sorted(self._quarantined, key=lambda file: (file.origin, file.reason))
-        return ImportReport(dict(imported), dict(there), tuple(quarantined), ignored, len(removed))
+    imported: Counter[Place] = Counter()
+    there: Counter[Place] = Counter()
+    accepted: dict[str, Place] = {}
+    decisions = apply_import_rules(candidates, {} if replace else stored)
+    for one, decision in zip(candidates, decisions, strict=True):
+        if decision not in (IMPORTED, ALREADY_THERE):
+            content = (incoming / one.name).read_bytes()
+            rejected.append(quarantine.add(one.origin, decision, content))
+            continue
+        accepted.setdefault(one.name, one.place)
+        new = decision == IMPORTED and stored.get(one.name) != one.place
+        (imported if new else there)[one.place] += 1
+    removed = stored.items() - accepted.items() if replace else ()
+    rejected.sort(key=lambda file: (file.origin, file.reason))
+    report = ImportReport(
+        dict(imported), dict(there), tuple(rejected), source.ignored, len(removed)
+    )
+    if report.usable and (imported or removed):
+        _put_in_place(project, incoming, accepted, replace, progress)
+    # Last: a replacement forgets the quarantined files of other sources.
+    quarantine.update(name, report.quarantined, replace and report.usable, unchanged)
+    return report
 
-    def put_in_place(self, progress: Progress) -> None:
-        """Build the next `data/` and replace the present one."""
-        paths = {name: "/".join((*place, name)) for name, place in self._accepted.items()}
-        with file_errors(self._project.data):
-            keep = set(paths.values()) if self._replace else None
-            new = link_photos(self._project, keep, progress)
-            for name, path in paths.items():
-                target = new / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if not os.path.lexists(target):
-                    (self.incoming / name).rename(target)
-            replace_data(self._project, new, progress)
 
-    def _content(self, candidate: Candidate) -> bytes:
-        path = self.incoming / candidate.name
-        if not path.exists():
-            path = self._project.data.joinpath(*self._stored[candidate.name], candidate.name)
-        try:
-            return path.read_bytes()
-        except OSError:  # a link into a cache that was emptied
-            return b""
+def _stage(
+    file: SourceFile, label: str, content: bytes, incoming: Path, stored: Mapping[str, Place]
+) -> Candidate:
+    """Check one file, and write it to staging unless `data/` has it there already."""
+    photo = normalize(content, file.origin)
+    path, place = incoming / photo.name, (file.split, label)
+    with file_errors(path):
+        if stored.get(photo.name) != place and not path.exists():
+            path.write_bytes(photo.content)
+    return Candidate(file.origin, photo.name, place)
+
+
+def _put_in_place(
+    project: Project,
+    incoming: Path,
+    accepted: Mapping[str, Place],
+    replace: bool,
+    progress: Progress,
+) -> None:
+    """Build the next `data/` and replace the present one."""
+    paths = {name: "/".join((*place, name)) for name, place in accepted.items()}
+    with file_errors(project.data):
+        new = link_photos(project, set(paths.values()) if replace else None, progress)
+        for name, path in paths.items():
+            target = new / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not os.path.lexists(target):
+                (incoming / name).rename(target)
+        replace_data(project, new, progress)

@@ -16,12 +16,9 @@ MAX_COPIES = 2**30
 
 @dataclass(frozen=True)
 class QuarantinedFile:
-    """A file that was not imported.
+    """A file that was not imported: its path in the source, and `kind: detail`.
 
-    Args:
-        origin: its path in the source.
-        reason: `kind: detail`.
-        copy: path below `artifacts/quarantine/`; None if it was not copied.
+    `copy` is its path below `artifacts/quarantine/`, if it was copied.
     """
 
     origin: str

@@ -29,15 +29,7 @@ _ZIP_SIGNATURE = b"PK\x03\x04"
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a source, before it is read.
-
-    Args:
-        parts: its path inside the source.
-        read: None if it must not be read.
-        fault: why it cannot be imported, as far as its path and type tell.
-        split: `train` or `test`.
-        label: None if it is in no label's folder.
-    """
+    """One file of a source, before it is read; `read` is None if it must not be."""
 
     parts: tuple[str, ...]
     read: Read | None
@@ -61,13 +53,7 @@ class Source:
 
 @contextmanager
 def open_source(path: Path) -> Iterator[Source]:
-    """Recognize a source by its content and list its files.
-
-    Args:
-        path: class folders, a .zip of them, an .h5 file, or a folder of .h5 files.
-
-    Yields:
-        The source; its files can be read until the context ends.
+    """List label folders, a .zip of them, an .h5 file, or a folder of .h5 files.
 
     Raises:
         SourceError: it is missing, empty, unreadable, damaged or malicious.
@@ -98,9 +84,6 @@ def arrange(files: list[SourceFile], where: str) -> Source:
     Folders above those of labels (of a split, a day, an export) are passed through, each by
     itself. Beside label folders, any other folder is an unknown label, or a split. Folders
     below a label's belong to the label.
-
-    Args:
-        where: what an error calls the source.
 
     Raises:
         SourceError: there is no file, or no label folder.

@@ -70,14 +70,7 @@ def stratified_group_split(
 def require_enough(
     labels: Sequence[str], groups: Sequence[int] | NDArray[np.int64], held_out: Sequence[str]
 ) -> None:
-    """Check that every class has a group for each split.
-
-    Args:
-        held_out: the splits besides `train`.
-
-    Raises:
-        DataError: a class has fewer groups than there are splits.
-    """
+    """Raise `DataError` if a class has fewer groups than there are splits."""
     _groups_by_class(labels, groups, held_out)
 
 
@@ -87,15 +80,9 @@ def stratified_sample(
     fraction: float,
     seed: int,
 ) -> NDArray[np.int64]:
-    """Sample a share of each class, at least one photo each.
+    """Row numbers of a share of each class, ascending, and at least one of each class.
 
     The sample of a smaller fraction is part of that of a larger one.
-
-    Args:
-        fraction: above 0 and at most 1.
-
-    Returns:
-        int64, (m,); indices into `names`, ascending.
     """
     classes: dict[object, list[int]] = defaultdict(list)
     for row, label in enumerate(labels):
