@@ -2,6 +2,7 @@
 
 import shutil
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from tasks.params import GateParams
 from tasks.project import Project
 from tasks.releases.challenger import PromotionDecision, record_comparison
 from tasks.releases.champion import find_release, promote, rebuild_registry, rollback, set_champion
-from tasks.releases.pointer import Champion, Move, read_champion, sync_alias
+from tasks.releases.pointer import KEY, Champion, Move, read_champion, sync_alias
 from tasks.releases.release import publish
 from tasks.scoring.metrics import DIGITS
 from tasks.services.mlflow import CHAMPION, CONTENT_ID, Registry, Version
 from tasks.services.s3 import Storage
+from tests.fixtures import faults
+from tests.fixtures.faults import proxy_to
 from tests.fixtures.photos import CHECKOUT
 
 LIMITS = GateParams(min_accuracy=0.9, max_cross_split_duplicates=0)
@@ -184,6 +187,16 @@ def test_a_repeated_rollback_changes_nothing_and_says_so(
     assert court.champion() == after
     assert "Version 2 is champion already; nothing was moved." in caplog.text
     assert "rollback --from 2" in caplog.text
+
+
+def test_a_rollback_whose_every_answer_was_lost_is_made_once(court: Court) -> None:
+    bad = court.promote(2).release
+    with proxy_to(court.storage.address.endpoint_url) as proxy:
+        through = Storage(replace(court.storage.address, endpoint_url=proxy.url))
+        with proxy.failing(faults.on(f"^PUT .*{KEY}", faults.forgetful)):
+            move = rollback(through, court.registry, "back", expected=bad)
+    assert move.version == court.rollback(expected=bad).version == 1
+    assert len(court.champion().pointer.moves) == 3
 
 
 def test_a_repeated_promotion_changes_nothing(court: Court) -> None:

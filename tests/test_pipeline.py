@@ -218,8 +218,12 @@ def test_photos_and_data_file_that_both_changed_are_refused_with_both_ways_out(
 
 
 def test_only_a_remote_of_the_repository_or_of_our_setting_counts(
-    checkout: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkout: Project,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     anybody = f"[core]\n    remote = anybody\n['remote \"anybody\"']\n    url = {tmp_path}/theirs\n"
@@ -231,6 +235,7 @@ def test_only_a_remote_of_the_repository_or_of_our_setting_counts(
     (checkout.root / ".dvc/config.local").write_text(ours)
     assert Pipeline(checkout).remote_url() == f"{tmp_path}/ours"
     assert Pipeline(checkout).push_data() > 0
+    assert f"data/ is pushed to {tmp_path}/ours" in caplog.text
     set_by_us = Pipeline(checkout, Remote("s3://user:secret@bucket/photos", {}))
     assert set_by_us.remote_url() == "s3://bucket/photos"
     assert not (tmp_path / "theirs").exists()
