@@ -1,5 +1,5 @@
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -131,127 +131,74 @@ def test_a_half_uploaded_release_is_invisible_and_then_completed(
     verify(witness, release.id)
 
 
-def test_a_damaged_release_is_mended_by_publishing_again(
-    storage: Storage, files: dict[str, Path]
-) -> None:
-    release = publish(storage, files)
-    storage.put(_key(release, "model.keras"), b"weightz" * 1000)
-    with pytest.raises(ReleaseError, match="differs from its digest"):
-        verify(storage, release.id)
-    publish(storage, files)
-    verify(storage, release.id)
+def _other_manifest(release: Release, **changes: str) -> bytes:
+    """The manifest of other files, under this release's name if `id` says so."""
+    return describe({"labels.json": Path(__file__)}).model_copy(update=changes).to_bytes()
 
 
-def _remove(storage: Storage, key: str) -> None:
-    storage._client.delete_object(Bucket=storage.address.bucket, Key=key)
+def _later_format(release: Release) -> bytes:
+    return json.dumps({**release.manifest.model_dump(), "format": 2}).encode()
 
 
-def _changed(storage: Storage, release: Release) -> str:
-    storage.put(_key(release, "labels.json"), b"{}")
-    return "differs from its digest"
+DAMAGES: list[tuple[str, str, Callable[[Release], bytes | None]]] = [
+    ("differs from its digest", "labels.json", lambda _: b"{}"),
+    ("another size", "labels.json", lambda _: b"["),
+    ("is missing", "labels.json", lambda _: None),
+    ("was added", "extra.py", lambda _: b""),
+    ("belongs to another release", MANIFEST, _other_manifest),
+    ("belongs to another release", MANIFEST, lambda one: _other_manifest(one, id=one.id)),
+    ("cannot be understood", MANIFEST, lambda _: b"{not json"),
+    ("cannot be understood", MANIFEST, lambda _: b"[" * 100_000),
+    ("format", MANIFEST, _later_format),
+    ("too large", MANIFEST, lambda _: b" " * (2 << 20)),
+]
 
 
-def _shortened(storage: Storage, release: Release) -> str:
-    storage.put(_key(release, "labels.json"), b"[")
-    return "another size"
-
-
-def _removed(storage: Storage, release: Release) -> str:
-    _remove(storage, _key(release, "labels.json"))
-    return "is missing"
-
-
-def _added(storage: Storage, release: Release) -> str:
-    storage.put(_key(release, "extra.py"), b"")
-    return "was added"
-
-
-def _foreign(storage: Storage, release: Release) -> str:
-    manifest = describe({"labels.json": Path(__file__)})
-    storage.put(_key(release, MANIFEST), manifest.to_bytes())
-    return "belongs to another release"
-
-
-def _renamed(storage: Storage, release: Release) -> str:
-    """Digests of other files under this release's name."""
-    manifest = describe({"labels.json": Path(__file__)}).model_copy(update={"id": release.id})
-    storage.put(_key(release, MANIFEST), manifest.to_bytes())
-    return "belongs to another release"
-
-
-def _garbled(storage: Storage, release: Release) -> str:
-    storage.put(_key(release, MANIFEST), b"{not json")
-    return "cannot be understood"
-
-
-def _later_format(storage: Storage, release: Release) -> str:
-    content = {**release.manifest.model_dump(), "format": 2}
-    storage.put(_key(release, MANIFEST), json.dumps(content).encode())
-    return "format"
-
-
-def _endless(storage: Storage, release: Release) -> str:
-    storage.put(_key(release, MANIFEST), b" " * (2 << 20))
-    return "too large"
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        _changed,
-        _shortened,
-        _removed,
-        _added,
-        _foreign,
-        _renamed,
-        _garbled,
-        _later_format,
-        _endless,
-    ],
-)
-def test_each_kind_of_damage_is_refused_in_its_own_words(
-    storage: Storage, files: dict[str, Path], tmp_path: Path, damage
-) -> None:
-    release = publish(storage, files)
-    words = damage(storage, release)
-    with pytest.raises(ReleaseError, match=words) as caught:
-        verify(storage, release.id)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(ReleaseError, match=words):
-        fetch(storage, release.id, tmp_path / "cache")
-    assert list((tmp_path / "cache").glob("*")) == []
-
-
-def test_a_damaged_local_copy_is_fetched_again(
+def test_each_kind_of_damage_is_refused_in_its_own_words_and_repaired(
     storage: Storage, files: dict[str, Path], tmp_path: Path
 ) -> None:
     release = publish(storage, files)
-    folder = fetch(storage, release.id, tmp_path)
-    (folder / "labels.json").write_bytes(b"{}")
-    (folder / "extra.py").write_bytes(b"")
-    fetch(storage, release.id, tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*files, MANIFEST])
-    assert (folder / "labels.json").read_bytes() == b"[]"
+    kept = {name: storage.get(_key(release, name)) for name in ("labels.json", MANIFEST)}
+    for words, name, damage in DAMAGES:
+        content = damage(release)
+        if content is None:
+            storage.remove(_key(release, name))
+        else:
+            storage.put(_key(release, name), content)
+        for use in (
+            lambda: verify(storage, release.id),
+            lambda: fetch(storage, release.id, tmp_path / "cache"),
+        ):
+            with pytest.raises(ReleaseError, match=words) as caught:
+                use()
+            assert "\n" not in str(caught.value)
+        assert list((tmp_path / "cache").glob("*")) == []
+        if name == MANIFEST:
+            storage.put(_key(release, name), kept[name])
+        elif name in files:
+            publish(storage, files)
+        else:
+            with pytest.raises(ReleaseError, match="was added"):
+                publish(storage, files)
+            storage.remove(_key(release, name))
+        verify(storage, release.id)
 
 
-def test_a_whole_local_copy_needs_no_storage(
-    storage: Storage, files: dict[str, Path], tmp_path: Path
-) -> None:
-    release = publish(storage, files)
-    folder = fetch(storage, release.id, tmp_path)
-    nobody = Storage(S3Address("http://127.0.0.1:9", "artifacts", "us-east-1", "k", "s"))
-    assert fetch(nobody, release.id, tmp_path) == folder
-
-
-def test_a_link_in_a_local_copy_is_not_followed(
+def test_a_damaged_local_copy_is_fetched_again_and_a_good_one_needs_no_storage(
     storage: Storage, files: dict[str, Path], tmp_path: Path
 ) -> None:
     release = publish(storage, files)
     folder = fetch(storage, release.id, tmp_path / "cache")
-    (folder / "labels.json").unlink()
-    (folder / "labels.json").symlink_to(files["labels.json"])
+    (folder / "labels.json").write_bytes(b"{}")
+    (folder / "extra.py").write_bytes(b"")
+    (folder / "model_card.md").unlink()
+    (folder / "model_card.md").symlink_to(files["model_card.md"])
     fetch(storage, release.id, tmp_path / "cache")
-    assert not (folder / "labels.json").is_symlink()
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*files, MANIFEST])
+    assert (folder / "labels.json").read_bytes() == b"[]"
+    assert not (folder / "model_card.md").is_symlink()
+    nobody = Storage(S3Address("http://127.0.0.1:9", "artifacts", "us-east-1", "k", "s"))
+    assert fetch(nobody, release.id, tmp_path / "cache") == folder
 
 
 @pytest.mark.parametrize("release_id", ["../..", "", "A" * 32, "0" * 31, "0" * 33])
