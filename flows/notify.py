@@ -24,17 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 def notify_people(settings: Settings, title: str, reason: str, link: str | None = None) -> bool:
-    """Send a message to the addresses in `HANDSIGNS_NOTIFY_URLS`, if there are any.
-
-    Args:
-        settings: Hold the addresses.
-        title: One line.
-        reason: Plain text.
-        link: Where to look; None points to `run.json` of this machine.
-
-    Returns:
-        Whether every address took it.
-    """
+    """Send a message to the addresses in `HANDSIGNS_NOTIFY_URLS`; whether all of them took it."""
     if settings.notify_urls is None:
         return False
     where = link or f"Look at artifacts/run.json on {socket.gethostname()}."

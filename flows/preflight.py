@@ -68,30 +68,16 @@ def _holder(project: Project) -> Path:
 
 
 def preflight(workspace: Workspace) -> None:
-    """Refuse a retrain that cannot end well, before anything is started or changed.
-
-    Raises:
-        HandsignsError: Parameters, settings, keys or `dvc.yaml` cannot be used.
-        ServiceError: A configured service does not answer.
-    """
+    """Refuse a retrain that cannot end well, before anything is started or changed."""
     params = load_params(workspace.project.params)
     check_one_worker(params)
     workspace.trust.check_signer()
     _check_approval(workspace)
     check_reachable(workspace.settings)
-    _check_registry(workspace)
+    _has_registry(workspace)
     workspace.pipeline.stages()
     if problem := read_revision(workspace.project.root).problem:
         _log.warning("Releases of this run name no commit and cannot be rebuilt: %s.", problem)
-
-
-def _check_registry(workspace: Workspace) -> None:
-    database = _local_registry(workspace)
-    if database and not _is_sqlite(database):
-        raise ServiceError(
-            f"'{database}' is damaged: it is no SQLite database. Move it away and run `handsigns "
-            "rebuild-registry`, which registers the releases in storage anew."
-        )
 
 
 def check_one_worker(params: Params) -> None:
@@ -129,12 +115,7 @@ def _check_approval(workspace: Workspace) -> None:
 
 
 def open_inbox(workspace: Workspace) -> "Inbox | None":
-    """List the inbox; None if none is set.
-
-    Raises:
-        SourceError: The folder is missing, or holds no class folder.
-        ServiceError: S3 does not answer, or has no such bucket.
-    """
+    """List the inbox; None if none is set."""
     if workspace.settings.inbox is None:
         return None
     from tasks.data.inbox import Inbox, list_bucket, list_folder
@@ -153,11 +134,6 @@ def find_unchanged(workspace: Workspace) -> RunReport | None:
 
     A release that was made for other services, or that its storage has lost, does not
     count. MLflow's alias is repaired here if it does not follow the champion.
-
-    Raises:
-        ServiceError: The configured storage does not answer.
-        DataError: `data.dvc` is damaged.
-        ReleaseError: The champion is not signed as it must be.
     """
     project, pipeline = workspace.project, workspace.pipeline
     version, report = pipeline.data_version(), last_run(project)
@@ -184,27 +160,31 @@ def find_unchanged(workspace: Workspace) -> RunReport | None:
 
 def _is_registered(workspace: Workspace) -> bool:
     """Whether champion and registry still are what the last run left, or were repaired."""
-    database = _local_registry(workspace)
-    if database and not (database.exists() and database.stat().st_size):
+    if not _has_registry(workspace):
         return False
     if workspace.settings.s3_endpoint_url is None and not workspace.alias_pending.exists():
         return True
     return workspace.champion() is not None and workspace.repair_alias()
 
 
-def _local_registry(workspace: Workspace) -> Path | None:
-    settings = workspace.settings
-    if settings.mlflow_tracking_uri or settings.database_url:
-        return None
-    return workspace.project.local / SQLITE["mlflow"]
+def _has_registry(workspace: Workspace) -> bool:
+    """Whether there is anything in the registry, as far as its local file tells.
 
-
-def _is_sqlite(path: Path) -> bool:
-    """Whether a file can be opened as a database; an empty one is new."""
-    if not path.exists():
+    Raises:
+        ServiceError: The file is no database.
+    """
+    if workspace.settings.mlflow_tracking_uri or workspace.settings.database_url:
         return True
+    path = workspace.project.local / SQLITE["mlflow"]
+    if not path.exists() or not path.stat().st_size:
+        return False
     with path.open("rb") as file:
-        return file.read(len(MAGIC)) in (MAGIC, b"")
+        if file.read(len(MAGIC)) == MAGIC:
+            return True
+    raise ServiceError(
+        f"'{path}' is damaged: it is no SQLite database. Move it away and run `handsigns "
+        "rebuild-registry`, which registers the releases in storage anew."
+    )
 
 
 def save_last_run(workspace: Workspace, report: RunReport) -> None:

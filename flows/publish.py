@@ -1,12 +1,13 @@
 """Publish what the stages made: a release, a record in MLflow, a commit on a branch."""
 
+import logging
 import tempfile
 from pathlib import Path
 
 import yaml
 
-from flows.report import ModelReport, ReleaseReport, RunReport, histories
-from flows.workspace import Workspace
+from flows.report import ModelReport, ReleaseReport, histories
+from flows.run import Run
 from tasks.data.dataset import open_dataset
 from tasks.errors import StageError
 from tasks.io import read_json, write_json
@@ -25,13 +26,11 @@ SOURCES = {
     "photos": "The photos were imported.",
 }
 
+_log = logging.getLogger(__name__)
+
 
 def check_versions(project: Project, version: str) -> None:
-    """Check that the stages used the version of the photos that the release will name.
-
-    Raises:
-        StageError: `data.dvc` or `dvc.lock` names another one.
-    """
+    """Check that the stages used the version of the photos that the release will name."""
     record = read_record(project)
     try:
         stages = yaml.safe_load(project.lock.read_text(encoding="utf-8"))["stages"].values()
@@ -45,24 +44,23 @@ def check_versions(project: Project, version: str) -> None:
         )
 
 
-def commit_versions(project: Project, branch: str, report: RunReport) -> str | None:
-    """Commit `data.dvc` and `dvc.lock` to a branch of `origin`; None if it has them already.
-
-    Raises:
-        ServiceError: git or the remote refuses.
-    """
+def commit_versions(run: Run, branch: str) -> None:
+    """Commit `data.dvc` and `dvc.lock` to a branch of `origin`, unless it has them already."""
+    project, report = run.workspace.project, run.report
     verdict = "passed" if report.gate.passed else "rejected"
-    return push_to_branch(
+    commit = push_to_branch(
         project.root,
         branch,
         [project.data_file, project.lock],
         f"Retrain on data {report.data.version[:8]}\n\n"
         f"Test accuracy {report.test.accuracy or 0.0:.1%}; the gate {verdict} the model.",
     )
+    _log.info("Branch %s: %s.", branch, f"commit {commit} is pushed" if commit else "up to date")
 
 
-def publish_release(workspace: Workspace, report: RunReport) -> Release:
+def publish_release(run: Run) -> Release:
     """Upload the release of what the stages made, or find it there."""
+    workspace, report = run.workspace, run.report
     project, params = workspace.project, load_params(workspace.project.params)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -96,12 +94,12 @@ def publish_release(workspace: Workspace, report: RunReport) -> Release:
     return release
 
 
-def register_release(workspace: Workspace, report: RunReport, release: Release) -> Version:
+def register_release(run: Run, release: Release) -> Version:
     """Record the run in MLflow and register the model of its release as challenger."""
     from tasks.model.export import load_model
 
-    project, params = workspace.project, load_params(workspace.project.params)
-    registry = workspace.registry
+    report, registry = run.report, run.workspace.registry
+    project, params = run.workspace.project, load_params(run.workspace.project.params)
     record = RunRecord(
         content_id=release.id,
         params=params.model_dump(),

@@ -26,12 +26,7 @@ class _Part(BaseModel):
 
 
 class DataChanges(_Part):
-    """Photos that came and went since the champion was trained.
-
-    Args:
-        since: version of the champion; None without one.
-        per_class: `before`, `added`, `removed` and `now` by label.
-    """
+    """Photos that came and went since the champion, version `since`, was trained."""
 
     since: int | None = None
     added: int = 0
@@ -154,11 +149,7 @@ def write_report(report: RunReport, project: Project) -> None:
 
 
 def read_output(path: Path) -> Any:
-    """Read what a stage wrote.
-
-    Raises:
-        StageError: It is missing or damaged.
-    """
+    """Read what a stage wrote."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -182,13 +173,7 @@ def quarantined(project: Project) -> int:
 
 
 def data_changes(project: Project, former: Any, since: int | None) -> DataChanges:
-    """Compare the photos with those that the champion was trained and tested on.
-
-    Args:
-        project: Its `dataset/index.json` lists the photos of this run.
-        former: The champion's `dataset.json`; None without a champion.
-        since: Version of the champion.
-    """
+    """Compare the photos of this run with `former`, the `dataset.json` of champion `since`."""
     before = {photo["name"]: photo["label"] for photo in (former or {"photos": []})["photos"]}
     photos = read_output(project.dataset_index)["photos"]
     now = {photo["name"]: photo["label"] for photo in photos}

@@ -20,8 +20,9 @@ from typing import Any
 
 import yaml
 
+from flows.run import signals_interrupt
 from flows.workspace import Workspace
-from tasks.errors import HandsignsError, ReleaseError, ServiceError, StageError
+from tasks.errors import ReleaseError, ServiceError, StageError
 from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.provenance import environment
@@ -34,23 +35,12 @@ DVC = (sys.executable, "-m", "dvc")
 
 
 def reproduce(workspace: Workspace, name: str, progress: Progress) -> Comparison:
-    """Rebuild a release and compare weights and metrics with it.
-
-    Args:
-        workspace: A checkout whose git history has the release's revision.
-        name: `champion`, `challenger` or a version.
-        progress: Called with the stage that is being rebuilt.
-
-    Raises:
-        ReleaseError: The release has no revision, or was made of uncommitted files.
-        StageError: A stage failed.
-        ServiceError: The data is not available.
-    """
+    """Rebuild the champion, the challenger or a version, and compare it with its release."""
     began = time.monotonic()
     release, folder = workspace.release(name)
     facts = (read_json(folder / "manifest.json") or {})["facts"]
     revision = recorded_revision(facts, release)
-    with checkout(workspace.project, revision) as built:
+    with signals_interrupt(), checkout(workspace.project, revision) as built:
         progress("check out", 1, 1)
         found = rebuild(workspace, folder, built, facts.get("environment"), progress)
     return found.of(release, revision, time.monotonic() - began)
@@ -70,11 +60,7 @@ def rebuild(
 
 
 def recorded_revision(facts: Mapping[str, Any], release: str) -> str:
-    """The commit that a release was made from.
-
-    Raises:
-        ReleaseError: There is none, or files that the release does not bring differed.
-    """
+    """The commit that a release was made from; ReleaseError if that is not all of it."""
     revision = str(facts.get("git_revision", "unknown"))
     commit = revision.removesuffix("-dirty")
     if commit == "unknown":
@@ -93,15 +79,10 @@ def recorded_revision(facts: Mapping[str, Any], release: str) -> str:
 
 @contextmanager
 def checkout(project: Project, revision: str) -> Iterator[Project]:
-    """Check a commit out into a temporary worktree, removed after the block.
-
-    Raises:
-        ReleaseError: git does not know the commit.
-    """
+    """Check a commit out into a temporary worktree, removed after the block."""
     folder = Path(tempfile.mkdtemp(prefix="handsigns-reproduce-"))
     tree = folder / "checkout"
     git = ["git", "-C", str(project.root), "worktree"]
-    before = signal.signal(signal.SIGTERM, _stop)
     try:
         done = _run([*git, "add", "--quiet", "--detach", str(tree), revision], project.root)
         if done.returncode:
@@ -113,15 +94,10 @@ def checkout(project: Project, revision: str) -> Iterator[Project]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         _run([*git, "prune"], project.root)
-        signal.signal(signal.SIGTERM, before)
 
 
 def _fetch_data(workspace: Workspace, built: Project) -> None:
-    """Lay out the recorded photos: from our cache, from the remote, or rendered anew.
-
-    Raises:
-        ServiceError: They are nowhere to be had.
-    """
+    """Lay out the recorded photos: from our cache, from the remote, or rendered anew."""
     remote, secrets = workspace.remote(), {}
     lines = ["[cache]", f"    dir = {workspace.project.root.resolve() / '.dvc' / 'cache'}"]
     if remote is not None:
@@ -154,11 +130,7 @@ def _fetch_data(workspace: Workspace, built: Project) -> None:
 
 
 def _run_stages(built: Project, count: int, progress: Progress) -> None:
-    """Run every stage in a process of its own.
-
-    Raises:
-        StageError: One failed.
-    """
+    """Run every stage in a process of its own."""
     lines: list[str] = []
     with subprocess.Popen(  # noqa: S603, our own interpreter
         [*DVC, "repro", "--force", "--no-run-cache"],
@@ -232,7 +204,3 @@ def _last_line(said: "subprocess.CompletedProcess[str] | list[str]") -> str:
     text = "".join(said) if isinstance(said, list) else said.stdout
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:300].rstrip(".") if lines else "no output"
-
-
-def _stop(_signal: int, _frame: Any) -> None:
-    raise HandsignsError("Stopped. The worktree was removed; nothing else was touched.")

@@ -196,12 +196,12 @@ def _train_and_compare(run: Run) -> Candidate | None:
     ui.show_gate(report)
     publish.check_versions(project, report.data.version)
     if branch := workspace.settings.git_push:
-        commit(run, branch)
+        commit_versions(run, branch)
     if not report.gate.passed:
         run.end("rejected", f"The gate rejected the model: {'; '.join(report.gate.failures())}.")
         return None
     release = publish_release(run)
-    version = register(run, release)
+    version = register_release(run, release)
     return version, *compare(run, release, version)
 
 
@@ -292,23 +292,9 @@ def run_stage(run: Run, name: str) -> str:
     return outcome
 
 
-@step("git", network=True)
-def commit(run: Run, branch: str) -> None:
-    """Commit the versions of photos and results to a branch."""
-    done = publish.commit_versions(run.workspace.project, branch, run.report)
-    _log.info("Branch %s: %s.", branch, f"commit {done} is pushed" if done else "up to date")
-
-
-@step("publish", network=True)
-def publish_release(run: Run) -> Release:
-    """Upload the release, or find it there."""
-    return publish.publish_release(run.workspace, run.report)
-
-
-@step("register", network=True)
-def register(run: Run, release: Release) -> Version:
-    """Record the run in MLflow and register its model as challenger."""
-    return publish.register_release(run.workspace, run.report, release)
+commit_versions = step("git", network=True)(publish.commit_versions)
+publish_release = step("publish", network=True)(publish.publish_release)
+register_release = step("register", network=True)(publish.register_release)
 
 
 @step("compare", network=True)

@@ -26,12 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class Workspace:
-    """What commands and flows work on; a context that stops the servers it started.
-
-    Args:
-        project: The checkout, which must be the working directory.
-        settings: From the environment.
-    """
+    """What commands and flows work on; a context that stops the servers it started."""
 
     def __init__(self, project: Project, settings: Settings) -> None:
         self.project = project
@@ -91,18 +86,7 @@ class Workspace:
         )
 
     def classifier(self, name: str) -> "tuple[Classifier, str]":
-        """Load a model.
-
-        Args:
-            name: `champion`, `challenger`, a version, or the path of a release's folder or
-                of a model file.
-
-        Returns:
-            The classifier, and its description.
-
-        Raises:
-            ReleaseError: There is no such release, or it does not match its manifest.
-        """
+        """Load a model by name, version or path; the classifier and its description."""
         path = Path(name)
         if not path.exists():
             self.services.start_s3()  # it gets ready during the imports below

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.fixtures.checkouts import BIN, Workshop
+from tests.fixtures.checkouts import BIN, Workshop, make_checkout
 from tests.fixtures.photos import write_photos
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.trained import Trained
@@ -76,3 +76,22 @@ def test_a_lost_terminal_cancels_the_run_and_says_so_everywhere(
     wanted = {"flows": {"name": {"any_": ["retrain"]}}, "sort": "EXPECTED_START_TIME_DESC"}
     run = prefect_api.ask("flow_runs/filter", wanted)[0]
     assert (run["state_type"], run["name"]) == ("CANCELLED", "cancelled")
+
+
+def test_a_run_of_the_schedule_logs_its_reason_and_no_traceback(
+    prefect_api: PrefectApi, tmp_path: Path
+) -> None:
+    made = make_checkout(tmp_path / "checkout")
+    worker = {**prefect_api.named, "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks"}
+    code = "from flows.retrain import retrain; state = retrain(return_state=True)"
+    code += "; print(state.state_details.flow_run_id)"
+    run = made.run("python", "-c", code, **worker).stdout.split()[-1]
+    found = prefect_api.ask(f"flow_runs/{run}")
+    reason = "There are no photos yet. Run `handsigns import FOLDER`"
+    assert found["name"].startswith(f"failed: {reason}")
+    assert (found["state_type"], found["state_name"]) == ("FAILED", "Failed")
+    logs = prefect_api.ask("logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}})
+    lines = [line["message"] for line in logs]
+    assert "Signatures are not checked: no public key is configured." in lines
+    assert any(line.startswith(f"failed: {reason}") for line in lines)
+    assert not [line for line in lines if "Traceback" in line]

@@ -62,7 +62,7 @@ def compare_builds(
     Args:
         release: Folder of the verified release.
         built: Checkout in which every stage ran again.
-        then: `tasks.services.git.environment()` when the release was made, if recorded.
+        then: The environment in which the release was made, if recorded.
         now: The same today.
     """
     files = {"model.keras": built.model, "model.pb": built.graph}

@@ -19,16 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 def notify(addresses: str, title: str, body: str) -> bool:
-    """Send a message to every address; log, don't raise, if that fails.
-
-    Args:
-        addresses: In apprise's format, separated by spaces or commas.
-        title: One line.
-        body: Plain text.
-
-    Returns:
-        Whether every address took it within 30 s.
-    """
+    """Send a message to apprise's addresses; whether all took it within 30 s. Never raises."""
     outcome: list[bool] = []
     # A daemon, so that an address that never answers cannot delay the end of a run.
     thread = threading.Thread(
