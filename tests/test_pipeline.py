@@ -232,7 +232,9 @@ def test_only_a_remote_of_the_repository_or_of_our_setting_counts(
     assert not pipeline.has_remote()
     assert pipeline.remote_url() is None
     ours = anybody.replace("anybody", "team").replace("theirs", "ours")
-    (checkout.root / ".dvc/config.local").write_text(ours)
+    (checkout.root / ".dvc/config").write_text(ours)
+    secret = "['remote \"team\"']\n    verify = true\n"  # such as keys: what is not for git
+    (checkout.root / ".dvc/config.local").write_text(secret)
     assert Pipeline(checkout).remote_url() == f"{tmp_path}/ours"
     assert Pipeline(checkout).push_data() > 0
     assert f"data/ is pushed to {tmp_path}/ours" in caplog.text

@@ -237,7 +237,9 @@ class Pipeline:
         for level in ("repo", "local"):
             own = self._repo.config.load_one(level)
             name = str(own["core"].get("remote", name))
-            urls |= {key: section["url"] for key, section in own["remote"].items() if section}
+            urls |= {
+                key: section["url"] for key, section in own["remote"].items() if "url" in section
+            }
         return (name, urls[name]) if name in urls else None
 
     def _transfer(self, what: str, call: Callable[[str], int]) -> int:
