@@ -365,16 +365,24 @@ def test_reducing_averages_areas() -> None:
     assert np.abs(resize_square(picture, 40) - areas).max() <= 0.51
 
 
-def test_a_photo_that_was_larger_is_blurred_and_keeps_its_brightness() -> None:
+@pytest.mark.parametrize("scale", [2, 4, 40])
+def test_a_photo_that_was_larger_is_blurred_and_keeps_its_brightness(scale: int) -> None:
     stripes = np.tile(np.array([60, 180], np.uint8), (32, 16))[..., np.newaxis].repeat(3, axis=2)
-    large = stripes.repeat(4, axis=0).repeat(4, axis=1)
+    large = stripes.repeat(scale, axis=0).repeat(scale, axis=1)
     assert (resize_square(large, 32) == stripes).all()
     soft = resize(large, 32)[4:-4, 4:-4].astype(float)
-    kernel = np.exp(-0.5 * (np.arange(-2, 3) / BLUR_SIGMA) ** 2)
+    sigma = BLUR_SIGMA * np.sqrt(1 - 1 / scale**2)
+    kernel = np.exp(-0.5 * (np.arange(-2, 3) / sigma) ** 2)
     left = abs((kernel * (-1.0) ** np.arange(5)).sum()) / kernel.sum()
     assert abs(np.ptp(soft) - 120 * left) <= 2
     assert abs(soft.mean() - 120) <= 0.5
     assert (resize(stripes, 32) == stripes).all()
+
+
+def test_one_pixel_more_than_the_right_size_hardly_blurs() -> None:
+    picture = photo(3, 0, size=65)
+    difference = resize(picture, 64).astype(int) - resize_square(picture, 64)
+    assert np.abs(difference).max() <= 2
 
 
 def test_a_picture_at_the_right_size_is_copied_unchanged() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ MAX_SCANS = 64
 """A progressive JPEG has about ten; one with thousands is made to keep a decoder busy."""
 
 BLUR_SIGMA = 0.5
-"""Standard deviation, in pixels, of the blur that `resize` applies to larger photos."""
+"""Standard deviation, in pixels, of the blur that `resize` applies to much larger photos."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _HEIF_BRANDS = {
@@ -111,7 +112,8 @@ def resize(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """Resize a photo for training or prediction.
 
     A photo that was larger is blurred slightly: averaging over areas leaves it sharper
-    than thumbnails are (docs/accuracy.md). A photo of that size keeps its pixels.
+    than thumbnails are (docs/accuracy.md). The blur grows from none at `size` with the
+    photo's size, so that a pixel more or less makes no difference.
 
     Args:
         picture: uint8, (height, width, 3), RGB.
@@ -120,9 +122,11 @@ def resize(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
         uint8, (size, size, 3); a new array.
     """
     small = resize_square(picture, size)
-    if min(picture.shape[:2]) <= size:
+    ratio = size / min(picture.shape[:2])
+    if ratio >= 1:
         return small
-    blurred: NDArray[np.uint8] = cv2.GaussianBlur(small, (0, 0), BLUR_SIGMA)
+    sigma = BLUR_SIGMA * math.sqrt(1 - ratio * ratio)
+    blurred: NDArray[np.uint8] = cv2.GaussianBlur(small, (0, 0), sigma)
     return blurred
 
 
