@@ -27,14 +27,15 @@ def shift(values: Floats, down: int, right: int) -> Floats:
     places = np.arange(len(values))
     rows = np.clip(places - down, 0, len(values) - 1)
     columns = np.clip(places - right, 0, len(values) - 1)
-    return values[rows[:, None], columns]
+    return values.take(rows, axis=0).take(columns, axis=1)
 
 
 def blur(values: Floats, radius: int) -> Floats:
     """Mean over a square of `2 radius + 1` pixels, (size, size); edges are repeated."""
     wide = 2 * radius + 1
+    columns = np.clip(np.arange(-radius - 1, len(values) + radius), 0, len(values) - 1)
     for _ in range(2):
-        padded = np.pad(values, ((0, 0), (radius + 1, radius)), mode="edge")
+        padded = values.take(columns, axis=1)
         # A running total has one order of addition; a sum over an axis has not.
         total = np.cumsum(padded, axis=1)
         values = ((total[:, wide:] - total[:, :-wide]) / wide).T
