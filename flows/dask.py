@@ -18,12 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 def shard_runner(dask_address: str | None, patience: float = 30.0) -> Runner:
-    """Return what computes the features stage's shards, for `tasks.model.shards.runner`.
-
-    Args:
-        dask_address: scheduler of a Dask cluster; None for this process.
-        patience: longest wait in seconds for the scheduler's first answer.
-    """
+    """Return what computes the features stage's shards: a Dask cluster, or this process."""
     if dask_address is None:
         return run_here
     address = dask_address
@@ -76,15 +71,7 @@ def _on_dask(
 
 
 def check_scheduler(address: str, seconds: float) -> None:
-    """Ask whoever answers at an address whether it is a scheduler.
-
-    Args:
-        address: `tcp://host:port` or `tls://host:port`.
-        seconds: longest wait.
-
-    Raises:
-        ServiceError: what answers there, if anything, is no scheduler.
-    """
+    """Raise `ServiceError` unless a Dask scheduler answers at an address in time."""
     from distributed.core import rpc
     from distributed.security import Security
 

@@ -12,13 +12,12 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from flows.local.clients import HEARTBEAT_SECONDS, TAG, point_prefect_at
 from flows.local.credentials import local_credentials
@@ -31,80 +30,47 @@ from tasks.project import Project
 from tasks.services.s3 import redact_url
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
     from prefect import State
     from prefect.client.schemas.objects import Flow, FlowRun
-    from prefect.events import AutomationCore
 
 FILE = "prefect.yaml"
-TEMPLATES = Path("docker/pools")
 POOLS = {POOL: "process", f"{POOL}-docker": "docker", f"{POOL}-kubernetes": "kubernetes"}
 """Work pools and their types."""
 SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS
 """Without an event for this long, a run counts as crashed."""
 START_SECONDS = 900
 """A worker that took a run and did not start it in this time is gone, image pull and all."""
-SILENT = "Mark silent runs as crashed"
-NEVER_STARTED = "Mark runs that never start as crashed"
 FLOWS = ("retrain", "promote", "rollback")
 CRASH_FLOW = "tell/crash"
 DEPLOY_SECONDS = 120
 LOST = (
     "The service stopped while this run was under way. "
-    "What was there before is whole; run it again."
+    "What was there before is intact; run it again."
 )
 
 
-class Deployment(BaseModel):
-    """One entry of `prefect.yaml`, as far as it is read here."""
+def declared_deployments(project: Project) -> dict[str, Any]:
+    """Read `prefect.yaml`, and check what is used of it; `SettingsError` if it is wrong."""
 
-    model_config = ConfigDict(extra="allow")
+    class Deployment(BaseModel):
+        name: str
+        entrypoint: str
+        work_pool: dict[str, Any]
 
-    name: str
-    entrypoint: str
-    work_pool: dict[str, Any]
+    class PrefectFile(BaseModel):
+        deployments: list[Deployment]
 
-    @property
-    def full_name(self) -> str:
-        """`<flow>/<deployment>`, as the server calls it."""
-        return f"{self.entrypoint.rpartition(':')[2]}/{self.name}"
-
-
-class PrefectFile(BaseModel):
-    """`prefect.yaml`."""
-
-    model_config = ConfigDict(extra="allow")
-
-    deployments: list[Deployment]
-
-    def on(self, pool: str) -> str:
-        """Return the file's text with every deployment on one work pool."""
-        content = self.model_dump()
-        for one in content["deployments"]:
-            one["work_pool"]["name"] = pool
-        return yaml.safe_dump(content)
-
-
-def declared_deployments(project: Project) -> PrefectFile:
-    """Read `prefect.yaml`.
-
-    Raises:
-        SettingsError: it cannot be read, or holds no deployments.
-    """
     path = project.root / FILE
     with _readable(path):
-        return PrefectFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        PrefectFile.model_validate(content)
+    return dict(content)
 
 
 def pool_template(project: Project, kind: str) -> dict[str, Any]:
-    """Return the base job template of a `process`, `docker` or `kubernetes` pool.
-
-    Raises:
-        SettingsError: the template cannot be read.
-    """
+    """Return the base job template of a `process`, `docker` or `kubernetes` pool."""
     if kind != "process":
-        path = project.root / TEMPLATES / f"{kind}.json"
+        path = project.root / "docker/pools" / f"{kind}.json"
         with _readable(path):
             return dict(json.loads(path.read_text(encoding="utf-8")))
     from prefect.workers.process import ProcessWorker
@@ -142,19 +108,19 @@ def deploy(
 
     Returns:
         Names of the deployments, `<flow>/<deployment>`.
-
-    Raises:
-        SettingsError: a file of the checkout cannot be read.
-        ServiceError: the server does not answer, or refuses.
     """
     declared = declared_deployments(project)
+    for one in declared["deployments"]:
+        one["work_pool"] = {**one["work_pool"], "name": pool}
     point_prefect_at(api, project.local.resolve(), settings)
     templates = {name: pool_template(project, kind) for name, kind in POOLS.items()}
     with asking(api):
         asyncio.run(_register_pools(templates, _owner(project)))
-        _deploy_flows(project, declared.on(pool))
+        _deploy_flows(project, yaml.safe_dump(declared))
         asyncio.run(_register_automations(silence))
-    return [one.full_name for one in declared.deployments]
+    return [
+        f"{one['entrypoint'].rpartition(':')[2]}/{one['name']}" for one in declared["deployments"]
+    ]
 
 
 @contextmanager
@@ -172,11 +138,7 @@ def asking(api: str) -> Iterator[None]:
 
 
 def check_owner(project: Project, settings: Settings, api: str) -> None:
-    """Refuse a work pool whose flow runs start in another checkout.
-
-    Raises:
-        SettingsError: another checkout's worker serves the pool.
-    """
+    """Raise `SettingsError` if another checkout's worker serves the work pool."""
     point_prefect_at(api, project.local.resolve(), settings)
     with asking(api):
         owner, served = asyncio.run(_pool_owner())
@@ -204,31 +166,20 @@ async def _pool_owner() -> tuple[str | None, bool]:
             pool = await client.read_work_pool(POOL)
         except ObjectNotFound:
             return None, False
-    return pool.description, await _has_worker()
+        workers = await client.read_workers_for_work_pool(POOL)
+    return pool.description, any(worker.status == "ONLINE" for worker in workers)
 
 
 def wait_for_worker(seconds: float) -> None:
-    """Return once a worker of the process pool has reported to the server.
-
-    Raises:
-        ServiceError: none did within `seconds`.
-    """
+    """Return once a worker reported to the process pool; `ServiceError` if none does in time."""
     deadline = time.monotonic() + seconds
-    while not asyncio.run(_has_worker()):
+    while not asyncio.run(_pool_owner())[1]:
         if time.monotonic() > deadline:
             raise ServiceError(
                 f"No worker reported to the pool {POOL!r} in {seconds:.0f} s. "
                 "See .local/logs/worker.log."
             )
         time.sleep(0.5)
-
-
-async def _has_worker() -> bool:
-    from prefect.client.orchestration import get_client
-
-    async with get_client() as client:
-        workers = await client.read_workers_for_work_pool(POOL)
-    return any(worker.status == "ONLINE" for worker in workers)
 
 
 async def _register_pools(templates: dict[str, dict[str, Any]], owner: str) -> None:
@@ -265,64 +216,56 @@ def _deploy_flows(project: Project, declared: str) -> None:
         raise ServiceError(f"Prefect did not take the deployments: {reason}")
 
 
-def automation(
-    name: str, after: tuple[str, ...], silence: float, notifier: "UUID"
-) -> "AutomationCore":
-    """Describe an automation that marks silent runs as crashed; a heartbeat is an event, too.
+async def _register_automations(silence: float) -> None:
+    """Mark silent runs as crashed, and notify people; a heartbeat is an event, too."""
+    from prefect.client.orchestration import get_client
+    from prefect.events import AutomationCore
 
-    It concerns runs with our tag only: others of the same name may beat more slowly.
-
-    Args:
-        name: names the automation.
-        after: events of a run after which another must come.
-        silence: seconds that may pass until then.
-        notifier: deployment that notifies people.
-    """
-    from prefect.client.schemas.objects import StateType
-    from prefect.events import AutomationCore, EventTrigger, Posture, ResourceSpecification
-    from prefect.events.actions import ChangeFlowRunState, RunDeployment
-
+    kinds: dict[str, tuple[list[str], float]] = {
+        "Mark silent runs as crashed": (["Running", "heartbeat", "Cancelling"], silence),
+        "Mark runs that never start as crashed": (["Pending"], START_SECONDS),
+    }
+    # Runs with our tag only: others of the same name may beat more slowly.
     ours = [
         {"prefect.resource.role": ["flow"], "prefect.resource.name": list(FLOWS)},
         {"prefect.resource.role": ["tag"], "prefect.resource.id": [f"prefect.tag.{TAG}"]},
     ]
     # A bare template would be taken for an object and not for its text.
     run = {"__prefect_kind": "jinja", "template": "{{ labels.prefect.resource.id }}"}
-    return AutomationCore(
-        name=name,
-        description="A run whose process is gone sends no heartbeats and cannot say so itself.",
-        trigger=EventTrigger(
-            after={f"prefect.flow-run.{event}" for event in after},
-            expect={"prefect.flow-run.*"},
-            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
-            match_related=[ResourceSpecification(one) for one in ours],
-            for_each={"prefect.resource.id"},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=timedelta(seconds=silence),
-        ),
-        actions=[
-            ChangeFlowRunState(
-                state=StateType.CRASHED,
-                message=f"{UNHEARD} for {silence:.0f} s: its process, its "
-                "worker or its machine is gone. What was there before is whole; run it again.",
-            ),
-            RunDeployment(deployment_id=notifier, parameters={"run": run}),
-        ],
-    )
-
-
-async def _register_automations(silence: float) -> None:
-    from prefect.client.orchestration import get_client
-
-    kinds = {
-        SILENT: (("Running", "heartbeat", "Cancelling"), silence),
-        NEVER_STARTED: (("Pending",), START_SECONDS),
-    }
     async with get_client() as client:
-        notifier = (await client.read_deployment_by_name(CRASH_FLOW)).id
+        crash = (await client.read_deployment_by_name(CRASH_FLOW)).id
         for name, (after, seconds) in kinds.items():
-            wanted = automation(name, after, seconds, notifier)
+            message = (
+                f"{UNHEARD} for {seconds:.0f} s: its process, its worker or its machine is gone. "
+                "What was there before is intact; run it again."
+            )
+            trigger = {
+                "type": "event",
+                "posture": "Proactive",
+                "after": [f"prefect.flow-run.{event}" for event in after],
+                "expect": ["prefect.flow-run.*"],
+                "match": {"prefect.resource.id": ["prefect.flow-run.*"]},
+                "match_related": ours,
+                "for_each": ["prefect.resource.id"],
+                "threshold": 1,
+                "within": seconds,
+            }
+            wanted = AutomationCore.model_validate(
+                {
+                    "name": name,
+                    "description": "A run whose process is gone cannot say so itself.",
+                    "trigger": trigger,
+                    "actions": [
+                        {"type": "change-flow-run-state", "state": "CRASHED", "message": message},
+                        {
+                            "type": "run-deployment",
+                            "source": "selected",
+                            "deployment_id": crash,
+                            "parameters": {"run": run},
+                        },
+                    ],
+                }
+            )
             if known := await client.read_automations_by_name(name):
                 await client.update_automation(known[0].id, wanted)
             else:
@@ -330,7 +273,7 @@ async def _register_automations(silence: float) -> None:
 
 
 def mark_lost_runs(project: Project, without_pool: bool) -> None:
-    """Mark runs of this checkout that a fresh local server shows as under way as crashed.
+    """Mark runs that a fresh local server shows as under way as crashed, and notify people.
 
     To be called after `deploy` and before the worker starts. Nothing is marked where a
     retrain of the checkout is under way; the automations see to it then.
@@ -350,19 +293,12 @@ def mark_lost_runs(project: Project, without_pool: bool) -> None:
 
 async def _mark_crashed(without_pool: bool) -> "list[tuple[Flow, FlowRun, State[Any]]]":
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import (
-        FlowRunFilter,
-        FlowRunFilterState,
-        FlowRunFilterStateType,
-        FlowRunFilterTags,
-    )
-    from prefect.client.schemas.objects import StateType
+    from prefect.client.schemas.filters import FlowRunFilter
     from prefect.states import Crashed
 
-    kinds = [StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
-    under_way = FlowRunFilter(
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=kinds)),
-        tags=FlowRunFilterTags(all_=[TAG]),
+    kinds = ["PENDING", "RUNNING", "PAUSED", "CANCELLING"]
+    under_way = FlowRunFilter.model_validate(
+        {"state": {"type": {"any_": kinds}}, "tags": {"all_": [TAG]}}
     )
     marked = []
     async with get_client() as client:

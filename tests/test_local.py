@@ -22,7 +22,6 @@ from flows.local.processes import (
     choose_ports,
     is_alive,
     read_state,
-    remember_ports,
 )
 from flows.local.stack import embedded
 from flows.settings import Settings
@@ -97,8 +96,10 @@ def test_s3_keeps_its_data_and_credentials_from_one_start_to_the_next(tmp_path: 
         Storage(first).put("a", b"kept")
     with pytest.raises(ServiceError):
         Storage(first).check()
-    (tmp_path / ".local" / "ports.json").unlink()
-    with embedded(SETTINGS, Project(tmp_path)) as services:
+    with (
+        socket.create_server(("127.0.0.1", int(first.endpoint_url.rpartition(":")[2]))),
+        embedded(SETTINGS, Project(tmp_path)) as services,
+    ):
         second = services.s3()
         assert Storage(second).get("a") == b"kept"
     assert second.endpoint_url != first.endpoint_url
@@ -345,10 +346,6 @@ def test_credentials_that_cannot_be_trusted_are_refused(
 def test_ports_stay_the_same_while_they_are_free(tmp_path: Path) -> None:
     first = choose_ports(tmp_path, "seaweedfs", 3)
     assert len(set(first)) == 3
-    remember_ports(tmp_path, "seaweedfs", first)
-    remember_ports(tmp_path, "prefect", choose_ports(tmp_path, "prefect", 1))
     assert choose_ports(tmp_path, "seaweedfs", 3) == first
     with socket.create_server(("127.0.0.1", first[1] + GRPC)):
         assert first[1] not in choose_ports(tmp_path, "seaweedfs", 3)
-    (tmp_path / "ports.json").write_text("[]")
-    assert len(choose_ports(tmp_path, "seaweedfs", 3)) == 3

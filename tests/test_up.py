@@ -202,7 +202,7 @@ def test_nothing_listens_beyond_loopback_and_no_secret_is_shown(service: Service
     files = [path for path in service.workshop.project.root.rglob("*") if path.is_file()]
     assert {path for path in files if _holds(path, secrets)} == {local / FILE}
     assert service.ask("/variables/filter", {}) == []
-    assert (local / "service.json").stat().st_mode & 0o777 == 0o600
+    assert (local / "worker.lock").stat().st_mode & 0o777 == 0o600
 
 
 def test_nobody_gets_in_without_the_credentials(service: Service) -> None:

@@ -31,10 +31,7 @@ PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 def prepare_environment(folder: Path, environment: MutableMapping[str, str] = os.environ) -> None:
     """Set what libraries read from the environment; to be called before they are imported.
 
-    Args:
-        folder: the checkout's `.local/`; Prefect's home, unless one is set, and that of a user
-            without a home.
-        environment: changed in place.
+    `folder`, the checkout's `.local/`, is a home for Prefect, and for a user who has none.
     """
     spare_loopback(environment)
     if "HOME" not in environment:
@@ -67,13 +64,7 @@ def spare_loopback(environment: MutableMapping[str, str] = os.environ) -> None:
 def point_prefect_at(
     api: str, folder: Path, settings: Settings, environment: MutableMapping[str, str] = os.environ
 ) -> None:
-    """Let a process, by default this one, talk to one Prefect server.
-
-    Args:
-        api: URL of its API.
-        folder: the checkout's `.local/`.
-        settings: name the server, unless it is the local one, which asks for our login.
-        environment: changed in place.
+    """Let a process, by default this one, talk to the Prefect server with this API.
 
     Raises:
         SettingsError: a proxy is named that Prefect's client cannot use.
@@ -110,16 +101,14 @@ def ask(url: str, seconds: float = 2.0) -> bytes | None:
 
 
 def check_reachable(settings: Settings) -> None:
-    """Ask every configured service for a sign of life, all at once, within 30 s.
+    """Raise `ServiceError` within 30 s if a configured service does not answer.
 
     Each is asked through the client that is used later, with all of its own settings.
-
-    Raises:
-        ServiceError: one does not answer; the message names its address.
     """
     checks: list[Callable[[], None]] = []
     if settings.s3_endpoint_url:
-        checks.append(lambda: _check_s3(Storage(configured_s3(settings))))
+        storage = Storage(configured_s3(settings))
+        checks += [storage.check, lambda: check_conditional_writes(storage)]
     tracking, api = settings.mlflow_tracking_uri, settings.prefect_api_url
     if tracking and tracking.startswith("http"):
         checks.append(lambda: _check_mlflow(tracking))
@@ -150,11 +139,6 @@ def configured_s3(settings: Settings) -> S3Address:
         plain(settings.aws_secret_access_key),
         plain(settings.aws_session_token),
     )
-
-
-def _check_s3(storage: Storage) -> None:
-    storage.check()
-    check_conditional_writes(storage)
 
 
 def _check_mlflow(url: str) -> None:

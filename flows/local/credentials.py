@@ -17,13 +17,7 @@ FILE = "credentials.json"
 
 @dataclass(frozen=True)
 class Credentials:
-    """Credentials of the local servers.
-
-    Args:
-        access_key_id: for S3.
-        secret_access_key: for S3.
-        login: `user:password` for Prefect and MLflow, API and pages.
-    """
+    """Keys for S3, and `user:password` for Prefect and MLflow, APIs and pages."""
 
     access_key_id: str
     secret_access_key: str = field(repr=False)
@@ -32,9 +26,6 @@ class Credentials:
 
 def local_credentials(folder: Path) -> Credentials:
     """Return the credentials of the local servers, generated on first use.
-
-    Args:
-        folder: the checkout's `.local/`; takes `FILE` with mode 0600.
 
     Raises:
         SettingsError: others may read the file, or it does not hold all of them.

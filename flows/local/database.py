@@ -25,11 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def mlflow_file_url(folder: Path) -> str:
-    """Return the address of the local registry.
-
-    Raises:
-        SettingsError: the folder's path cannot be part of an address.
-    """
+    """Return the address of the local registry; `SettingsError` if no address can hold it."""
     if "?" in str(folder):
         raise SettingsError(
             f"The path '{folder}' holds a question mark, which database addresses cannot hold. "
@@ -39,12 +35,7 @@ def mlflow_file_url(folder: Path) -> str:
 
 
 def database_url(url: str, name: str) -> str:
-    """Return the address of one server's own database; it holds the password.
-
-    Args:
-        url: `DATABASE_URL`, such as `postgresql://user:password@host/handsigns`.
-        name: `prefect` or `mlflow`; its database is then called `handsigns_<name>`.
-    """
+    """Return the address of the database `<DATABASE_URL>_<name>`; it holds the password."""
     known = _named(make_url(url), name)
     if name != "prefect":
         known = known.set(drivername="postgresql+psycopg2")
@@ -64,9 +55,6 @@ def redact_database(url: str) -> str:
 
 def make_databases(url: str) -> None:
     """Create the databases of Prefect and MLflow where they are missing.
-
-    Args:
-        url: `DATABASE_URL`; the database that it names need not exist.
 
     Raises:
         ServiceError: PostgreSQL does not answer, or its user may not create one.
@@ -119,9 +107,7 @@ def _named(url: URL, name: str) -> URL:
 def migrate(folder: Path, name: str) -> None:
     """Back up and migrate a local SQLite database after an upgrade of its library.
 
-    Args:
-        folder: the checkout's `.local/`; notes in `versions.json` which version used it last.
-        name: `prefect`, whose server migrates by itself, or `mlflow`.
+    `versions.json` notes which version used it last. Prefect's server migrates by itself.
 
     Raises:
         ServiceError: the database cannot be migrated; the backup is named.
@@ -136,13 +122,8 @@ def migrate(folder: Path, name: str) -> None:
         if file.exists():
             backup = file.with_name(f"{file.name}.before-{present}")
             _back_up(file, backup)
-            _log.warning(
-                "%s %s may need another schema: '%s' is migrated; the backup is '%s'.",
-                name.capitalize() if name == "prefect" else "MLflow",
-                present,
-                file,
-                backup,
-            )
+            said = "%s %s may need another schema: '%s' is migrated; the backup is '%s'."
+            _log.warning(said, name, present, file, backup)
             if name == "mlflow":
                 _upgrade_mlflow(file, backup, known.get(name, "another version"))
         write_json(folder / VERSIONS, {**known, name: present})

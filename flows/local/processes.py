@@ -14,7 +14,7 @@ import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -25,7 +25,6 @@ from flows.local.supervisor import POLL_SECONDS, USERS, open_lock
 from tasks.errors import BusyError, ServiceError, SettingsError
 from tasks.io import read_json
 
-PORTS = "ports.json"
 GRPC = 10_000
 """SeaweedFS's gRPC port lies this far above each of its ports."""
 RANGE = range(12_000, 22_000)
@@ -50,6 +49,7 @@ class Program:
         variant: users share it only if this is equal.
         cwd: its working directory; the present one by default.
         stays: it counts as a user, so that it runs until it is stopped.
+        about: what others can read in its state while it runs.
     """
 
     name: str
@@ -61,15 +61,11 @@ class Program:
     variant: str = ""
     cwd: Path | None = None
     stays: bool = False
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 class LocalStack:
-    """One user of the local programs of a checkout.
-
-    Args:
-        folder: the checkout's `.local/`; takes locks, ports and `logs/`.
-        patience: longest wait in seconds for a program that is stopping, or does not answer.
-    """
+    """One user of a checkout's local programs; `patience` bounds the wait for a silent one."""
 
     def __init__(self, folder: Path, patience: float = 30.0) -> None:
         self.folder, self._patience = folder, patience
@@ -79,15 +75,10 @@ class LocalStack:
     def start(
         self, name: str, ports: int, describe: Callable[[tuple[int, ...]], Program]
     ) -> Program:
-        """Use a program; start it unless it runs. Returns before it is ready.
-
-        Args:
-            name: of the program.
-            ports: how many it listens on.
-            describe: returns the program on these ports.
+        """Use a program, and start it unless it runs; returns before it is ready.
 
         Raises:
-            BusyError: it is stopping for too long, or runs in another variant.
+            BusyError: it does not stop, or runs in another variant.
             SettingsError: the folder belongs to another user.
         """
         try:
@@ -116,21 +107,17 @@ class LocalStack:
         return program
 
     def wait(self, program: Program) -> None:
-        """Block until a program that was started is ready.
-
-        Raises:
-            ServiceError: it ended, or was not ready in time.
-        """
+        """Block until a program is ready; `ServiceError` if it ends or is too slow."""
         name, mine = program.name, self._started[program.name] is not None
         patient = time.monotonic() + self._patience
         while not program.ready():
             state = read_state(self.folder, name)
             if state is None or (mine and state["ends"]):
-                raise ServiceError(f"The local {name} server did not start. {self.explain(name)}")
+                raise ServiceError(f"The local {name} server did not start. {self._explain(name)}")
             if time.monotonic() > patient and time.time() > state["began"] + START_SECONDS:
                 raise ServiceError(
                     f"The local {name} server does not answer at {program.url}. "
-                    f"{self.explain(name)}"
+                    f"{self._explain(name)}"
                 )
             time.sleep(POLL_SECONDS)
 
@@ -142,26 +129,24 @@ class LocalStack:
         fcntl.flock(users, fcntl.LOCK_UN)
         deadline = time.monotonic() + STOP_SECONDS
         if not is_used(users):
-            while any(map(self.is_alive, self._started)) and time.monotonic() < deadline:
+            while (
+                any(is_alive(self.folder, name) for name in self._started)
+                and time.monotonic() < deadline
+            ):
                 time.sleep(POLL_SECONDS / 2)
         os.close(users)
         for process in filter(None, self._started.values()):
             process.poll()
         self._started.clear()
 
-    def is_alive(self, name: str) -> bool:
-        """Whether a program has a supervisor."""
-        return is_alive(self.folder, name)
-
-    def explain(self, name: str) -> str:
-        """Show the first error in a program's log, and where that is."""
+    def _explain(self, name: str) -> str:
         log = self.folder / "logs" / f"{name}.log"
         return f"{first_error(log)} See {log}."
 
     def _running(self, name: str) -> dict[str, Any] | None:
         """State of a program that runs; waits for one that is stopping."""
         deadline = time.monotonic() + self._patience
-        while self.is_alive(name):
+        while is_alive(self.folder, name):
             if state := read_state(self.folder, name):
                 return state
             if time.monotonic() > deadline:
@@ -171,7 +156,6 @@ class LocalStack:
 
     def _spawn(self, program: Program) -> "subprocess.Popen[bytes]":
         _require_open_files()
-        remember_ports(self.folder, program.name, program.ports)
         process = subprocess.Popen(  # noqa: S603, the command is ours
             [sys.executable, "-I", "-S", supervisor.__file__],
             stdin=subprocess.PIPE,
@@ -188,6 +172,7 @@ class LocalStack:
             "variant": _digest(program.variant),
             "cwd": program.cwd and str(program.cwd),
             "stays": program.stays,
+            "about": dict(program.about),
         }
         with suppress(BrokenPipeError), cast(IO[bytes], process.stdin) as pipe:
             pipe.write(json.dumps(described).encode())
@@ -262,41 +247,14 @@ def first_error(log: Path) -> str:
 
 
 def choose_ports(folder: Path, name: str, count: int) -> tuple[int, ...]:
-    """Return ports that are free on loopback, as is the one `GRPC` above each.
-
-    Args:
-        folder: where `remember_ports` keeps them; those of the last start are taken again.
-        name: program whose ports are wanted.
-        count: how many.
-    """
-    ports = known_ports(folder, name)
-    if len(ports) == count and all(map(_is_free, ports)):
-        return ports
+    """Return ports free on loopback, as is the one `GRPC` above each; the same while they are."""
     chosen: list[int] = []
+    candidates = random.Random(f"{folder}/{name}")
     while len(chosen) < count:
-        port = random.choice(RANGE)
+        port = candidates.choice(RANGE)
         if port not in chosen and _is_free(port):
             chosen.append(port)
     return tuple(chosen)
-
-
-def known_ports(folder: Path, name: str) -> tuple[int, ...]:
-    """Return the ports of a program's last start."""
-    return tuple(_known_ports(folder).get(name, ()))
-
-
-def remember_ports(folder: Path, name: str, ports: tuple[int, ...]) -> None:
-    """Keep the ports of a program; SeaweedFS names a folder after one of them."""
-    known = _known_ports(folder)
-    if ports and known.get(name) != list(ports):
-        part = folder / f".{PORTS}.{os.getpid()}"
-        part.write_text(json.dumps({**known, name: ports}) + "\n", encoding="utf-8")
-        part.replace(folder / PORTS)
-
-
-def _known_ports(folder: Path) -> dict[str, list[int]]:
-    known = read_json(folder / PORTS)
-    return known if isinstance(known, dict) else {}
 
 
 def _is_free(port: int) -> bool:

@@ -5,7 +5,9 @@ import secrets
 import shutil
 import sys
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flows.local.clients import ask, point_prefect_at
 from flows.local.credentials import local_credentials, mlflow_guard, prefect_login
@@ -34,13 +36,7 @@ def local_s3(folder: Path, bucket: str, port: int) -> S3Address:
 
 
 def seaweedfs(folder: Path, bucket: str, ports: tuple[int, ...]) -> Program:
-    """Describe an S3 server that keeps its data in `folder`/seaweedfs.
-
-    Args:
-        folder: the checkout's `.local/`.
-        bucket: bucket that exists once it is ready, besides `DVC_BUCKET`.
-        ports: five of them.
-    """
+    """Describe an S3 server with its data in `folder`/seaweedfs, a bucket, and `DVC_BUCKET`."""
     address = local_s3(folder, bucket, ports[0])
     data = folder / "seaweedfs"
     data.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -102,14 +98,7 @@ def seaweedfs(folder: Path, bucket: str, ports: tuple[int, ...]) -> Program:
 
 
 def prefect(folder: Path, settings: Settings, ports: tuple[int, ...], host: str = HOST) -> Program:
-    """Describe a Prefect server with its UI; `url` is that of its API.
-
-    Args:
-        folder: the checkout's `.local/`; takes `prefect/`, and its database if it is SQLite.
-        settings: may name the login and PostgreSQL.
-        ports: one of them.
-        host: address to listen on.
-    """
+    """Describe a Prefect server with its UI; `url` is that of its API."""
     url = f"http://{reachable(host)}:{ports[0]}/api"
     command = [*_module("prefect"), "server", "start", "--host", host, "--port", str(ports[0])]
     environment = _without_foreign() | {
@@ -143,12 +132,7 @@ def prefect(folder: Path, settings: Settings, ports: tuple[int, ...], host: str 
 def mlflow(folder: Path, settings: Settings, store: S3Address, ports: tuple[int, ...]) -> Program:
     """Describe an MLflow server with its UI and its files on S3; it asks for the local login.
 
-    Args:
-        folder: the checkout's `.local/`; takes `mlflow.db`, which runs without a server use too.
-        settings: may name PostgreSQL; of an S3 service in them, AWS's other variables, such as
-            a role or a certificate, hold too.
-        store: where files go.
-        ports: one of them.
+    Of an S3 service in the settings AWS's other variables, such as a role or CA, hold too.
     """
     url = f"http://{HOST}:{ports[0]}"
     command = [*_module("mlflow"), "server", "--workers", "1"]
@@ -184,14 +168,8 @@ def mlflow(folder: Path, settings: Settings, store: S3Address, ports: tuple[int,
     )
 
 
-def worker(folder: Path, settings: Settings, api: str) -> Program:
-    """Describe the process that starts the flow runs of `POOL`; it stays until it is stopped.
-
-    Args:
-        folder: the checkout's `.local/`.
-        settings: from the environment.
-        api: URL of Prefect's API.
-    """
+def worker(folder: Path, settings: Settings, api: str, about: Mapping[str, Any]) -> Program:
+    """Describe the process that starts the flow runs of `POOL`; it stays until it is stopped."""
     # Flow runs inherit its environment, and need no database.
     environment = {
         name: text
@@ -202,7 +180,9 @@ def worker(folder: Path, settings: Settings, api: str) -> Program:
     point_prefect_at(api, folder, settings, environment)
     command = [*_module("prefect"), "worker", "start", "--type", "process"]
     command += ["--pool", POOL, "--name", "local", "--install-policy", "never"]
-    return Program("worker", command, environment, lambda: True, cwd=Path.cwd(), stays=True)
+    return Program(
+        "worker", command, environment, lambda: True, cwd=Path.cwd(), stays=True, about=about
+    )
 
 
 def reachable(host: str) -> str:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from flows.local import servers
 from flows.local.clients import check_reachable, configured_s3
@@ -32,12 +32,10 @@ from flows.local.servers import HOST, PORTS, local_s3
 from flows.local.supervisor import POLL_SECONDS, USERS, open_lock, stop_group
 from flows.settings import Settings
 from tasks.errors import BusyError, HandsignsError, ServiceError
-from tasks.io import write_json
 from tasks.project import Project
 from tasks.releases.signing import Trust
 from tasks.services.s3 import S3Address, Storage
 
-FILE = "service.json"
 START_SECONDS = 300.0
 STOP_SECONDS = 60.0
 RUN_SECONDS = 15.0
@@ -49,9 +47,9 @@ class Running(BaseModel):
 
     Args:
         pid: the worker's supervisor.
-        s3: endpoint of the local S3 server; None where the environment names another.
-        mlflow: tracking URI of the local MLflow server, or None as before.
-        prefect: URL of the local Prefect API, or None as before.
+        s3: endpoint; None, as below, where the settings name a service.
+        mlflow: tracking URI.
+        prefect: URL of the API.
         database: PostgreSQL's address without user and password; None with SQLite.
     """
 
@@ -63,17 +61,9 @@ class Running(BaseModel):
 
 
 def find_running(folder: Path) -> Running | None:
-    """Return the service that is up in a checkout, or None.
-
-    Args:
-        folder: the checkout's `.local/`.
-    """
+    """Return the service that is up in a checkout with this `.local/`, or None."""
     state = read_state(folder, "worker")
-    try:
-        running = Running.model_validate_json((folder / FILE).read_bytes())
-    except (OSError, ValidationError):
-        return None
-    return running.model_copy(update={"pid": state["pid"]}) if state else None
+    return Running(pid=state["pid"], **state["about"]) if state else None
 
 
 class Services:
@@ -83,6 +73,9 @@ class Services:
         settings: what they name is used as it is.
         folder: the checkout's `.local/`; local servers keep their state here.
         patience: longest wait in seconds for a local server that does not answer.
+
+    Every method raises `ServiceError` for a local server that does not start or answer, and
+    `BusyError` for one that does not stop or runs with other settings.
     """
 
     def __init__(self, settings: Settings, folder: Path, patience: float = 30.0) -> None:
@@ -96,20 +89,11 @@ class Services:
             self._start("seaweedfs")
 
     def start_prefect(self, host: str = HOST) -> str:
-        """Start the local Prefect server in the background, if one is needed.
-
-        Returns:
-            The URL of its API, which answers after `prefect()`.
-        """
+        """Return the URL of Prefect's API; a local server starts in the background."""
         return self.prefect_named() or self._start("prefect", host).url
 
     def s3(self) -> S3Address:
-        """Return the address of S3 once it is ready.
-
-        Raises:
-            ServiceError: the local server did not start, or does not answer.
-            BusyError: it does not stop, or runs with other settings.
-        """
+        """Return the address of S3 once it is ready."""
         address = self._s3_address()
         if self.settings.s3_endpoint_url is None:
             self._stack.wait(self._programs["seaweedfs"])
@@ -119,13 +103,10 @@ class Services:
         """Return MLflow's tracking URI; locally a database, which needs no server."""
         if named := self.settings.mlflow_tracking_uri or (self._running and self._running.mlflow):
             return named
+        self._prepare_database("mlflow")
         if self.settings.database_url:
-            url = self.settings.database_url.get_secret_value()
-            make_databases(url)
-            return database_url(url, "mlflow")
-        uri = mlflow_file_url(self.folder)
-        migrate(self.folder, "mlflow")
-        return uri
+            return database_url(self.settings.database_url.get_secret_value(), "mlflow")
+        return mlflow_file_url(self.folder)
 
     def mlflow_artifacts(self) -> S3Address | None:
         """Return where MLflow's files are, or None where its server decides."""
@@ -138,12 +119,7 @@ class Services:
         return local_credentials(self.folder).login
 
     def prefect(self) -> str:
-        """Return the URL of Prefect's API once it is ready.
-
-        Raises:
-            ServiceError: the local server did not start, or does not answer.
-            BusyError: it does not stop, or runs with other settings.
-        """
+        """Return the URL of Prefect's API once it is ready."""
         return self.prefect_named() or self._ready("prefect").url
 
     def prefect_named(self) -> str | None:
@@ -159,8 +135,6 @@ class Services:
     def start_all(self) -> Running:
         """Start every server that the settings do not name, and wait until all answer."""
         known = self.settings
-        if known.database_url:
-            make_databases(known.database_url.get_secret_value())
         self.start_s3()
         self.start_prefect(known.host)
         if not known.mlflow_tracking_uri:
@@ -174,9 +148,11 @@ class Services:
             database=database,
         )
 
-    def start_worker(self) -> None:
-        """Start a worker, which stays after `stop`, as does all that runs now."""
-        self._start("worker")
+    def start_worker(self, running: Running) -> None:
+        """Start a worker; it stays after `stop`, and with it all that runs now."""
+        about = running.model_dump(exclude={"pid"})
+        program = servers.worker(self.folder, self.settings, self.start_prefect(), about)
+        self._stack.start("worker", 0, lambda ports: program)
 
     @cached_property
     def _running(self) -> Running | None:
@@ -201,28 +177,23 @@ class Services:
                     return servers.seaweedfs(self.folder, settings.bucket, ports)
                 if name == "mlflow":
                     return servers.mlflow(self.folder, settings, self._s3_address(), ports)
-                if name == "prefect":
-                    return servers.prefect(self.folder, settings, ports, host)
-                return servers.worker(self.folder, settings, self.start_prefect())
+                return servers.prefect(self.folder, settings, ports, host)
 
-            if name in ("mlflow", "prefect") and settings.database_url is None:
-                if not is_alive(self.folder, name):
-                    migrate(self.folder, name)
-            elif name == "prefect" and settings.database_url:
-                make_databases(settings.database_url.get_secret_value())
+            if name != "seaweedfs":
+                self._prepare_database(name)
             self._programs[name] = self._stack.start(name, PORTS[name], describe)
         return self._programs[name]
+
+    def _prepare_database(self, name: str) -> None:
+        if self.settings.database_url:
+            make_databases(self.settings.database_url.get_secret_value())
+        elif not is_alive(self.folder, name):
+            migrate(self.folder, name)
 
 
 @contextmanager
 def embedded(settings: Settings, project: Project, patience: float = 30.0) -> Iterator[Services]:
-    """Use the services for as long as the block lasts.
-
-    Args:
-        settings: name the services that exist already.
-        project: local servers keep their state below `project.local`.
-        patience: longest wait in seconds for a local server that does not answer.
-    """
+    """Use the services for as long as the block lasts."""
     folder = project.local.resolve()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     services = Services(settings, folder, patience)
@@ -234,10 +205,6 @@ def embedded(settings: Settings, project: Project, patience: float = 30.0) -> It
 
 def up(project: Project, settings: Settings) -> tuple[Running, bool]:
     """Start what the settings do not name, wait until each answers, and register the flows.
-
-    Args:
-        project: the checkout; the working directory.
-        settings: services that exist already are used as they are.
 
     Returns:
         Where each part answers, and whether it was started now.
@@ -270,9 +237,7 @@ def up(project: Project, settings: Settings) -> tuple[Running, bool]:
                 if running.prefect:
                     # Of a database that others use, too, those without a pool may be theirs.
                     mark_lost_runs(project, settings.database_url is None)
-                write_json(folder / FILE, running.model_dump())
-                (folder / FILE).chmod(0o600)
-                services.start_worker()
+                services.start_worker(running)
                 wait_for_worker(START_SECONDS)
         except BaseException:
             _stop_worker(folder)
@@ -321,7 +286,6 @@ def _changing(project: Project) -> Iterator[Path]:
 
 
 def _stop_worker(folder: Path) -> bool:
-    (folder / FILE).unlink(missing_ok=True)
     state = read_state(folder, "worker")
     with suppress(OSError, ValueError):
         _stop_runs(int((folder / "worker.group").read_text()))
@@ -361,13 +325,7 @@ Mark = tuple[tuple[str, int], ...]
 
 
 class SharedStorage:
-    """The storage of a checkout, opened for a moment when it changed.
-
-    Args:
-        settings: may name an S3 service.
-        project: a local server keeps its files below `project.local`.
-        trust: whose signatures releases must have.
-    """
+    """The storage of a checkout; a local one is opened for a moment whenever it changed."""
 
     def __init__(self, settings: Settings, project: Project, trust: Trust) -> None:
         self._settings, self._project, self._trust = settings, project, trust
@@ -379,15 +337,7 @@ class SharedStorage:
 
     @contextmanager
     def opened(self, again: bool = False) -> Iterator[Storage | None]:
-        """Give the storage, or None where nothing was written since it was last read.
-
-        Args:
-            again: give it all the same.
-
-        Raises:
-            BusyError: the local server does not stop.
-            ServiceError: the local server did not start, or does not answer.
-        """
+        """Give the storage, or None where nothing was written since, unless asked `again`."""
         if self._settings.s3_endpoint_url:
             yield self._configured
             return
@@ -400,15 +350,15 @@ class SharedStorage:
                 yield Storage(services.s3(), self._trust)
         except HandsignsError as error:
             # What was read and refused need not be read again, either.
-            if not isinstance(error, (BusyError, ServiceError)):
-                self._seen = self._mark_after(before)
+            if isinstance(error, (BusyError, ServiceError)):
+                raise
+            self._seen = self._mark_after(before)
             raise
         self._seen = self._mark_after(before)
 
     def _mark_after(self, before: Mark) -> Mark:
         """A server writes notes while it stops; what another user writes is seen next time."""
-        still_used = is_alive(self._project.local, "seaweedfs")
-        return before if still_used else self._mark()
+        return before if is_alive(self._project.local, "seaweedfs") else self._mark()
 
     def _mark(self) -> Mark:
         """Sizes of the volumes, which only grow by what is written."""

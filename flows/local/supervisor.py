@@ -50,15 +50,7 @@ def main() -> int:
 
 
 class Supervisor:
-    """Keeps one program up.
-
-    Args:
-        program: its `name`, `command`, `environment`, `cwd` and `stays`; a program that stays is
-            a user itself. All but the environment is its state, which others read in its lock.
-        folder: takes locks and logs.
-        lock: descriptor of the program's lock, held.
-        log: takes the program's output.
-    """
+    """Keeps one program up; others read its state in the lock, all but the environment."""
 
     def __init__(self, program: dict[str, Any], folder: Path, lock: int, log: BinaryIO) -> None:
         self.told_to_stop = threading.Event()

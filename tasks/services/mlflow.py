@@ -388,7 +388,7 @@ def _advice(uri: str, reason: str) -> str:
     if "out-of-date database schema" in reason:
         return f"Back the database up and run `mlflow db upgrade {redact_url(uri)}`"
     if uri.startswith("sqlite:"):
-        return "Restore that file from a backup, or move it away, which begins an empty registry"
+        return "Repair that file; or move it away, run `handsigns rebuild-registry`"
     if uri.startswith("postgresql"):
         return "Check DATABASE_URL and the database"
     return "Check MLFLOW_TRACKING_URI and the service"
