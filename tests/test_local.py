@@ -1,6 +1,7 @@
 """One stack of local servers for each checkout: shared, supervised, and gone with its last user."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -303,6 +304,33 @@ def test_the_local_store_listens_on_loopback_with_credentials(tmp_path: Path) ->
     assert listening == {"127.0.0.1"}
     assert str(address.secret_access_key) not in arguments
     assert "s3.sock" in sockets  # and not in /tmp, where it would belong to the first user
+
+
+def test_a_limit_of_open_files_is_named(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh", sys.executable, "-c", RUN, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=CHECKOUT.root,
+    )
+    assert "too many open files. Raise `ulimit -n`, which is 64." in done.stderr
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may mount")
+def test_a_read_only_tmp_is_named(tmp_path: Path) -> None:
+    script = 'mount -t tmpfs -o ro none /tmp && exec "$@"'
+    root = Path("/var/tmp") / tmp_path.name  # not below the mount
+    root.mkdir()
+    try:
+        done = subprocess.run(
+            ["unshare", "-m", "sh", "-c", script, "sh", sys.executable, "-c", RUN, str(root)],
+            capture_output=True,
+            text=True,
+            cwd=CHECKOUT.root,
+        )
+    finally:
+        shutil.rmtree(root)
+    assert "needs a folder /tmp that it may write to" in done.stderr
 
 
 def test_credentials_are_generated_once_and_private(tmp_path: Path) -> None:

@@ -243,13 +243,16 @@ def first_error(log: Path) -> str:
     line = next(found, lines[-1] if lines else "")
     if not line:
         return "Its log is empty."
-    return f"First error: {textwrap.shorten(line, 300, placeholder=' …').rstrip('.')}."
+    said = f"First error: {textwrap.shorten(line, 300, placeholder=' …').rstrip('.')}."
+    if "too many open files" in line.lower():
+        said += f" Raise `ulimit -n`, which is {resource.getrlimit(resource.RLIMIT_NOFILE)[1]}."
+    return said
 
 
 def choose_ports(folder: Path, name: str, count: int) -> tuple[int, ...]:
     """Return ports free on loopback, as is the one `GRPC` above each; the same while they are."""
     chosen: list[int] = []
-    candidates = random.Random(f"{folder}/{name}")
+    candidates = random.Random(f"{folder}/{name} {os.getuid()}")
     while len(chosen) < count:
         port = candidates.choice(RANGE)
         if port not in chosen and _is_free(port):

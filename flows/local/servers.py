@@ -20,6 +20,7 @@ from tasks.services.mlflow import PREFIX
 from tasks.services.s3 import S3Address, Storage
 
 HOST = "127.0.0.1"
+TMP = "/tmp"  # noqa: S108, SeaweedFS's gRPC sockets are there, whatever TMPDIR says
 DVC_BUCKET = "dvc"
 POOL = "handsigns"
 """Work pool of the local worker."""
@@ -37,6 +38,11 @@ def local_s3(folder: Path, bucket: str, port: int) -> S3Address:
 
 def seaweedfs(folder: Path, bucket: str, ports: tuple[int, ...]) -> Program:
     """Describe an S3 server with its data in `folder`/seaweedfs, a bucket, and `DVC_BUCKET`."""
+    if not os.access(TMP, os.W_OK):
+        raise ServiceError(
+            f"The local S3 server needs a folder {TMP} that it may write to. Mount one, "
+            "or set HANDSIGNS_S3_ENDPOINT_URL."
+        )
     address = local_s3(folder, bucket, ports[0])
     data = folder / "seaweedfs"
     data.mkdir(parents=True, exist_ok=True, mode=0o700)
