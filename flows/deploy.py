@@ -1,4 +1,7 @@
-"""Work pools, deployments and automations of a Prefect server."""
+"""Work pools, deployments and automations of a Prefect server.
+
+Prefect reads its address once, when it is imported; until `point_prefect_at` nothing may.
+"""
 
 import asyncio
 import hashlib
@@ -22,8 +25,6 @@ from pydantic import BaseModel
 from flows.local.clients import HEARTBEAT_SECONDS, TAG, point_prefect_at
 from flows.local.credentials import local_credentials
 from flows.local.servers import POOL
-from flows.notify import UNHEARD
-from flows.preflight import retrain_lock
 from flows.settings import Settings
 from tasks.errors import ServiceError, SettingsError, first_fault
 from tasks.project import Project
@@ -221,6 +222,8 @@ async def _register_automations(silence: float) -> None:
     from prefect.client.orchestration import get_client
     from prefect.events import AutomationCore
 
+    from flows.notify import UNHEARD
+
     kinds: dict[str, tuple[list[str], float]] = {
         "Mark silent runs as crashed": (["Running", "heartbeat", "Cancelling"], silence),
         "Mark runs that never start as crashed": (["Pending"], START_SECONDS),
@@ -284,6 +287,7 @@ def mark_lost_runs(project: Project, without_pool: bool) -> None:
             checkouts may use.
     """
     from flows.notify import tell_bad_end
+    from flows.preflight import retrain_lock
 
     with retrain_lock(project) as alone:
         lost = asyncio.run(_mark_crashed(without_pool)) if alone else []

@@ -155,8 +155,9 @@ def test_a_prefix_that_does_not_belong_there_is_told(
 def test_reading_settings_imports_nothing_heavy() -> None:
     code = (
         "import sys; from flows.settings import load_settings; load_settings(); "
-        "import flows.local.stack; "
-        "print([m for m in ('boto3', 'mlflow', 'prefect', 'tensorflow', 'numpy') "
+        "import flows.local.stack, flows.deploy; "
+        "names = 'boto3', 'mlflow', 'prefect', 'sqlalchemy', 'tensorflow', 'numpy'; "
+        "print([m for m in names "
         "if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,13 +9,15 @@ import textwrap
 from contextlib import closing, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
-from sqlalchemy.engine import URL, make_url
 
 from tasks.errors import ServiceError, SettingsError
 from tasks.io import read_json, write_json
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
 
 CONNECT_SECONDS = 10
 VERSIONS = "versions.json"
@@ -36,7 +38,7 @@ def mlflow_file_url(folder: Path) -> str:
 
 def database_url(url: str, name: str) -> str:
     """Return the address of the database `<DATABASE_URL>_<name>`; it holds the password."""
-    known = _named(make_url(url), name)
+    known = _named(_parse(url), name)
     if name != "prefect":
         known = known.set(drivername="postgresql+psycopg2")
     else:
@@ -48,7 +50,7 @@ def database_url(url: str, name: str) -> str:
 
 def redact_database(url: str) -> str:
     """Return the address without user, password and options."""
-    known = make_url(url)
+    known = _parse(url)
     port = f":{known.port}" if known.port else ""
     return f"postgresql://{known.host or 'localhost'}{port}/{known.database}"
 
@@ -62,7 +64,7 @@ def make_databases(url: str) -> None:
     import psycopg2
     from psycopg2 import errors, sql
 
-    known = make_url(url)
+    known = _parse(url)
     try:
         with closing(_connect(known)) as connection:
             connection.autocommit = True
@@ -86,7 +88,7 @@ def make_databases(url: str) -> None:
         ) from None
 
 
-def _connect(url: URL) -> Any:
+def _connect(url: "URL") -> Any:
     """Connect to the database in the address, or to the one that every server has."""
     import psycopg2
 
@@ -100,7 +102,13 @@ def _connect(url: URL) -> Any:
         raise
 
 
-def _named(url: URL, name: str) -> URL:
+def _parse(url: str) -> "URL":
+    from sqlalchemy.engine import make_url  # which takes half a second to import
+
+    return make_url(url)
+
+
+def _named(url: "URL", name: str) -> "URL":
     return url.set(database=f"{url.database}_{name}")
 
 
