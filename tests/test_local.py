@@ -313,7 +313,7 @@ def test_a_limit_of_open_files_is_named(tmp_path: Path) -> None:
         text=True,
         cwd=CHECKOUT.root,
     )
-    assert "too many open files. Raise `ulimit -n`, which is 64." in done.stderr
+    assert "need 256 open files, and only 64 are allowed here." in done.stderr
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may mount")

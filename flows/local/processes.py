@@ -243,10 +243,7 @@ def first_error(log: Path) -> str:
     line = next(found, lines[-1] if lines else "")
     if not line:
         return "Its log is empty."
-    said = f"First error: {textwrap.shorten(line, 300, placeholder=' …').rstrip('.')}."
-    if "too many open files" in line.lower():
-        said += f" Raise `ulimit -n`, which is {resource.getrlimit(resource.RLIMIT_NOFILE)[1]}."
-    return said
+    return f"First error: {textwrap.shorten(line, 300, placeholder=' …').rstrip('.')}."
 
 
 def choose_ports(folder: Path, name: str, count: int) -> tuple[int, ...]:
