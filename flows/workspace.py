@@ -9,13 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from flows.local.clients import configured_s3
 from flows.local.stack import Services, embedded
 from flows.settings import Settings
 from tasks.errors import HandsignsError
 from tasks.project import Project
 from tasks.releases.pointer import Champion, Move, read_champion, sync_alias
 from tasks.releases.signing import Trust
-from tasks.services.s3 import Storage
+from tasks.services.s3 import S3Address, Storage
 
 if TYPE_CHECKING:
     from tasks.model.inference import Classifier
@@ -183,8 +184,7 @@ class Workspace:
             if said := sync_alias(self.storage, self.registry):
                 _log.warning(said)
         except HandsignsError as error:
-            _log.warning("MLflow's alias could not follow the champion; the next run tries it "
-                         "again. %s", error)  # fmt: skip
+            _log.warning("The next run repairs MLflow's alias, which did not follow: %s", error)
             return False
         self.alias_pending.unlink(missing_ok=True)
         return True
@@ -229,32 +229,29 @@ class Workspace:
         return {"version": version, "release": release, "uri": uri}
 
     def remote(self) -> "Remote | None":
-        """The DVC remote of the settings."""
+        """The DVC remote of the settings; one in S3 uses the same service as releases."""
         from tasks.services.dvc import Remote
 
-        known = self.settings
-        if known.dvc_remote_url is None:
+        url, known = self.settings.dvc_remote_url, self.settings
+        if url is None:
             return None
-        options: dict[str, str] = {}
-        if known.dvc_remote_url.startswith("s3://"):
-            if not known.s3_endpoint_url and not known.aws_access_key_id:
-                return Remote(known.dvc_remote_url, options, self._local_s3)
-            secrets = {
-                "access_key_id": known.aws_access_key_id,
-                "secret_access_key": known.aws_secret_access_key,
-                "session_token": known.aws_session_token,
-            }
-            options = {name: value.get_secret_value() for name, value in secrets.items() if value}
-            options["region"] = known.s3_region
-            if known.s3_endpoint_url:
-                options["endpointurl"] = known.s3_endpoint_url
-        return Remote(known.dvc_remote_url, options)
+        if not url.startswith("s3://"):
+            return Remote(url, {})
+        if known.s3_endpoint_url or known.aws_access_key_id:
+            return Remote(url, _dvc_options(configured_s3(known), known.s3_endpoint_url))
+        return Remote(url, {}, self._local_options)
 
-    def _local_s3(self) -> dict[str, str]:
-        """Options of a DVC remote on the local S3 server, known once it runs."""
+    def _local_options(self) -> dict[str, str]:
         address = self.services.s3()
-        return {
-            "endpointurl": address.endpoint_url,
-            "access_key_id": str(address.access_key_id),
-            "secret_access_key": str(address.secret_access_key),
-        }
+        return _dvc_options(address, address.endpoint_url)
+
+
+def _dvc_options(address: S3Address, endpoint: str | None = None) -> dict[str, str]:
+    options = {
+        "endpointurl": endpoint,
+        "region": address.region,
+        "access_key_id": address.access_key_id,
+        "secret_access_key": address.secret_access_key,
+        "session_token": address.session_token,
+    }
+    return {name: text for name, text in options.items() if text}
