@@ -1,89 +1,67 @@
-"""This workflow's training against plain Keras, on the same split, in one go.
+"""Compare this workflow's training with plain Keras, on the same split, in one go.
 
     python -m benchmarks.training [--photos FOLDER] [--test FOLDER] [--only NAME]… [--json]
 
-The plain way is what the published model's source does: live augmentation and
-`keras.Model.fit` through the whole network, 5 epochs on 10 % of the photos, 6 more
-with the top 10 layers open, 5 on all of them. It runs with oneDNN and without, as
-TensorFlow comes on processors where it leaves oneDNN off. Against it stand the same
-epochs and rates on stored features, the default recipe of `params.yaml`, and a brief
-recipe on half of the photos: how soon stored features reach the plain way's accuracy.
+Plain Keras trains as the published model's notebook does: live augmentation and
+`keras.Model.fit` through the whole network, 5 epochs on 10 % of the photos, 6 more with the
+top 10 layers unfrozen, 5 on all photos. Against it: the same epochs and rates on cached
+features, and the default recipe of `params.yaml`.
 """
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 import yaml
 
-from tasks import audit, backbone, preprocess
+from tasks import assemble, audit, backbone, features, preprocess, synthetic, train
+from tasks.data.dataset import open_dataset
 from tasks.data.importer import import_photos
+from tasks.garbage import rare_collection
+from tasks.io import read_json, write_json
+from tasks.model.inference import load_classifier
 from tasks.params import load_params
 from tasks.project import Project
 from tasks.rendering.sample import render_sample
+from tasks.scoring.metrics import score
 from tasks.stage import Context
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE_PHASES = {
-    "base": {"epochs": 5, "learning_rate": 0.001},
-    "fine_tune": {"epochs": 6, "learning_rate": 0.0001},
-    "full": {
-        "epochs": 5,
-        "learning_rate": 0.0001,
-        "swa_fraction": 0.0,
-        "trainable_layers": 10,
+NOTEBOOK = {
+    "training": {
+        "dropout": 0.0,
+        "mixstyle_prob": 0.0,
+        "random_erasing_prob": 0.0,
+        "temperature": 1.0,
     },
-}
-BRIEF_PHASES = {
-    "base": {"epochs": 2, "learning_rate": 0.001},
-    "fine_tune": {"epochs": 1, "learning_rate": 0.0001},
-    "full": {
-        "data_fraction": 0.5,
-        "epochs": 3,
-        "learning_rate": 0.001,
-        "swa_fraction": 0.75,
-        "trainable_layers": 10,
-    },
-}
-SOURCE_TRAINING = {
-    "dropout": 0.0,
-    "mixstyle_prob": 0.0,
-    "random_erasing_prob": 0.0,
-    "temperature": 1.0,
-}
-VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
-    "plain": (
-        "plain Keras, oneDNN on",
-        {"training": {**SOURCE_TRAINING, "mode": "end_to_end"}, "phases": SOURCE_PHASES},
-        {"TF_ENABLE_ONEDNN_OPTS": "1"},
-    ),
-    "plain_without": (
-        "plain Keras, oneDNN off",
-        {"training": {**SOURCE_TRAINING, "mode": "end_to_end"}, "phases": SOURCE_PHASES},
-        {"TF_ENABLE_ONEDNN_OPTS": "0"},
-    ),
-    "cached": (
-        "stored features, same epochs",
-        {"training": SOURCE_TRAINING, "phases": SOURCE_PHASES, "features": {"augmented_copies": 0}},
-        {},
-    ),
-    "brief": (
-        "stored features, half of the photos",
-        {
-            "training": {**SOURCE_TRAINING, "batch_size": 8},
-            "phases": BRIEF_PHASES,
-            "features": {"augmented_copies": 0},
+    "phases": {
+        "base": {"epochs": 5, "learning_rate": 0.001},
+        "fine_tune": {"epochs": 6, "learning_rate": 0.0001},
+        "full": {
+            "epochs": 5,
+            "learning_rate": 0.0001,
+            "swa_fraction": 0.0,
+            "trainable_layers": 10,
         },
-        {},
-    ),
-    "default": ("default recipe", {}, {}),
+    },
+    "features": {"augmented_copies": 0},
+    "synthetic": {"per_class": 0},
+}
+VARIANTS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "plain": ("plain Keras", [NOTEBOOK, {"training": {"mode": "end_to_end"}}]),
+    "cached": ("cached features, same epochs", [NOTEBOOK]),
+    "photos": ("default recipe, photos only", [{"synthetic": {"per_class": 0}}]),
+    "default": ("default recipe", []),
 }
 
 
@@ -92,67 +70,89 @@ def main(
     test: Annotated[Path | None, typer.Option(help="An official test set.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only these variants.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    measured: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
-    """Run every variant and print times, ratios, scores and memory side by side."""
+    """Train every variant and print times, ratios, scores and memory."""
+    if measured:
+        measure(Project(Path.cwd()))
+        return
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
         base = Project(Path(temporary) / "base")
         prepare(base, photos, test)
         for name in only or VARIANTS:
-            title, changes, environment = VARIANTS[name]
-            print(title, file=sys.stderr, flush=True)
-            results[name] = measure(base, Path(temporary) / name, changes, environment)
-    if json_:
-        print(json.dumps(results, indent=1))
-    else:
-        print(table(results), stages(results), sep="\n\n")
+            print(VARIANTS[name][0], file=sys.stderr, flush=True)
+            results[name] = run_variant(base, Path(temporary) / name, VARIANTS[name][1])
+    print(json.dumps(results, indent=1) if json_ else table(results))
 
 
 def prepare(project: Project, photos: Path | None, test: Path | None) -> None:
-    """Bring in the photos and do what all variants share: split and backbone."""
-    begin(project)
+    """Import or render the photos, and fetch the backbone."""
+    project.root.mkdir()
+    shutil.copy(ROOT / "params.yaml", project.params)
+    cached = Project(ROOT).local / "backbone"
+    if cached.is_dir():
+        shutil.copytree(cached, project.local / "backbone")
     if photos is None:
         render_sample(project.data)
     else:
         import_photos(project, photos, test)
     context = Context(project, load_params(project.params))
-    for stage in (audit.run, preprocess.run, backbone.run):
-        stage(context)
+    audit.run(context)
+    backbone.run(context)
 
 
-def begin(project: Project) -> None:
-    """Make a folder with the committed parameters, and the backbone's package if it is here."""
-    project.root.mkdir()
-    shutil.copy(ROOT / "params.yaml", project.params)
-    lend_package(project)
-
-
-def lend_package(project: Project) -> None:
-    """Spare npm fetching once more what this checkout has."""
-    package = Project(ROOT).local / "backbone"
-    if package.is_dir():
-        shutil.copytree(package, project.local / "backbone")
-
-
-def measure(
-    base: Project, folder: Path, changes: dict[str, Any], environment: dict[str, str]
-) -> dict[str, Any]:
-    """Train one variant in a fresh process and folder."""
+def run_variant(base: Project, folder: Path, changes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Train one variant in a process and folder of its own."""
     shutil.copytree(base.root, folder)
-    project = Project(folder)
-    params = yaml.safe_load(project.params.read_text())
-    merge(params, changes)
-    project.params.write_text(yaml.safe_dump(params, sort_keys=False))
-    subprocess.run(
-        [sys.executable, "-m", "benchmarks.variant", folder / "result.json"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        stdout=sys.stderr,
-        check=True,
-    )
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    for change in changes:
+        merge(params, change)
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    command = [sys.executable, "-m", "benchmarks.training", "--measured"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=folder, env=environment, stdout=sys.stderr, check=True)
+    result: dict[str, Any] = read_json(folder / "result.json")
     shutil.rmtree(folder)
     return result
+
+
+def measure(project: Project) -> None:
+    """Time features and phases, score the test split, and write `result.json`."""
+    import tensorflow  # noqa: F401  (its import is not part of training)
+
+    context = Context(project, load_params(project.params))
+    synthetic.run(context)
+    preprocess.run(context)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, stage: Any, item: str | None = None) -> None:
+        start = time.monotonic()
+        stage.run(context, item)
+        seconds[name] = time.monotonic() - start
+
+    if context.params.training.mode == "cached":
+        timed("features", features)
+    for phase in context.params.phases:
+        timed(phase, train, phase)
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = max(resource.getrusage(kind).ru_maxrss for kind in kinds) / 1024
+    assemble.run(context)
+    dataset = open_dataset(project.dataset)
+    rows = dataset.rows("test")
+    size = context.params.preprocess.image_size
+    classifier = load_classifier(project.graph, size, trusted=True)
+    probabilities = classifier.probabilities(dataset.images[rows]).astype(np.float64)
+    scores = score(probabilities, dataset.labels[rows])
+    history = read_json(project.history(context.params.last_phase))
+    content = {
+        "seconds": sum(seconds.values()),
+        "stages": seconds,
+        "peak_mib": peak,
+        "val": {"accuracy": history["val_accuracy"], "loss": history["val_loss"]},
+        "test": {"accuracy": scores.accuracy, "loss": scores.loss},
+    }
+    write_json(project.root / "result.json", content)
 
 
 def merge(content: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -165,53 +165,17 @@ def merge(content: dict[str, Any], changes: dict[str, Any]) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Times, how many times shorter than plain Keras, scores and memory."""
-    ratios = ("plain ÷ this", "without oneDNN ÷ this", "plain's val accuracy reached")
-    scores = ("val accuracy, loss", "test accuracy, loss", "peak MiB")
-    return markdown_table(
-        ("", "seconds", *ratios, *scores),
-        [
-            (
-                VARIANTS[name][0],
-                f"{result['seconds']:.1f}",
-                ratio(results.get("plain"), result),
-                ratio(results.get("plain_without"), result),
-                reach(results.get("plain") or results.get("plain_without"), result),
-                *(
-                    f"{result[split]['accuracy']:.1%}, {result[split]['loss']:.3f}"
-                    for split in ("val", "test")
-                ),
-                f"{result['peak_mib']:,.0f}",
-            )
-            for name, result in results.items()
-        ],
-    )
-
-
-def stages(results: dict[str, Any]) -> str:
-    """Where the seconds go: in each stage, and how many of them are not its real work.
-
-    That is the trunk and the views in the features stage, and updates and validation in a
-    phase; around it lie building, tracing, compiling, reading and writing.
-    """
-    names = list(dict.fromkeys(name for result in results.values() for name in result["stages"]))
-    return markdown_table(
-        ("seconds (around the work)", "rows", *names),
-        [
-            (
-                VARIANTS[variant][0],
-                f"{result['rows']:,}",
-                *(
-                    f"{result['stages'][name]:.1f}"
-                    f" ({result['stages'][name] - result['work'].get(name, 0.0):.1f})"
-                    if name in result["stages"]
-                    else "-"
-                    for name in names
-                ),
-            )
-            for variant, result in results.items()
-        ],
-    )
+    """Times, how many times shorter than plain Keras, scores, memory and stages."""
+    heads = ("", "seconds", "plain ÷ this", "val accuracy, loss", "test accuracy, loss", "peak MiB")
+    plain = results.get("plain")
+    rows = []
+    for name, result in results.items():
+        ratio = f"{plain['seconds'] / result['seconds']:.1f}" if plain else "-"
+        scores = [f"{result[s]['accuracy']:.1%}, {result[s]['loss']:.3f}" for s in ("val", "test")]
+        parts = ", ".join(f"{stage} {value:.1f}" for stage, value in result["stages"].items())
+        peak = f"{result['peak_mib']:,.0f}"
+        rows.append((VARIANTS[name][0], f"{result['seconds']:.1f}", ratio, *scores, peak, parts))
+    return markdown_table((*heads, "stages"), rows)
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -220,22 +184,6 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def ratio(slow: dict[str, Any] | None, result: dict[str, Any]) -> str:
-    """How many times shorter the training is."""
-    return f"{slow['seconds'] / result['seconds']:.1f}" if slow else "-"
-
-
-def reach(plain: dict[str, Any] | None, result: dict[str, Any]) -> str:
-    """When plain Keras's final validation accuracy is reached, and how much sooner."""
-    if plain is None:
-        return "-"
-    goal = plain["curve"][-1][1]
-    moments = [at for at, accuracy in result["curve"] if accuracy >= goal]
-    if not moments:
-        return "not reached"
-    sooner = plain["curve"][-1][0] / moments[0]
-    return f"{moments[0]:.1f} s, {sooner:.1f} times sooner"
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    with rare_collection():  # as every stage's process does
+        typer.run(main)

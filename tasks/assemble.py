@@ -13,11 +13,7 @@ from tasks.stage import Context, stage_main
 
 
 def run(context: Context, item: str | None = None) -> None:
-    """Write `model.keras` and `model.pb` from the backbone and the last phase.
-
-    Raises:
-        ModelError: weights are missing or do not fit.
-    """
+    """Write `model.keras` and `model.pb` from the backbone and the last phase."""
     assemble(context)
 
 

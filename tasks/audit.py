@@ -22,7 +22,7 @@ from tasks.data.near_duplicates import NearDuplicates, find_near_duplicates, per
 from tasks.data.photos import Photo, count_classes, each_photo, find_photos
 from tasks.data.splits import require_enough
 from tasks.errors import DataError
-from tasks.io import atomic_write, write_json
+from tasks.io import write_json
 from tasks.params import AuditParams
 from tasks.scoring.photo_sheets import draw_audit
 from tasks.stage import Context, Progress, stage_main
@@ -66,8 +66,7 @@ def run(context: Context, item: str | None = None) -> None:
     count_classes(photos)
     stats = measure(project.data, photos, context.progress)
     report = audit(photos, stats, context.params.audit)
-    with atomic_write(project.plots / "audit.png") as picture:
-        draw_audit(picture, report, photos, stats.pictures, stats.sizes)
+    draw_audit(project.plots / "audit.png", report, photos, stats.pictures)
     write_json(project.audit, report)
 
 

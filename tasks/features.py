@@ -46,14 +46,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FeatureReport:
-    """What one run of the stage did.
-
-    Args:
-        computed: rows computed in this run.
-        reused: rows from an earlier run.
-        images_per_second: rows computed per second, augmentation included; 0 if none.
-        views: augmented copies of each training photo.
-    """
+    """Rows computed and reused, rows per second, and augmented copies of each photo."""
 
     computed: int
     reused: int
@@ -89,11 +82,7 @@ def extract(
     Args:
         size: side of the trunk's input in pixels.
         run_shards: computes the missing rows; `tasks.model.shards.runner` by default.
-        shard_rows: rows that are computed and kept together.
-
-    Raises:
-        BackboneError: the backbone stage has not run.
-        DataError: there are no preprocessed photos, or the disk is too small.
+        shard_rows: rows that are computed and saved together.
     """
     project, params = context.project, context.params
     dataset = open_dataset(project.dataset)
@@ -150,29 +139,22 @@ def _wanted_rows(dataset: Dataset, params: Params) -> Iterator[tuple[Key, int]]:
 
 
 def _cache_key(context: Context, size: int) -> CacheKey:
-    params = context.params
+    params, trunk = context.params, _trunk(context)
+    if not trunk.is_file():
+        raise BackboneError(f"The trunk '{trunk}' does not exist. Run the backbone stage first.")
     return {
         "augmentation": params.augmentation.model_dump(),
-        "code": {name: _sha256(Path(__file__).parent / name) for name in _CODE},
+        "code": {name: sha256(Path(__file__).parent / name) for name in _CODE},
         "engine": engine_version(),
         "opencv": cv2.__version__,
         "seed": params.seed,
         "size": size,
-        "trunk": _sha256(_trunk(context)),
+        "trunk": sha256(trunk),
     }
 
 
 def _trunk(context: Context) -> Path:
     return context.project.weights(BACKBONE) / TRUNK_FILE
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return sha256(path)
-    except OSError as error:
-        raise BackboneError(
-            f"The trunk '{path}' cannot be read ({error.strerror}). Run the backbone stage first."
-        ) from error
 
 
 def _stored(folder: Path, cache_key: CacheKey) -> Features | None:

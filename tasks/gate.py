@@ -29,13 +29,7 @@ DEFAULT_CONFIDENCE = 0.95
 
 
 class Check(FrozenModel):
-    """One limit and what was measured.
-
-    Args:
-        value: null where it is unusable.
-        interval: confidence interval of the value; null for counts.
-        detail: why the check failed, where the numbers do not say it.
-    """
+    """One limit and what was measured; value and interval are null where unusable."""
 
     name: str
     value: Number | None
@@ -85,15 +79,11 @@ def run(context: Context, item: str | None = None) -> None:
 
 
 def judge(metrics: Any, duplicates: Any, limits: GateParams) -> Verdict:
-    """Check metrics against the limits.
-
-    A value that is missing, null, NaN, infinite, not a number or out of range fails its
-    check. Without any limit the verdict is a failure.
+    """Check metrics against the limits; unusable values fail, and so does having no limit.
 
     Args:
-        metrics: content of `metrics.json`, see `tasks.scoring.metrics.Scores`.
+        metrics: content of `metrics.json`.
         duplicates: number of test photos with a near-duplicate in training.
-        limits: the `gate` section of `params.yaml`.
     """
     content = metrics if isinstance(metrics, Mapping) else {}
     checks = [*_shares(content, limits), *_means(content, limits)]

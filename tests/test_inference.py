@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tasks.data.images import MAX_BYTES
-from tasks.errors import DataError, ModelError
+from tasks.errors import ModelError
 from tasks.model.inference import BATCH, Classifier, Prediction, classify_files, load_classifier
 from tasks.model.untrusted import MAX_FILE
 from tasks.params import LABELS
@@ -50,20 +50,6 @@ def test_what_is_no_probability_is_no_answer() -> None:
     assert classifier.probabilities(grey(0, 1)).shape == (2, 6)
     with pytest.raises(ModelError, match="not finite"):
         classifier.probabilities(grey(0, 4))
-
-
-@pytest.mark.parametrize(
-    ("images", "reason"),
-    [
-        (grey(1)[0], r"\(n, d, d, 3\), not \(16, 16, 3\)"),
-        (grey(1)[:, :, :8], r"not \(1, 16, 8, 3\)"),
-        (grey(1)[..., :1], r"not \(1, 16, 16, 1\)"),
-        (grey(1) / np.float32(255), "uint8 .*, not float32"),
-    ],
-)
-def test_images_of_another_shape_or_type_are_refused(images: np.ndarray, reason: str) -> None:
-    with pytest.raises(DataError, match=reason):
-        BRIGHTNESS.probabilities(images)
 
 
 def test_files_are_read_in_any_shape_and_bad_ones_say_why(tmp_path: Path) -> None:

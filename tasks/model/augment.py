@@ -117,15 +117,9 @@ def _affine(
     scale: float = 1.0,
     shift: tuple[float, float] = (0.0, 0.0),
 ) -> NDArray[np.float64]:
-    """Map pixel centers of a picture with side `source` to one with side `size`.
+    """Matrix that maps pixel centers of a picture with side `source` to side `size`.
 
-    Args:
-        flip: mirror horizontally before anything else.
-        angle: in radians, about the center.
-        shift: right and down, as shares of the side.
-
-    Returns:
-        float64, (2, 3); a matrix for `cv2.warpAffine`.
+    Flips first; the angle is in radians, the shift in shares of the side.
     """
     factor = scale * size / source
     cosine, sine = factor * np.cos(angle), factor * np.sin(angle)

@@ -79,14 +79,7 @@ class Features:
         return row if digest(row.tobytes()) == self._digests[key] else None
 
     def row(self, name: str, copy: int) -> int:
-        """Number of a row, for `batch`.
-
-        Args:
-            copy: 0 for the photo itself, 1 and up for augmented copies.
-
-        Raises:
-            DataError: there is no such row.
-        """
+        """Number of a row, for `batch`; copy 0 is the photo itself."""
         number = self._numbers.get((name, copy))
         if number is None:
             raise DataError(
@@ -95,11 +88,7 @@ class Features:
         return number
 
     def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> Row:
-        """Read rows; float16, (n, h, w, 192).
-
-        Raises:
-            DataError: a row is damaged.
-        """
+        """Read rows, float16 (n, h, w, 192), and check their digests."""
         result = np.empty((len(rows), *self._rows.shape[1:]), DTYPE)
         for place, number in zip(result, rows, strict=True):
             key = self.keys[int(number)]
@@ -137,9 +126,7 @@ def write_features(
     """Write a store atomically; the same rows give the same bytes.
 
     Args:
-        shape: of one row.
-        rows: sorted by key, each photo's copies from 0 without a gap.
-        count: of the rows.
+        rows: `count` rows of `shape`, sorted by key, each photo's copies from 0 without a gap.
     """
     photos: dict[str, dict[str, Any]] = {}
     with atomic_directory(folder) as new:
@@ -155,11 +142,7 @@ def write_features(
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Reject a run that would fill the disk.
-
-    Raises:
-        DataError: fewer than `needed` bytes are free at `folder`.
-    """
+    """Raise DataError if fewer than `needed` bytes are free at `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:

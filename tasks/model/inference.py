@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.data.images import MAX_BYTES, Read, decode, printable, resize
-from tasks.errors import DataError, ImageError, ModelError
+from tasks.errors import ImageError, ModelError
 from tasks.model.augment import INPUT_SIZE, enlarge
 from tasks.params import LABELS
 from tasks.stage import Progress, silent
@@ -165,7 +165,7 @@ class Classifier:
     def probabilities(
         self, images: NDArray[np.uint8], progress: Progress = silent
     ) -> NDArray[np.float32]:
-        """Score photos that are cropped and reduced already, as the dataset stores them.
+        """Score photos as the dataset stores them.
 
         Args:
             images: uint8, (n, d, d, 3), RGB.
@@ -174,13 +174,8 @@ class Classifier:
             float32, (n, 6); rows sum to one, column i is `LABELS[i]`.
 
         Raises:
-            DataError: another shape or dtype.
             ModelError: the result is not finite.
         """
-        if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2]:
-            raise DataError(f"Images must have shape (n, d, d, 3), not {images.shape}.")
-        if images.dtype != np.uint8:
-            raise DataError(f"Images must be uint8 in [0, 255], not {images.dtype}.")
         result = np.empty((len(images), len(LABELS)), np.float32)
         for start in range(0, len(images), BATCH):
             batch = slice(start, start + BATCH)
@@ -232,14 +227,11 @@ def classify_files(
 def classify(
     classifier: Classifier, sources: Sequence[tuple[Path, Read]], progress: Progress = silent
 ) -> list[Prediction]:
-    """Classify photos.
+    """Classify photos; an unusable file gets an error instead of probabilities.
 
     Args:
         sources: a name for each photo, and a function that returns at most as many of its
             bytes as it is asked for, or raises `ImageError`.
-
-    Returns:
-        One prediction for each source, in order; with an error for an unusable file.
     """
 
     def reduced(source: tuple[Path, Read]) -> NDArray[np.uint8] | str:

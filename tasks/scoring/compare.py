@@ -14,13 +14,11 @@ from scipy.stats import binomtest, ttest_1samp
 
 from tasks.errors import DataError
 from tasks.params import LABELS
-from tasks.scoring.metrics import DIGITS, FrozenModel, Scores, checked, photo_losses, score
+from tasks.scoring.metrics import FrozenModel, Scores, checked, photo_losses, rounded, score
 
 SIGNIFICANCE = 0.05
 LOSS_MARGIN = 0.01
 """Rise in mean loss (nats) that no user notices, however significant."""
-
-Outcome = Literal["right", "wrong", "still wrong"]
 
 
 class ClassChange(FrozenModel):
@@ -40,7 +38,7 @@ class ChangedPhoto(FrozenModel):
     label: str
     champion: str
     challenger: str
-    now: Outcome
+    now: Literal["right", "wrong", "still wrong"]
 
 
 class Comparison(FrozenModel):
@@ -69,15 +67,9 @@ class Comparison(FrozenModel):
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, floats rounded as in the metrics."""
-        content = self.model_dump(mode="json")
-        content["champion"] = self.champion.to_json()
-        content["challenger"] = self.challenger.to_json()
-        for row in content["recalls"]:
-            for key in ("champion", "challenger", "change"):
-                row[key] = None if row[key] is None else round(row[key], DIGITS)
-        for key in ("p_value", "loss_p_value"):
-            content[key] = round(content[key], DIGITS)
-        return content
+        content: dict[str, Any] = rounded(self.model_dump(mode="json"))
+        scores = {"champion": self.champion.to_json(), "challenger": self.challenger.to_json()}
+        return content | scores
 
 
 def compare(
@@ -165,18 +157,13 @@ def _recall_changes(champion: Scores, challenger: Scores) -> tuple[ClassChange, 
 def _changed_photos(
     names: Sequence[str], y: np.ndarray, was: np.ndarray, now: np.ndarray
 ) -> tuple[ChangedPhoto, ...]:
-    def outcome(row: int) -> Outcome:
-        if now[row] == y[row]:
-            return "right"
-        return "wrong" if was[row] == y[row] else "still wrong"
-
     return tuple(
         ChangedPhoto(
             name=names[row],
             label=LABELS[y[row]],
             champion=LABELS[was[row]],
             challenger=LABELS[now[row]],
-            now=outcome(row),
+            now="right" if now[row] == y[row] else "wrong" if was[row] == y[row] else "still wrong",
         )
         for row in np.flatnonzero(was != now).tolist()
     )

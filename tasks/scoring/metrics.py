@@ -69,7 +69,7 @@ class Scores(FrozenModel):
 
     def to_json(self) -> dict[str, Any]:
         """Plain values with floats rounded to `DIGITS` decimals."""
-        content: dict[str, Any] = _rounded(self.model_dump(mode="json"))
+        content: dict[str, Any] = rounded(self.model_dump(mode="json"))
         if self.auc_note is None:
             del content["auc_note"]
         return content
@@ -108,52 +108,33 @@ def score(probabilities: ArrayLike, labels: ArrayLike) -> Scores:
 
 
 def checked(probabilities: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Reject what cannot be scored; normalize rows in float64.
-
-    Returns:
-        float64, (n, 6) and int64, (n,).
+    """Reject what cannot be scored; normalize rows. float64, (n, 6) and int64, (n,).
 
     Raises:
-        DataError: no photos, a wrong shape or dtype, a probability that is not finite or
-            not in [0, 1], a row that does not sum to one, or a label outside 0 to 5.
+        DataError: no photos, a wrong shape or dtype, a row that is no probability
+            distribution, or a label outside 0 to 5.
     """
     p, y = np.asarray(probabilities), np.asarray(labels)
     if p.ndim != 2 or p.shape[1] != CLASSES or not np.issubdtype(p.dtype, np.floating):
         raise DataError(
-            f"Probabilities must be floats of shape (n, {CLASSES}), one row per photo, not "
-            f"{p.dtype} {p.shape}. Pass the model's softmax output."
+            f"Probabilities must be floats of shape (n, {CLASSES}), not {p.dtype} {p.shape}."
         )
     if y.shape != (len(p),) or not np.issubdtype(y.dtype, np.integer):
-        raise DataError(
-            f"Labels must be integers of shape ({len(p)},), one per photo, not {y.dtype} "
-            f"{y.shape}. Pass class indices instead of one-hot rows or a column."
-        )
+        raise DataError(f"Labels must be integers of shape ({len(p)},), not {y.dtype} {y.shape}.")
     if not len(p):
         raise DataError("There are no photos to score. Add photos to the split.")
     p = p.astype(np.float64)
     with np.errstate(invalid="ignore"):
-        outside = ~((p >= 0) & (p <= 1 + ROW_SUM_TOLERANCE)).all(axis=1)
-    if outside.any():
-        row = int(outside.argmax())
+        inside = ((p >= 0) & (p <= 1 + ROW_SUM_TOLERANCE)).all(axis=1)
+        valid = inside & (np.abs(p.sum(axis=1) - 1) <= ROW_SUM_TOLERANCE)
+    if not valid.all():
+        row = int(valid.argmin())
         raise DataError(
-            f"Probabilities must be finite and between 0 and 1, but row {row} is "
+            f"Probabilities must be between 0 and 1 and sum to one, but row {row} is "
             f"{p[row].tolist()}. Retrain, or pass the softmax output instead of logits."
         )
-    sums = p.sum(axis=1)
-    off = np.abs(sums - 1) > ROW_SUM_TOLERANCE
-    if off.any():
-        row = int(off.argmax())
-        raise DataError(
-            f"Each row of probabilities must sum to one, but row {row} sums to "
-            f"{sums[row]:.6g}. Pass the model's softmax output."
-        )
-    wrong = (y < 0) | (y >= CLASSES)
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise DataError(
-            f"Labels must be 0 to {CLASSES - 1}, but row {row} is {int(y[row])}. "
-            "Correct the label, or leave the photo out."
-        )
+    if ((y < 0) | (y >= CLASSES)).any():
+        raise DataError(f"Labels must be 0 to {CLASSES - 1}, not {y.min()} to {y.max()}.")
     return p / p.sum(axis=1, keepdims=True), y.astype(np.int64)
 
 
@@ -227,11 +208,12 @@ def _defined(ratio: float) -> float | None:
     return None if np.isnan(ratio) else float(ratio)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Round all floats in JSON content to `DIGITS` decimals."""
     if isinstance(value, float):
         return round(value, DIGITS)
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     return value

@@ -5,9 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -61,79 +58,38 @@ def draw_augmentation(
             for n in numbers
         ]
         pictures += [blank] * ((PHOTOS - len(rows)) * len(numbers))
-    with atomic_write(path) as temporary:
-        Image.fromarray(tile(pictures, PHOTOS * len(numbers))).save(temporary, format="PNG")
+    _save(path, tile(pictures, PHOTOS * len(numbers)))
 
 
 def draw_audit(
-    path: Path,
-    report: dict[str, Any],
-    photos: Sequence[Photo],
-    pictures: NDArray[np.uint8],
-    sizes: NDArray[np.int64],
+    path: Path, report: dict[str, Any], photos: Sequence[Photo], pictures: NDArray[np.uint8]
 ) -> None:
-    """Draw the audit; the same input gives the same bytes.
+    """Draw samples of each class, one class a row, and near-duplicate pairs below.
 
     Args:
         path: the PNG file to write.
         report: content of `audit.json`.
         photos: as `tasks.data.photos.find_photos` lists them.
         pictures: uint8, (n, side, side, 3); one for each photo.
-        sizes: int64, (n, 2); height and width of each photo in pixels.
     """
-    figure = Figure(figsize=(13, 9), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplot_mosaic(
-        [["counts", "samples"], ["sizes", "samples"], ["pairs", "pairs"]],
-        width_ratios=(1, 1.9),
-        height_ratios=(2, 2, 1.6),
-    )
-    _draw_counts(axes["counts"], report["counts"])
-    axes["sizes"].hist(sizes.min(axis=1), bins=24)
-    axes["sizes"].set(title="Sizes", xlabel="shorter side in pixels", ylabel="photos")
-    samples = [
-        pictures[row]
-        for label in LABELS
-        for row in _spread([row for row, photo in enumerate(photos) if photo.label == label])
-    ]
-    _show(axes["samples"], tile(samples, SAMPLES), "Samples of each class")
-    rows = {photo.key: row for row, photo in enumerate(photos)}
-    pairs = _most_relevant(report)
-    shown = [pictures[rows[key]] for pair in pairs for key in pair["photos"]]
-    title = f"{len(report['pairs']):,} near-duplicate pairs"
-    _show(axes["pairs"], tile(shown, PAIRS) if shown else pictures[:0], title)
-    figure.savefig(path, metadata={"Software": None})
-
-
-def _draw_counts(axes: Axes, counts: dict[str, dict[str, int]]) -> None:
-    width = 0.8 / len(counts)
-    for number, (folder, by_label) in enumerate(counts.items()):
-        left = np.arange(len(LABELS)) + (number - (len(counts) - 1) / 2) * width
-        bars = axes.bar(left, [by_label[label] for label in LABELS], width, label=folder)
-        axes.bar_label(bars, size=8)
-    axes.set_xticks(range(len(LABELS)), LABELS)
-    axes.set(title="Photos in data/", xlabel="class")
-    axes.legend()
-
-
-def _spread(rows: list[int]) -> list[int]:
-    """`SAMPLES` rows evenly spread; the first one again where there are too few."""
-    return [rows[number * len(rows) // SAMPLES] for number in range(SAMPLES)]
-
-
-def _most_relevant(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Label conflicts first, then pairs across train and test, then the rest."""
-    first = [tuple(pair["photos"]) for pair in (*report["conflicts"], *report["across"])]
-    rank = {key: number for number, key in enumerate(dict.fromkeys(first))}
+    samples = []
+    for label in LABELS:
+        rows = [row for row, photo in enumerate(photos) if photo.label == label]
+        samples += [pictures[rows[n * len(rows) // SAMPLES]] for n in range(SAMPLES)]
+    sheets = [tile(samples, SAMPLES)]
+    # Label conflicts first, then pairs across train and test, then the closest.
+    first = [pair["photos"] for pair in (*report["conflicts"], *report["across"])]
     pairs = sorted(
-        report["pairs"],
-        key=lambda pair: (rank.get(tuple(pair["photos"]), len(rank)), pair["rms"], pair["photos"]),
+        report["pairs"], key=lambda pair: (pair["photos"] not in first, pair["rms"], pair["photos"])
     )
-    return pairs[:PAIRS]
+    if pairs:
+        rows_by_key = {photo.key: row for row, photo in enumerate(photos)}
+        shown = [pictures[rows_by_key[key]] for pair in pairs[:PAIRS] for key in pair["photos"]]
+        white = np.full((SIDE // 4, sheets[0].shape[1], 3), 255, np.uint8)
+        sheets += [white, tile(shown, SAMPLES)]
+    _save(path, np.concatenate(sheets))
 
 
-def _show(axes: Axes, picture: NDArray[np.uint8], title: str) -> None:
-    axes.set_axis_off()
-    axes.set_title(title)
-    if len(picture):
-        axes.imshow(picture, interpolation="lanczos")
+def _save(path: Path, sheet: NDArray[np.uint8]) -> None:
+    with atomic_write(path) as temporary:
+        Image.fromarray(sheet).save(temporary, format="PNG")

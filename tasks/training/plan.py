@@ -113,15 +113,9 @@ def plan_phase(params: Params, name: str | None, dataset: Dataset) -> Plan:
 
 
 def training_rows(dataset: Dataset, fraction: float, seed: int) -> NDArray[np.int64]:
-    """Choose the photos and synthetic hands that a phase trains on.
+    """Choose a fraction of each class of photos and synthetic hands; int64, (n,) ascending.
 
     Smaller fractions are nested in larger ones.
-
-    Args:
-        fraction: of each class of the training split and of the synthetic hands.
-
-    Returns:
-        int64, (n,); ascending.
     """
     rows = np.concatenate([dataset.rows("train"), dataset.rows(SYNTHETIC)])
     names = [dataset.names[row] for row in rows]
