@@ -39,7 +39,9 @@ def champion_with(
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout with photos, split, and a prediction for each test photo."""
     project = Project(tmp_path_factory.mktemp("challenge"))
-    context = Context(project, load_params(CHECKOUT.params))
+    params = load_params(CHECKOUT.params)
+    none = params.synthetic.model_copy(update={"per_class": 0})
+    context = Context(project, params.model_copy(update={"synthetic": none}))
     write_photos(project.data / "train", 8)
     audit.run(context)
     preprocess.run(context)
