@@ -1,6 +1,8 @@
 """Train the tail on cached features."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol
 
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 
 from tasks.model.tail import Tail, matmul_in
 from tasks.params import LABELS
-from tasks.stage import Progress, in_order
+from tasks.stage import Progress
 from tasks.training.plan import Epoch, Plan, score_logits
 from tasks.training.regularizers import WeightAverage, mixstyle, random_erasing
 
@@ -165,7 +167,14 @@ def _read_ahead(read: Read, batches: Iterable[Rows], plan: Plan | None) -> Itera
             batch = random_erasing(batch, random, plan.training.random_erasing_prob)
         return tf.constant(batch)
 
-    return in_order(prepare, enumerate(batches), workers=1)
+    pending: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for item in enumerate(batches):
+            pending.append(pool.submit(prepare, item))
+            if len(pending) > 2:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _pooled_once(tail: Tail, read: Read, rows: Rows) -> Read:
