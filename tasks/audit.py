@@ -55,12 +55,7 @@ class ImageStats:
 
 
 def run(context: Context, item: str | None = None) -> None:
-    """Write `artifacts/audit.json` and `artifacts/plots/audit.png`.
-
-    Raises:
-        DataError: a photo has two labels or cannot be read, or a class is missing or too
-            small to split.
-    """
+    """Write `artifacts/audit.json` and `artifacts/plots/audit.png`."""
     project = context.project
     photos = find_photos(project.data)
     count_classes(photos)
@@ -106,7 +101,7 @@ def audit(photos: Sequence[Photo], stats: ImageStats, params: AuditParams) -> Re
     label_groups = [groups[row] * len(places) + places[_place(photos[row])] for row in kept]
     held_out = ["val"] if "test" in counts else ["test", "val"]
     require_enough([photos[row].label for row in kept], label_groups, held_out)
-    pairs = _describe(photos, _telling_pairs(photos, found))
+    pairs = _describe_pairs(photos, found)
     report: Report = {
         "photos": len(photos),
         "counts": counts,
@@ -174,26 +169,16 @@ def _exclude(
     return excluded
 
 
-def _telling_pairs(photos: Sequence[Photo], found: NearDuplicates) -> list[tuple[int, int, float]]:
+def _describe_pairs(photos: Sequence[Photo], found: NearDuplicates) -> list[dict[str, Any]]:
     """Pairs of two labels or of train and test, and the closest ones that join each group."""
-    left, right = found.pairs.T
     # No weight may be zero, which would be no edge.
-    graph = coo_array((1.0 + found.rms, (left, right)), (len(photos), len(photos)))
+    graph = coo_array((1.0 + found.rms, found.pairs.T), (len(photos), len(photos)))
     tree = coo_array(minimum_spanning_tree(graph))
     joining = set(zip(tree.row.tolist(), tree.col.tolist(), strict=True))
     return [
-        (one, other, rms)
-        for (one, other), rms in zip(found.pairs.tolist(), found.rms.tolist(), strict=True)
-        if (one, other) in joining or _place(photos[one]) != _place(photos[other])
-    ]
-
-
-def _describe(
-    photos: Sequence[Photo], pairs: Sequence[tuple[int, int, float]]
-) -> list[dict[str, Any]]:
-    return [
         {"photos": [photos[left].key, photos[right].key], "rms": round(rms, 3)}
-        for left, right, rms in pairs
+        for (left, right), rms in zip(found.pairs.tolist(), found.rms.tolist(), strict=True)
+        if (left, right) in joining or _place(photos[left]) != _place(photos[right])
     ]
 
 

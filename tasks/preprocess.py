@@ -30,12 +30,7 @@ SPLITS = ("train", "val", "test")
 
 
 def run(context: Context, item: str | None = None) -> None:
-    """Write `artifacts/dataset/` from `data/` and `artifacts/audit.json`.
-
-    Raises:
-        DataError: the audit is missing or of other photos, a class is too small to
-            split, or a photo cannot be read.
-    """
+    """Write `artifacts/dataset/` from `data/` and `artifacts/audit.json`."""
     project, params = context.project, context.params
     found = find_photos(project.data)
     audit = _read_audit(project.audit, found)
@@ -75,17 +70,10 @@ def run(context: Context, item: str | None = None) -> None:
 def split_photos(
     photos: Sequence[Photo], group_of: Mapping[str, int], shares: SplitParams, seed: int
 ) -> dict[str, str]:
-    """Split the photos that are not excluded; an official test stays as it is.
+    """Split of each photo's key; an official test stays as it is.
 
     Args:
-        group_of: number of the group of near-duplicates of a photo's key, if it is in one.
-        shares: of the test too, unless there is an official one.
-
-    Returns:
-        `train`, `val` or `test` for each key.
-
-    Raises:
-        DataError: a class has too few photos to be in every split.
+        group_of: number of the group of near-duplicates of a key, if it is in one.
     """
     rest = [photo for photo in photos if photo.folder == "train"]
     split_of = {photo.key: "test" for photo in photos if photo.folder == "test"}
@@ -104,12 +92,7 @@ def split_photos(
 
 
 def count_cross_split_duplicates(split_of: Mapping[str, str], group_of: Mapping[str, int]) -> int:
-    """Count test photos in the group of a photo that the model is trained or chosen on.
-
-    Args:
-        split_of: split of each photo that is not excluded, by key.
-        group_of: group of each photo that is in one, by key, excluded photos too.
-    """
+    """Count test photos with a near-duplicate that the model is trained or chosen on."""
     seen = defaultdict(set)
     for key, group in group_of.items():
         if key in split_of:

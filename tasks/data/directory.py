@@ -33,13 +33,12 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def data_lock(project: Project, wait: float | None = None) -> Iterator[None]:
-    """Hold the lock on `data/`; the kernel releases it if the process dies.
+    """Hold the lock of imports, and of retrains while they need one version of `data/`.
 
-    An import holds it while it changes `data/`, and a retrain while it needs one version
-    of `data/`. Re-entrant in one context.
+    Re-entrant in one context. The kernel releases it if the process dies.
 
     Raises:
-        BusyError: another process holds the lock for longer than `wait` seconds.
+        BusyError: another process holds it for more than `wait` seconds.
     """
     wait = WAIT if wait is None else wait
     if project.data_lock in _locked.get():
@@ -87,10 +86,7 @@ def restore_data(project: Project) -> None:
 
 @contextmanager
 def staging(project: Project) -> Iterator[Path]:
-    """Yield an empty folder on the file system of `data/`, removed afterwards.
-
-    The caller holds the data lock.
-    """
+    """Yield an empty folder on the file system of `data/`; the caller holds the data lock."""
     _put_back(project)
     with file_errors(project.staging):
         shutil.rmtree(project.staging, ignore_errors=True)
@@ -116,11 +112,7 @@ def file_errors(path: Path) -> Iterator[None]:
 
 
 def link_photos(project: Project, keep: Container[str] | None, progress: Progress) -> Path:
-    """Hard-link `data/` into a new folder in staging.
-
-    Args:
-        keep: paths below `data/` to keep; None keeps all.
-    """
+    """Hard-link `data/`, or only the paths to keep, into a new folder in staging."""
     new = project.staging / "new"
     new.mkdir()
     for parent, folders, files in os.walk(project.data):
@@ -172,9 +164,6 @@ def _link(path: str, target: str) -> None:
 
 def fetch_data(project: Project, pipeline: "Pipeline", progress: Progress = silent) -> str:
     """Check out, pull or render the photos that `data.dvc` names, unless `data/` was edited.
-
-    Returns:
-        What was done, for the log.
 
     Raises:
         DataError: the version is neither in the cache nor in a remote.

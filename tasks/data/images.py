@@ -74,11 +74,10 @@ def normalize(data: bytes, name: str) -> StoredPhoto:
 
 
 def decode(data: bytes, name: str = "", min_side: int | None = None) -> NDArray[np.uint8]:
-    """Check and decode an untrusted file, to the same pixels that `normalize` stores.
+    """Check and decode an untrusted file to the pixels that `normalize` stores.
 
-    Args:
-        min_side: reduce a large photo to sides of at least this many pixels, which takes a
-            fraction of the memory.
+    With `min_side`, a large photo is reduced to sides of at least as many pixels, which
+    takes a fraction of the memory.
 
     Returns:
         uint8, (height, width, 3), RGB.
@@ -94,11 +93,7 @@ def decode(data: bytes, name: str = "", min_side: int | None = None) -> NDArray[
 
 
 def is_large(data: bytes) -> bool:
-    """Whether decoding a file takes much memory; reads only its header.
-
-    Raises:
-        ImageError: the file is not a usable photo.
-    """
+    """Whether decoding a file takes much memory; reads only its header."""
     with _decoder_errors(""):
         return _is_large(_open(data))
 
@@ -109,17 +104,11 @@ def encode(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def resize(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Resize a photo for training or prediction.
+    """Resize uint8 (height, width, 3) RGB to (size, size, 3) for training or prediction.
 
     A photo that was larger is blurred slightly: averaging over areas leaves it sharper
     than thumbnails are (docs/accuracy.md). The blur grows from none at `size` with the
     photo's size, so that a pixel more or less makes no difference.
-
-    Args:
-        picture: uint8, (height, width, 3), RGB.
-
-    Returns:
-        uint8, (size, size, 3); a new array.
     """
     small = resize_square(picture, size)
     ratio = size / min(picture.shape[:2])
@@ -131,14 +120,7 @@ def resize(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 
 def resize_square(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Crop the central square and resize it: area averages down, bilinear up.
-
-    Args:
-        picture: uint8, (height, width, 3), RGB.
-
-    Returns:
-        uint8, (size, size, 3); a new array.
-    """
+    """Crop the central square of uint8 (height, width, 3), and average or interpolate it."""
     height, width = picture.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2

@@ -32,11 +32,7 @@ Listing = list[tuple[SourceFile, str]]
 
 
 class Inbox:
-    """New files of an inbox.
-
-    Args:
-        name: where it is, for lists and messages.
-        version: of `data/`; None if there is none.
+    """New files of an inbox, since they were imported into this version of `data/`.
 
     Raises:
         SourceError: there are files but no label folder, or too many files.
@@ -61,11 +57,7 @@ class Inbox:
         self._unread: set[str] = set()
 
     def import_new(self, replace: bool = False, progress: Progress = silent) -> ImportReport:
-        """Import the new files into `data/`.
-
-        Args:
-            replace: remove all other photos, if any new one is usable.
-        """
+        """Import the new files, in place of all other photos with `replace`."""
         report = import_source(
             self._project, Source(self.new), self.name, self._already_seen, replace, progress
         )
@@ -79,11 +71,7 @@ class Inbox:
 
 
 def list_folder(folder: Path) -> Listing:
-    """List a folder's files with size and time of change.
-
-    Raises:
-        SourceError: there is no such folder, or it cannot be listed.
-    """
+    """List a folder's files with size and time of change."""
     if not folder.is_dir():
         raise SourceError(
             f"HANDSIGNS_INBOX='{printable(str(folder))}' is not a folder. Create it, or correct "
@@ -93,11 +81,7 @@ def list_folder(folder: Path) -> Listing:
 
 
 def list_bucket(storage: Storage, prefix: str) -> Listing:
-    """List the objects below a prefix with their etags.
-
-    Raises:
-        ServiceError: the storage does not answer, or has no such bucket.
-    """
+    """List the objects below a prefix with their etags."""
     folder = f"{prefix.strip('/')}/".lstrip("/")
     listing = []
     for stored in storage.list(folder, MAX_FILES + 1):

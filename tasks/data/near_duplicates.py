@@ -51,11 +51,7 @@ class NearDuplicates:
 
 
 def perceptual_hash(picture: NDArray[np.uint8]) -> int:
-    """64-bit `imagehash.phash`: the signs of the 8x8 lowest cosine frequencies.
-
-    Args:
-        picture: uint8, (height, width, 3), RGB.
-    """
+    """64-bit `imagehash.phash` of uint8 (height, width, 3) RGB."""
     return int.from_bytes(np.packbits(imagehash.phash(Image.fromarray(picture)).hash).tobytes())
 
 

@@ -55,7 +55,8 @@ def find_photos(data: Path) -> list[Photo]:
                     f"folder to one of {', '.join(LABELS)}, or move it out of data/."
                 )
             photo = Photo(folder, path.parent.name, path.name)
-            if not _is_text(path.name):
+            # Bytes that Python could not decode.
+            if any("\udc80" <= character <= "\udcff" for character in path.name):
                 raise DataError(f"A name must be UTF-8, and {photo.key!a} is not. Rename the file.")
             found.append(photo)
     return sorted(found)
@@ -89,11 +90,7 @@ def count_classes(photos: Sequence[Photo]) -> dict[str, dict[str, int]]:
 
 
 def check_trainable(photos: Sequence[Photo]) -> None:
-    """Check that each class has enough photos for all splits.
-
-    Raises:
-        DataError: a class has too few; the message counts each of them.
-    """
+    """Raise `DataError` if a class has too few photos for all splits."""
     counts = count_classes(photos)
     needed = 2 if "test" in counts else 3
     few = [f"{label} ({n})" for label, n in counts["train"].items() if n < needed]
@@ -111,11 +108,7 @@ def each_photo(
     progress: Progress,
     what: str,
 ) -> Iterator[Result]:
-    """Decode photos in threads and yield `work`'s result for each, in order.
-
-    Args:
-        work: takes uint8 (height, width, 3), RGB.
-        what: name of the work, for `progress`.
+    """Decode photos in threads, and yield `work` of each one's uint8 (height, width, 3) RGB.
 
     Raises:
         DataError: a stored photo cannot be decoded.
@@ -135,11 +128,3 @@ def each_photo(
     for done, result in enumerate(pool(joblib.delayed(read)(photo) for photo in photos), start=1):
         progress(what, done, len(photos))
         yield result
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

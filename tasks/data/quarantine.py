@@ -31,11 +31,7 @@ class QuarantinedFile:
 
 
 class Quarantine:
-    """Copies of the files that were not imported, and a list with the reason of each.
-
-    A copy is named by its content, in a folder named by the kind of its fault, so that
-    the same import gives the same files.
-    """
+    """Copies of the files that were not imported, by kind, and a list with their reasons."""
 
     def __init__(self, project: Project) -> None:
         self._folder = project.quarantine
@@ -70,11 +66,9 @@ class Quarantine:
         only: bool,
         unchanged: Container[str] = (),
     ) -> None:
-        """Replace what the list says of a source, and remove copies that are not listed.
+        """Replace the entries of a source, and remove copies that are not listed.
 
-        Args:
-            only: forget the other sources.
-            unchanged: origins that were not read again, and keep their entries.
+        Entries of `unchanged` origins stay. With `only`, other sources are forgotten.
         """
         before = self._read()
         sources = {} if only else dict(before or {})
