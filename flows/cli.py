@@ -7,6 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from flows import output
 from flows.keys import keys_app
 from flows.local.clients import prepare_environment
 from flows.output import (
@@ -72,7 +73,7 @@ def _utf_8(text: str) -> str:
 
 def _version_number(text: str) -> int:
     if not text.isdecimal():
-        raise typer.BadParameter(f"{text!r} is not a number. `handsigns status` shows some.")
+        raise typer.BadParameter(f"{text!r} is not a number. `handsigns versions` lists them.")
     return int(text)
 
 
@@ -111,9 +112,7 @@ def retrain(
         from flows.run import retrain as run
 
         report = run(workspace, force, progress)
-    from flows.output import retrain_listing
-
-    echo(json_, report.model_dump(mode="json"), retrain_listing(report))
+    echo(json_, report.model_dump(mode="json"), output.retrain_listing(report))
     if report.status == "cancelled":
         raise KeyboardInterrupt
     if report.status in ("rejected", "failed"):
@@ -121,13 +120,22 @@ def retrain(
 
 
 @app.command()
-def status(json_: Json = False) -> None:
-    """Show the data's version, stages out of date, champion and challenger."""
+def status(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show hashes and addresses.")] = False,
+    json_: Json = False,
+) -> None:
+    """Show data, stages out of date, champion, challenger and the last run."""
     with open_workspace() as workspace:
         found = workspace.status()
-    from flows.output import status_listing
+    echo(json_, found, output.status_listing(found, verbose))
 
-    echo(json_, found, status_listing(found))
+
+@app.command()
+def versions(json_: Json = False) -> None:
+    """List every version with its scores and its part in the champion's history."""
+    with open_workspace() as workspace:
+        found = workspace.versions()
+    echo(json_, {"versions": found}, output.versions_listing(found))
 
 
 @app.command()
@@ -171,10 +179,8 @@ def import_(
             "data/ holds the rendered sample beside these photos. Import them with --replace to "
             "keep them only."
         )
-    from flows.output import import_listing
-
     result = {**report.to_json(), "version": version, "pushed": pushed}
-    echo(json_, result, import_listing(report, version))
+    echo(json_, result, output.import_listing(report, version))
     for line in report.unknown_folders():
         say(f"{line}.")
     check_trainable(find_photos(project.data))
@@ -192,10 +198,8 @@ def evaluate(
         from tasks.scoring.folder import evaluate_folder
 
         report = evaluate_folder(classifier, folder, progress)
-    from flows.output import scores_listing
-
     result = {"model": name, **report.to_json()}
-    echo(json_, result, scores_listing(result))
+    echo(json_, result, output.scores_listing(result))
 
 
 @app.command()
@@ -211,10 +215,8 @@ def predict(
         from tasks.model.inference import classify_files
 
         predictions = [found.to_json() for found in classify_files(classifier, photos, progress)]
-    from flows.output import predictions_listing
-
     result = {"model": name, "predictions": predictions}
-    echo(json_, result, predictions_listing(predictions, name))
+    echo(json_, result, output.predictions_listing(predictions, name))
     if any("error" in found for found in predictions):
         raise typer.Exit(1)
 
@@ -330,10 +332,9 @@ def up(json_: Json = False) -> None:
     """Start S3, MLflow, Prefect and a worker on loopback, with the schedule."""
     workspace = open_workspace()
     from flows.local.stack import up as start
-    from flows.output import service_listing
 
     running, fresh = start(workspace.project, workspace.settings)
-    echo(json_, {**running.model_dump(), "started": fresh}, service_listing(running, fresh))
+    echo(json_, {**running.model_dump(), "started": fresh}, output.service_listing(running, fresh))
 
 
 @app.command()

@@ -238,7 +238,15 @@ def retrain_listing(report: "RunReport") -> Listing:
     """What happened, how good it is, compared with what, and what to do next."""
     rows, number = [("why", report.reason)], report.model.version
     if report.phases and report.status != "unchanged":
-        rows += _training_rows(report)
+        data, changes = report.data, report.data.changes
+        counts = f"{data.train} train, {data.val} val, {data.test} test"
+        counts += f"; {data.synthetic} synthetic hands" if data.synthetic else ""
+        if changes:
+            since = f"version {changes.since}" if changes.since else "the beginning"
+            counts += f"; {changes.added} added, {changes.removed} removed since {since}"
+        rows.append(("photos", counts))
+        spent = [f"{one.name} {one.seconds:.0f} s" for one in report.phases if one.seconds]
+        rows.append(("trained", ", ".join(spent) or "restored; nothing changed for training"))
     test = report.test
     if test.accuracy is not None:
         low, high = test.accuracy_interval or (0.0, 1.0)
@@ -271,25 +279,6 @@ def retrain_listing(report: "RunReport") -> Listing:
     return Listing(f"Retrain: {report.status}", rows, notes=notes)
 
 
-def _training_rows(report: "RunReport") -> list[tuple[str, str]]:
-    data, features = report.data, report.features
-    counts = (
-        f"{data.train} train, {data.val} val, {data.test} test; {data.synthetic} synthetic hands"
-    )
-    if changes := data.changes:
-        since = f"version {changes.since}" if changes.since else "the beginning"
-        counts += f"; {changes.added} added, {changes.removed} removed since {since}"
-    rows = [("photos", counts)]
-    if features.computed or features.reused:
-        rows.append(("features", f"{features.computed} computed, {features.reused} reused"))
-    for phase in report.phases:
-        spent = f"{phase.seconds:.1f} s" if phase.seconds else "restored"
-        scores = f"val accuracy {phase.val_accuracy:.4f}, loss {phase.val_loss:.4f}"
-        size = f"{phase.images} images, {phase.epochs} epochs"
-        rows.append((phase.name, f"{size}, {spent}: {scores}"))
-    return rows
-
-
 def failed_check(check: Mapping[str, Any]) -> str:
     """A failed check of the gate with its numbers: 'accuracy 0.9630 < 0.9900'."""
     name, value, limit = check["name"], check["value"], check["limit"]
@@ -301,19 +290,43 @@ def failed_check(check: Mapping[str, Any]) -> str:
     return f"{name} {_shown(value)} {'<' if value < limit else '>'} {_shown(limit)}"
 
 
-def status_listing(found: Mapping[str, Any]) -> Listing:
-    """Where the checkout and its services stand."""
+def status_listing(found: Mapping[str, Any], verbose: bool) -> Listing:
+    """Where the checkout and its services stand; hashes only if `verbose`."""
+    data = found["data"]["version"] or "no version"
     rows = [
-        ("data", f"{found['data']['version']} ({found['data']['source']})"),
+        ("data", f"{data if verbose else data[:8]} ({found['data']['source']})"),
         ("out of date", ", ".join(found["stale"]) or "nothing"),
     ]
     for role in ("champion", "challenger"):
-        held = found[role]
-        forced = ", FORCED" if held and held.get("overruled") else ""
-        rows.append((role, f"version {held['version']}{forced}, {held['uri']}" if held else "none"))
+        if held := found[role]:
+            scores = "accuracy {}, loss {}, {} photos, made {}".format(*_scores(held))
+            text = f"version {held['version']}: {scores}"
+            text += ", FORCED" if held.get("overruled") else ""
+            text += f", {held['uri']}" if verbose else ""
+        rows.append((role, text if held else "none"))
+    if last := found["last_run"]:
+        rows.append(("last run", f"{last['status']}: {last['reason']}"))
     rows.append(("signatures", found["signatures"]))
     rows += [("moved", move["told"]) for move in found["history"][-5:]]
     return Listing("Status", rows)
+
+
+def versions_listing(versions: Sequence[Mapping[str, Any]]) -> Listing:
+    """Every registered version, with its scores and its part in the champion's history."""
+    rows = []
+    for one in versions:
+        state = [*one["aliases"]]
+        if one["promoted"]:
+            state.append(f"promoted {one['promoted'][-1][:10]}")
+        state += ["FORCED"] if one["forced"] else []
+        rows.append([str(one["version"]), *_scores(one), ", ".join(state)])
+    header = ("version", "accuracy", "loss", "photos", "made", "state")
+    return Listing("Versions" if rows else "There are no versions yet.", rows, header)
+
+
+def _scores(one: Mapping[str, Any]) -> list[str]:
+    numbers = [_shown(one.get(name)) for name in ("accuracy", "loss", "photos")]
+    return [*numbers, one.get("created", "-")[:16].replace("T", " ")]
 
 
 def scores_listing(result: Mapping[str, Any]) -> Listing:

@@ -1,5 +1,6 @@
 """One checkout and its services, each opened when it is first needed."""
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -193,15 +194,16 @@ class Workspace:
         """Where data, registry, champion and the last run stand."""
         from flows.preflight import last_run
         from tasks.params import load_params
-        from tasks.services.mlflow import CHALLENGER
 
         load_params(self.project.params)  # DVC would blame dvc.yaml for a fault in it
-        champion = self.champion()
-        challenger = self.registry.version_by_alias(CHALLENGER)
+        champion, last, versions = self.champion(), last_run(self.project), self.versions()
         moves = champion.pointer.moves if champion else ()
-        # The registry may have been rebuilt since a move, with other numbers.
-        numbers = {one.content_id: one.number for one in self.registry.versions()}
-        last = last_run(self.project)
+        roles = {role: one for one in versions for role in one["aliases"]}
+        if champion:
+            # The pointer decides; the registry may lack its version, or number it anew.
+            release, number = champion.pointer.release, champion.pointer.version
+            known = [one for one in versions if one["release"] == release]
+            roles["champion"] = known[0] if known else self._role(number, release)
         return {
             "data": {
                 "version": self.pipeline.data_version(),
@@ -210,23 +212,43 @@ class Workspace:
             "signatures": self.trust.describe(),
             "stale": sorted(self.pipeline.changed()),
             "champion": champion
-            and {
-                **self._role(
-                    numbers.get(champion.pointer.release, champion.pointer.version),
-                    champion.pointer.release,
-                ),
-                "overruled": list(champion.pointer.overruled),
-            },
-            "challenger": challenger and self._role(challenger.number, challenger.content_id),
+            and {**roles["champion"], "overruled": list(champion.pointer.overruled)},
+            "challenger": roles.get("challenger"),
             "history": [
                 {**move.model_dump(mode="json"), "told": move.describe()} for move in moves
             ],
             "last_run": last and {"status": last.status, "reason": last.reason},
         }
 
+    def versions(self) -> list[dict[str, Any]]:
+        """Registered versions, newest first, with what their releases say of themselves."""
+        champion = self.champion()
+        moves = champion.pointer.moves if champion else ()
+        return [
+            {
+                **self._role(one.number, one.content_id),
+                "aliases": list(one.aliases),
+                "promoted": [move.at for move in moves if move.release == one.content_id],
+                "forced": any(move.forced for move in moves if move.release == one.content_id),
+            }
+            for one in sorted(self.registry.versions(), key=lambda one: -one.number)
+        ]
+
     def _role(self, version: int, release: str | None) -> dict[str, Any]:
-        uri = self.storage.uri(f"releases/{release}/") if release else "no release"
-        return {"version": version, "release": release, "uri": uri}
+        if release is None:
+            return {"version": version, "release": None, "uri": "no release"}
+        place = f"releases/{release}/"
+        found = {"version": version, "release": release, "uri": self.storage.uri(place)}
+        try:
+            metrics, index, manifest = (
+                json.loads(self.storage.get(place + name))
+                for name in ("metrics.json", "dataset.json", "manifest.json")
+            )
+            scores = {name: float(metrics[name]) for name in ("accuracy", "loss")}
+            made = {"photos": len(index["photos"]), "created": manifest["facts"]["created"]}
+        except (HandsignsError, ValueError, LookupError, TypeError):
+            return found  # `verify` says what is wrong with it
+        return {**found, **scores, **made}
 
     def remote(self) -> "Remote | None":
         """The DVC remote of the settings; one in S3 uses the same service as releases."""

@@ -18,7 +18,7 @@ from tests.fixtures.photos import CHECKOUT, write_photos
 
 VERBS = (
     "sample", "import", "retrain", "status", "evaluate", "predict", "promote", "rollback", "verify",
-    "up", "down", "deploy", "serve", "reproduce",
+    "up", "down", "deploy", "serve", "reproduce", "versions", "rebuild-registry",
 )  # fmt: skip
 
 

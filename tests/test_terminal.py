@@ -6,9 +6,12 @@ import pty
 import re
 import struct
 import termios
+from typing import Any
 
 import pytest
 
+from flows.output import retrain_listing
+from flows.report import GateReport, ModelReport, RunReport
 from tasks.services.s3 import S3Address
 from tests.fixtures.checkouts import BIN, Workshop
 from tests.fixtures.prefect_api import PrefectApi
@@ -67,9 +70,38 @@ def test_a_terminal_shows_results_and_bars_and_nothing_of_libraries(
     again = in_terminal(workshop, "retrain", **services)
     assert len(again) <= 15
     assert "Retrain: unchanged" in again
+    role = r" version 1: accuracy 0\.\d{4}, loss \d\.\d{4}, 120 photos, made 20"
+    stands = in_terminal(workshop, "status", **services)
+    assert any(re.match(rf" champion +{role.strip()}", line) for line in stands)
+    assert not re.search("[0-9a-f]{32}", "".join(stands))
+    listed = in_terminal(workshop, "versions", **services)
+    assert re.match(r" +1 +0\.\d{4} +\d\.\d{4} +120 +20[-0-9]+ [0-9:]+ +challenger, ch", listed[3])
     photo = str(trained.photos / "1/0000.png")
     assert len(in_terminal(workshop, "predict", photo, **services)) <= 8
     # In a file each photo has one line, whatever its length.
     deep = trained.photos / "1/.." / "1/../1" / "../1/../1/../1/../1/../1/../1/../1/0000.png"
     said = workshop.run("handsigns", "predict", deep, **services).stdout
     assert re.search(rf"^  {re.escape(str(deep))} +[0-5]( +[01]\.\d{{3}}){{6}}$", said, re.M)
+
+
+def test_a_refusal_says_by_how_much_and_what_to_do_next() -> None:
+    found: list[dict[str, Any]] = [
+        {"name": "accuracy", "value": 0.963, "limit": 0.99},
+        {"name": "recall of 4", "value": 0.8, "limit": 0.75, "interval": [0.71, 0.9]},
+        {"name": "loss", "value": 0.41, "limit": 0.3},
+        {"name": "ECE", "value": None, "limit": 0.1, "detail": "it is not a number"},
+    ]
+    checks = [{**check, "passed": False} for check in found]
+    checks.append({"name": "test photos", "value": 120, "limit": 60, "passed": True})
+    report = RunReport(
+        status="rejected",
+        reason="The gate refused it.",
+        model=ModelReport(name="hand-signs"),
+        gate=GateReport(passed=False, checks=checks),
+    )
+    listing = retrain_listing(report)
+    assert dict(listing.rows)["gate"] == (
+        "failed: accuracy 0.9630 < 0.9900; recall of 4 0.8000, surely only 0.7100 < 0.7500; "
+        "loss 0.4100 > 0.3000; ECE: it is not a number"
+    )
+    assert "params.yaml" in listing.notes[0]
