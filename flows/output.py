@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,6 +88,8 @@ class _MessageHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())
+        if record.exc_info:
+            traceback.print_exception(record.exc_info[1])  # into the log of this verb
 
 
 def show_messages() -> None:
