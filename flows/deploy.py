@@ -42,7 +42,7 @@ SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS
 START_SECONDS = 900
 """A worker that took a run and did not start it in this time is gone, image pull and all."""
 FLOWS = ("retrain", "promote", "rollback")
-CRASH_FLOW = "tell/crash"
+CRASH_FLOW = "notify-crash/crash"
 DEPLOY_SECONDS = 120
 LOST = (
     "The service stopped while this run was under way. "
@@ -286,13 +286,13 @@ def mark_lost_runs(project: Project, without_pool: bool) -> None:
         without_pool: also those that a command line started; not on a database that other
             checkouts may use.
     """
-    from flows.notify import tell_bad_end
+    from flows.notify import notify_bad_end
     from flows.preflight import retrain_lock
 
     with retrain_lock(project) as alone:
         lost = asyncio.run(_mark_crashed(without_pool)) if alone else []
     for flow, run, state in lost:
-        tell_bad_end(flow, run, state)
+        notify_bad_end(flow, run, state)
 
 
 async def _mark_crashed(without_pool: bool) -> "list[tuple[Flow, FlowRun, State[Any]]]":

@@ -31,7 +31,7 @@ def notify_people(settings: Settings, title: str, reason: str, link: str | None 
     return notify(settings.notify_urls.get_secret_value(), title, f"{reason}\n{where}")
 
 
-def tell_bad_end(
+def notify_bad_end(
     flow: "Flow[..., Any] | KnownFlow", flow_run: "FlowRun", state: "State[Any]"
 ) -> None:
     """Prefect's hook for a run that failed, was rejected, or crashed.
@@ -51,8 +51,8 @@ def tell_bad_end(
     notify_people(settings, f"handsigns: {flow.name} {ended}", reason, url_for(flow_run))
 
 
-@flow(name="tell", flow_run_name="tell of {run}")
-def tell(run: str) -> None:
+@flow(name="notify-crash", flow_run_name="notify of {run}")
+def notify_crash(run: str) -> None:
     """Send the notification for a run that is marked as crashed.
 
     Args:
@@ -65,4 +65,4 @@ def tell(run: str) -> None:
     # run has said itself how it ended.
     state = crashed.state
     if state and state.is_crashed() and (state.message or "").startswith(UNHEARD):
-        tell_bad_end(silent, crashed, state)
+        notify_bad_end(silent, crashed, state)

@@ -17,7 +17,7 @@ from prefect.tasks import exponential_backoff
 
 from flows import preflight, publish, ui
 from flows.dask import shard_runner
-from flows.notify import tell_bad_end
+from flows.notify import notify_bad_end
 from flows.promotion import ask
 from flows.report import (
     data_changes,
@@ -99,8 +99,8 @@ def _run_name() -> str:
 @flow(
     name="retrain",
     flow_run_name=_run_name,
-    on_failure=[tell_bad_end],
-    on_crashed=[tell_bad_end],
+    on_failure=[notify_bad_end],
+    on_crashed=[notify_bad_end],
 )
 def retrain(force: bool = False) -> State[Any]:
     """Bring the model up to date and promote it if it is sound and no worse.

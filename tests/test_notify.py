@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 
-from flows.notify import notify_people, tell_bad_end
+from flows.notify import notify_bad_end, notify_people
 from flows.settings import load_settings
 from tasks.services.notify import notify
 from tests.fixtures.receiver import receiving
@@ -41,7 +41,7 @@ def test_a_killed_run_is_told_by_the_hook_that_its_worker_calls(
 
     from flows.retrain import retrain
 
-    assert retrain.on_crashed_hooks == retrain.on_failure_hooks == [tell_bad_end]
+    assert retrain.on_crashed_hooks == retrain.on_failure_hooks == [notify_bad_end]
     assert not retrain.on_cancellation_hooks
     run = FlowRun(flow_id=uuid.uuid4(), name="dancing-monkey")
     state = Crashed(message="Process exited with status code: -9.")
@@ -52,7 +52,7 @@ def test_a_killed_run_is_told_by_the_hook_that_its_worker_calls(
                 hook(retrain, run, state)
         # Settings that cannot be read must not stop what calls the hook.
         monkeypatch.setenv("HANDSIGNS_NONSENSE", "1")
-        tell_bad_end(retrain, run, state)
+        notify_bad_end(retrain, run, state)
     (message,) = receiver.messages
     assert message["title"] == "handsigns: retrain crashed"
     assert message["message"].startswith("Process exited with status code: -9.\nhttp://ui/runs/")
