@@ -146,8 +146,8 @@ def check_owner(project: Project, settings: Settings, api: str) -> None:
     if served and owner not in (None, _owner(project)):
         raise SettingsError(
             f"The work pool {POOL!r} belongs to another checkout, whose worker is up: {owner}. "
-            "Run `handsigns down` there (a worker that was killed counts as up for 90 s), or "
-            "name another DATABASE_URL or PREFECT_API_URL."
+            "Run `handsigns down` there, after which it counts as up for 90 s more, or name "
+            "another DATABASE_URL or PREFECT_API_URL."
         )
 
 

@@ -24,6 +24,7 @@ from mlflow import MlflowClient
 from flows.deploy import POOLS, pool_template
 from flows.local.clients import ask
 from flows.local.credentials import FILE, local_credentials
+from flows.local.processes import is_alive
 from flows.local.stack import embedded
 from flows.settings import Settings
 from tasks.services.mlflow import credentials_of
@@ -266,7 +267,7 @@ def test_a_cancelled_run_stops_within_10_s_and_leaves_nothing(
     assert not project.weights("base").exists()
     assert not list(project.artifacts.rglob(".*"))
     report = service.workshop.report()
-    assert (report["status"], report["reason"].split(".")[0]) == ("failed", "Stopped from outside")
+    assert (report["status"], report["reason"].split(".")[0]) == ("cancelled", "Interrupted")
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +345,7 @@ def test_a_run_whose_worker_died_is_marked_crashed_and_told_by_the_next_worker(
     assert service.state(foreign)["type"] == "RUNNING"
 
 
-def test_a_run_ends_as_crashed_with_its_service_be_that_stopped_or_killed(
+def test_a_run_ends_with_its_service_as_cancelled_or_crashed(
     service: Service, foreign: str, receiver: Receiver
 ) -> None:
     def begin() -> str:
@@ -352,26 +353,38 @@ def test_a_run_ends_as_crashed_with_its_service_be_that_stopped_or_killed(
         service.training(run)
         return run
 
-    def end(run: str, why: str) -> None:
-        service.up(receiver)
-        state = service.state(run)
-        assert (state["type"], why in state["message"]) == ("CRASHED", True), state
-        assert [why in one["message"] for one in receiver.messages if run in one["message"]] == [
-            True
-        ]
-
     run = begin()
     service.workshop.handsigns("down", fresh=True)
-    assert service.workshop.report()["reason"].startswith("Stopped from outside")
-    end(run, "termination signal")
+    assert service.workshop.report()["status"] == "cancelled"
+    service.up(receiver)
+    assert service.state(run)["type"] == "CANCELLED"
     run = begin()
     assert not service.workshop.project.run.exists()
     for one in (processes := service.processes()):
         with suppress(psutil.NoSuchProcess):
             one.kill()
     assert _gone(processes, 10)
-    end(run, "The service stopped while this run was under way")
+    service.up(receiver)
+    state, why = service.state(run), "The service stopped while this run was under way"
+    assert (state["type"], why in state["message"]) == ("CRASHED", True), state
+    told = [one["message"] for one in receiver.messages if run in one["message"]]
+    assert [why in message for message in told] == [True]
     assert service.state(foreign)["type"] == "RUNNING"
+
+
+@pytest.mark.program("initdb")
+def test_a_second_checkout_on_one_database_is_refused_while_the_first_is_up(
+    postgresql: str, tmp_path: Path
+) -> None:
+    first, second = (make_checkout(tmp_path / name) for name in ("first", "second"))
+    first.handsigns("up", fresh=True, DATABASE_URL=postgresql)
+    try:
+        refused = second.handsigns("up", code=1, fresh=True, DATABASE_URL=postgresql)
+        assert "belongs to another checkout" in refused
+        assert str(first.project.root) in refused
+        assert not is_alive(second.project.local, "prefect")
+    finally:
+        first.handsigns("down", fresh=True, DATABASE_URL=postgresql)
 
 
 def test_down_stops_all_of_it_and_the_data_stays(service: Service) -> None:
