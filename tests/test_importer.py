@@ -9,15 +9,18 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from tasks.data.directory import restore_data
 from tasks.data.images import encode
@@ -30,7 +33,9 @@ from tasks.data.importer import (
 )
 from tasks.data.quarantine import Quarantine
 from tasks.errors import BusyError, DataError, SourceError
+from tasks.model.inference import Classifier, classify_files
 from tasks.project import Project
+from tests.fixtures.checkouts import make_checkout
 from tests.fixtures.photos import CHECKOUT, photo, write_photos
 
 PNG = [encode(photo(label, 9, 32)) for label in range(6)]
@@ -338,7 +343,8 @@ CHILD = """
     from pathlib import Path
     from tasks.errors import HandsignsError
     from tasks.data.importer import import_photos
-    from tasks.project import Project
+    from tasks.model.inference import Classifier, classify_files
+from tasks.project import Project
 
     def killer(what, done, total):
         if (what, done) == (sys.argv[3], int(sys.argv[4])):
@@ -497,3 +503,45 @@ def test_any_imports_end_in_the_union(
         import_photos(project, folder)
         expected |= set(tree(folder).values())
     assert set(tree(project.data).values()) == expected
+
+
+def test_unknown_folders_and_classes_with_too_few_photos_end_the_command_with_1(
+    tmp_path: Path, photos: Callable[..., Path]
+) -> None:
+    checkout = make_checkout(tmp_path / "checkout")
+    folder = photos("mine", 3)
+    (folder / "4").rename(folder / "four")
+    done = checkout.run("handsigns", "import", folder, "--replace", "--json", code=1)
+    assert json.loads(done.stdout)["taken"]["train"] == dict.fromkeys("01235", 3)
+    *_, unknown, few = done.stderr.splitlines()
+    assert unknown == (
+        "unknown label folder: 'four' is none of 0, 1, 2, 3, 4, 5; 3 files quarantined."
+    )
+    assert "train/4" in few
+    shutil.rmtree(folder / "four")
+    source(folder, {"4/a.png": PNG[4]})
+    assert "4 (1)" in checkout.run("handsigns", "import", folder, code=1).stderr
+    source(folder, {"4/b.png": PNG[3], "4/c.png": PNG[2]})
+    checkout.run("handsigns", "import", folder)
+
+
+def test_a_webp_named_jpg_is_read_by_import_and_predict(tmp_path: Path) -> None:
+    folder = tmp_path / "s" / "3"
+    folder.mkdir(parents=True)
+    Image.fromarray(photo(3, 1)).save(folder / "a.jpg", "WEBP", lossless=True)
+    project = Project(tmp_path / "checkout")
+    assert import_photos(project, tmp_path / "s").imported == {("train", "3"): 1}
+    classifier = Classifier(lambda images: np.full((len(images), 6), 1 / 6, np.float32), 64, 64)
+    (found,) = classify_files(classifier, [folder / "a.jpg"])
+    assert found.error is None
+
+
+def test_quarantine_takes_linear_time(project: Project, tmp_path: Path) -> None:
+    def seconds(count: int) -> float:
+        files = {f"0/{count}-{number}.png": b"text %d" % number for number in range(count)}
+        folder = source(tmp_path / str(count), {"0/a.png": PNG[0], **files})
+        began = time.process_time()
+        import_photos(project, folder)
+        return time.process_time() - began
+
+    assert seconds(1800) < 6 * seconds(600) + 0.5
