@@ -78,16 +78,22 @@ def promote(
     if present and present.pointer.release == found.content_id:
         return _already(storage, registry, present)
     _check_expected(present, expected)
-    failed = blockers(found, folder, present, load_params(project.params).gate)
-    if failed and not force:
+    blockers = (
+        *_failed_gates(folder, load_params(project.params).gate),
+        *_lost_comparison(found.tags, present),
+        *_made_earlier(folder, present),
+    )
+    if blockers and not force:
         raise PromotionError(
-            f"Version {version} should not be champion: {'; '.join(failed)}. Nothing was moved. "
+            f"Version {version} should not be champion: {'; '.join(blockers)}. Nothing was moved. "
             "To overrule that, promote it with --force and a --reason."
         )
     # An alias that lags behind must not be taken for one that was moved by hand.
     _sync_alias_or_warn(storage, registry)
     metrics = read_json(folder / "metrics.json") or {}
-    return set_champion(storage, registry, found, present, reason, metrics, by=by, overruled=failed)
+    return set_champion(
+        storage, registry, found, present, reason, metrics, by=by, overruled=blockers
+    )
 
 
 def rollback(
@@ -182,22 +188,6 @@ def set_champion(
         except HandsignsError as error:
             _log.warning("The registry does not show that the promotion was forced: %s", error)
     return new
-
-
-def blockers(
-    version: Version, release: Path, present: Champion | None, limits: GateParams
-) -> tuple[str, ...]:
-    """Checks that a version fails as champion, one short sentence each.
-
-    Args:
-        release: folder of its verified release.
-        limits: the gate's limits of today, which may be stricter than those of its day.
-    """
-    return (
-        *_failed_gates(release, limits),
-        *_lost_comparison(version.tags, present),
-        *_made_earlier(release, present),
-    )
 
 
 def _failed_gates(release: Path, limits: GateParams) -> Iterator[str]:

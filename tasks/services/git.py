@@ -108,9 +108,8 @@ def _push(root: Path, branch: str, paths: Sequence[Path], message: str, remote: 
         if tip and not _git(tree, "status", "--porcelain", "--untracked-files=no"):
             return None
         known = _run(root, "config", "user.email").returncode == 0
-        author = () if known else AUTHOR
-        _git(tree, *author, "-c", "commit.gpgsign=false", "commit", "--quiet", "--allow-empty",
-             "-m", message)  # fmt: skip
+        _git(tree, "commit", "--quiet", "--no-gpg-sign", "--allow-empty", "-m", message,
+             config=() if known else AUTHOR)  # fmt: skip
         _git(tree, "push", "--quiet", remote, f"HEAD:refs/heads/{branch}")
         return _git(tree, "rev-parse", "HEAD")
 
@@ -136,21 +135,18 @@ def _worktree(root: Path, commit: str) -> Iterator[Path]:
             _run(root, "worktree", "remove", "--force", str(tree))
 
 
-def _git(root: Path, *words: str) -> str:
-    done = _run(root, *words)
+def _git(root: Path, *words: str, config: tuple[str, ...] = ()) -> str:
+    done = _run(root, *config, *words)
     if done.returncode == 0:
         return done.stdout.strip()
     said = _one_line(done.stderr)
-    verb = next(word for word in words if word in _VERBS)
+    verb = words[0]
     if verb in ("push", "fetch", "worktree") and any(race in done.stderr for race in RACES):
         raise _MovedError(said)
     raise ServiceError(
         f"git {verb} failed ({said}). Check HANDSIGNS_GIT_PUSH, the remote and the right to "
         "push there."
     )
-
-
-_VERBS = ("rev-parse", "add", "status", "commit", "push", "ls-remote", "fetch", "worktree")
 
 
 def _run(root: Path, *words: str) -> "subprocess.CompletedProcess[str]":
