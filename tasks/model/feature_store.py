@@ -103,11 +103,7 @@ class Features:
 
 
 def open_features(folder: Path) -> Features:
-    """Open what the features stage wrote.
-
-    Raises:
-        DataError: the store is missing or damaged.
-    """
+    """Open what the features stage wrote; DataError if it is missing or damaged."""
     try:
         return Features(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -27,11 +27,7 @@ class Engine:
     """Run a graph of `tasks.model.export` with OpenVINO; safe to use from several threads.
 
     Args:
-        cores: pictures processed at a time; all available cores by default.
-
-    Attributes:
-        size: side of the input in pixels.
-        shape: of the result for one picture.
+        cores: pictures processed at a time; all usable cores by default.
 
     Raises:
         ModelError: the file is missing or holds no such graph.
@@ -197,11 +193,8 @@ def load_classifier(
     Args:
         detail: `preprocess.image_size` of the parameters that it was trained with.
         size: side of the model's input in pixels.
-        trusted: it is of a verified release, or a stage here wrote it. Any other file is
-            first run in a sandbox, which takes a second.
-
-    Raises:
-        ModelError: the file is missing, is rejected, or does not fit.
+        trusted: of a verified release, or written by a stage here; any other file is first
+            run in a sandbox.
     """
     if not trusted:
         from tasks.model.untrusted import check_graph

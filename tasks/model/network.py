@@ -38,9 +38,6 @@ def build_model(
     Returns:
         keras.Model, float32 (batch, size, size, 3) in [0, 255] -> float32 (batch, 6);
         probabilities, column i is `LABELS[i]`.
-
-    Raises:
-        ModelError: the weights do not fit.
     """
 
     def build() -> Any:
@@ -105,11 +102,7 @@ def get_tail(model: Any) -> Weights:
 
 
 def set_tail(model: Any, weights: Weights) -> None:
-    """Copy a phase's weights into the tail; the backbone's have no head, it stays.
-
-    Raises:
-        ModelError: the weights do not fit.
-    """
+    """Copy a phase's weights into the tail; the backbone's have no head, it stays."""
     head = [model.get_layer(HEAD)] if f"{HEAD}/kernel" in weights else []
     set_weights([*_layers_above_cut(model), *head], weights)
 

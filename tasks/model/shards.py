@@ -23,14 +23,7 @@ SHARD_ROWS = 512
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """Rows to compute.
-
-    Args:
-        keys: the rows.
-        pictures: uint8, (n, d, d, 3), RGB; the photo of each row.
-        seed: of the augmentation.
-        size: side of the trunk's input in pixels.
-    """
+    """Rows to compute, and the photo of each; uint8, (n, d, d, 3), RGB."""
 
     keys: tuple[Key, ...]
     pictures: NDArray[np.uint8]
@@ -58,11 +51,7 @@ def cut(
 
 
 def load_trunk(graph: Path, size: int, cores: int | None = None) -> Engine:
-    """Load `trunk.pb` of the backbone stage.
-
-    Raises:
-        ModelError: it cannot be read, is of another size, or broken.
-    """
+    """Load `trunk.pb` of the backbone stage."""
     trunk = Engine(graph, cores)
     if trunk.size != size:
         raise ModelError(
@@ -74,11 +63,7 @@ def load_trunk(graph: Path, size: int, cores: int | None = None) -> Engine:
 
 
 def compute(shard: Shard, trunk: Engine) -> Iterator[Row]:
-    """Yield the activations of a shard's rows, float16 (h, w, 192), in order.
-
-    Raises:
-        ModelError: an activation is not finite in float16.
-    """
+    """Yield the activations of a shard's rows, float16 (h, w, 192), in order."""
     copies = (
         augment(picture, key.name, key.copy, shard.seed, shard.augmentation, shard.size)
         for key, picture in zip(shard.keys, shard.pictures, strict=True)
@@ -88,14 +73,7 @@ def compute(shard: Shard, trunk: Engine) -> Iterator[Row]:
 
 
 def compute_anywhere(shard: Shard, graph: bytes) -> NDArray[np.float16]:
-    """Compute a shard in a process without a checkout.
-
-    Args:
-        graph: content of the trunk's file.
-
-    Returns:
-        float16, (rows, h, w, 192).
-    """
+    """Compute a shard without a checkout, with the trunk's file content; float16."""
     return np.stack(list(compute(shard, _cached_trunk(graph, shard.size))))
 
 

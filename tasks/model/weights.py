@@ -22,11 +22,7 @@ WEIGHTS_FILE = "weights.safetensors"
 
 
 def read_weights(path: Path) -> Weights:
-    """Read a safetensors file.
-
-    Raises:
-        ModelError: the file is missing, or is not safetensors that numpy can hold.
-    """
+    """Read a safetensors file."""
     try:
         return dict(load_file(path))
     # A number type that numpy lacks raises none of safetensors' own errors.
@@ -37,11 +33,7 @@ def read_weights(path: Path) -> Weights:
 
 
 def read_phase(project: Project, name: str) -> Weights:
-    """Read the weights that a phase, or the backbone stage, wrote.
-
-    Raises:
-        ModelError: as `read_weights`.
-    """
+    """Read the weights that a phase, or the backbone stage, wrote."""
     file = BACKBONE_FILE if name == BACKBONE else WEIGHTS_FILE
     return read_weights(project.weights(name) / file)
 
@@ -63,11 +55,7 @@ def get_weights(layers: Iterable[Any]) -> Weights:
 
 
 def set_weights(layers: Iterable[Any], weights: Mapping[str, np.ndarray]) -> None:
-    """Copy weights into Keras layers.
-
-    Raises:
-        ModelError: a variable of a layer is missing or has another shape.
-    """
+    """Copy weights into Keras layers; ModelError where one is missing or does not fit."""
     for layer in layers:
         for variable in layer.weights:
             name, shape = f"{layer.name}/{variable.name}", tuple(variable.shape)

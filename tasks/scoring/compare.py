@@ -78,16 +78,11 @@ def compare(
     labels: np.ndarray,
     names: Sequence[str] | None = None,
 ) -> Comparison:
-    """Compare two models' probabilities for the same photos.
+    """Compare two models' probabilities, float (n, 6), for the same photos.
 
     Args:
-        champion: float, (n, 6); rows sum to one.
-        challenger: float, (n, 6); same photos, same order.
         labels: integer, (n,); 0 to 5.
         names: of the photos; their row numbers by default.
-
-    Raises:
-        DataError: the arrays do not match; see `tasks.scoring.metrics.checked`.
     """
     old, y = checked(champion, labels)
     new, _ = checked(challenger, labels)

@@ -51,14 +51,7 @@ class FolderReport:
 def evaluate_folder(
     classifier: Classifier, folder: Path, progress: Progress = silent
 ) -> FolderReport:
-    """Score a model on photos in folders named after their label.
-
-    Args:
-        folder: as `import` takes it, with any of the labels; not both train/ and test/.
-
-    Raises:
-        DataError: there is no such folder, no class folder in it, or no usable photo.
-    """
+    """Score a model on photos in folders named after their label, as `import` takes them."""
     if not folder.is_dir():
         fault = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"'{folder}' {fault}. Name a folder of class folders 0 to 5.")

@@ -76,15 +76,7 @@ class Scores(FrozenModel):
 
 
 def score(probabilities: ArrayLike, labels: ArrayLike) -> Scores:
-    """Score probabilities against true labels, in float64.
-
-    Args:
-        probabilities: float, (n, 6); rows sum to one.
-        labels: integer, (n,); 0 to 5.
-
-    Raises:
-        DataError: see `checked`.
-    """
+    """Score probabilities, float (n, 6), against true labels, integer (n,), in float64."""
     p, y = checked(probabilities, labels)
     predicted = p.argmax(axis=1)
     right = int((predicted == y).sum())

@@ -38,15 +38,7 @@ def named_workers() -> list[str]:
 
 @functools.cache
 def find_strategy() -> Any:
-    """Choose how to distribute training, once per process.
-
-    Returns:
-        tf.distribute.Strategy over the workers in `TF_CONFIG`, or over this process's
-        devices; the default one for a single device.
-
-    Raises:
-        StageError: TensorFlow cannot join the other workers.
-    """
+    """tf.distribute.Strategy over the workers in `TF_CONFIG`, or this process's devices."""
     if os.environ.get("TF_CONFIG"):
         try:
             with _bounded_wait(WAIT_SECONDS):
@@ -92,10 +84,7 @@ def _bounded_wait(seconds: float) -> Iterator[None]:
 def fit_end_to_end(
     model: Any, plan: Plan, images: NDArray[np.uint8], progress: Progress
 ) -> tuple[list[Epoch], NDArray[np.float32]]:
-    """Train `model` in place and keep the averaged weights.
-
-    With several replicas each worker calls this with the same arguments and ends with the
-    same weights.
+    """Train `model` in place and keep the averaged weights; the same on every worker.
 
     Args:
         model: of `build_model`, in the scope of `find_strategy`, its layers unfrozen.

@@ -85,11 +85,7 @@ class Plan:
 
 
 def plan_phase(params: Params, name: str | None, dataset: Dataset) -> Plan:
-    """Plan one phase.
-
-    Raises:
-        ParamsError: there is no phase called `name`.
-    """
+    """Plan the phase called `name`."""
     if name not in params.phases:
         raise ParamsError(
             f"There is no phase {name!r}, only {', '.join(params.phases)}. "
