@@ -27,48 +27,19 @@ from tests.fixtures.prefect_api import PrefectApi, basic
 from tests.fixtures.servers import MlflowServer
 from tests.fixtures.session import session_folder
 
-LISTENING = "0A"
-LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
-"""127.0.0.1 and ::1 as the kernel writes them."""
-
-
-def _family(pid: int) -> set[int]:
-    """A process and all that it started, and what those started."""
-    found = {pid}
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            found |= _family(int(child))
-    return found
-
-
-def _listeners(pids: set[int]) -> list[str]:
-    """Local addresses, in the kernel's hex, on which the processes listen."""
-    sockets = set()
-    for pid in pids:
-        for link in Path(f"/proc/{pid}/fd").glob("*"):
-            try:
-                sockets.add(str(link.readlink()))
-            except OSError:
-                continue
-    rows = [
-        line.split()
-        for name in ("tcp", "tcp6")
-        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-    ]
-    return [
-        row[1].split(":")[0]
-        for row in rows
-        if row[3] == LISTENING and f"socket:[{row[9]}]" in sockets
-    ]
-
 
 def test_every_server_that_we_start_listens_on_loopback_only(
     s3_server: S3Address, prefect_api: PrefectApi, mlflow_server: MlflowServer
 ) -> None:
     keepers = [int(path.read_text()) for path in session_folder().glob("*.pid")]
-    addresses = _listeners(set().union(*map(_family, keepers)))
+    ours = {one.pid for pid in keepers for one in psutil.Process(pid).children(recursive=True)}
+    addresses = [
+        one.laddr.ip
+        for one in psutil.net_connections("tcp")
+        if one.status == "LISTEN" and one.pid in ours
+    ]
     assert len(addresses) >= 7  # five of SeaweedFS, one each of Prefect and MLflow
-    assert set(addresses) <= LOOPBACK
+    assert set(addresses) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def test_the_store_asks_everybody_for_credentials(s3_server: S3Address) -> None:
