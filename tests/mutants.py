@@ -27,8 +27,8 @@ TESTS = {
     "tasks/releases/pointer.py": ("test_release", "test_champion", "test_signature"),
     "tasks/releases/champion.py": ("test_champion", "test_challenge"),
     "tasks/data/splits.py": ("test_splits",),
-    "tasks/data/near_duplicates.py": ("test_twins", "test_audit"),
-    "tasks/data/importer.py": ("test_intake",),
+    "tasks/data/near_duplicates.py": ("test_near_duplicates", "test_audit"),
+    "tasks/data/importer.py": ("test_importer",),
     "tasks/releases/signing.py": ("test_signature",),
 }
 """The modules that decide, and the tests that must notice."""
