@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 def checkout(trained: Trained, tmp_path: Path, prefect_api: PrefectApi) -> Workshop:
     """A checkout with imported photos, whose stages DVC restores."""
     made = trained.checkout(tmp_path / "checkout")
+    made.change("gate", min_accuracy=0.0)
     made.handsigns("import", trained.photos)
     return made
 
