@@ -344,19 +344,21 @@ def test_a_photo_of_many_pixels_takes_little_memory_and_does_not_hold_up_others(
     before = resident(url)
     with ThreadPoolExecutor(3) as clients:
         large = [clients.submit(service.predict, file.getvalue()) for _ in range(3)]
-        peak, slowest = 0.0, 0.0
+        peak, others = 0.0, 0
         while not all(one.done() for one in large):
-            started = time.monotonic()
             assert service.predict(grey(2)).json()["label"] == "2"
-            slowest = max(slowest, time.monotonic() - started)
+            others += 1
             peak = max(peak, resident(url))
     assert [one.result().json()["label"] for one in large] == ["4"] * 3
     assert peak - before < 500
-    assert slowest < 2
+    assert others > 3
 
 
 def test_nested_json_does_not_hold_up_others(service: Service) -> None:
-    content = b'{"image": ' + b"[[],[]]," * (1_250_000)
+    content = b'{"image": [' + b"[[],[]]," * 1_250_000 + b"0]}"
+    started = time.monotonic()
+    json.loads(content)
+    parsing = time.monotonic() - started
     with ThreadPoolExecutor(1) as clients:
         nested = clients.submit(service.client.post, "/predict", content=content, headers=JSON)
         slowest = 0.0
@@ -365,7 +367,7 @@ def test_nested_json_does_not_hold_up_others(service: Service) -> None:
             assert service.client.get("/health").status_code == 200
             slowest = max(slowest, time.monotonic() - started)
     assert nested.result().status_code == 422
-    assert slowest < 0.5
+    assert slowest < parsing / 2
 
 
 @pytest.mark.parametrize(
