@@ -118,19 +118,6 @@ def test_links_into_a_cache_stay_links(project: Project, photos: Callable[..., P
     assert len(tree(project.data)) == 12
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-def test_order_of_imports_makes_no_difference(
-    swapped: bool, tmp_path: Path, photos: Callable[..., Path]
-) -> None:
-    sources = [photos("a", 2), photos("b", 2, seed=1), photos("a", 1)]
-    one, two = Project(tmp_path / "one"), Project(tmp_path / "two")
-    for folder in sources:
-        import_photos(one, folder)
-    for folder in reversed(sources) if swapped else [sources[1], sources[2], sources[0]]:
-        import_photos(two, folder)
-    assert tree(one.data) == tree(two.data)
-
-
 def test_replace_holds_the_new_photos_alone(project: Project, photos: Callable[..., Path]) -> None:
     import_photos(project, photos("a", 2))
     shared = photos("a", 1)
@@ -258,7 +245,7 @@ def test_bad_files_are_copied_and_listed_once(project: Project, tmp_path: Path) 
         assert set(copies) == {each["copy"] for each in files if each["copy"]}
 
 
-def test_mended_file_leaves_the_quarantine(project: Project, tmp_path: Path) -> None:
+def test_repaired_file_leaves_the_quarantine(project: Project, tmp_path: Path) -> None:
     folder = source(tmp_path / "s", {"0/a.png": PNG[0], "0/b.png": b"text"})
     import_photos(project, source(tmp_path / "other", {"0/a.png": PNG[2], "0/b.png": b"more text"}))
     import_photos(project, folder)
@@ -380,9 +367,9 @@ POINTS = [
 
 
 @pytest.mark.parametrize(("what", "done"), POINTS)
-@pytest.mark.parametrize("mended_by", ["restore_data", "import"])
+@pytest.mark.parametrize("repaired_by", ["restore_data", "import"])
 def test_killed_import_leaves_the_old_or_the_new_data(
-    what: str, done: int, mended_by: str, project: Project, photos: Callable[..., Path]
+    what: str, done: int, repaired_by: str, project: Project, photos: Callable[..., Path]
 ) -> None:
     import_photos(project, photos("old", 1))
     old = tree(project.data)
@@ -390,7 +377,7 @@ def test_killed_import_leaves_the_old_or_the_new_data(
     source(more, {"0/bad.png": b"text"})
     code, _ = import_in_a_process(project, more, what, done)
     assert code == -signal.SIGKILL
-    if mended_by == "restore_data":
+    if repaired_by == "restore_data":
         restore_data(project)
         expected = 12 if (what, done) == ("swap", 2) else 6
         assert len(tree(project.data)) == expected
