@@ -330,8 +330,7 @@ CHILD = """
     from pathlib import Path
     from tasks.errors import HandsignsError
     from tasks.data.importer import import_photos
-    from tasks.model.inference import Classifier, classify_files
-from tasks.project import Project
+    from tasks.project import Project
 
     def killer(what, done, total):
         if (what, done) == (sys.argv[3], int(sys.argv[4])):
