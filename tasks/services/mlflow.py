@@ -139,8 +139,7 @@ class Registry:
                 return found
             self._end_killed(client, experiment, record.content_id)
             tags = {**record.tags, CONTENT_ID: record.content_id}
-            run_id = client.create_run(experiment, tags=tags).info.run_id
-            state = "FAILED"
+            run_id, state = client.create_run(experiment, tags=tags).info.run_id, "FAILED"
             try:
                 _log(client, run_id, record)
                 model_id = _log_model(client, experiment, run_id, model_file, load(), example)
@@ -251,8 +250,7 @@ class Registry:
             ) from None
 
     def _experiment(self, client: Any) -> str:
-        known = client.get_experiment_by_name(self.model_name)
-        if known is not None:
+        if known := client.get_experiment_by_name(self.model_name):
             return str(known.experiment_id)
         place = self.artifacts.resolve().as_uri() if isinstance(self.artifacts, Path) else None
         if isinstance(self.artifacts, S3Address):
@@ -380,8 +378,8 @@ def _requirements() -> list[str]:
 
 
 def _version(made: Any, aliases: Mapping[str, tuple[str, ...]]) -> Version:
-    tags, held = dict(made.tags), aliases.get(str(made.version), ())
-    return Version(int(made.version), tags.get(CONTENT_ID), made.run_id, held, tags)
+    number, tags = str(made.version), dict(made.tags)
+    return Version(int(number), tags.get(CONTENT_ID), made.run_id, aliases.get(number, ()), tags)
 
 
 def _advice(uri: str, reason: str) -> str:
