@@ -420,7 +420,9 @@ def test_imports_at_once_take_turns(project: Project, photos: Callable[..., Path
     folders = [photos(f"s{seed}", 1, seed=seed) for seed in range(3)]
     with ThreadPoolExecutor(3) as pool:
         codes = pool.map(lambda folder: import_in_a_process(project, folder, "never", 0), folders)
-    assert list(codes) == [(0, "")] * 3
+    for code, said in codes:
+        assert code == 0
+        assert said in ("", "A retrain or an import uses data/. Waiting up to 600 s for it.\n")
     assert len(tree(project.data)) == 18
 
 
