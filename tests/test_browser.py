@@ -178,8 +178,8 @@ def test_prefect_shows_the_run_and_what_it_found(
     browser: Any, prefect_api: PrefectApi, report: dict[str, Any]
 ) -> None:
     found = prefect_api.ask("flow_runs/filter", {})
-    data = report["data"]["version"][:8]
-    run = next(run for run in found if run["name"].endswith(data))
+    promoted = f"v{report['model']['version']} promoted"
+    run = next(run for run in found if run["name"].startswith(promoted))
     see(browser, (1400, 1000))
     address = prefect_api.url.removesuffix("/api")
     log_in(browser, address, prefect_api.login)
@@ -187,7 +187,7 @@ def test_prefect_shows_the_run_and_what_it_found(
     shown = text(browser)
     assert run["name"] in shown
     assert "Promoted" in shown
-    for artifact in ("audit", "curves", "confusion", "gate", "release", "comparison"):
+    for artifact in ("summary", "audit", "data-changes", "gate", "comparison"):
         assert artifact in shown
 
 

@@ -92,7 +92,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_an_import_onto_a_full_disk_leaves_the_photos_as_they_were(tmp_path: Path) -> None:
     workshop = make_checkout(tmp_path / "checkout")
     data, version = workshop.project.root / "data", workshop.project.root / "data.dvc"
-    workshop.handsigns("import", write_photos(tmp_path / "first", per_class=2))
+    workshop.handsigns("import", write_photos(tmp_path / "first", per_class=3))
     before = contents(data), version.read_bytes()
     more = write_photos(tmp_path / "more", per_class=2, size=400, seed=1)
     for size in (100_000, 1_000):  # too small for the photos; too small for DVC's notes

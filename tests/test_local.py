@@ -318,7 +318,7 @@ def test_a_limit_of_open_files_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may mount")
 def test_a_read_only_tmp_is_named(tmp_path: Path) -> None:
-    script = 'mount -t tmpfs -o ro none /tmp && exec "$@"'
+    script = 'mount --bind /tmp /tmp && mount -o remount,ro,bind /tmp && exec "$@"'
     root = Path("/var/tmp") / tmp_path.name  # not below the mount
     root.mkdir()
     try:

@@ -56,7 +56,7 @@ def test_the_first_run_is_promoted_and_tells_all(workshop: Workshop, first: RunR
     assert first.data.train + first.data.val + first.data.test == 120
     assert [phase.name for phase in first.phases] == ["base", "fine_tune", "full"]
     assert all(phase.seconds > 0 and phase.epochs == 3 for phase in first.phases)
-    assert first.features.computed == first.data.train * 2 + first.data.val
+    assert first.features.computed == first.data.train * 2 + first.data.val + first.data.synthetic
     assert first.gate.passed
     assert first.model.version == 1
     assert first.model.alias == "champion"

@@ -368,7 +368,7 @@ def test_a_second_checkout_on_one_database_is_refused_while_the_first_is_up(
 
 def test_down_stops_all_of_it_and_the_data_stays(service: Service) -> None:
     before = service.processes()
-    assert len(before) > 8
+    assert len(before) >= 8
     assert service.workshop.handsigns("down", fresh=True) == {"stopped": True}
     assert _gone(before, 1)
     assert not service.processes()
