@@ -137,7 +137,10 @@ def find_unchanged(workspace: Workspace) -> RunReport | None:
     """
     project, pipeline = workspace.project, workspace.pipeline
     version, report = pipeline.data_version(), last_run(project)
-    if report is None or (read_json(_last_run(project)) or {}).get("inputs") != _inputs(workspace):
+    if report is None:
+        return None
+    before = read_json(_last_run(project)).get("inputs") or {}
+    if any(before.get(name) != value for name, value in _inputs(workspace).items()):
         return None
     if report.data.version != version or not project.data.is_dir() or pipeline.changed():
         return None
@@ -221,15 +224,15 @@ def _inputs(workspace: Workspace) -> dict[str, Any]:
         elif settings.database_url:
             registry = settings.database_url.get_secret_value()
     keys = [*settings.public_keys, *filter(None, [settings.signing_key])]
+    targets = {"dvc_remote": redact_url(settings.dvc_remote_url or ""), "branch": settings.git_push}
     return {
+        **{name: target for name, target in targets.items() if target},  # one less needs no run
         "lock": _digest(project.lock),
         "storage": settings.s3_endpoint_url or (store.read_bytes().hex() if store.exists() else ""),
         "bucket": settings.bucket,
         "registry": redact_url(registry or ""),
         "model": settings.model_name,
         "keys": [_digest(key) for key in keys],
-        "dvc_remote": redact_url(settings.dvc_remote_url or ""),
-        "branch": settings.git_push,
     }
 
 
