@@ -40,9 +40,9 @@ def main(train_file: Path, test_file: Path) -> None:
         for phase in context.params.phases:
             train.run(context, phase)
         assemble.run(context)
-        size = context.params.preprocess.image_size
-        resized = np.stack([resize(photo, size) for photo in photos])
-        found = load_classifier(project.graph, size).probabilities(resized).astype(np.float64)
+        params = context.params.preprocess
+        resized = np.stack([resize(photo, params) for photo in photos])
+        found = load_classifier(project.graph, params).probabilities(resized).astype(np.float64)
     ours = score(found, labels)
     print(f"{len(labels)} photos  published  ours")
     for name, value in PUBLISHED.items():

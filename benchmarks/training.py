@@ -140,8 +140,7 @@ def measure(project: Project) -> None:
     assemble.run(context)
     dataset = open_dataset(project.dataset)
     rows = dataset.rows("test")
-    size = context.params.preprocess.image_size
-    classifier = load_classifier(project.graph, size, trusted=True)
+    classifier = load_classifier(project.graph, context.params.preprocess, trusted=True)
     probabilities = classifier.probabilities(dataset.images[rows]).astype(np.float64)
     scores = score(probabilities, dataset.labels[rows])
     history = read_json(project.history(context.params.last_phase))

@@ -100,8 +100,8 @@ class Workspace:
         if path.is_dir():
             return open_release(path), f"release {verify_folder(path, None, self.trust).id}"
         if path.is_file():
-            size = load_params(self.project.params).preprocess.image_size
-            return load_classifier(path, size), f"file {path}, in no verified release"
+            preprocess = load_params(self.project.params).preprocess
+            return load_classifier(path, preprocess), f"file {path}, in no verified release"
         release, folder = self.release(name)
         return open_release(folder), f"{name}, release {release}"
 

@@ -35,7 +35,7 @@ def run(context: Context, item: str | None = None) -> None:
         )
     histories = [_history(context, phase) for phase in PHASES]
     images = dataset.images[rows]
-    classifier = load_classifier(project.graph, images.shape[1], trusted=True)
+    classifier = load_classifier(project.graph, context.params.preprocess, trusted=True)
     raw = classifier.probabilities(images, context.progress)
     rounded = raw.astype(np.float64).round(DIGITS)
     probabilities, labels = checked(rounded, dataset.labels[rows])

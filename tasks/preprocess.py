@@ -44,14 +44,18 @@ def run(context: Context, item: str | None = None) -> None:
     hands = _synthetic_hands(context)
     with atomic_directory(project.dataset) as folder:
         pictures = each_photo(
-            partial(resize, size=size), project.data, photos, context.progress, "resize photos"
+            partial(resize, params=params.preprocess),
+            project.data,
+            photos,
+            context.progress,
+            "resize photos",
         )
         # Written, not memory-mapped: a mapped page that finds no room kills the process.
         with (folder / IMAGES).open("wb") as file:
             shape = (len(photos) + len(hands), size, size, 3)
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
-            for picture in chain(pictures, (resize(hand, size) for hand in hands)):
+            for picture in chain(pictures, (resize(hand, params.preprocess) for hand in hands)):
                 file.write(picture.tobytes())
         counts = Counter(split_of.values())
         index = {

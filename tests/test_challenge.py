@@ -12,7 +12,7 @@ from tasks.data.dataset import open_dataset
 from tasks.errors import PromotionError
 from tasks.io import read_json, write_json
 from tasks.model.inference import Classifier
-from tasks.params import LABELS, load_params
+from tasks.params import LABELS, Params, load_params
 from tasks.project import Project
 from tasks.releases.challenger import compare_with_champion
 from tasks.releases.pointer import Champion, Pointer, move_champion
@@ -51,8 +51,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def project(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    even = Classifier(lambda images: np.full((len(images), 6), 1 / 6, np.float32), 64, 32)
+def project(
+    prepared: Path, tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> Project:
+    forward = lambda images: np.full((len(images), 6), 1 / 6, np.float32)  # noqa: E731
+    even = Classifier(forward, params.preprocess, 32)
     monkeypatch.setattr("tasks.releases.challenger.open_release", lambda _folder: even)
     shutil.copytree(prepared, tmp_path / "checkout")
     return Project(tmp_path / "checkout")

@@ -34,6 +34,7 @@ from tasks.data.importer import (
 from tasks.data.quarantine import Quarantine
 from tasks.errors import BusyError, DataError, SourceError
 from tasks.model.inference import Classifier, classify_files
+from tasks.params import load_params
 from tasks.project import Project
 from tests.fixtures.checkouts import make_checkout
 from tests.fixtures.photos import CHECKOUT, photo, write_photos
@@ -330,7 +331,8 @@ CHILD = """
     from pathlib import Path
     from tasks.errors import HandsignsError
     from tasks.data.importer import import_photos
-    from tasks.project import Project
+    from tasks.params import load_params
+from tasks.project import Project
 
     def killer(what, done, total):
         if (what, done) == (sys.argv[3], int(sys.argv[4])):
@@ -519,7 +521,9 @@ def test_a_webp_named_jpg_is_read_by_import_and_predict(tmp_path: Path) -> None:
     Image.fromarray(photo(3, 1)).save(folder / "a.jpg", "WEBP", lossless=True)
     project = Project(tmp_path / "checkout")
     assert import_photos(project, tmp_path / "s").imported == {("train", "3"): 1}
-    classifier = Classifier(lambda images: np.full((len(images), 6), 1 / 6, np.float32), 64, 64)
+    preprocess = load_params(CHECKOUT.params).preprocess
+    even = lambda images: np.full((len(images), 6), 1 / 6, np.float32)  # noqa: E731
+    classifier = Classifier(even, preprocess, 64)
     (found,) = classify_files(classifier, [folder / "a.jpg"])
     assert found.error is None
 

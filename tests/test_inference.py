@@ -15,7 +15,7 @@ from tasks.data.images import MAX_BYTES
 from tasks.errors import ModelError
 from tasks.model.inference import BATCH, Classifier, Prediction, classify_files, load_classifier
 from tasks.model.untrusted import MAX_FILE
-from tasks.params import LABELS
+from tasks.params import LABELS, PreprocessParams
 from tests.fixtures.photos import photo
 
 
@@ -26,7 +26,8 @@ def by_brightness(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
     return (closeness / closeness.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-BRIGHTNESS = Classifier(by_brightness, detail=16, size=32)
+RESIZE = PreprocessParams(image_size=16, blur_sigma=0.5)
+BRIGHTNESS = Classifier(by_brightness, preprocess=RESIZE, size=32)
 
 
 def grey(*signs: int, side: int = 16) -> NDArray[np.uint8]:
@@ -46,7 +47,7 @@ def test_what_is_no_probability_is_no_answer() -> None:
     def overflow(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         return np.where(photos.mean(axis=(1, 2, 3))[:, None] > 100, np.nan, 1 / 6) + np.zeros(6)
 
-    classifier = Classifier(overflow, detail=16, size=32)
+    classifier = Classifier(overflow, preprocess=RESIZE, size=32)
     assert classifier.probabilities(grey(0, 1)).shape == (2, 6)
     with pytest.raises(ModelError, match="not finite"):
         classifier.probabilities(grey(0, 4))
@@ -118,7 +119,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_graph_gives_rows_that_do_not_depend_on_their_neighbours(graph: Path) -> None:
-    classifier = load_classifier(graph, detail=64, size=32)
+    classifier = load_classifier(graph, preprocess=RESIZE, size=32)
     images = np.random.default_rng(0).integers(0, 256, (BATCH + 3, 64, 64, 3), np.uint8)
     together = classifier.probabilities(images)
     alone = [classifier.probabilities(image[None])[0] for image in images]
@@ -140,8 +141,10 @@ def test_predicting_with_a_graph_imports_no_library_it_does_not_need(
         "import flows.cli, flows.output, flows.workspace; "
         "import tasks.releases.pointer, tasks.releases.release; "
         "from tasks.model.inference import classify_files, load_classifier; "
+        "from tasks.params import PreprocessParams; "
         "graph, photo = map(Path, sys.argv[1:]); "
-        "(found,) = classify_files(load_classifier(graph, 64, 32), [photo]); "
+        "resize = PreprocessParams(image_size=64, blur_sigma=0.5); "
+        "(found,) = classify_files(load_classifier(graph, resize, 32), [photo]); "
         f"print(found.label, [m for m in {heavy} if m in sys.modules])"
     )
     command = [sys.executable, "-c", program, str(graph), str(tmp_path / "photo.png")]
@@ -158,15 +161,15 @@ def test_a_broken_graph_is_one_clear_error(tmp_path: Path, content: bytes | None
         path.write_bytes(content)
     for trusted in (False, True):
         with pytest.raises(ModelError, match=r"'.*model\.pb'") as caught:
-            load_classifier(path, detail=64, size=32, trusted=trusted)
+            load_classifier(path, preprocess=RESIZE, size=32, trusted=trusted)
     assert "\n" not in str(caught.value)
 
 
 def test_a_graph_for_another_size_is_refused(graph: Path) -> None:
     with pytest.raises(ModelError, match=r"\(6,\) for photos of 32 pixels, not 6 prob"):
-        load_classifier(graph, detail=64, size=64, trusted=True)
+        load_classifier(graph, preprocess=RESIZE, size=64, trusted=True)
     with pytest.raises(ModelError, match=r"takes photos of 32 pixels, not of 64"):
-        load_classifier(graph, detail=64, size=64)
+        load_classifier(graph, preprocess=RESIZE, size=64)
 
 
 def _with_op(graph: bytes, marker: Path) -> bytes:
@@ -226,7 +229,7 @@ def test_a_harmful_graph_is_refused_within_its_memory(graph: Path, tmp_path: Pat
     for bad, words in cases.values():
         path.write_bytes(bad)
         with pytest.raises(ModelError, match=words) as caught:
-            load_classifier(path, detail=32, size=32)
+            load_classifier(path, preprocess=RESIZE, size=32)
         assert f"'{path}'" in str(caught.value)
         assert "\n" not in str(caught.value)
         assert not marker.exists()
@@ -237,4 +240,4 @@ def test_only_small_pb_files_are_opened(tmp_path: Path) -> None:
         with (tmp_path / name).open("wb") as file:
             file.truncate(MAX_FILE + 1)
         with pytest.raises(ModelError, match=words):
-            load_classifier(tmp_path / name, detail=32, size=32)
+            load_classifier(tmp_path / name, preprocess=RESIZE, size=32)

@@ -137,7 +137,7 @@ def test_the_model_file_gives_the_tails_probabilities(
     logits = np.asarray(tail.logits(tail.pooled(trunk(photos, training=False))))
     np.testing.assert_allclose(found, softmax(logits / temperature, axis=1), atol=1e-4)
     assert found.max() > 0.3
-    graph = load_classifier(project.graph, params.preprocess.image_size, SIZE, trusted=True)
+    graph = load_classifier(project.graph, params.preprocess, SIZE, trusted=True)
     np.testing.assert_allclose(graph.probabilities(dataset.images), found, atol=1e-4)
     assert np.ptp(found, axis=0).max() > 0.1
 

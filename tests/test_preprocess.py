@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tasks import audit, preprocess, synthetic
+from tasks.data import images
 from tasks.data.dataset import open_dataset
-from tasks.data.images import BLUR_SIGMA, resize, resize_square
+from tasks.data.images import resize_square
 from tasks.data.photos import Photo
 from tasks.errors import DataError
-from tasks.params import LABELS, AuditParams, Params, SplitParams
+from tasks.params import LABELS, AuditParams, Params, PreprocessParams, SplitParams
 from tasks.preprocess import count_cross_split_duplicates, split_photos
 from tasks.project import Project
 from tasks.rendering.sample import draw
@@ -40,6 +41,15 @@ def context(tmp_path: Path, params: Params) -> Context:
     context = Context(project, params)
     audit.run(context)
     return context
+
+
+BLUR = 0.5
+
+
+def resize(picture: np.ndarray, size: int) -> np.ndarray:
+    return images.resize(
+        picture, PreprocessParams.model_construct(image_size=size, blur_sigma=BLUR)
+    )
 
 
 def _index(context: Context) -> dict:
@@ -371,7 +381,7 @@ def test_a_photo_that_was_larger_is_blurred_and_keeps_its_brightness(scale: int)
     large = stripes.repeat(scale, axis=0).repeat(scale, axis=1)
     assert (resize_square(large, 32) == stripes).all()
     soft = resize(large, 32)[4:-4, 4:-4].astype(float)
-    sigma = BLUR_SIGMA * np.sqrt(1 - 1 / scale**2)
+    sigma = BLUR * np.sqrt(1 - 1 / scale**2)
     kernel = np.exp(-0.5 * (np.arange(-2, 3) / sigma) ** 2)
     left = abs((kernel * (-1.0) ** np.arange(5)).sum()) / kernel.sum()
     assert abs(np.ptp(soft) - 120 * left) <= 2

@@ -77,7 +77,7 @@ def test_a_release_whose_parameters_say_nothing_of_photos_is_refused(
 ) -> None:
     (tmp_path / "labels.json").write_text(json.dumps(LABELS))
     (tmp_path / "params.yaml").write_text(params)
-    with pytest.raises(PromotionError, match=r"params\.yaml does not say .*preprocess\.image_size"):
+    with pytest.raises(PromotionError, match=r"params\.yaml does not say .*in preprocess"):
         open_release(tmp_path)
 
 

@@ -271,7 +271,8 @@ def _from_json(body: bytes) -> bytes:
 
 
 def _score(classifier: Classifier, content: bytes) -> Prediction:
-    photo = resize(decode(content, min_side=4 * classifier.detail), classifier.detail)
+    params = classifier.preprocess
+    photo = resize(decode(content, min_side=4 * params.image_size), params)
     (row,) = classifier.probabilities(photo[np.newaxis]).tolist()
     return Prediction(Path("photo"), tuple(row))
 

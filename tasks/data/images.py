@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from tasks.errors import ImageError
+from tasks.params import PreprocessParams
 
 Read = Callable[[int], bytes]
 """`read(limit)` returns at most `limit` bytes of a file, or raises `ImageError`."""
@@ -28,9 +29,6 @@ LARGE_PIXELS = 16_000_000
 MIN_SIDE = 16
 MAX_SCANS = 64
 """A progressive JPEG has about ten; one with thousands is made to keep a decoder busy."""
-
-BLUR_SIGMA = 0.5
-"""Standard deviation, in pixels, of the blur that `resize` applies to much larger photos."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _HEIF_BRANDS = {
@@ -103,18 +101,18 @@ def encode(pixels: NDArray[np.uint8]) -> bytes:
     return _png(Image.fromarray(pixels, "RGB"))
 
 
-def resize(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+def resize(picture: NDArray[np.uint8], params: PreprocessParams) -> NDArray[np.uint8]:
     """Resize uint8 (height, width, 3) RGB to (size, size, 3) for training or prediction.
 
     A photo that was larger is blurred slightly: averaging over areas leaves it sharper
-    than thumbnails are (docs/accuracy.md). The blur grows from none at `size` with the
+    than thumbnails are (docs/accuracy.md). The blur grows from none at `image_size` with the
     photo's size, so that a pixel more or less makes no difference.
     """
-    small = resize_square(picture, size)
-    ratio = size / min(picture.shape[:2])
+    small = resize_square(picture, params.image_size)
+    ratio = params.image_size / min(picture.shape[:2])
     if ratio >= 1:
         return small
-    sigma = BLUR_SIGMA * math.sqrt(1 - ratio * ratio)
+    sigma = params.blur_sigma * math.sqrt(1 - ratio * ratio)
     blurred: NDArray[np.uint8] = cv2.GaussianBlur(small, (0, 0), sigma)
     return blurred
 

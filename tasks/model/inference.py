@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tasks.data.images import MAX_BYTES, Read, decode, printable, resize
 from tasks.errors import ImageError, ModelError
 from tasks.model.augment import INPUT_SIZE, enlarge
-from tasks.params import LABELS
+from tasks.params import LABELS, PreprocessParams
 from tasks.stage import Progress, silent
 
 QUEUE = 4
@@ -150,12 +150,12 @@ class Classifier:
 
     Args:
         forward: uint8 (n, size, size, 3), RGB -> float32 (n, 6).
-        detail: side in pixels that photos are reduced to first.
+        preprocess: how photos are resized first, as those that it was trained with.
         size: side of the model's input in pixels.
     """
 
     forward: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-    detail: int
+    preprocess: PreprocessParams
     size: int = INPUT_SIZE
 
     def probabilities(
@@ -186,12 +186,12 @@ class Classifier:
 
 
 def load_classifier(
-    path: Path, detail: int, size: int = INPUT_SIZE, *, trusted: bool = False
+    path: Path, preprocess: PreprocessParams, size: int = INPUT_SIZE, *, trusted: bool = False
 ) -> Classifier:
     """Load a `.pb` file of the assemble stage or of a release.
 
     Args:
-        detail: `preprocess.image_size` of the parameters that it was trained with.
+        preprocess: of the parameters that it was trained with.
         size: side of the model's input in pixels.
         trusted: of a verified release, or written by a stage here; any other file is first
             run in a sandbox.
@@ -207,7 +207,7 @@ def load_classifier(
             f"{len(LABELS)} probabilities for photos of {size}. Name a .pb file that the "
             "assemble stage wrote."
         )
-    return Classifier(lambda photos: np.stack(list(engine.stream(photos))), detail, size)
+    return Classifier(lambda photos: np.stack(list(engine.stream(photos))), preprocess, size)
 
 
 def classify_files(
@@ -230,7 +230,7 @@ def classify(
     def reduced(source: tuple[Path, Read]) -> NDArray[np.uint8] | str:
         path, read = source
         try:
-            return resize(decode(read(MAX_BYTES + 1), path.name), classifier.detail)
+            return resize(decode(read(MAX_BYTES + 1), path.name), classifier.preprocess)
         except ImageError as error:
             return error.reason
 

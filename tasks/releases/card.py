@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from tasks.data.dataset import SYNTHETIC
-from tasks.data.images import BLUR_SIGMA
 from tasks.errors import StageError
 from tasks.gate import shown, shown_interval
 from tasks.io import atomic_write
@@ -113,7 +112,7 @@ def model_card(
     )
     return CARD.format(
         size=params["preprocess"]["image_size"],
-        blur=BLUR_SIGMA,
+        blur=params["preprocess"]["blur_sigma"],
         mirror="Left and right hands count alike: photos are mirrored at random while training."
         if mirrored
         else "Photos are not mirrored while training: a hand that is rare in them may read worse.",

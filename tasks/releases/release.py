@@ -243,7 +243,7 @@ def open_release(folder: Path) -> Classifier:
             f"Release {folder.name} has the labels {labels}, and they must be {list(LABELS)} in "
             "this order. Promote a release of this project."
         )
-    return load_classifier(folder / "model.pb", _image_size(folder / "params.yaml"), trusted=True)
+    return load_classifier(folder / "model.pb", _preprocess(folder / "params.yaml"), trusted=True)
 
 
 def check_id(release_id: str) -> str:
@@ -261,17 +261,17 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _image_size(path: Path) -> int:
-    """Read the one parameter that a prediction needs; the rest may be another version's."""
+def _preprocess(path: Path) -> PreprocessParams:
+    """Read the parameters that a prediction needs; the rest may be another version's."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         section = content["preprocess"]
-        # Releases of earlier versions call it `detail`.
+        # Releases of earlier versions call the size `detail`, and have this one blur.
         size = section["image_size"] if "image_size" in section else section["detail"]
-        return PreprocessParams(image_size=size).image_size
+        return PreprocessParams(image_size=size, blur_sigma=section.get("blur_sigma", 0.5))
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError) as error:
         raise PromotionError(
-            f"{path} does not say how photos are resized, as preprocess.image_size "
+            f"{path} does not say how photos are resized, in preprocess "
             f"({type(error).__name__}). Promote a release of this project."
         ) from error
 
