@@ -14,7 +14,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from flows.local.clients import HEARTBEAT_SECONDS, TAG, point_prefect_at
 from flows.local.credentials import local_credentials
 from flows.local.servers import POOL
 from flows.settings import Settings
-from tasks.errors import ServiceError, SettingsError, first_fault
+from tasks.errors import BusyError, ServiceError, SettingsError, first_fault
 from tasks.project import Project
 from tasks.services.s3 import redact_url
 
@@ -287,10 +287,11 @@ def mark_lost_runs(project: Project, without_pool: bool) -> None:
             checkouts may use.
     """
     from flows.notify import notify_bad_end
-    from flows.preflight import retrain_lock
+    from flows.run import retrain_lock
 
-    with retrain_lock(project) as alone:
-        lost = asyncio.run(_mark_crashed(without_pool)) if alone else []
+    lost = []
+    with suppress(BusyError), retrain_lock(project):
+        lost = asyncio.run(_mark_crashed(without_pool))
     for flow, run, state in lost:
         notify_bad_end(flow, run, state)
 

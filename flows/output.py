@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tasks.project import Project
     from tasks.stage import Progress
 
+_log = logging.getLogger(__name__)
 out = Console()
 err = Console(stderr=True)
 
@@ -161,7 +162,7 @@ def _print_line(line: str) -> None:
 def shown_progress() -> Iterator["Progress"]:
     """Show a bar while a step takes long, or a line now and then where there is no terminal."""
     if not err.is_terminal:
-        yield _ProgressLines()
+        yield ProgressLines()
         return
     from rich import progress as rich
 
@@ -179,8 +180,8 @@ def shown_progress() -> Iterator["Progress"]:
         yield progress
 
 
-class _ProgressLines:
-    """Writes a line every ten seconds of a step, and one at the end of a long one."""
+class ProgressLines:
+    """Logs a line every ten seconds of a step, and one at the end of a long one."""
 
     def __init__(self) -> None:
         self._started: dict[str, float] = {}
@@ -193,10 +194,10 @@ class _ProgressLines:
         if done >= total:
             del self._started[what], self._last[what]
             if now - started >= 1:
-                say(f"{what}: {done}/{total} in {now - started:.0f} s")
+                _log.info("%s: %d/%d in %.0f s", what, done, total, now - started)
         elif now - last >= SECONDS_BETWEEN_LINES:
             self._last[what] = now
-            say(f"{what}: {done}/{total}")
+            _log.info("%s: %d/%d", what, done, total)
 
 
 MAX_FILES = 20
@@ -239,58 +240,17 @@ def service_listing(running: "Running", fresh: bool) -> Listing:
 
 def retrain_listing(report: "RunReport") -> Listing:
     """What happened, how good it is, compared with what, and what to do next."""
-    rows, number = [("why", report.reason)], report.model.version
-    if report.phases and report.status != "unchanged":
-        data, changes = report.data, report.data.changes
-        counts = f"{data.train} train, {data.val} val, {data.test} test"
-        counts += f"; {data.synthetic} synthetic hands" if data.synthetic else ""
-        if changes:
-            since = f"version {changes.since}" if changes.since else "the beginning"
-            counts += f"; {changes.added} added, {changes.removed} removed since {since}"
-        rows.append(("photos", counts))
-        spent = [f"{one.name} {one.seconds:.0f} s" for one in report.phases if one.seconds]
-        rows.append(("trained", ", ".join(spent) or "restored; nothing changed for training"))
-    test = report.test
-    if test.accuracy is not None:
-        low, high = test.accuracy_interval or (0.0, 1.0)
-        more = f"loss {_shown(test.loss)}, AUC {_shown(test.auc)}, ECE {_shown(test.ece)}"
-        rows.append(("test", f"accuracy {test.accuracy:.4f} ({low:.3f} to {high:.3f}), {more}"))
-    if checks := report.gate.checks:
-        failed = "; ".join(failed_check(check) for check in checks if not check["passed"])
-        rows.append(("gate", f"failed: {failed}" if failed else f"passed, {len(checks)} checks"))
-    if found := report.comparison:
-        before, after = found["champion"], found["challenger"]
-        moved = [f"{k} {before[k]:.4f} -> {after[k]:.4f}" for k in ("accuracy", "loss")]
-        photos = f"{before['n']} photos, {found['won']} won, {found['lost']} lost"
-        rows.append(("champion", f"{', '.join(moved)} on the same {photos}"))
-    if number is not None:
-        alias = f" ({report.model.alias})" if report.model.alias else ""
-        rows.append(("model", f"{report.model.name} version {number}{alias}"))
-    if report.release.uri and report.status != "unchanged":
-        rows.append(("release", report.release.uri))
-    if "total" in report.seconds:
-        rows.append(("took", f"{report.seconds['total']:.0f} s"))
     steps = {
         "promoted": "Try it: handsigns predict PHOTO, or handsigns serve",
-        "registered": f"To promote it anyway: handsigns promote {number} --force --reason WHY",
+        "registered": f"To promote it anyway: handsigns promote {report.model.version} --force "
+        "--reason WHY",
         "rejected": "Nothing was published. Add photos of the weak signs, or change gate in "
         "params.yaml; misread photos are in artifacts/plots/mistakes.png",
     }
     notes = [step for name, step in steps.items() if name == report.status]
     if notes:
         notes.append("Plots: artifacts/plots/   Report: artifacts/run.json")
-    return Listing(f"Retrain: {report.status}", rows, notes=notes)
-
-
-def failed_check(check: Mapping[str, Any]) -> str:
-    """A failed check of the gate with its numbers: 'accuracy 0.9630 < 0.9900'."""
-    name, value, limit = check["name"], check["value"], check["limit"]
-    interval = check.get("interval")
-    if value is None or limit is None:
-        return f"{name}: {check.get('detail') or 'no value'}"
-    if interval and interval[0] < limit <= value:
-        return f"{name} {_shown(value)}, surely only {_shown(interval[0])} < {_shown(limit)}"
-    return f"{name} {_shown(value)} {'<' if value < limit else '>'} {_shown(limit)}"
+    return Listing(f"Retrain: {report.status}", report.facts(), notes=notes)
 
 
 def status_listing(found: Mapping[str, Any], verbose: bool) -> Listing:

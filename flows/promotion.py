@@ -55,13 +55,7 @@ class Approval(RunInput):
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to a request for approval.
-
-    Args:
-        approved: Whether the challenger may become champion.
-        by: Who answered; None if nobody did, or nobody was asked.
-        description: The answer in words.
-    """
+    """Whether the challenger may become champion, who says so, and why."""
 
     approved: bool
     by: str | None = None
@@ -80,6 +74,7 @@ def ask(settings: Settings, version: Version, decision: PromotionDecision) -> An
     title = f"Version {version.number} of {settings.model_name} may become champion"
     question = f"{title}. Release `{version.content_id}`.\n\n{ui.comparison_text(decision)}"
     _log.info("Waiting for approval in the Prefect UI, %d s at most.", seconds)
+    ui.rename_run(f"v{version.number} waits for approval")
     notify_people(settings, f"handsigns: {title}", "It waits for approval.", ui.run_address())
     ended, expired = threading.Event(), threading.Event()
     end = threading.Thread(
@@ -106,8 +101,7 @@ def ask(settings: Settings, version: Version, decision: PromotionDecision) -> An
 
 def _give_up(run: UUID, seconds: int, ended: threading.Event, expired: threading.Event) -> None:
     """Answer in nobody's name when the time is up, so that the run ends as registered."""
-    comment = f"no answer within {seconds} s"
-    answer = {"name": "nobody", "decision": "reject", "comment": comment}
+    answer = {"name": "nobody", "decision": "reject"}
     pause: float = seconds
     while not expired.is_set() and not ended.wait(pause):
         pause = AGAIN
@@ -145,14 +139,13 @@ def _move(move: Callable[[Workspace], Move]) -> State[Any]:
     ui.log_to_prefect()
     try:
         with Workspace(Project(Path.cwd()), load_settings()) as workspace:
-            made = move(workspace)
-            ui.show_history(workspace)
+            return _moved(workspace, move(workspace))
     except HandsignsError as error:
         return Failed(name="Refused", message=str(error))
-    return _moved(made)
 
 
-def _moved(move: Move) -> State[Any]:
+def _moved(workspace: Workspace, move: Move) -> State[Any]:
+    ui.show_history(workspace)
     name = "Promoted" if move.action == "promote" else "Rolled back"
     return Completed(name=name, message=move.describe())
 
@@ -162,7 +155,6 @@ def record_move(workspace: Workspace, move: Move) -> None:
 
     @flow(name=move.action, flow_run_name=f"{move.action} version {move.version}")
     def record() -> State[Any]:
-        ui.show_history(workspace)
-        return _moved(move)
+        return _moved(workspace, move)
 
     record(return_state=True)

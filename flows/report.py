@@ -1,6 +1,5 @@
 """The report of a run: `artifacts/run.json`, made of what the stages wrote."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +15,6 @@ from tasks.params import LABELS, Params
 from tasks.project import Project
 
 Status = Literal["promoted", "registered", "rejected", "unchanged", "failed", "cancelled"]
-
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +43,15 @@ class DataReport(_Part):
     duplicates: int = 0
     leaks: int = 0
     changes: DataChanges | None = None
+
+    def describe(self) -> str:
+        """The counts in one line."""
+        text = f"{self.train} train, {self.val} val, {self.test} test"
+        text += f"; {self.synthetic} synthetic hands" if self.synthetic else ""
+        if changes := self.changes:
+            since = f"version {changes.since}" if changes.since else "the beginning"
+            text += f"; {changes.added} added, {changes.removed} removed since {since}"
+        return text
 
 
 class PhaseReport(_Part):
@@ -128,11 +135,46 @@ class RunReport(_Part):
             facts += [f"-{changes.removed} photos"] if changes.removed else []
         return f"v{self.model.version} {verb}: {', '.join(facts)}"
 
+    def facts(self) -> list[tuple[str, str]]:
+        """What happened, how good it is and compared with what, for terminal and UI."""
+        rows, new = [("why", self.reason)], self.status != "unchanged"
+        if self.phases and new:
+            spent = [f"{one.name} {one.seconds:.0f} s" for one in self.phases if one.seconds]
+            trained = ", ".join(spent) or "restored; nothing changed for training"
+            rows += [("photos", self.data.describe()), ("trained", trained)]
+        test = self.test
+        if test.accuracy is not None:
+            low, high = test.accuracy_interval or (0.0, 1.0)
+            scores = [("loss", test.loss), ("AUC", test.auc), ("ECE", test.ece)]
+            more = [f"{name} {value:.4f}" for name, value in scores if value is not None]
+            accuracy = f"accuracy {test.accuracy:.4f} ({low:.3f} to {high:.3f})"
+            rows.append(("test", ", ".join([accuracy, *more])))
+        if checks := self.gate.checks:
+            failed = "; ".join(self.gate.failures())
+            rows.append(
+                ("gate", f"failed: {failed}" if failed else f"passed, {len(checks)} checks")
+            )
+        if found := self.comparison:
+            before, after = found["champion"], found["challenger"]
+            moved = [f"{k} {before[k]:.4f} -> {after[k]:.4f}" for k in ("accuracy", "loss")]
+            photos = f"{before['n']} photos, {found['won']} won, {found['lost']} lost"
+            rows.append(("champion", f"{', '.join(moved)} on the same {photos}"))
+        if self.model.version is not None:
+            alias = f" ({self.model.alias})" if self.model.alias else ""
+            rows.append(("model", f"{self.model.name} version {self.model.version}{alias}"))
+        if self.release.uri and new:
+            rows.append(("release", self.release.uri))
+        if "total" in self.seconds:
+            rows.append(("took", f"{self.seconds['total']:.0f} s"))
+        return rows
+
 
 def _failure(check: Mapping[str, Any]) -> str:
-    name, value, limit = check["name"], check["value"], check["limit"]
-    if value is None or limit is None or check.get("detail"):
+    name, value, limit, interval = (check.get(k) for k in ("name", "value", "limit", "interval"))
+    if value is None or limit is None:
         return f"{name}: {check.get('detail') or 'no usable value'}"
+    if interval and interval[0] < limit <= value:
+        return f"{name} {_number(value)}, surely only {_number(interval[0])} < {_number(limit)}"
     return f"{name} {_number(value)} {'<' if value < limit else '>'} {_number(limit)}"
 
 
@@ -150,21 +192,10 @@ def write_report(report: RunReport, project: Project) -> None:
 
 def read_output(path: Path) -> Any:
     """Read what a stage wrote."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StageError(
-            f"A stage's output '{path}' cannot be read ({error}). Remove it and run again."
-        ) from error
-
-
-def recorded_version(project: Project) -> str:
-    """First digits of the version in `data.dvc`, read without loading DVC."""
-    try:
-        text = project.data_file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "none"
-    return text.partition("md5:")[2].strip()[:8] or "none"
+    content = read_json(path)
+    if content is None:
+        raise StageError(f"A stage's output '{path}' cannot be read. Remove it and run again.")
+    return content
 
 
 def quarantined(project: Project) -> int:
@@ -174,9 +205,10 @@ def quarantined(project: Project) -> int:
 
 def data_changes(project: Project, former: Any, since: int | None) -> DataChanges:
     """Compare the photos of this run with `former`, the `dataset.json` of champion `since`."""
-    before = {photo["name"]: photo["label"] for photo in (former or {"photos": []})["photos"]}
-    photos = read_output(project.dataset_index)["photos"]
-    now = {photo["name"]: photo["label"] for photo in photos}
+    before, now = (
+        {photo["name"]: photo["label"] for photo in index["photos"]}
+        for index in (former or {"photos": []}, read_output(project.dataset_index))
+    )
     added, removed = now.keys() - before.keys(), before.keys() - now.keys()
     counts = {
         "before": Counter(before.values()),
@@ -202,18 +234,11 @@ def histories(project: Project, params: Params) -> list[dict[str, Any]]:
 
 def read_stages(project: Project, params: Params, report: RunReport, features_ran: bool) -> None:
     """Fill a report with what the stages found; `report.seconds` has their times already."""
-    index = read_output(project.dataset_index)
+    index, data = read_output(project.dataset_index), report.data
     splits = Counter(photo["split"] for photo in index["photos"])
-    report.data = report.data.model_copy(
-        update={
-            "train": splits["train"],
-            "val": splits["val"],
-            "test": splits["test"],
-            "synthetic": len(LABELS) * index["synthetic"],
-            "duplicates": read_output(project.audit)["duplicates"],
-            "leaks": index["leaks"],
-        }
-    )
+    data.train, data.val, data.test = (splits[name] for name in ("train", "val", "test"))
+    data.synthetic = len(LABELS) * index["synthetic"]
+    data.duplicates, data.leaks = read_output(project.audit)["duplicates"], index["leaks"]
     computed = read_json(project.features_report) if features_ran else None
     report.features = FeaturesReport(**(computed or {"views": params.features.augmented_copies}))
     report.phases = [

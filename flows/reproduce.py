@@ -1,8 +1,8 @@
 """Rebuild a release from its recorded code, data and parameters, and compare.
 
 The code is checked out into a temporary worktree; data and parameters are the release's
-own. Of the earlier code only commands are used that every version has: `dvc checkout`,
-`dvc pull`, `dvc repro` and `handsigns sample`. Every stage runs; none comes from a cache.
+own. Of the earlier code only commands are used that every version has: `dvc repro` and
+`handsigns sample`. Every stage runs; none comes from a cache.
 """
 
 import contextlib
@@ -22,16 +22,17 @@ import yaml
 
 from flows.run import signals_interrupt
 from flows.workspace import Workspace
-from tasks.errors import ReleaseError, ServiceError, StageError
+from tasks.errors import HandsignsError, ReleaseError, ServiceError, StageError
 from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.provenance import environment
 from tasks.releases.reproduction import Comparison, compare_builds
+from tasks.services.data_file import read_record
+from tasks.services.dvc import Pipeline, Remote
 from tasks.stage import Progress
 
 RECORDED = ("data.dvc", "dvc.lock", "params.yaml")
 """Files that come from the release, so that they may differ from the commit."""
-DVC = (sys.executable, "-m", "dvc")
 
 
 def reproduce(workspace: Workspace, name: str, progress: Progress) -> Comparison:
@@ -52,7 +53,13 @@ def rebuild(
     """Run every stage in a worktree and compare the results with the release in `folder`."""
     for file in RECORDED:
         shutil.copy(folder / file, built.root / file)
-    stages = len(_read_yaml(folder / "dvc.lock")["stages"])
+    try:
+        stages = len(yaml.safe_load(built.lock.read_text(encoding="utf-8"))["stages"])
+    except (ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+        raise ReleaseError(
+            f"The release's dvc.lock cannot be read ({type(error).__name__}). Check the release "
+            "with `handsigns verify`, or reproduce another version."
+        ) from error
     _fetch_data(workspace, built)
     built.lock.unlink()
     _run_stages(built, stages, progress)
@@ -87,7 +94,7 @@ def checkout(project: Project, revision: str) -> Iterator[Project]:
         done = _run([*git, "add", "--quiet", "--detach", str(tree), revision], project.root)
         if done.returncode:
             raise ReleaseError(
-                f"Git cannot check out revision {revision} ({_last_line(done)}). "
+                f"Git cannot check out revision {revision} ({_last_line(done.stdout)}). "
                 "Fetch it first: `git fetch --all`."
             )
         yield Project(tree)
@@ -98,32 +105,24 @@ def checkout(project: Project, revision: str) -> Iterator[Project]:
 
 def _fetch_data(workspace: Workspace, built: Project) -> None:
     """Lay out the recorded photos: from our cache, from the remote, or rendered anew."""
-    remote, secrets = workspace.remote(), {}
-    lines = ["[cache]", f"    dir = {workspace.project.root.resolve() / '.dvc' / 'cache'}"]
-    if remote is not None:
-        lines += ["[core]", "    remote = recorded", "['remote \"recorded\"']"]
-        lines += [f"    url = {remote.url}"]
-        options = {**remote.options, **remote.late()}
-        public = ("endpointurl", "region")
-        lines += [f"    {name} = {options[name]}" for name in public if name in options]
-        # Keys go through the environment, where the AWS library looks for them.
-        keys = ("access_key_id", "secret_access_key", "session_token")
-        secrets = {f"AWS_{name.upper()}": options[name] for name in keys if name in options}
-    config = built.root / ".dvc" / "config.local"
-    config.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    done = _run([*DVC, "checkout", "--force", "data.dvc"], built.root)
-    if done.returncode:
-        done = _run([*DVC, "pull", "--force", "data.dvc"], built.root, secrets)
-    # From here on it has a cache of its own: nothing may be restored from ours.
-    config.unlink()
-    record = _read_yaml(built.data_file)
-    if done.returncode and (record.get("meta") or {}).get("source") == "sample":
-        done = _run([str(Path(sys.executable).with_name("handsigns")), "sample"], built.root)
-    if done.returncode or not built.data.is_dir():
-        raise ServiceError(
-            f"Photos of version {record['outs'][0]['md5']} are not available "
-            f"({_last_line(done)}). Set HANDSIGNS_DVC_REMOTE_URL to where they were pushed."
-        )
+    record, reason = read_record(built), "no DVC remote is set"
+    cache = workspace.project.root.resolve() / ".dvc" / "cache"
+    with contextlib.chdir(built.root):
+        for remote in (Remote(str(cache), {}), workspace.remote()):  # a cache is a local remote
+            with contextlib.suppress(HandsignsError):
+                pipeline = Pipeline(built, remote)
+                if pipeline.has_remote():
+                    reason = f"they are not complete at {pipeline.remote_url()}"
+                    pipeline.pull_data()
+                    break
+        else:
+            sample = [str(Path(sys.executable).with_name("handsigns")), "sample"]
+            if not record or record.source != "sample" or _run(sample, built.root).returncode:
+                version = record and record.version
+                raise ServiceError(
+                    f"Photos of version {version} are not available ({reason}). Set "
+                    "HANDSIGNS_DVC_REMOTE_URL to where they were pushed."
+                )
     downloaded = workspace.project.local / "backbone"
     if downloaded.is_dir():  # the npm package, whose digest is pinned
         shutil.copytree(downloaded, built.local / "backbone", dirs_exist_ok=True)
@@ -132,8 +131,8 @@ def _fetch_data(workspace: Workspace, built: Project) -> None:
 def _run_stages(built: Project, count: int, progress: Progress) -> None:
     """Run every stage in a process of its own."""
     lines: list[str] = []
-    with subprocess.Popen(  # noqa: S603, our own interpreter
-        [*DVC, "repro", "--force", "--no-run-cache"],
+    with subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "--force", "--no-run-cache"],
         cwd=built.root,
         env=_environment(built.root),
         stdout=subprocess.PIPE,
@@ -155,19 +154,17 @@ def _run_stages(built: Project, count: int, progress: Progress) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         raise StageError(
-            f"The release cannot be rebuilt ({_last_line(lines)}). See whether the libraries of "
-            "its revision are installed."
+            f"The release cannot be rebuilt ({_last_line(''.join(lines))}). See whether the "
+            "libraries of its revision are installed."
         )
     progress("rebuilt", count, count)
 
 
-def _run(
-    command: list[str], folder: Path, secrets: Mapping[str, str] | None = None
-) -> "subprocess.CompletedProcess[str]":
+def _run(command: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(  # noqa: S603, git and our own interpreter
         command,
         cwd=folder,
-        env={**_environment(folder), **(secrets or {})},
+        env=_environment(folder),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -187,20 +184,6 @@ def _environment(folder: Path) -> dict[str, str]:
     }
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not content.keys() & {"stages", "outs"}:
-            raise ValueError("it has neither stages nor outs")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ReleaseError(
-            f"The release's {path.name} cannot be read ({type(error).__name__}). Check the "
-            "release with `handsigns verify`, or reproduce another version."
-        ) from error
-    return content
-
-
-def _last_line(said: "subprocess.CompletedProcess[str] | list[str]") -> str:
-    text = "".join(said) if isinstance(said, list) else said.stdout
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+def _last_line(said: str) -> str:
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     return lines[-1][:300].rstrip(".") if lines else "no output"

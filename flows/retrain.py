@@ -1,6 +1,7 @@
 """The retrain flow: fetch, version, run the stages, publish, register, compare, promote."""
 
 import logging
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
@@ -8,47 +9,56 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from prefect import Task, flow
+from httpx import HTTPError
+from prefect import Task, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.exceptions import TerminationSignal
+from prefect.exceptions import PrefectException, TerminationSignal
+from prefect.runtime import task_run
 from prefect.states import Cancelled, Completed, Failed
-from prefect.tasks import exponential_backoff
 
-from flows import preflight, publish, ui
+from flows import ui
 from flows.dask import shard_runner
 from flows.notify import notify_bad_end
+from flows.output import ProgressLines
 from flows.promotion import ask
 from flows.report import (
+    ModelReport,
+    ReleaseReport,
     data_changes,
+    histories,
     quarantined,
     read_stages,
-    recorded_version,
     write_report,
 )
-from flows.run import Run, command
+from flows.run import Run, command, find_unchanged, preflight, retrain_lock, save_last_run
 from flows.settings import load_settings
 from flows.workspace import Workspace
+from tasks.data.dataset import open_dataset
 from tasks.data.directory import data_lock, fetch_data
-from tasks.data.importer import ImportReport
 from tasks.data.inbox import Inbox
-from tasks.errors import HandsignsError, OvertakenError, PromotionError, ServiceError
-from tasks.io import read_json
+from tasks.errors import BusyError, HandsignsError, OvertakenError, PromotionError
+from tasks.io import read_json, write_json
+from tasks.model.augment import enlarge
 from tasks.model.shards import runner
-from tasks.params import load_params
+from tasks.params import LABELS, load_params
 from tasks.project import Project
+from tasks.releases.card import model_card, write_bill
 from tasks.releases.challenger import PromotionDecision, compare_with_champion, record_comparison
 from tasks.releases.champion import METRICS, set_champion
 from tasks.releases.pointer import Champion
-from tasks.releases.release import DATASET_INDEX, Release, fetch
-from tasks.services.mlflow import CHAMPION, Version
-from tasks.stage import Progress, silent
+from tasks.releases.provenance import release_facts
+from tasks.releases.release import DATASET_INDEX, Release, fetch, publish
+from tasks.services.data_file import check_trained_on
+from tasks.services.git import push_to_branch, read_revision
+from tasks.services.mlflow import CHALLENGER, CHAMPION, RunRecord, Version
 
 LOCK_SECONDS = 600.0
 """Longest wait for an import that is running."""
-
-Candidate = tuple[Version, Champion | None, PromotionDecision | None]
-"""A registered version, the champion it was compared with, and the decision."""
+SOURCES = {
+    "sample": "The photos are the rendered sample set: drawn hands, not photographs.",
+    "photos": "The photos were imported.",
+}
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,48 +67,28 @@ Step = Callable[Concatenate[Run, P], T]
 _log = logging.getLogger(__name__)
 
 
-def _may_pass(_task: Any, _run: Any, state: State[Any]) -> bool:
-    """Retry only the failure of a service."""
-    return isinstance(state.data, ServiceError)
+def step(name: str) -> Callable[[Step[P, T]], Task[Concatenate[Run, P], T]]:
+    """Make a function of a run a Prefect task, timed in the report."""
 
-
-def step(name: str, network: bool = False) -> Callable[[Step[P, T]], Step[P, T]]:
-    """Make a function a Prefect task, timed in the report; retried if a service fails."""
-
-    def decorate(function: Step[P, T]) -> Step[P, T]:
-        task = Task(
-            function,
-            name=name,
-            task_run_name=name,
-            cache_policy=NO_CACHE,
-            persist_result=False,
-            retries=2 if network else 0,
-            retry_delay_seconds=exponential_backoff(backoff_factor=2),
-            retry_jitter_factor=0.5,
-            retry_condition_fn=_may_pass,
-        )
-
+    def decorate(function: Step[P, T]) -> Task[Concatenate[Run, P], T]:
+        # Without retries: the clients of services have their own.
+        @task(name=name, task_run_name=name, cache_policy=NO_CACHE)
         @wraps(function)
         def timed(run: Run, /, *args: P.args, **kwargs: P.kwargs) -> T:
             began = time.monotonic()
             try:
-                return task(run, *args, **kwargs)
+                return function(run, *args, **kwargs)
             finally:
-                run.report.seconds[name] = time.monotonic() - began
+                run.report.seconds[str(task_run.name)] = time.monotonic() - began
 
         return timed
 
     return decorate
 
 
-def _run_name() -> str:
-    version = recorded_version(Project(Path.cwd()))
-    return f"retrain {date.today().isoformat()} data {version}"
-
-
 @flow(
     name="retrain",
-    flow_run_name=_run_name,
+    flow_run_name=lambda: f"retrain {date.today().isoformat()}",
     on_failure=[notify_bad_end],
     on_crashed=[notify_bad_end],
 )
@@ -112,56 +102,54 @@ def retrain(force: bool = False) -> State[Any]:
     if run := command.get():
         return _conduct(run)
     project = Project(Path.cwd())
-    with preflight.retrain_lock(project) as alone:
-        if not alone:
-            reason = preflight.another_runs(project)
-            ui.rename_run(f"cancelled: {reason}")
-            return Cancelled(message=reason)
-        project.run.unlink(missing_ok=True)
-        with Workspace(project, load_settings()) as workspace:
-            return _conduct(Run(workspace, force, silent))
+    try:
+        with retrain_lock(project), Workspace(project, load_settings()) as workspace:
+            project.run.unlink(missing_ok=True)
+            return _conduct(Run(workspace, force, ProgressLines()))
+    except BusyError as error:
+        ui.rename_run(f"cancelled: {error}")
+        return Cancelled(message=str(error))
+    except HandsignsError as error:
+        return Failed(name="Refused", message=str(error))
 
 
 def _conduct(run: Run) -> State[Any]:
     """Run everything and leave `run.json`, whatever happens; the state is the outcome."""
     began, project = time.monotonic(), run.workspace.project
-    bars = run.progress = ui.ProgressArtifacts(run.progress)
     try:
         _retrain(run)
     except HandsignsError as error:
         run.end("failed", str(error))
     except OSError as error:
-        place = error.filename or project.artifacts
-        run.end(
-            "failed",
-            f"The system refused an operation on '{place}' ({error.strerror or error}). "
-            "Make room or give permission, and run again.",
-        )
+        reason, place = error.strerror or error, error.filename or project.artifacts
+        advice = "Make room or give permission, and run again."
+        run.end("failed", f"The system refused an operation on '{place}' ({reason}). {advice}")
+    except (HTTPError, PrefectException) as error:
+        run.end("failed", f"Prefect failed ({type(error).__name__}). Look at its log.")
     except (TerminationSignal, KeyboardInterrupt):
         run.end("cancelled", "Interrupted. Nothing was lost; run again to continue.")
     except BaseException as error:
-        run.end("failed", f"{type(error).__name__}: {error}".strip(": "))
+        run.end("failed", f"{type(error).__name__}: {error}")
         raise
     finally:
         report = run.report
         report.seconds["total"] = time.monotonic() - began
         write_report(report, project)
-        level = logging.ERROR if report.status in ("failed", "rejected") else logging.INFO
-        _log.log(level, "%s: %s", report.status, report.reason)
-        bars.close()
+        bad = report.status in ("failed", "rejected")
+        _log.log(logging.ERROR if bad else logging.INFO, "%s: %s", report.status, report.reason)
         ui.show_summary(project, report)
         ui.rename_run(report.headline())
-    name = report.status.capitalize()
     if report.status == "cancelled":
         return Cancelled(message=report.reason)
-    if report.status in ("failed", "rejected"):
-        return Failed(name=name, message=report.reason, data=None)
-    return Completed(name=name, message=report.reason, data=report.model_dump(mode="json"))
+    if bad:
+        return Failed(name=report.status.capitalize(), message=report.reason, data=None)
+    return Completed(name=report.status.capitalize(), message=report.reason, data=None)
 
 
 def _retrain(run: Run) -> None:
     workspace = run.workspace
-    check(run)
+    if command.get() is None:
+        check(run)
     _log.info(workspace.trust.describe())
     workspace.services.start_s3()
     inbox = import_inbox(run) if workspace.settings.inbox else None
@@ -169,86 +157,63 @@ def _retrain(run: Run) -> None:
     # One version of data/ from here until the champion was scored on it: an import waits.
     with data_lock(workspace.project, LOCK_SECONDS):
         version_photos(run, inbox)
-        if not run.force and (found := preflight.find_unchanged(workspace)):
+        if not run.force and (found := find_unchanged(workspace)):
             run.report = found
-            run.ended = True
             return
-        candidate = _train_and_compare(run)
-    if candidate:
-        _promote_if_better(run, *candidate)
-    preflight.save_last_run(workspace, run.report)
+        _train(run)
+        if not run.report.gate.passed:
+            failures = "; ".join(run.report.gate.failures())
+            run.end("rejected", f"The gate rejected the model: {failures}.")
+        else:
+            release = publish_release(run)
+            version = register_release(run, release)
+            champion, decision = compare(run, release, version)
+    if run.report.gate.passed:
+        _promote_if_better(run, version, champion, decision)
+    save_last_run(workspace, run.report)
 
 
-def _train_and_compare(run: Run) -> Candidate | None:
-    """Train, judge, publish and register; None if the gate rejected the model."""
+def _train(run: Run) -> None:
+    """Run every stage, and read what they found."""
     workspace, report = run.workspace, run.report
     project = workspace.project
     former, since = read_former(run)
     outcomes = {}
     for name in workspace.pipeline.stages():
-        outcomes[name] = step(name)(run_stage)(run, name)
-        if name == "audit":
-            ui.show_audit(project)
+        stage = run_stage.with_options(name=name, task_run_name=name)
+        outcomes[name] = stage(run, name)
         if name == "preprocess":
             report.data.changes = data_changes(project, former, since)
-            ui.show_changes(report.data.changes)
+            ui.show_photos(project, report.data.changes)
     read_stages(project, load_params(project.params), report, outcomes.get("features") == "ran")
     ui.show_gate(report)
-    publish.check_versions(project, report.data.version)
+    check_trained_on(project, report.data.version)
     if branch := workspace.settings.git_push:
         commit_versions(run, branch)
-    if not report.gate.passed:
-        run.end("rejected", f"The gate rejected the model: {'; '.join(report.gate.failures())}.")
-        return None
-    release = publish_release(run)
-    version = register_release(run, release)
-    return version, *compare(run, release, version)
 
 
-@step("services", network=True)
+@step("services")
 def check(run: Run) -> None:
     """Check everything that a run needs; a command did so before it started Prefect."""
-    if command.get() is None:
-        preflight.preflight(run.workspace)
+    preflight(run.workspace)
 
 
-@step("inbox", network=True)
+@step("inbox")
 def import_inbox(run: Run) -> Inbox | None:
     """Import what is new in the inbox."""
-    inbox = preflight.open_inbox(run.workspace)
+    inbox = run.workspace.inbox()
     if inbox and inbox.new:
-        ui.show_inbox(inbox.name, import_new(run.workspace, inbox, run.progress))
+        run.workspace.import_new(inbox, run.progress)
     return inbox
 
 
-def import_new(workspace: Workspace, inbox: Inbox, progress: Progress) -> ImportReport:
-    """Import what is new into `data/`, not yet as a version; it replaces the rendered sample."""
-    project, pipeline = workspace.project, workspace.pipeline
-    source = pipeline.data_source()
-    if source == "photos":
-        fetch_data(project, pipeline, progress)
-    # What a person put beside the rendered photos must not be removed.
-    replace = source == "sample" and not (project.data.is_dir() and pipeline.data_changed())
-    report = inbox.import_new(replace, progress)
-    if replace and report.usable:
-        _log.info("Photos from the inbox replace the rendered sample.")
-    _log.info(
-        "Inbox %s: %d photos imported, %d known already, %d quarantined.",
-        inbox.name,
-        sum(report.imported.values()),
-        sum(report.already_there.values()),
-        len(report.quarantined),
-    )
-    return report
-
-
-@step("fetch", network=True)
+@step("fetch")
 def fetch_photos(run: Run) -> None:
     """Bring the photos that `data.dvc` names."""
     _log.info(fetch_data(run.workspace.project, run.workspace.pipeline, run.progress))
 
 
-@step("version", network=True)
+@step("version")
 def version_photos(run: Run, inbox: Inbox | None) -> None:
     """Make a version of `data/` if it changed, and push it."""
     pipeline = run.workspace.pipeline
@@ -262,10 +227,9 @@ def version_photos(run: Run, inbox: Inbox | None) -> None:
     run.report.data.quarantined = quarantined(run.workspace.project)
     if pipeline.has_remote():
         _log.info("%d files pushed to the DVC remote.", pipeline.push_data())
-    ui.rename_run(_run_name())
 
 
-@step("champion", network=True)
+@step("champion")
 def read_former(run: Run) -> tuple[Any, int | None]:
     """The photos that the champion was made of, and its version; None without a champion."""
     workspace = run.workspace
@@ -281,6 +245,7 @@ def read_former(run: Run) -> tuple[Any, int | None]:
         return None, None
 
 
+@step("stage")
 def run_stage(run: Run, name: str) -> str:
     """Bring one stage up to date."""
     token = runner.set(shard_runner(run.workspace.settings.dask_address))
@@ -292,12 +257,79 @@ def run_stage(run: Run, name: str) -> str:
     return outcome
 
 
-commit_versions = step("git", network=True)(publish.commit_versions)
-publish_release = step("publish", network=True)(publish.publish_release)
-register_release = step("register", network=True)(publish.register_release)
+@step("git")
+def commit_versions(run: Run, branch: str) -> None:
+    """Commit `data.dvc` and `dvc.lock` to a branch of `origin`, unless it has them already."""
+    project, report = run.workspace.project, run.report
+    verdict = "passed" if report.gate.passed else "rejected"
+    subject = f"Retrain on data {report.data.version[:8]}"
+    body = f"Test accuracy {report.test.accuracy or 0.0:.1%}; the gate {verdict} the model."
+    files = [project.data_file, project.lock]
+    commit = push_to_branch(project.root, branch, files, f"{subject}\n\n{body}")
+    _log.info("Branch %s: %s.", branch, f"commit {commit} is pushed" if commit else "up to date")
 
 
-@step("compare", network=True)
+@step("publish")
+def publish_release(run: Run) -> Release:
+    """Upload the release of what the stages made, or find it there."""
+    workspace, report = run.workspace, run.report
+    project, params = workspace.project, load_params(workspace.project.params)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_json(folder / "labels.json", list(LABELS))
+        card = model_card(
+            metrics=read_json(project.metrics),
+            gate=read_json(project.gate),
+            counts=report.data.model_dump(include={"train", "val", "test", "synthetic"}),
+            params=params.model_dump(),
+            histories=histories(project, params),
+            data_version=report.data.version,
+            data_note=SOURCES[workspace.pipeline.data_source() or "photos"],
+        )
+        (folder / "model_card.md").write_text(card, encoding="utf-8")
+        root = project.root
+        write_bill(root / "requirements.lock", root / "pyproject.toml", folder / "sbom.cdx.json")
+        made = [project.model, project.graph, project.metrics, project.gate, *folder.iterdir()]
+        made += [project.params, project.lock, project.data_file]
+        files = {DATASET_INDEX: project.dataset_index, **{path.name: path for path in made}}
+        facts = release_facts(root, report.data.version, workspace.champion())
+        release = publish(workspace.storage, files, facts)
+    report.release = ReleaseReport(id=release.id, uri=release.uri)
+    return release
+
+
+@step("register")
+def register_release(run: Run, release: Release) -> Version:
+    """Record the run in MLflow and register the model of its release as challenger."""
+    from tasks.model.export import load_model
+
+    report, registry = run.report, run.workspace.registry
+    project, params = run.workspace.project, load_params(run.workspace.project.params)
+    record = RunRecord(
+        content_id=release.id,
+        params=params.model_dump(),
+        histories=histories(project, params),
+        metrics={"test": read_json(project.metrics)},
+        pictures=sorted(project.plots.glob("*.png")),
+        files=[project.lock, project.params, project.data_file],
+        tags={
+            "data_version": report.data.version,
+            "git_revision": read_revision(project.root).commit,
+            "release_uri": release.uri,
+        },
+    )
+    dataset = open_dataset(project.dataset)
+    example = enlarge(dataset.images[dataset.rows("test")[:1]]).astype("float32")
+    recorded = registry.record_run(
+        record, project.model, lambda: load_model(project.model), example
+    )
+    version = registry.register(recorded, release.id, {"release_uri": release.uri})
+    registry.set_alias(CHALLENGER, version.number)
+    report.model = ModelReport(name=registry.model_name, version=version.number, alias=CHALLENGER)
+    return version
+
+
+@step("compare")
 def compare(
     run: Run, release: Release, version: Version
 ) -> tuple[Champion | None, PromotionDecision | None]:
@@ -337,13 +369,13 @@ def _promote_if_better(
         promote(run, version, champion, reason, answer.by)
     except OvertakenError as error:
         run.end("registered", f"{name} stays challenger: {error}")
-        return
-    run.report.model.alias = CHAMPION
-    run.end("promoted", f"{name} is champion: {reason}.")
-    ui.show_history(run.workspace)
+    else:
+        run.report.model.alias = CHAMPION
+        run.end("promoted", f"{name} is champion: {reason}.")
+        ui.show_history(run.workspace)
 
 
-@step("promote", network=True)
+@step("promote")
 def promote(
     run: Run, version: Version, champion: Champion | None, reason: str, by: str | None
 ) -> None:

@@ -1,45 +1,53 @@
-"""Run flows from the command line, on the Prefect server that is named or a local one."""
+"""The retrain command: lock, checks before the start, and the flow if anything changed."""
 
 import logging
 import os
 import signal
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from flows.local.clients import TAG, advice, ask, point_prefect_at
-from flows.preflight import another_runs, find_unchanged, preflight, retrain_lock
-from flows.report import ModelReport, RunReport, Status, write_report
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from flows.local.clients import TAG, advice, ask, check_reachable, point_prefect_at
+from flows.local.database import SQLITE
+from flows.local.stack import find_running
+from flows.report import ModelReport, RunReport, Status, quarantined, write_report
 from flows.workspace import Workspace
-from tasks.errors import HandsignsError, ServiceError
+from tasks.errors import BusyError, HandsignsError, ServiceError, SettingsError
+from tasks.io import read_json, sha256, write_json
+from tasks.params import Params, load_params
+from tasks.project import Project
 from tasks.releases.pointer import Move
+from tasks.services.git import read_revision
 from tasks.services.s3 import redact_url
 from tasks.stage import Progress
 
-T = TypeVar("T")
+MAGIC = b"SQLite format 3\0"
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass
 class Run:
-    """One retrain, shared by the command, the flow in its process, and the flow's tasks.
+    """One retrain, shared by the command, the flow in its process, and the flow's tasks."""
 
-    Args:
-        workspace: Open; of a command also checked, and with the retrain lock held.
-        force: Run every stage.
-        progress: Shows how far long stages are.
-    """
+    workspace: Workspace
+    force: bool
+    progress: Progress
+    report: RunReport = field(init=False)
 
-    def __init__(self, workspace: Workspace, force: bool, progress: Progress) -> None:
-        self.workspace, self.force, self.progress = workspace, force, progress
-        self.report = RunReport(model=ModelReport(name=workspace.settings.model_name))
-        self.ended = False
+    def __post_init__(self) -> None:
+        self.report = RunReport(model=ModelReport(name=self.workspace.settings.model_name))
 
     def end(self, status: Status, reason: str) -> None:
         """Set the outcome."""
         self.report.status, self.report.reason = status, reason
-        self.ended = True
 
 
 command: ContextVar[Run | None] = ContextVar("command", default=None)
@@ -53,23 +61,23 @@ def retrain(workspace: Workspace, force: bool, progress: Progress) -> RunReport:
         What `run.json` says, whatever happened.
     """
     project, run = workspace.project, Run(workspace, force, progress)
-    with signals_interrupt(), retrain_lock(project) as alone:
-        if not alone:  # run.json is the other one's
-            run.end("failed", another_runs(project))
-            return run.report
-        try:
+    try:
+        with signals_interrupt(), retrain_lock(project):
             project.run.unlink(missing_ok=True)  # it must not pass for the report of this run
-            preflight(workspace)
-            if not force and (found := find_unchanged(workspace)):
-                run.report = found
-            else:
-                _run_flow(run)
-        except HandsignsError as error:
-            _fail(run, str(error))
-        except KeyboardInterrupt:
-            if not run.ended:
-                run.end("cancelled", "Interrupted before it began.")
-        write_report(run.report, project)
+            try:
+                preflight(workspace)
+                if not force and (found := find_unchanged(workspace)):
+                    run.report = found
+                else:
+                    _run_flow(run)
+            except HandsignsError as error:
+                _fail(run, str(error))
+            except KeyboardInterrupt:
+                if not run.report.reason:
+                    run.end("cancelled", "Interrupted before it began.")
+            write_report(run.report, project)
+    except BusyError as error:  # run.json is the other one's
+        run.end("failed", str(error))
     return run.report
 
 
@@ -77,13 +85,31 @@ def _fail(run: Run, reason: str) -> None:
     """Report what failed outside of the flow; an outcome of the flow stands."""
     from flows.notify import notify_people
 
-    title = "Prefect failed at the end of a retrain"
-    if run.report.status == "failed":
-        title = f"retrain failed{'' if run.ended else ' before it began'}"
-        run.end("failed", reason)
-    else:
+    title = "retrain failed before it began"
+    if run.report.reason:
+        title = "Prefect failed at the end of a retrain"
         _log.warning(reason)
+    else:
+        run.end("failed", reason)
     notify_people(run.workspace.settings, f"handsigns: {title}", reason)
+
+
+@contextmanager
+def retrain_lock(project: Project) -> Iterator[None]:
+    """Hold the lock of the checkout's one retrain; `BusyError` names who has it."""
+    project.local.mkdir(parents=True, exist_ok=True, mode=0o700)
+    holder = project.retrain_lock.with_suffix(".pid")
+    try:
+        lock = FileLock(project.retrain_lock).acquire(timeout=0)
+    except Timeout:
+        known = holder.read_text(errors="replace").strip() if holder.exists() else "unknown process"
+        raise BusyError(
+            f"Another retrain of this checkout runs: {known}. Let it end, or cancel it, and run "
+            "again."
+        ) from None
+    with lock:
+        holder.write_text(f"process {os.getpid()}\n")
+        yield
 
 
 @contextmanager
@@ -105,22 +131,182 @@ def signals_interrupt() -> Iterator[None]:
             signal.signal(number, before)
 
 
+def preflight(workspace: Workspace) -> None:
+    """Refuse a retrain that cannot end well, before anything is started or changed."""
+    check_one_worker(load_params(workspace.project.params))
+    workspace.trust.check_signer()
+    _check_approval(workspace)
+    check_reachable(workspace.settings)
+    _has_registry(workspace)
+    workspace.pipeline.stages()
+    if problem := read_revision(workspace.project.root).problem:
+        _log.warning("Releases of this run name no commit and cannot be rebuilt: %s.", problem)
+
+
+def check_one_worker(params: Params) -> None:
+    """Reject a multi-worker TF_CONFIG; a retrain uses one worker."""
+    if params.training.mode != "end_to_end":
+        return
+    from tasks.training.end_to_end import named_workers
+
+    workers = named_workers()
+    if len(workers) > 1:
+        raise SettingsError(
+            f"A retrain trains in one process, and TF_CONFIG names {len(workers)} workers "
+            f"({', '.join(workers)}). Run `dvc repro` on each of them, then unset TF_CONFIG and "
+            "retrain on one: it finds the stages done."
+        )
+
+
+def _check_approval(workspace: Workspace) -> None:
+    """Approval needs services that outlive the run, or nobody could answer."""
+    settings = workspace.settings
+    if settings.promotion != "approval":
+        return
+    running = find_running(workspace.services.folder)
+    addresses = {
+        "PREFECT_API_URL": workspace.services.prefect_named(),
+        "HANDSIGNS_S3_ENDPOINT_URL": settings.s3_endpoint_url or (running and running.s3),
+    }
+    missing = [name for name, address in addresses.items() if address is None]
+    if missing:
+        raise SettingsError(
+            f"HANDSIGNS_PROMOTION=approval cannot be used without {' and '.join(missing)}: "
+            "a run that waits for approval needs services that others can reach meanwhile. Set "
+            "them, start the service with `handsigns up`, or use HANDSIGNS_PROMOTION=auto."
+        )
+
+
+def _has_registry(workspace: Workspace) -> bool:
+    """Whether there is a registry; `ServiceError` if its local file is no database."""
+    if workspace.settings.mlflow_tracking_uri or workspace.settings.database_url:
+        return True
+    path = workspace.project.local / SQLITE["mlflow"]
+    head = path.read_bytes()[: len(MAGIC)] if path.exists() else b""
+    if head not in (b"", MAGIC):
+        raise ServiceError(
+            f"'{path}' is damaged: it is no SQLite database. Move it away and run `handsigns "
+            "rebuild-registry`, which registers the releases in storage anew."
+        )
+    return bool(head)
+
+
+def find_unchanged(workspace: Workspace) -> RunReport | None:
+    """Return an `unchanged` report if a run would come to the same end as the last one.
+
+    MLflow's alias is repaired here if it does not follow the champion.
+    """
+    project, pipeline = workspace.project, workspace.pipeline
+    version, report = pipeline.data_version(), last_run(project)
+    if report is None:
+        return None
+    before = read_json(_last_run(project)).get("inputs") or {}
+    if any(before.get(name) != value for name, value in _inputs(workspace).items()):
+        return None
+    if report.data.version != version or not project.data.is_dir() or pipeline.changed():
+        return None
+    if (inbox := workspace.inbox()) and inbox.new:
+        return None
+    if report.status != "rejected" and not _is_registered(workspace):
+        return None
+    outcome = f"data, parameters and code are those of version {report.model.version}."
+    if report.status == "rejected":
+        outcome = f"the last run was rejected: {report.reason}"
+    report.data.quarantined = quarantined(project)
+    changes = {"status": "unchanged", "reason": f"Nothing changed; {outcome}", "seconds": {}}
+    return report.model_copy(update=changes)
+
+
+def _is_registered(workspace: Workspace) -> bool:
+    """Whether champion and registry still are what the last run left, or were repaired."""
+    if not _has_registry(workspace):
+        return False
+    if workspace.settings.s3_endpoint_url is None and not workspace.alias_pending.exists():
+        return True
+    return workspace.champion() is not None and workspace.repair_alias()
+
+
+def save_last_run(workspace: Workspace, report: RunReport) -> None:
+    """Remember how a run ended, for `find_unchanged`; log, don't raise, if that fails."""
+    store = _store_id(workspace.project)
+    try:
+        if workspace.settings.s3_endpoint_url is None and not store.exists():
+            store.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            store.write_text(uuid.uuid4().hex, encoding="utf-8")
+        content = {"inputs": _inputs(workspace), "report": report.model_dump(mode="json")}
+        write_json(_last_run(workspace.project), content)
+    except OSError as error:
+        _log.warning("The next run will not know that nothing changed (%s).", error)
+
+
+def last_run(project: Project) -> RunReport | None:
+    """The report of the last run that was not merely `unchanged`; None if it is unreadable."""
+    last = read_json(_last_run(project))
+    try:
+        return RunReport.model_validate(last["report"]) if isinstance(last, dict) else None
+    except (KeyError, ValidationError):  # written by another version of this program
+        return None
+
+
+def _inputs(workspace: Workspace) -> dict[str, Any]:
+    """What a run is made of and where its results go, without any secret."""
+    project, settings = workspace.project, workspace.settings
+    store = _store_id(project)
+    registry = settings.mlflow_tracking_uri
+    if registry is None:
+        running = find_running(project.local.resolve())
+        if running and running.mlflow:  # its worker's runs do not know the database
+            registry = running.database
+        elif settings.database_url:
+            registry = settings.database_url.get_secret_value()
+    keys = [*settings.public_keys, *filter(None, [settings.signing_key])]
+    targets = {"dvc_remote": redact_url(settings.dvc_remote_url or ""), "branch": settings.git_push}
+    return {
+        **{name: target for name, target in targets.items() if target},  # one less needs no run
+        "lock": _digest(project.lock),
+        "storage": settings.s3_endpoint_url or (store.read_bytes().hex() if store.exists() else ""),
+        "bucket": settings.bucket,
+        "registry": redact_url(registry or ""),
+        "model": settings.model_name,
+        "keys": [_digest(key) for key in keys],
+    }
+
+
+def _digest(path: Path) -> str | None:
+    return sha256(path) if path.is_file() else None
+
+
+def _store_id(project: Project) -> Path:
+    """Lies among the local storage's files, so that it is removed with them."""
+    return project.local / "seaweedfs" / "handsigns.id"
+
+
+def _last_run(project: Project) -> Path:
+    return project.local / "last_run.json"
+
+
 def _run_flow(run: Run) -> None:
     services = run.workspace.services
     api = services.start_prefect()
-    _point(run.workspace, api)
     # Imported while the server starts, one after the other: modules that two threads
     # import at once can see each other half made.
     import tensorflow  # noqa: F401
 
-    from flows.retrain import retrain as flow
     from tasks.services.mlflow import load_mlflow
 
     load_mlflow()
-    services.prefect()
+
+    def flow() -> None:
+        from flows.retrain import retrain
+
+        services.prefect()
+        retrain(force=run.force, return_state=True)
+
     token = command.set(run)
     try:
-        _in_prefect(lambda: flow(force=run.force, return_state=True))
+        _in_prefect(run.workspace, api, flow)
+    except HandsignsError:
+        raise
     except Exception as error:  # the flow catches its own errors; these are the client's
         raise ServiceError(
             f"Prefect at {redact_url(api)} failed ({type(error).__name__}). "
@@ -138,14 +324,16 @@ def show_move(workspace: Workspace, move: Move) -> None:
     api = workspace.services.prefect_named()
     if api is None:
         return
-    if ask(f"{api}/health", seconds=3.0) is None:
-        _log.warning("Prefect at %s does not answer; its UI lacks this move.", redact_url(api))
-        return
-    _point(workspace, api)
-    try:
+
+    def flow() -> None:
         from flows.promotion import record_move
 
-        _in_prefect(lambda: record_move(workspace, move))
+        record_move(workspace, move)
+
+    try:
+        if ask(f"{api}/health", seconds=3.0) is None:
+            raise ConnectionError
+        _in_prefect(workspace, api, flow)
     except Exception as error:  # of many kinds, all of Prefect's client
         status = getattr(getattr(error, "response", None), "status_code", type(error).__name__)
         _log.warning(
@@ -156,19 +344,17 @@ def show_move(workspace: Workspace, move: Move) -> None:
         )
 
 
-def _point(workspace: Workspace, api: str) -> None:
+def _in_prefect(workspace: Workspace, api: str, flow: Callable[[], None]) -> None:
+    """Call what runs a flow, once Prefect's client knows its server."""
     point_prefect_at(api, workspace.services.folder, workspace.settings)
     # The terminal shows progress; the UI has the log.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
-
-
-def _in_prefect(flow: Callable[[], T]) -> T:
     from prefect import tags
     from prefect.logging.handlers import APILogWorker
 
     try:
         with tags(TAG):
-            return flow()
+            flow()
     finally:
         APILogWorker.drain_all(timeout=5)  # the last lines, before the server stops

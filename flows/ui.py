@@ -1,4 +1,4 @@
-"""What the Prefect UI shows of a run: its name, artifacts and progress.
+"""What the Prefect UI shows of a run: its name and artifacts.
 
 Everything here is best effort: an error of Prefect's is logged once and fails no run.
 """
@@ -6,39 +6,26 @@ Everything here is best effort: an error of Prefect's is logged once and fails n
 import base64
 import html
 import logging
-import re
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect.artifacts import (
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
 from flows.report import DataChanges, RunReport
 from flows.workspace import Workspace
-from tasks.data.importer import ImportReport
 from tasks.gate import shown, shown_interval
 from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.card import table
 from tasks.releases.challenger import PromotionDecision
 from tasks.releases.champion import METRICS
-from tasks.stage import Progress
 
-MOST_FILES = 100
-"""Quarantined files in the table; `quarantine.json` lists all."""
 MOST_PHOTOS = 50
 """Photos in the comparison that the two models read differently."""
-SECONDS = 2.0
-"""Least time between two updates of one progress bar."""
 
 _log = logging.getLogger(__name__)
 _failed = False
@@ -78,111 +65,40 @@ def run_address() -> str | None:
     return str(flow_run.ui_url) if flow_run.get_id() else None
 
 
-class ProgressArtifacts:
-    """A `Progress` with a bar in the UI, gone when the run ends.
-
-    Args:
-        also: Another listener, such as the terminal's.
-    """
-
-    def __init__(self, also: Progress) -> None:
-        self._also = also
-        self._bars: dict[str, tuple[UUID | None, float]] = {}
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        self._also(what, done, total)
-        now, share = time.monotonic(), 100.0 * done / max(1, total)
-        text = f"{what}: {done} of {total}"
-        if what not in self._bars:
-            if done < total:
-                key = f"progress-{re.sub('[^a-z0-9]+', '-', what.lower()).strip('-')}"
-                self._bars[what] = (_try(create_progress_artifact, share, key, text), now)
-            return
-        bar, last = self._bars[what]
-        if bar and (done >= total or now - last > SECONDS):
-            self._bars[what] = (bar, now)
-            _try(update_progress_artifact, bar, share, text)
-
-    def close(self) -> None:
-        """Remove the bars."""
-
-        def remove(bars: list[UUID]) -> None:
-            with get_client(sync_client=True) as client:
-                for bar in bars:
-                    client.delete_artifact(bar)
-
-        if bars := [bar for bar, _ in self._bars.values() if bar]:
-            _try(remove, bars)
-
-
 def show_summary(project: Project, report: RunReport) -> None:
     """The outcome at a glance: verdict, scores, phases, and the plots of this run."""
-    data, test = report.data, report.test
-    facts = [
-        ("reason", report.reason),
-        ("photos", f"{data.train} train, {data.val} val, {data.test} test"),
-        ("synthetic hands", f"{data.synthetic}, in training only"),
-        ("test", f"accuracy {shown(test.accuracy)}, loss {shown(test.loss)}"),
-        ("release", report.release.uri or "none"),
-        ("data", data.version),
-    ]
-    if found := report.comparison:
-        pair = f"{found['champion']['accuracy']:.4f} -> {found['challenger']['accuracy']:.4f}"
-        facts.append(("champion -> challenger", f"accuracy {pair}, {found['verdict']}"))
-    text = f"## {html.escape(report.headline())}\n\n{_table(('', ''), facts)}"
+    text = f"## {html.escape(report.headline())}\n\n{_table(('', ''), report.facts())}"
     if report.phases:
         names = ("name", "images", "epochs", "seconds", "val_accuracy", "val_loss")
         phases = [[getattr(phase, name) for name in names] for phase in report.phases]
-        text += f"\n\n{_table(('phase', *names[1:]), phases)}"
         scores = ("label", "precision", "recall", "f1", "support")
-        classes = [[row.get(name) for name in scores] for row in test.per_class]
-        text += f"\n\n{_table(scores, classes)}"
+        classes = [[row.get(name) for name in scores] for row in report.test.per_class]
+        text += f"\n\n{_table(('phase', *names[1:]), phases)}\n\n{_table(scores, classes)}"
         plots = ("curves", "confusion", "mistakes")
         text += "".join(_picture(project.plots / f"{name}.png") for name in plots)
     _markdown("summary", report.headline(), text)
 
 
-def show_inbox(name: str, report: ImportReport) -> None:
-    """What was imported from the inbox, and what was quarantined."""
-    counts = {
-        "imported": sum(report.imported.values()),
-        "known already": sum(report.already_there.values()),
-        **{f"quarantined: {kind}": number for kind, number in report.kinds().items()},
-    }
-    text = f"## Inbox\n`{name}`\n\n{_table(('files', 'number'), counts.items())}"
-    rows = [(file.origin, file.reason) for file in report.quarantined[:MOST_FILES]]
-    if rows:
-        text += f"\n\n{_table(('quarantined', 'reason'), rows)}"
-    _markdown("inbox", "What was imported from the inbox before this run.", text)
-
-
-def show_audit(project: Project) -> None:
-    """Counts by class, near-duplicates, exclusions and warnings."""
+def show_photos(project: Project, changes: DataChanges) -> None:
+    """The photos: counts, exclusions, warnings, and what changed since the champion."""
     audit = read_json(project.audit)
     counts = audit["counts"]
     labels = sorted(next(iter(counts.values())))
     rows = [[folder, *(by_label[label] for label in labels)] for folder, by_label in counts.items()]
-    facts = [
+    since = f"version {changes.since}" if changes.since else "the beginning: no champion yet"
+    changed = [[label, *numbers.values()] for label, numbers in changes.per_class.items()]
+    lines = [
+        f"## Photos\n\n{_table(('folder', *labels), rows)}\n",
         f"- {audit['photos']} photos, {audit['duplicates']} of them near-duplicates of another",
         f"- {len(audit['excluded'])} excluded from training",
         *(f"- **{html.escape(warning)}**" for warning in audit["warnings"]),
+        f"\n## What changed since {since}\n",
+        _table(("sign", "before", "added", "removed", "now"), changed),
+        f"\n{changes.relabelled} photos got another label.",
+        _picture(project.plots / "audit.png"),
     ]
-    text = f"## Photos\n\n{_table(('folder', *labels), rows)}\n\n" + "\n".join(facts)
-    text += _picture(project.plots / "audit.png")
-    _markdown("audit", "The photos, and which are excluded from training.", text)
-
-
-def show_changes(changes: DataChanges) -> None:
-    """Photos that came, went or got another label since the champion was trained."""
-    since = f"version {changes.since}" if changes.since else "the beginning: no champion yet"
-    rows = [[label, *counts.values()] for label, counts in changes.per_class.items()]
-    text = (
-        f"## What changed in the photos since {since}\n\n"
-        f"{_table(('sign', 'before', 'added', 'removed', 'now'), rows)}\n\n"
-        f"{changes.relabelled} photos got another label."
-    )
-    what = f"{changes.added} photos added, {changes.removed} removed."
-    _markdown("data-changes", what, text)
+    what = f"The photos: {changes.added} added, {changes.removed} removed."
+    _markdown("audit", what, "\n".join(lines))
 
 
 def show_gate(report: RunReport) -> None:
@@ -242,25 +158,23 @@ def comparison_text(decision: PromotionDecision) -> str:
     names = ("name", "label", "champion", "challenger", "now")
     photos = [[row[name] for name in names] for row in found["changed"][:MOST_PHOTOS]]
     more = len(found["changed"]) - len(photos)
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"McNemar's exact test: {found['won']} photos only the challenger has right, "
-            f"{found['lost']} only the champion, p = {found['p_value']:.3g}: "
-            f"**{found['verdict']}**.",
-            "",
-            _table(
-                (f"{before['n']} photos", "champion", "challenger"),
-                [(name, before[name], after[name]) for name in METRICS],
-            ),
-            "\n### Recall of each sign\n",
-            _table(("sign", "photos", "champion", "challenger", "change"), recalls),
-            f"\n### {len(found['changed'])} photos changed verdict\n",
-            _table(("photo", "sign", "champion read", "challenger reads", "now"), photos),
-            f"\nand {more} more." if more else "",
-        ]
-    )
+    lines += [
+        "",
+        f"McNemar's exact test: {found['won']} photos only the challenger has right, "
+        f"{found['lost']} only the champion, p = {found['p_value']:.3g}: "
+        f"**{found['verdict']}**.",
+        "",
+        _table(
+            (f"{before['n']} photos", "champion", "challenger"),
+            [(name, before[name], after[name]) for name in METRICS],
+        ),
+        "\n### Recall of each sign\n",
+        _table(("sign", "photos", "champion", "challenger", "change"), recalls),
+        f"\n### {len(found['changed'])} photos changed verdict\n",
+        _table(("photo", "sign", "champion read", "challenger reads", "now"), photos),
+        f"\nand {more} more." if more else "",
+    ]
+    return "\n".join(lines)
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -7,19 +7,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from flows.local.clients import configured_s3
-from flows.local.stack import Services, embedded
+from flows.local.stack import Services
 from flows.settings import Settings
 from tasks.errors import HandsignsError
 from tasks.project import Project
 from tasks.releases.pointer import Champion, Move, read_champion, sync_alias
 from tasks.releases.signing import Trust
 from tasks.services.s3 import S3Address, Storage
+from tasks.stage import Progress
 
 if TYPE_CHECKING:
+    from tasks.data.importer import ImportReport
+    from tasks.data.inbox import Inbox
     from tasks.model.inference import Classifier
     from tasks.services.dvc import Pipeline, Remote
     from tasks.services.mlflow import Registry
@@ -33,19 +35,17 @@ class Workspace:
     def __init__(self, project: Project, settings: Settings) -> None:
         self.project = project
         self.settings = settings
-        self._embedded = embedded(settings, project)
+        # Marks that MLflow's alias may not name the champion; see `repair_alias`.
+        self.alias_pending = project.local / "alias_pending"
 
     def __enter__(self) -> Self:
-        self.services: Services = self._embedded.__enter__()
+        folder = self.project.local.resolve()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.services = Services(self.settings, folder)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._embedded.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self.services.stop()
 
     @cached_property
     def pipeline(self) -> "Pipeline":
@@ -59,21 +59,12 @@ class Workspace:
         """Where releases are."""
         return Storage(self.services.s3(), self.trust)
 
-    def bucket(self, name: str) -> Storage:
-        """Another bucket of the same S3 service."""
-        return Storage(replace(self.services.s3(), bucket=name))
-
     @cached_property
     def trust(self) -> Trust:
         """The keys that releases are signed and verified with."""
-        known = self.settings
-        secret = known.signing_passphrase
-        return Trust(
-            known.public_keys,
-            known.signing_key,
-            secret.get_secret_value() if secret else None,
-            self.project.champions_seen,
-        )
+        known, secret = self.settings, self.settings.signing_passphrase
+        passphrase = secret.get_secret_value() if secret else None
+        return Trust(known.public_keys, known.signing_key, passphrase, self.project.champions_seen)
 
     @cached_property
     def registry(self) -> "Registry":
@@ -98,7 +89,8 @@ class Workspace:
         from tasks.releases.release import open_release, verify_folder
 
         if path.is_dir():
-            return open_release(path), f"release {verify_folder(path, None, self.trust).id}"
+            manifest = verify_folder(path, None, self.trust)
+            return open_release(path), f"release {manifest.id}"
         if path.is_file():
             preprocess = load_params(self.project.params).preprocess
             return load_classifier(path, preprocess), f"file {path}, in no verified release"
@@ -167,10 +159,40 @@ class Workspace:
         added = rebuild_registry(self.storage, self.registry)
         return [{"version": one.number, "release": one.content_id} for one in added]
 
-    @property
-    def alias_pending(self) -> Path:
-        """Marks that MLflow's alias may not name the champion; see `repair_alias`."""
-        return self.project.local / "alias_pending"
+    def inbox(self) -> "Inbox | None":
+        """List the inbox; None if none is set."""
+        if (place := self.settings.inbox) is None:
+            return None
+        from tasks.data.inbox import Inbox, list_bucket, list_folder
+
+        if place.startswith("s3://"):
+            name, _, prefix = place.removeprefix("s3://").partition("/")
+            bucket = Storage(replace(self.services.s3(), bucket=name))
+            listing = list_bucket(bucket, prefix)
+        else:
+            listing = list_folder(Path(place))
+        return Inbox(self.project, place, listing, self.pipeline.data_version())
+
+    def import_new(self, inbox: "Inbox", progress: Progress) -> "ImportReport":
+        """Import new photos into `data/`, not yet as a version; they replace a rendered sample."""
+        from tasks.data.directory import fetch_data
+
+        project, pipeline = self.project, self.pipeline
+        source = pipeline.data_source()
+        if source == "photos":
+            fetch_data(project, pipeline, progress)
+        # What a person put beside the rendered photos must not be removed.
+        replace = source == "sample" and not (project.data.is_dir() and pipeline.data_changed())
+        report = inbox.import_new(replace, progress)
+        _log.info(
+            "Inbox %s: %d photos imported%s, %d known already, %d quarantined.",
+            inbox.name,
+            sum(report.imported.values()),
+            " in place of the rendered sample" if replace and report.usable else "",
+            sum(report.already_there.values()),
+            len(report.quarantined),
+        )
+        return report
 
     @contextmanager
     def alias_follows(self) -> Iterator[None]:
@@ -192,7 +214,7 @@ class Workspace:
 
     def status(self) -> dict[str, Any]:
         """Where data, registry, champion and the last run stand."""
-        from flows.preflight import last_run
+        from flows.run import last_run
         from tasks.params import load_params
 
         load_params(self.project.params)  # DVC would blame dvc.yaml for a fault in it
@@ -260,17 +282,13 @@ class Workspace:
         if not url.startswith("s3://"):
             return Remote(url, {})
         if known.s3_endpoint_url or known.aws_access_key_id:
-            return Remote(url, _dvc_options(configured_s3(known), known.s3_endpoint_url))
-        return Remote(url, {}, self._local_options)
-
-    def _local_options(self) -> dict[str, str]:
-        address = self.services.s3()
-        return _dvc_options(address, address.endpoint_url)
+            return Remote(url, _dvc_options(configured_s3(known)))
+        return Remote(url, {}, lambda: _dvc_options(self.services.s3()))
 
 
-def _dvc_options(address: S3Address, endpoint: str | None = None) -> dict[str, str]:
+def _dvc_options(address: S3Address) -> dict[str, str]:
     options = {
-        "endpointurl": endpoint,
+        "endpointurl": address.endpoint_url,
         "region": address.region,
         "access_key_id": address.access_key_id,
         "secret_access_key": address.secret_access_key,

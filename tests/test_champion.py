@@ -160,6 +160,12 @@ def test_a_version_that_lost_to_an_earlier_champion_says_so(court: Court) -> Non
     assert "not compared with the present champion, version 2" in str(caught.value)
 
 
+def test_a_former_champion_is_told_what_it_lost_to(court: Court) -> None:
+    court.promote(2)
+    with pytest.raises(PromotionError, match="version 2 took its place: no worse"):
+        court.promote(1)
+
+
 def test_rollback_goes_back_one_promotion_at_a_time(court: Court) -> None:
     court.promote(2)
     court.promote(3, "I say so", force=True)

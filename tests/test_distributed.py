@@ -99,7 +99,7 @@ def test_a_config_that_names_nobody_has_no_workers(
 def test_a_retrain_does_not_wait_for_workers_that_only_a_stage_can_join(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from flows.preflight import check_one_worker
+    from flows.run import check_one_worker
 
     params = plain_context(Path()).params
     monkeypatch.setenv("TF_CONFIG", config(["127.0.0.1:1", "127.0.0.1:2"], 0))

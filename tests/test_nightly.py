@@ -69,10 +69,7 @@ def test_the_inbox_is_trained_on_once_and_its_versions_reach_the_branch(
         assert (root / "data.dvc").read_bytes() == version
 
     with sqlite3.connect(made.project.local / "prefect/prefect.db") as database:
-        shown = {key for (key,) in database.execute("select key from artifact")}
         runs = [name for (name,) in database.execute("select name from flow_run")]
-    assert {"inbox", "quarantine", "versions"} <= shown
-    # Called after the photos that it found, not after the sample that it began with.
-    assert runs[0].endswith(f"data {first['data']['version'][:8]}")
+    assert runs[0].startswith("v1 promoted: accuracy ")
     left = [*made.project.local.rglob("*"), *made.project.artifacts.rglob("*")]
     assert not [path for path in left if path.is_file() and SECRET.encode() in path.read_bytes()]

@@ -102,7 +102,7 @@ def test_a_refusal_says_by_how_much_and_what_to_do_next() -> None:
     )
     listing = retrain_listing(report)
     assert dict(listing.rows)["gate"] == (
-        "failed: accuracy 0.9630 < 0.9900; recall of 4 0.8000, surely only 0.7100 < 0.7500; "
-        "loss 0.4100 > 0.3000; ECE: it is not a number"
+        "failed: accuracy 0.963 < 0.990; recall of 4 0.800, surely only 0.710 < 0.750; "
+        "loss 0.410 > 0.300; ECE: it is not a number"
     )
     assert "params.yaml" in listing.notes[0]

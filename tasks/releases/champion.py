@@ -80,7 +80,7 @@ def promote(
     _check_expected(present, expected)
     blockers = (
         *_failed_gates(folder, load_params(project.params).gate),
-        *_lost_comparison(found.tags, present),
+        *_lost_comparison(registry, found, present),
         *_made_earlier(folder, present),
     )
     if blockers and not force:
@@ -202,14 +202,21 @@ def _failed_gates(release: Path, limits: GateParams) -> Iterator[str]:
         yield f"today's gate refuses it, {reason}"
 
 
-def _lost_comparison(tags: Mapping[str, str], present: Champion | None) -> Iterator[str]:
+def _lost_comparison(
+    registry: Registry, version: Version, present: Champion | None
+) -> Iterator[str]:
     if present is None:
         return
-    against, now = tags.get(COMPARED_WITH), present.pointer
-    numbers = {move.release: move.version for move in now.moves}
+    tags, now = version.tags, present.pointer
+    against, numbers = tags.get(COMPARED_WITH), {move.release: move.version for move in now.moves}
     if against is not None and tags.get(COMPARISON_WON) != "yes":
         yield f"compared with version {numbers.get(against, '?')} it is {tags.get(COMPARISON)}"
-    if against != now.release:
+    if against == now.release:
+        return
+    held = registry.find(now.release)
+    if held and held.tags.get(COMPARED_WITH) == version.content_id:
+        yield f"version {now.version} took its place: {held.tags.get(COMPARISON)}"
+    else:
         yield f"it was not compared with the present champion, version {now.version}"
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import yaml
 
-from tasks.errors import DataError
+from tasks.errors import DataError, StageError
 from tasks.io import atomic_write
 from tasks.project import Project
 
@@ -47,6 +47,21 @@ def record_source(project: Project, source: DataSource) -> str:
     with atomic_write(project.data_file) as path:
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return str(content["outs"][0]["md5"])
+
+
+def check_trained_on(project: Project, version: str) -> None:
+    """Check that `data.dvc` and the stages in `dvc.lock` name this version of the photos."""
+    record = read_record(project)
+    try:
+        stages = yaml.safe_load(project.lock.read_text(encoding="utf-8"))["stages"].values()
+        used = {dep["md5"] for one in stages for dep in one["deps"] if dep["path"] == "data"}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise StageError("dvc.lock is damaged. Take it back from git and run again.") from error
+    if record is None or record.version != version or used != {version}:
+        raise StageError(
+            f"The photos changed during this run, which began with version {version} of data/. "
+            "Nothing was published; run again."
+        )
 
 
 def _read(project: Project) -> dict[str, Any] | None:
