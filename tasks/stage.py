@@ -1,11 +1,13 @@
 """The command of a stage: context, progress and entry point."""
 
+import importlib
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.errors import HandsignsError
+from tasks.errors import HandsignsError, StageError
 from tasks.garbage import rare_collection
 from tasks.params import Params, load_params
 from tasks.project import Project
@@ -44,6 +46,18 @@ def stage_main(stage: Stage) -> None:
             f"'{error.filename or project.artifacts}' cannot be read or written "
             f"({error.strerror or error}). Make room or give permission, and run again."
         )
+
+
+def run_command(command: str, project: Project, progress: Progress) -> None:
+    """Run a stage's command, as `dvc.yaml` has it, in this process."""
+    words = re.fullmatch(r"python -m (tasks\.\S+)(?: (\S+))?", command)
+    if words is None:
+        raise StageError(
+            f"The cmd of a stage must be `python -m tasks.<module> [item]`, not '{command}'. "
+            "Correct dvc.yaml."
+        )
+    stage: Stage = importlib.import_module(words[1]).run
+    stage(Context(project, load_params(project.params), progress), words[2])
 
 
 def _print_progress(what: str, done: int, total: int) -> None:

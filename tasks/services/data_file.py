@@ -14,36 +14,25 @@ DataSource = Literal["sample", "photos"]
 
 @dataclass(frozen=True)
 class DataRecord:
-    """The version of `data/` in `data.dvc`.
-
-    Args:
-        version: DVC's hash of the folder.
-        source: whether a fresh clone can render what it cannot pull.
-    """
+    """DVC's hash of `data/`, and whether a fresh clone can render what it cannot pull."""
 
     version: str
     source: DataSource
 
 
 def read_record(project: Project) -> DataRecord | None:
-    """Read `data.dvc`; None where there is none.
-
-    Raises:
-        DataError: it is not what DVC writes.
-    """
-    content = _read(project)
-    if content is None:
+    """Read `data.dvc`; None where there is none, `DataError` if it is not what DVC writes."""
+    if not project.data_file.is_file():
         return None
-    source = _meta(content).get("source")
-    return DataRecord(content["outs"][0]["md5"], "sample" if source == "sample" else "photos")
+    content, meta = _read(project)
+    source: DataSource = "sample" if meta.get("source") == "sample" else "photos"
+    return DataRecord(content["outs"][0]["md5"], source)
 
 
 def record_source(project: Project, source: DataSource) -> str:
     """Add to what DVC has just written where the photos came from; the version's hash."""
-    content = _read(project)
-    if content is None:
-        raise DataError("DVC wrote no data.dvc. Run `dvc doctor` and see what it says.")
-    content["meta"] = {**_meta(content), "source": source}
+    content, meta = _read(project)
+    content["meta"] = {**meta, "source": source}
     with atomic_write(project.data_file) as path:
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return str(content["outs"][0]["md5"])
@@ -64,22 +53,16 @@ def check_trained_on(project: Project, version: str) -> None:
         )
 
 
-def _read(project: Project) -> dict[str, Any] | None:
-    if not project.data_file.is_file():
-        return None
+def _read(project: Project) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Content and metadata; a team may note any value there."""
     try:
         content = yaml.safe_load(project.data_file.read_text(encoding="utf-8"))
         if not isinstance(content["outs"][0]["md5"], str):
             raise TypeError(content["outs"][0]["md5"])
-    except (ValueError, yaml.YAMLError, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError) as error:
         raise DataError(
             "data.dvc is not what DVC writes. Take it back from git, "
             "or remove it and import the photos again."
         ) from error
-    return dict(content)
-
-
-def _meta(content: dict[str, Any]) -> dict[str, Any]:
-    """What a team notes there is its own affair; DVC takes any value."""
     meta = content.get("meta")
-    return meta if isinstance(meta, dict) else {}
+    return content, meta if isinstance(meta, dict) else {}

@@ -1,15 +1,14 @@
 """DVC: the pipeline's stages and the versions of the photos.
 
 `dvc.repo.Repo` is not a documented API: the version is pinned, and `tests/test_pipeline.py`
-holds what is used of it.
+checks what is used of it.
 """
 
+import itertools
 import json
 import logging
-import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,12 +16,11 @@ from typing import Any, Literal, TypeVar
 import stamina
 
 from tasks.errors import BusyError, DataError, HandsignsError, ServiceError, StageError
-from tasks.io import atomic_write
+from tasks.io import atomic_write, sha256
 from tasks.project import Project
 from tasks.services.data_file import DataSource, read_record, record_source
 from tasks.services.s3 import redact_url
-from tasks.services.stage_runner import StageRunner, source_digests
-from tasks.stage import Progress, silent
+from tasks.stage import Progress, run_command, silent
 
 Outcome = Literal["unchanged", "restored", "ran"]
 DataState = Literal["missing", "clean", "edited", "outdated"]
@@ -30,6 +28,10 @@ DataState = Literal["missing", "clean", "edited", "outdated"]
 an earlier version that nobody changed, while `data.dvc` names a later one."""
 
 REMOTE = "handsigns"
+FULL = (
+    "DVC cannot keep its notes ({}), which mostly means a full disk. Free some room, then run "
+    "again; nothing was lost."
+)
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
@@ -41,7 +43,7 @@ class Remote:
     Args:
         url: as DVC takes it, such as `s3://dvc`.
         options: further keys of DVC's remote section, credentials among them.
-        late: options known only while a local server runs; called before a transfer.
+        late: makes options known only while a local server runs; called before a transfer.
     """
 
     url: str
@@ -61,13 +63,14 @@ class Pipeline:
     def __init__(
         self, project: Project, remote: Remote | None = None, lock_timeout: float = 600.0
     ) -> None:
-        from dvc.exceptions import DvcException, NotDvcRepoError
+        from dvc.exceptions import DvcException
         from dvc.repo import Repo
 
         # What DVC logs line by line is not for users: the error in the end says why.
         for name in ("dvc", "dvc_data", "dvc_objects", "stamina"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._project = project
+        self._memory = project.local / "data_version"
         self._lock_timeout = lock_timeout
         self._remote = remote
         self._section: dict[str, str] = {}
@@ -81,16 +84,14 @@ class Pipeline:
             config = {"core": {"remote": REMOTE}, "remote": {REMOTE: self._section}}
         try:
             self._repo = Repo(str(project.root), config=config)
-        except NotDvcRepoError as error:
-            raise DataError(f"'{project.root}' is no DVC project. Run in a checkout.") from error
         except DvcException as error:
             raise DataError(
-                f"DVC cannot open '{project.root}' ({_one_line(error)}). Check "
-                "HANDSIGNS_DVC_REMOTE_URL and .dvc/config, and that the folder is in git."
+                f"DVC cannot open '{project.root}' ({_one_line(error)}). Check that it is a "
+                "checkout of this project, HANDSIGNS_DVC_REMOTE_URL and .dvc/config."
             ) from error
         except sqlite3.Error as error:
-            raise _no_room(error) from error
-        self._sources = source_digests(project.root)
+            raise StageError(FULL.format(error)) from error
+        self._sources = _digests(project.root)
 
     def stages(self) -> list[str]:
         """Names of the stages, each after what it depends on."""
@@ -111,21 +112,46 @@ class Pipeline:
     def run(self, name: str, force: bool = False, progress: Progress = silent) -> Outcome:
         """Bring one stage, such as `train@base`, up to date; those before it must be.
 
+        DVC offers no public way to run a stage in this process, and a process for each of
+        twelve stages would import TensorFlow again, which takes longer than most of them. So
+        DVC's own `cmd_run` is replaced meanwhile.
+
         Returns:
             Whether it ran, was restored from DVC's run cache, or needed neither.
-
-        Raises:
-            StageError: the stage failed, or its inputs changed while it ran.
-            BusyError: another process holds the lock for too long.
         """
-        runner = StageRunner(self._project, self._sources, progress)
+        import dvc.stage.run as dvc_run
+
+        ran = []
+
+        def run_here(stage: Any, dry: bool = False, run_env: Any = None) -> None:
+            self._run_stage(stage, progress)
+            ran.append(stage)
 
         def reproduce() -> bool:
-            with _stages_run_by(runner):
+            original, dvc_run.cmd_run = dvc_run.cmd_run, run_here
+            try:
                 return bool(self._repo.reproduce(name, single_item=True, force=force))
+            finally:
+                dvc_run.cmd_run = original
 
         done = self._locked(reproduce)
-        return "ran" if runner.ran else "restored" if done else "unchanged"
+        return "ran" if ran else "restored" if done else "unchanged"
+
+    def _run_stage(self, stage: Any, progress: Progress) -> None:
+        before = {str(dep): dep.get_hash() for dep in stage.deps}
+        # What was imported must be what DVC hashes; from here on the deps say so.
+        if _digests(self._project.root) != self._sources:
+            raise StageError(
+                f"A module of tasks/ was edited since this run began, before {stage.addressing} "
+                "ran. Run again, so that the code that ran is the code on record."
+            )
+        run_command(stage.cmd, self._project, progress)
+        for dep in stage.deps:
+            if dep.get_hash() != before[str(dep)]:
+                raise StageError(
+                    f"'{dep}' changed while stage {stage.addressing} ran, so its result belongs "
+                    "to neither version. Run again."
+                )
 
     def data_version(self) -> str | None:
         """DVC's hash of `data/` as recorded in `data.dvc`; None where there is none."""
@@ -138,11 +164,7 @@ class Pipeline:
         return record.source if record else None
 
     def data_state(self) -> DataState:
-        """How `data/` compares with `data.dvc`.
-
-        Raises:
-            DataError: both changed since a version was laid out here.
-        """
+        """How `data/` compares with `data.dvc`; `DataError` if both changed."""
         if not any(self._project.data.glob("*/*/*")):
             return "missing"
         recorded = self.data_version()
@@ -153,12 +175,12 @@ class Pipeline:
             self._remember_version(recorded)
             return "clean"
         laid_out = self._remembered_version()
+        if laid_out is None:
+            laid_out = present if self._repo.cache.local.exists(present) else recorded
         if laid_out == recorded:
             return "edited"
-        if laid_out == present or (laid_out is None and self._repo.cache.local.exists(present)):
+        if laid_out == present:
             return "outdated"
-        if laid_out is None:
-            return "edited"
         raise DataError(
             f"data/ and data.dvc both changed since version {laid_out} was laid out. To keep the "
             "photos in data/, run `dvc add data`; to take those of data.dvc, `dvc pull --force "
@@ -180,22 +202,24 @@ class Pipeline:
 
     def remote_url(self) -> str | None:
         """Where photos are pushed, without secrets; None where nothing is set."""
-        target = self._target()
-        return target and redact_url(target[1])
+        _, url = self._target()
+        return redact_url(url) or None
 
     def has_remote(self) -> bool:
         """Whether there is anywhere to push to."""
-        return self._target() is not None
+        return self.remote_url() is not None
 
     def push_data(self) -> int:
         """Send the present version of `data/` to the remote; number of files sent."""
         _log.info("data/ is pushed to %s.", self.remote_url())
+        target = self._project.data_file.name
+        # Takes from data/ what the cache lost.
+        self._locked(lambda: self._repo.commit(target, relink=False))
 
         def push(name: str) -> int:
-            version = self._complete_cache()
-            sent = int(self._repo.push([self._project.data_file.name], remote=name))
+            sent = int(self._repo.push([target], remote=name))
             remote = self._repo.cloud.get_remote_odb(name)
-            if again := _send_missing(self._repo.cache.local, remote, version):
+            if again := _send_missing(self._repo.cache.local, remote, str(self.data_version())):
                 _log.warning("%d objects were missing in the remote; they are sent again.", again)
             return sent + again
 
@@ -225,31 +249,28 @@ class Pipeline:
 
         return self._locked(checkout)
 
-    def _target(self) -> tuple[str, str] | None:
+    def _target(self) -> tuple[str, str]:
         """Name and URL of the remote of our setting, or of the repository's configuration.
 
         A default remote of the user or the machine would take photos not meant for it.
         """
         if self._remote:
             return REMOTE, self._remote.url
-        name = ""
-        urls: dict[str, str] = {}
+        name, urls = "", dict[str, str]()
         for level in ("repo", "local"):
             own = self._repo.config.load_one(level)
             name = str(own["core"].get("remote", name))
-            urls |= {
-                key: section["url"] for key, section in own["remote"].items() if "url" in section
-            }
-        return (name, urls[name]) if name in urls else None
+            urls |= {key: one["url"] for key, one in own["remote"].items() if "url" in one}
+        return name, urls.get(name, "")
 
     def _transfer(self, what: str, call: Callable[[str], int]) -> int:
         from dvc.lock import LockError
 
-        name, url = self._target() or ("", "")
+        name, url = self._target()
 
         def transfer() -> int:
             try:
-                if self._remote:  # DVC reads its configuration anew for each transfer
+                if self._remote:  # DVC reads its configuration for each transfer
                     self._section.update(self._remote.late())
                 return call(name)
             except (LockError, HandsignsError, sqlite3.Error):
@@ -262,32 +283,12 @@ class Pipeline:
 
         return self._locked(transfer)
 
-    def _complete_cache(self) -> str:
-        """Make the local cache hold the recorded version; that version."""
-        cache, version = self._repo.cache.local, self.data_version()
-        if version is None:
-            raise DataError("data/ has no version yet. Import photos, or render the sample.")
-        if not cache.exists(version):
-            version = self.version_data(self.data_source() or "photos")
-        for digest, name in _listed(cache, version).items():
-            source, target = self._project.data / name, Path(cache.oid_to_path(digest))
-            if not target.exists() and source.is_file():
-                with atomic_write(target) as temporary:
-                    shutil.copyfile(source, temporary)
-                    temporary.chmod(0o444)
-        return version
-
     def _hash_data(self) -> str:
-        """Hash of `data/` as it is now."""
         (out,) = self._repo.stage.load_one(self._project.data_file.name).outs
         return str(out.get_hash().value)
 
-    @property
-    def _memory(self) -> Path:
-        """Names the version that was last laid out or recorded in this checkout."""
-        return self._project.local / "data_version"
-
     def _remembered_version(self) -> str | None:
+        """The version that was last laid out or recorded in this checkout."""
         try:
             return self._memory.read_text(encoding="ascii").strip() or None
         except (OSError, ValueError):
@@ -296,88 +297,52 @@ class Pipeline:
     def _remember_version(self, version: str | None) -> None:
         if version != self._remembered_version():
             with atomic_write(self._memory) as path:
-                path.write_text(f"{version or ''}\n", encoding="ascii")
+                path.write_text(f"{version}\n", encoding="ascii")
 
     def _locked(self, call: Callable[[], _Result]) -> _Result:
         """Call into DVC, waiting a bounded time for its locks."""
         from dvc.exceptions import DvcException
         from dvc.lock import LockError
+        from dvc.rwlock import RWLockFileCorruptedError, RWLockFileFormatError
 
+        wait, attempts = self._lock_timeout, itertools.count()
+        damaged = (RWLockFileCorruptedError, RWLockFileFormatError, UnicodeDecodeError)
+
+        def attempt() -> _Result:
+            if next(attempts) == 1:
+                _log.warning("Another process works on this pipeline; waiting up to %.0f s.", wait)
+            try:
+                return _unwrapped(call)
+            except damaged as error:
+                self._remove_damaged_locks(error)
+                return _unwrapped(call)
+
+        patient = stamina.retry(on=LockError, attempts=None, timeout=wait, wait_max=5.0)
         try:
-            for attempt in stamina.retry_context(
-                on=LockError, attempts=None, timeout=self._lock_timeout, wait_max=5.0
-            ):
-                with attempt:
-                    if attempt.num == 2:
-                        _log.warning(
-                            "Another process works on this pipeline; waiting up to %.0f s.",
-                            self._lock_timeout,
-                        )
-                    return self._past_damaged_locks(call)
+            return patient(attempt)()
         except LockError as error:
             raise BusyError(
-                f"Another process held DVC's lock for {self._lock_timeout:.0f} s: "
-                f"{_one_line(error)} Wait for it to end, then run again."
+                f"Another process held DVC's lock for {wait:.0f} s: {_one_line(error)} Wait for "
+                "it to end, then run again."
             ) from error
         except sqlite3.Error as error:
-            raise _no_room(error) from error
+            raise StageError(FULL.format(error)) from error
         except DvcException as error:
             advice = "" if "dvc.lock" not in str(error) else " Take dvc.lock back from git."
             raise StageError(f"DVC stopped: {_one_line(error)}{advice}") from error
-        raise AssertionError("a retry context either returns or raises")
 
-    def _past_damaged_locks(self, call: Callable[[], _Result]) -> _Result:
-        """Begin DVC's list of locks anew where it cannot be read: a killed process left it."""
-        from dvc.rwlock import RWLOCK_FILE, RWLockFileCorruptedError, RWLockFileFormatError
-
-        path = Path(str(self._repo.tmp_dir), RWLOCK_FILE)
-        try:
-            return _unwrapped(call)
-        except (RWLockFileCorruptedError, RWLockFileFormatError, UnicodeDecodeError) as error:
-            if isinstance(error, UnicodeDecodeError) and error.object != path.read_bytes():
-                raise
+    def _remove_damaged_locks(self, error: Exception) -> None:
+        """Remove the list of locks that a killed process left half written."""
+        path = self._project.root / ".dvc/tmp/rwlock"
+        if isinstance(error, UnicodeDecodeError) and error.object != path.read_bytes():
+            raise error
         # DVC writes and reads it under a guard: nobody is writing it now.
-        _log.warning("DVC's list of locks, %s, was damaged; it is begun anew.", path)
+        _log.warning("DVC's list of locks, %s, was damaged and is removed.", path)
         path.unlink(missing_ok=True)
-        return _unwrapped(call)
-
-
-@contextmanager
-def _stages_run_by(runner: StageRunner) -> Iterator[None]:
-    import dvc.stage.run as dvc_run
-
-    original = dvc_run.cmd_run
-    dvc_run.cmd_run = runner
-    try:
-        yield
-    finally:
-        dvc_run.cmd_run = original
-
-
-def _listed(cache: Any, version: str) -> dict[str, str]:
-    """Path by object of what a version of a folder consists of."""
-    content = json.loads(Path(cache.oid_to_path(version)).read_bytes())
-    return {entry["md5"]: entry["relpath"] for entry in content}
-
-
-def _send_missing(cache: Any, remote: Any, version: str) -> int:
-    """Send what a remote lost since it was pushed: DVC does not look for that."""
-    remote.fs.fs.invalidate_cache()
-    # A folder of this machine is listed without details.
-    found = remote.fs.fs.find(remote.path, detail=True)
-    details = found if isinstance(found, dict) else {path: {} for path in found}
-    sizes = {"".join(Path(path).parts[-2:]): info.get("size") for path, info in details.items()}
-    missing = 0
-    for name in (*_listed(cache, version), version):
-        path = Path(cache.oid_to_path(name))
-        if name not in sizes or sizes[name] not in (None, path.stat().st_size):
-            remote.fs.put_file(str(path), remote.oid_to_path(name))
-            missing += 1
-    return missing
 
 
 def _unwrapped(call: Callable[[], _Result]) -> _Result:
-    """What a stage raised, without the sentence that DVC puts around it."""
+    """Raise what a stage raised, without the sentence that DVC puts around it."""
     from dvc.exceptions import ReproductionError
 
     try:
@@ -386,11 +351,25 @@ def _unwrapped(call: Callable[[], _Result]) -> _Result:
         raise (error.__cause__ or error) from None
 
 
-def _no_room(error: sqlite3.Error) -> StageError:
-    return StageError(
-        f"DVC cannot keep its notes ({_one_line(error)}), which mostly means a full disk. Free "
-        "some room, then run again; nothing was lost."
-    )
+def _digests(root: Path) -> dict[str, str]:
+    return {str(path): sha256(path) for path in (root / "tasks").rglob("*.py")}
+
+
+def _send_missing(cache: Any, remote: Any, version: str) -> int:
+    """Send what a remote lost since it was pushed: DVC does not look for that."""
+    listed = json.loads(Path(cache.oid_to_path(version)).read_bytes())
+    remote.fs.fs.invalidate_cache()
+    # A folder of this machine is listed without details.
+    found = remote.fs.fs.find(remote.path, detail=True)
+    details = found if isinstance(found, dict) else {path: {} for path in found}
+    sizes = {"".join(Path(path).parts[-2:]): info.get("size") for path, info in details.items()}
+    missing = 0
+    for name in (*{entry["md5"] for entry in listed}, version):
+        path = Path(cache.oid_to_path(name))
+        if name not in sizes or sizes[name] not in (None, path.stat().st_size):
+            remote.fs.put_file(str(path), remote.oid_to_path(name))
+            missing += 1
+    return missing
 
 
 def _one_line(error: BaseException) -> str:

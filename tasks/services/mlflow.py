@@ -50,9 +50,6 @@ class RunRecord:
         params: nested; keys are joined with dots.
         histories: contents of the phases' `history.json`, in order.
         metrics: nested final metrics; only numbers are recorded.
-        pictures: logged below `pictures/`.
-        files: logged below `files/`.
-        tags: such as git revision and data version.
     """
 
     content_id: str
@@ -62,26 +59,6 @@ class RunRecord:
     pictures: Sequence[Path] = ()
     files: Sequence[Path] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
-
-    def parameters(self) -> list[tuple[str, str]]:
-        """Each parameter's dotted name and its value as text."""
-        return [(name, str(value)) for name, value in _flat(self.params)]
-
-    def points(self) -> list[tuple[str, float, int]]:
-        """Name, value and epoch of every number; final metrics have epoch 0."""
-        training = [
-            (f"{history['phase']}/{name}", value, int(epoch["epoch"]))
-            for history in self.histories
-            for epoch in history["epochs"]
-            for name, value in epoch.items()
-            if name != "epoch"
-        ]
-        final = [(name.replace(".", "/"), value, 0) for name, value in _flat(self.metrics)]
-        return [
-            (name, float(value), epoch)
-            for name, value, epoch in training + final
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        ]
 
 
 @dataclass(frozen=True)
@@ -107,14 +84,14 @@ class Version:
 class Registry:
     """One registered model, and the experiment of the same name.
 
+    Every method raises `ServiceError` in one line within 30 s when MLflow does not answer.
+
     Args:
         tracking_uri: MLflow's server, or a database.
         model_name: name of the experiment and of the registered model.
         artifacts: folder, or S3 bucket, of the experiment's files; None lets the server
             decide.
         login: `user:password` of the server; None takes the environment's.
-
-    Every method raises `ServiceError` in one line within 30 s when MLflow does not answer.
     """
 
     tracking_uri: str
@@ -128,16 +105,14 @@ class Registry:
         """Record a retrain as one finished run, or find the one recorded before.
 
         Args:
-            record: parameters, metrics, files and tags.
             model_file: the `.keras` file; its very bytes become the logged model.
             load: returns the `keras.Model` of that file; called when a run is made.
             example: float32 or uint8, (1, height, width, 3); a photo in [0, 255].
         """
-        with self._asked() as client:
+        with self._connection() as client:
             experiment = self._experiment(client)
-            if found := self._finished(client, experiment, record.content_id):
+            if found := _earlier_run(client, experiment, record.content_id):
                 return found
-            self._end_killed(client, experiment, record.content_id)
             tags = {**record.tags, CONTENT_ID: record.content_id}
             run_id, state = client.create_run(experiment, tags=tags).info.run_id, "FAILED"
             try:
@@ -160,7 +135,7 @@ class Registry:
             return found
         from mlflow.exceptions import MlflowException
 
-        with self._asked() as client:
+        with self._connection() as client:
             try:
                 client.create_registered_model(self.model_name)
             except MlflowException as error:
@@ -178,17 +153,15 @@ class Registry:
 
     def versions(self) -> list[Version]:
         """Return all versions, oldest first."""
-        found: list[Any] = []
-        token: str | None = ""
-        with self._asked() as client:
-            aliases = self._aliases(client)
+        named = f"name = '{self.model_name}'"
+        with self._connection() as client:
+            models = client.search_registered_models(named)
+            found, token = [], "" if models else None
             while token is not None:
-                page = client.search_model_versions(
-                    f"name = '{self.model_name}'", page_token=token or None
-                )
-                found += page
+                page = client.search_model_versions(named, page_token=token or None)
+                found += [_version(one, models[0].aliases) for one in page]
                 token = page.token or None
-        return sorted((_version(one, aliases) for one in found), key=lambda one: one.number)
+        return sorted(found, key=lambda one: one.number)
 
     def find(self, content_id: str) -> Version | None:
         """Return the version of a release, or None."""
@@ -200,38 +173,27 @@ class Registry:
 
     def version_by_alias(self, alias: str) -> Version | None:
         """Return the version that `challenger` or `champion` names, or None."""
-        from mlflow.exceptions import MlflowException
-
-        with self._asked() as client:
-            try:
-                found = client.get_model_version_by_alias(self.model_name, alias)
-            except MlflowException as error:
-                # No alias, or that of a deleted version: the code differs between stores.
-                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                    raise
-                return None
-            return _version(found, self._aliases(client))
+        return next((one for one in self.versions() if alias in one.aliases), None)
 
     def set_alias(self, alias: str, number: int) -> None:
         """Let an alias name a version; the last writer wins."""
-        with self._asked() as client:
+        with self._connection() as client:
             client.set_registered_model_alias(self.model_name, alias, str(number))
 
     def set_tags(self, number: int, tags: Mapping[str, str]) -> None:
         """Tag a version; the last writer of each tag wins."""
-        with self._asked() as client:
+        with self._connection() as client:
             for name, text in tags.items():
                 client.set_model_version_tag(self.model_name, str(number), name, text)
 
     @cached_property
     def _client(self) -> Any:
-        load_mlflow()
         from mlflow import MlflowClient
 
         return MlflowClient(self.tracking_uri, self.tracking_uri)
 
     @contextmanager
-    def _asked(self) -> Iterator[Any]:
+    def _connection(self) -> Iterator[Any]:
         load_mlflow()
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
@@ -256,34 +218,6 @@ class Registry:
         if isinstance(self.artifacts, S3Address):
             place = f"s3://{self.artifacts.bucket}/{PREFIX}/{self.model_name}"
         return str(client.create_experiment(self.model_name, artifact_location=place))
-
-    def _finished(self, client: Any, experiment: str, content_id: str) -> RecordedRun | None:
-        wanted = f"tags.{CONTENT_ID} = '{content_id}' and attributes.status = 'FINISHED'"
-        for run in client.search_runs([experiment], wanted, max_results=1):
-            outputs = client.get_run(run.info.run_id).outputs
-            if outputs and outputs.model_outputs:
-                return RecordedRun(run.info.run_id, outputs.model_outputs[0].model_id)
-        return None
-
-    def _end_killed(self, client: Any, experiment: str, content_id: str) -> None:
-        """End the runs of killed processes, which MLflow would show as running."""
-        wanted = f"tags.{CONTENT_ID} = '{content_id}' and attributes.status = 'RUNNING'"
-        for run in client.search_runs([experiment], wanted):
-            client.set_terminated(run.info.run_id, "KILLED")
-
-    def _aliases(self, client: Any) -> dict[str, tuple[str, ...]]:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            named = client.get_registered_model(self.model_name).aliases
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return {}
-        aliases: dict[str, tuple[str, ...]] = {}
-        for alias, number in sorted(named.items()):
-            aliases[str(number)] = (*aliases.get(str(number), ()), alias)
-        return aliases
 
 
 def load_mlflow() -> None:
@@ -318,18 +252,44 @@ def credentials_of(artifacts: Path | S3Address | None, login: str | None = None)
                 os.environ[name] = text
 
 
+def _earlier_run(client: Any, experiment: str, content_id: str) -> RecordedRun | None:
+    """Find the finished run of a release, and end those of killed processes."""
+    found = None
+    for run in client.search_runs([experiment], f"tags.{CONTENT_ID} = '{content_id}'"):
+        run_id = run.info.run_id
+        if run.info.status == "RUNNING":
+            client.set_terminated(run_id, "KILLED")
+        elif run.info.status == "FINISHED" and (outputs := client.get_run(run_id).outputs):
+            found = RecordedRun(run_id, outputs.model_outputs[0].model_id)
+    return found
+
+
 def _log(client: Any, run_id: str, record: RunRecord) -> None:
     from mlflow.entities import Metric, Param
 
     now = int(time.time() * 1000)
-    params = [Param(name, text) for name, text in record.parameters()]
-    metrics = [Metric(name, value, now, epoch) for name, value, epoch in record.points()]
+    params = [Param(name, str(value)) for name, value in _flat(record.params)]
+    metrics = [
+        Metric(name.replace(".", "/"), float(value), now, step)
+        for name, value, step in _points(record)
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
     for start in range(0, max(len(params), len(metrics)), BATCH):
         part = slice(start, start + BATCH)
         client.log_batch(run_id, metrics[part], params[part], synchronous=True)
     for folder, paths in (("pictures", record.pictures), ("files", record.files)):
         for path in paths:
             client.log_artifact(run_id, str(path), folder)
+
+
+def _points(record: RunRecord) -> Iterator[tuple[str, Any, int]]:
+    """Name, value and epoch; final metrics have epoch 0."""
+    for history in record.histories:
+        for epoch in history["epochs"]:
+            for name in epoch.keys() - {"epoch"}:
+                yield f"{history['phase']}/{name}", epoch[name], epoch["epoch"]
+    for name, value in _flat(record.metrics):
+        yield name, value, 0
 
 
 def _log_model(
@@ -377,9 +337,10 @@ def _requirements() -> list[str]:
     return [f"{name}=={known[name]}" for name in used if name in known]
 
 
-def _version(made: Any, aliases: Mapping[str, tuple[str, ...]]) -> Version:
-    number, tags = str(made.version), dict(made.tags)
-    return Version(int(number), tags.get(CONTENT_ID), made.run_id, aliases.get(number, ()), tags)
+def _version(made: Any, aliases: Mapping[str, str]) -> Version:
+    number, tags = int(made.version), dict(made.tags)
+    held = tuple(sorted(alias for alias, named in aliases.items() if int(named) == number))
+    return Version(number, tags.get(CONTENT_ID), made.run_id, held, tags)
 
 
 def _advice(uri: str, reason: str) -> str:

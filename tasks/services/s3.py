@@ -23,15 +23,13 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-CONNECT_SECONDS = 3
-READ_SECONDS = 8
 ATTEMPTS = 3
-"""For every call. Three that hang take 24 s and their pauses, 30 s at most."""
+CONNECT_SECONDS = 2
+READ_SECONDS = 7
+"""Three attempts that hang, and the pauses between them, take less than 30 s."""
 CHUNK = 256 << 10
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
-_BUCKET = "(bucket)"
-"""Stands for the key in questions about the bucket itself."""
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired")
 """Refusals of credentials that come with status 400."""
 _FULL = ("InsufficientStorage", "QuotaExceeded", "XMinioStorageFull")
@@ -47,13 +45,9 @@ def redact_url(url: str) -> str:
 
 @dataclass(frozen=True)
 class S3Address:
-    """Where objects go and with which credentials; secrets never print.
+    """Service, bucket and credentials; secrets never print.
 
-    Args:
-        endpoint_url: `http(s)://host:port` of the service.
-        bucket: bucket that must exist.
-        region: name that the signature carries.
-        access_key_id: None leaves the search for credentials to boto3's chain.
+    Without an access key boto3's chain looks for credentials.
     """
 
     endpoint_url: str
@@ -96,16 +90,14 @@ class MissingObjectError(HandsignsError):
 class Storage:
     """One bucket.
 
+    Every call makes up to three attempts, within 30 s if the service is silent. Every method
+    raises `ServiceError` in one line when the service is unreachable, refuses the credentials
+    or has no such bucket, and `ValueError` for a key that is not plain names joined by slashes.
+
     Args:
         address: endpoint, bucket and credentials.
-        trust: signatures required of what is read, and the key for what is written; kept
-            here so that no reader can forget to check.
+        trust: keys for reading and writing; kept here so that no reader forgets to verify.
         read_seconds: longest silence of the service within one attempt.
-
-    Every call is tried three times where the failure may pass. A service that does not
-    answer is reported within 30 s. Every method raises `ServiceError` in one line when the
-    service is unreachable, refuses the credentials or has no such bucket, and `ValueError`
-    for a key that is not plain names joined by slashes.
     """
 
     def __init__(
@@ -121,7 +113,7 @@ class Storage:
 
     def check(self) -> None:
         """Raise `ServiceError` unless the bucket answers to the credentials."""
-        self._call(lambda: self._client.head_bucket(Bucket=self.address.bucket), _BUCKET)
+        self._call(lambda: self._client.head_bucket(Bucket=self.address.bucket), "")
 
     def list(self, prefix: str, most: int | None = None) -> Iterator[StoredObject]:
         """Yield the objects whose key starts with `prefix`, sorted by key, `most` at most."""
@@ -152,12 +144,7 @@ class Storage:
 
     def read(self, key: str) -> tuple[bytes, str]:
         """Return a small object's content and etag."""
-
-        def fetch() -> tuple[bytes, str]:
-            answer = self._client.get_object(**self._at(key))
-            return b"".join(_chunks(answer)), _etag(answer)
-
-        return self._call(fetch, key)
+        return self._call(lambda: self._read(self._at(key)), key)
 
     def get(self, key: str) -> bytes:
         """Return a small object's content."""
@@ -168,15 +155,11 @@ class Storage:
         # Such parts would lead to another place on the way to the service.
         if not {"", ".", ".."}.isdisjoint(key.split("/")):
             raise ValueError(f"The key {key!r} has empty or dotted parts. Rename the object.")
-        at: Any = {"Bucket": self.address.bucket, "Key": key}
 
         def fetch() -> bytes:
-            start = b""
-            for chunk in _chunks(self._client.get_object(**at)):
-                start += chunk
-                if len(start) >= limit:
-                    break
-            return start[:limit]
+            answer = self._client.get_object(Bucket=self.address.bucket, Key=key)
+            _etag(answer)
+            return answer["Body"].read(limit)
 
         return self._call(fetch, key)
 
@@ -188,6 +171,10 @@ class Storage:
         """Write an object to `target` atomically; SHA-256 in hex and size in bytes."""
         with atomic_write(target) as temporary:
             return self._call(lambda: self._copy(key, temporary), key)
+
+    def _read(self, at: Any) -> tuple[bytes, str]:
+        answer = self._client.get_object(**at)
+        return b"".join(_chunks(answer)), _etag(answer)
 
     def _copy(self, key: str, target: Path | None) -> tuple[str, int]:
         digest, size = hashlib.sha256(), 0
@@ -201,26 +188,24 @@ class Storage:
         return digest.hexdigest(), size
 
     def _put(self, key: str, body: Path | bytes, **condition: Any) -> str:
-        at, sent = self._at(key), 0
+        at, repeated = self._at(key), False
 
         def send() -> str:
-            nonlocal sent
-            sent += 1
+            nonlocal repeated
             content = body.read_bytes() if isinstance(body, Path) else body
+            if repeated and condition:
+                # The write may have arrived and only its answer got lost.
+                with contextlib.suppress(self._client.exceptions.NoSuchKey):
+                    found, etag = self._read(at)
+                    if found == content:
+                        return etag
+            repeated = True
             digest = base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest())
             return _etag(
                 self._client.put_object(**at, Body=content, ContentMD5=digest.decode(), **condition)
             )
 
-        try:
-            return self._call(send, key)
-        except ChangedError:
-            # A write that arrived, but whose answer was lost, meets itself when repeated.
-            if sent > 1:
-                found, etag = self.read(key)
-                if found == body:
-                    return etag
-            raise
+        return self._call(send, key)
 
     def _call(self, action: Callable[[], T], key: str) -> T:
         """Call `action`, again where its failure may pass; explain what remains."""
@@ -230,7 +215,7 @@ class Storage:
         url = redact_url(self.address.endpoint_url)
         try:
             # No time-out in total: every attempt that is promised must be made.
-            retried = stamina.retry(on=_may_pass, attempts=ATTEMPTS, timeout=None, wait_max=1.5)
+            retried = stamina.retry(on=_may_pass, attempts=ATTEMPTS, timeout=None, wait_max=1.0)
             return retried(action)()
         except exceptions.ClientError as error:
             raise _explain(error.response, self.address, key) from None
@@ -246,14 +231,9 @@ class Storage:
             ) from None
 
     def _at(self, key: str) -> Any:
-        return {"Bucket": self.address.bucket, "Key": check_key(key)}
-
-
-def check_key(key: str) -> str:
-    """Return `key`, or raise `ValueError` if it is not plain names joined by slashes."""
-    if not _KEY.fullmatch(key) or len(key) > 512:
-        raise ValueError(f"An object's key must be plain names joined by slashes, not {key!r}.")
-    return key
+        if not _KEY.fullmatch(key) or len(key) > 512:
+            raise ValueError(f"An object's key must be plain names joined by slashes, not {key!r}.")
+        return {"Bucket": self.address.bucket, "Key": key}
 
 
 def check_conditional_writes(storage: Storage) -> None:
@@ -263,30 +243,27 @@ def check_conditional_writes(storage: Storage) -> None:
     same: the champion would be whoever wrote last. A probe object is used and removed.
     """
     probe = f"probes/{uuid.uuid4().hex}"
-    etag = storage.put_if_absent(probe, b"first")
+    first = storage.put_if_absent(probe, b"first")
+    writes: dict[str, Callable[[], str]] = {
+        "If-None-Match": lambda: storage.put_if_absent(probe, b"third"),
+        "If-Match": lambda: storage.put_if_match(probe, b"fourth", first),
+    }
+    ignored = []
     try:
-        honoured = {
-            "If-None-Match": not _accepted(lambda: storage.put_if_absent(probe, b"second")),
-            "If-Match": _accepted(lambda: storage.put_if_match(probe, b"third", etag))
-            and not _accepted(lambda: storage.put_if_match(probe, b"fourth", etag)),
-        }
+        storage.put_if_match(probe, b"second", first)
+        for header, write in writes.items():
+            with contextlib.suppress(ChangedError):
+                write()
+                ignored.append(header)
     finally:
         with contextlib.suppress(ServiceError):
             storage.remove(probe)
-    if ignored := [header for header, holds in honoured.items() if not holds]:
+    if ignored:
         raise ServiceError(
             f"S3 at {redact_url(storage.address.endpoint_url)} ignores {' and '.join(ignored)}: "
             "it does not honour conditional writes, so two promotions at once could undo each "
             "other. Use a service, or a version of it, that does."
         )
-
-
-def _accepted(write: Callable[[], str]) -> bool:
-    try:
-        write()
-        return True
-    except ChangedError:
-        return False
 
 
 def _client(address: S3Address, read_seconds: float) -> "S3Client":
@@ -345,13 +322,20 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _explain(response: Any, address: S3Address, key: str) -> HandsignsError:
-    """The error that an S3 answer stands for."""
+    """The error that an S3 answer stands for; `key` is empty in questions about the bucket."""
     code = str(response.get("Error", {}).get("Code", ""))
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     uri = f"s3://{address.bucket}/"
     at = f"{uri} at {redact_url(address.endpoint_url)}"
     if status == 412 or code == "ConditionalRequestConflict":
         return ChangedError(f"{uri}{key} was changed meanwhile. Read it again.")
+    if status == 404 and key and code != "NoSuchBucket":
+        return MissingObjectError(f"{uri}{key} does not exist.")
+    if status == 404:
+        return ServiceError(
+            f"The bucket {at} does not exist. Create it, or correct the setting that names it: "
+            "HANDSIGNS_BUCKET, or HANDSIGNS_INBOX."
+        )
     if status in (401, 403) or code in _EXPIRED:
         return ServiceError(
             f"S3 refuses the credentials for {at} ({code}). "
@@ -361,13 +345,6 @@ def _explain(response: Any, address: S3Address, key: str) -> HandsignsError:
         return ServiceError(
             f"S3 has no room left for {at} ({status} {code}). Free some, then run again."
         )
-    if code == "NoSuchBucket" or (status == 404 and key == _BUCKET):
-        return ServiceError(
-            f"The bucket {at} does not exist. Create it, or correct the setting that names it: "
-            "HANDSIGNS_BUCKET, or HANDSIGNS_INBOX."
-        )
-    if status == 404:
-        return MissingObjectError(f"{uri}{key} does not exist.")
     return ServiceError(
         f"S3 failed with {status} {code} for {at}. Look at the service, its log and its disk, "
         "then run again."
