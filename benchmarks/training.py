@@ -27,14 +27,13 @@ import yaml
 from tasks import assemble, audit, backbone, features, preprocess, synthetic, train
 from tasks.data.dataset import open_dataset
 from tasks.data.importer import import_photos
-from tasks.garbage import rare_collection
 from tasks.io import read_json, write_json
 from tasks.model.inference import load_classifier
 from tasks.params import load_params
 from tasks.project import Project
 from tasks.rendering.sample import render_sample
 from tasks.scoring.metrics import score
-from tasks.stage import Context
+from tasks.stage import Context, collect_rarely
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = {
@@ -184,5 +183,5 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    with rare_collection():  # as every stage's process does
-        typer.run(main)
+    collect_rarely()  # as every stage's process does
+    typer.run(main)

@@ -20,7 +20,7 @@ from flows.output import (
     shown_progress,
 )
 from tasks.errors import HandsignsError, SettingsError
-from tasks.garbage import rare_collection
+from tasks.stage import collect_rarely
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -36,11 +36,11 @@ app.add_typer(keys_app, name="keys")
 
 def main() -> None:
     """Run the command; a refusal or a failure is one line and exit code 1."""
+    collect_rarely()
     show_messages()
     prepare_environment(Path.cwd() / ".local")
     try:
-        with rare_collection():
-            app()
+        app()
     except HandsignsError as error:
         _fail(str(error))
     except OSError as error:
@@ -159,9 +159,9 @@ def import_(
 ) -> None:
     """Bring photos into data/, set bad files aside, and version the result."""
     with open_workspace() as workspace, shown_progress() as progress:
+        from tasks.data.dataset import check_trainable, find_photos
         from tasks.data.directory import data_lock, fetch_data
         from tasks.data.importer import import_photos
-        from tasks.data.photos import check_trainable, find_photos
 
         project, pipeline = workspace.project, workspace.pipeline
         former = pipeline.data_source()  # fails for a damaged data.dvc before photos are replaced

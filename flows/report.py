@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tasks.data.quarantine import Quarantine
+from tasks.data.directory import Quarantine
 from tasks.errors import StageError
 from tasks.io import read_json, write_json
 from tasks.params import LABELS, Params

@@ -36,7 +36,7 @@ from flows.settings import load_settings
 from flows.workspace import Workspace
 from tasks.data.dataset import open_dataset
 from tasks.data.directory import data_lock, fetch_data
-from tasks.data.inbox import Inbox
+from tasks.data.importer import Inbox
 from tasks.errors import BusyError, HandsignsError, OvertakenError, PromotionError
 from tasks.io import read_json, write_json
 from tasks.model.augment import enlarge

@@ -20,8 +20,7 @@ from tasks.services.s3 import S3Address, Storage
 from tasks.stage import Progress
 
 if TYPE_CHECKING:
-    from tasks.data.importer import ImportReport
-    from tasks.data.inbox import Inbox
+    from tasks.data.importer import ImportReport, Inbox
     from tasks.model.inference import Classifier
     from tasks.services.dvc import Pipeline, Remote
     from tasks.services.mlflow import Registry
@@ -163,7 +162,7 @@ class Workspace:
         """List the inbox; None if none is set."""
         if (place := self.settings.inbox) is None:
             return None
-        from tasks.data.inbox import Inbox, list_bucket, list_folder
+        from tasks.data.importer import Inbox, list_bucket, list_folder
 
         if place.startswith("s3://"):
             name, _, prefix = place.removeprefix("s3://").partition("/")

@@ -5,22 +5,18 @@ photo that is a near-duplicate of an official test photo is excluded, too. The t
 is never changed.
 """
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import minimum_spanning_tree
 
-from tasks.data.images import resize_square
+from tasks.data.dataset import Photo, count_classes, find_photos, groups_by_class
+from tasks.data.images import each_photo, resize_square
 from tasks.data.near_duplicates import NearDuplicates, find_near_duplicates, perceptual_hash
-from tasks.data.photos import Photo, count_classes, each_photo, find_photos
-from tasks.data.splits import require_enough
 from tasks.errors import DataError
 from tasks.io import write_json
 from tasks.params import AuditParams
@@ -31,6 +27,8 @@ COMPARED = 64
 """Side in pixels at which photos are compared."""
 IMBALANCE = 3.0
 """Ratio of the largest class to the smallest above which the audit warns."""
+CLOSEST = 100
+"""Pairs in the report beside those of two labels, and those of train and test."""
 
 Report = dict[str, Any]
 
@@ -43,15 +41,11 @@ class ImageStats:
         pictures: uint8, (n, 64, 64, 3).
         hashes: uint64, (n,); perceptual hash of each picture.
         mirrored: uint64, (n,); that of its mirror image.
-        digests: SHA-256 of shape and pixels at full size.
-        sizes: int64, (n, 2); height and width in pixels.
     """
 
     pictures: NDArray[np.uint8]
     hashes: NDArray[np.uint64]
     mirrored: NDArray[np.uint64]
-    digests: tuple[bytes, ...]
-    sizes: NDArray[np.int64]
 
 
 def run(context: Context, item: str | None = None) -> None:
@@ -69,12 +63,16 @@ def measure(data: Path, photos: Sequence[Photo], progress: Progress) -> ImageSta
     """Decode every photo once; row i belongs to photo i."""
     pictures = np.empty((len(photos), COMPARED, COMPARED, 3), np.uint8)
     hashes, mirrored = np.empty((2, len(photos)), np.uint64)
-    sizes = np.empty((len(photos), 2), np.int64)
-    digests = []
-    for row, stats in enumerate(each_photo(_measure, data, photos, progress, "audit photos")):
-        pictures[row], hashes[row], mirrored[row], digest, sizes[row] = stats
-        digests.append(digest)
-    return ImageStats(pictures, hashes, mirrored, tuple(digests), sizes)
+    paths = [data / photo.key for photo in photos]
+    for row, stats in enumerate(each_photo(_measure, paths, progress, "audit photos")):
+        pictures[row], hashes[row], mirrored[row] = stats
+    return ImageStats(pictures, hashes, mirrored)
+
+
+def _measure(picture: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], int, int]:
+    small = resize_square(picture, COMPARED)
+    mirror_image = np.ascontiguousarray(small[:, ::-1])
+    return small, perceptual_hash(small), perceptual_hash(mirror_image)
 
 
 def audit(photos: Sequence[Photo], stats: ImageStats, params: AuditParams) -> Report:
@@ -84,61 +82,57 @@ def audit(photos: Sequence[Photo], stats: ImageStats, params: AuditParams) -> Re
         DataError: a picture has two labels, or a class is missing or too small to split.
     """
     counts = count_classes(photos)
-    _reject_two_labels(photos, stats.digests)
-    places = {place: number for number, place in enumerate(sorted({_place(p) for p in photos}))}
+    folders = np.array([photo.folder for photo in photos])
+    labels, label_ids = np.unique([photo.label for photo in photos], return_inverse=True)
     found = find_near_duplicates(
         stats.pictures,
         stats.hashes,
         stats.mirrored,
-        np.array([places[_place(photo)] for photo in photos]),
+        label_ids + len(labels) * (folders == "test"),
         params.max_hash_distance,
         params.max_rms_difference,
     )
-    groups = found.groups
-    excluded = _exclude(photos, found, groups)
-    kept = [r for r, p in enumerate(photos) if p.folder == "train" and r not in excluded]
-    # As preprocess splits them: a group by label.
-    label_groups = [groups[row] * len(places) + places[_place(photos[row])] for row in kept]
+    left, right = found.pairs.T
+    conflicts = label_ids[left] != label_ids[right]
+    across = folders[left] != folders[right]
+
+    def describe(rows: NDArray[np.int64]) -> list[dict[str, Any]]:
+        return [
+            {"photos": [photos[row].key for row in pair], "rms": round(rms, 3)}
+            for pair, rms in zip(found.pairs[rows].tolist(), found.rms[rows].tolist(), strict=True)
+        ]
+
+    _reject_two_labels(describe(np.flatnonzero(conflicts & (found.rms == 0))))
+    excluded = _exclude(photos, found, found.pairs[conflicts])
+    # Photos of two labels in one group are near-duplicates of excluded photos only.
+    groups = found.groups * len(labels) + label_ids
+    kept = [r for r, photo in enumerate(photos) if photo.folder == "train" and r not in excluded]
     held_out = ["val"] if "test" in counts else ["test", "val"]
-    require_enough([photos[row].label for row in kept], label_groups, held_out)
-    pairs = _describe_pairs(photos, found)
-    report: Report = {
+    groups_by_class([photos[row].label for row in kept], groups[kept], held_out)
+    imbalance = round(max(counts["train"].values()) / min(counts["train"].values()), 3)
+    warnings = [
+        (conflicts.any(), f"{conflicts.sum()} pairs of near-duplicates have two labels"),
+        (across.any(), f"{across.sum()} pairs of near-duplicates across train and test"),
+        (imbalance > IMBALANCE, f"the largest class has {imbalance} times the smallest's photos"),
+    ]
+    return {
         "photos": len(photos),
         "counts": counts,
-        "imbalance": round(max(counts["train"].values()) / min(counts["train"].values()), 3),
-        "sizes": _sizes(stats.sizes),
+        "imbalance": imbalance,
         "groups": _keys_by_group(photos, groups),
-        "duplicates": len(photos) - len(set(groups.tolist())),
-        "pairs": pairs,
-        "conflicts": [pair for pair in pairs if _differ(pair, 1)],
-        "across": [pair for pair in pairs if _differ(pair, 0)],
+        "duplicates": len(photos) - len(np.unique(found.groups)),
+        "conflicts": describe(np.flatnonzero(conflicts)),
+        "across": describe(np.flatnonzero(across)),
+        "closest": describe(np.argsort(found.rms, kind="stable")[:CLOSEST]),
         "excluded": [{"photo": photos[row].key, **why} for row, why in sorted(excluded.items())],
+        "warnings": [warning for applies, warning in warnings if applies],
     }
-    return report | {"warnings": _warnings(report)}
 
 
-def _measure(
-    picture: NDArray[np.uint8],
-) -> tuple[NDArray[np.uint8], int, int, bytes, tuple[int, int]]:
-    small = resize_square(picture, COMPARED)
-    height, width = picture.shape[:2]
-    digest = hashlib.sha256(f"{height}x{width} ".encode() + picture.tobytes()).digest()
-    mirror_image = np.ascontiguousarray(small[:, ::-1])
-    return small, perceptual_hash(small), perceptual_hash(mirror_image), digest, (height, width)
-
-
-def _place(photo: Photo) -> tuple[str, str]:
-    return photo.folder, photo.label
-
-
-def _reject_two_labels(photos: Sequence[Photo], digests: Sequence[bytes]) -> None:
-    same: dict[bytes, list[Photo]] = defaultdict(list)
-    for photo, digest in zip(photos, digests, strict=True):
-        same[digest].append(photo)
-    found = [group for group in same.values() if len({photo.label for photo in group}) > 1]
-    if found:
-        named = "; ".join(" = ".join(photo.key for photo in group) for group in found[:5])
-        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+def _reject_two_labels(pairs: list[dict[str, Any]]) -> None:
+    if pairs:
+        named = "; ".join(" = ".join(pair["photos"]) for pair in pairs[:5])
+        more = f"; and {len(pairs) - 5} more" if len(pairs) > 5 else ""
         raise DataError(
             f"The same picture has two labels: {named}{more}. Keep each picture only under its "
             "right label."
@@ -146,22 +140,18 @@ def _reject_two_labels(photos: Sequence[Photo], digests: Sequence[bytes]) -> Non
 
 
 def _exclude(
-    photos: Sequence[Photo], found: NearDuplicates, groups: NDArray[np.int64]
+    photos: Sequence[Photo], found: NearDuplicates, conflicting: NDArray[np.int64]
 ) -> dict[int, dict[str, str]]:
     """Reason and near-duplicate of each training photo that must not be trained on."""
-    conflicts: dict[int, int] = {}
-    for left, right in found.pairs.tolist():
-        if photos[left].label != photos[right].label:
-            conflicts |= {left: right, right: left}
-    in_test = {
-        int(groups[r]): photo.key for r, photo in enumerate(photos) if photo.folder == "test"
-    }
+    conflicts = {row: other for pair in conflicting.tolist() for row, other in (pair, pair[::-1])}
+    groups = found.groups.tolist()
+    in_test = {groups[r]: photo.key for r, photo in enumerate(photos) if photo.folder == "test"}
     excluded = {}
     for row, representative in enumerate(found.representatives.tolist()):
         if photos[row].folder != "train":
             continue
-        if int(groups[row]) in in_test:
-            twin = in_test[int(groups[row])]
+        if groups[row] in in_test:
+            twin = in_test[groups[row]]
             excluded[row] = {"reason": "near-duplicate in the official test", "of": twin}
         elif (other := conflicts.get(row, conflicts.get(representative))) is not None:
             twin = photos[other].key
@@ -169,51 +159,12 @@ def _exclude(
     return excluded
 
 
-def _describe_pairs(photos: Sequence[Photo], found: NearDuplicates) -> list[dict[str, Any]]:
-    """Pairs of two labels or of train and test, and the closest ones that join each group."""
-    # No weight may be zero, which would be no edge.
-    graph = coo_array((1.0 + found.rms, found.pairs.T), (len(photos), len(photos)))
-    tree = coo_array(minimum_spanning_tree(graph))
-    joining = set(zip(tree.row.tolist(), tree.col.tolist(), strict=True))
-    return [
-        {"photos": [photos[left].key, photos[right].key], "rms": round(rms, 3)}
-        for (left, right), rms in zip(found.pairs.tolist(), found.rms.tolist(), strict=True)
-        if (left, right) in joining or _place(photos[left]) != _place(photos[right])
-    ]
-
-
-def _differ(pair: Mapping[str, Any], part: int) -> bool:
-    left, right = (key.split("/")[part] for key in pair["photos"])
-    return bool(left != right)
-
-
 def _keys_by_group(photos: Sequence[Photo], groups: NDArray[np.int64]) -> list[list[str]]:
+    """Photos of one label that are near-duplicates, and stay in one split."""
     members: dict[int, list[str]] = defaultdict(list)
     for photo, number in zip(photos, groups.tolist(), strict=True):
         members[number].append(photo.key)
     return [keys for keys in members.values() if len(keys) > 1]
-
-
-def _sizes(sizes: NDArray[np.int64]) -> dict[str, Any]:
-    described: dict[str, Any] = {"distinct": len(np.unique(sizes, axis=0))}
-    for name, values in zip(("height", "width"), sizes.T, strict=True):
-        described[name] = {
-            "min": int(values.min()),
-            "median": float(np.median(values)),
-            "max": int(values.max()),
-        }
-    return described
-
-
-def _warnings(report: Report) -> list[str]:
-    warnings = []
-    if report["conflicts"]:
-        warnings.append(f"{len(report['conflicts'])} pairs of near-duplicates have two labels")
-    if report["across"]:
-        warnings.append(f"{len(report['across'])} pairs of near-duplicates across train and test")
-    if report["imbalance"] > IMBALANCE:
-        warnings.append(f"the largest class has {report['imbalance']} times the smallest's photos")
-    return warnings
 
 
 if __name__ == "__main__":

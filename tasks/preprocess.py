@@ -11,16 +11,20 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.data.dataset import IMAGES, INDEX
-from tasks.data.images import resize
-from tasks.data.photos import Photo, count_classes, each_photo, find_photos, name_photos
-from tasks.data.splits import stratified_group_split
+from tasks.data.dataset import (
+    IMAGES,
+    INDEX,
+    Photo,
+    count_classes,
+    find_photos,
+    name_photos,
+    stratified_group_split,
+)
+from tasks.data.images import each_photo, resize
 from tasks.errors import DataError
 from tasks.io import atomic_directory, write_json
 from tasks.params import LABELS, SplitParams
@@ -33,31 +37,32 @@ def run(context: Context, item: str | None = None) -> None:
     """Write `artifacts/dataset/` from `data/` and `artifacts/audit.json`."""
     project, params = context.project, context.params
     found = find_photos(project.data)
-    audit = _read_audit(project.audit, found)
+    audit = json.loads(project.audit.read_text(encoding="utf-8"))
+    if audit["counts"] != count_classes(found):
+        raise DataError(
+            f"The audit is of other photos: {audit['photos']} were audited, and data/ has "
+            f"{len(found)}. Run the audit stage again."
+        )
     excluded = {entry["photo"] for entry in audit["excluded"]}
     names = name_photos(found)
     photos = [photo for photo in found if photo.key not in excluded]
     group_of = {key: number for number, keys in enumerate(audit["groups"]) for key in keys}
     split_of = split_photos(photos, group_of, params.split, params.seed)
     photos.sort(key=lambda photo: (split_of[photo.key], photo.label, names[photo.key]))
-    size = params.preprocess.image_size
     hands = _synthetic_hands(context)
+    size = params.preprocess.image_size
+    resized = partial(resize, params=params.preprocess)
+    paths = [project.data / photo.key for photo in photos]
+    counts = Counter(split_of.values())
     with atomic_directory(project.dataset) as folder:
-        pictures = each_photo(
-            partial(resize, params=params.preprocess),
-            project.data,
-            photos,
-            context.progress,
-            "resize photos",
-        )
         # Written, not memory-mapped: a mapped page that finds no room kills the process.
         with (folder / IMAGES).open("wb") as file:
             shape = (len(photos) + len(hands), size, size, 3)
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
-            for picture in chain(pictures, (resize(hand, params.preprocess) for hand in hands)):
+            pictures = each_photo(resized, paths, context.progress, "resize photos")
+            for picture in chain(pictures, map(resized, hands)):
                 file.write(picture.tobytes())
-        counts = Counter(split_of.values())
         index = {
             "image_size": size,
             "counts": {split: counts[split] for split in SPLITS},
@@ -81,14 +86,10 @@ def split_photos(
     """
     rest = [photo for photo in photos if photo.folder == "train"]
     split_of = {photo.key: "test" for photo in photos if photo.folder == "test"}
-    # Photos of two labels in one group are near-duplicates of excluded photos only.
-    groups: dict[tuple[str, int | str], int] = {}
-    for photo in rest:
-        groups.setdefault((photo.label, group_of.get(photo.key, photo.key)), len(groups))
     splits = stratified_group_split(
         names=[photo.name for photo in rest],
         labels=[photo.label for photo in rest],
-        groups=[groups[photo.label, group_of.get(photo.key, photo.key)] for photo in rest],
+        groups=[group_of.get(photo.key, -1 - row) for row, photo in enumerate(rest)],
         shares={"val": shares.val} if split_of else {"test": shares.test, "val": shares.val},
         seed=seed,
     )
@@ -97,45 +98,21 @@ def split_photos(
 
 def count_cross_split_duplicates(split_of: Mapping[str, str], group_of: Mapping[str, int]) -> int:
     """Count test photos with a near-duplicate that the model is trained or chosen on."""
-    seen = defaultdict(set)
-    for key, group in group_of.items():
-        if key in split_of:
-            label = key.split("/")[1]
-            seen[group, label].add(split_of[key])
+    splits_of_group = defaultdict(set)
+    for key in group_of.keys() & split_of:
+        splits_of_group[group_of[key]].add(split_of[key])
     return sum(
-        split_of.get(key) == "test" and len(seen[group, key.split("/")[1]]) > 1
+        split_of.get(key) == "test" and len(splits_of_group[group]) > 1
         for key, group in group_of.items()
     )
 
 
 def _synthetic_hands(context: Context) -> NDArray[np.uint8]:
     """The rendered hands by label, (n, size, size, 3)."""
-    path = context.project.synthetic
     if not context.params.synthetic.per_class:
         return np.empty((0, 1, 1, 3), np.uint8)
-    try:
-        hands: NDArray[np.uint8] = np.concatenate(np.load(path, allow_pickle=False))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"The synthetic hands in '{path}' cannot be read ({error}). "
-            "Run the synthetic stage again."
-        ) from error
+    hands: NDArray[np.uint8] = np.concatenate(np.load(context.project.synthetic))
     return hands
-
-
-def _read_audit(path: Path, photos: Sequence[Photo]) -> dict[str, Any]:
-    try:
-        audit: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"The audit '{path}' cannot be read ({error}). Run the audit stage again."
-        ) from error
-    if audit["counts"] != count_classes(photos):
-        raise DataError(
-            f"The audit is of other photos: {audit['photos']} were audited, and data/ has "
-            f"{len(photos)}. Run the audit stage again."
-        )
-    return audit
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """The command of a stage: context, progress and entry point."""
 
+import atexit
+import gc
 import importlib
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tasks.errors import HandsignsError, StageError
-from tasks.garbage import rare_collection
-from tasks.params import Params, load_params
 from tasks.project import Project
+
+if TYPE_CHECKING:
+    from tasks.params import Params
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(what, done, total)`; cheap, and called often."""
@@ -25,20 +29,31 @@ class Context:
     """Where a stage runs, with which parameters."""
 
     project: Project
-    params: Params
+    params: "Params"
     progress: Progress = silent
 
 
 Stage = Callable[[Context, str | None], None]
 
 
+def collect_rarely() -> None:
+    """Keep Python's garbage collector out of the way of large libraries.
+
+    TensorFlow, Prefect and MLflow make hundreds of thousands of objects that stay. Collecting
+    them again and again is a third of the time of their import, and once more at exit takes
+    two to three seconds.
+    """
+    gc.set_threshold(50_000)
+    atexit.register(gc.freeze)
+
+
 def stage_main(stage: Stage) -> None:
     """Run one stage as a process: `python -m tasks.<module> [item]`."""
+    collect_rarely()
     project = Project(Path.cwd())
     item = sys.argv[1] if len(sys.argv) > 1 else None
     try:
-        with rare_collection():
-            stage(Context(project, load_params(project.params), _print_progress), item)
+        _run(stage, item, project, _print_progress)
     except HandsignsError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except OSError as error:
@@ -56,8 +71,13 @@ def run_command(command: str, project: Project, progress: Progress) -> None:
             f"The cmd of a stage must be `python -m tasks.<module> [item]`, not '{command}'. "
             "Correct dvc.yaml."
         )
-    stage: Stage = importlib.import_module(words[1]).run
-    stage(Context(project, load_params(project.params), progress), words[2])
+    _run(importlib.import_module(words[1]).run, words[2], project, progress)
+
+
+def _run(stage: Stage, item: str | None, project: Project, progress: Progress) -> None:
+    from tasks.params import load_params
+
+    stage(Context(project, load_params(project.params), progress), item)
 
 
 def _print_progress(what: str, done: int, total: int) -> None:

@@ -1,11 +1,10 @@
 """Fixtures live by subject in `tests/fixtures/`; the order of the files is made here."""
 
-import gc
 import os
 
 import pytest
 
-from tasks.garbage import RARELY
+from tasks.stage import collect_rarely
 
 THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
 
@@ -51,14 +50,9 @@ def pytest_configure() -> None:
 
     Several tests run at once; the threads of one would only spin while others work.
     """
-    gc.set_threshold(RARELY)
+    collect_rarely()
     for name in THREADS:
         os.environ.setdefault(name, "1")
-
-
-def pytest_unconfigure() -> None:
-    """Leave as fast, too."""
-    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,9 +27,9 @@ TESTS = {
     "tasks/scoring/compare.py": ("test_compare", "test_challenge"),
     "tasks/releases/pointer.py": ("test_release", "test_champion", "test_signature"),
     "tasks/releases/champion.py": ("test_champion", "test_challenge"),
-    "tasks/data/splits.py": ("test_splits",),
+    "tasks/data/dataset.py": ("test_splits", "test_preprocess"),
     "tasks/data/near_duplicates.py": ("test_near_duplicates", "test_audit"),
-    "tasks/data/importer.py": ("test_importer",),
+    "tasks/data/importer.py": ("test_importer", "test_inbox"),
     "tasks/releases/signing.py": ("test_signature",),
 }
 """The modules that decide, and the tests that must notice."""

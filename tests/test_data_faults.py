@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-from tasks.data.directory import data_lock, fetch_data, render
+from tasks.data.directory import fetch_data, render
 from tasks.errors import BusyError, DataError, HandsignsError, ServiceError
 from tasks.project import Project
 from tasks.services.dvc import Pipeline, Remote
@@ -225,10 +225,9 @@ def test_the_sample_is_not_rendered_while_an_import_runs(
     monkeypatch.setattr("tasks.data.directory.WAIT", 0.2)
     before = _photos(checkout)
     pipeline = Pipeline(checkout)
-    with data_lock(checkout, 1), ThreadPoolExecutor() as pool:
-        rendering = pool.submit(render, checkout, pipeline)
-        with pytest.raises(BusyError, match="data/ is in use"):
-            rendering.result()
+    checkout.local.mkdir(exist_ok=True)
+    with FileLock(checkout.data_lock), pytest.raises(BusyError, match="data/ is in use"):
+        render(checkout, pipeline)
     assert _photos(checkout) == before
 
 

@@ -1,4 +1,4 @@
-"""The stored dataset: what is in it, at what size, in which split, and written whole."""
+"""The stored dataset: what is in it, at what size, and in which split."""
 
 import json
 import os
@@ -18,9 +18,8 @@ from PIL import Image
 
 from tasks import audit, preprocess, synthetic
 from tasks.data import images
-from tasks.data.dataset import open_dataset
+from tasks.data.dataset import Photo, open_dataset
 from tasks.data.images import resize_square
-from tasks.data.photos import Photo
 from tasks.errors import DataError
 from tasks.params import LABELS, AuditParams, Params, PreprocessParams, SplitParams
 from tasks.preprocess import count_cross_split_duplicates, split_photos
@@ -30,143 +29,134 @@ from tasks.stage import Context
 from tasks.training.plan import training_rows
 from tests.fixtures.photos import CHECKOUT, photo, write_photos
 
+BLUR = 0.5
+
+
+def resize(picture: np.ndarray, size: int) -> np.ndarray:
+    """Resize with a blur of 0.5."""
+    params = PreprocessParams.model_construct(image_size=size, blur_sigma=BLUR)
+    return images.resize(picture, params)
+
+
+def save(pixels: np.ndarray, path: Path) -> None:
+    """Save a near-duplicate of a picture."""
+    Image.fromarray(pixels // 2 * 2).save(path)
+
 
 @pytest.fixture
 def context(tmp_path: Path, params: Params) -> Context:
-    """Eight audited photos of each class, one of them with a twin."""
+    """Eight audited photos of each class, one of them with a near-duplicate, `twin.png`."""
     project = Project(tmp_path)
-    write_photos(project.data / "train", 8)
-    shifted = np.asarray(Image.open(project.data / "train" / "1" / "0004.png")) // 2 * 2
-    Image.fromarray(shifted).save(project.data / "train" / "1" / "twin.png")
+    folder = write_photos(project.data / "train", 8)
+    save(np.asarray(Image.open(folder / "1/0004.png")), folder / "1/twin.png")
     context = Context(project, params)
     audit.run(context)
     return context
 
 
-BLUR = 0.5
+def changed(context: Context, section: str, **values: int) -> Context:
+    part = getattr(context.params, section).model_copy(update=values)
+    return replace(context, params=context.params.model_copy(update={section: part}))
 
 
-def resize(picture: np.ndarray, size: int) -> np.ndarray:
-    return images.resize(
-        picture, PreprocessParams.model_construct(image_size=size, blur_sigma=BLUR)
-    )
-
-
-def _index(context: Context) -> dict:
-    return json.loads((context.project.dataset / "index.json").read_text())
+def stored(context: Context) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in context.project.dataset.iterdir()}
 
 
 def test_every_photo_is_stored_once_in_order(context: Context) -> None:
     preprocess.run(context)
     dataset = open_dataset(context.project.dataset)
+    assert isinstance(dataset.images, np.memmap)
+    assert not dataset.images.flags.writeable
     assert dataset.images.shape == (49, 64, 64, 3)
-    assert dataset.labels.dtype == np.int64
     order = list(zip(dataset.splits, dataset.labels.tolist(), dataset.names, strict=True))
     assert order == sorted(order)
     every = np.concatenate([dataset.rows(split) for split in ("train", "val", "test")])
     assert sorted(every.tolist()) == list(range(49))
-    index = _index(context)
+    assert len(set(dataset.names)) == 49
+    index = json.loads(stored(context)["index.json"])
     assert index["counts"] == {s: len(dataset.rows(s)) for s in ("train", "val", "test")}
     assert min(index["counts"].values()) >= len(LABELS)
     assert index["leaks"] == 0
-
-
-def test_a_row_holds_the_picture_its_name_says(context: Context) -> None:
-    preprocess.run(context)
-    dataset = open_dataset(context.project.dataset)
     for row in (0, 20, 48):
         name = dataset.names[row]
         # Names that stand in several classes are paths; only one photo is called twin.png.
         path = context.project.data / ("train/1/twin.png" if name == "twin.png" else name)
         assert path.parent.name == LABELS[dataset.labels[row]]
         assert (dataset.images[row] == np.asarray(Image.open(path))).all()
-    assert len(set(dataset.names)) == 49
+    first = stored(context)
+    preprocess.run(context)
+    assert stored(context) == first
 
 
 def test_synthetic_hands_are_rows_of_their_own_that_no_photo_count_includes(
     context: Context,
 ) -> None:
-    more = context.params.synthetic.model_copy(update={"per_class": 3})
-    both = replace(context, params=context.params.model_copy(update={"synthetic": more}))
+    both = changed(context, "synthetic", per_class=3)
     preprocess.run(context)
-    photos, without = open_dataset(context.project.dataset), _index(context)
+    photos, without = open_dataset(context.project.dataset), stored(context)["index.json"]
     synthetic.run(both)
     preprocess.run(both)
-    dataset, index = open_dataset(context.project.dataset), _index(both)
-    assert index == without | {"synthetic": 3}
+    dataset, index = open_dataset(context.project.dataset), stored(context)["index.json"]
+    assert json.loads(index) == json.loads(without) | {"synthetic": 3}
     assert dataset.splits == (*photos.splits, *["synthetic"] * 18)
     assert dataset.labels[dataset.rows("synthetic")].tolist() == [n // 3 for n in range(18)]
     assert np.array_equal(dataset.images[:49], photos.images)
     first = dataset.images[dataset.rows("synthetic")[4]]
     assert np.array_equal(first, draw((synthetic.FIRST_SEED + both.params.seed, 1, 1)))
-    for split in ("train", "val", "test"):
-        assert np.array_equal(dataset.rows(split), photos.rows(split))
     trained = set(training_rows(dataset, 1.0, seed=1).tolist())
     assert trained == {*dataset.rows("train"), *dataset.rows("synthetic")}
 
 
-def test_missing_synthetic_hands_are_one_line(context: Context) -> None:
-    more = context.params.synthetic.model_copy(update={"per_class": 3})
-    both = replace(context, params=context.params.model_copy(update={"synthetic": more}))
-    with pytest.raises(
-        DataError, match=r"synthetic\.npy' cannot be read .*Run the synthetic stage"
-    ):
-        preprocess.run(both)
-
-
-def test_near_duplicates_stay_in_one_split(context: Context) -> None:
-    for seed in range(12):
-        other = context.params.model_copy(update={"seed": seed})
-        preprocess.run(replace(context, params=other))
+def test_near_duplicates_stay_in_one_split_and_out_of_an_official_test(context: Context) -> None:
+    for seed in range(8):
+        preprocess.run(replace(context, params=context.params.model_copy(update={"seed": seed})))
         dataset = open_dataset(context.project.dataset)
-        pair = [
-            split
-            for name, label, split in zip(
-                dataset.names, dataset.labels, dataset.splits, strict=True
-            )
-            if label == 1 and name in ("train/1/0004.png", "twin.png")
-        ]
-        assert len(pair) == 2
-        assert len({*pair}) == 1
-
-
-def test_near_duplicates_of_an_official_test_are_not_trained_on(
-    context: Context,
-) -> None:
+        split_of = dict(zip(dataset.names, dataset.splits, strict=True))
+        assert split_of["train/1/0004.png"] == split_of["twin.png"]
     project = context.project
-    write_photos(project.data / "test", 2, seed=9)
-    near = np.asarray(Image.open(project.data / "test" / "3" / "0001.png")) // 2 * 2
-    Image.fromarray(near).save(project.data / "train" / "3" / "near.png")
+    official = write_photos(project.data / "test", 2, seed=9)
+    save(np.asarray(Image.open(official / "3/0001.png")), project.data / "train/3/near.png")
     audit.run(context)
     preprocess.run(context)
     dataset = open_dataset(project.dataset)
-    tested = {(LABELS[dataset.labels[r]], dataset.names[r]) for r in dataset.rows("test")}
-    assert tested == {
-        (label, f"test/{label}/{name}") for label in LABELS for name in ("0000.png", "0001.png")
+    assert {dataset.names[row] for row in dataset.rows("test")} == {
+        f"test/{label}/{name}" for label in LABELS for name in ("0000.png", "0001.png")
     }
     assert "near.png" not in dataset.names
-    assert _index(context)["leaks"] == 0
     assert len(dataset.rows("val")) >= len(LABELS)
-
-
-def test_a_name_that_is_not_utf_8_is_refused(context: Context) -> None:
-    folder = context.project.data / "train" / "1"
-    (folder / "twin.png").rename(folder / os.fsdecode(b"odd-\xff.png"))
-    with pytest.raises(DataError, match=r"UTF-8, and 'train/1/odd-\\udcff.png'"):
+    report = json.loads(project.audit.read_text())
+    for excluded, leaks in ((report["excluded"], 0), ([], 1)):
+        project.audit.write_text(json.dumps(report | {"excluded": excluded}))
         preprocess.run(context)
+        assert json.loads(stored(context)["index.json"])["leaks"] == leaks
 
 
-def test_a_photo_put_there_by_hand_is_turned_as_its_camera_says(context: Context) -> None:
-    path = context.project.data / "train" / "1" / "twin.png"
+def test_test_photos_with_near_duplicates_in_other_splits_are_counted_once() -> None:
+    split_of = {"a": "test", "b": "train", "c": "val", "d": "test"}
+
+    def count(*groups: str) -> int:
+        group_of = {name: number for number, names in enumerate(groups) for name in names}
+        return count_cross_split_duplicates(split_of, group_of)
+
+    assert count("ad", "bc") == count("ax", "b") == 0
+    assert count("abc") == count("ac", "d") == 1
+    assert count("abcd") == count("ab", "cd") == 2
+
+
+def test_a_photo_put_there_by_hand_is_upright_and_has_a_utf_8_name(context: Context) -> None:
+    path, picture = context.project.data / "train/1/twin.png", photo(1, 77, 64)
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture = photo(1, 77, 64)
     Image.fromarray(picture).save(path, exif=exif)
     audit.run(context)
     preprocess.run(context)
     dataset = open_dataset(context.project.dataset)
-    stored = dataset.images[dataset.names.index("twin.png")]
-    assert np.array_equal(stored, np.rot90(picture, -1))
+    found = dataset.images[dataset.names.index("twin.png")]
+    assert np.array_equal(found, np.rot90(picture, -1))
+    path.rename(path.parent / os.fsdecode(b"odd-\xff.png"))
+    with pytest.raises(DataError, match=r"UTF-8, and 'train/1/odd-\\udcff.png'"):
+        preprocess.run(context)
 
 
 @pytest.mark.parametrize("stage", ["audit", "preprocess"])
@@ -182,58 +172,27 @@ def test_a_full_disk_is_one_line_and_kills_nothing(context: Context, stage: str)
         [sys.executable, "-c", code], cwd=context.project.root, capture_output=True, text=True
     )
     assert done.returncode == 1
-    *_, told = done.stderr.splitlines()
-    assert "cannot be read or written (File too large)" in told
+    *_, line = done.stderr.splitlines()
+    assert "cannot be read or written (File too large)" in line
     assert "Traceback" not in done.stderr
-
-
-def test_a_near_duplicate_that_was_not_excluded_is_counted(context: Context) -> None:
-    project = context.project
-    write_photos(project.data / "test", 2, seed=9)
-    near = np.asarray(Image.open(project.data / "test" / "3" / "0001.png")) // 2 * 2
-    Image.fromarray(near).save(project.data / "train" / "3" / "near.png")
-    audit.run(context)
-    report = json.loads(project.audit.read_text())
-    project.audit.write_text(json.dumps(report | {"excluded": []}))
-    preprocess.run(context)
-    assert _index(context)["leaks"] == 1
-
-
-def test_test_photos_with_near_duplicates_in_other_splits_are_counted_once() -> None:
-    split_of = {
-        f"train/1/{name}": split
-        for name, split in {"a": "test", "b": "train", "c": "val", "d": "test"}.items()
-    }
-
-    def count(*groups: str) -> int:
-        group_of = {f"train/1/{name}": n for n, names in enumerate(groups) for name in names}
-        return count_cross_split_duplicates(split_of, group_of)
-
-    assert count("ad", "bc") == count("ax", "b") == 0
-    assert count("abc") == count("ac", "d") == 1
-    assert count("abcd") == count("ab", "cd") == 2
 
 
 @st.composite
 def audited_photos(draw: st.DrawFn) -> tuple[list[Photo], list[int], dict]:
     """Flat grey photos, near-duplicates if their greys are close, in any folder and class."""
     folders = draw(st.sampled_from([("train",), ("test", "train")]))
-    drawn = draw(
-        st.lists(
-            st.tuples(st.integers(0, 60), st.sampled_from(folders), st.sampled_from("012")),
-            max_size=16,
-        )
-    )
+    one = st.tuples(st.integers(1, 60), st.sampled_from(folders), st.sampled_from("012"))
+    drawn = draw(st.lists(one, max_size=16, unique_by=lambda found: found[0]))
     apart = [(0, folder, label) for folder in folders for label in LABELS for _ in range(4)]
     greys, places = zip(*((grey, place) for grey, *place in drawn + apart), strict=True)
     photos = [Photo(*place, f"{row}.png") for row, place in enumerate(places)]
-    count = len(photos)
+    pictures = np.broadcast_to(
+        np.array(greys, np.uint8)[:, None, None, None], (len(photos), 4, 4, 3)
+    )
     stats = audit.ImageStats(
-        pictures=np.repeat(np.array(greys, np.uint8), 3).reshape(count, 1, 1, 3),
+        pictures=pictures.copy(),
         hashes=np.array([0] * len(drawn) + list(range(1, len(apart) + 1)), np.uint64),
-        mirrored=np.full(count, 2**63, np.uint64),
-        digests=tuple(str(row).encode() for row in range(count)),
-        sizes=np.full((count, 2), 64),
+        mirrored=np.full(len(photos), 2**63, np.uint64),
     )
     params = AuditParams(max_hash_distance=0, max_rms_difference=6.0)
     return photos, [grey for grey, *_ in drawn], audit.audit(photos, stats, params)
@@ -259,73 +218,46 @@ def test_near_duplicates_are_never_in_two_splits(
 
 
 def test_copies_that_are_added_move_nobody_from_training_to_the_test(context: Context) -> None:
-    project = context.project
-    write_photos(project.data / "train", 25)
+    train = write_photos(context.project.data / "train", 15)
 
     def splits() -> dict[str, str]:
         audit.run(context)
         preprocess.run(context)
-        photos = _index(context)["photos"]
-        return {photo["name"]: photo["split"] for photo in photos}
+        found = json.loads(stored(context)["index.json"])["photos"]
+        return {photo["name"]: photo["split"] for photo in found}
 
     before = splits()
     random = np.random.default_rng(5)
-    for number in range(150):
-        label, name = random.integers(6), f"{random.integers(25):04d}.png"
-        picture = Image.open(project.data / "train" / str(label) / name)
-        picture.save(project.data / "train" / str(label) / f"copy-{number}.jpg", quality=90)
+    for number in range(90):
+        folder = train / str(random.integers(6))
+        picture = Image.open(folder / f"{random.integers(15):04d}.png")
+        picture.save(folder / f"copy-{number}.jpg", quality=90)
     after = splits()
-    assert len(after) == len(before) + 150
+    assert len(after) == len(before) + 90
     assert not [n for n, split in before.items() if split == "train" and after[n] != "train"]
 
 
-def test_the_same_inputs_give_the_same_bytes(context: Context) -> None:
-    preprocess.run(context)
-    folder = context.project.dataset
-    first = {path.name: path.read_bytes() for path in folder.iterdir()}
-    preprocess.run(context)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
-    assert set(first) == {"images.npy", "index.json"}
-
-
-def test_read_only_links_to_a_cache_are_replaced_and_not_written_through(
+def test_links_into_a_cache_are_replaced_and_a_failed_run_changes_nothing(
     context: Context, tmp_path: Path
 ) -> None:
     preprocess.run(context)
-    cached = tmp_path / "cached.npy"
-    stored = context.project.dataset / "images.npy"
-    stored.chmod(0o444)
-    cached.hardlink_to(stored)
-    before = cached.read_bytes()
-    detail = context.params.preprocess.model_copy(update={"image_size": 32})
-    preprocess.run(
-        replace(context, params=context.params.model_copy(update={"preprocess": detail}))
-    )
-    assert cached.read_bytes() == before
+    cached, output = tmp_path / "cached.npy", context.project.dataset / "images.npy"
+    output.chmod(0o444)
+    cached.hardlink_to(output)
+    content = cached.read_bytes()
+    preprocess.run(changed(context, "preprocess", image_size=32))
+    assert cached.read_bytes() == content
     assert open_dataset(context.project.dataset).images.shape == (49, 32, 32, 3)
-
-
-def test_a_failed_run_leaves_what_was_there(context: Context) -> None:
-    preprocess.run(context)
-    before = {path.name: path.read_bytes() for path in context.project.dataset.iterdir()}
-    damaged = context.project.data / "train" / "5" / "0007.png"
+    before = stored(context)
+    damaged = context.project.data / "train/5/0007.png"
     damaged.write_bytes(damaged.read_bytes()[:500])
     with pytest.raises(DataError, match=r"5/0007\.png"):
         preprocess.run(context)
-    assert {path.name: path.read_bytes() for path in context.project.dataset.iterdir()} == before
-    assert [p.name for p in context.project.artifacts.iterdir() if p.name.startswith(".")] == []
-
-
-def test_an_audit_of_other_photos_is_refused(context: Context) -> None:
-    (context.project.data / "train" / "2" / "0000.png").unlink()
+    damaged.unlink()
     with pytest.raises(DataError, match="audit is of other photos"):
         preprocess.run(context)
-
-
-def test_a_missing_audit_is_refused(context: Context) -> None:
-    context.project.audit.unlink()
-    with pytest.raises(DataError, match="Run the audit stage again"):
-        preprocess.run(context)
+    assert stored(context) == before
+    assert [p.name for p in context.project.artifacts.iterdir() if p.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "other", "broken"])
@@ -344,35 +276,25 @@ def test_a_damaged_dataset_is_refused(context: Context, damage: str) -> None:
         open_dataset(folder)
 
 
-def test_images_are_read_only_and_on_disk(context: Context) -> None:
-    preprocess.run(context)
-    images = open_dataset(context.project.dataset).images
-    assert isinstance(images, np.memmap)
-    assert not images.flags.writeable
-
-
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 80))
-@settings(max_examples=80, deadline=None)
-def test_any_size_is_resized_and_stays_in_range(height: int, width: int, detail: int) -> None:
-    random = np.random.default_rng([height, width, detail])
+@settings(max_examples=60, deadline=None)
+def test_any_size_is_resized_and_stays_in_range(height: int, width: int, size: int) -> None:
+    random = np.random.default_rng([height, width, size])
     picture = random.integers(40, 200, (height, width, 3)).astype(np.uint8)
-    small = resize(picture, detail)
-    assert small.shape == (detail, detail, 3)
+    small = resize(picture, size)
+    assert small.shape == (size, size, 3)
     assert small.dtype == np.uint8
     assert picture.min() <= small.min() <= small.max() <= picture.max()
 
 
-def test_resizing_keeps_the_central_square() -> None:
+def test_the_central_square_is_averaged_over_areas() -> None:
     picture = np.zeros((40, 100, 3), np.uint8)
     picture[:, 30:70] = (10, 200, 90)
     assert (resize(picture, 20) == (10, 200, 90)).all()
     assert (resize(picture.transpose(1, 0, 2), 20) == (10, 200, 90)).all()
-
-
-def test_reducing_averages_areas() -> None:
-    picture = photo(3, 0, size=120)
-    areas = picture.astype(float).reshape(40, 3, 40, 3, 3).mean(axis=(1, 3))
-    assert np.abs(resize_square(picture, 40) - areas).max() <= 0.51
+    large = photo(3, 0, size=120)
+    areas = large.astype(float).reshape(40, 3, 40, 3, 3).mean(axis=(1, 3))
+    assert np.abs(resize_square(large, 40) - areas).max() <= 0.51
 
 
 @pytest.mark.parametrize("scale", [2, 4, 40])
@@ -386,18 +308,13 @@ def test_a_photo_that_was_larger_is_blurred_and_keeps_its_brightness(scale: int)
     left = abs((kernel * (-1.0) ** np.arange(5)).sum()) / kernel.sum()
     assert abs(np.ptp(soft) - 120 * left) <= 2
     assert abs(soft.mean() - 120) <= 0.5
-    assert (resize(stripes, 32) == stripes).all()
 
 
-def test_one_pixel_more_than_the_right_size_hardly_blurs() -> None:
-    picture = photo(3, 0, size=65)
-    difference = resize(picture, 64).astype(int) - resize_square(picture, 64)
-    assert np.abs(difference).max() <= 2
-
-
-def test_a_picture_at_the_right_size_is_copied_unchanged() -> None:
+def test_a_picture_of_the_right_size_is_copied_and_one_pixel_more_hardly_blurs() -> None:
     picture = photo(3, 0)
     small = resize(picture, 64)
     assert (small == picture).all()
-    small[0] = 0
-    assert picture[0].any()
+    assert not np.shares_memory(small, picture)
+    larger = photo(3, 0, size=65)
+    difference = resize(larger, 64).astype(int) - resize_square(larger, 64)
+    assert np.abs(difference).max() <= 2

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.data.splits import require_enough, stratified_group_split, stratified_sample
+from tasks.data.dataset import (
+    Photo,
+    check_trainable,
+    groups_by_class,
+    stratified_group_split,
+    stratified_sample,
+)
 from tasks.errors import DataError
 from tasks.params import LABELS
 
@@ -17,7 +23,7 @@ seeds = st.integers(0, 2**31 - 1)
 
 
 def _photos(sizes: list[int]) -> Photos:
-    """In each class a group of near-duplicates of each size."""
+    """In each class a group of near-duplicates of each size; names, labels and groups."""
     rows = [
         (label, number * len(LABELS) + place)
         for place, label in enumerate(LABELS)
@@ -28,11 +34,8 @@ def _photos(sizes: list[int]) -> Photos:
     return names, [label for label, _ in rows], [group for _, group in rows]
 
 
-photos = st.lists(st.integers(1, 12), min_size=3, max_size=30).map(_photos)
-
-
-@given(photos, seeds)
-@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=3, max_size=30).map(_photos), seeds)
+@settings(max_examples=40, deadline=None)
 def test_every_class_is_in_every_split_and_no_group_is_divided(photos: Photos, seed: int) -> None:
     names, labels, groups = photos
     splits = stratified_group_split(names, labels, groups, SHARES, seed)
@@ -45,16 +48,21 @@ def test_every_class_is_in_every_split_and_no_group_is_divided(photos: Photos, s
 @pytest.mark.parametrize("sizes", [[1] * 600, [10] * 200, [5, 8, 12] * 100])
 def test_shares_are_met_on_average_with_and_without_bursts(sizes: list[int]) -> None:
     names, labels, groups = _photos(sizes)
-    counts = Counter(stratified_group_split(names, labels, groups, SHARES, 20))
+    splits = stratified_group_split(names, labels, groups, SHARES, 20)
+    counts = Counter(splits)
     # Of groups of several sizes, the larger ones are mostly trained on.
     tolerance = 0.03 if sizes[0] == sizes[1] else 0.1
     assert abs(counts["test"] / len(names) - 0.15) < tolerance
     assert abs(counts["val"] / len(names) - 0.10) < tolerance
     assert min(counts["test"], counts["val"]) > 0.03 * len(names)
+    assert stratified_group_split(names, labels, groups, SHARES, 21) != splits
+    official = stratified_group_split(names, labels, groups, {"val": 0.1}, 20)
+    assert set(official) == {"train", "val"}
+    assert abs(official.count("val") / len(names) - 0.1) < tolerance
 
 
 @given(seeds, st.sampled_from(["any", "one class", "each once"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_nobody_who_was_trained_on_is_tested_after_150_copies_were_added(
     seed: int, where: str
 ) -> None:
@@ -82,60 +90,53 @@ def test_new_photos_move_no_old_one() -> None:
     names, labels, groups = _photos([1] * 150)
     before = stratified_group_split(names, labels, groups, SHARES, 20)
     more = [f"new-{name}" for name in names]
-    after = stratified_group_split(
-        names + more, labels * 2, groups + [1000 + group for group in groups], SHARES, 20
-    )
+    more_groups = [1000 + group for group in groups]
+    after = stratified_group_split(names + more, labels * 2, groups + more_groups, SHARES, 20)
     assert after[: len(names)] == before
 
 
-def test_another_seed_gives_another_split() -> None:
-    photos = _photos([1] * 60)
-    splits = [stratified_group_split(*photos, SHARES, seed) for seed in (1, 2)]
-    assert splits[0] != splits[1]
-
-
-def test_an_official_test_leaves_only_validation_to_split() -> None:
-    splits = stratified_group_split(*_photos([1] * 300), {"val": 0.1}, 20)
-    assert set(splits) == {"train", "val"}
-    assert abs(splits.count("val") / len(splits) - 0.1) < 0.02
-
-
 @pytest.mark.parametrize("held_out", [("val",), ("test", "val")])
-def test_a_class_with_too_few_groups_is_named_with_what_is_missing(
+def test_classes_with_too_few_groups_are_named_with_what_they_have(
     held_out: tuple[str, ...],
 ) -> None:
     _, labels, groups = _photos([3] * len(held_out))
-    with pytest.raises(DataError, match=r"Class 0 has too few photos: .* at least 1 more"):
-        require_enough(labels, groups, held_out)
-    require_enough(labels + list(LABELS), groups + list(range(100, 106)), held_out)
+    few = len(held_out)
+    with pytest.raises(DataError, match=rf"needs {few + 1} or more, .*: 0 \({few}\), 1 \({few}\)"):
+        groups_by_class(labels, groups, held_out)
+    enough = groups_by_class(labels + list(LABELS), groups + list(range(100, 106)), held_out)
+    assert [len(found) for found in enough.values()] == [few + 1] * 6
+    rows = [row for row, label in enumerate(labels * 3) if label != "4"]
+    with pytest.raises(DataError, match=r"have fewer: 4 \(0\)\. Import"):
+        groups_by_class([(labels * 3)[row] for row in rows], rows, held_out)
 
 
-def test_a_missing_class_is_refused() -> None:
-    _, labels, groups = _photos([1] * 6)
-    rows = [row for row, label in enumerate(labels) if label != "4"]
-    with pytest.raises(DataError, match="Class 4"):
-        require_enough([labels[r] for r in rows], [groups[r] for r in rows], ("val",))
+@pytest.mark.parametrize(("official", "needed"), [(True, 2), (False, 3)])
+def test_photos_are_trainable_if_each_class_can_be_in_each_split(
+    official: bool, needed: int
+) -> None:
+    photos = [Photo("train", label, str(n)) for label in LABELS for n in range(needed)]
+    photos += [Photo("test", label, "x") for label in LABELS if official]
+    check_trainable(photos)
+    with pytest.raises(DataError, match=rf"needs {needed} or more.*: 0 \({needed - 1}\)\. "):
+        check_trainable(photos[1:])
 
 
 @given(st.integers(1, 40), st.floats(0.01, 1.0), st.floats(0.01, 1.0), seeds)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_smaller_sample_is_part_of_a_larger_one(
     per_class: int, one: float, other: float, seed: int
 ) -> None:
     names, labels, _ = _photos([1] * per_class)
     small, large = sorted((one, other))
-    fewer = stratified_sample(names, labels, small, seed)
-    assert {*fewer.tolist()} <= {*stratified_sample(names, labels, large, seed).tolist()}
+    fewer = stratified_sample(names, labels, small, seed).tolist()
+    assert fewer == sorted(fewer)
+    assert {*fewer} <= {*stratified_sample(names, labels, large, seed).tolist()}
     for label, total in Counter(labels).items():
         chosen = sum(labels[row] == label for row in fewer)
         assert chosen >= 1
         assert abs(chosen - small * total) <= max(0.5, 1 - small * total)
-
-
-def test_the_whole_sample_is_everything_in_order() -> None:
-    names, labels, _ = _photos([1] * 7)
     numbers = np.array([int(label) for label in labels])
-    assert stratified_sample(names, numbers, 1.0, 3).tolist() == list(range(len(names)))
+    assert stratified_sample(names, numbers, 1.0, seed).tolist() == list(range(len(names)))
 
 
 def test_removing_photos_keeps_most_of_a_sample() -> None:

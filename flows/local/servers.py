@@ -14,12 +14,15 @@ from flows.local.credentials import local_credentials, mlflow_guard, prefect_log
 from flows.local.database import database_url, mlflow_file_url
 from flows.local.processes import GRPC, Program
 from flows.settings import Settings
-from tasks import garbage
 from tasks.errors import ServiceError
 from tasks.services.mlflow import PREFIX
 from tasks.services.s3 import S3Address, Storage
 
 HOST = "127.0.0.1"
+_COLLECTING_RARELY = (
+    "import atexit, gc, runpy, sys; gc.set_threshold(50_000); atexit.register(gc.freeze); "
+    "sys.argv = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+)
 TMP = "/tmp"  # noqa: S108, SeaweedFS's gRPC sockets are there, whatever TMPDIR says
 DVC_BUCKET = "dvc"
 POOL = "handsigns"
@@ -209,8 +212,8 @@ def _without_foreign(of_aws: bool = False) -> dict[str, str]:
 
 
 def _module(name: str) -> list[str]:
-    """Run a large library's program, see `tasks.garbage`."""
-    return [sys.executable, "-P", garbage.__file__, name]
+    """Run a large library's program, as `python -m` does, see `tasks.stage.collect_rarely`."""
+    return [sys.executable, "-P", "-c", _COLLECTING_RARELY, name]
 
 
 def _weed() -> str:

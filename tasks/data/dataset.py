@@ -1,11 +1,10 @@
-"""The dataset that preprocess writes and later stages read.
+"""The photos in `data/`, their splits, and the dataset that preprocess makes of them."""
 
-`artifacts/dataset/` holds `images.npy`, uint8 (n, size, size, 3), rows sorted by (split,
-label, name), then the synthetic hands, and `index.json` with the name, label and split
-of each photo and the number of synthetic hands of each class.
-"""
-
+import hashlib
 import json
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +13,193 @@ from numpy.typing import NDArray
 
 from tasks.errors import DataError
 from tasks.params import LABELS
+from tasks.project import FOLDERS
 
+TRAIN = "train"
+SYNTHETIC = "synthetic"
 IMAGES = "images.npy"
 INDEX = "index.json"
-SYNTHETIC = "synthetic"
+
+Groups = Sequence[int] | NDArray[np.int64]
+"""Number of the group of near-duplicates of each photo; its photos have one class."""
+
+_SMALL_GROUPS = 0.1
+"""Quantile of the group sizes that the limits of the split are computed for."""
+
+
+@dataclass(frozen=True, order=True)
+class Photo:
+    """The photo `data/<folder>/<label>/<name>`."""
+
+    folder: str
+    label: str
+    name: str
+
+    @property
+    def key(self) -> str:
+        """Path below `data/`, with forward slashes."""
+        return f"{self.folder}/{self.label}/{self.name}"
+
+
+def find_photos(data: Path) -> list[Photo]:
+    """List `data/`, sorted by folder, label and name; hidden files are not photos."""
+    if not (data / TRAIN).is_dir():
+        raise DataError(
+            f"There are no photos to train on: '{data}' has no train/ folder. Import photos, "
+            "or render the sample."
+        )
+    found = []
+    for folder in FOLDERS:
+        for path in (data / folder).glob("*/*"):
+            if path.name.startswith("."):
+                continue
+            if path.parent.name not in LABELS:
+                raise DataError(
+                    f"'{path.parent.name}' in '{data / folder}' is not a label. Rename the "
+                    f"folder to one of {', '.join(LABELS)}, or move it out of data/."
+                )
+            photo = Photo(folder, path.parent.name, path.name)
+            try:
+                path.name.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"A name must be UTF-8, and {photo.key!a} is not. Rename the file."
+                ) from error
+            found.append(photo)
+    return sorted(found)
+
+
+def name_photos(photos: Sequence[Photo]) -> dict[str, str]:
+    """The unique name by which a dataset knows each photo's key.
+
+    Imported photos are named by their content, wherever they are. Photos that were put
+    into `data/` by hand may share a name, and are named by their keys.
+    """
+    shared = Counter(photo.name for photo in photos)
+    return {photo.key: photo.name if shared[photo.name] == 1 else photo.key for photo in photos}
+
+
+def count_classes(photos: Sequence[Photo]) -> dict[str, dict[str, int]]:
+    """Count photos by folder and label; `test` only if there are test photos.
+
+    Raises:
+        DataError: a class has no photo in one of the folders.
+    """
+    found = Counter((photo.folder, photo.label) for photo in photos)
+    folders = [name for name in FOLDERS if name == TRAIN or any(f == name for f, _ in found)]
+    missing = [f"{f}/{label}" for f in folders for label in LABELS if not found[f, label]]
+    if missing:
+        raise DataError(
+            f"Every class needs photos in {' and '.join(folders)}, but there are none in "
+            f"{', '.join(missing)}. Import photos of these classes."
+        )
+    return {folder: {label: found[folder, label] for label in LABELS} for folder in folders}
+
+
+def check_trainable(photos: Sequence[Photo]) -> None:
+    """Raise `DataError` if a class has too few photos for all splits."""
+    held_out = ["val"] if "test" in count_classes(photos) else ["test", "val"]
+    rows = [(number, photo.label) for number, photo in enumerate(photos) if photo.folder == TRAIN]
+    groups_by_class([label for _, label in rows], [number for number, _ in rows], held_out)
+
+
+def stratified_group_split(
+    names: Sequence[str],
+    labels: Sequence[str],
+    groups: Groups,
+    shares: Mapping[str, float],
+    seed: int,
+) -> list[str]:
+    """Hash-based split of each class, with each group in one split.
+
+    Every choice depends on a SHA-256 of the seed and a photo's name, and not on which other
+    photos there are, so that photos that are added hardly change it. The rank of a group is
+    the highest rank of its photos, and the lowest ranks are held out. A photo that is added
+    can only raise the rank of its group, so it moves no photo from training to the test.
+    Hence large groups are mostly trained on. If nearly all groups have m photos or more, the
+    limits take it into account that all m ranks lie below a limit with probability limit**m.
+
+    Args:
+        names: unique name of each photo.
+        shares: share of each split but `train`, the test first; met on average.
+
+    Returns:
+        The split of each photo. Every class is in every split.
+    """
+    splits = [TRAIN] * len(names)
+    classes = groups_by_class(labels, groups, tuple(shares))
+    sizes = [len(rows) for found in classes.values() for rows in found]
+    size = np.quantile(sizes, _SMALL_GROUPS, method="lower")
+    for found in classes.values():
+        ranked = sorted((max(_rank(seed, names[row]) for row in rows), rows) for rows in found)
+        ranks = [rank for rank, _ in ranked]
+        start, held_out = 0, 0.0
+        for number, (split, share) in enumerate(shares.items()):
+            held_out += share
+            below = bisect_left(ranks, held_out ** (1.0 / size))
+            # At least one group for this split, and for each of those that follow.
+            stop = min(max(below, start + 1), len(ranked) - len(shares) + number)
+            for _, rows in ranked[start:stop]:
+                for row in rows:
+                    splits[row] = split
+            start = stop
+    return splits
+
+
+def groups_by_class(
+    labels: Sequence[str], groups: Groups, held_out: Sequence[str]
+) -> dict[str, list[list[int]]]:
+    """Rows of each group of each class.
+
+    Raises:
+        DataError: a class has fewer groups than there are splits.
+    """
+    members: dict[int, list[int]] = defaultdict(list)
+    for row, number in enumerate(groups):
+        members[int(number)].append(row)
+    classes: dict[str, list[list[int]]] = {label: [] for label in LABELS}
+    for rows in members.values():
+        classes[labels[rows[0]]].append(rows)
+    needed = len(held_out) + 1
+    few = [f"{name} ({len(found)})" for name, found in classes.items() if len(found) < needed]
+    if few:
+        raise DataError(
+            f"Too few photos to train on: every class needs {needed} or more, one for "
+            f"each of {', '.join([*held_out, TRAIN])} (near-duplicates count once), and these "
+            f"have fewer: {', '.join(few)}. Import more photos of these classes."
+        )
+    return classes
+
+
+def stratified_sample(
+    names: Sequence[str], labels: Sequence[str] | NDArray[np.int64], fraction: float, seed: int
+) -> NDArray[np.int64]:
+    """Row numbers of a share of each class, ascending, and at least one of each class.
+
+    The sample of a smaller fraction is part of that of a larger one.
+    """
+    classes: dict[object, list[int]] = defaultdict(list)
+    for row, label in enumerate(labels):
+        classes[label].append(row)
+    chosen: list[int] = []
+    for rows in classes.values():
+        ranked = sorted(rows, key=lambda row: _digest("subset", seed, names[row]))
+        chosen += ranked[: max(1, int(fraction * len(rows) + 0.5))]
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
+def _rank(seed: int, name: str) -> float:
+    """Pseudo-random number in [0, 1)."""
+    return int.from_bytes(_digest("split", seed, name)[:6]) / 2**48
+
+
+def _digest(purpose: str, seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{purpose}/{seed}/{name}".encode()).digest()
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Preprocessed photos of all splits, one row each.
+    """Preprocessed photos of all splits, one row each; rows are sorted by (split, label, name).
 
     Args:
         images: uint8, (n, size, size, 3), RGB in [0, 255]; memory-mapped, read-only.
@@ -41,11 +218,7 @@ class Dataset:
 
 
 def open_dataset(folder: Path) -> Dataset:
-    """Open a dataset; pictures are read from disk when they are used.
-
-    Raises:
-        DataError: the folder is missing, or its two files do not belong together.
-    """
+    """Open a dataset; pictures are read from disk when they are used."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         images = np.load(folder / IMAGES, mmap_mode="r", allow_pickle=False)

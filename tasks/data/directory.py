@@ -1,18 +1,22 @@
-"""The data directory: its lock, atomic changes, and its photos from DVC."""
+"""The data directory: its lock, atomic changes, its photos from DVC, and the quarantine."""
 
 import errno
+import hashlib
+import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from tasks.errors import BusyError, DataError, ServiceError
+from tasks.io import atomic_write, write_json
 from tasks.params import LABELS
 from tasks.project import FOLDERS, Project
 from tasks.stage import Progress, silent
@@ -22,12 +26,13 @@ if TYPE_CHECKING:
 
 WAIT = 600.0
 """Seconds to wait for the data lock."""
+MAX_COPIES = 2**30
+"""Bytes that one import may copy into the quarantine; beyond it files are only listed."""
 
 Place = tuple[str, str]
 """Split and label."""
 
 _NO_HARD_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
-_locked: ContextVar[frozenset[Path]] = ContextVar("locked", default=frozenset())
 _log = logging.getLogger(__name__)
 
 
@@ -35,67 +40,28 @@ _log = logging.getLogger(__name__)
 def data_lock(project: Project, wait: float | None = None) -> Iterator[None]:
     """Hold the lock of imports, and of retrains while they need one version of `data/`.
 
-    Re-entrant in one context. The kernel releases it if the process dies.
+    Re-entrant in one process. The kernel releases it if the process dies.
 
     Raises:
         BusyError: another process holds it for more than `wait` seconds.
     """
     wait = WAIT if wait is None else wait
-    if project.data_lock in _locked.get():
-        yield
-        return
     with file_errors(project.local):
         project.local.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = FileLock(project.data_lock)
+        lock = FileLock(project.data_lock, thread_local=False, is_singleton=True)
         try:
-            lock.acquire(timeout=min(wait, 0.5))
+            held = lock.acquire(timeout=min(wait, 0.5))
         except Timeout:
             _log.warning("A retrain or an import uses data/. Waiting up to %g s for it.", wait)
             try:
-                lock.acquire(timeout=wait)
+                held = lock.acquire(timeout=wait)
             except Timeout as error:
                 raise BusyError(
                     f"data/ is in use: a retrain or another import has held '{lock.lock_file}' "
                     f"for more than {wait:g} seconds. Try again when it has ended."
                 ) from error
-    token = _locked.set(_locked.get() | {project.data_lock})
-    try:
+    with held:
         yield
-    finally:
-        _locked.reset(token)
-        lock.release()
-
-
-def stored_photos(project: Project) -> dict[str, Place]:
-    """Split and label of each file name in `data/`."""
-    found: dict[str, Place] = {}
-    for split in FOLDERS:
-        for label in LABELS:
-            folder = project.data / split / label
-            if folder.is_dir():
-                found.update((entry.name, (split, label)) for entry in os.scandir(folder))
-    return found
-
-
-def restore_data(project: Project) -> None:
-    """Put `data/` back if an import was killed between its two renames."""
-    if _is_torn(project):
-        with data_lock(project):
-            _put_back(project)
-
-
-@contextmanager
-def staging(project: Project) -> Iterator[Path]:
-    """Yield an empty folder on the file system of `data/`; the caller holds the data lock."""
-    _put_back(project)
-    with file_errors(project.staging):
-        shutil.rmtree(project.staging, ignore_errors=True)
-        project.staging.mkdir(parents=True, exist_ok=True)
-    try:
-        yield project.staging
-    finally:
-        _put_back(project)
-        shutil.rmtree(project.staging, ignore_errors=True)
 
 
 @contextmanager
@@ -104,53 +70,81 @@ def file_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        code = errno.errorcode.get(error.errno or 0, "unknown error")
+        code = errno.errorcode.get(error.errno or 0)
+        reason = f"{error.strerror}, {code}" if code else error
         raise DataError(
-            f"Import failed at '{error.filename or path}' ({error.strerror}, {code}). Make room "
-            "or give permission and import again; data/ is unchanged."
+            f"Import failed at '{error.filename or path}' ({reason}). Make room or give "
+            "permission and import again; data/ is unchanged."
         ) from error
 
 
-def link_photos(project: Project, keep: Container[str] | None, progress: Progress) -> Path:
-    """Hard-link `data/`, or only the paths to keep, into a new folder in staging."""
+def stored_photos(project: Project) -> dict[str, Place]:
+    """Split and label of each file name in `data/`."""
+    return {
+        path.name: (split, label)
+        for split in FOLDERS
+        for label in LABELS
+        for path in (project.data / split / label).glob("*")
+    }
+
+
+@contextmanager
+def staging(project: Project) -> Iterator[Path]:
+    """Yield an empty folder on the file system of `data/`; the caller holds the data lock."""
+    restore_data(project)
+    with file_errors(project.staging):
+        shutil.rmtree(project.staging, ignore_errors=True)
+        project.staging.mkdir(parents=True)
+    try:
+        yield project.staging
+    finally:
+        restore_data(project)
+        shutil.rmtree(project.staging, ignore_errors=True)
+
+
+def restore_data(project: Project) -> None:
+    """Put `data/` back if an import was killed between its two renames."""
+    old = project.staging / "old"
+    if old.exists() and not project.data.exists():
+        with data_lock(project), file_errors(project.data):
+            if not project.data.exists():
+                old.rename(project.data)
+
+
+def change_data(
+    project: Project,
+    incoming: Path,
+    accepted: Mapping[str, Place],
+    replace: bool,
+    progress: Progress,
+) -> None:
+    """Build the next `data/` in staging, of hard links to the present one, and swap the two.
+
+    Args:
+        incoming: folder of the accepted photos that `data/` does not have.
+        replace: leave out all photos that are not accepted.
+    """
     new = project.staging / "new"
-    new.mkdir()
-    for parent, folders, files in os.walk(project.data):
-        below = os.path.relpath(parent, project.data)
-        links = [name for name in folders if Path(parent, name).is_symlink()]
-        names = [n for n in [*files, *links] if keep is None or f"{below}/{n}" in keep]
-        if names:
-            (new / below).mkdir(parents=True, exist_ok=True)
-        for done, name in enumerate(names, start=1):
-            _link(f"{parent}/{name}", f"{new}/{below}/{name}")
-            progress("keep", done, len(names))
-    return new
-
-
-def replace_data(project: Project, new: Path, progress: Progress) -> None:
-    """Rename `new` to `data/`; what was there is removed with the staging folder."""
-    # Content must reach the disk before names do, for the case of a power failure.
-    os.sync()
-    progress("swap", 0, 2)
-    if project.data.exists():
-        project.data.rename(_old(project))
-    progress("swap", 1, 2)
-    new.rename(project.data)
-    progress("swap", 2, 2)
-
-
-def _is_torn(project: Project) -> bool:
-    return _old(project).exists() and not project.data.exists()
-
-
-def _put_back(project: Project) -> None:
-    if _is_torn(project):
-        with file_errors(project.data):
-            _old(project).rename(project.data)
-
-
-def _old(project: Project) -> Path:
-    return project.staging / "old"
+    with file_errors(project.data):
+        if replace or not project.data.exists():
+            new.mkdir()
+        else:
+            shutil.copytree(project.data, new, symlinks=True, copy_function=_link)
+        for name, place in accepted.items():
+            target = new.joinpath(*place, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if (incoming / name).exists():
+                (incoming / name).rename(target)
+            elif not os.path.lexists(target):
+                _link(str(project.data.joinpath(*place, name)), str(target))
+        # Content must reach the disk before names do, for the case of a power failure.
+        os.sync()
+        progress("swap", 0, 2)
+        if project.data.exists():
+            project.data.rename(project.staging / "old")
+        progress("swap", 1, 2)
+        new.rename(project.data)
+        progress("swap", 2, 2)
 
 
 def _link(path: str, target: str) -> None:
@@ -210,3 +204,84 @@ def render(project: Project, pipeline: "Pipeline", progress: Progress = silent) 
         f"The sample set was rendered, but this machine's arithmetic gave other bytes: "
         f"data/ {version} instead of {expected}. It is versioned as such."
     )
+
+
+@dataclass(frozen=True)
+class QuarantinedFile:
+    """A file that was not imported: its path in the source, and `kind: detail`.
+
+    `copy` is its path below `artifacts/quarantine/`, if it was copied.
+    """
+
+    origin: str
+    reason: str
+    copy: str | None = None
+
+    @property
+    def kind(self) -> str:
+        return self.reason.split(":")[0]
+
+
+class Quarantine:
+    """Copies of the files that were not imported, by kind, and a list with their reasons."""
+
+    def __init__(self, project: Project) -> None:
+        self._folder = project.quarantine
+        self._list = project.quarantine / "quarantine.json"
+        self._room = MAX_COPIES
+
+    def add(self, origin: str, reason: str, content: bytes) -> QuarantinedFile:
+        """Copy one file, if it could be read."""
+        file = QuarantinedFile(origin, reason)
+        if not content or len(content) > self._room:
+            return file
+        self._room -= len(content)
+        digest = hashlib.sha256(content).hexdigest()[:12]
+        copy = f"{_safe_name(file.kind)}/{digest}-{_safe_name(origin.split('/')[-1])}"
+        path = self._folder / copy
+        with file_errors(path):
+            if not path.exists():
+                with atomic_write(path) as temporary:
+                    temporary.write_bytes(content)
+        return QuarantinedFile(origin, reason, copy)
+
+    def listed(self) -> dict[str, list[QuarantinedFile]]:
+        """The files by source; empty if the list cannot be read."""
+        try:
+            sources = json.loads(self._list.read_text(encoding="utf-8"))["sources"]
+            return {
+                str(name): [QuarantinedFile(**file) for file in files]
+                for name, files in sources.items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def update(
+        self,
+        source: str,
+        files: Sequence[QuarantinedFile],
+        only: bool,
+        unchanged: Container[str] = (),
+    ) -> None:
+        """Replace the entries of a source, and remove copies that are no longer listed.
+
+        Entries of `unchanged` origins stay. With `only`, other sources are forgotten.
+        """
+        before = self.listed()
+        kept = [file for file in before.get(source, []) if file.origin in unchanged]
+        after = {**({} if only else before), source: [*kept, *files]}
+        after = {name: listed for name, listed in after.items() if listed}
+        if after == before:
+            return
+        listed = {name: [asdict(file) for file in files] for name, files in after.items()}
+        copies = {file.copy for files in after.values() for file in files}
+        with file_errors(self._folder):
+            write_json(self._list, {"sources": listed})
+            for file in (file for files in before.values() for file in files):
+                if file.copy and file.copy not in copies:
+                    (self._folder / file.copy).unlink(missing_ok=True)
+
+
+def _safe_name(name: str) -> str:
+    """Letters, digits, dot, dash and underscore; never hidden, never a parent folder."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[-80:].lstrip(".") or "_"

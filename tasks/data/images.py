@@ -3,91 +3,73 @@
 import hashlib
 import io
 import math
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import cv2
+import joblib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from tasks.errors import ImageError
+from tasks.errors import DataError, ImageError
 from tasks.params import PreprocessParams
+from tasks.stage import Progress
 
+Pixels = NDArray[np.uint8]
+"""(height, width, 3), RGB."""
 Read = Callable[[int], bytes]
 """`read(limit)` returns at most `limit` bytes of a file, or raises `ImageError`."""
+Result = TypeVar("Result")
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
 """Checked in the header, before decoding."""
-
 LARGE_PIXELS = 16_000_000
 """Above it, `decode` reduces a photo while decoding it, if asked to."""
-
 MIN_SIDE = 16
 MAX_SCANS = 64
 """A progressive JPEG has about ten; one with thousands is made to keep a decoder busy."""
-
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-_HEIF_BRANDS = {
-    *(b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"),
-    *(b"mif1", b"mif2", b"msf1", b"miaf", b"avif", b"avis"),
-}
 ORIENTATION = int(ExifTags.Base.Orientation)
+
+_HEIF = re.compile(rb"....ftyp.{0,1016}?(hei[cxms]|hev[cxms]|mif[12]|msf1|miaf|avi[fs])", re.S)
 _PNG_DEPTH = 24  # offset of the bit depth in the first chunk
 
 
-@dataclass(frozen=True)
-class StoredPhoto:
-    """Bytes of an upright RGB photo as `data/` holds it, with its suffix `.jpg` or `.png`."""
-
-    content: bytes
-    suffix: str
-
-    @property
-    def name(self) -> str:
-        """First 32 hexadecimal digits of the content's SHA-256, and the suffix."""
-        return hashlib.sha256(self.content).hexdigest()[:32] + self.suffix
-
-
-def normalize(data: bytes, name: str) -> StoredPhoto:
-    """Check an untrusted file and convert it to the form that `data/` holds.
+def normalize(data: bytes, name: str) -> tuple[str, bytes]:
+    """Check an untrusted file; its name and content in `data/`.
 
     An upright 8-bit RGB JPEG or PNG keeps its bytes. Everything else becomes an 8-bit RGB
     PNG without metadata: EXIF rotation is applied, transparent parts become white, 16-bit
     grey is scaled, CMYK and palettes are converted. Color profiles are not applied. The
-    first picture of a multi-picture JPEG is the photo.
-
-    Raises:
-        ImageError: the file is not a usable photo.
+    first picture of a multi-picture JPEG is the photo. The name is 32 hexadecimal digits of
+    the content's SHA-256, with the suffix of its format.
     """
     with _decoder_errors(name):
         image = _open(data)
         image.load()
-        if _keeps_its_bytes(image, data):
-            return StoredPhoto(data, ".png" if image.format == "PNG" else ".jpg")
-        return StoredPhoto(_png(_upright_rgb(image)), ".png")
+        kept = _keeps_its_bytes(image, data)
+        content = data if kept else _png(_upright_rgb(image))
+    suffix = ".jpg" if kept and image.format != "PNG" else ".png"
+    return hashlib.sha256(content).hexdigest()[:32] + suffix, content
 
 
-def decode(data: bytes, name: str = "", min_side: int | None = None) -> NDArray[np.uint8]:
+def decode(data: bytes, name: str = "", min_side: int | None = None) -> Pixels:
     """Check and decode an untrusted file to the pixels that `normalize` stores.
 
     With `min_side`, a large photo is reduced to sides of at least as many pixels, which
     takes a fraction of the memory.
-
-    Returns:
-        uint8, (height, width, 3), RGB.
-
-    Raises:
-        ImageError: the file is not a usable photo.
     """
     with _decoder_errors(name):
-        image = _open(data)
-        reduce = min_side is not None and _is_large(image)
-        rgb = _upright_rgb(_reduced(image, min_side or 1) if reduce else image)
-        return np.array(rgb, dtype=np.uint8)
+        image: Image.Image = _open(data)
+        if min_side is not None and _is_large(image):
+            image = _reduced(image, min_side)
+        return np.array(_upright_rgb(image), dtype=np.uint8)
 
 
 def is_large(data: bytes) -> bool:
@@ -96,29 +78,49 @@ def is_large(data: bytes) -> bool:
         return _is_large(_open(data))
 
 
-def encode(pixels: NDArray[np.uint8]) -> bytes:
-    """Encode uint8 (height, width, 3) RGB as PNG; the same pixels give the same bytes."""
+def encode(pixels: Pixels) -> bytes:
+    """Encode pixels as PNG; the same pixels give the same bytes."""
     return _png(Image.fromarray(pixels, "RGB"))
 
 
-def resize(picture: NDArray[np.uint8], params: PreprocessParams) -> NDArray[np.uint8]:
-    """Resize uint8 (height, width, 3) RGB to (size, size, 3) for training or prediction.
+def each_photo(
+    work: Callable[[Pixels], Result], paths: Sequence[Path], progress: Progress, what: str
+) -> Iterator[Result]:
+    """Decode stored photos in threads, and yield `work` of each one's pixels, in order."""
+
+    def read(path: Path) -> Result:
+        try:
+            return work(decode(path.read_bytes()))
+        except (ImageError, OSError) as error:
+            raise DataError(
+                f"The stored photo '{path}' cannot be read ({error}). Restore it with "
+                "'dvc checkout', or remove it and import it again."
+            ) from error
+
+    pool = joblib.Parallel(min(4, joblib.cpu_count()), prefer="threads", return_as="generator")
+    for done, result in enumerate(pool(joblib.delayed(read)(path) for path in paths), start=1):
+        progress(what, done, len(paths))
+        yield result
+
+
+def resize(picture: Pixels, params: PreprocessParams) -> Pixels:
+    """Resize a photo to (image_size, image_size, 3) for training or prediction.
 
     A photo that was larger is blurred slightly: averaging over areas leaves it sharper
-    than thumbnails are (docs/accuracy.md). The blur grows from none at `image_size` with the
-    photo's size, so that a pixel more or less makes no difference.
+    than thumbnails are (docs/accuracy.md). The blur grows from none at `image_size` with
+    the photo's size, so that a pixel more or less makes no difference.
     """
     small = resize_square(picture, params.image_size)
     ratio = params.image_size / min(picture.shape[:2])
     if ratio >= 1:
         return small
     sigma = params.blur_sigma * math.sqrt(1 - ratio * ratio)
-    blurred: NDArray[np.uint8] = cv2.GaussianBlur(small, (0, 0), sigma)
+    blurred: Pixels = cv2.GaussianBlur(small, (0, 0), sigma)
     return blurred
 
 
-def resize_square(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Crop the central square of uint8 (height, width, 3), and average or interpolate it."""
+def resize_square(picture: Pixels, size: int) -> Pixels:
+    """Crop the central square of a photo, and average or interpolate it."""
     height, width = picture.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -126,14 +128,13 @@ def resize_square(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     if side == size:
         return square.copy()
     method = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
-    resized: NDArray[np.uint8] = cv2.resize(square, (size, size), interpolation=method)
+    resized: Pixels = cv2.resize(square, (size, size), interpolation=method)
     return resized
 
 
 def printable(text: str) -> str:
     """Escape control characters and invalid UTF-8, for one line of a terminal."""
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return "".join(shown)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _png(image: Image.Image) -> bytes:
@@ -149,22 +150,9 @@ def _open(data: bytes) -> ImageFile.ImageFile:
         raise ImageError("zero bytes: the file is empty")
     if len(data) > MAX_BYTES:
         raise ImageError(f"too large: more than {MAX_BYTES // 2**20} MB")
-    if _is_heif(data):
+    if _HEIF.match(data):
         raise ImageError("HEIC or AVIF, as phones save photos: not supported; export it as JPEG")
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    _check_header(image, data)
-    return image
-
-
-def _is_heif(data: bytes) -> bool:
-    """Whether any brand of an ISO media file, the major or a compatible one, is of HEIF."""
-    if data[4:8] != b"ftyp":
-        return False
-    end = min(int.from_bytes(data[:4]), 1024)
-    return not _HEIF_BRANDS.isdisjoint(data[at : at + 4] for at in range(8, end, 4))
-
-
-def _check_header(image: ImageFile.ImageFile, data: bytes) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(
@@ -179,6 +167,7 @@ def _check_header(image: ImageFile.ImageFile, data: bytes) -> None:
         raise ImageError("compressed TIFF: only uncompressed ones are supported; save it as PNG")
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise ImageError("animated: more than one frame; save one frame as a picture")
+    return image
 
 
 def _keeps_its_bytes(image: Image.Image, data: bytes) -> bool:

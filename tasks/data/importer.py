@@ -1,31 +1,55 @@
-"""Import photos into `data/`."""
+"""Import photos into `data/`, from a source that somebody names or from the inbox.
+
+The inbox is a folder or bucket whose new photos are imported before each retrain. Files
+stay there. A file that was imported is remembered in `.local/inbox.json` by its name and its
+size and time (or etag), and is not read again while it stays the same and `data/` is the
+version that it went into. Forgetting costs only time: `data/` knows photos by their content.
+"""
 
 import os
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tasks.data.directory import (
     Place,
+    Quarantine,
+    QuarantinedFile,
+    change_data,
     data_lock,
     file_errors,
-    link_photos,
-    replace_data,
     staging,
     stored_photos,
 )
 from tasks.data.images import MAX_BYTES, normalize, printable
-from tasks.data.quarantine import Quarantine, QuarantinedFile
-from tasks.data.sources import UNKNOWN_FOLDER, Source, SourceFile, as_test, open_source
+from tasks.data.sources import (
+    UNKNOWN_FOLDER,
+    UNREADABLE,
+    Source,
+    SourceFile,
+    arrange,
+    as_test,
+    folder_files,
+    is_clutter,
+    open_source,
+)
 from tasks.errors import ImageError, SourceError
+from tasks.io import read_json, write_json
 from tasks.project import FOLDERS, Project
+from tasks.services.s3 import MissingObjectError, Storage
 from tasks.stage import Progress, silent
 
 IMPORTED = "imported"
 ALREADY_THERE = "already there"
+MAX_FILES = 200_000
+"""In an inbox."""
+
+Listing = list[tuple[SourceFile, str]]
+"""Files of an inbox, each with a stamp that changes with the file."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +117,7 @@ def apply_import_rules(candidates: Iterable[Candidate], stored: Mapping[str, Pla
     imported: set[str] = set()
     decisions = []
     for candidate in candidates:
-        decision = _decide(candidate, wanted[candidate.name], stored.get(candidate.name))
+        decision = _decide(candidate.place, wanted[candidate.name], stored.get(candidate.name))
         if decision == IMPORTED and candidate.name in imported:
             decision = ALREADY_THERE
         if decision == IMPORTED:
@@ -102,16 +126,16 @@ def apply_import_rules(candidates: Iterable[Candidate], stored: Mapping[str, Pla
     return decisions
 
 
-def _decide(candidate: Candidate, wanted: set[Place], stored: Place | None) -> str:
-    split, label = candidate.place
-    if stored == candidate.place:
+def _decide(place: Place, wanted: set[Place], stored: Place | None) -> str:
+    if stored == place:
         return ALREADY_THERE
+    split, label = place
+    labels = sorted({label for _, label in wanted})
     if stored and stored[1] != label:
         return f"same photo under two labels: data/ has it as {stored[1]}"
-    labels = sorted({label for _, label in wanted})
     if not stored and len(labels) > 1:
         return f"same photo under two labels: {' and '.join(labels)}"
-    keeper = stored or (("test", label) if ("test", label) in wanted else candidate.place)
+    keeper = stored or (("test", label) if ("test", label) in wanted else place)
     if keeper[0] != split:
         return f"same photo in train and test: it stays in {keeper[0]}"
     return IMPORTED
@@ -148,24 +172,6 @@ def import_photos(
     return report
 
 
-def import_source(
-    project: Project,
-    source: Source,
-    name: str,
-    unchanged: Container[str] = (),
-    replace: bool = False,
-    progress: Progress = silent,
-) -> ImportReport:
-    """Add the new files of an inbox to `data/`; no usable photo is no error.
-
-    Args:
-        unchanged: origins of files that were seen before.
-        replace: remove all other photos, if any new one is usable.
-    """
-    with data_lock(project), staging(project):
-        return _import(project, source, name, replace, progress, unchanged)
-
-
 @contextmanager
 def _open_both(source: Path, test: Path | None) -> Iterator[Source]:
     with open_source(source) as train:
@@ -190,6 +196,7 @@ def _import(
     progress: Progress,
     unchanged: Container[str] = (),
 ) -> ImportReport:
+    """Import the files of a source; `unchanged` are origins of files that were seen before."""
     quarantine = Quarantine(project)
     incoming = project.staging / "incoming"
     with file_errors(project.data):
@@ -203,7 +210,12 @@ def _import(
             content = b"" if file.read is None else file.read(MAX_BYTES + 1)
             if file.fault or file.label is None:
                 raise ImageError(file.fault or "no label: it is in no label folder")
-            candidates.append(_stage(file, file.label, content, incoming, stored))
+            stored_name, stored_content = normalize(content, file.origin)
+            path, place = incoming / stored_name, (file.split, file.label)
+            with file_errors(path):
+                if stored.get(stored_name) != place and not path.exists():
+                    path.write_bytes(stored_content)
+            candidates.append(Candidate(file.origin, stored_name, place))
         except ImageError as error:
             reason = file.fault or error.reason
             rejected.append(quarantine.add(file.origin, reason, content[:MAX_BYTES]))
@@ -218,47 +230,100 @@ def _import(
             content = (incoming / one.name).read_bytes()
             rejected.append(quarantine.add(one.origin, decision, content))
             continue
-        accepted.setdefault(one.name, one.place)
+        accepted[one.name] = one.place
         new = decision == IMPORTED and stored.get(one.name) != one.place
         (imported if new else there)[one.place] += 1
-    removed = stored.items() - accepted.items() if replace else ()
+    replace = replace and bool(accepted)  # nothing usable replaces nothing
+    removed = len(stored.items() - accepted.items()) if replace else 0
     rejected.sort(key=lambda file: (file.origin, file.reason))
-    report = ImportReport(
-        dict(imported), dict(there), tuple(rejected), source.ignored, len(removed)
-    )
-    if report.usable and (imported or removed):
-        _put_in_place(project, incoming, accepted, replace, progress)
+    report = ImportReport(dict(imported), dict(there), tuple(rejected), source.ignored, removed)
+    if imported or removed:
+        change_data(project, incoming, accepted, replace, progress)
     # Last: a replacement forgets the quarantined files of other sources.
-    quarantine.update(name, report.quarantined, replace and report.usable, unchanged)
+    quarantine.update(name, report.quarantined, replace, unchanged)
     return report
 
 
-def _stage(
-    file: SourceFile, label: str, content: bytes, incoming: Path, stored: Mapping[str, Place]
-) -> Candidate:
-    """Check one file, and write it to staging unless `data/` has it there already."""
-    photo = normalize(content, file.origin)
-    path, place = incoming / photo.name, (file.split, label)
-    with file_errors(path):
-        if stored.get(photo.name) != place and not path.exists():
-            path.write_bytes(photo.content)
-    return Candidate(file.origin, photo.name, place)
+class Inbox:
+    """New files of an inbox, since they were imported into this version of `data/`.
+
+    Raises:
+        SourceError: there are files but no label folder, or too many files.
+    """
+
+    def __init__(self, project: Project, name: str, listing: Listing, version: str | None) -> None:
+        self.name = printable(name)
+        if len(listing) > MAX_FILES:
+            raise SourceError(
+                f"Inbox '{self.name}' has more than {MAX_FILES} files. Name a smaller folder."
+            )
+        self._project = project
+        self._stamps = {file.origin: stamp for file, stamp in listing}
+        visible = [file for file, _ in listing if not any(map(is_clutter, file.parts))]
+        files = arrange(visible, name).files if visible else ()
+        last = read_json(project.inbox)
+        known = isinstance(last, dict) and (last.get("inbox"), last.get("data"))
+        seen = last.get("seen") if known == (self.name, version) else None
+        seen = seen if isinstance(seen, dict) else {}
+        self.new = tuple(f for f in files if seen.get(f.origin) != self._stamps[f.origin])
+        self._already_seen = {f.origin for f in files} - {f.origin for f in self.new}
+        self._unread: set[str] = set()
+
+    def import_new(self, replace: bool = False, progress: Progress = silent) -> ImportReport:
+        """Import the new files, in place of all other photos with `replace`.
+
+        No usable photo is no error, and replaces nothing.
+        """
+        source = Source(self.new)
+        with data_lock(self._project), staging(self._project):
+            report = _import(
+                self._project, source, self.name, replace, progress, self._already_seen
+            )
+        self._unread = {file.origin for file in report.quarantined if file.kind == UNREADABLE}
+        return report
+
+    def remember(self, version: str) -> None:
+        """Remember that all readable files are part of this version of `data/`."""
+        seen = {name: stamp for name, stamp in self._stamps.items() if name not in self._unread}
+        write_json(self._project.inbox, {"inbox": self.name, "data": version, "seen": seen})
 
 
-def _put_in_place(
-    project: Project,
-    incoming: Path,
-    accepted: Mapping[str, Place],
-    replace: bool,
-    progress: Progress,
-) -> None:
-    """Build the next `data/` and replace the present one."""
-    paths = {name: "/".join((*place, name)) for name, place in accepted.items()}
-    with file_errors(project.data):
-        new = link_photos(project, set(paths.values()) if replace else None, progress)
-        for name, path in paths.items():
-            target = new / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not os.path.lexists(target):
-                (incoming / name).rename(target)
-        replace_data(project, new, progress)
+def list_folder(folder: Path) -> Listing:
+    """List a folder's files with size and time of change."""
+    if not folder.is_dir():
+        raise SourceError(
+            f"HANDSIGNS_INBOX='{printable(str(folder))}' is not a folder. Create it, or correct "
+            "the setting."
+        )
+    return [(file, _stamp(folder.joinpath(*file.parts))) for file in folder_files(folder)]
+
+
+def _stamp(path: Path) -> str:
+    try:
+        found = path.stat()
+    except OSError:
+        return "unreadable"
+    return f"{found.st_size}-{found.st_mtime_ns}"
+
+
+def list_bucket(storage: Storage, prefix: str) -> Listing:
+    """List the objects below a prefix with their etags."""
+    folder = f"{prefix.strip('/')}/".lstrip("/")
+    listing = []
+    for stored in storage.list(folder, MAX_FILES + 1):
+        if stored.key.endswith("/") and not stored.size:
+            continue  # a folder, as consoles create it
+        parts = tuple(stored.key.removeprefix(folder).split("/"))
+        if {"", ".", ".."}.isdisjoint(parts):
+            file = SourceFile(parts, partial(_read_object, storage, stored.key))
+        else:
+            file = SourceFile(parts, None, "name: it has empty or dotted parts")
+        listing.append((file, f"{stored.size}-{stored.etag}"))
+    return listing
+
+
+def _read_object(storage: Storage, key: str, limit: int) -> bytes:
+    try:
+        return storage.read_start(key, limit)
+    except MissingObjectError:
+        raise ImageError(f"{UNREADABLE}: it was removed meanwhile") from None

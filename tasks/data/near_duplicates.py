@@ -1,7 +1,5 @@
 """Find near-duplicate photos: bursts, copies, other encodings, and mirror images of these."""
 
-from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -11,15 +9,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from scipy.spatial.distance import cdist
 
 REPRESENTATIVES = 64
 """A photo with this many near-duplicates of its own kind is not compared with later ones."""
 
 _BLOCK = 256
-_CHUNK = 4096
 _GRID = 4
 _ROUNDING = 0.05
-"""Of float32 sums of squares, as a root-mean-square difference."""
+"""Of float32 means, as a root-mean-square difference."""
 
 Rows = NDArray[np.int64]
 
@@ -44,8 +42,7 @@ class NearDuplicates:
     def groups(self) -> Rows:
         """int64, (n,); the group of each row: near-duplicates, and their near-duplicates."""
         count = len(self.representatives)
-        edges = (np.ones(len(self.pairs), bool), self.pairs.T)
-        graph = coo_array(edges, (count, count))
+        graph = coo_array((np.ones(len(self.pairs), bool), self.pairs.T), (count, count))
         members: Rows = connected_components(graph, directed=False)[1].astype(np.int64)
         return members
 
@@ -53,6 +50,11 @@ class NearDuplicates:
 def perceptual_hash(picture: NDArray[np.uint8]) -> int:
     """64-bit `imagehash.phash` of uint8 (height, width, 3) RGB."""
     return int.from_bytes(np.packbits(imagehash.phash(Image.fromarray(picture)).hash).tobytes())
+
+
+def rms_difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
+    """Root-mean-square difference of two uint8 pictures, 0 to 255."""
+    return float(np.sqrt(cv2.norm(one, np.ascontiguousarray(other), cv2.NORM_L2SQR) / one.size))
 
 
 def find_near_duplicates(
@@ -67,91 +69,61 @@ def find_near_duplicates(
 
     Photos are compared in the order of their brightness, each with representatives that
     are about as bright, because the root-mean-square difference of two pictures is at
-    least the difference of their brightness.
+    least the difference of their brightness, and that of their coarse colors.
 
     Args:
-        pictures: uint8, (n, side, side, 3).
+        pictures: uint8, (n, side, side, 3); the side is a multiple of 4.
         hashes: uint64, (n,); `perceptual_hash` of each picture.
         mirrored: uint64, (n,); that of each mirror image.
         kinds: int64, (n,); a photo is only represented by one of its kind.
         max_hash_distance: bits in which the hashes of a pair may differ.
         max_rms: largest root-mean-square difference of a pair, 0 to 255.
     """
-    coarse = _coarse(pictures)
-    brightness = coarse.mean(axis=1, dtype=np.float64)
+    colors = _coarse_colors(pictures)
+    brightness = colors.mean(axis=1, dtype=np.float64)
     order = np.argsort(brightness, kind="stable")
-    near: list[tuple[int, int, float]] = []
+    reach = max_rms + _ROUNDING
+    closest: dict[tuple[int, int], float] = {}
     represented_by = np.arange(len(pictures))
     active = np.empty(0, np.int64)
     for start in range(0, len(order), _BLOCK):
         block = order[start : start + _BLOCK]
-        active = active[brightness[active] >= brightness[block[0]] - max_rms - _ROUNDING]
-        found = defaultdict(list)
-        for left, right in _close_colors(coarse, block, active, max_rms):
-            for turned in (False, True):
-                one, other = (hashes, mirrored) if turned else (hashes, hashes)
-                bits = np.bitwise_count(one[left] ^ other[right])
-                if turned:
-                    bits = np.minimum(bits, np.bitwise_count(other[left] ^ one[right]))
-                close = bits <= max_hash_distance
-                for row, earlier in zip(left[close].tolist(), right[close].tolist(), strict=True):
-                    rms = rms_difference(pictures[row], pictures[earlier], turned)
-                    if rms <= max_rms:
-                        found[row].append((rms, earlier))
-        for row in block.tolist():
-            others = [(rms, other) for rms, other in found[row] if represented_by[other] == other]
-            near += [(min(row, other), max(row, other), rms) for rms, other in others]
-            same = {other: rms for rms, other in others if kinds[other] == kinds[row]}
+        active = active[brightness[active] >= brightness[block[0]] - reach]
+        others = np.concatenate([active, block])
+        near = cdist(colors[block], colors[others]) <= reach * np.sqrt(colors.shape[1])
+        rows, columns = np.nonzero(np.tril(near, k=len(active) - 1))
+        left, right = block[rows], others[columns]
+        plain = np.bitwise_count(hashes[left] ^ hashes[right])
+        turned = np.minimum(
+            np.bitwise_count(hashes[left] ^ mirrored[right]),
+            np.bitwise_count(mirrored[left] ^ hashes[right]),
+        )
+        found: dict[int, dict[int, float]] = {row: {} for row in block.tolist()}
+        for step, bits in ((1, plain), (-1, turned)):
+            close = bits <= max_hash_distance
+            for row, other in zip(left[close].tolist(), right[close].tolist(), strict=True):
+                rms = rms_difference(pictures[row], pictures[other][:, ::step])
+                if rms <= max_rms:  # a picture that is its own mirror image is found twice
+                    found[row][other] = min(rms, found[row].get(other, rms))
+        for row, pairs in found.items():
+            kept = {other: rms for other, rms in pairs.items() if represented_by[other] == other}
+            closest |= {(min(row, other), max(row, other)): rms for other, rms in kept.items()}
+            same = [(rms, other) for other, rms in kept.items() if kinds[other] == kinds[row]]
             if len(same) >= REPRESENTATIVES:
-                represented_by[row] = min(same, key=lambda other: (same[other], other))
+                represented_by[row] = min(same)[1]
         active = np.concatenate([active, block[represented_by[block] == block]])
-    # A picture that is its own mirror image is found twice.
-    closest = {(left, right): rms for left, right, rms in sorted(near, reverse=True)}
-    pairs = np.array(sorted(closest), np.int64).reshape(-1, 2)
+    ordered = sorted(closest)
     return NearDuplicates(
-        pairs, np.array([closest[pair] for pair in sorted(closest)]), represented_by
+        pairs=np.array(ordered, np.int64).reshape(-1, 2),
+        rms=np.array([closest[pair] for pair in ordered]),
+        representatives=represented_by,
     )
 
 
-def rms_difference(
-    one: NDArray[np.uint8], other: NDArray[np.uint8], mirrored: bool = False
-) -> float:
-    """Root-mean-square difference of two uint8 pictures, 0 to 255."""
-    turned = np.ascontiguousarray(other[:, ::-1]) if mirrored else other
-    return float(np.sqrt(cv2.norm(one, turned, cv2.NORM_L2SQR) / one.size))
-
-
-def _coarse(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Mean colors of a grid's cells and their mirror images, float32 (n, d).
-
-    Two pictures differ by at least the root-mean-square difference of these.
-    """
+def _coarse_colors(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Mean colors of a 4x4 grid's cells and their mirror images, float32 (n, 24)."""
     count, side = pictures.shape[:2]
-    grid = _GRID if side % _GRID == 0 else 1
-    cells = pictures.reshape(count, grid, side // grid, grid, side // grid, 3)
+    cells = pictures.reshape(count, _GRID, side // _GRID, _GRID, side // _GRID, 3)
     means = cells.mean(axis=(2, 4), dtype=np.float32)
-    both: NDArray[np.float32] = (means + means[:, :, ::-1])[:, :, : (grid + 1) // 2] / 2
+    both: NDArray[np.float32] = (means + means[:, :, ::-1])[:, :, : _GRID // 2] / 2
     return both.reshape(count, -1)
-
-
-def _close_colors(
-    coarse: NDArray[np.float32], block: Rows, active: Rows, max_rms: float
-) -> Iterator[tuple[Rows, Rows]]:
-    """Rows of `block`, each with an active row or an earlier one of `block`."""
-    limit = coarse.shape[1] * (max_rms + _ROUNDING) ** 2
-
-    def within(others: Rows) -> NDArray[np.bool_]:
-        # |a - b|^2 <= limit, as one matrix product.
-        ours, theirs = coarse[block], coarse[others]
-        reach = np.square(ours).sum(axis=1) - limit
-        near: NDArray[np.bool_] = (
-            2 * (ours @ theirs.T) - np.square(theirs).sum(axis=1) >= reach[:, None]
-        )
-        return near
-
-    for start in range(0, len(active), _CHUNK):
-        others = active[start : start + _CHUNK]
-        left, right = np.nonzero(within(others))
-        yield block[left], others[right]
-    left, right = np.nonzero(np.tril(within(block), k=-1))
-    yield block[left], block[right]

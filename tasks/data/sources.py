@@ -1,18 +1,27 @@
-"""Read photos from class folders, zip archives and HDF5 files that nobody checked yet."""
+"""List the photos in class folders, zip archives and HDF5 files that nobody checked yet.
+
+Paths, sizes, types and links are checked before any content is read.
+"""
 
 import os
 import stat
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tasks.data.archives import h5_files, zip_files
-from tasks.data.images import Read, printable
+import numpy as np
+
+from tasks.data.images import MAX_PIXELS, Read, encode, printable
 from tasks.errors import ImageError, SourceError
 from tasks.params import LABELS
 from tasks.project import FOLDERS
+
+if TYPE_CHECKING:
+    import h5py
 
 UNREADABLE = "cannot be read"
 """Kind of fault of a file that may be readable another time."""
@@ -22,9 +31,17 @@ SPLITS = {"train": "train", "training": "train", "val": "train", "valid": "train
 SPLITS |= {"validation": "train", "test": "test", "testing": "test"}
 """Folder names of exporters; their validation photos are trained on, ours are split anew."""
 
+MAX_TOTAL = 8 * 2**30
+MAX_RATIO = 100
+"""Of an archive, and of its members above `RATIO_FROM` bytes; photos compress to about 1."""
+RATIO_FROM = 2**20
+MAX_ROWS = 1_000_000
+
 _CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
 _H5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _ZIP_SIGNATURE = b"PK\x03\x04"
+_ENCRYPTED = 0x1
+_H5_CACHE = 64 * 2**20  # of unpacked chunks, which may have many rows
 
 
 @dataclass(frozen=True)
@@ -100,31 +117,29 @@ def arrange(files: list[SourceFile], where: str) -> Source:
     return Source(tuple(found), len(files) - len(visible))
 
 
+def is_clutter(name: str) -> bool:
+    """Whether a file is hidden, or left behind by an operating system."""
+    return name.startswith(".") or name in _CLUTTER
+
+
 def folder_files(folder: Path) -> list[SourceFile]:
     """List the files below a folder.
 
     Links to files are followed inside the folder, and links to folders also outside of
     it if they and their target belong to this user.
-
-    Raises:
-        SourceError: a folder cannot be listed.
     """
     root = folder.resolve()
     return list(_walk(root, (), (root,)))
-
-
-def is_clutter(name: str) -> bool:
-    """Whether a file is hidden, or left behind by an operating system."""
-    return name.startswith(".") or name in _CLUTTER
 
 
 def _recognize(path: Path, stack: ExitStack) -> Source:
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         files = folder_files(path)
-        names = sorted(file.parts[0] for file in files if _is_h5(file))
+        names = sorted(file.parts[0] for file in files if file.parts[0].endswith(".h5"))
+        names = [name for name in names if not is_clutter(name)]
         if names and all(len(file.parts) == 1 for file in files):
-            return Source(tuple(one for name in names for one in _from_h5(path / name, stack)))
+            return Source(tuple(row for name in names for row in _h5_rows(path / name, stack)))
         return arrange(files, str(path))
     # Only regular files are opened: opening a pipe would wait for its writer.
     start = b""
@@ -132,23 +147,10 @@ def _recognize(path: Path, stack: ExitStack) -> Source:
         with path.open("rb") as file:
             start = file.read(len(_H5_SIGNATURE))
     if start == _H5_SIGNATURE:
-        return Source(tuple(replace(one, parts=one.parts[1:]) for one in _from_h5(path, stack)))
+        return Source(tuple(replace(row, parts=row.parts[1:]) for row in _h5_rows(path, stack)))
     if start and (start.startswith(_ZIP_SIGNATURE) or path.suffix.lower() == ".zip"):
-        members = stack.enter_context(zip_files(path))
-        return arrange([SourceFile(parts, read) for parts, read in members], str(path))
+        return arrange(_zip_members(path, stack), str(path))
     raise _refused(path, "is neither a folder nor a .zip nor an .h5 file. Name one of these")
-
-
-def _is_h5(file: SourceFile) -> bool:
-    return file.parts[0].endswith(".h5") and not is_clutter(file.parts[0]) and not file.fault
-
-
-def _from_h5(path: Path, stack: ExitStack) -> Iterator[SourceFile]:
-    for split, row, label, read in stack.enter_context(h5_files(path)):
-        known = label in LABELS
-        fault = None if known else f"unknown label: {label} is none of {_labels()}"
-        parts = (path.name, f"{split}_set_x", str(row))
-        yield SourceFile(parts, read, fault, split, label if known else None)
 
 
 def _place(files: list[SourceFile], depth: int, split: str | None = None) -> Iterator[SourceFile]:
@@ -188,35 +190,30 @@ def _walk(folder: Path, parts: tuple[str, ...], above: tuple[Path, ...]) -> Iter
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
-        raise SourceError(
-            f"'{printable(str(folder))}' cannot be read ({error.strerror}). Check its permissions."
-        ) from error
+        reason = f"cannot be read ({error.strerror}). Check its permissions"
+        raise _refused(folder, reason) from error
     for entry in entries:
         path, inside = Path(entry.path), (*parts, entry.name)
         if entry.is_symlink():
-            try:
-                path = path.resolve(strict=True)
-            except (OSError, RuntimeError):
-                yield SourceFile(inside, None, "symbolic link: its target does not exist")
+            if fault := _link_fault(path, above):
+                yield SourceFile(inside, None, f"symbolic link: {fault}")
                 continue
-            if fault := _link_fault(entry, path, above):
-                yield SourceFile(inside, None, fault)
-                continue
+            path = path.resolve()
         if path.is_dir():
             yield from _walk(path, inside, (*above, path))
         else:
             yield SourceFile(inside, partial(_read_file, path))
 
 
-def _link_fault(entry: os.DirEntry[str], target: Path, above: tuple[Path, ...]) -> str | None:
+def _link_fault(link: Path, above: tuple[Path, ...]) -> str | None:
+    try:
+        target = link.resolve(strict=True)
+    except (OSError, RuntimeError):
+        return "its target does not exist"
     if target in above:
-        return "symbolic link: it leads back to a folder above it"
-    if target.is_relative_to(above[0]):
-        return None
-    own = os.getuid()
-    if target.is_dir() and entry.stat(follow_symlinks=False).st_uid == own == target.stat().st_uid:
-        return None
-    return "symbolic link: it leaves the source"
+        return "it leads back to a folder above it"
+    own = target.is_dir() and link.lstat().st_uid == target.stat().st_uid == os.getuid()
+    return None if own or target.is_relative_to(above[0]) else "it leaves the source"
 
 
 def _read_file(path: Path, limit: int) -> bytes:
@@ -230,6 +227,131 @@ def _read_file(path: Path, limit: int) -> bytes:
             return file.read(limit)
     except OSError as error:
         raise ImageError(f"{UNREADABLE}: {error.strerror}") from error
+
+
+def _zip_members(path: Path, stack: ExitStack) -> list[SourceFile]:
+    """Files of an archive, unless it is damaged, a bomb, encrypted, or leads out of itself."""
+    try:
+        archive = stack.enter_context(zipfile.ZipFile(path))
+    except Exception as error:  # zipfile raises anything on damaged archives
+        raise _refused(path, f"is damaged ({printable(str(error))}). Pack it again") from error
+    members = archive.infolist()
+    if fault := next(_zip_faults(members, path.stat().st_size), None):
+        raise _refused(path, f"{fault}. Pack the label folders again, or import them unpacked")
+    return [
+        SourceFile(_zip_parts(member), partial(_read_member, archive, member))
+        for member in members
+        if not member.orig_filename.endswith(("/", "\\"))
+    ]
+
+
+def _zip_parts(member: zipfile.ZipInfo) -> tuple[str, ...]:
+    # Windows tools write backslashes, which must not hide a parent folder.
+    name = member.orig_filename.replace("\\", "/")
+    return tuple(part for part in name.split("/") if part not in ("", "."))
+
+
+def _zip_faults(members: list[zipfile.ZipInfo], size: int) -> Iterator[str]:
+    packed = sum(member.compress_size for member in members)
+    total = sum(member.file_size for member in members)
+    if total > MAX_TOTAL:
+        yield f"unpacks to more than {MAX_TOTAL // 2**30} GiB"
+    if packed > size:
+        yield "has members that overlap"
+    for member in members:
+        name, parts = member.orig_filename, _zip_parts(member)
+        absolute = name.startswith(("/", "\\")) or name[1:2] == ":"
+        kind = stat.S_IFMT(member.external_attr >> 16)
+        bomb = member.file_size > max(RATIO_FROM, MAX_RATIO * member.compress_size)
+        # With other methods the archive chooses how much memory unpacking takes.
+        packable = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        for found, what in (
+            (bomb, f"unpacks to {member.file_size} bytes, as a bomb does"),
+            (absolute or "\0" in name or not parts, "has an absolute or broken path"),
+            (".." in parts, "leaves its folder"),
+            (kind not in (0, stat.S_IFREG, stat.S_IFDIR), "is a symbolic link or special file"),
+            (member.flag_bits & _ENCRYPTED, "is encrypted"),
+            (not packable, "is neither stored nor deflated"),
+        ):
+            if found:
+                yield f"has a member that {what} ('{printable(name)}')"
+    if total > max(RATIO_FROM, MAX_RATIO * packed):
+        yield f"is a bomb: {packed} bytes unpack to {total}"
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> bytes:
+    try:
+        with archive.open(member) as stream:
+            return stream.read(limit)
+    except Exception as error:  # zipfile and zlib raise anything on damaged members
+        raise ImageError(f"damaged in the archive: {printable(str(error))[:120]}") from error
+
+
+def _h5_rows(path: Path, stack: ExitStack) -> Iterator[SourceFile]:
+    """Rows of `train_set_x` and `train_set_y`, or the same of `test`, or both.
+
+    Photos are uint8 (n, height, width, 3), labels integers (n,) or (1, n). Links, data in
+    other files, other types and huge shapes are refused.
+    """
+    import h5py
+
+    try:
+        file = stack.enter_context(h5py.File(path, "r", locking=False, rdcc_nbytes=_H5_CACHE))
+        if any(not isinstance(file.get(name, getlink=True), h5py.HardLink) for name in file):
+            raise ValueError("has a link that may lead out of it")
+        splits = [split for split in FOLDERS if f"{split}_set_x" in file]
+        if not splits:
+            raise ValueError("has neither train_set_x nor test_set_x")
+        limit = min(MAX_TOTAL, max(64 * RATIO_FROM, MAX_RATIO * path.stat().st_size))
+        arrays = [(split, *_h5_arrays(file, split, limit)) for split in splits]
+    except Exception as error:  # h5py raises anything on damaged files
+        fault = " ".join(printable(str(error)).split())[:160]
+        fault = fault if isinstance(error, ValueError) else f"is damaged ({fault})"
+        raise _refused(path, f"{fault}. Give the data set's own train.h5 or test.h5") from error
+    for split, photos, labels in arrays:
+        for row, label in enumerate(map(str, labels)):
+            parts = (path.name, f"{split}_set_x", str(row))
+            read = partial(_read_row, photos, row)
+            if label in LABELS:
+                yield SourceFile(parts, read, None, split, label)
+            else:
+                fault = f"unknown label: {label} is none of {_labels()}"
+                yield SourceFile(parts, read, fault, split)
+
+
+def _h5_arrays(file: "h5py.File", split: str, limit: int) -> tuple[Any, list[int]]:
+    photos, labels = _h5_array(file, f"{split}_set_x"), _h5_array(file, f"{split}_set_y")
+    if photos.dtype != np.uint8 or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"holds {photos.dtype} photos and {labels.dtype} labels, not uint8 and integers"
+        )
+    if photos.ndim != 4 or photos.shape[3] != 3 or 0 in photos.shape:
+        raise ValueError(f"holds photos of shape {photos.shape}, not (n, height, width, 3)")
+    count, height, width, _ = photos.shape
+    chunk = np.prod(photos.chunks or (1,), dtype=np.int64)
+    if count > MAX_ROWS or height * width > MAX_PIXELS or max(photos.size, chunk) > limit:
+        raise ValueError(f"holds too much: photos of shape {photos.shape}")
+    if labels.shape not in ((count,), (1, count)):
+        raise ValueError(f"holds labels of shape {labels.shape}, not ({count},)")
+    return photos, np.asarray(labels[...]).reshape(-1).tolist()
+
+
+def _h5_array(file: "h5py.File", name: str) -> Any:
+    import h5py
+
+    found = file.get(name)
+    if not isinstance(found, h5py.Dataset):
+        raise ValueError(f"has no data set '{name}'")
+    if found.external or found.is_virtual:
+        raise ValueError(f"keeps '{name}' in another file")
+    return found
+
+
+def _read_row(photos: Any, row: int, limit: int) -> bytes:
+    try:
+        return encode(np.ascontiguousarray(photos[row]))[:limit]
+    except (OSError, RuntimeError) as error:
+        raise ImageError(f"damaged in the HDF5 file: {str(error)[:120]}") from error
 
 
 def _refused(path: Path, fault: str) -> SourceError:

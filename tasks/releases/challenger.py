@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.data.dataset import open_dataset
-from tasks.data.photos import find_photos, name_photos
+from tasks.data.dataset import find_photos, name_photos, open_dataset
 from tasks.errors import HandsignsError, PromotionError, ServiceError
 from tasks.io import read_json
 from tasks.model.inference import classify_files

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tasks.data.dataset import Dataset
-from tasks.data.photos import Photo
+from tasks.data.dataset import Dataset, Photo
 from tasks.io import atomic_write
 from tasks.model.augment import augment
 from tasks.params import LABELS, AugmentationParams
@@ -69,7 +68,7 @@ def draw_audit(
     Args:
         path: the PNG file to write.
         report: content of `audit.json`.
-        photos: as `tasks.data.photos.find_photos` lists them.
+        photos: as `tasks.data.dataset.find_photos` lists them.
         pictures: uint8, (n, side, side, 3); one for each photo.
     """
     samples = []
@@ -77,14 +76,11 @@ def draw_audit(
         rows = [row for row, photo in enumerate(photos) if photo.label == label]
         samples += [pictures[rows[n * len(rows) // SAMPLES]] for n in range(SAMPLES)]
     sheets = [tile(samples, SAMPLES)]
-    # Label conflicts first, then pairs across train and test, then the closest.
-    first = [pair["photos"] for pair in (*report["conflicts"], *report["across"])]
-    pairs = sorted(
-        report["pairs"], key=lambda pair: (pair["photos"] not in first, pair["rms"], pair["photos"])
-    )
+    described = [*report["conflicts"], *report["across"], *report["closest"]]
+    pairs = list(dict.fromkeys(tuple(pair["photos"]) for pair in described))[:PAIRS]
     if pairs:
         rows_by_key = {photo.key: row for row, photo in enumerate(photos)}
-        shown = [pictures[rows_by_key[key]] for pair in pairs[:PAIRS] for key in pair["photos"]]
+        shown = [pictures[rows_by_key[key]] for pair in pairs for key in pair]
         white = np.full((SIDE // 4, sheets[0].shape[1], 3), 255, np.uint8)
         sheets += [white, tile(shown, SAMPLES)]
     _save(path, np.concatenate(sheets))

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from tasks.data.dataset import SYNTHETIC, Dataset
-from tasks.data.splits import stratified_sample
+from tasks.data.dataset import SYNTHETIC, Dataset, stratified_sample
 from tasks.errors import ParamsError
 from tasks.params import LABELS, Params, PhaseParams, TrainingParams
 
