@@ -14,7 +14,6 @@ LONGEST = (
     "test_promotion",
     "test_trust",
     "test_configured_services",
-    "test_earlier_release",
     "test_surroundings",
     "test_cli",
     "test_browser",
@@ -24,7 +23,6 @@ LONGEST = (
     "test_service_faults",
     "test_training",
     "test_backbone",
-    "test_moves",
     "test_data_faults",
 )
 """Files in the order of their duration."""

@@ -1,20 +1,29 @@
-"""Promotion as a person meets it: approval, comparison and history in the Prefect UI."""
+"""Promotion as a person meets it: approval, comparison and history, beside an earlier release."""
 
+import shutil
+import subprocess
 import time
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
-import boto3
 import pytest
 
+from tasks.project import Project
 from tasks.services.s3 import S3Address
 from tests.fixtures.checkouts import Workshop
+from tests.fixtures.earlier import COMMIT, Earlier
+from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.prefect_api import PrefectApi
+from tests.fixtures.service import named as storage
 from tests.fixtures.trained import Trained
+
+RELEASES = {"1": "646b9a4d37e1b222c8639efc5ee8c0b8", "2": "5640018f52a3ccefbca53f50ea7a419e"}
 
 
 @dataclass(frozen=True)
@@ -23,41 +32,27 @@ class Api:
 
     prefect: PrefectApi
 
-    def post(self, path: str, **body: Any) -> Any:
-        return self.prefect.ask(path, body)
-
-    def runs(self, flow: str) -> list[Any]:
-        """Runs of a flow, the latest first."""
-        found = self.post(
-            "flow_runs/filter",
-            flows={"name": {"any_": [flow]}},
-            sort="EXPECTED_START_TIME_DESC",
-        )
-        return list(found)
-
-    def paused(self, flow: str, seconds: float = 500) -> Any:
-        """Wait until a run of a flow asks for approval."""
+    def paused(self, seconds: float = 500) -> tuple[Any, str]:
+        """Wait until a retrain asks for approval; the run, and the question."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            for run in self.runs(flow):
+            for run in self.prefect.runs("retrain"):
                 keys = run["state"]["state_details"].get("run_input_keyset")
-                if run["state_type"] == "PAUSED" and self.inputs(run, keys["description"]):
-                    return run
+                if run["state_type"] == "PAUSED" and keys:
+                    path = f"flow_runs/{run['id']}/input/filter"
+                    if asked := self.prefect.ask(path, {"prefix": keys["description"]}):
+                        return run, str(asked[0]["value"])
             time.sleep(0.3)
-        raise TimeoutError(flow)
-
-    def inputs(self, run: Any, key: str) -> str:
-        """What a paused run shows above or in its form."""
-        found = self.post(f"flow_runs/{run['id']}/input/filter", prefix=key)
-        return str(found[0]["value"]) if found else ""
+        raise TimeoutError
 
     def resume(self, run: Any, **answer: str) -> str:
-        done = self.post(f"flow_runs/{run['id']}/resume", run_input=answer)
+        done = self.prefect.ask(f"flow_runs/{run['id']}/resume", {"run_input": answer})
         return str(done["status"])
 
     def artifact(self, key: str) -> Any:
         """The latest artifact with a key."""
-        return self.post("artifacts/latest/filter", artifacts={"key": {"any_": [key]}})[0]
+        wanted = {"artifacts": {"key": {"any_": [key]}}}
+        return self.prefect.ask("artifacts/latest/filter", wanted)[0]
 
 
 @pytest.fixture(scope="module")
@@ -66,40 +61,16 @@ def api(prefect_alone: PrefectApi) -> Api:
 
 
 @pytest.fixture(scope="module")
-def named(s3_server: S3Address, prefect_alone: PrefectApi) -> dict[str, str]:
-    """Services that outlive a run, with a bucket of this module's own."""
-    address = replace(s3_server, bucket=f"test-{uuid.uuid4().hex[:16]}")
-    keys = {
-        "aws_access_key_id": str(address.access_key_id),
-        "aws_secret_access_key": str(address.secret_access_key),
-    }
-    client = boto3.client(
-        "s3", endpoint_url=address.endpoint_url, region_name=address.region, **keys
-    )
-    client.create_bucket(Bucket=address.bucket)
-    return {
-        "HANDSIGNS_S3_ENDPOINT_URL": address.endpoint_url,
-        "HANDSIGNS_BUCKET": address.bucket,
-        **prefect_alone.named,
-        **{name.upper(): text for name, text in keys.items()},
-    }
+def workshop(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    made = trained.checkout(tmp_path_factory.mktemp("promotion") / "checkout")
+    made.handsigns("import", trained.photos)
+    return made
 
 
 @pytest.fixture(scope="module")
-def workshop(
-    tmp_path_factory: pytest.TempPathFactory, trained: Trained, named: dict[str, str]
-) -> Workshop:
-    """A checkout whose champion hardly learned anything."""
-    folder = tmp_path_factory.mktemp("promotion")
-    made = trained.checkout(folder / "checkout")
-    made.change("gate", min_accuracy=0.0)
-    for phase in ("base", "fine_tune", "full"):
-        made.change(f"phases.{phase}", epochs=1, learning_rate=1e-7)
-    made.handsigns("import", trained.photos, **named)
-    first = made.handsigns("retrain", **named)
-    assert first["status"] == "promoted", first["reason"]
-    assert first["test"]["accuracy"] < 0.7
-    return made
+def named(workshop: Workshop, earlier: Earlier, prefect_alone: PrefectApi) -> dict[str, str]:
+    """Services that outlive a run; an earlier version's release is champion there."""
+    return {**earlier.adopt(workshop), **prefect_alone.named}
 
 
 @contextmanager
@@ -110,65 +81,130 @@ def retraining(workshop: Workshop, seconds: int, named: dict[str, str]) -> Itera
         yield pool.submit(workshop.handsigns, "retrain", **named, **policy)
 
 
+def test_an_earlier_release_verifies_and_predicts_as_it_did_then(
+    workshop: Workshop, named: dict[str, str], earlier: Earlier
+) -> None:
+    for version, release in RELEASES.items():
+        verified = workshop.handsigns("verify", version, **named)
+        assert verified["id"] == release
+        assert verified["facts"]["git_revision"].startswith(COMMIT)
+        then = earlier.predictions(version)
+        now = workshop.handsigns("predict", "--model", version, *then, **named)
+        for one in now["predictions"]:
+            assert one["probabilities"] == pytest.approx(then[Path(one["file"])], abs=0.02)
+
+
 def test_a_better_model_waits_for_a_person_and_then_is_champion(
     workshop: Workshop, api: Api, named: dict[str, str]
 ) -> None:
-    for phase, rate in (("base", 0.001), ("fine_tune", 0.0001), ("full", 0.0005)):
-        workshop.change(f"phases.{phase}", epochs=3, learning_rate=rate)
     with retraining(workshop, 200, named) as started:
-        run = api.paused("retrain")
-        question = api.inputs(run, run["state"]["state_details"]["run_input_keyset"]["description"])
-        for words in ("Version 2", "McNemar", "better", "Recall of each sign", "changed verdict"):
+        run, question = api.paused()
+        for words in ("Version 3", "McNemar", "Recall of each sign", "changed verdict"):
             assert words in question
+        assert api.prefect.runs("retrain")[0]["name"] == "v3 waits for approval"
         # Nothing is locked meanwhile, and the champion still is the old one.
         workshop.run("dvc", "status", "gate")
-        assert workshop.handsigns("status", **named)["champion"]["version"] == 1
+        assert workshop.handsigns("status", **named)["champion"]["release"] == RELEASES["2"]
         assert api.resume(run) == "REJECT"
         assert api.resume(run, name="Ann") == "REJECT"
         assert api.resume(run, name="", decision="approve") == "REJECT"
         answer = {"name": "Ann", "decision": "approve", "comment": "looks right"}
         assert api.resume(run, **answer) == "ACCEPT"
     report = started.result()
-    assert report["status"] == "promoted"
+    assert report["status"] == "promoted", report["reason"]
     assert "approved by Ann: looks right" in report["reason"]
     found = report["comparison"]
-    assert (found["verdict"], found["no_worse"]) == ("better", True)
+    assert found["no_worse"]
+    assert found["champion"]["accuracy"] < found["challenger"]["accuracy"]
     assert found["won"] == sum(photo["now"] == "right" for photo in found["changed"])
     assert [row["label"] for row in found["recalls"]] == list("012345")
-    assert report["data"]["changes"]["since"] == 1
+    assert report["data"]["changes"]["since"] == 2
     assert report["data"]["synthetic"] == 12
-    assert report["data"]["changes"]["added"] == report["data"]["changes"]["removed"] == 0
     move = workshop.handsigns("status", **named)["history"][-1]
-    assert (move["by"], move["previous"], move["version"]) == ("Ann", 1, 2)
+    assert (move["by"], move["previous"], move["version"]) == ("Ann", 2, 3)
     assert "Ann" in api.artifact("champion-history")["data"]
     assert "McNemar" in api.artifact("comparison")["data"]
-    assert "since version 1" in api.artifact("data-changes")["data"]
-    assert api.artifact("summary")["description"].startswith("v2 promoted: 0.")
-    assert not api.post("artifacts/filter", artifacts={"type": {"any_": ["progress"]}})
-    (retrained,) = [one for one in api.runs("retrain") if one["id"] == run["id"]]
-    assert retrained["name"].startswith("v2 promoted: ")
+    assert "since version 2" in api.artifact("audit")["data"]
+    assert api.artifact("summary")["description"].startswith("v3 promoted: 0.")
+    assert api.prefect.runs("retrain")[0]["name"].startswith("v3 promoted: ")
 
 
 def test_the_champion_is_moved_by_hand_in_flow_runs_that_say_what_they_are(
     workshop: Workshop, api: Api, named: dict[str, str]
 ) -> None:
-    refused = workshop.handsigns("promote", "1", code=1, **named)
-    assert "should not be champion: it was not compared with the present champion" in refused
+    refused = workshop.handsigns("promote", "2", code=1, **named)
+    assert "should not be champion: version 3 took its place: no worse" in refused
     why = ("--force", "--reason", "the new one dazzles")
-    forced = workshop.handsigns("promote", "1", *why, **named)
-    assert forced["forced"]
+    assert workshop.handsigns("promote", "2", *why, **named)["forced"]
     status = workshop.handsigns("status", **named)
     assert "FORCED" in status["history"][-1]["told"]
-    assert workshop.handsigns("verify", "1", **named)["forced"] == [status["history"][-1]["told"]]
+    assert workshop.handsigns("verify", "2", **named)["forced"] == [status["history"][-1]["told"]]
     assert "promote, FORCED" in api.artifact("champion-history")["data"]
     # Without Prefect the same is done, and sooner.
     apart = {name: text for name, text in named.items() if name != "PREFECT_API_URL"}
     began = time.monotonic()
-    assert workshop.handsigns("rollback", fresh=True, **apart)["version"] == 2
+    assert workshop.handsigns("rollback", fresh=True, **apart)["version"] == 3
     assert time.monotonic() - began < 30
-    assert workshop.handsigns("rollback", "--from", "2", **named)["version"] == 1
-    runs = {(run["name"], run["state_name"]) for run in api.runs("promote") + api.runs("rollback")}
-    assert {("promote version 1", "Promoted"), ("rollback version 1", "Rolled back")} <= runs
+    assert workshop.handsigns("rollback", "--from", "3", **named)["version"] == 2
+    assert workshop.handsigns("verify", "champion", **named)["id"] == RELEASES["2"]
+    moves = api.prefect.runs("promote") + api.prefect.runs("rollback")
+    runs = {(run["name"], run["state_name"]) for run in moves}
+    assert {("promote version 2", "Promoted"), ("rollback version 2", "Rolled back")} <= runs
+
+
+@contextmanager
+def sick_prefect(version: str) -> Iterator[str]:
+    """A server that says it is well, and which version of Prefect it is, and fails all else."""
+
+    class Sick(BaseHTTPRequestHandler):
+        def _answer(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            known = {"/api/health": b"true", "/api/admin/version": f'"{version}"'.encode()}
+            content = known.get(self.path, b"{}")
+            self.send_response(200 if self.path in known else 500)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = _answer  # noqa: N815
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Sick) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/api"
+        server.shutdown()
+
+
+def test_a_move_does_not_depend_on_a_prefect_that_fails(
+    workshop: Workshop, named: dict[str, str], prefect_alone: PrefectApi
+) -> None:
+    def rollback(**environment: str) -> str:
+        return workshop.run("handsigns", "rollback", **{**named, **environment}).stderr
+
+    for version in ("3.6.0", "2.20.0"):
+        with sick_prefect(version) as url:
+            assert f"Prefect at {url} cannot be used (" in rollback(PREFECT_API_URL=url)
+    said = rollback(PREFECT_API_AUTH_STRING="some:body")
+    assert f"Prefect at {prefect_alone.url} cannot be used (401)" in said
+    assert "set PREFECT_API_AUTH_STRING to user:password" in said
+
+
+def test_a_promotion_by_hand_while_a_person_is_asked_wins(
+    workshop: Workshop, api: Api, named: dict[str, str]
+) -> None:
+    # A release differs by its parameters too, so there is a version without training.
+    workshop.change("gate", max_loss=4.9)
+    with retraining(workshop, 200, named) as started:
+        run, _ = api.paused()
+        assert workshop.handsigns("promote", "3", **named)["version"] == 3
+        assert api.resume(run, name="Ann", decision="approve") == "ACCEPT"
+    report = started.result()
+    assert report["status"] == "registered"
+    assert "Version 4 stays challenger: The champion was changed meanwhile" in report["reason"]
+    assert workshop.handsigns("status", **named)["champion"]["version"] == 3
 
 
 def test_approval_without_services_that_outlive_the_run_is_refused(workshop: Workshop) -> None:
@@ -177,47 +213,54 @@ def test_approval_without_services_that_outlive_the_run_is_refused(workshop: Wor
     assert "without PREFECT_API_URL and HANDSIGNS_S3_ENDPOINT_URL" in told["reason"]
 
 
+@pytest.mark.slow
 def test_a_rejection_and_silence_both_leave_the_champion(
     workshop: Workshop, api: Api, named: dict[str, str]
 ) -> None:
     before = workshop.handsigns("status", **named)
-    assert before["champion"]["version"] == 1
-    # A release differs by its parameters too, so there is a version each without training.
-    workshop.change("gate", max_loss=4.9)
+    workshop.change("gate", max_loss=4.8)
     with retraining(workshop, 200, named) as started:
-        run = api.paused("retrain")
+        run, _ = api.paused()
         answer = {"name": "Ben", "decision": "reject", "comment": "too early"}
         assert api.resume(run, **answer) == "ACCEPT"
     rejected = started.result()
-    workshop.change("gate", max_loss=4.8)
+    workshop.change("gate", max_loss=4.7)
     with retraining(workshop, 3, named) as started:
         silent = started.result()
     for number, report, told in (
-        (3, rejected, "Version 3 stays challenger: rejected by Ben: too early."),
-        (4, silent, "Version 4 stays challenger: nobody approved it within 3 s."),
+        (5, rejected, "Version 5 stays challenger: rejected by Ben: too early."),
+        (6, silent, "Version 6 stays challenger: nobody approved it within 3 s."),
     ):
         assert (report["status"], report["reason"]) == ("registered", told)
-        assert report["comparison"]["verdict"] == "better"
         assert (report["model"]["version"], report["model"]["alias"]) == (number, "challenger")
     assert workshop.report() == silent
     after = workshop.handsigns("status", **named)
     assert (after["champion"], after["history"]) == (before["champion"], before["history"])
-    assert after["challenger"]["version"] == 4
     # A run that was not answered ends as what it is: done.
-    ended = [(run["state_type"], run["state_name"]) for run in api.runs("retrain")[:2]]
+    ended = [(run["state_type"], run["state_name"]) for run in api.prefect.runs("retrain")[:2]]
     assert ended == [("COMPLETED", "Registered")] * 2
 
 
-def test_a_promotion_by_hand_while_a_person_is_asked_wins(
-    workshop: Workshop, api: Api, named: dict[str, str]
+@pytest.mark.slow
+def test_an_earlier_release_is_rebuilt_bit_by_bit_with_the_stages_of_its_commit(
+    trained: Trained, s3: S3Address, tmp_path: Path
 ) -> None:
-    workshop.change("gate", max_loss=4.7)
-    with retraining(workshop, 200, named) as started:
-        run = api.paused("retrain")
-        why = ("--force", "--reason", "cannot wait")
-        assert workshop.handsigns("promote", "2", *why, **named)["version"] == 2
-        assert api.resume(run, name="Ann", decision="approve") == "ACCEPT"
-    report = started.result()
-    assert report["status"] == "registered"
-    assert "Version 5 stays challenger: The champion was changed meanwhile" in report["reason"]
-    assert workshop.handsigns("status", **named)["champion"]["version"] == 2
+    def clone(name: str, *revision: str) -> Workshop:
+        root = tmp_path / name
+        subprocess.run(["git", "clone", "-q", CHECKOUT.root, root], check=True)
+        subprocess.run(["git", "-C", root, "checkout", "-q", *revision], check=True)
+        return Workshop(Project(root))
+
+    environment = {**storage(s3), "HANDSIGNS_DVC_REMOTE_URL": str(tmp_path / "remote")}
+    then = clone("then", COMMIT)
+    backbone = Path(".local/backbone")
+    shutil.copytree(trained.workshop.project.root / backbone, then.project.root / backbone)
+    then.change("features", views=1)
+    then.change("gate", confidence=None, min_accuracy=0.0, min_recall=0.0, min_test_photos=6)
+    then.change("gate", min_robust_accuracy=0.0, max_loss=9.0, max_calibration_error=1.0)
+    for phase in ("base", "fine_tune", "full"):
+        then.change(f"phases.{phase}", epochs=1, data_fraction=1.0)
+    then.handsigns("import", "--replace", trained.photos, **environment)
+    assert then.handsigns("retrain", **environment)["status"] == "promoted"
+    rebuilt = clone("now", "HEAD").handsigns("reproduce", "champion", **environment)
+    assert rebuilt["identical"], rebuilt
