@@ -71,8 +71,15 @@ def step(name: str) -> Callable[[Step[P, T]], Task[Concatenate[Run, P], T]]:
     """Make a function of a run a Prefect task, timed in the report."""
 
     def decorate(function: Step[P, T]) -> Task[Concatenate[Run, P], T]:
-        # Without retries: the clients of services have their own.
-        @task(name=name, task_run_name=name, cache_policy=NO_CACHE)
+        # The clients of services retry by themselves. Of an error that is not retried although
+        # others would be, Prefect logs no traceback: the flow says in one line what failed.
+        @task(
+            name=name,
+            task_run_name=name,
+            cache_policy=NO_CACHE,
+            retries=1,
+            retry_condition_fn=lambda *_: False,
+        )
         @wraps(function)
         def timed(run: Run, /, *args: P.args, **kwargs: P.kwargs) -> T:
             began = time.monotonic()

@@ -13,6 +13,7 @@ from flows.local.clients import configured_s3
 from flows.local.stack import Services
 from flows.settings import Settings
 from tasks.errors import HandsignsError
+from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.pointer import Champion, Move, read_champion, sync_alias
 from tasks.releases.signing import Trust
@@ -213,11 +214,11 @@ class Workspace:
 
     def status(self) -> dict[str, Any]:
         """Where data, registry, champion and the last run stand."""
-        from flows.run import last_run
         from tasks.params import load_params
 
         load_params(self.project.params)  # DVC would blame dvc.yaml for a fault in it
-        champion, last, versions = self.champion(), last_run(self.project), self.versions()
+        champion, versions = self.champion(), self.versions()
+        last = read_json(self.project.run) or {}
         moves = champion.pointer.moves if champion else ()
         roles = {role: one for one in versions for role in one["aliases"]}
         if champion:
@@ -238,7 +239,7 @@ class Workspace:
             "history": [
                 {**move.model_dump(mode="json"), "told": move.describe()} for move in moves
             ],
-            "last_run": last and {"status": last.status, "reason": last.reason},
+            "last_run": {name: last.get(name) for name in ("status", "reason")} if last else None,
         }
 
     def versions(self) -> list[dict[str, Any]]:

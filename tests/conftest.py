@@ -13,7 +13,6 @@ LONGEST = (
     "test_up",
     "test_promotion",
     "test_trust",
-    "test_configured_services",
     "test_surroundings",
     "test_cli",
     "test_browser",

@@ -1,9 +1,10 @@
-"""One run, and what may be believed and known of it: signatures, secrets, a rebuild."""
+"""One run with a team's own services: signatures, secrets, a colleague's clone, a rebuild."""
 
 import base64
 import json
-import os
+import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,9 @@ from tasks.releases.pointer import KEY
 from tasks.releases.signing import new_keys
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.checkouts import Workshop
+from tests.fixtures.dask_cluster import DaskCluster
 from tests.fixtures.prefect_api import PrefectApi
+from tests.fixtures.servers import MlflowServer
 from tests.fixtures.session import session_folder
 from tests.fixtures.trained import Trained
 
@@ -55,6 +58,7 @@ def spellings(secrets: dict[str, str]) -> list[bytes]:
     """What must not be found: the secrets, plain, quoted and in base64."""
     login = secrets["PREFECT_API_AUTH_STRING"]
     plain = [secrets["AWS_SECRET_ACCESS_KEY"], login.partition(":")[2], SENTINEL]
+    plain.append(secrets["MLFLOW_TRACKING_PASSWORD"])
     logins = [login, *(f"someone:{SENTINEL}-{name}" for name in ("notify", "prefect", "remote"))]
     return [
         *(text.encode() for text in plain),
@@ -99,15 +103,11 @@ class Run:
     workshop: Workshop
     photos: Path
     settings: dict[str, str]
-    s3: S3Address
-    keys: tuple[Path, Path]
-    witness: Witness
+    storage: Storage
+    imported: Any
     failed: Any
     report: Any
-
-    @property
-    def storage(self) -> Storage:
-        return Storage(self.s3)
+    witness: Witness
 
 
 @pytest.fixture(scope="module")
@@ -115,39 +115,60 @@ def run(
     tmp_path_factory: pytest.TempPathFactory,
     trained: Trained,
     s3_server: S3Address,
-    prefect_api: PrefectApi,
+    mlflow_server: MlflowServer,
+    prefect_alone: PrefectApi,
 ) -> Run:
     """A run that fails in the middle, and one that ends with a champion."""
     folder = tmp_path_factory.mktemp("trust")
     secrets = secret_settings(s3_server)
-    keys = new_keys(folder / "keys", secrets["HANDSIGNS_SIGNING_PASSPHRASE"])
+    private, public = new_keys(folder / "keys", secrets["HANDSIGNS_SIGNING_PASSPHRASE"])
     settings = {
         **secrets,
         "HANDSIGNS_S3_ENDPOINT_URL": s3_server.endpoint_url,
         "HANDSIGNS_BUCKET": s3_server.bucket,
-        "HANDSIGNS_SIGNING_KEY": str(keys[0]),
-        "HANDSIGNS_PUBLIC_KEYS": str(keys[1]),
-        **prefect_api.named,
+        "HANDSIGNS_DVC_REMOTE_URL": "s3://dvc/team",
+        "HANDSIGNS_SIGNING_KEY": str(private),
+        "HANDSIGNS_PUBLIC_KEYS": str(public),
+        "HANDSIGNS_MODEL_NAME": "team",
+        **mlflow_server.named,
+        **prefect_alone.named,
     }
-    workshop = trained.checkout(folder / "checkout")
-    workshop.handsigns("import", trained.photos)
-    witness = Witness()
-    bad_remote = f"http://someone:{SENTINEL}-remote@{NOWHERE}/dvc"
+    # The database does not answer, which only the run that fails may find.
+    database = {"DATABASE_URL": settings.pop("DATABASE_URL")}
+    bad_remote = {"HANDSIGNS_DVC_REMOTE_URL": f"http://someone:{SENTINEL}-remote@{NOWHERE}/dvc"}
+    workshop, witness = trained.checkout(folder / "checkout"), Witness()
+    imported = workshop.handsigns("import", trained.photos, **settings)
     with witness.watching():
-        # The database does not answer either, which only the run that fails may find.
-        database = settings.pop("DATABASE_URL")
-        for remote, code in ((bad_remote, 1), ("", 0)):
-            more = {"HANDSIGNS_DVC_REMOTE_URL": remote, "DATABASE_URL": database if remote else ""}
-            more |= settings
-            done = workshop.run("handsigns", "retrain", "--json", code=code, fresh=True, **more)
+        for changes, code in ((bad_remote | database, 1), ({}, 0)):
+            named = {**settings, **changes}
+            done = workshop.run("handsigns", "retrain", "--json", code=code, fresh=True, **named)
             witness.printed += [done.stdout, done.stderr]
     failed, report = (json.loads(text) for text in witness.printed[::2])
     assert report["status"] == "promoted", report["reason"]
-    return Run(workshop, trained.photos, settings, s3_server, keys, witness, failed, report)
+    storage = Storage(s3_server)
+    return Run(workshop, trained.photos, settings, storage, imported, failed, report, witness)
 
 
 def found_in(content: bytes, wanted: list[bytes]) -> bool:
     return any(text in content for text in wanted)
+
+
+def test_configured_services_take_everything_and_none_starts_here(
+    run: Run, prefect_alone: PrefectApi
+) -> None:
+    local, release = run.workshop.project.local, run.report["release"]
+    assert run.imported["pushed"] >= 120
+    assert release["uri"] == f"s3://{run.storage.address.bucket}/releases/{release['id']}/"
+    for name in ("seaweedfs", "mlflow.db", "prefect/prefect.db"):
+        assert not (local / name).exists()
+    keys = run.storage.list(f"releases/{release['id']}/")
+    names = {entry.key.split("/")[-1] for entry in keys}
+    assert {"manifest.json", "model.keras", "labels.json", "metrics.json", "sbom.cdx.json"} <= names
+    assert prefect_alone.runs("retrain")[0]["state_name"] == "Promoted"
+    # Without the login, the variable to set is named.
+    nameless = {k: v for k, v in run.settings.items() if k != "PREFECT_API_AUTH_STRING"}
+    refused = run.workshop.handsigns("retrain", "--force", code=1, **nameless)
+    assert "PREFECT_API_AUTH_STRING" in refused["reason"]
 
 
 def test_no_secret_is_left_anywhere(run: Run) -> None:
@@ -157,20 +178,17 @@ def test_no_secret_is_left_anywhere(run: Run) -> None:
     assert not found_in(json.dumps(run.witness.printed).encode(), wanted)
     assert any(b"retrain" in one for one in run.witness.arguments)
     assert not any(found_in(one, wanted) for one in run.witness.arguments)
-    # The checkout with MLflow's database and files, run.json, logs; Prefect's database.
-    prefect = list(session_folder().rglob("prefect.db*"))
-    assert prefect
+    # The checkout with run.json and logs; the databases of Prefect and MLflow.
     files = [path for path in run.workshop.project.root.rglob("*") if path.is_file()]
-    assert any(path.name == "mlflow.db" for path in files)
-    leaks = [path for path in [*files, *prefect] if found_in(path.read_bytes(), wanted)]
-    assert leaks == []
+    databases = [*session_folder().rglob("prefect.db*"), *session_folder().rglob("mlflow.db*")]
+    assert len(databases) >= 2
+    assert [path for path in (*files, *databases) if found_in(path.read_bytes(), wanted)] == []
     entries = list(run.storage.list(""))
     assert any(entry.key == KEY for entry in entries)
-    leaks_there = [e.key for e in entries if found_in(run.storage.get(e.key), wanted)]
-    assert leaks_there == []
+    assert [one.key for one in entries if found_in(run.storage.get(one.key), wanted)] == []
 
 
-def test_the_search_for_secrets_finds_one_that_is_there(run: Run, tmp_path: Path) -> None:
+def test_the_search_for_secrets_finds_one_that_is_there(run: Run) -> None:
     wanted = spellings(run.settings)
     assert found_in(f"Authorization: Basic {base64.b64encode(wanted[0]).decode()}".encode(), wanted)
     assert found_in(b"url=json://someone:" + SENTINEL.encode(), wanted)
@@ -178,53 +196,39 @@ def test_the_search_for_secrets_finds_one_that_is_there(run: Run, tmp_path: Path
     with witness.watching(), subprocess.Popen(["/bin/sh", "-c", f"sleep 1; : {SENTINEL}"]):
         time.sleep(0.6)
     assert any(found_in(one, wanted) for one in witness.arguments)
-
-
-def test_secrets_print_as_asterisks() -> None:
-    made = Settings(HANDSIGNS_SIGNING_PASSPHRASE=SecretStr(SENTINEL))
-    assert SENTINEL not in repr(made)
+    assert SENTINEL not in repr(Settings(HANDSIGNS_SIGNING_PASSPHRASE=SecretStr(SENTINEL)))
 
 
 def test_the_release_is_signed_and_verify_says_by_whom(run: Run) -> None:
     told = run.workshop.handsigns("verify", "champion", **run.settings)
     assert "are checked against 1 public key" in told["signature"]
     assert told["facts"]["environment"]["libraries"]["keras"]
-    manifest = json.loads(run.storage.get(f"releases/{told['id']}/manifest.json"))
-    assert "sbom.cdx.json" in manifest["files"]
-    assert "signature" in manifest
+    assert "signature" in json.loads(run.storage.get(f"releases/{told['id']}/manifest.json"))
     assert "signature" in json.loads(run.storage.get(KEY))
     again = run.workshop.handsigns("keys", "sign", **run.settings)
     assert again["releases"] == [told["id"]]
-    assert (
-        "are checked" in run.workshop.handsigns("verify", "champion", **run.settings)["signature"]
-    )
+    told = run.workshop.handsigns("verify", "champion", **run.settings)
+    assert "are checked" in told["signature"]
 
 
-def test_a_release_that_cannot_be_signed_is_told_and_the_others_are(run: Run) -> None:
-    release = run.report["release"]["id"]
+@contextmanager
+def stored(run: Run, content: bytes) -> Iterator[str]:
+    """Store something else in place of the champion's manifest; its release's id."""
+    release = str(run.report["release"]["id"])
     place = f"releases/{release}/manifest.json"
     good = run.storage.get(place)
-    run.storage.put(place, b"{}")
+    run.storage.put(place, content)
+    shutil.rmtree(run.workshop.project.releases, ignore_errors=True)
     try:
-        told = run.workshop.handsigns("keys", "sign", code=1, **run.settings)
+        yield release
     finally:
         run.storage.put(place, good)
-    assert told["releases"] == []
-    assert "cannot be understood" in told["not_signed"][release]
 
 
-def test_every_verb_refuses_what_is_not_signed(run: Run, tmp_path: Path) -> None:
-    release = run.report["release"]["id"]
-    place = f"releases/{release}/manifest.json"
-    good = run.storage.get(place)
-    bad = {name: value for name, value in json.loads(good).items() if name != "signature"}
-    run.storage.put(place, json.dumps(bad).encode())
-    cached = run.workshop.project.releases / release
-    cached_manifest = cached / "manifest.json"
-    try:
-        if cached.is_dir():
-            cached_manifest.chmod(0o644)
-            cached_manifest.write_text(json.dumps(bad))
+def test_every_verb_refuses_what_is_not_signed(run: Run) -> None:
+    manifest = json.loads(run.storage.get(f"releases/{run.report['release']['id']}/manifest.json"))
+    del manifest["signature"]
+    with stored(run, json.dumps(manifest).encode()):
         for words in (
             ("predict", run.photos / "4/0000.png"),
             ("evaluate", run.photos),
@@ -234,8 +238,10 @@ def test_every_verb_refuses_what_is_not_signed(run: Run, tmp_path: Path) -> None
             told = run.workshop.handsigns(*words, code=1, **run.settings)
             assert told.count("\n") == 1, told
             assert "signature is missing" in told
-    finally:
-        run.storage.put(place, good)
+    with stored(run, b"{}") as release:
+        told = run.workshop.handsigns("keys", "sign", code=1, **run.settings)
+        assert told["releases"] == []
+        assert "cannot be understood" in told["not_signed"][release]
     run.workshop.handsigns("predict", run.photos / "4/0000.png", **run.settings)
 
 
@@ -248,11 +254,10 @@ def test_without_the_signing_key_nothing_is_trained_in_vain(run: Run) -> None:
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_a_release_is_rebuilt_from_its_record_and_is_identical(run: Run) -> None:
-    root = run.workshop.project.root
-    before = sorted(
-        path.name for path in Path(os.environ.get("TMPDIR", "/tmp")).glob("handsigns-reproduce-*")
-    )
+    root, temporary = run.workshop.project.root, Path(tempfile.gettempdir())
+    before = sorted(temporary.glob("handsigns-reproduce-*"))
     told = run.workshop.handsigns("reproduce", "champion", **run.settings)
     assert told["identical"], told
     assert told["release"] == run.report["release"]["id"]
@@ -260,7 +265,25 @@ def test_a_release_is_rebuilt_from_its_record_and_is_identical(run: Run) -> None
     assert released == rebuilt == run.report["test"]["loss"]
     listed = subprocess.run(["git", "-C", root, "worktree", "list"], capture_output=True, text=True)
     assert len(listed.stdout.splitlines()) == 1
-    after = sorted(
-        path.name for path in Path(os.environ.get("TMPDIR", "/tmp")).glob("handsigns-reproduce-*")
-    )
-    assert after == before
+    assert sorted(temporary.glob("handsigns-reproduce-*")) == before
+
+
+@pytest.mark.slow
+def test_a_colleagues_clone_pulls_the_photos_and_computes_the_same_on_a_cluster(
+    run: Run,
+    trained: Trained,
+    tmp_path: Path,
+    prefect_alone: PrefectApi,
+    dask_cluster: DaskCluster,
+) -> None:
+    other = trained.checkout(tmp_path / "other")
+    shutil.copy(run.workshop.project.data_file, other.project.root)
+    dask_cluster.start_worker()
+    cluster = {"HANDSIGNS_DASK_ADDRESS": dask_cluster.address}
+    same = other.handsigns("retrain", **run.settings, **cluster)
+    assert same["data"]["version"] == run.imported["version"]
+    assert same["release"]["id"] == run.report["release"]["id"]
+    assert (same["status"], same["model"]["version"]) == ("unchanged", 1)
+    assert same["features"]["computed"] == run.report["features"]["computed"] > 0
+    logged = prefect_alone.logged(prefect_alone.runs("retrain")[0]["id"])
+    assert any(dask_cluster.address in line for line in logged)

@@ -245,6 +245,8 @@ def test_a_cancelled_run_stops_within_10_s_and_leaves_nothing(
     assert not list(project.artifacts.rglob(".*"))
     report = service.workshop.report()
     assert (report["status"], report["reason"].split(".")[0]) == ("cancelled", "Interrupted")
+    assert service.workshop.handsigns("status")["last_run"]["status"] == "cancelled"
+    assert service.ask(f"/flow_runs/{training}")["name"] == "cancelled"
 
 
 @pytest.fixture(scope="module")
