@@ -20,8 +20,6 @@ from tests.fixtures.photos import write_photos
 from tests.fixtures.publishing import write_files
 from tests.fixtures.servers import new_bucket, running
 
-PER_CENT = "-volume.minFreeSpace={}"
-
 
 @contextmanager
 def seaweedfs(folder: Path, free: int) -> Iterator[S3Address]:
@@ -35,7 +33,16 @@ def seaweedfs(folder: Path, free: int) -> Iterator[S3Address]:
         weed, _, data, _, *more = program.command
         shared = [word for word in more if not word.startswith("-admin.")]
         sizes = ["-master.volumeSizeLimitMB=64", "-volume.max=20"]
-        command = [weed, "server", data, "-filer", "-s3", *shared, *sizes, PER_CENT.format(free)]
+        command = [
+            weed,
+            "server",
+            data,
+            "-filer",
+            "-s3",
+            *shared,
+            *sizes,
+            f"-volume.minFreeSpace={free}",
+        ]
         url = f"{program.url}/healthz"
         return replace(program, command=command, ready=lambda: ask(url) is not None)
 
@@ -44,24 +51,23 @@ def seaweedfs(folder: Path, free: int) -> Iterator[S3Address]:
         yield servers.local_s3(folder, "artifacts", program.ports[0])
 
 
-def files(folder: Path) -> dict[str, Path]:
-    """A release's files that no other has."""
-    return {path.name: path for path in write_files(folder, folder.name).iterdir()}
-
-
 @pytest.mark.slow
 def test_a_store_on_a_full_disk_takes_nothing_and_keeps_what_it_holds(tmp_path: Path) -> None:
-    with seaweedfs(tmp_path / "store", free=1) as address:
+    def files(name: str) -> dict[str, Path]:
+        return {path.name: path for path in write_files(tmp_path / name, name).iterdir()}
+
+    store = tmp_path / "store"
+    with seaweedfs(store, free=1) as address:
         bucket = new_bucket(address).bucket
         storage = Storage(replace(address, bucket=bucket))
-        first = publish(storage, files(tmp_path / "first"))
+        first = publish(storage, files("first"))
         champion = move_champion(storage, None, Pointer(release=first.id, version=1))
         held = list(storage.list(""))
 
-    with seaweedfs(tmp_path / "store", free=100) as address:
+    with seaweedfs(store, free=100) as address:
         storage = Storage(replace(address, bucket=bucket))
         for write in (
-            lambda: publish(storage, files(tmp_path / "second")),
+            lambda: publish(storage, files("second")),
             lambda: move_champion(storage, champion, Pointer(release=first.id, version=2)),
         ):
             began = time.monotonic()
@@ -70,13 +76,12 @@ def test_a_store_on_a_full_disk_takes_nothing_and_keeps_what_it_holds(tmp_path: 
             assert time.monotonic() - began < 30
             assert "\n" not in str(caught.value)
         assert read_champion(storage) == champion
-        verify(storage, first.id)
         assert list(storage.list("")) == held
 
-    with seaweedfs(tmp_path / "store", free=1) as address:
+    with seaweedfs(store, free=1) as address:
         storage = Storage(replace(address, bucket=bucket))
-        assert list(storage.list("")) == held
-        second = publish(storage, files(tmp_path / "again"))
+        verify(storage, first.id)
+        second = publish(storage, files("again"))
         move_champion(storage, champion, Pointer(release=second.id, version=2))
         verify(storage, second.id)
 

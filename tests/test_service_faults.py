@@ -17,7 +17,6 @@ from tasks.releases.release import publish, verify
 from tasks.services.mlflow import CHAMPION, Registry
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures import faults
-from tests.fixtures.checkouts import Workshop
 from tests.fixtures.faults import Exchange, Proxy, proxy_to
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.servers import MlflowServer
@@ -37,17 +36,14 @@ def _through(proxy: Proxy, address: S3Address) -> Storage:
     return Storage(replace(address, endpoint_url=proxy.url))
 
 
-def _settings(proxy: Proxy, address: S3Address) -> Settings:
-    return Settings.model_validate(
-        {
-            "s3_endpoint_url": proxy.url,
-            "bucket": address.bucket,
-            "AWS_ACCESS_KEY_ID": address.access_key_id,
-            "AWS_SECRET_ACCESS_KEY": address.secret_access_key,
-            "MLFLOW_TRACKING_URI": None,
-            "PREFECT_API_URL": None,
-        }
-    )
+def _settings(address: S3Address, url: str, **other: str) -> Settings:
+    named = {
+        "s3_endpoint_url": url,
+        "bucket": address.bucket,
+        "AWS_ACCESS_KEY_ID": address.access_key_id,
+        "AWS_SECRET_ACCESS_KEY": address.secret_access_key,
+    }
+    return Settings.model_validate({**named, **other})
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -67,12 +63,12 @@ def _files(folder: Path) -> dict[str, Path]:
 def test_an_endpoint_that_ignores_conditions_is_refused_at_start(
     s3: S3Address, proxy: Proxy, ignored: tuple[str, ...], named: str
 ) -> None:
-    check_reachable(_settings(proxy, s3))
+    check_reachable(_settings(s3, proxy.url))
     with (
         proxy.failing(faults.unconditional(Storage(s3), *ignored)),
         pytest.raises(ServiceError, match="does not honour conditional writes") as caught,
     ):
-        check_reachable(_settings(proxy, s3))
+        check_reachable(_settings(s3, proxy.url))
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(Storage(s3).list("")) == []
@@ -146,35 +142,6 @@ def test_a_failing_storage_is_told_in_time_and_the_champion_stays(
     assert after.pointer.version == 2
 
 
-def test_a_fault_that_passes_is_not_even_told(s3: S3Address, tmp_path: Path) -> None:
-    passing = {
-        "503": faults.answering(503, "SlowDown"),
-        "reset": faults.resetting,
-        "lost answer": faults.forgetful,
-        "half": faults.halving,
-    }
-
-    def suffer(name: str) -> None:
-        with proxy_to(s3.endpoint_url) as proxy:
-            files = _files(tmp_path / name)
-            files["labels.json"].write_text(name)
-            with proxy.failing(faults.on("GET|PUT .*keras", passing[name], times=2)):
-                release = publish(_through(proxy, s3), files)
-            verify(Storage(s3), release.id)
-
-    with ThreadPoolExecutor(len(passing)) as pool:
-        list(pool.map(suffer, passing))
-
-
-def test_a_pointer_whose_answer_was_lost_is_moved_once(s3: S3Address, proxy: Proxy) -> None:
-    storage = _through(proxy, s3)
-    with proxy.failing(faults.on(f"^PUT .*{KEY}", faults.forgetful, times=1)):
-        moved = move_champion(storage, None, Pointer(release="0" * 32, version=1))
-    with proxy.failing(faults.on(f"^PUT .*{KEY}", faults.forgetful, times=1)):
-        moved = move_champion(storage, moved, Pointer(release="1" * 32, version=2))
-    assert read_champion(Storage(s3)) == moved
-
-
 def test_a_release_is_not_put_into_a_bucket_that_is_gone(s3: S3Address, tmp_path: Path) -> None:
     """SeaweedFS makes a missing bucket on the first put of an administrator."""
     gone = Storage(replace(s3, bucket=f"{s3.bucket}-gone"))
@@ -182,6 +149,21 @@ def test_a_release_is_not_put_into_a_bucket_that_is_gone(s3: S3Address, tmp_path
         publish(gone, _files(tmp_path / "files"))
     with pytest.raises(ServiceError, match="does not exist"):
         gone.check()
+
+
+def test_an_unreachable_service_is_named_within_30_seconds(s3: S3Address) -> None:
+    nowhere = "http://127.0.0.1:9"
+    known: dict[str, str] = {"url": s3.endpoint_url}
+    for named in (
+        {"url": nowhere},
+        {**known, "MLFLOW_TRACKING_URI": nowhere},
+        {**known, "PREFECT_API_URL": f"{nowhere}/api"},
+    ):
+        began = time.monotonic()
+        with pytest.raises(ServiceError, match=nowhere) as caught:
+            check_reachable(_settings(s3, **named))
+        assert time.monotonic() - began < SECONDS
+        assert "\n" not in str(caught.value)
 
 
 def test_a_failing_registry_is_told_in_time() -> None:
@@ -205,25 +187,6 @@ def test_a_failing_registry_is_told_in_time() -> None:
             assert requests == 3, name
 
 
-def _lose_prefect(workshop: Workshop, api: PrefectApi) -> None:
-    """Let Prefect be gone for good once a retrain has its features."""
-
-    def gone(exchange: Exchange) -> None:
-        (faults.resetting if workshop.project.features.exists() else faults.passed)(exchange)
-
-    with proxy_to(api.url.removesuffix("/api")) as prefect, prefect.failing(gone):
-        named = {
-            **api.named,
-            "PREFECT_API_URL": f"{prefect.url}/api",
-            "PREFECT_CLIENT_MAX_RETRIES": "0",
-        }
-        began = time.monotonic()
-        lost = workshop.handsigns("retrain", code=1, **named)
-    assert lost["status"] == "failed"
-    assert "Prefect failed" in lost["reason"]
-    assert time.monotonic() - began < 300
-
-
 @pytest.mark.slow
 def test_a_run_that_a_service_failed_is_resumed_without_training_again(
     tmp_path: Path,
@@ -233,10 +196,18 @@ def test_a_run_that_a_service_failed_is_resumed_without_training_again(
     prefect_api: PrefectApi,
 ) -> None:
     workshop = trained.checkout(tmp_path / "checkout")
+    project = workshop.project
     workshop.change("training", batch_size=16)  # otherwise nothing would be trained here
     workshop.handsigns("import", trained.photos)
-    _lose_prefect(workshop, prefect_api)
-    with proxy_to(s3.endpoint_url) as storage, proxy_to(mlflow_server.url) as registry:
+
+    def without_features(exchange: Exchange) -> None:
+        (faults.resetting if project.features.exists() else faults.passed)(exchange)
+
+    with (
+        proxy_to(prefect_api.url.removesuffix("/api")) as prefect,
+        proxy_to(s3.endpoint_url) as storage,
+        proxy_to(mlflow_server.url) as registry,
+    ):
         named = {
             "HANDSIGNS_S3_ENDPOINT_URL": storage.url,
             "HANDSIGNS_BUCKET": s3.bucket,
@@ -247,25 +218,31 @@ def test_a_run_that_a_service_failed_is_resumed_without_training_again(
             "HANDSIGNS_MODEL_NAME": "resumed",
             **prefect_api.named,
         }
-        with registry.failing(faults.on("POST .*/runs/create", faults.answering(503, "DOWN"))):
-            first = workshop.handsigns("retrain", code=1, **named)
-        assert first["status"] == "failed"
-        assert "MLflow failed" in first["reason"]
-        lock = (workshop.project.root / "dvc.lock").read_bytes()
-        # Then storage fails at the very last write, the pointer's.
-        pointer = faults.on(f"PUT .*/{KEY}", faults.answering(500, "InternalError"))
-        with storage.failing(pointer):
-            second = workshop.handsigns("retrain", code=1, **named)
-        assert "500 InternalError" in second["reason"]
-        assert read_champion(Storage(s3)) is None
-
+        gone = {"PREFECT_API_URL": f"{prefect.url}/api", "PREFECT_CLIENT_MAX_RETRIES": "0"}
+        failures: list[tuple[Proxy, Callable[[Exchange], None], dict[str, str], str]] = [
+            (prefect, without_features, gone, "Prefect"),
+            # MLflow refuses the record, then storage the very last write, the pointer's.
+            (
+                registry,
+                faults.on("POST .*/runs/create", faults.answering(503, "DOWN")),
+                {},
+                "MLflow",
+            ),
+            (storage, faults.on(f"PUT .*/{KEY}", faults.answering(500, "Internal")), {}, "500 Int"),
+        ]
+        for proxy, fault, changes, words in failures:
+            with proxy.failing(fault):
+                failed = workshop.handsigns("retrain", code=1, **{**named, **changes})
+            assert failed["status"] == "failed"
+            assert words in failed["reason"]
+            assert read_champion(Storage(s3)) is None
+        lock = project.lock.read_bytes()
         last = workshop.handsigns("retrain", **named)
-        assert last["status"] == "promoted", last["reason"]
-        for report in (first, second, last):
-            assert report["features"]["computed"] == 0
-        assert (workshop.project.root / "dvc.lock").read_bytes() == lock
-        champion = read_champion(Storage(s3))
-        assert champion is not None
-        assert champion.pointer.release == last["release"]["id"]
-        known = Registry(mlflow_server.url, "resumed", login=mlflow_server.login)
-        assert len(known.versions()) == 1
+    assert last["status"] == "promoted", last["reason"]
+    assert last["features"]["computed"] == failed["features"]["computed"] == 0
+    assert project.lock.read_bytes() == lock
+    champion = read_champion(Storage(s3))
+    assert champion is not None
+    assert champion.pointer.release == last["release"]["id"]
+    known = Registry(mlflow_server.url, "resumed", login=mlflow_server.login)
+    assert len(known.versions()) == 1
