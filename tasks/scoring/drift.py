@@ -1,0 +1,127 @@
+"""Drift: compare what a model sees in production with what its release was validated on."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+BINS = 10
+"""Equal bins of the confidence histogram, from 0 to 1."""
+MIN_SAMPLES = 50
+"""Fewer samples on either side say nothing about drift."""
+PSI_LIMIT = 0.2
+"""A larger population stability index is a shift by the usual rule of thumb."""
+AUC_LIMIT = 0.7
+"""A classifier that tells production from validation photos this well has found a shift."""
+LEVEL = 0.999
+"""Chance that noise alone exceeds no limit; windows are compared every hour."""
+FOLDS = 5
+COMPONENTS = 32
+"""Principal components of the embeddings that the two-sample test looks at."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """One comparison with the reference.
+
+    Args:
+        name: what was compared.
+        value: population stability index or AUC; None with too few samples.
+        limit: value above which it counts as drift.
+        samples: number of samples in the window.
+        interval: of the AUC at `LEVEL`.
+    """
+
+    name: str
+    value: float | None
+    limit: float
+    samples: int
+    interval: tuple[float, float] | None = None
+
+    @property
+    def verdict(self) -> str:
+        """`drift`, `no drift` or `too few samples`."""
+        if self.value is None:
+            return "too few samples"
+        surely = self.interval is None or self.interval[0] > 0.5
+        return "drift" if self.value > self.limit and surely else "no drift"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with the verdict."""
+        return {**asdict(self), "verdict": self.verdict}
+
+
+def confidence_histogram(confidences: ArrayLike) -> list[int]:
+    """Count confidences, 0 to 1, in `BINS` equal bins."""
+    counts, _ = np.histogram(np.asarray(confidences, float), bins=BINS, range=(0, 1))
+    return [int(count) for count in counts]
+
+
+def compare_counts(name: str, reference: Sequence[int], window: Sequence[int]) -> Drift:
+    """Compare two histograms by the population stability index.
+
+    The limit is raised to what noise reaches with so few samples: the index is
+    distributed like (1/n + 1/m) chi-squared with one degree of freedom less than there are
+    bins (Yurdakul, "Statistical properties of population stability index", 2018).
+    """
+    from scipy.stats import chi2
+
+    first, second = np.asarray(reference, float), np.asarray(window, float)
+    n, m = first.sum(), second.sum()
+    if min(n, m) < MIN_SAMPLES:
+        return Drift(name, None, PSI_LIMIT, int(m))
+    # Half a sample in each bin, so that an empty one does not make the index infinite.
+    p, q = ((counts + 0.5) / (counts + 0.5).sum() for counts in (first, second))
+    index = float(((q - p) * np.log(q / p)).sum())
+    noise = (1 / n + 1 / m) * float(chi2.ppf(LEVEL, len(p) - 1))
+    return Drift(name, index, max(PSI_LIMIT, noise), int(m))
+
+
+def compare_embeddings(reference: ArrayLike, window: ArrayLike, seed: int = 0) -> Drift:
+    """Train a classifier to tell window from reference, and report its AUC.
+
+    A classifier two-sample test (Lopez-Paz and Oquab, "Revisiting classifier two-sample
+    tests", 2017) with cross-validated logistic regression. The interval of the AUC is
+    that of Hanley and McNeil (1982).
+
+    Args:
+        reference: float (n, d); embeddings of validation photos.
+        window: float (m, d); embeddings of photos from production.
+        seed: of the folds.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    first, second = np.asarray(reference, np.float32), np.asarray(window, np.float32)
+    n, m = len(first), len(second)
+    if min(n, m) < MIN_SAMPLES:
+        return Drift("embeddings", None, AUC_LIMIT, m)
+    rows, production = np.concatenate([first, second]), np.repeat([0, 1], [n, m])
+    components = min(COMPONENTS, rows.shape[1], MIN_SAMPLES // 2)
+    model = make_pipeline(
+        PCA(components, random_state=seed),
+        StandardScaler(),
+        LogisticRegression(class_weight="balanced", max_iter=1000),
+    )
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+    scores: NDArray[np.float64] = cross_val_predict(
+        model, rows, production, cv=folds, method="predict_proba"
+    )[:, 1]
+    auc = float(roc_auc_score(production, scores))
+    return Drift("embeddings", auc, AUC_LIMIT, m, _auc_interval(auc, n, m))
+
+
+def _auc_interval(auc: float, n: int, m: int) -> tuple[float, float]:
+    from scipy.stats import norm
+
+    better, worse = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (m - 1) * (better - auc**2) + (n - 1) * (worse - auc**2)
+    half = float(norm.ppf((1 + LEVEL) / 2)) * math.sqrt(max(variance, 0.0) / (n * m))
+    return max(0.0, auc - half), min(1.0, auc + half)
