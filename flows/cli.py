@@ -9,7 +9,7 @@ import typer
 
 from flows import output
 from flows.keys import keys_app
-from flows.local.clients import prepare_environment
+from flows.local.clients import point_prefect_at, prepare_environment
 from flows.output import (
     Json,
     echo,
@@ -296,6 +296,23 @@ def rebuild_registry(json_: Json = False) -> None:
         added = workspace.rebuild_registry()
     lines = [f"Version {one['version']} is release {one['release']}." for one in added]
     echo(json_, {"added": added}, "\n".join(lines) or "The registry has every release.")
+
+
+@app.command()
+def prune(
+    keep: Annotated[int, typer.Option(min=0, help="Champions before the present one.")] = 5,
+    days: Annotated[float, typer.Option(min=0, help="Keep what is younger.")] = 30.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report.")] = False,
+    json_: Json = False,
+) -> None:
+    """Remove releases, cached photos and records of runs that nothing needs any more."""
+    with open_workspace() as workspace, shown_progress() as progress:
+        if api := workspace.services.prefect_named():
+            point_prefect_at(api, workspace.services.folder, workspace.settings)
+        from flows.prune import describe, remove_unneeded
+
+        found = remove_unneeded(workspace, keep, days, dry_run, progress)
+    echo(json_, found, describe(found))
 
 
 @app.command()

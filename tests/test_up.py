@@ -285,7 +285,7 @@ def test_a_database_url_moves_prefect_and_mlflow_to_postgresql(
     password = postgresql.rpartition("@")[0][-16:]
     try:
         service = Service(workshop, told)
-        assert service.ask("/deployments/count", {}) == 4
+        assert service.ask("/deployments/count", {}) == 5
         with credentials_of(None, service.login):
             assert MlflowClient(told["mlflow"]).create_registered_model("hands")
         assert password not in json.dumps(told)

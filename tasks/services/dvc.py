@@ -8,7 +8,8 @@ import itertools
 import json
 import logging
 import sqlite3
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -249,6 +250,40 @@ class Pipeline:
 
         return self._locked(checkout)
 
+    def remove_unused(self, kept: Sequence[str], dry_run: bool = False) -> int:
+        """Remove cached files that no branch, no tag, no kept version and not `data/` needs.
+
+        Args:
+            kept: contents of further `data.dvc` files whose photos stay.
+
+        Returns:
+            Bytes that the cache shrank by; 0 with `dry_run`.
+        """
+        from dvc.repo import Repo
+
+        def collect() -> int:
+            cache = Path(self._repo.cache.local.path)
+            before = _folder_size(cache)
+            with tempfile.TemporaryDirectory() as temporary:
+                folders = [Path(temporary) / str(number) for number in range(len(kept))]
+                for folder, content in zip(folders, kept, strict=True):
+                    folder.mkdir()
+                    Repo.init(str(folder), no_scm=True).close()
+                    config = f"[cache]\n    dir = {cache.parent.parent}\n"
+                    (folder / ".dvc/config.local").write_text(config, encoding="utf-8")
+                    (folder / self._project.data_file.name).write_text(content, encoding="utf-8")
+                self._repo.gc(
+                    workspace=True,
+                    all_branches=True,
+                    all_tags=True,
+                    repos=[str(folder) for folder in folders],
+                    force=True,
+                    dry=dry_run,
+                )
+            return before - _folder_size(cache)
+
+        return self._locked(collect)
+
     def _target(self) -> tuple[str, str]:
         """Name and URL of the remote of our setting, or of the repository's configuration.
 
@@ -370,6 +405,10 @@ def _send_missing(cache: Any, remote: Any, version: str) -> int:
             remote.fs.put_file(str(path), remote.oid_to_path(name))
             missing += 1
     return missing
+
+
+def _folder_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _one_line(error: BaseException) -> str:

@@ -186,6 +186,34 @@ class Registry:
             for name, text in tags.items():
                 client.set_model_version_tag(self.model_name, str(number), name, text)
 
+    def remove(self, number: int | None, run_id: str | None) -> None:
+        """Delete a version, its run, and the files of the run and its models.
+
+        Nothing happens to what is gone already.
+        """
+        from mlflow.exceptions import MlflowException
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        with self._connection() as client:
+            if number is not None:
+                client.delete_model_version(self.model_name, str(number))
+            if run_id is None:
+                return
+            try:
+                run = client.get_run(run_id)
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    return
+                raise
+            models = [one.model_id for one in run.outputs.model_outputs] if run.outputs else []
+            places = [client.get_logged_model(one).artifact_location for one in models]
+            for place in (*places, run.info.artifact_uri):
+                get_artifact_repository(place).delete_artifacts()
+            for model in models:
+                client.delete_logged_model(model)
+            if run.info.lifecycle_stage == "active":
+                client.delete_run(run_id)
+
     @cached_property
     def _client(self) -> Any:
         from mlflow import MlflowClient
