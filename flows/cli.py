@@ -9,7 +9,7 @@ import typer
 
 from flows import output
 from flows.keys import keys_app
-from flows.local.clients import point_prefect_at, prepare_environment
+from flows.local.clients import HEARTBEAT_SECONDS, point_prefect_at, prepare_environment
 from flows.output import (
     Json,
     echo,
@@ -46,12 +46,10 @@ def main() -> None:
     except OSError as error:
         where = f": '{error.filename}'" if error.filename else ""
         _fail(f"{error.strerror or error}{where}. Give permission or make room, then run again.")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # typer's, after Ctrl-C
+            raise
         _fail("Interrupted. Nothing is lost; run again to continue.", INTERRUPTED)
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
-            _fail("Interrupted. Nothing is lost; run again to continue.", INTERRUPTED)
-        raise
     except Exception as error:
         traceback.print_exc()  # into the log, once there is one
         kind = type(error).__name__
@@ -368,16 +366,15 @@ def down(json_: Json = False) -> None:
 def deploy(
     pool: Annotated[str, typer.Option(help="Work pool that runs the deployments.")] = "handsigns",
     silence: Annotated[
-        float, typer.Option(help="Seconds without a sign of life until a run counts as crashed.")
-    ] = 90.0,
+        int,
+        typer.Option(
+            min=HEARTBEAT_SECONDS + 1,
+            help="Seconds without a sign of life until a run counts as crashed.",
+        ),
+    ] = 90,
     json_: Json = False,
 ) -> None:
     """Register work pools, deployments and the crash automations with Prefect."""
-    from flows.local.clients import HEARTBEAT_SECONDS
-
-    if not HEARTBEAT_SECONDS < silence < float("inf"):
-        wanted = f"must be more than the {HEARTBEAT_SECONDS} s between two signs of life"
-        raise typer.BadParameter(f"{wanted} (received {silence:g})", param_hint="--silence")
     workspace = open_workspace()
     from flows.deploy import POOLS
     from flows.deploy import deploy as register

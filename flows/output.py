@@ -9,9 +9,8 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -35,6 +34,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 SECONDS_BETWEEN_LINES = 10.0
 """How often a long step writes a line where there is no terminal."""
+MAX_FILES = 20
+"""Files named one by one; `--json` names all."""
 
 
 def open_project() -> "Project":
@@ -66,9 +67,10 @@ def capture_libraries(log: Path) -> None:
     TensorFlow and its kin write from C++, so the file takes the place of the process's
     standard output and standard error.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    out.file, err.file = _copy(sys.stdout), _copy(sys.stderr)
+    for console, stream in ((out, sys.stdout), (err, sys.stderr)):
+        stream.flush()
+        copy = os.dup(stream.fileno())
+        console.file = os.fdopen(copy, "w", 1, stream.encoding, errors="backslashreplace")
     try:
         log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -77,11 +79,6 @@ def capture_libraries(log: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
-
-
-def _copy(stream: TextIO) -> TextIO:
-    number = os.dup(stream.fileno())
-    return os.fdopen(number, "w", 1, stream.encoding, errors="backslashreplace")
 
 
 class _MessageHandler(logging.Handler):
@@ -108,7 +105,7 @@ def say(message: str) -> None:
 
 @dataclass
 class Listing:
-    """A titled list of rows, with a header where the columns need one, and notes below."""
+    """A titled table, with a header where the columns need one, and notes below."""
 
     title: str
     rows: Sequence[Sequence[str]]
@@ -119,39 +116,31 @@ class Listing:
 def echo(as_json: bool, content: Any, shown: str | Listing) -> None:
     """Print a result, for a script or for a person."""
     if as_json:
-        encoding = getattr(out.file, "encoding", None) or ""
-        plain = encoding.lower() not in ("utf-8", "utf8")
-        out.file.write(json.dumps(content, indent=1, ensure_ascii=plain) + "\n")
+        out.file.write(json.dumps(content, indent=1) + "\n")
         out.file.flush()
     elif isinstance(shown, str):
         _print_line(shown)
     else:
-        _print_listing(shown)
+        out.print(Text(shown.title, "bold"), soft_wrap=True)
+        _print_table(shown)
+        for note in shown.notes:
+            _print_line(note)
 
 
-def _print_listing(listing: Listing) -> None:
-    rows = [tuple(row) for row in listing.rows]
-    out.print(Text(listing.title, "bold"), soft_wrap=True)
-    if out.is_terminal:
-        from rich import box
-        from rich.table import Table
+def _print_table(listing: Listing) -> None:
+    from rich import box
+    from rich.table import Column, Table
 
-        head, style = bool(listing.header), box.SIMPLE_HEAD if listing.header else None
-        table = Table(box=style, show_header=head)
-        for number in range(max(map(len, rows), default=0)):
-            title = listing.header[number] if head else ""
-            table.add_column(title, overflow="fold", style="" if number or head else "dim")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        out.print(table)
-    else:  # one line a row, never wrapped, for grep
-        rows = [tuple(listing.header), *rows] if listing.header else rows
-        widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
-        for row in rows:
-            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-            _print_line("  " + "  ".join(cells).rstrip())
-    for note in listing.notes:
-        _print_line(note)
+    columns = listing.header or [""] * max(map(len, listing.rows), default=0)
+    table = Table(
+        *(Column(title, overflow="fold") for title in columns),
+        box=box.SIMPLE_HEAD if listing.header and out.is_terminal else None,
+        show_header=bool(listing.header),
+    )
+    for row in listing.rows:
+        table.add_row(*map(Text, row))
+    # In a file each row is one line, for grep.
+    out.print(table, width=None if out.is_terminal else 100_000)
 
 
 def _print_line(line: str) -> None:
@@ -162,7 +151,7 @@ def _print_line(line: str) -> None:
 def shown_progress() -> Iterator["Progress"]:
     """Show a bar while a step takes long, or a line now and then where there is no terminal."""
     if not err.is_terminal:
-        yield ProgressLines()
+        yield progress_lines()
         return
     from rich import progress as rich
 
@@ -180,28 +169,22 @@ def shown_progress() -> Iterator["Progress"]:
         yield progress
 
 
-class ProgressLines:
-    """Logs a line every ten seconds of a step, and one at the end of a long one."""
+def progress_lines() -> "Progress":
+    """Log how far a step is every ten seconds, and how long a long one took."""
+    steps: dict[str, tuple[float, float]] = {}  # when each began, and was last mentioned
 
-    def __init__(self) -> None:
-        self._started: dict[str, float] = {}
-        self._last: dict[str, float] = {}
-
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def progress(what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        started = self._started.setdefault(what, now)
-        last = self._last.setdefault(what, now)
+        began, mentioned = steps.setdefault(what, (now, now))
         if done >= total:
-            del self._started[what], self._last[what]
-            if now - started >= 1:
-                _log.info("%s: %d/%d in %.0f s", what, done, total, now - started)
-        elif now - last >= SECONDS_BETWEEN_LINES:
-            self._last[what] = now
+            del steps[what]
+            if now - began >= 1:
+                _log.info("%s: %d/%d in %.0f s", what, done, total, now - began)
+        elif now - mentioned >= SECONDS_BETWEEN_LINES:
+            steps[what] = began, now
             _log.info("%s: %d/%d", what, done, total)
 
-
-MAX_FILES = 20
-"""Files named one by one; `--json` names all."""
+    return progress
 
 
 def import_listing(report: "ImportReport", version: str) -> Listing:
@@ -213,10 +196,9 @@ def import_listing(report: "ImportReport", version: str) -> Listing:
         for split in sorted({split for split, _ in counts}):
             row = [counts.get((split, label), 0) for label in LABELS]
             rows.append([title, split, *map(str, [*row, sum(row)])])
-    empty = [""] * len(LABELS)
-    if report.removed:
-        rows.append(["removed", "", *empty, str(report.removed)])
-    rows += [["set aside", kind, *empty, str(n)] for kind, n in report.kinds().items()]
+    others = {("set aside", kind): number for kind, number in report.kinds().items()}
+    others |= {("removed", ""): report.removed} if report.removed else {}
+    rows += [[*what, *[""] * len(LABELS), str(number)] for what, number in others.items()]
     notes = [f"{file.origin}: {file.reason}" for file in report.quarantined[:MAX_FILES]]
     if len(report.quarantined) > MAX_FILES:
         notes.append("The others: artifacts/quarantine/quarantine.json")
@@ -226,10 +208,11 @@ def import_listing(report: "ImportReport", version: str) -> Listing:
 
 def service_listing(running: "Running", fresh: bool) -> Listing:
     """Where each part of the service answers."""
+    elsewhere = "as the environment says"
     rows = [
-        ("Prefect", (running.prefect or "").removesuffix("/api") or "as the environment says"),
-        ("MLflow", running.mlflow or "as the environment says"),
-        ("S3", running.s3 or "as the environment says"),
+        ("Prefect", (running.prefect or elsewhere).removesuffix("/api")),
+        ("MLflow", running.mlflow or elsewhere),
+        ("S3", running.s3 or elsewhere),
         ("database", running.database or "SQLite in .local/"),
         ("logs", ".local/logs/"),
         ("login", "in .local/credentials.json, for what is started here"),
@@ -238,18 +221,20 @@ def service_listing(running: "Running", fresh: bool) -> Listing:
     return Listing("Service" if fresh else "Service, already up", rows, notes=notes)
 
 
+NEXT_STEPS = {
+    "promoted": "Try it: handsigns predict PHOTO, or handsigns serve",
+    "registered": "To promote it anyway: handsigns promote {version} --force --reason WHY",
+    "rejected": "Nothing was published. Add photos of the weak signs, or change gate in "
+    "params.yaml; misread photos are in artifacts/plots/mistakes.png",
+}
+
+
 def retrain_listing(report: "RunReport") -> Listing:
     """What happened, how good it is, compared with what, and what to do next."""
-    steps = {
-        "promoted": "Try it: handsigns predict PHOTO, or handsigns serve",
-        "registered": f"To promote it anyway: handsigns promote {report.model.version} --force "
-        "--reason WHY",
-        "rejected": "Nothing was published. Add photos of the weak signs, or change gate in "
-        "params.yaml; misread photos are in artifacts/plots/mistakes.png",
-    }
-    notes = [step for name, step in steps.items() if name == report.status]
-    if notes:
-        notes.append("Plots: artifacts/plots/   Report: artifacts/run.json")
+    notes = []
+    if step := NEXT_STEPS.get(report.status):
+        places = "Plots: artifacts/plots/   Report: artifacts/run.json"
+        notes = [step.format(version=report.model.version), places]
     return Listing(f"Retrain: {report.status}", report.facts(), notes=notes)
 
 
@@ -312,14 +297,13 @@ def predictions_listing(predictions: Sequence[Mapping[str, Any]], model: str) ->
     """The sign read in each photo, and the probability of each."""
     from tasks.params import LABELS
 
-    rows = []
-    for found in predictions:
-        if "error" in found:
-            rows.append([found["file"], "-", found["error"]])
-        else:
-            shares = [f"{found['probabilities'][label]:.3f}" for label in LABELS]
-            rows.append([found["file"], found["label"], *shares])
-    return Listing(model, rows, ("photo", "sign", *LABELS))
+    rows = [
+        [found["file"], found["label"], *(f"{found['probabilities'][sign]:.3f}" for sign in LABELS)]
+        for found in predictions
+        if "error" not in found
+    ]
+    errors = [f"{found['file']}: {found['error']}" for found in predictions if "error" in found]
+    return Listing(model, rows, ("photo", "sign", *LABELS), errors)
 
 
 def _shown(value: float | None) -> str:

@@ -20,7 +20,7 @@ from prefect.states import Cancelled, Completed, Failed
 from flows import ui
 from flows.dask import shard_runner
 from flows.notify import notify_bad_end
-from flows.output import ProgressLines
+from flows.output import progress_lines
 from flows.promotion import ask
 from flows.report import (
     ModelReport,
@@ -112,7 +112,7 @@ def retrain(force: bool = False) -> State[Any]:
     try:
         with retrain_lock(project), Workspace(project, load_settings()) as workspace:
             project.run.unlink(missing_ok=True)
-            return _conduct(Run(workspace, force, ProgressLines()))
+            return _conduct(Run(workspace, force, progress_lines()))
     except BusyError as error:
         ui.rename_run(f"cancelled: {error}")
         return Cancelled(message=str(error))

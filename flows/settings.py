@@ -2,8 +2,6 @@
 
 import difflib
 import os
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -13,183 +11,147 @@ from pydantic import (
     AliasChoices,
     BeforeValidator,
     Field,
+    Secret,
     SecretStr,
+    StringConstraints,
     ValidationError,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from tasks.errors import SettingsError
 from tasks.services.notify import check_addresses
 from tasks.services.s3 import LOOPBACK, redact_url
 
-TOKEN_LETTERS = 16
+PREFIX = "HANDSIGNS_"
+BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
+BRANCH = r"(?!.*(\.\.|//|/\.|[./]$|\.lock(/|$)))[A-Za-z0-9][A-Za-z0-9._/-]{0,199}"
 
 
-def _must(be: str, test: Callable[[str], Any]) -> AfterValidator:
-    """Validate text or a secret by a test, which fails by what it returns or by ValueError."""
+def _url(*schemes: str, login: bool = False) -> AfterValidator:
+    """Validate scheme, host and port; with `login`, the host may be missing (a local socket)."""
 
-    def check(value: Any) -> Any:
-        try:
-            valid = test(value.get_secret_value() if isinstance(value, SecretStr) else value)
-        except ValueError:
-            valid = False
-        if not valid:
-            raise ValueError(f"must {be}")
-        return value
+    def check(url: str) -> str:
+        parts = urlsplit(url)
+        host, port = (parts.hostname or "").encode("idna"), parts.port  # may raise ValueError
+        plain = bool(host) and "@" not in parts.netloc and not parts.query
+        if parts.scheme not in schemes or port == 0 or not (plain or login):
+            raise ValueError
+        return url.rstrip("/")
 
     return AfterValidator(check)
 
 
-def _is_address(url: str, *schemes: str) -> bool:
-    """Whether scheme, host and port can be used; a bad port raises ValueError."""
-    parts = urlsplit(url)
-    return (
-        parts.scheme in schemes
-        and bool((parts.hostname or "").encode("idna"))
-        and (parts.port != 0)
-    )
-
-
-def _is_web_address(url: str) -> bool:
-    parts = urlsplit(url)
-    return _is_address(url, "http", "https") and "@" not in parts.netloc and not parts.query
-
-
-def _is_scheduler(url: str) -> bool:
-    parts = urlsplit(url)
-    plain = f"{parts.scheme}://{parts.netloc}" == url and "@" not in parts.netloc
-    return plain and parts.port is not None and _is_address(url, "tcp", "tls")
-
-
-def _is_postgresql(url: str) -> bool:
-    parts = urlsplit(url)  # without a host it is the local socket
-    named = parts.scheme in ("postgresql", "postgres") and bool(parts.path.strip("/"))
-    return named and (parts.hostname is None or _is_address(url, "postgresql", "postgres"))
-
-
-def _is_remote(place: str) -> bool:
-    parts = urlsplit(place)
-    return bool(parts.scheme or Path(place).is_absolute()) and (
-        parts.scheme != "s3" or bool(parts.netloc)
-    )
-
-
-def _is_branch(name: str) -> bool:
-    plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}", name)
-    return bool(plain) and not re.search(r"\.\.|//|/\.|[./]$|\.lock(/|$)", name)
-
-
-S3_PLACE = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?"
-WebAddress = Annotated[
+WebAddress = Annotated[str, _url("http", "https")]
+PostgreSQL = Annotated[
     str,
-    _must("be an address such as http://host:port, without user or query", _is_web_address),
-    AfterValidator(lambda url: url.rstrip("/")),
-]
-AnyAddress = Annotated[
-    str,
-    _must(
-        "be an address such as http://host:port or sqlite:///file.db",
-        lambda url: urlsplit(url).scheme,
-    ),
+    StringConstraints(pattern=r"^[a-z]+://[^/]*/."),
+    _url("postgresql", "postgres", login=True),
 ]
 Paths = Annotated[
     tuple[Path, ...],
     NoDecode,
     BeforeValidator(lambda text: text.split(os.pathsep) if isinstance(text, str) else text),
 ]
-Bucket = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
 Recipients = Annotated[
     SecretStr,
     AfterValidator(lambda secret: check_addresses(secret.get_secret_value()) or secret),
 ]
-PostgreSQL = Annotated[
-    SecretStr,
-    _must("be an address such as postgresql://user:password@host:5432/name", _is_postgresql),
-]
-Login = Annotated[SecretStr, _must("be user:password", lambda text: all(text.partition(":")[::2]))]
-Token = Annotated[
-    SecretStr,
-    _must(f"have {TOKEN_LETTERS} characters or more", lambda text: len(text) >= TOKEN_LETTERS),
-]
-Remote = Annotated[
-    str,
-    _must("be an address such as s3://bucket/dvc, or a folder's full path", _is_remote),
-]
-Scheduler = Annotated[str, _must("be a scheduler's address such as tcp://host:8786", _is_scheduler)]
-Inbox = Annotated[
-    str,
-    _must(
-        "be a folder or s3://bucket/prefix",
-        lambda place: "://" not in place or re.fullmatch(S3_PLACE, place),
-    ),
-]
-Branch = Annotated[str, _must("be the plain name of a branch, such as handsigns/data", _is_branch)]
-
-PREFIX = "HANDSIGNS_"
-SECRET = (
-    "AWS_ACCESS",
-    "AWS_SECRET",
-    "AWS_SESSION",
-    "DATABASE_URL",
-    "PREFECT_SERVER_API_AUTH_STRING",
-    "HANDSIGNS_NOTIFY_URLS",
-    "HANDSIGNS_SERVE_TOKEN",
-)
-"""Variables whose value is never shown."""
 
 
 class Settings(BaseSettings):
     """Where the services are; one that is not named is started on loopback.
 
     A field is read from `HANDSIGNS_<FIELD>`, or from its alias: the variable that the
-    service's own tools read.
+    service's own tools read. Its description says what it must be.
     """
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="ignore"
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        frozen=True,
+        extra="ignore",
+        loc_by_alias=False,
+        regex_engine="python-re",  # has look-ahead
     )
 
-    s3_endpoint_url: WebAddress | None = None
+    s3_endpoint_url: WebAddress | None = Field(
+        None, description="an address such as http://host:port, without user or query"
+    )
     s3_region: str = Field(
-        default="us-east-1",
+        "us-east-1",
         pattern=r"^[a-z0-9-]{1,64}$",
+        description="a region such as us-east-1",
         validation_alias=AliasChoices("HANDSIGNS_S3_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"),
     )
-    bucket: Bucket = "artifacts"
-    model_name: str = Field(default="hand-signs", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
-    dvc_remote_url: Remote | None = None
-    inbox: Inbox | None = None
-    dask_address: Scheduler | None = None
-    git_push: Branch | None = None
+    bucket: str = Field(
+        "artifacts", pattern=f"^{BUCKET}$", description="a bucket's name, such as artifacts"
+    )
+    model_name: str = Field(
+        "hand-signs",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
+        description="a plain name of 64 characters or fewer",
+    )
+    dvc_remote_url: str | None = Field(
+        None,
+        pattern=r"^(/|s3://[^/]|(?!s3:)[a-z][a-z0-9+.-]*:)",
+        description="an address such as s3://bucket/dvc, or a folder's full path",
+    )
+    inbox: str | None = Field(
+        None,
+        pattern=rf"^(s3://{BUCKET}(/.*)?|(?!.*://).*)$",
+        description="a folder or s3://bucket/prefix",
+    )
+    dask_address: Annotated[str, _url("tcp", "tls")] | None = Field(
+        None,
+        pattern=r"^[a-z]+://[^/?#]+:\d+$",
+        description="a scheduler's address such as tcp://host:8786",
+    )
+    git_push: str | None = Field(
+        None,
+        pattern=f"^{BRANCH}$",
+        description="the plain name of a branch, such as handsigns/data",
+    )
     notify_urls: Recipients | None = None
     promotion: Literal["auto", "approval"] = "auto"
-    approval_seconds: int = Field(default=86_400, ge=1, le=30 * 86_400)
+    approval_seconds: int = Field(86_400, ge=1, le=30 * 86_400)
 
-    serve_rate: str = Field(default="600/minute", pattern=r"^[1-9]\d{0,6}/(second|minute|hour)$")
-    serve_max_mb: int = Field(default=10, ge=1, le=64)
-    serve_follow_seconds: float = Field(default=10.0, ge=0.1, le=25.0)
-    serve_token: Token | None = None
+    serve_rate: str = Field(
+        "600/minute",
+        pattern=r"^[1-9]\d{0,6}/(second|minute|hour)$",
+        description="a rate such as 600/minute",
+    )
+    serve_max_mb: int = Field(10, ge=1, le=64)
+    serve_follow_seconds: float = Field(10.0, ge=0.1, le=25.0)
+    serve_token: SecretStr | None = Field(None, min_length=16, description="16 characters or more")
 
     signing_key: Path | None = None
     signing_passphrase: SecretStr | None = None
     public_keys: Paths = ()
 
-    mlflow_tracking_uri: AnyAddress | None = Field(
-        default=None, validation_alias="MLFLOW_TRACKING_URI"
+    mlflow_tracking_uri: str | None = Field(
+        None,
+        pattern=r"^[a-z][a-z0-9+.-]*:",
+        description="an address such as http://host:port or sqlite:///file.db",
+        validation_alias="MLFLOW_TRACKING_URI",
     )
-    prefect_api_url: WebAddress | None = Field(default=None, validation_alias="PREFECT_API_URL")
-    aws_access_key_id: SecretStr | None = Field(default=None, validation_alias="AWS_ACCESS_KEY_ID")
-    aws_secret_access_key: SecretStr | None = Field(
-        default=None, validation_alias="AWS_SECRET_ACCESS_KEY"
+    prefect_api_url: WebAddress | None = Field(
+        None,
+        description="an address such as http://host:port/api, without user or query",
+        validation_alias="PREFECT_API_URL",
     )
-    aws_session_token: SecretStr | None = Field(default=None, validation_alias="AWS_SESSION_TOKEN")
+    aws_access_key_id: SecretStr | None = Field(None, validation_alias="AWS_ACCESS_KEY_ID")
+    aws_secret_access_key: SecretStr | None = Field(None, validation_alias="AWS_SECRET_ACCESS_KEY")
+    aws_session_token: SecretStr | None = Field(None, validation_alias="AWS_SESSION_TOKEN")
     host: str = "127.0.0.1"
-    prefect_auth: Login | None = Field(
-        default=None, validation_alias="PREFECT_SERVER_API_AUTH_STRING"
+    prefect_auth: Secret[Annotated[str, StringConstraints(pattern=".:.")]] | None = Field(
+        None, description="user:password", validation_alias="PREFECT_SERVER_API_AUTH_STRING"
     )
-    database_url: PostgreSQL | None = Field(default=None, validation_alias="DATABASE_URL")
+    database_url: Secret[PostgreSQL] | None = Field(
+        None,
+        description="an address such as postgresql://user:password@host:5432/name",
+        validation_alias="DATABASE_URL",
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> "Settings":
@@ -221,8 +183,8 @@ def load_settings() -> Settings:
 
 
 def _reject_unknown() -> None:
-    """A mistyped name would otherwise start a local server in silence."""
-    read = {name for info in Settings.model_fields.items() for name in _variables(*info)}
+    """A mistyped name would otherwise start a local server without a word."""
+    read = {name for field in Settings.model_fields for name in _variables(field)}
     known = sorted(name for name in read if name.startswith(PREFIX))
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
@@ -232,29 +194,23 @@ def _reject_unknown() -> None:
             raise SettingsError(f"{name} is no setting. {advice}")
 
 
-def _variables(field: str, info: FieldInfo) -> list[str]:
+def _variables(field: str) -> list[str]:
     """Environment variables that a field is read from, the first one first."""
-    alias = info.validation_alias
+    alias = Settings.model_fields[field].validation_alias
     if isinstance(alias, AliasChoices):
         return [str(choice) for choice in alias.choices]
     return [str(alias or PREFIX + field.upper())]
-
-
-def _variable(name: str) -> str:
-    """The variable that was read, where pydantic names a field or its first alias."""
-    for field, info in Settings.model_fields.items():
-        names = _variables(field, info)
-        if name == field or name in names:
-            return next((one for one in names if os.environ.get(one)), names[0])
-    return name
 
 
 def _explain(fault: Any) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if not fault["loc"]:
         return str(message)
-    variable = _variable(str(fault["loc"][0]))
+    field = Settings.model_fields[fault["loc"][0]]
+    variables = _variables(fault["loc"][0])
+    variable = next((name for name in variables if os.environ.get(name)), variables[0])
     received = fault["input"]
-    if not isinstance(received, str) or variable.startswith(SECRET):
+    message = f"must be {field.description}" if field.description else message
+    if not isinstance(received, str) or "Secret" in repr(field.annotation):
         return f"{variable}: {message}"
     return f"{variable}: {message} (received {redact_url(received)!r})"

@@ -1,7 +1,7 @@
-"""The command's manners: instant help, exit codes, one line for what is refused."""
+"""The command line: fast help, exit codes, one line for what is refused."""
 
 import json
-import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +13,8 @@ import yaml
 from typer.testing import CliRunner
 
 from flows.cli import app
+from flows.keys import refuse_tracked
+from tasks.errors import SettingsError
 from tests.fixtures.checkouts import BIN, Workshop, make_checkout
 from tests.fixtures.photos import CHECKOUT, write_photos
 
@@ -20,12 +22,23 @@ VERBS = (
     "sample", "import", "retrain", "status", "evaluate", "predict", "promote", "rollback", "verify",
     "up", "down", "deploy", "serve", "reproduce", "versions", "rebuild-registry",
 )  # fmt: skip
+NOT_UTF_8 = b"zur\xfcck".decode(errors="surrogateescape")
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """A checkout without photos."""
     return make_checkout(tmp_path_factory.mktemp("cli") / "checkout")
+
+
+@pytest.fixture
+def changed(workshop: Workshop) -> Iterator[Workshop]:
+    """The same checkout, whose files are put back afterwards."""
+    paths = (workshop.project.params, workshop.project.root / "prefect.yaml")
+    before = {path: path.read_bytes() for path in paths}
+    yield workshop
+    for path, content in before.items():
+        path.write_bytes(content)
 
 
 def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
@@ -39,28 +52,26 @@ def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
     assert done.returncode == 0
     for verb in VERBS:
         assert f" {verb} " in done.stdout
-
-
-@pytest.mark.parametrize("verb", [*VERBS, "keys new", "keys sign"])
-def test_each_verb_explains_itself(verb: str) -> None:
-    done = CliRunner().invoke(app, [*verb.split(), "--help"])
-    assert done.exit_code == 0
-    assert "--json" in done.output
+    for verb in (*VERBS, "keys new", "keys sign"):
+        explained = CliRunner().invoke(app, [*verb.split(), "--help"])
+        assert explained.exit_code == 0
+        assert "--json" in explained.output
+    shown = CliRunner().invoke(app, ["--version"])
+    assert (shown.exit_code, shown.output) == (0, f"handsigns {version('handsigns')}\n")
 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
         (["nonsense"], "nonsense"),
+        (["retrian"], "Did you mean 'retrain'?"),
         (["promote"], "version"),
         (["promote", "two"], "'two' is not a number"),
         (["predict"], "FILES"),
-        (["promote", "1", "--reason", os.fsdecode(b"zur\xfcck")], "must be UTF-8"),
-        (["rollback", "--reason", os.fsdecode(b"zur\xfcck")], "must be UTF-8"),
-        (["deploy", "--silence", "nan"], "must be more than the 30 s"),
-        (["deploy", "--silence", "inf"], "must be more than the 30 s"),
-        (["deploy", "--silence", "-5"], "must be more than the 30 s"),
-        (["deploy", "--silence", "30"], "must be more than the 30 s"),
+        (["promote", "1", "--reason", NOT_UTF_8], "must be UTF-8"),
+        (["rollback", "--reason", NOT_UTF_8], "must be UTF-8"),
+        (["deploy", "--silence", "nan"], "--silence"),
+        (["deploy", "--silence", "30"], "--silence"),
     ],
 )
 def test_wrong_usage_exits_with_2(words: list[str], reason: str) -> None:
@@ -69,84 +80,82 @@ def test_wrong_usage_exits_with_2(words: list[str], reason: str) -> None:
     assert reason.lower() in done.output.lower()
 
 
-def test_the_version_is_printed() -> None:
-    done = CliRunner().invoke(app, ["--version"])
-    assert (done.exit_code, done.output) == (0, f"handsigns {version('handsigns')}\n")
-
-
 def test_outside_a_checkout_it_says_so_in_one_line(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [BIN / "handsigns", "status"], cwd=tmp_path, capture_output=True, text=True
-    )
+    command = [BIN / "handsigns", "status"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "no dvc.yaml" in done.stderr
 
 
-def test_an_unknown_parameter_is_named_and_reported(workshop: Workshop) -> None:
-    kept = workshop.project.params.read_text()
-    workshop.change("gate", min_acuracy=0.9)
-    try:
-        told = workshop.handsigns("retrain", code=1)
-    finally:
-        workshop.project.params.write_text(kept)
-    assert told["status"] == "failed"
-    assert "gate.min_acuracy" in told["reason"]
-    assert workshop.report() == told
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (b"min_accuracy", b"min_acuracy", "gate.min_acuracy"),
+        (b"seed: 20", b"seed: yes", "seed: Input should be a valid integer, not 'yes'"),
+        (b"seed: 20", b"\xff\xfe\x00", "params.yaml is not valid YAML"),
+        (b"", b"", "handsigns import"),  # there are no photos yet
+    ],
+)
+def test_what_cannot_be_trained_on_is_reported(
+    changed: Workshop, old: bytes, new: bytes, reason: str
+) -> None:
+    params = changed.project.params
+    params.write_bytes(params.read_bytes().replace(old, new) if old else params.read_bytes())
+    report = changed.handsigns("retrain", code=1)
+    assert report["status"] == "failed"
+    assert reason in report["reason"]
+    assert changed.report() == report
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    ("words", "environment", "reason"),
     [
-        (b"\xff\xfe\x00", "params.yaml is not valid YAML"),
-        (b"seed: yes", "seed: Input should be a valid integer, not 'yes'"),
+        (["status"], {"HANDSIGNS_BUKET": "x"}, "HANDSIGNS_BUCKET"),
+        (["import", "nowhere"], {}, "nowhere"),
+        (
+            ["deploy"],
+            {"PREFECT_API_URL": "http://127.0.0.1:9/api"},
+            "Prefect at http://127.0.0.1:9/api failed (ConnectError).",
+        ),
+        (["deploy", "--pool", "nobody"], {}, "There is no work pool 'nobody'."),
+        (["status", "without params.yaml"], {}, "params.yaml' cannot be read"),
     ],
 )
-def test_parameters_that_cannot_be_read_are_reported(
-    workshop: Workshop, content: bytes, reason: str
+def test_a_refusal_is_one_line(
+    changed: Workshop, words: list[str], environment: dict[str, str], reason: str
 ) -> None:
-    kept = workshop.project.params.read_bytes()
-    workshop.project.params.write_bytes(
-        content if content[0] == 0xFF else kept.replace(b"seed: 20", content)
-    )
-    try:
-        told = workshop.handsigns("retrain", code=1)
-    finally:
-        workshop.project.params.write_bytes(kept)
-    assert reason in told["reason"]
-    assert workshop.report() == told
+    if words[-1] == "without params.yaml":
+        changed.project.params.unlink()
+        words = words[:1]
+    said = changed.handsigns(*words, code=1, **environment)
+    assert reason in said
+    assert said.count("\n") == 1
 
 
-def test_status_names_parameters_that_are_gone(workshop: Workshop) -> None:
-    kept = workshop.project.params.read_bytes()
-    workshop.project.params.unlink()
-    try:
-        told = workshop.handsigns("status", code=1)
-    finally:
-        workshop.project.params.write_bytes(kept)
-    assert "params.yaml' cannot be read" in told
+@pytest.mark.parametrize(
+    ("verb", "content", "fault"),
+    [
+        ("up", "deployments:\n- name: retrain\n  work_pool: {", "line 3, column 15"),
+        ("deploy", "- retrain", "the file: Input should be"),
+        ("deploy", "deployments: [{name: retrain}]", "deployments.0.entrypoint: Field required"),
+    ],
+)
+def test_a_damaged_prefect_yaml_is_named_before_any_server_is_asked_or_started(
+    changed: Workshop, verb: str, content: str, fault: str
+) -> None:
+    def logs() -> dict[Path, int]:
+        found = changed.project.local.glob("logs/*")
+        return {path: path.stat().st_mtime_ns for path in found if path.stem != verb}
 
-
-def test_a_damaged_version_of_the_photos_is_told_before_they_are_exchanged(tmp_path: Path) -> None:
-    workshop = make_checkout(tmp_path / "checkout")
-    workshop.handsigns("import", write_photos(tmp_path / "first", per_class=3))
-    before = sorted(path.name for path in workshop.project.data.rglob("*.png"))
-    other = write_photos(tmp_path / "other", per_class=3, seed=3)
-    for damage in (b"{", b"\xff\xfe\x00"):
-        workshop.project.data_file.write_bytes(damage)
-        told = workshop.handsigns("import", other, "--replace", code=1)
-        assert "data.dvc is not what DVC writes" in told
-    assert sorted(path.name for path in workshop.project.data.rglob("*.png")) == before
-    workshop.project.data_file.unlink()
-    workshop.handsigns("import", other, "--replace")
-    assert sorted(path.name for path in workshop.project.data.rglob("*.png")) != before
-
-
-def test_json_is_json_on_a_terminal_that_knows_few_letters() -> None:
-    code = "from flows.output import echo; echo(True, {'file': 'ü手.png'}, '')"
-    known = {**os.environ, "PYTHONIOENCODING": "latin-1"}
-    done = subprocess.run([sys.executable, "-c", code], env=known, capture_output=True)
-    assert json.loads(done.stdout) == {"file": "ü手.png"}
+    before, declared = logs(), changed.project.root / "prefect.yaml"
+    declared.write_text(content)
+    api = {"PREFECT_API_URL": "http://127.0.0.1:9/api"} if verb == "deploy" else {}
+    said = changed.handsigns(verb, code=1, **api)
+    assert f"'{declared}' cannot be read (" in said
+    assert fault in said
+    assert said.count("\n") == 1
+    assert logs() == before
 
 
 def test_an_interrupted_command_says_what_that_means(workshop: Workshop) -> None:
@@ -163,64 +172,7 @@ def test_an_interrupted_command_says_what_that_means(workshop: Workshop) -> None
     assert done.stderr == "Interrupted. Nothing is lost; run again to continue.\n"
 
 
-def test_a_mistyped_setting_is_named(workshop: Workshop) -> None:
-    told = workshop.handsigns("status", code=1, HANDSIGNS_BUKET="x")
-    assert "HANDSIGNS_BUCKET" in told
-
-
-def test_a_server_that_takes_no_deployment_is_named_in_one_line(workshop: Workshop) -> None:
-    told = workshop.handsigns("deploy", code=1, PREFECT_API_URL="http://127.0.0.1:9/api")
-    assert "Prefect at http://127.0.0.1:9/api failed (ConnectError)." in told
-    assert told.count("\n") == 1
-
-
-@pytest.fixture
-def declared(workshop: Workshop) -> Iterator[Path]:
-    """The checkout's `prefect.yaml`, which others need as it is."""
-    path = workshop.project.root / "prefect.yaml"
-    content = path.read_bytes()
-    yield path
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("verb", "spoilt", "fault"),
-    [
-        ("up", "deployments:\n- name: retrain\n  work_pool: {", "line 3, column 15"),
-        ("deploy", "- retrain", "the file: Input should be"),
-        ("deploy", "deployments: [{name: retrain}]", "deployments.0.entrypoint: Field required"),
-    ],
-)
-def test_a_misspelt_schedule_is_told_before_any_server_is_asked_or_started(
-    workshop: Workshop, declared: Path, verb: str, spoilt: str, fault: str
-) -> None:
-    def logs() -> dict[Path, int]:
-        found = workshop.project.local.glob("logs/*")
-        return {path: path.stat().st_mtime_ns for path in found if path.stem != verb}
-
-    before = logs()
-    declared.write_text(spoilt)
-    api = {"PREFECT_API_URL": "http://127.0.0.1:9/api"} if verb == "deploy" else {}
-    told = workshop.handsigns(verb, code=1, **api)
-    assert f"'{declared}' cannot be read (" in told
-    assert fault in told
-    assert told.count("\n") == 1
-    assert logs() == before
-
-
-def test_no_photos_yet_says_how_to_get_some(workshop: Workshop) -> None:
-    told = workshop.handsigns("retrain", code=1)
-    assert told["status"] == "failed"
-    assert "handsigns import" in told["reason"]
-
-
-def test_a_missing_source_is_refused_in_one_line(workshop: Workshop) -> None:
-    told = workshop.handsigns("import", "nowhere", code=1)
-    assert "nowhere" in told
-    assert told.strip().count("\n") == 0
-
-
-def test_import_tells_what_was_taken_and_what_not_and_why(tmp_path: Path) -> None:
+def test_import_says_what_was_taken_and_what_not_and_why(tmp_path: Path) -> None:
     workshop = make_checkout(tmp_path / "checkout")
     photos = write_photos(tmp_path / "photos", per_class=3)
     (photos / "1/broken.jpg").write_bytes(b"")
@@ -231,7 +183,7 @@ def test_import_tells_what_was_taken_and_what_not_and_why(tmp_path: Path) -> Non
     reasons = {Path(one["origin"]).name: one["reason"] for one in report["quarantined"]}
     assert set(reasons) == {"broken.jpg", "hand.png"}
     assert (workshop.project.quarantine / "quarantine.json").is_file()
-    record = yaml.safe_load((workshop.project.root / "data.dvc").read_text())
+    record = yaml.safe_load(workshop.project.data_file.read_text())
     assert record["outs"][0]["md5"] == report["version"]
     assert record["meta"] == {"source": "photos"}
     again = workshop.run("handsigns", "import", photos).stdout
@@ -239,13 +191,50 @@ def test_import_tells_what_was_taken_and_what_not_and_why(tmp_path: Path) -> Non
     assert report["version"] in again
 
 
+def test_a_damaged_data_dvc_is_named_before_photos_are_replaced(tmp_path: Path) -> None:
+    workshop = make_checkout(tmp_path / "checkout")
+    workshop.handsigns("import", write_photos(tmp_path / "first", per_class=3))
+    before = sorted(path.name for path in workshop.project.data.rglob("*.png"))
+    other = write_photos(tmp_path / "other", per_class=3, seed=3)
+    for damage in (b"{", b"\xff\xfe\x00"):
+        workshop.project.data_file.write_bytes(damage)
+        said = workshop.handsigns("import", other, "--replace", code=1)
+        assert "data.dvc is not what DVC writes" in said
+    assert sorted(path.name for path in workshop.project.data.rglob("*.png")) == before
+    workshop.project.data_file.unlink()
+    workshop.handsigns("import", other, "--replace")
+    assert sorted(path.name for path in workshop.project.data.rglob("*.png")) != before
+
+
 @pytest.mark.slow
 def test_the_sample_is_the_one_that_the_committed_version_names(tmp_path: Path) -> None:
     workshop = make_checkout(tmp_path / "checkout")
-    told = workshop.handsigns("sample")
+    rendered = workshop.handsigns("sample")
     committed = yaml.safe_load((CHECKOUT.root / "data.dvc").read_text())
     assert committed["meta"] == {"source": "sample"}
-    assert told["version"] == committed["outs"][0]["md5"]
-    # Photos that are added to it are not mixed with drawings in silence.
+    assert rendered["version"] == committed["outs"][0]["md5"]
     done = workshop.run("handsigns", "import", write_photos(tmp_path / "photos", per_class=3))
     assert "data/ holds the rendered sample beside these photos" in done.stderr
+
+
+def test_a_new_key_pair_is_private_and_replaces_none(tmp_path: Path) -> None:
+    command = [BIN / "handsigns", "keys", "new", "--folder", tmp_path / "keys", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    made = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert stat.S_IMODE(Path(made["private"]).stat().st_mode) == 0o600
+    assert len(made["key"]) == 16
+    Path(made["private"]).unlink()  # half a pair is not replaced either
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 1
+    assert "must not be replaced" in again.stderr
+    assert again.stderr.count("\n") == 1
+    assert [str(path) for path in (tmp_path / "keys").iterdir()] == [made["public"]]
+
+
+def test_no_private_key_where_git_would_take_it(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / ".gitignore").write_text("/.local/\n")
+    refuse_tracked(tmp_path / ".local" / "keys")
+    with pytest.raises(SettingsError, match="git would take a private key"):
+        refuse_tracked(tmp_path / "keys")

@@ -1,8 +1,10 @@
 """The HTTP service that reads signs."""
 
 import asyncio
+import base64
 import logging
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import lru_cache, partial
@@ -10,27 +12,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from fastapi import Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
+    Info,
     PlatformCollector,
     ProcessCollector,
+    generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import generate_latest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp
 
 from flows.serve.follower import LoadedModel, ModelSource
-from flows.serve.limits import Admission, Boundary, Credentials, Limits, ScoringPool
+from flows.serve.limits import Admission, Credentials, Limits, ScoringPool
 from tasks.data.images import decode, is_large, resize
 from tasks.errors import ImageError
 from tasks.model.inference import Classifier, Prediction
@@ -42,7 +44,6 @@ PAGE = Path(__file__).with_name("page")
 BODY_SECONDS = 30.0
 EXAMPLE_SEED = 21
 """Seed of the rendered examples; not the seed of the sample data set."""
-
 BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 PATHS = ("/predict", "/health", "/metrics", "/openapi.json")
 METHODS = ("GET", "HEAD", "POST")
@@ -51,17 +52,18 @@ METHODS = ("GET", "HEAD", "POST")
 class Model(BaseModel):
     """The model that answers."""
 
+    model_config = ConfigDict(from_attributes=True)
+
     description: str = Field(description="What it is, in words.")
-    told: str = Field(description="The description under its old name.", deprecated=True)
     version: int | None = Field(description="Of a champion: its number in the registry.")
     release: str | None = Field(description="Of a champion: its verified release.")
     promoted_at: str | None = Field(description="When it became champion, ISO 8601.")
 
-    @classmethod
-    def of(cls, model: LoadedModel) -> "Model":
-        """Describe a loaded model."""
-        values = {name: getattr(model, name) for name in cls.model_fields if name != "told"}
-        return cls(told=model.description, **values)
+    @computed_field(deprecated=True)  # type: ignore[prop-decorator]
+    @property
+    def told(self) -> str:
+        """The description under its old name."""
+        return self.description
 
 
 class Reading(BaseModel):
@@ -94,9 +96,9 @@ class Fault(BaseModel):
 class JsonPhoto(BaseModel):
     """A photo in base64, alone or as a data URL."""
 
-    model_config = ConfigDict(extra="forbid", val_json_bytes="base64")
+    model_config = ConfigDict(extra="forbid")
 
-    image: bytes
+    image: str
 
 
 _PHOTO = {"type": "string", "format": "binary"}
@@ -113,19 +115,26 @@ class Metrics:
     """Prometheus metrics of one service, in a registry of its own."""
 
     def __init__(self, source: ModelSource) -> None:
-        registry = self._registry = CollectorRegistry()
-        self._source = source
-        ProcessCollector(registry=registry)
-        PlatformCollector(registry=registry)
-        registry.register(self)
-        about, labels = "Requests answered.", ("method", "path", "status")
-        self._requests = Counter("handsigns_requests", about, labels, registry=registry)
-        about = "From a request's headers to the end of its answer."
+        self._source, self._registry = source, CollectorRegistry()
+        known: Any = {"registry": self._registry}
+        ProcessCollector(**known)
+        PlatformCollector(**known)
+        labels = ("method", "path", "status")
+        self._requests = Counter("handsigns_requests", "Requests answered.", labels, **known)
+        about = "From a request's headers to the start of its answer."
         self._seconds = Histogram(
-            "handsigns_request_seconds", about, ("path",), buckets=BUCKETS, registry=registry
+            "handsigns_request_seconds", about, ("path",), buckets=BUCKETS, **known
         )
         about = "Photos read, by sign."
-        self.predictions = Counter("handsigns_predictions", about, ("label",), registry=registry)
+        self.predictions = Counter("handsigns_predictions", about, ("label",), **known)
+        self._model = Info("handsigns_model", "The model that answers.", **known)
+        about = "1 while the loaded model is not the champion, or that is unknown."
+        behind = Gauge("handsigns_follow_problem", about, **known)
+        behind.set_function(lambda: bool(source.problem))
+        about = "When the champion pointer was last read."
+        checked = Gauge("handsigns_follow_timestamp_seconds", about, **known)
+        checked.set_function(lambda: source.checked_at or 0)
+        self._registry.register(source.failures)
 
     def observe(self, method: str, path: str, status: int, seconds: float) -> None:
         """Count one request; unknown paths and methods share one label each."""
@@ -133,30 +142,14 @@ class Metrics:
         self._requests.labels(method if method in METHODS else "other", path, status).inc()
         self._seconds.labels(path).observe(seconds)
 
-    def collect(self) -> Iterator[Metric]:
-        """Metrics of the loaded model."""
-        source, model = self._source, self._source.model
-        about = "The model that answers."
-        info = GaugeMetricFamily("handsigns_model_info", about, labels=("version", "release"))
-        if model:
-            info.add_metric((str(model.version or ""), model.release or ""), 1)
-        yield info
-        about = "1 while the loaded model is not the champion, or that is unknown."
-        yield GaugeMetricFamily("handsigns_follow_problem", about, bool(source.problem))
-        about = "When the champion pointer was last read."
-        yield GaugeMetricFamily("handsigns_follow_timestamp_seconds", about, source.checked_at or 0)
-        about = "Failed checks of the champion."
-        failures = CounterMetricFamily("handsigns_follow_failures", about, labels=("kind",))
-        for kind, count in source.failures.items():
-            failures.add_metric((kind,), count)
-        yield failures
-
     def render(self) -> bytes:
         """Return the metrics in Prometheus' text format."""
+        if model := self._source.model:
+            self._model.info({"version": str(model.version or ""), "release": model.release or ""})
         return generate_latest(self._registry)
 
 
-def make_app(source: ModelSource, limits: Limits) -> ASGIApp:
+def make_app(source: ModelSource, limits: Limits) -> FastAPI:
     """Build the service; it starts and stops nothing."""
     pool, metrics, admission = ScoringPool(), Metrics(source), Admission(limits)
 
@@ -169,10 +162,27 @@ def make_app(source: ModelSource, limits: Limits) -> ASGIApp:
         title="handsigns",
         description="Reads a sign, 0 to 5, from a photo of a hand.",
         lifespan=lifespan,
+        dependencies=[Depends(admission.check_site)],
         docs_url=None,  # its pages load scripts from other hosts
         redoc_url=None,
     )
-    _answer_faults_as_json(app)
+    _answer_faults_as_json(app, limits)
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=limits.max_bytes)
+
+    @app.middleware("http")
+    async def observe(request: Request, ask: Callable[[Request], Awaitable[Response]]) -> Response:
+        began, status = time.perf_counter(), 500
+        try:
+            # Starlette's limit answers a body that says its size in plain text.
+            if int(request.headers.get("Content-Length", "0")) > limits.max_bytes:
+                response: Response = _too_large(limits)
+            else:
+                response = await ask(request)
+            status = response.status_code
+        finally:
+            seconds = time.perf_counter() - began
+            metrics.observe(request.method, request.url.path, status, seconds)
+        return response
 
     @app.post(
         "/predict",
@@ -190,13 +200,7 @@ def make_app(source: ModelSource, limits: Limits) -> ASGIApp:
             large = await pool.run(partial(is_large, content))
             found = await pool.run(partial(_score, model.classifier, content), large)
         metrics.predictions.labels(str(found.label)).inc()
-        return Reading(**found.to_json(), model=Model.of(model))
-
-    @app.api_route(
-        "/predict", methods=["GET", "HEAD", "PUT", "PATCH", "DELETE"], include_in_schema=False
-    )
-    def wrong_method() -> None:
-        raise HTTPException(405, "Send the photo with POST.", {"Allow": "POST"})
+        return Reading(**found.to_json(), model=Model.model_validate(model))
 
     @app.head("/health", include_in_schema=False)  # load balancers ask for no more
     @app.get("/health", responses={503: {"model": Health}})
@@ -216,11 +220,20 @@ def make_app(source: ModelSource, limits: Limits) -> ASGIApp:
         """A rendered hand, not a photograph."""
         if label not in LABELS:
             raise HTTPException(404)
-        cached = {"Cache-Control": "max-age=3600"}
-        return Response(_example(int(label)), media_type="image/png", headers=cached)
+        return Response(_example(int(label)), media_type="image/png")
 
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
-    return Boundary(app, limits, metrics.observe)
+    _serve_page(app)
+    return app
+
+
+def _serve_page(app: FastAPI) -> None:
+    async def send(file: Path, _: Request) -> Response:
+        return FileResponse(file)
+
+    # A route each: a mounted folder would answer GET /predict with 404 instead of 405.
+    for file in PAGE.iterdir():
+        path = "/" if file.name == "index.html" else f"/{file.name}"
+        app.add_route(path, partial(send, file))
 
 
 async def read_upload(request: Request) -> bytes:
@@ -256,18 +269,15 @@ async def _from_form(request: Request) -> bytes:
 
 
 def _from_json(body: bytes) -> bytes:
-    fault = HTTPException(422, 'The JSON must be {"image": "…"} with base64, and nothing else.')
-    # A valid body has one object, four quotes and no list. Anything else is refused before
-    # it is parsed: megabytes of nested lists would block every other request meanwhile.
-    if body.count(b"{") != 1 or body.count(b'"') != 4 or b"[" in body:
-        raise fault
-    start, _, encoded = body.partition(b";base64,")
-    if encoded and b'"data:' in start:  # a data URL
-        body = start[: start.rindex(b'"data:') + 1] + encoded
     try:
-        return JsonPhoto.model_validate_json(body).image
-    except ValidationError:
-        raise fault from None
+        # Refused before parsing: a million elements would be a million validation errors.
+        if body.count(b",") > 1:
+            raise ValueError
+        encoded = JsonPhoto.model_validate_json(body).image
+        return base64.b64decode(encoded.rpartition(";base64,")[2], validate=True)
+    except ValueError:
+        reason = 'The JSON must be {"image": "…"} with base64, and nothing else.'
+        raise HTTPException(422, reason) from None
 
 
 def _score(classifier: Classifier, content: bytes) -> Prediction:
@@ -289,7 +299,7 @@ def _health(source: ModelSource, detailed: bool) -> Health:
     checked = source.checked_at and datetime.fromtimestamp(source.checked_at, UTC)
     return Health(
         state=state if model else "waiting",
-        model=Model.of(model) if model else None,
+        model=model and Model.model_validate(model),
         age_seconds=_age(model),
         looked_at=checked.isoformat(timespec="seconds") if checked else None,
         problem=problem if model or problem else _waiting(source),
@@ -311,8 +321,15 @@ def _example(label: int) -> bytes:
     return encode(draw((EXAMPLE_SEED, label, 0)))
 
 
-def _answer_faults_as_json(app: FastAPI) -> None:
+def _too_large(limits: Limits) -> Response:
+    reason = f"The request is larger than {limits.max_bytes // 2**20} MB. Send less."
+    return JSONResponse({"error": reason}, 413)
+
+
+def _answer_faults_as_json(app: FastAPI, limits: Limits) -> None:
     async def refused(_: Request, error: Any) -> Response:
+        if error.status_code == 413:
+            return _too_large(limits)
         return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
 
     async def unusable(_: Request, error: Any) -> Response:
@@ -327,7 +344,7 @@ def _answer_faults_as_json(app: FastAPI) -> None:
         _log.error("%s %s failed.", request.method, request.url.path, exc_info=error)
         return JSONResponse({"error": "The service failed; its log says why."}, 500)
 
-    app.add_exception_handler(HTTPException, refused)
+    app.add_exception_handler(AnyHTTPException, refused)
     app.add_exception_handler(ImageError, unusable)
     app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(Exception, broken)

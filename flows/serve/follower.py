@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prometheus_client import Counter
+
 from tasks.errors import BusyError, HandsignsError, ReleaseError, ServiceError
 from tasks.releases.pointer import Champion, read_champion
 from tasks.services.s3 import Storage
@@ -51,7 +53,11 @@ class ModelSource:
     model: LoadedModel | None = None
     problem: str | None = None
     checked_at: float | None = None
-    failures: dict[str, int] = field(default_factory=dict)
+    failures: Counter = field(
+        default_factory=lambda: Counter(
+            "handsigns_follow_failures", "Failed checks of the champion.", ("kind",), registry=None
+        )
+    )
 
     def stop(self) -> None:
         """Stop what runs in the background."""
@@ -65,7 +71,7 @@ class Follower(ModelSource):
     """
 
     def __init__(self, open_storage: OpenStorage, releases: Path, seconds: float) -> None:
-        super().__init__(failures=dict.fromkeys(("storage", "release", "other"), 0))
+        super().__init__()
         self._open, self._releases, self._seconds = open_storage, releases, seconds
         self._etag: str | None = None
         self._rejected: str | None = None  # an ETag, or "pointer"
@@ -79,8 +85,7 @@ class Follower(ModelSource):
         Raises:
             ServiceError: the storage does not answer the first check.
         """
-        self.poll()
-        if self.failures["storage"]:
+        if not self.poll():
             raise ServiceError(str(self.problem))
         self._thread.start()
 
@@ -90,8 +95,8 @@ class Follower(ModelSource):
         if self._thread.is_alive():
             self._thread.join(5.0)
 
-    def poll(self) -> None:
-        """Check the champion once; record a failure instead of raising it."""
+    def poll(self) -> bool:
+        """Check the champion once; record a failure. False if the storage does not answer."""
         try:
             retry = self._rejected is not None and time.monotonic() >= self._retry_at
             with self._open(retry) as storage:
@@ -102,10 +107,12 @@ class Follower(ModelSource):
             pass  # the storage is being started or stopped; the next check will do
         except ServiceError as error:
             self._fail("storage", str(error))
+            return False
         except HandsignsError as error:
             self._fail("release", f"The champion was rejected: {error}")
         except Exception as error:  # a full disk, say: the old model must go on answering
             self._fail("other", f"{type(error).__name__}: {error}")
+        return True
 
     def _run(self) -> None:
         while not self._stopping.wait(self._seconds):
@@ -150,7 +157,7 @@ class Follower(ModelSource):
         self._retry_at = time.monotonic() + min(self._pause, MAX_PAUSE)
 
     def _fail(self, kind: str, reason: str) -> None:
-        self.failures[kind] += 1
+        self.failures.labels(kind).inc()
         still = f" Still serving the {self.model.description}." if self.model else ""
         problem = f"{reason}{still}"
         if problem != self.problem:

@@ -1,4 +1,4 @@
-"""Who may use the service, how often, and with how much data."""
+"""Where the service listens, who may use it, and how much at a time."""
 
 import asyncio
 import ipaddress
@@ -17,16 +17,12 @@ from typing import Annotated, TypeVar
 from urllib.parse import urlsplit
 
 import uvicorn
-from fastapi import Depends
+from fastapi import Depends, HTTPException, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from limits import parse
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from tasks.errors import ServiceError, SettingsError
 from tasks.model.inference import usable_cores
@@ -35,10 +31,11 @@ IN_FLIGHT = 128
 """Photos that may be uploaded, queued or scored at once; bounds the memory they take."""
 CONNECTIONS = 2048
 """Open connections, idle ones included; beyond it requests get 503."""
-SECURITY_HEADERS = {
+HEADERS = {
+    "Cache-Control": "no-cache",
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        "img-src 'self' blob:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+        "img-src 'self' blob: data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     ),
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -52,8 +49,6 @@ Credentials = Annotated[
     HTTPAuthorizationCredentials | None,
     Depends(HTTPBearer(auto_error=False, description="HANDSIGNS_SERVE_TOKEN, where it is set.")),
 ]
-Observe = Callable[[str, str, int, float], None]
-"""Called with method, path, status and seconds of each request."""
 Result = TypeVar("Result")
 
 
@@ -75,10 +70,10 @@ class Limits:
 
 
 class Admission:
-    """Check the token and the rate of a client."""
+    """Check a client's token, rate and origin."""
 
     def __init__(self, limits: Limits) -> None:
-        self._rate, self._token = parse(limits.rate), limits.token
+        self._rate, self._limits = parse(limits.rate), limits
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
 
     def check(self, request: Request, credentials: Credentials) -> None:
@@ -97,8 +92,30 @@ class Admission:
 
     def accepts(self, credentials: HTTPAuthorizationCredentials | None) -> bool:
         """Whether the client sent the right token, or none is expected."""
+        expected = self._limits.token
         sent = credentials.credentials if credentials else ""
-        return self._token is None or secrets.compare_digest(sent.encode(), self._token.encode())
+        return expected is None or secrets.compare_digest(sent.encode(), expected.encode())
+
+    def check_site(self, request: Request) -> None:
+        """Refuse, with 403, what may come from another site's page.
+
+        A page elsewhere can let its name point to this machine (DNS rebinding) or post a form
+        here; a service without a token would answer it.
+        """
+        hosts = self._limits.hosts
+        sources = [f"//{request.headers.get('Host', '')}"]
+        sources += request.headers.getlist("Origin")
+        for source in sources if hosts else ():
+            try:
+                name = urlsplit(source).hostname
+            except ValueError:
+                name = None
+            if hosts and name not in hosts:
+                raise HTTPException(
+                    403,
+                    f"This service does not answer to {source.removeprefix('//')[:80]!r}. Use "
+                    f"{', '.join(sorted(hosts))}, or set HANDSIGNS_SERVE_TOKEN to allow any.",
+                )
 
 
 def _client_network(request: Request) -> str:
@@ -113,19 +130,19 @@ class ScoringPool:
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(usable_cores(), "score")
         self._large = ThreadPoolExecutor(1, "large")
-        self.in_flight = 0
+        self._in_flight = 0
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
         """Hold one of the `IN_FLIGHT` places, or raise 503 with Retry-After."""
-        if self.in_flight >= IN_FLIGHT:
+        if self._in_flight >= IN_FLIGHT:
             reason = "Too many photos are waiting. Try again in a second."
             raise HTTPException(503, reason, {"Retry-After": "1"})
-        self.in_flight += 1
+        self._in_flight += 1
         try:
             yield
         finally:
-            self.in_flight -= 1
+            self._in_flight -= 1
 
     async def run(self, work: Callable[[], Result], large: bool = False) -> Result:
         """Call `work` in a thread; large ones run one after the other."""
@@ -136,68 +153,6 @@ class ScoringPool:
         """Drop queued work; work in progress finishes."""
         for threads in (self._threads, self._large):
             threads.shutdown(wait=False, cancel_futures=True)
-
-
-class Boundary:
-    """Outermost layer: foreign hosts, body size, security headers, metrics."""
-
-    def __init__(self, app: ASGIApp, limits: Limits, observe: Observe) -> None:
-        self._app, self._limits, self._observe = app, limits, observe
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers, started = Headers(scope=scope), time.perf_counter()
-        size, status = int(headers.get("Content-Length", "0")), 500
-
-        async def receive_limited() -> Message:
-            nonlocal size
-            if size <= self._limits.max_bytes:
-                message = await receive()
-                if "Content-Length" not in headers:
-                    size += len(message.get("body", b""))
-            if size > self._limits.max_bytes:
-                limit = self._limits.max_bytes // 2**20
-                raise HTTPException(413, f"The request is larger than {limit} MB. Send less.")
-            return message
-
-        async def send_secured(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                sent = MutableHeaders(scope=message)
-                sent.update(SECURITY_HEADERS)
-                sent.setdefault("Cache-Control", "no-store")
-            await send(message)
-
-        refusal = foreign(headers, self._limits.hosts)
-        app = JSONResponse({"error": refusal}, 403) if refusal else self._app
-        try:
-            await app(scope, receive_limited, send_secured)
-        finally:
-            seconds = time.perf_counter() - started
-            self._observe(scope["method"], scope["path"], status, seconds)
-
-
-def foreign(headers: Headers, hosts: frozenset[str] | None) -> str | None:
-    """Why a request may come from another site's page, or None.
-
-    A page elsewhere can let its name point to this machine (DNS rebinding) or post a form
-    here; a service without a token would answer it.
-    """
-    sources = [f"//{headers.get('Host', '')}", headers.get("Origin", "//localhost")]
-    for source in sources if hosts else ():
-        try:
-            name = urlsplit(source).hostname
-        except ValueError:
-            name = None
-        if hosts and name not in hosts:
-            return (
-                f"This service does not answer to {source.removeprefix('//')[:80]!r}. Use "
-                f"{', '.join(sorted(hosts))}, or set HANDSIGNS_SERVE_TOKEN to allow any."
-            )
-    return None
 
 
 @dataclass(frozen=True)
@@ -243,7 +198,8 @@ def run_service(service: ASGIApp, listening: Listening) -> None:
     """Serve until SIGTERM or Ctrl-C; requests in progress get 10 s to finish.
 
     Uvicorn limits neither how long a client takes to send a request's head nor how many
-    connections one client opens. A reverse proxy does; use one beyond loopback.
+    connections one client opens, and answers malformed HTTP in plain text. A reverse proxy
+    does better; use one beyond loopback.
     """
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -256,11 +212,11 @@ def run_service(service: ASGIApp, listening: Listening) -> None:
         log_level="warning",
         access_log=False,
         server_header=False,
+        headers=list(HEADERS.items()),
         # Anyone can send X-Forwarded-For; only proxies that are named may.
         proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
         limit_concurrency=CONNECTIONS,
         h11_max_incomplete_event_size=16 * 1024,
-        timeout_keep_alive=5,
         timeout_graceful_shutdown=10,
     )
     # Uvicorn raises the signal again once it has stopped; that must not end the process.
