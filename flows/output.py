@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from tasks.stage import Progress
 
 _log = logging.getLogger(__name__)
-out = Console()
+# In a file each row of a table is one line, for grep.
+out = Console(width=None if sys.stdout.isatty() else 100_000)
 err = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -139,8 +140,7 @@ def _print_table(listing: Listing) -> None:
     )
     for row in listing.rows:
         table.add_row(*map(Text, row))
-    # In a file each row is one line, for grep.
-    out.print(table, width=None if out.is_terminal else 100_000)
+    out.print(table)
 
 
 def _print_line(line: str) -> None:
