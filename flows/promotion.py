@@ -26,7 +26,7 @@ from flows.settings import Settings, load_settings
 from flows.workspace import Workspace
 from tasks.errors import HandsignsError
 from tasks.project import Project
-from tasks.releases.challenger import PromotionDecision
+from tasks.releases.champion import PromotionDecision
 from tasks.releases.pointer import Move
 from tasks.services.mlflow import Version
 

@@ -25,8 +25,7 @@ from flows.workspace import Workspace
 from tasks.errors import HandsignsError, ReleaseError, ServiceError, StageError
 from tasks.io import read_json
 from tasks.project import Project
-from tasks.releases.provenance import environment
-from tasks.releases.reproduction import Comparison, compare_builds
+from tasks.releases.provenance import RebuildComparison, compare_builds, environment
 from tasks.services.data_file import read_record
 from tasks.services.dvc import Pipeline, Remote
 from tasks.stage import Progress
@@ -35,7 +34,7 @@ RECORDED = ("data.dvc", "dvc.lock", "params.yaml")
 """Files that come from the release, so that they may differ from the commit."""
 
 
-def reproduce(workspace: Workspace, name: str, progress: Progress) -> Comparison:
+def reproduce(workspace: Workspace, name: str, progress: Progress) -> RebuildComparison:
     """Rebuild the champion, the challenger or a version, and compare it with its release."""
     began = time.monotonic()
     release, folder = workspace.release(name)
@@ -49,7 +48,7 @@ def reproduce(workspace: Workspace, name: str, progress: Progress) -> Comparison
 
 def rebuild(
     workspace: Workspace, folder: Path, built: Project, then: Any, progress: Progress
-) -> Comparison:
+) -> RebuildComparison:
     """Run every stage in a worktree and compare the results with the release in `folder`."""
     for file in RECORDED:
         shutil.copy(folder / file, built.root / file)

@@ -43,11 +43,16 @@ from tasks.model.augment import enlarge
 from tasks.model.shards import runner
 from tasks.params import LABELS, load_params
 from tasks.project import Project
-from tasks.releases.card import model_card, write_bill
-from tasks.releases.challenger import PromotionDecision, compare_with_champion, record_comparison
-from tasks.releases.champion import METRICS, set_champion
+from tasks.releases.card import model_card
+from tasks.releases.champion import (
+    METRICS,
+    PromotionDecision,
+    compare_with_champion,
+    record_comparison,
+    set_champion,
+)
 from tasks.releases.pointer import Champion
-from tasks.releases.provenance import release_facts
+from tasks.releases.provenance import release_facts, write_bill
 from tasks.releases.release import DATASET_INDEX, Release, fetch, publish
 from tasks.services.data_file import check_trained_on
 from tasks.services.git import push_to_branch, read_revision

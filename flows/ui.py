@@ -21,8 +21,7 @@ from tasks.gate import shown, shown_interval
 from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.card import table
-from tasks.releases.challenger import PromotionDecision
-from tasks.releases.champion import METRICS
+from tasks.releases.champion import METRICS, PromotionDecision
 
 MOST_PHOTOS = 50
 """Photos in the comparison that the two models read differently."""

@@ -125,7 +125,7 @@ class Workspace:
         }
 
     def _find(self, name: str) -> str:
-        from tasks.releases.champion import find_release
+        from tasks.releases.pointer import find_release
 
         return find_release(self.storage, lambda: self.registry, name)
 
@@ -154,7 +154,7 @@ class Workspace:
 
     def rebuild_registry(self) -> list[dict[str, Any]]:
         """Register the releases in storage that the registry lost."""
-        from tasks.releases.champion import rebuild_registry
+        from tasks.releases.pointer import rebuild_registry
 
         added = rebuild_registry(self.storage, self.registry)
         return [{"version": one.number, "release": one.content_id} for one in added]

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import StageError
-from tasks.releases.card import write_bill
-from tasks.releases.provenance import environment
+from tasks.releases.provenance import environment, write_bill
 from tests.fixtures.photos import CHECKOUT
 
 LOCK, PROJECT = CHECKOUT.root / "requirements.lock", CHECKOUT.root / "pyproject.toml"

@@ -14,7 +14,7 @@ from tasks.io import read_json, write_json
 from tasks.model.inference import Classifier
 from tasks.params import LABELS, Params, load_params
 from tasks.project import Project
-from tasks.releases.challenger import compare_with_champion
+from tasks.releases.champion import compare_with_champion
 from tasks.releases.pointer import Champion, Pointer, move_champion
 from tasks.releases.release import publish
 from tasks.services.s3 import Storage
@@ -56,7 +56,7 @@ def project(
 ) -> Project:
     forward = lambda images: np.full((len(images), 6), 1 / 6, np.float32)  # noqa: E731
     even = Classifier(forward, params.preprocess, 32)
-    monkeypatch.setattr("tasks.releases.challenger.open_release", lambda _folder: even)
+    monkeypatch.setattr("tasks.releases.champion.open_release", lambda _folder: even)
     shutil.copytree(prepared, tmp_path / "checkout")
     return Project(tmp_path / "checkout")
 

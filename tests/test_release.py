@@ -1,3 +1,5 @@
+"""Releases in storage: complete or invisible, verified to the last byte, and repaired."""
+
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +20,7 @@ from tasks.releases.release import (
     publish,
     verify,
 )
+from tasks.releases.signing import UNSIGNED
 from tasks.services.s3 import S3Address, Storage
 
 OTHER = "0" * 32
@@ -75,19 +78,15 @@ def test_the_id_depends_on_every_file_and_not_on_their_order(files: Mapping[str,
         assert content_id({other: files[other] for other in files if other != name}) != wanted
 
 
-def test_facts_do_not_change_the_id(files: dict[str, Path]) -> None:
+def test_what_cannot_be_a_release_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
     assert describe(files, {"git": "abc"}).id == describe(files, {"git": "def"}).id
-
-
-@pytest.mark.parametrize("name", ["../model.keras", "a/b", ".hidden", "", MANIFEST])
-def test_a_file_name_that_is_not_plain_is_refused(name: str, files: dict[str, Path]) -> None:
-    with pytest.raises(ReleaseError):
-        describe({name: files["model.keras"]})
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for name in ("../model.keras", "a/b", ".hidden", "", MANIFEST):
+        with pytest.raises(ReleaseError):
+            describe({name: files["model.keras"]})
     with pytest.raises(ReleaseError, match=r"gone\.json"):
         describe({"gate.json": tmp_path / "gone.json"})
+    with pytest.raises(ReleaseError, match="plain file names"):
+        describe({})
 
 
 def test_a_published_release_is_verified_and_fetched(
@@ -102,12 +101,8 @@ def test_a_published_release_is_verified_and_fetched(
     for name, path in files.items():
         assert (folder / name).read_bytes() == path.read_bytes()
     assert json.loads((folder / MANIFEST).read_bytes())["facts"] == {"git": "abc"}
-
-
-def test_the_same_files_are_uploaded_once(witness: Witness, files: dict[str, Path]) -> None:
-    first = publish(witness, files, {"git": "abc"})
     witness.written.clear()
-    assert publish(witness, files, {"git": "def"}) == first
+    assert publish(witness, files, {"git": "def"}) == release
     assert witness.written == []
 
 
@@ -133,7 +128,8 @@ def test_a_half_uploaded_release_is_invisible_and_then_completed(
 
 def _other_manifest(release: Release, **changes: str) -> bytes:
     """The manifest of other files, under this release's name if `id` says so."""
-    return describe({"labels.json": Path(__file__)}).model_copy(update=changes).to_bytes()
+    manifest = describe({"labels.json": Path(__file__)}).model_copy(update=changes)
+    return UNSIGNED.sign(MANIFEST, manifest)
 
 
 def _later_format(release: Release) -> bytes:
@@ -149,6 +145,8 @@ DAMAGES: list[tuple[str, str, Callable[[Release], bytes | None]]] = [
     ("belongs to another release", MANIFEST, lambda one: _other_manifest(one, id=one.id)),
     ("cannot be understood", MANIFEST, lambda _: b"{not json"),
     ("cannot be understood", MANIFEST, lambda _: b"[" * 100_000),
+    ("cannot be understood", MANIFEST, lambda _: b"[1]"),
+    ("NaN is no JSON", MANIFEST, lambda _: b'{"facts": {"accuracy": NaN}}'),
     ("format", MANIFEST, _later_format),
     ("too large", MANIFEST, lambda _: b" " * (2 << 20)),
 ]
@@ -201,14 +199,11 @@ def test_a_damaged_local_copy_is_fetched_again_and_a_good_one_needs_no_storage(
     assert fetch(nobody, release.id, tmp_path / "cache") == folder
 
 
-@pytest.mark.parametrize("release_id", ["../..", "", "A" * 32, "0" * 31, "0" * 33])
-def test_a_release_is_named_by_32_hex_digits(
-    storage: Storage, release_id: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ReleaseError, match="32 hex digits"):
-        fetch(storage, release_id, tmp_path)
-    with pytest.raises(ReleaseError, match="32 hex digits"):
-        verify(storage, release_id)
+def test_a_release_is_named_by_32_hex_digits(storage: Storage, tmp_path: Path) -> None:
+    for release_id in ("../..", "", "A" * 32, "0" * 31, "0" * 33):
+        for call in (fetch, lambda *one: verify(*one[:2])):
+            with pytest.raises(ReleaseError, match="32 hex digits"):
+                call(storage, release_id, tmp_path)
 
 
 def test_the_champion_is_moved_only_by_who_saw_the_present_one(storage: Storage) -> None:
@@ -222,8 +217,11 @@ def test_the_champion_is_moved_only_by_who_saw_the_present_one(storage: Storage)
     assert read_champion(storage) == second
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"release": "../..", "version": 1}'])
-def test_a_broken_pointer_is_not_followed(storage: Storage, content: bytes) -> None:
-    storage.put(KEY, content)
-    with pytest.raises(ReleaseError, match="cannot be understood"):
-        read_champion(storage)
+def test_a_broken_pointer_is_not_followed(storage: Storage) -> None:
+    bad = ({"release": "../.."}, {"version": 0}, {"previous": 0}, {"pointer_moves": -1})
+    broken = [json.dumps({"release": OTHER, "version": 1} | one).encode() for one in bad]
+    for content in (b"", b"[]", b"[" * 100_000, *broken):
+        storage.put(KEY, content)
+        with pytest.raises(ReleaseError, match=r"champion\.json cannot be understood") as caught:
+            read_champion(storage)
+        assert "\n" not in str(caught.value)

@@ -39,7 +39,7 @@ def release(folder: Path, files: dict[str, bytes]) -> str:
     for name, content in files.items():
         (folder / name).write_bytes(content)
     manifest = describe({name: folder / name for name in files})
-    (folder / MANIFEST).write_bytes(manifest.to_bytes())
+    (folder / MANIFEST).write_bytes(UNSIGNED.sign(MANIFEST, manifest))
     return manifest.id
 
 

@@ -21,8 +21,7 @@ from flows.workspace import Workspace
 from tasks.errors import ReleaseError, ServiceError
 from tasks.io import write_json
 from tasks.project import Project
-from tasks.releases.provenance import environment
-from tasks.releases.reproduction import Comparison, compare_builds
+from tasks.releases.provenance import RebuildComparison, compare_builds, environment
 from tasks.stage import silent
 from tests.fixtures.photos import CHECKOUT
 
@@ -62,7 +61,7 @@ def write_build(model: Path, metrics: Path, lock: Path, record: Any, weight: flo
 
 def compared(
     tmp_path: Path, change: Callable[[Any], None], then: Any = NOW, weight: float = 1.0
-) -> Comparison:
+) -> RebuildComparison:
     release, built = tmp_path / "release", Project(tmp_path / "built")
     for folder in (release, built.root):
         folder.mkdir()

@@ -2,15 +2,18 @@
 
 import json
 import stat
+import subprocess
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
+from pydantic import BaseModel
 
 from tasks.errors import ReleaseError, SettingsError
 from tasks.releases.pointer import KEY, Pointer, move_champion, read_champion, sign_pointer
@@ -28,6 +31,15 @@ from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.servers import new_bucket
 
 Keys = tuple[Path, Path]
+
+
+class Note(BaseModel):
+    """Something to sign."""
+
+    text: str
+
+
+NOTE = Note(text="as it was")
 
 
 @pytest.fixture(scope="module")
@@ -73,40 +85,49 @@ def _key(release: Release) -> str:
 
 
 def test_a_private_key_is_for_its_owner_and_never_replaced(tmp_path: Path) -> None:
-    private, public = new_keys(tmp_path / "keys", "a passphrase")
+    private, public = new_keys(tmp_path / "a" / "keys")
     assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    assert stat.S_IMODE(public.stat().st_mode) & 0o444
     assert stat.S_IMODE(private.parent.stat().st_mode) == 0o700
-    assert b"ENCRYPTED" in private.read_bytes()
-    assert b"PUBLIC" in public.read_bytes()
-    kept = private.read_bytes()
-    with pytest.raises(SettingsError, match="must not be replaced"):
-        new_keys(tmp_path / "keys")
-    assert private.read_bytes() == kept
+    kept = private.read_bytes(), public.read_bytes()
+    for missing in (private, public):  # the other one alone protects the pair
+        missing.unlink()
+        with pytest.raises(SettingsError, match="must not be replaced"):
+            new_keys(tmp_path / "a" / "keys")
+        missing.write_bytes(kept[missing == public])
+    assert (private.read_bytes(), public.read_bytes()) == kept
 
 
-@pytest.mark.parametrize("passphrase", [None, "another"])
-def test_a_locked_key_opens_with_its_passphrase_only(
-    tmp_path: Path, passphrase: str | None
-) -> None:
+def test_a_locked_key_opens_with_its_passphrase_only(tmp_path: Path) -> None:
     private, public = new_keys(tmp_path, "right")
-    signature = Trust((public,), private, "right").sign("x", {"a": 1})
-    Trust((public,)).verify("x", signature, "here")
-    with pytest.raises(SettingsError, match="HANDSIGNS_SIGNING_PASSPHRASE") as caught:
-        Trust((public,), private, passphrase).check_signer()
-    assert "another" not in str(caught.value)
+    assert b"ENCRYPTED" in private.read_bytes()
+    signed = Trust((public,), private, "right").sign("x", NOTE)
+    assert Trust((public,)).read(Note, "x", signed, "here") == NOTE
+    for passphrase in (None, "another"):
+        with pytest.raises(SettingsError, match="HANDSIGNS_SIGNING_PASSPHRASE") as caught:
+            Trust((public,), private, passphrase).check_signer()
+        assert "another" not in str(caught.value)
     assert "right" not in repr(Trust((public,), private, "right"))
 
 
-@pytest.mark.parametrize("content", [b"", b"no key", None])
-def test_a_key_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "key.pem"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(SettingsError, match=r"key\.pem.* HANDSIGNS_PUBLIC_KEYS") as caught:
-        Trust((path,)).describe()
-    assert "\n" not in str(caught.value)
-    with pytest.raises(SettingsError, match=r"HANDSIGNS_SIGNING_KEY"):
-        Trust((), path).describe()
+@pytest.mark.parametrize("content", [b"", b"no key", None, "ed25519", "secp256k1"])
+def test_a_key_that_cannot_be_used_is_named(tmp_path: Path, content: bytes | str | None) -> None:
+    public, private = tmp_path / "key.pub", tmp_path / "key"
+    words = (r"key\.pub.* HANDSIGNS_PUBLIC_KEYS", r"key' cannot .* HANDSIGNS_SIGNING_KEY")
+    if isinstance(content, str):
+        kind = [] if content == "ed25519" else ["-pkeyopt", f"ec_paramgen_curve:{content}"]
+        command = ["openssl", "genpkey", "-algorithm", "EC" if kind else content, *kind]
+        subprocess.run([*command, "-out", private], check=True, capture_output=True)
+        command = ["openssl", "pkey", "-in", private, "-pubout", "-out", public]
+        subprocess.run(command, check=True)
+        words = (r"one of the curves secp256r1.*`handsigns keys new`",) * 2
+    elif content is not None:
+        public.write_bytes(content)
+        private.write_bytes(content)
+    for trust, named in zip((Trust((public,)), Trust((), private)), words, strict=True):
+        with pytest.raises(SettingsError, match=named) as caught:
+            trust.describe()
+        assert "\n" not in str(caught.value)
 
 
 def test_without_a_configured_key_nothing_is_signed_or_required(
@@ -115,6 +136,7 @@ def test_without_a_configured_key_nothing_is_signed_or_required(
     release = publish(unsigned, files)
     assert "signature" not in json.loads(unsigned.get(_key(release)))
     assert "not checked" in UNSIGNED.describe()
+    UNSIGNED.check_signer()
     verify(unsigned, release.id)
 
 
@@ -126,6 +148,11 @@ def test_a_signed_release_is_accepted_with_any_known_key(
     assert verify(reader, release.id) == release
     verify_folder(fetch(reader, release.id, tmp_path / "cache"), release.id, reader.trust)
     assert fingerprint(public_pem(ours[1]))[:16] in reader.trust.describe()
+    assert "checked against 2 public key(s)" in reader.trust.describe()
+    # Whoever signs, and names no public key, accepts what the own key signed.
+    own = Storage(signed.address, Trust((), ours[0]))
+    assert verify(own, release.id) == release
+    assert "checked against 1 public key(s)" in own.trust.describe()
     before = signed.get(_key(release))
     assert publish(signed, files, {"git": "def"}) == release
     assert signed.get(_key(release)) == before
@@ -178,7 +205,7 @@ def test_each_forgery_is_refused_in_its_own_words(
     good = signed.get(_key(release))
     for words, forge in FORGERIES.items():
         fields = json.loads(good)
-        forge(fields, Trust((theirs[1],), theirs[0]).sign(MANIFEST, fields))
+        forge(fields, json.loads(Trust((theirs[1],), theirs[0]).sign(MANIFEST, release.manifest)))
         signed.put(_key(release), json.dumps(fields).encode())
         for use in (
             lambda: verify(signed, release.id),
@@ -255,9 +282,11 @@ def test_an_older_pointer_is_refused_after_a_newer_one_was_seen(signed: Storage)
         read_champion(signed)
 
 
-def test_the_slower_of_two_readers_takes_nothing_back(tmp_path: Path) -> None:
-    seen = tmp_path / "seen.json"
-    trust = Trust((new_keys(tmp_path)[1],), seen_pointers=seen)
+def test_the_slower_of_two_readers_takes_nothing_back(tmp_path: Path, ours: Keys) -> None:
+    seen = tmp_path / "local" / "seen.json"
+    trust = Trust((ours[1],), seen_pointers=seen)
+    trust.check_newest("here", 0)
+    assert not seen.exists()
     trust.check_newest("here", 1)
     with ThreadPoolExecutor() as pool:
         with FileLock(f"{seen}.lock"):
@@ -267,12 +296,18 @@ def test_the_slower_of_two_readers_takes_nothing_back(tmp_path: Path) -> None:
             seen.write_text(json.dumps({"here": 3, "there": 4}))
         slower.result()
     assert json.loads(seen.read_text()) == {"here": 3, "there": 4}
+    with FileLock(f"{seen}.lock"):  # whoever has nothing to add waits for nobody
+        trust.check_newest("here", 3)
+    UNSIGNED.check_newest("here", 0)
+    replace(UNSIGNED, seen_pointers=seen).check_newest("here", 0)
 
 
-@pytest.mark.parametrize("damaged", ["", "[]", "null", '{"there": "many"}'])
-def test_a_damaged_list_of_seen_pointers_is_no_empty_one(tmp_path: Path, damaged: str) -> None:
+@pytest.mark.parametrize("damaged", ["", "[]", "null", '{"there": "many"}', '{"there": true}'])
+def test_a_damaged_list_of_seen_pointers_is_no_empty_one(
+    tmp_path: Path, ours: Keys, damaged: str
+) -> None:
     seen = tmp_path / "seen.json"
-    trust = Trust((new_keys(tmp_path)[1],), seen_pointers=seen)
+    trust = Trust((ours[1],), seen_pointers=seen)
     seen.write_text(damaged)
     with pytest.raises(ReleaseError, match=r"seen\.json, cannot be read") as caught:
         trust.check_newest("here", 2)

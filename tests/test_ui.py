@@ -11,7 +11,7 @@ from flows.report import DataChanges, ModelReport, RunReport, data_changes
 from flows.ui import MOST_PHOTOS, comparison_text
 from tasks.io import write_json
 from tasks.project import Project
-from tasks.releases.challenger import PromotionDecision
+from tasks.releases.champion import PromotionDecision
 from tasks.scoring.compare import compare
 
 

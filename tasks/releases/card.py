@@ -1,18 +1,11 @@
-"""The model card and the software bill of materials of a release."""
+"""The model card of a release."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tasks.data.dataset import SYNTHETIC
-from tasks.errors import StageError
 from tasks.gate import shown, shown_interval
-from tasks.io import atomic_write
 
-SECONDS = 120
 Content = Mapping[str, Any]
 
 CARD = """\
@@ -136,41 +129,6 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table; what a cell holds cannot break out of it."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def write_bill(lock: Path, project: Path, target: Path) -> None:
-    """Write a CycloneDX bill of materials of a locked environment.
-
-    It holds no time and no serial number, so the same lock gives the same bytes, and the
-    release's id depends on its content only.
-
-    Args:
-        lock: `requirements.lock`, with hashes.
-        project: `pyproject.toml`, which names the root component.
-        target: the JSON file to write.
-
-    Raises:
-        StageError: the lock cannot be read as one.
-    """
-    command = [sys.executable, "-P", "-m", "cyclonedx_py", "requirements", "--output-reproducible"]
-    # What this tool writes is known to be valid, and looking again takes 7 s.
-    command += ["--no-validate", "--output-format", "JSON", "--pyproject", str(project)]
-    # A date of the build, if one is set, would get into the file.
-    left_out = ("SOURCE_DATE_EPOCH", "PYTHONPATH")
-    environment = {name: text for name, text in os.environ.items() if name not in left_out}
-    with atomic_write(target) as temporary:
-        command += ["--output-file", str(temporary), str(lock)]
-        try:
-            subprocess.run(  # noqa: S603, our own interpreter
-                command, env=environment, capture_output=True, timeout=SECONDS, check=True
-            )
-        except subprocess.SubprocessError as error:
-            said = (getattr(error, "stderr", None) or b"").decode(errors="replace").split("\n")
-            reason = next((line for line in reversed(said) if line.strip()), type(error).__name__)
-            raise StageError(
-                f"No bill of materials could be made of '{lock}' ({reason.strip()[:200]}). Run "
-                "`make lock`, and look at what it says."
-            ) from error
 
 
 def _phases(params: Content, histories: Sequence[Content]) -> str:

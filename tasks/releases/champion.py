@@ -1,36 +1,38 @@
-"""Promote, roll back, and find releases by the names that people use."""
+"""Compare a new model with the champion, promote it, and roll back."""
 
 import datetime
 import getpass
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tasks.errors import HandsignsError, OvertakenError, PromotionError, ReleaseError
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.data.dataset import find_photos, name_photos, open_dataset
+from tasks.errors import HandsignsError, OvertakenError, PromotionError, ServiceError
+from tasks.gate import judge
 from tasks.io import read_json
+from tasks.model.inference import classify_files
 from tasks.params import GateParams, load_params
 from tasks.project import Project
 from tasks.releases.pointer import (
     Champion,
     Move,
     Pointer,
-    check_alias,
     move_champion,
-    overtaken,
     read_champion,
+    release_of,
     sync_alias,
 )
-from tasks.releases.release import (
-    DATASET_INDEX,
-    MANIFEST,
-    fetch,
-    list_releases,
-    read_manifest,
-    verify,
-)
-from tasks.services.mlflow import CHALLENGER, CHAMPION, Registry, Version
+from tasks.releases.release import DATASET_INDEX, MANIFEST, fetch, open_release, verify
+from tasks.scoring.compare import Comparison, compare
+from tasks.services.mlflow import Registry, Version
 from tasks.services.s3 import Storage, check_conditional_writes
+from tasks.stage import Progress, silent
 
 COMPARED_WITH = "compared_with"
 COMPARISON = "comparison"
@@ -42,6 +44,102 @@ METRICS = ("accuracy", "loss", "auc", "ece")
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class PromotionDecision:
+    """Whether a challenger may become champion; the reason has no full stop."""
+
+    won: bool
+    reason: str
+    comparison: Comparison | None = None
+
+
+def compare_with_champion(
+    project: Project, storage: Storage, champion: Champion | None, progress: Progress = silent
+) -> PromotionDecision:
+    """Score the champion again on the test photos and compare the new model with it.
+
+    Photos that the champion was trained on, and near-duplicates of those, are left out.
+
+    Args:
+        project: its `predictions.json` holds the challenger's probabilities.
+
+    Raises:
+        PromotionError: the champion cannot be loaded, has its labels in another
+            order, or has seen every test photo; or one of these cannot be read any more.
+    """
+    if champion is None:
+        return PromotionDecision(True, "there was no champion")
+    try:
+        release = fetch(storage, champion.pointer.release, project.releases)
+        classifier = open_release(release)
+    except ServiceError:
+        raise
+    except HandsignsError as error:
+        raise PromotionError(
+            f"The champion cannot be scored, so nothing can be said to be no worse: {error} "
+            "Promote a version by hand if that is right."
+        ) from error
+    photos, labels, challenger = _unseen_photos(project, release)
+    found = classify_files(classifier, photos, progress)
+    if lost := [f"'{one.path.name}' ({one.error})" for one in found if one.error]:
+        raise PromotionError(
+            f"Test photos changed while this ran: {len(lost)} unreadable, such as {lost[0]}. "
+            "Leave data/ alone during a retrain, and run it again."
+        )
+    probabilities = np.array([one.probabilities for one in found])
+    result = compare(probabilities, challenger, labels, [path.name for path in photos])
+    return PromotionDecision(result.no_worse, result.reason, result)
+
+
+def _unseen_photos(
+    project: Project, release: Path
+) -> tuple[list[Path], NDArray[np.int64], NDArray[np.float64]]:
+    """Test photos new to the champion: paths, labels, the challenger's probabilities."""
+    keys = {name: key for key, name in name_photos(find_photos(project.data)).items()}
+    dataset = open_dataset(project.dataset)
+    predicted = {
+        one["name"]: one["probabilities"] for one in read_json(project.predictions)["photos"]
+    }
+    seen = _seen_photos(project, read_json(release / DATASET_INDEX) or {"photos": []})
+    # A photo that went meanwhile is named by its path.
+    paths = {row: keys.get(dataset.names[row], dataset.names[row]) for row in dataset.rows("test")}
+    rows = [
+        row for row, path in paths.items() if not seen & {path, Path(path).name, dataset.names[row]}
+    ]
+    if not rows:
+        raise PromotionError(
+            f"The champion, release {release.name}, was trained on every test photo or on a "
+            "near-duplicate of it, so it cannot be compared. Promote a version by hand if that "
+            "is right."
+        )
+    photos = [project.data / paths[row] for row in rows]
+    return photos, dataset.labels[rows], np.array([predicted[dataset.names[row]] for row in rows])
+
+
+def _seen_photos(project: Project, index: Mapping[str, Any]) -> set[str]:
+    """Names and paths of photos that a release was trained on, with their near-duplicates.
+
+    A photo is named by its file's name alone, or by its path where another has that name.
+    """
+    seen = {photo["name"] for photo in index["photos"] if photo["split"] != "test"}
+    groups = (read_json(project.audit) or {}).get("groups", [])
+    return seen.union(
+        *(group for group in groups if seen & {*group, *(Path(path).name for path in group)})
+    )
+
+
+def record_comparison(
+    registry: Registry, version: int, champion: Champion | None, decision: PromotionDecision
+) -> None:
+    """Tag a version with the result of its comparison, for a later `promote`."""
+    tags = {
+        COMPARED_WITH: champion.pointer.release if champion else "nobody",
+        COMPARISON: decision.reason,
+        COMPARISON_WON: "yes" if decision.won else "no",
+    }
+    registry.set_tags(version, tags)
+
+
 def promote(
     storage: Storage,
     registry: Registry,
@@ -51,18 +149,16 @@ def promote(
     *,
     force: bool = False,
     by: str | None = None,
-    expected: str | None = None,
 ) -> Move:
     """Make a registered version the champion; nothing happens if it already is.
 
     Args:
         force: promote in spite of failed checks, which are kept in the history.
         by: who decided; None is the user of this process.
-        expected: release of the champion that the caller saw; None takes any.
 
     Raises:
         PromotionError: there is no such version, or a check fails.
-        OvertakenError: the champion is not the expected one.
+        OvertakenError: the champion was changed meanwhile.
     """
     _need_reason(f"A promotion{' by force' if force else ''}", reason)
     check_conditional_writes(storage)
@@ -77,19 +173,15 @@ def promote(
     folder = fetch(storage, release_of(found), project.releases)
     if present and present.pointer.release == found.content_id:
         return _already(storage, registry, present)
-    _check_expected(present, expected)
-    blockers = (
-        *_failed_gates(folder, load_params(project.params).gate),
-        *_lost_comparison(registry, found, present),
-        *_made_earlier(folder, present),
-    )
+    blockers = [*_failed_gates(folder, load_params(project.params).gate)]
+    if present:
+        blockers += _lost_comparison(registry, found, present.pointer)
+        blockers += _made_earlier(folder, present.pointer)
     if blockers and not force:
         raise PromotionError(
             f"Version {version} should not be champion: {'; '.join(blockers)}. Nothing was moved. "
             "To overrule that, promote it with --force and a --reason."
         )
-    # An alias that lags behind must not be taken for one that was moved by hand.
-    _sync_alias_or_warn(storage, registry)
     metrics = read_json(folder / "metrics.json") or {}
     return set_champion(
         storage, registry, found, present, reason, metrics, by=by, overruled=blockers
@@ -120,13 +212,19 @@ def rollback(
     _need_reason("A rollback", reason)
     check_conditional_writes(storage)
     present = read_champion(storage)
-    if present and present.pointer.action == "rollback":
-        undone = present.pointer.history[-1].release
-        if expected is None or expected == undone != present.pointer.release:
+    now = present.pointer if present else None
+    if present and now and now.action == "rollback":
+        undone = now.history[-1].release
+        if expected is None or expected == undone != now.release:
             return _already(storage, registry, present)
-    _check_expected(present, expected)
-    target = present.pointer.former() if present else None
-    if present is None or target is None:
+    if expected is not None and (now is None or now.release != expected):
+        who = f"version {now.version}, release {now.release}," if now else "nobody"
+        raise OvertakenError(
+            f"The champion was changed meanwhile: it is {who} and not release {expected}. Nothing "
+            "was moved. Look at `handsigns status` before you run again."
+        )
+    target = now.former() if now else None
+    if target is None:
         raise PromotionError("There is no earlier champion to return to. Nothing was moved.")
     version = registry.find(target.release)
     if version is None:
@@ -158,16 +256,8 @@ def set_champion(
 
     Raises:
         OvertakenError: the champion was changed meanwhile; nothing was moved.
-        PromotionError: the alias was moved by hand; nothing was moved either.
     """
     release = verify(storage, release_of(version))
-    present = read_champion(storage)
-    if present and present.pointer.release == release.id:
-        return _already(storage, registry, present)
-    if (present and present.etag) != (expected and expected.etag):
-        raise overtaken(expected)
-    if expected is not None:
-        check_alias(registry, expected)
     facts = release.manifest.facts
     move = Move(
         release=release.id,
@@ -179,7 +269,13 @@ def set_champion(
         pointer_moves=facts.get("pointer_moves"),
         overruled=tuple(overruled),
     )
-    new = _move(storage, registry, expected, move)
+    try:
+        new = _move(storage, registry, expected, move)
+    except OvertakenError:
+        present = read_champion(storage)
+        if present and present.pointer.release == release.id:
+            return _already(storage, registry, present)
+        raise
     if overruled:
         kept = {"by": new.by, "because": reason, "over": "; ".join(overruled)}
         tags = {f"forced_{name}": text[:5000] for name, text in kept.items()}
@@ -191,8 +287,6 @@ def set_champion(
 
 
 def _failed_gates(release: Path, limits: GateParams) -> Iterator[str]:
-    from tasks.gate import judge  # loads scipy, which a rollback need not wait for
-
     verdict = read_json(release / "gate.json")
     if not isinstance(verdict, dict) or verdict.get("passed") is not True:
         yield "its own gate did not pass it"
@@ -202,13 +296,9 @@ def _failed_gates(release: Path, limits: GateParams) -> Iterator[str]:
         yield f"today's gate refuses it, {reason}"
 
 
-def _lost_comparison(
-    registry: Registry, version: Version, present: Champion | None
-) -> Iterator[str]:
-    if present is None:
-        return
-    tags, now = version.tags, present.pointer
-    against, numbers = tags.get(COMPARED_WITH), {move.release: move.version for move in now.moves}
+def _lost_comparison(registry: Registry, version: Version, now: Pointer) -> Iterator[str]:
+    tags, numbers = version.tags, {move.release: move.version for move in now.moves}
+    against = tags.get(COMPARED_WITH)
     if against is not None and tags.get(COMPARISON_WON) != "yes":
         yield f"compared with version {numbers.get(against, '?')} it is {tags.get(COMPARISON)}"
     if against == now.release:
@@ -220,93 +310,19 @@ def _lost_comparison(
         yield f"it was not compared with the present champion, version {now.version}"
 
 
-def _made_earlier(release: Path, present: Champion | None) -> Iterator[str]:
+def _made_earlier(release: Path, now: Pointer) -> Iterator[str]:
     """Whoever can write to the registry could name an old release by a new number.
 
     The count of pointer moves orders releases; clocks may be wrong.
     """
-    base = present.pointer.pointer_moves if present else None
-    if present is None or base is None:
+    if now.pointer_moves is None:
         return
     made = read_json(release / MANIFEST)["facts"].get("pointer_moves")
-    if not isinstance(made, int) or made < base:
+    if not isinstance(made, int) or made < now.pointer_moves:
         when = f"after move {made}" if isinstance(made, int) else "by an earlier program version"
         yield (
-            f"its release is older than that of version {present.pointer.version} (made {when}, "
-            f"and the champion's after move {base})"
-        )
-
-
-def find_release(storage: Storage, registry: Callable[[], Registry], name: str) -> str:
-    """Id of the release that a person means.
-
-    Args:
-        registry: opened only when the pointer does not answer the question.
-        name: `champion`, `challenger`, a version's number, or a release's id.
-    """
-    if name == CHAMPION:
-        champion = read_champion(storage)
-        if champion is None:
-            raise ReleaseError("There is no champion yet. Run `handsigns retrain` first.")
-        return champion.pointer.release
-    if len(name) == 32 and set(name) <= set("0123456789abcdef"):
-        return name
-    if name == CHALLENGER:
-        version = registry().version_by_alias(CHALLENGER)
-    elif name.isdecimal():
-        version = registry().version(int(name))
-    else:
-        raise ReleaseError(
-            f"'{name}' names no model. Use champion, challenger, a version's number, a release's "
-            "id, or the path of a release."
-        )
-    if version is None:
-        raise ReleaseError(
-            f"There is no model {name} in the registry. `handsigns status` shows which there are; "
-            "if versions were lost, run `handsigns rebuild-registry`."
-        )
-    return release_of(version)
-
-
-def release_of(version: Version) -> str:
-    """Id of a version's release; `ReleaseError` for a version of another program."""
-    if version.content_id is None:
-        raise ReleaseError(
-            f"Version {version.number} names no release. It was not registered by this workflow; "
-            "retrain, and use the version that it makes."
-        )
-    return version.content_id
-
-
-def rebuild_registry(storage: Storage, registry: Registry) -> list[Version]:
-    """Register every complete release in storage that the registry lacks.
-
-    Numbers are given anew, in the order in which the releases were made.
-    """
-    known = {version.content_id for version in registry.versions()}
-    missing = []
-    for release in list_releases(storage):
-        if release not in known:
-            try:
-                missing.append(read_manifest(storage, release))
-            except ReleaseError as error:
-                _log.warning("Release %s is left out: %s", release, error)
-    missing.sort(key=lambda one: (one.facts.get("pointer_moves", 0), one.facts.get("created", "")))
-    added = [
-        registry.register(None, one.id, {"release_uri": storage.uri(f"releases/{one.id}/")})
-        for one in missing
-    ]
-    sync_alias(storage, registry)
-    return added
-
-
-def _check_expected(present: Champion | None, expected: str | None) -> None:
-    now = present.pointer.release if present else None
-    if expected is not None and now != expected:
-        who = f"version {present.pointer.version}, release {now}," if present else "nobody"
-        raise OvertakenError(
-            f"The champion was changed meanwhile: it is {who} and not release {expected}. Nothing "
-            "was moved. Look at `handsigns status` before you run again."
+            f"its release is older than that of version {now.version} (made {when}, and the "
+            f"champion's after move {now.pointer_moves})"
         )
 
 
@@ -316,7 +332,7 @@ def _already(storage: Storage, registry: Registry, present: Champion) -> Move:
     back = f" To go back further, run `handsigns rollback --from {now.version}`."
     further = back if now.action == "rollback" else ""
     _log.warning("Version %d is champion already; nothing was moved.%s", now.version, further)
-    _sync_alias_or_warn(storage, registry)
+    _repair_alias(storage, registry)
     return now
 
 
@@ -329,24 +345,21 @@ def _move(storage: Storage, registry: Registry, before: Champion | None, move: M
         "history": before.pointer.moves if before else (),
     }
     moved = move_champion(storage, before, Pointer.model_validate(fields))
-    _sync_alias_or_warn(storage, registry)
+    _repair_alias(storage, registry)
     return moved.pointer
 
 
-def _sync_alias_or_warn(storage: Storage, registry: Registry) -> None:
-    """Log, don't raise, if the alias update fails twice: the champion has moved."""
-    for last in (False, True):
-        try:
-            if said := sync_alias(storage, registry):
-                _log.info(said)
-            return
-        except HandsignsError as error:
-            if last:
-                _log.warning(
-                    "The alias in the registry could not be updated. It follows with the next "
-                    "retrain or promotion. %s",
-                    error,
-                )
+def _repair_alias(storage: Storage, registry: Registry) -> None:
+    """Let MLflow's alias follow; log, don't raise, if that fails: the champion has moved."""
+    try:
+        if said := sync_alias(storage, registry):
+            _log.info(said)
+    except HandsignsError as error:
+        _log.warning(
+            "The alias in the registry could not be updated. It follows with the next retrain or "
+            "promotion. %s",
+            error,
+        )
 
 
 def _need_reason(what: str, reason: str) -> None:

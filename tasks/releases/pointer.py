@@ -1,15 +1,15 @@
-"""The champion pointer in storage, and MLflow's alias that follows it."""
+"""The champion pointer in storage, and the registry, which follows it."""
 
-import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from tasks.errors import OvertakenError, PromotionError, ReleaseError, ServiceError, first_fault
-from tasks.releases.release import refuse_constant
-from tasks.services.mlflow import CHAMPION, Registry
+from tasks.errors import OvertakenError, ReleaseError
+from tasks.releases.release import list_releases, read_manifest
+from tasks.services.mlflow import CHALLENGER, CHAMPION, Registry, Version
 from tasks.services.s3 import ChangedError, MissingObjectError, Storage
 
 KEY = "champion.json"
@@ -109,15 +109,7 @@ def read_champion(storage: Storage) -> Champion | None:
     except MissingObjectError:
         storage.trust.check_newest(place, 0)
         return None
-    try:
-        pointer = Pointer.model_validate_json(content)
-        fields = json.loads(content, parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ReleaseError(
-            f"The champion pointer {place} cannot be understood ({first_fault(error)}). Put an "
-            "earlier copy back; or remove it, which loses the history, and promote a version."
-        ) from None
-    storage.trust.verify(_signed_name(storage), fields, place)
+    pointer = storage.trust.read(Pointer, _signed_name(storage), content, place)
     storage.trust.check_newest(place, len(pointer.moves))
     return Champion(pointer, etag)
 
@@ -133,63 +125,27 @@ def move_champion(storage: Storage, expected: Champion | None, new: Pointer) -> 
         OvertakenError: it was changed meanwhile; nothing was written.
         SettingsError: it must be signed and cannot be.
     """
-    signed = storage.trust.sign(_signed_name(storage), new.model_dump(mode="json"))
-    content = json.dumps(signed, indent=1).encode() + b"\n"
+    content = storage.trust.sign(_signed_name(storage), new)
     try:
         if expected is None:
             etag = storage.put_if_absent(KEY, content)
         else:
             etag = storage.put_if_match(KEY, content, expected.etag)
     except ChangedError:
-        raise overtaken(expected) from None
-    except ServiceError as error:
-        etag = _written(storage, content, error)
+        was = f"version {expected.pointer.version} was" if expected else "there was no"
+        raise OvertakenError(
+            f"The champion was changed meanwhile by another promotion: {was} champion when this "
+            "one was decided. Nothing was moved. Look at `handsigns status` and promote again if "
+            "it still is right."
+        ) from None
     storage.trust.check_newest(storage.uri(KEY), len(new.moves))
     return Champion(new, etag)
-
-
-def _written(storage: Storage, content: bytes, error: ServiceError) -> str:
-    """Etag of a write that arrived although every answer was lost; else raise `error`."""
-    try:
-        found, etag = storage.read(KEY)
-    except MissingObjectError:
-        raise error from None
-    if found != content:
-        raise error
-    return etag
-
-
-def overtaken(expected: Champion | None) -> OvertakenError:
-    """The error for a champion that is no longer `expected`."""
-    was = f"version {expected.pointer.version} was" if expected else "there was no"
-    return OvertakenError(
-        f"The champion was changed meanwhile by another promotion: {was} champion when this one "
-        "was decided. Nothing was moved. Look at `handsigns status` and promote again if it "
-        "still is right."
-    )
 
 
 def sign_pointer(storage: Storage) -> Champion | None:
     """Replace the pointer's signature, whoever made it, by ours; nothing else changes."""
     present = read_champion(Storage(storage.address))
     return present and move_champion(storage, present, present.pointer)
-
-
-def check_alias(registry: Registry, expected: Champion) -> None:
-    """Refuse, with `PromotionError`, to overwrite an alias that somebody moved by hand."""
-    held = registry.version_by_alias(CHAMPION)
-    release = expected.pointer.release
-    if held and held.content_id == release:
-        return
-    # A registry that never knew the champion cannot name it.
-    if held is None and registry.find(release) is None:
-        return
-    now = f"names version {held.number}" if held else "is gone"
-    raise PromotionError(
-        f"The alias '{CHAMPION}' was changed in the registry: it {now}, and the champion is "
-        f"version {expected.pointer.version}. Find out who moved it, use `handsigns promote` for "
-        "what was meant, and run again."
-    )
 
 
 def sync_alias(storage: Storage, registry: Registry) -> str | None:
@@ -204,11 +160,12 @@ def sync_alias(storage: Storage, registry: Registry) -> str | None:
         if champion is None:
             return said
         release = champion.pointer.release
-        held = registry.version_by_alias(CHAMPION)
+        versions = registry.versions()
+        held = next((one for one in versions if CHAMPION in one.aliases), None)
         if held and held.content_id == release:
             return said
         was = f"version {held.number}" if held else "nothing"
-        version = registry.find(release)
+        version = next((one for one in versions if one.content_id == release), None)
         if version is None:
             return (
                 f"The champion, release {release}, is not in the registry, whose alias names "
@@ -217,6 +174,69 @@ def sync_alias(storage: Storage, registry: Registry) -> str | None:
         registry.set_alias(CHAMPION, version.number)
         said = f"The alias named {was}; it follows the pointer to version {version.number} again."
     return said
+
+
+def find_release(storage: Storage, registry: Callable[[], Registry], name: str) -> str:
+    """Id of the release that a person means.
+
+    Args:
+        registry: opened only when the pointer does not answer the question.
+        name: `champion`, `challenger`, a version's number, or a release's id.
+    """
+    if name == CHAMPION:
+        champion = read_champion(storage)
+        if champion is None:
+            raise ReleaseError("There is no champion yet. Run `handsigns retrain` first.")
+        return champion.pointer.release
+    if len(name) == 32 and set(name) <= set("0123456789abcdef"):
+        return name
+    if name == CHALLENGER:
+        version = registry().version_by_alias(CHALLENGER)
+    elif name.isdecimal():
+        version = registry().version(int(name))
+    else:
+        raise ReleaseError(
+            f"'{name}' names no model. Use champion, challenger, a version's number, a release's "
+            "id, or the path of a release."
+        )
+    if version is None:
+        raise ReleaseError(
+            f"There is no model {name} in the registry. `handsigns status` shows which there are; "
+            "if versions were lost, run `handsigns rebuild-registry`."
+        )
+    return release_of(version)
+
+
+def release_of(version: Version) -> str:
+    """Id of a version's release; `ReleaseError` for a version of another program."""
+    if version.content_id is None:
+        raise ReleaseError(
+            f"Version {version.number} names no release. It was not registered by this workflow; "
+            "retrain, and use the version that it makes."
+        )
+    return version.content_id
+
+
+def rebuild_registry(storage: Storage, registry: Registry) -> list[Version]:
+    """Register every complete release in storage that the registry lacks.
+
+    Numbers are given again, in the order in which the releases were made.
+    """
+    known = {version.content_id for version in registry.versions()}
+    missing = []
+    for release in list_releases(storage):
+        if release not in known:
+            try:
+                missing.append(read_manifest(storage, release))
+            except ReleaseError as error:
+                _log.warning("Release %s is left out: %s", release, error)
+    missing.sort(key=lambda one: (one.facts.get("pointer_moves", 0), one.facts.get("created", "")))
+    added = [
+        registry.register(None, one.id, {"release_uri": storage.uri(f"releases/{one.id}/")})
+        for one in missing
+    ]
+    sync_alias(storage, registry)
+    return added
 
 
 def _signed_name(storage: Storage) -> str:

@@ -1,12 +1,25 @@
-"""What a release came from: data, code, libraries and processor."""
+"""What a release came from: code, libraries, processor; and whether a rebuild is the same."""
 
 import datetime
+import os
 import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
+import yaml
+
+from tasks.errors import StageError
+from tasks.io import atomic_write, read_json
 from tasks.model.inference import usable_cores
+from tasks.project import Project
+from tasks.releases.champion import METRICS
 from tasks.releases.pointer import Champion
 from tasks.services.git import read_revision
 
@@ -23,6 +36,8 @@ LIBRARIES = (
 )
 """Those whose arithmetic, decoding or formats a release's bytes come from."""
 
+PLOTS = "artifacts/plots/"
+BILL_SECONDS = 120
 INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
 """By which libraries choose other kernels, which round differently."""
 
@@ -84,3 +99,186 @@ def _processor() -> tuple[str, list[str]]:
     fields = {name.strip(): value.strip() for name, _, value in lines}
     name = fields.get("model name") or platform.machine()
     return name, (fields.get("flags") or fields.get("Features") or "").split()
+
+
+def write_bill(lock: Path, project: Path, target: Path) -> None:
+    """Write a CycloneDX bill of materials of a locked environment.
+
+    It holds no time and no serial number, so the same lock gives the same bytes, and the
+    release's id depends on its content only.
+
+    Args:
+        lock: `requirements.lock`, with hashes.
+        project: `pyproject.toml`, which names the root component.
+        target: the JSON file to write.
+
+    Raises:
+        StageError: the lock cannot be read as one.
+    """
+    command = [sys.executable, "-P", "-m", "cyclonedx_py", "requirements", "--output-reproducible"]
+    # What this tool writes is known to be valid, and looking again takes 7 s.
+    command += ["--no-validate", "--output-format", "JSON", "--pyproject", str(project)]
+    # A date of the build, if one is set, would get into the file.
+    left_out = ("SOURCE_DATE_EPOCH", "PYTHONPATH")
+    environment = {name: text for name, text in os.environ.items() if name not in left_out}
+    with atomic_write(target) as temporary:
+        command += ["--output-file", str(temporary), str(lock)]
+        try:
+            subprocess.run(  # noqa: S603, our own interpreter
+                command, env=environment, capture_output=True, timeout=BILL_SECONDS, check=True
+            )
+        except subprocess.SubprocessError as error:
+            said = (getattr(error, "stderr", None) or b"").decode(errors="replace").split("\n")
+            reason = next((line for line in reversed(said) if line.strip()), type(error).__name__)
+            raise StageError(
+                f"No bill of materials could be made of '{lock}' ({reason.strip()[:200]}). Run "
+                "`make lock`, and look at what it says."
+            ) from error
+
+
+@dataclass(frozen=True)
+class RebuildComparison:
+    """A release and what was rebuilt from its record.
+
+    Args:
+        identical: Weights and metrics are the same bytes.
+        difference: The first thing that differs.
+        cause: Its likely cause.
+        weights: Largest difference between two weights; None if they cannot be compared.
+        metrics: Values in the release and in the rebuilt model, by name.
+        release: Id of the release.
+        revision: Commit that it was rebuilt from.
+    """
+
+    identical: bool
+    difference: str | None = None
+    cause: str | None = None
+    weights: float | None = None
+    metrics: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    release: str = ""
+    revision: str = ""
+    seconds: float = 0.0
+
+    def of(self, release: str, revision: str, seconds: float) -> "RebuildComparison":
+        """The same, with what was rebuilt and how long it took."""
+        return replace(self, release=release, revision=revision, seconds=round(seconds, 1))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def describe(self) -> str:
+        """The verdict in one line."""
+        verdict = "identical."
+        if not self.identical:
+            verdict = f"{self.difference} Likely cause: {self.cause}"
+        return f"Release {self.release} was rebuilt from {self.revision[:12]}: {verdict}"
+
+
+def compare_builds(
+    release: Path, built: Project, then: Mapping[str, Any] | None, now: Mapping[str, Any]
+) -> RebuildComparison:
+    """Compare a rebuilt model with the release's, stage by stage.
+
+    Args:
+        release: Folder of the verified release.
+        built: Checkout in which every stage ran again.
+        then: The environment in which the release was made, if recorded.
+        now: The same today.
+    """
+    files = {"model.keras": built.model, "model.pb": built.graph}
+    files |= {"metrics.json": built.metrics, "gate.json": built.gate}
+    same = all((release / name).read_bytes() == path.read_bytes() for name, path in files.items())
+    before, after = read_json(release / "metrics.json"), read_json(built.metrics)
+    metrics = {name: (before.get(name), after.get(name)) for name in METRICS}
+    if same:
+        return RebuildComparison(True, metrics=metrics, weights=0.0)
+    difference, by_code = _first_difference(_lock(release / "dvc.lock"), _lock(built.lock))
+    return RebuildComparison(
+        False,
+        difference,
+        by_code or _cause(then, now),
+        _largest_difference(release / "model.keras", built.model),
+        metrics,
+    )
+
+
+def _lock(path: Path) -> dict[str, Any]:
+    stages: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
+    return stages
+
+
+def _first_difference(
+    released: Mapping[str, Any], rebuilt: Mapping[str, Any]
+) -> tuple[str, str | None]:
+    """The stage whose results differ although its inputs do not; the cause if `dvc.lock` has it."""
+    for name, stage in released.items():
+        other = rebuilt.get(name)
+        if other is None:
+            return f"stage {name} is gone.", "another dvc.yaml than the release's."
+        if stage.get("params") != other.get("params"):
+            return f"stage {name} has other parameters.", "another params.yaml."
+        for path in _differing(stage, other, "deps"):
+            if path == "data":
+                return "the photos differ.", "they were rendered on other arithmetic, or replaced."
+            if not path.startswith("artifacts/"):
+                return f"{path} is not what {name} ran.", "code that was not in the commit."
+    for name, stage in released.items():
+        other = rebuilt[name]
+        results = [p for p in _differing(stage, other, "outs") if not p.startswith(PLOTS)]
+        if results and not _differing(stage, other, "deps"):
+            return f"stage {name} gave another {results[0]} from the same inputs.", None
+    return "files outside of the pipeline differ.", None
+
+
+def _differing(stage: Mapping[str, Any], other: Mapping[str, Any], part: str) -> list[str]:
+    """Paths whose digest differs."""
+    found = {entry["path"]: entry.get("md5") for entry in other.get(part, ())}
+    return [e["path"] for e in stage.get(part, ()) if found.get(e["path"]) != e.get("md5")]
+
+
+def _cause(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
+    if not then:
+        return "unknown: the release does not say what it was computed with."
+    before, after = then.get("libraries", {}), now["libraries"]
+    changed = [
+        f"{name} {before.get(name, 'none')} -> {after.get(name, 'none')}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    if changed:
+        return f"other library versions: {', '.join(changed)}."
+    for name, words in (
+        ("instructions", "a processor with other instructions"),
+        ("processor", "another processor"),
+        ("cores", "another number of cores"),
+        ("python", "another Python"),
+        ("system", "another system"),
+    ):
+        if then.get(name) != now[name]:
+            return f"{words}: {then.get(name)} -> {now[name]}."
+    return "none that is recorded: libraries and processor are the same."
+
+
+def _largest_difference(released: Path, rebuilt: Path) -> float | None:
+    """Between the weights of two .keras files; None if their arrays do not match."""
+    import numpy as np
+
+    one, two = _arrays(released), _arrays(rebuilt)
+    if one.keys() != two.keys() or any(one[name].shape != two[name].shape for name in one):
+        return None
+    return max(float(np.abs(one[name] - two[name]).max(initial=0.0)) for name in one)
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    import h5py
+    import numpy as np
+
+    found: dict[str, Any] = {}
+
+    def take(name: str, entry: Any) -> None:
+        if isinstance(entry, h5py.Dataset):
+            found[name] = np.asarray(entry, np.float64)
+
+    with ZipFile(path) as archive, h5py.File(BytesIO(archive.read("model.weights.h5"))) as file:
+        file.visititems(take)
+    return found

@@ -2,8 +2,6 @@
 
 import contextlib
 import hashlib
-import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,10 +13,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tasks.errors import PromotionError, ReleaseError, first_fault
-from tasks.io import read_json, sha256
+from tasks.io import atomic_directory, read_json, sha256
 from tasks.model.inference import Classifier, load_classifier
 from tasks.params import LABELS, PreprocessParams
-from tasks.releases.signing import SIGNATURE, Trust, canonical
+from tasks.releases.signing import Trust, canonical
 from tasks.services.s3 import ChangedError, MissingObjectError, Storage
 
 MANIFEST = "manifest.json"
@@ -49,15 +47,6 @@ class Manifest(BaseModel):
     id: str
     files: dict[Name, Digest] = Field(min_length=1, max_length=100)
     facts: dict[str, Any] = {}
-    signature: dict[str, Any] | None = None
-
-    def signed(self, trust: Trust) -> "Manifest":
-        """The same manifest with our signature, where signatures are required."""
-        return Manifest(**trust.sign(MANIFEST, self.model_dump()))
-
-    def to_bytes(self) -> bytes:
-        left_out = {SIGNATURE} if self.signature is None else None
-        return canonical(self.model_dump(exclude=left_out)) + b"\n"
 
 
 @dataclass(frozen=True)
@@ -111,17 +100,26 @@ def publish(
         ReleaseError: a file changes meanwhile, or the folder has a foreign one.
         SettingsError: it must be signed and cannot be.
     """
-    manifest = describe(files, facts).signed(storage.trust)
-    stored = _stored(storage, manifest.id)
+    manifest = describe(files, facts)
+    signed = storage.trust.sign(MANIFEST, manifest)
+    stored, where = _stored(storage, manifest.id), _uri(storage, manifest.id)
     if foreign := sorted(stored.keys() - manifest.files.keys() - {MANIFEST}):
         raise ReleaseError(
-            f"A file was added to the release {_uri(storage, manifest.id)}: {foreign}. Remove it, "
-            "then run again."
+            f"A file was added to the release {where}: {foreign}. Remove it, then run again."
         )
     for name in sorted(files):
         _upload(storage, _key(manifest.id, name), files[name], manifest.files[name])
-    _put_manifest(storage, manifest, MANIFEST in stored)
-    return Release(manifest.id, _uri(storage, manifest.id), read_manifest(storage, manifest.id))
+    key = _key(manifest.id, MANIFEST)
+    with contextlib.suppress(ChangedError):  # another run may write the same
+        if MANIFEST not in stored:
+            storage.put_if_absent(key, signed)
+        elif storage.trust.known:
+            content, etag = storage.read(key)
+            try:
+                _parse(content, manifest.id, where, storage.trust)
+            except ReleaseError:
+                storage.put_if_match(key, signed, etag)
+    return Release(manifest.id, where, read_manifest(storage, manifest.id))
 
 
 def verify(storage: Storage, release_id: str) -> Release:
@@ -150,27 +148,19 @@ def fetch(storage: Storage, release_id: str, cache: Path) -> Path:
     if target.exists():
         try:
             verify_folder(target, release_id, storage.trust)
+            return target
         except ReleaseError:
             shutil.rmtree(target)
-        else:
-            return target
     manifest = read_manifest(storage, release_id)
-    part = cache / f".{release_id}.{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
-        for name in manifest.files:
-            storage.download(_key(release_id, name), part / name)
-        (part / MANIFEST).write_bytes(manifest.to_bytes())
-        verify_folder(part, release_id, storage.trust)
-        try:
-            part.replace(target)
-        except OSError:  # another process may have fetched the same
-            if not target.exists():
-                raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    verify_folder(target, release_id, storage.trust)
+        with atomic_directory(target) as folder:
+            for name in (*manifest.files, MANIFEST):
+                storage.download(_key(release_id, name), folder / name)
+            verify_folder(folder, release_id, storage.trust)
+    except OSError:  # another process may have fetched the same
+        if not target.exists():
+            raise
+        verify_folder(target, release_id, storage.trust)
     return target
 
 
@@ -218,12 +208,10 @@ def list_releases(storage: Storage) -> list[str]:
 
 def sign_release(storage: Storage, release_id: str) -> None:
     """Replace a release's signature, whoever made it, by ours; every byte is read before."""
-    anybody = Storage(storage.address)
-    content, etag = anybody.read(_key(check_id(release_id), MANIFEST))
+    anybody, key = Storage(storage.address), _key(check_id(release_id), MANIFEST)
+    _, etag = anybody.read(key)
     manifest = verify(anybody, release_id).manifest
-    if _parse(content, release_id, _uri(storage, release_id), anybody.trust) == manifest:
-        signed = manifest.signed(storage.trust)
-        storage.put_if_match(_key(release_id, MANIFEST), signed.to_bytes(), etag)
+    storage.put_if_match(key, storage.trust.sign(MANIFEST, manifest), etag)
 
 
 def open_release(folder: Path) -> Classifier:
@@ -256,11 +244,6 @@ def check_id(release_id: str) -> str:
     return release_id
 
 
-def refuse_constant(name: str) -> None:
-    """Hook of `json.loads` for NaN and infinity, which only Python takes for JSON."""
-    raise ValueError(f"{name} is no JSON")
-
-
 def _preprocess(path: Path) -> PreprocessParams:
     """Read the parameters that a prediction needs; the rest may be another version's."""
     try:
@@ -278,20 +261,13 @@ def _preprocess(path: Path) -> PreprocessParams:
 
 def _parse(content: bytes, release_id: str | None, where: str, trust: Trust) -> Manifest:
     """Read a manifest; check that it is the one of `release_id` and signed as required."""
-    try:
-        fields = json.loads(content, parse_constant=refuse_constant)
-        manifest = Manifest.model_validate(fields)
-    except (ValueError, RecursionError) as error:
-        raise ReleaseError(
-            f"The manifest of {where} cannot be understood ({first_fault(error)}). {AGAIN}"
-        ) from None
+    manifest = trust.read(Manifest, MANIFEST, content, f"The manifest of {where}")
     derived = content_id(manifest.files)
     if {manifest.id, derived} != {release_id or manifest.id}:
         raise ReleaseError(
             f"The manifest in {where} belongs to another release: {manifest.id}, with the files "
             f"of {derived}. {AGAIN}"
         )
-    trust.verify(MANIFEST, fields, where)
     return manifest
 
 
@@ -322,22 +298,6 @@ def _upload(storage: Storage, key: str, source: Path, wanted: Digest) -> None:
             f"The upload of {source} came back different from {storage.uri(key)}. Let nothing "
             "write to the file, check the storage, then run again."
         )
-
-
-def _put_manifest(storage: Storage, manifest: Manifest, stored: bool) -> None:
-    """Write the manifest, or keep that of another run, unless it is not signed as required."""
-    key = _key(manifest.id, MANIFEST)
-    if not stored:
-        with contextlib.suppress(ChangedError):
-            storage.put_if_absent(key, manifest.to_bytes())
-    if manifest.signature is None:
-        return
-    content, etag = storage.read(key)
-    try:
-        _parse(content, manifest.id, _uri(storage, manifest.id), storage.trust)
-    except ReleaseError:
-        with contextlib.suppress(ChangedError):
-            storage.put_if_match(key, manifest.to_bytes(), etag)
 
 
 def _stored(storage: Storage, release_id: str) -> dict[str, int]:

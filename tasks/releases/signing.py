@@ -1,19 +1,20 @@
-"""Signatures of releases and pointers."""
+"""Signed JSON: the keys, the signature, and the newest pointer that was seen."""
 
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
+from pydantic import BaseModel
 
-from tasks.errors import ReleaseError, SettingsError
+from tasks.errors import ReleaseError, SettingsError, first_fault
 from tasks.io import read_json, write_json
 
 PRIVATE_KEY = "signing.pem"
@@ -21,6 +22,8 @@ PUBLIC_KEY = "signing.pub.pem"
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
 """What model-signing takes."""
 SIGNATURE = "signature"
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def canonical(content: Any) -> bytes:
@@ -47,10 +50,10 @@ class Trust:
 
     @cached_property
     def known(self) -> dict[str, bytes]:
-        """Public keys in PEM by their SHA-256 in hex; empty where unsigned is allowed."""
-        if not self.public_keys and self.signing_key is None:
-            return {}
-        found = [public_pem(path) for path in self.public_keys] or [self._own_pem()]
+        """Accepted public keys in PEM by their fingerprint; empty where unsigned is allowed."""
+        found = [public_pem(path) for path in self.public_keys]
+        if not found and self.signing_key:
+            found = [self._own_pem()]
         return {fingerprint(pem): pem for pem in found}
 
     def describe(self) -> str:
@@ -61,11 +64,7 @@ class Trust:
         return f"Signatures are checked against {len(self.known)} public key(s): {keys}."
 
     def check_signer(self) -> None:
-        """Refuse, before anything is trained, what could not be signed in the end.
-
-        Raises:
-            SettingsError: the signing key is missing, damaged, or not accepted.
-        """
+        """Refuse, before anything is trained, what could not be signed in the end."""
         if not self.known:
             return
         if self.signing_key is None:
@@ -80,53 +79,63 @@ class Trust:
                 "accepted. Add its public key to HANDSIGNS_PUBLIC_KEYS."
             )
 
-    def sign(self, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Return `fields` with a signature over them; without one where none is required.
+    def sign(self, name: str, content: BaseModel) -> bytes:
+        """Return the JSON of `content` with its signature; without one where none is required.
 
         Args:
             name: what the content is; a signature for one name is none for another.
-            fields: JSON values.
         """
-        plain = {key: value for key, value in fields.items() if key != SIGNATURE}
+        fields = content.model_dump(mode="json")
         self.check_signer()
-        if self.signing_key is None:
-            return plain
-        from model_signing import signing
+        if self.signing_key:
+            from model_signing import signing
 
-        # The library hands it on as it is, to where only bytes are taken.
-        secret: Any = self.passphrase.encode() if self.passphrase else None
-        with _laid_out(name, plain) as folder:
-            bundle = folder.with_name("bundle")
-            signing.Config().use_elliptic_key_signer(
-                private_key=self.signing_key, password=secret
-            ).sign(folder, bundle)
-            return {**plain, SIGNATURE: json.loads(bundle.read_bytes())}
+            # The library hands it on as it is, to where only bytes are taken.
+            secret: Any = self.passphrase.encode() if self.passphrase else None
+            with _folder_with(name, fields) as folder:
+                bundle = folder.with_name("bundle")
+                signing.Config().use_elliptic_key_signer(
+                    private_key=self.signing_key, password=secret
+                ).sign(folder, bundle)
+                fields[SIGNATURE] = json.loads(bundle.read_bytes())
+        return json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n"
 
-    def verify(self, name: str, fields: Mapping[str, Any], where: str) -> None:
-        """Refuse content without a valid signature of a known key.
+    def read(self, kind: type[_Model], name: str, content: bytes, where: str) -> _Model:
+        """Parse what `sign` returned.
 
         Args:
+            kind: the model of the content.
             name: what the content must be.
-            fields: what `sign` returned, read back.
             where: its place, for messages.
+
+        Raises:
+            ReleaseError: it is malformed, or not signed as required.
         """
+        try:
+            fields = json.loads(content, parse_constant=_refuse_constant)
+            signature = fields.pop(SIGNATURE, None) if isinstance(fields, dict) else None
+            parsed = kind.model_validate(fields)
+        except (ValueError, RecursionError) as error:
+            raise ReleaseError(f"{where} cannot be understood ({first_fault(error)}).") from None
         if not self.known:
-            return
-        bundle = fields.get(SIGNATURE)
-        if bundle is None:
+            return parsed
+        if signature is None:
             raise ReleaseError(
                 f"The signature is missing: {where} is not signed. Sign it with `handsigns keys "
                 "sign` if you know where it comes from."
             )
-        key = _key_of(bundle)
+        try:
+            key = str(signature["verificationMaterial"]["publicKey"]["hint"])
+        except (KeyError, TypeError):
+            key = "unnamed"
         if key not in self.known:
             raise ReleaseError(
                 f"{where} is signed by a key that is not accepted: key {key[:16]}. Add its public "
                 "key to HANDSIGNS_PUBLIC_KEYS if you know whose it is."
             )
-        plain = {name: value for name, value in fields.items() if name != SIGNATURE}
-        if fault := _fault(name, plain, bundle, self.known[key]):
+        if fault := _fault(name, fields, signature, self.known[key]):
             raise ReleaseError(f"The signature of {where} {fault}. Do not use it.")
+        return parsed
 
     def check_newest(self, place: str, moves: int) -> None:
         """Refuse a champion pointer with fewer moves than one seen before.
@@ -151,11 +160,26 @@ class Trust:
                 write_json(self.seen_pointers, {**seen, place: max(moves, seen.get(place, 0))})
 
     def _own_pem(self) -> bytes:
-        return public_pem_of(Path(str(self.signing_key)), self.passphrase)
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+        secret = self.passphrase.encode() if self.passphrase else None
+        try:
+            content = Path(str(self.signing_key)).read_bytes()
+            return _pem(load_pem_private_key(content, secret).public_key())
+        except (OSError, TypeError, ValueError) as error:
+            raise SettingsError(
+                f"The signing key '{self.signing_key}' cannot be used ({_reason(error)}). Check "
+                "HANDSIGNS_SIGNING_KEY and HANDSIGNS_SIGNING_PASSPHRASE."
+            ) from None
 
 
 UNSIGNED = Trust()
 """Nothing is signed, and nothing need be."""
+
+
+def _refuse_constant(name: str) -> None:
+    """Refuse NaN and infinity, which only Python takes for JSON."""
+    raise ValueError(f"{name} is no JSON")
 
 
 def _read_seen(path: Path) -> dict[str, int]:
@@ -171,17 +195,17 @@ def _read_seen(path: Path) -> dict[str, int]:
     return seen
 
 
-def _fault(name: str, plain: Mapping[str, Any], bundle: Any, pem: bytes) -> str | None:
+def _fault(name: str, fields: Any, signature: Any, pem: bytes) -> str | None:
     """What is wrong with a signature, or None."""
     from cryptography.exceptions import InvalidSignature
     from model_signing import verifying
 
-    with _laid_out(name, plain) as folder:
-        key, signature = folder.with_name("key"), folder.with_name("bundle")
+    with _folder_with(name, fields) as folder:
+        key, bundle = folder.with_name("key"), folder.with_name("bundle")
         key.write_bytes(pem)
-        signature.write_text(json.dumps(bundle), encoding="utf-8")
+        bundle.write_text(json.dumps(signature), encoding="utf-8")
         try:
-            verifying.Config().use_elliptic_key_verifier(public_key=key).verify(folder, signature)
+            verifying.Config().use_elliptic_key_verifier(public_key=key).verify(folder, bundle)
         except InvalidSignature:
             return "is forged or damaged: it was not made with the key that it names"
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -192,20 +216,13 @@ def _fault(name: str, plain: Mapping[str, Any], bundle: Any, pem: bytes) -> str 
 
 
 @contextmanager
-def _laid_out(name: str, plain: Mapping[str, Any]) -> Iterator[Path]:
+def _folder_with(name: str, fields: Any) -> Iterator[Path]:
     """A folder with one file, which is what the library signs."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "signed"
         folder.mkdir()
-        (folder / name).write_bytes(canonical(plain))
+        (folder / name).write_bytes(canonical(fields))
         yield folder
-
-
-def _key_of(bundle: Any) -> str:
-    try:
-        return str(bundle["verificationMaterial"]["publicKey"]["hint"])
-    except (KeyError, TypeError):
-        return "unnamed"
 
 
 def new_keys(folder: Path, passphrase: str | None = None) -> tuple[Path, Path]:
@@ -230,16 +247,14 @@ def new_keys(folder: Path, passphrase: str | None = None) -> tuple[Path, Path]:
                 f"'{path}' exists; name another folder."
             )
     key = ec.generate_private_key(ec.SECP256R1())
+    locked = serialization.BestAvailableEncryption(passphrase.encode()) if passphrase else None
     secret = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
-        serialization.BestAvailableEncryption(passphrase.encode())
-        if passphrase
-        else serialization.NoEncryption(),
+        locked or serialization.NoEncryption(),
     )
     for path, content, mode in ((private, secret, 0o600), (public, _pem(key.public_key()), 0o644)):
-        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(opened, "wb") as file:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(content)
     return private, public
 
@@ -254,20 +269,6 @@ def public_pem(path: Path) -> bytes:
         raise SettingsError(
             f"The public key '{path}' cannot be read ({_reason(error)}). Check "
             "HANDSIGNS_PUBLIC_KEYS."
-        ) from None
-
-
-def public_pem_of(private: Path, passphrase: str | None) -> bytes:
-    """The public half, in PEM, of a private key's file."""
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    secret = passphrase.encode() if passphrase else None
-    try:
-        return _pem(load_pem_private_key(private.read_bytes(), secret).public_key())
-    except (OSError, TypeError, ValueError) as error:
-        raise SettingsError(
-            f"The signing key '{private}' cannot be used ({_reason(error)}). Check "
-            "HANDSIGNS_SIGNING_KEY and HANDSIGNS_SIGNING_PASSPHRASE."
         ) from None
 
 
