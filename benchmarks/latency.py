@@ -78,7 +78,7 @@ def prepared(artifacts: Path) -> Iterator[tuple[str, Callable[[Pictures], Any]]]
     """Yield the ways to run the model."""
     import tensorflow as tf
 
-    from tasks.model.export import load_model
+    from tasks.model.files import load_model
 
     graph = artifacts / "model.pb"
     every, one = Engine(graph), Engine(graph, cores=1)

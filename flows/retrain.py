@@ -313,7 +313,7 @@ def publish_release(run: Run) -> Release:
 @step("register")
 def register_release(run: Run, release: Release) -> Version:
     """Record the run in MLflow and register the model of its release as challenger."""
-    from tasks.model.export import load_model
+    from tasks.model.files import load_model
 
     report, registry = run.report, run.workspace.registry
     project, params = run.workspace.project, load_params(run.workspace.project.params)

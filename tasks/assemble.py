@@ -6,8 +6,7 @@ TensorFlow.
 
 from tasks.io import atomic_write
 from tasks.model.augment import INPUT_SIZE
-from tasks.model.export import export_graph, save_model
-from tasks.model.weights import BACKBONE_FILE, read_phase
+from tasks.model.files import BACKBONE_FILE, export_graph, read_phase, save_model
 from tasks.params import BACKBONE
 from tasks.stage import Context, stage_main
 
@@ -34,7 +33,6 @@ def assemble(context: Context, size: int = INPUT_SIZE) -> None:
     )
     set_tail(model, weights)
     freeze(model, 0)  # so that BatchNorm stays frozen for whoever trains the file further
-    context.progress("assemble model", 0, 2)
     save_model(model, project.model)
     context.progress("assemble model", 1, 2)
     with atomic_write(project.graph) as temporary:

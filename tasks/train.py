@@ -16,7 +16,7 @@ from tasks.data.dataset import Dataset, open_dataset
 from tasks.errors import StageError
 from tasks.io import atomic_directory, write_json
 from tasks.model.augment import INPUT_SIZE
-from tasks.model.weights import BACKBONE_FILE, WEIGHTS_FILE, Weights, read_phase, write_weights
+from tasks.model.files import BACKBONE_FILE, WEIGHTS_FILE, Weights, read_phase, write_weights
 from tasks.params import BACKBONE
 from tasks.stage import Context, stage_main
 from tasks.training.plan import Epoch, Plan, plan_phase, score_logits
@@ -39,11 +39,16 @@ def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
     # Costs no measurable time; without it results would depend on thread timing.
     tf.config.experimental.enable_op_determinism()
     dataset = open_dataset(context.project.dataset)
-    plan = plan_phase(context.params, name, dataset)
+    plan = _with_usable_precision(plan_phase(context.params, name, dataset))
     fit = _fit_cached if plan.training.mode == "cached" else _fit_end_to_end
-    plan = _with_usable_precision(plan)
     weights, curve, logits = fit(context, plan, dataset, size)
-    _require_finite(plan, curve)
+    for epoch in curve:
+        if not (math.isfinite(epoch.loss) and math.isfinite(epoch.val_loss)):
+            raise StageError(
+                f"Phase {plan.name} diverged in epoch {epoch.epoch} (loss {epoch.loss}, val_loss "
+                f"{epoch.val_loss}). Lower phases.{plan.name}.learning_rate "
+                f"(now {plan.phase.learning_rate}) in params.yaml."
+            )
     history: dict[str, Any] = {
         "phase": plan.name,
         "images": len(plan.train),
@@ -62,18 +67,18 @@ def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
 
 
 def _with_usable_precision(plan: Plan) -> Plan:
-    from tasks.model.tail import FULL, usable_precision
+    from tasks.model.network import FULL, usable_precision
 
-    wanted = plan.training.precision
-    usable = usable_precision(wanted) if plan.training.mode == "cached" else FULL
-    if usable != wanted and plan.training.mode == "cached":
+    wanted, cached = plan.training.precision, plan.training.mode == "cached"
+    usable = usable_precision(wanted) if cached else FULL
+    if cached and usable != wanted:
         _log.info("Phase %s trains in %s: %s would be emulated here.", plan.name, usable, wanted)
     return replace(plan, training=plan.training.model_copy(update={"precision": usable}))
 
 
 def _fit_cached(context: Context, plan: Plan, dataset: Dataset, size: int) -> Trained:
     from tasks.model.feature_store import open_features
-    from tasks.model.tail import Tail
+    from tasks.model.network import Tail
     from tasks.training.cached import fit_cached
 
     weights = read_phase(context.project, plan.phase.init_from)
@@ -99,16 +104,6 @@ def _fit_end_to_end(context: Context, plan: Plan, dataset: Dataset, size: int) -
         freeze(model, plan.phase.trainable_layers)
     curve, logits = fit_end_to_end(model, plan, dataset.images, context.progress)
     return get_tail(model), curve, logits
-
-
-def _require_finite(plan: Plan, curve: list[Epoch]) -> None:
-    for epoch in curve:
-        if not (math.isfinite(epoch.loss) and math.isfinite(epoch.val_loss)):
-            raise StageError(
-                f"Phase {plan.name} diverged in epoch {epoch.epoch} (loss {epoch.loss}, val_loss "
-                f"{epoch.val_loss}). Lower phases.{plan.name}.learning_rate "
-                f"(now {plan.phase.learning_rate}) in params.yaml."
-            )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 
 from flows.local.processes import choose_ports
 from tasks.errors import SettingsError
-from tasks.model.weights import read_weights
+from tasks.model.files import read_weights
 from tasks.project import Project
 from tasks.stage import Context
 from tasks.training.end_to_end import find_strategy, named_workers

@@ -149,7 +149,7 @@ def test_a_missing_model_is_named(context: Context) -> None:
 
 
 def test_the_stage_scores_the_test_split_and_repeats_itself_to_the_byte(context: Context) -> None:
-    from tasks.model.export import export_graph
+    from tasks.model.files import export_graph
     from tasks.model.network import build_model
 
     project = context.project

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tasks.errors import ModelError, PromotionError, ReleaseError
 from tasks.model.augment import enlarge
-from tasks.model.export import export_graph
+from tasks.model.files import export_graph
 from tasks.model.inference import classify_files
 from tasks.model.network import backbone_of, build_model
 from tasks.params import LABELS, Params

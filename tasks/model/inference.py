@@ -1,8 +1,17 @@
-"""Load a model and classify photos, without TensorFlow."""
+"""Load a model and classify photos, without TensorFlow.
 
+`python -m tasks.model.inference FILE SIZE` checks a model file from an unknown source; it
+runs in a sandbox, see `load_classifier`.
+"""
+
+import os
+import resource
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,9 +31,16 @@ QUEUE = 4
 
 BATCH = 32
 
+# Limits of the sandbox.
+MAX_FILE = 256 << 20
+MEMORY = 4 << 30
+SECONDS = 60
+REFUSED = 3
+"""Exit code of the sandbox for a rejected file; its last line says why."""
+
 
 class Engine:
-    """Run a graph of `tasks.model.export` with OpenVINO; safe to use from several threads.
+    """Run a graph of `tasks.model.files` with OpenVINO; safe to use from several threads.
 
     Args:
         cores: pictures processed at a time; all usable cores by default.
@@ -149,7 +165,7 @@ class Classifier:
     """A model for photos of any size.
 
     Args:
-        forward: uint8 (n, size, size, 3), RGB -> float32 (n, 6).
+        forward: uint8 (n, size, size, 3), RGB -> float32 (n, labels).
         preprocess: how photos are resized first, as those that it was trained with.
         size: side of the model's input in pixels.
     """
@@ -161,16 +177,9 @@ class Classifier:
     def probabilities(
         self, images: NDArray[np.uint8], progress: Progress = silent
     ) -> NDArray[np.float32]:
-        """Score photos as the dataset stores them.
+        """Score photos as the dataset stores them; uint8 (n, d, d, 3) -> float32 (n, labels).
 
-        Args:
-            images: uint8, (n, d, d, 3), RGB.
-
-        Returns:
-            float32, (n, 6); rows sum to one, column i is `LABELS[i]`.
-
-        Raises:
-            ModelError: the result is not finite.
+        Rows sum to one, column i is `LABELS[i]`.
         """
         result = np.empty((len(images), len(LABELS)), np.float32)
         for start in range(0, len(images), BATCH):
@@ -194,12 +203,13 @@ def load_classifier(
         preprocess: of the parameters that it was trained with.
         size: side of the model's input in pixels.
         trusted: of a verified release, or written by a stage here; any other file is first
-            run in a sandbox.
+            run in a process with limited memory and time, without secrets.
     """
-    if not trusted:
-        from tasks.model.untrusted import check_graph
-
-        check_graph(path, size)
+    if not trusted and (fault := _sandboxed_fault(path, size)):
+        raise ModelError(
+            f"Model file '{path}' {fault}. Name a .pb file that the assemble stage wrote, or a "
+            "release."
+        )
     engine = Engine(path)
     if (engine.size, engine.shape) != (size, (len(LABELS),)):
         raise ModelError(
@@ -257,3 +267,61 @@ def _read_file(path: Path, limit: int) -> bytes:
             return file.read(limit)
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror}") from error
+
+
+def _sandboxed_fault(path: Path, size: int) -> str | None:
+    """Run a model file once in a sandbox; what is wrong with it, or None."""
+    if path.suffix != ".pb":
+        return "is not a .pb file"
+    if not path.is_file():
+        return "does not exist"
+    if path.stat().st_size > MAX_FILE:
+        return f"is larger than {MAX_FILE >> 20} MiB"
+    names = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE")
+    environment = {name: os.environ[name] for name in names if name in os.environ}
+    root = Path(__file__).resolve().parents[2]
+    try:
+        child = subprocess.run(  # noqa: S603, our own interpreter and module
+            [sys.executable, "-P", "-m", __name__, str(path.resolve()), str(size)],
+            env=environment | {"PYTHONPATH": str(root)},
+            capture_output=True,
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"takes more than {SECONDS} s to run"
+    if child.returncode == REFUSED:
+        # OpenVINO may have written lines of its own before.
+        return child.stderr.decode(errors="replace").strip().splitlines()[-1]
+    if child.returncode:
+        code = child.returncode
+        return f"is damaged, or needs more than {MEMORY >> 30} GiB (its reader exited with {code})"
+    return None
+
+
+def _check_in_sandbox(path: Path, size: int) -> None:
+    """Limit this process, run a model file once, and exit with `REFUSED` if it is no good."""
+    limits = {"AS": MEMORY, "CPU": SECONDS, "FSIZE": MAX_FILE}
+    for name, wanted in limits.items():
+        kind = getattr(resource, f"RLIMIT_{name}")
+        present, _ = resource.getrlimit(kind)
+        limit = wanted if present == resource.RLIM_INFINITY else min(wanted, present)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(kind, (limit, limit))
+    try:
+        engine = Engine(path, cores=1)
+        if engine.size != size:
+            fault = f"takes photos of {engine.size} pixels, not of {size}"
+        elif np.isfinite(engine(np.full((size, size, 3), 128, np.uint8))).all():
+            return
+        else:
+            fault = "holds numbers that are not finite"
+    except MemoryError:
+        fault = f"needs more than {MEMORY >> 30} GiB"
+    except Exception as error:  # a damaged file raises anything
+        fault = f"is damaged ({str(error)[:200]})"
+    print(" ".join(fault.split()), file=sys.stderr)
+    sys.exit(REFUSED)
+
+
+if __name__ == "__main__":
+    _check_in_sandbox(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,34 +1,147 @@
-"""Train the tail on cached features."""
+"""Train the tail on cached features, with MixStyle, random erasing and weight averaging."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from tasks.model.tail import Tail, matmul_in
+from tasks.model.feature_store import Features
+from tasks.model.network import Tail, matmul_in
 from tasks.params import LABELS
 from tasks.stage import Progress
 from tasks.training.plan import Epoch, Plan, score_logits
-from tasks.training.regularizers import WeightAverage, mixstyle, random_erasing
 
 BATCH = 64
 """Rows of a batch without gradients."""
+MIXSTYLE_ALPHA = 0.1
+"""Of the beta distribution of the mixing weights, as in the paper."""
+LARGEST_PATCH = 3 / 7
+"""Of a side of the feature map, for random erasing."""
 
 Rows = NDArray[np.int64]
 Read = Callable[[Rows], NDArray[np.float32]]
 
 
-class FeatureReader(Protocol):
-    """The reading side of `tasks.model.feature_store.Features`."""
+def fit_cached(
+    tail: Tail, plan: Plan, names: Sequence[str], features: Features, progress: Progress
+) -> tuple[list[Epoch], NDArray[np.float32]]:
+    """Train `tail` in place and keep the averaged weights.
 
-    def row(self, name: str, copy: int) -> int: ...
+    Where only the head trains, each row is pooled once and the epochs run on the pooled
+    vectors.
 
-    def batch(self, rows: Any) -> NDArray[Any]: ...
+    Args:
+        names: file name of each dataset row.
+
+    Returns:
+        The learning curve, and the validation logits of the kept weights, float32 (m, labels).
+    """
+
+    def rows_of(photos: Rows, copies: Rows) -> Rows:
+        pairs = zip(photos, copies, strict=True)
+        return np.array([features.row(names[photo], int(copy)) for photo, copy in pairs], np.int64)
+
+    average = WeightAverage(tail.trainable_variables, plan.updates, plan.phase.swa_fraction)
+    epochs = [list(plan.batches(epoch)) for epoch in range(plan.phase.epochs)]
+    batches = [rows_of(plan.train[at], copies) for epoch in epochs for at, copies in epoch]
+    val = rows_of(plan.val, np.zeros_like(plan.val))
+    read: Read = features.batch
+    if plan.phase.trainable_layers == 0:
+        read = _pooled_once(tail, read, np.unique(np.concatenate([*batches, val])))
+        inputs = _read_ahead(read, batches, None)
+    else:
+        inputs = _read_ahead(read, batches, plan)
+    example = tf.constant(read(val[:1]))
+    matmul = matmul_in(plan.training.precision)
+    pooled = example.shape.rank == 2
+    learn = _learner(
+        tail, plan, average, example, lambda x: x if pooled else tail.pooled(x, matmul)
+    )
+    infer = traced(lambda x: tail.logits(x if pooled else tail.pooled(x)), example)
+    curve, update = [], 0
+    for number, epoch in enumerate(epochs, 1):
+        loss = right = 0.0
+        for chosen, _ in epoch:
+            now = learn(next(inputs), tf.constant(plan.targets(chosen)), tf.constant(update))
+            update += 1
+            loss += float(now[0]) * len(chosen)
+            right += float(np.sum(now[1].numpy().argmax(axis=1) == plan.train_labels[chosen]))
+            progress(f"train {plan.name}", update, plan.updates)
+        with average.applied():
+            logits = _in_batches(infer, read, val)
+        count = len(plan.train)
+        curve.append(
+            Epoch(number, loss / count, right / count, *score_logits(logits, plan.val_labels))
+        )
+    average.keep()
+    return curve, logits
+
+
+def traced(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
+    """Trace `function` once for any number of rows; a trace takes as long as ten updates."""
+    specs = [
+        tf.TensorSpec([None, *example.shape[1:]] if example.shape.rank else [], example.dtype)
+        for example in examples
+    ]
+    graph: Callable[..., Any] = tf.function(function, autograph=False).get_concrete_function(*specs)
+    return graph
+
+
+def _learner(
+    tail: Tail, plan: Plan, average: "WeightAverage", example: Any, pool: Callable[[Any], Any]
+) -> Callable[..., Any]:
+    variables = tail.trainable_variables
+    optimizer = Adam(variables, plan.phase.learning_rate)
+
+    def learn(batch: Any, targets: Any, update: Any) -> Any:
+        with tf.GradientTape() as tape:
+            logits = tail.logits(pool(batch), update)
+            losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+            loss = tf.reduce_mean(losses)
+        optimizer.apply(tape.gradient(loss, variables))
+        average.update()
+        return loss, logits
+
+    return traced(learn, example, tf.zeros((1, len(LABELS))), tf.constant(0))
+
+
+def _read_ahead(read: Read, batches: list[Rows], plan: Plan | None) -> Iterator[Any]:
+    """Read, and with a plan regularize, the next batches while an update runs."""
+
+    def prepare(update: int) -> Any:
+        batch = read(batches[update])
+        if plan is not None:
+            random = plan.random(2, update)
+            batch = mixstyle(batch, random, plan.training.mixstyle_prob)
+            batch = random_erasing(batch, random, plan.training.random_erasing_prob)
+        return tf.constant(batch)
+
+    pending: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for update in range(len(batches)):
+            pending.append(pool.submit(prepare, update))
+            if len(pending) > 2:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _pooled_once(tail: Tail, read: Read, rows: Rows) -> Read:
+    pool = traced(tail.pooled, tf.constant(read(rows[:1])))
+    vectors = _in_batches(pool, read, rows)
+    return lambda wanted: vectors[np.searchsorted(rows, wanted)]
+
+
+def _in_batches(function: Callable[[Any], Any], read: Read, rows: Rows) -> NDArray[np.float32]:
+    starts = range(0, len(rows), BATCH)
+    return np.concatenate(
+        [function(tf.constant(read(rows[at : at + BATCH]))).numpy() for at in starts]
+    )
 
 
 class Adam:
@@ -64,127 +177,93 @@ class Adam:
             )
 
 
-def fit_cached(
-    tail: Tail, plan: Plan, names: Sequence[str], features: FeatureReader, progress: Progress
-) -> tuple[list[Epoch], NDArray[np.float32]]:
-    """Train `tail` in place and keep the averaged weights.
+class WeightAverage:
+    """Mean of variables over the last updates; before these, their present values.
 
-    Where only the head trains, each row is pooled once and the epochs run on the pooled
-    vectors.
+    Izmailov et al., Averaging Weights Leads to Wider Optima and Better Generalization, 2018.
 
     Args:
-        names: file name of each dataset row.
-
-    Returns:
-        The learning curve, and the validation logits of the kept weights, float32 (m, 6).
+        variables: tf.Variables.
+        updates: in total.
+        fraction: of them, the last ones, that are averaged; 0 keeps the final values.
     """
-    average = WeightAverage(tail.trainable_variables, plan.updates, plan.phase.swa_fraction)
-    epochs = [
-        [
-            (chosen, _rows(features, names, plan.train[chosen], copies))
-            for chosen, copies in plan.batches(epoch)
-        ]
-        for epoch in range(plan.phase.epochs)
-    ]
-    batches = [rows for epoch in epochs for _, rows in epoch]
-    val = _rows(features, names, plan.val, np.zeros_like(plan.val))
 
-    read: Read = lambda rows: features.batch(rows).astype(np.float32)  # noqa: E731
-    pool: Callable[[Any], Any] = tail.pooled
-    pool_with_gradient: Callable[[Any], Any] = partial(
-        tail.pooled, matmul=matmul_in(plan.training.precision)
-    )
-    if plan.phase.trainable_layers == 0:
-        read = _pooled_once(tail, read, np.unique(np.concatenate([*batches, val])))
-        pool = pool_with_gradient = tf.identity
-        inputs = _read_ahead(read, batches, None)
-    else:
-        inputs = _read_ahead(read, batches, plan)
-    example = tf.constant(read(val[:1]))
-    learn = _learner(tail, pool_with_gradient, plan, average, example)
-    infer = traced(lambda batch: tail.logits(pool(batch)), example)
-    curve, update = [], 0
-    for number, epoch in enumerate(epochs, 1):
-        loss = right = 0.0
-        for chosen, _ in epoch:
-            now = learn(next(inputs), tf.constant(plan.targets(chosen)), tf.constant(update))
-            update += 1
-            loss += float(now[0]) * len(chosen)
-            right += float(np.sum(now[1].numpy().argmax(axis=1) == plan.train_labels[chosen]))
-            progress(f"train {plan.name}", update, plan.updates)
-        with average.applied():
-            logits = _in_batches(infer, read, val)
-        count = len(plan.train)
-        curve.append(
-            Epoch(number, loss / count, right / count, *score_logits(logits, plan.val_labels))
-        )
-    average.keep()
-    return curve, logits
+    def __init__(self, variables: Sequence[Any], updates: int, fraction: float) -> None:
+        self._variables = list(variables) if fraction else []
+        self._averages = [tf.Variable(value, trainable=False) for value in self._variables]
+        self._updates = tf.Variable(0.0, trainable=False)
+        self._before = updates - round(fraction * updates)
+
+    def update(self) -> None:
+        """Take in the present values; callable inside a tf.function."""
+        if not self._variables:
+            return
+        share = 1.0 / tf.maximum(self._updates.assign_add(1.0) - self._before, 1.0)
+        for average, variable in zip(self._averages, self._variables, strict=True):
+            average.assign_add(share * (variable - average))
+
+    def keep(self) -> None:
+        """Set the variables to their average."""
+        for average, variable in zip(self._averages, self._variables, strict=True):
+            variable.assign(average)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Set the variables to their average temporarily, to validate it."""
+        present = [tf.identity(variable) for variable in self._variables]
+        self.keep()
+        try:
+            yield
+        finally:
+            for value, variable in zip(present, self._variables, strict=True):
+                variable.assign(value)
 
 
-def traced(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
-    """Trace `function` once for any number of rows; a trace takes as long as ten updates."""
-    specs = [
-        tf.TensorSpec([None, *example.shape[1:]] if example.shape.rank else [], example.dtype)
-        for example in examples
-    ]
-    graph: Callable[..., Any] = tf.function(function, autograph=False).get_concrete_function(*specs)
-    return graph
+def mixstyle(
+    features: NDArray[np.float32], random: np.random.Generator, probability: float
+) -> NDArray[np.float32]:
+    """Mix each photo's channel statistics with another's; float32, (batch, h, w, channels).
+
+    Zhou et al., Domain Generalization with MixStyle, 2021. `probability` is that of the batch.
+    """
+    if random.random() >= probability:
+        return features
+    count = len(features)
+    partners = random.permutation(count)
+    weights = random.beta(MIXSTYLE_ALPHA, MIXSTYLE_ALPHA, (count, 1, 1, 1)).astype(np.float32)
+
+    def mix(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        mixed: NDArray[np.float32] = weights * values + (1 - weights) * values[partners]
+        return mixed
+
+    mean = features.mean(axis=(1, 2), keepdims=True)
+    deviation = features.std(axis=(1, 2), keepdims=True) + np.float32(1e-6)
+    result: NDArray[np.float32] = (features - mean) / deviation * mix(deviation)
+    result += mix(mean)
+    return result
 
 
-def _learner(
-    tail: Tail, pool: Callable[[Any], Any], plan: Plan, average: WeightAverage, example: Any
-) -> Callable[..., Any]:
-    variables = tail.trainable_variables
-    optimizer = Adam(variables, plan.phase.learning_rate)
+def random_erasing(
+    features: NDArray[np.float32], random: np.random.Generator, probability: float
+) -> NDArray[np.float32]:
+    """Set a rectangle of some photos' feature maps to zero; float32, (batch, h, w, channels).
 
-    def learn(batch: Any, targets: Any, update: Any) -> Any:
-        with tf.GradientTape() as tape:
-            logits = tail.logits(pool(batch), update)
-            losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
-            loss = tf.reduce_mean(losses)
-        optimizer.apply(tape.gradient(loss, variables))
-        average.update()
-        return loss, logits
-
-    return traced(learn, example, tf.zeros((1, len(LABELS))), tf.constant(0))
-
-
-def _rows(features: FeatureReader, names: Sequence[str], photos: Rows, copies: Rows) -> Rows:
-    pairs = zip(photos, copies, strict=True)
-    return np.array([features.row(names[photo], int(copy)) for photo, copy in pairs], np.int64)
+    Zhong et al., Random Erasing Data Augmentation, 2020. `probability` is that of a photo.
+    Maps of a single place stay as they are.
+    """
+    count, height, width, _ = features.shape
+    if probability == 0 or min(height, width) < 2:
+        return features
+    erased = np.less(random.random(count), probability)
+    rows, columns = (_spans(random, count, side) for side in (height, width))
+    patch = erased[:, None, None] & rows[:, :, None] & columns[:, None, :]
+    return np.where(patch[..., None], np.float32(0), features)
 
 
-def _read_ahead(read: Read, batches: Iterable[Rows], plan: Plan | None) -> Iterator[Any]:
-    """Read, and with a plan regularize, the next batches while an update runs."""
-
-    def prepare(item: tuple[int, Rows]) -> Any:
-        update, rows = item
-        batch = read(rows)
-        if plan is not None:
-            random = plan.random(2, update)
-            batch = mixstyle(batch, random, plan.training.mixstyle_prob)
-            batch = random_erasing(batch, random, plan.training.random_erasing_prob)
-        return tf.constant(batch)
-
-    pending: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(1) as pool:
-        for item in enumerate(batches):
-            pending.append(pool.submit(prepare, item))
-            if len(pending) > 2:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def _pooled_once(tail: Tail, read: Read, rows: Rows) -> Read:
-    pool = traced(tail.pooled, tf.constant(read(rows[:1])))
-    vectors = _in_batches(pool, read, rows)
-    return lambda wanted: vectors[np.searchsorted(rows, wanted)]
-
-
-def _in_batches(function: Callable[[Any], Any], read: Read, rows: Rows) -> NDArray[np.float32]:
-    starts = range(0, len(rows), BATCH)
-    return np.concatenate(
-        [function(tf.constant(read(rows[at : at + BATCH]))).numpy() for at in starts]
-    )
+def _spans(random: np.random.Generator, count: int, side: int) -> NDArray[np.bool_]:
+    """Draw one span of a side for each photo; bool, (count, side)."""
+    length = random.integers(1, max(int(side * LARGEST_PATCH), 1) + 1, count)
+    start = random.integers(0, side - length + 1)
+    place = np.arange(side)
+    inside: NDArray[np.bool_] = (place >= start[:, None]) & (place < (start + length)[:, None])
+    return inside

@@ -5,9 +5,7 @@ import json
 import logging
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -18,10 +16,10 @@ from numpy.typing import NDArray
 from tasks.errors import StageError
 from tasks.model.augment import enlarge
 from tasks.stage import Progress
+from tasks.training.cached import WeightAverage
 from tasks.training.plan import Epoch, Plan, score_logits
-from tasks.training.regularizers import WeightAverage
 
-WAIT_SECONDS = 600.0
+WAIT_SECONDS = 600
 """Longest wait for other workers to reach the same phase."""
 
 _log = logging.getLogger(__name__)
@@ -40,45 +38,27 @@ def named_workers() -> list[str]:
 def find_strategy() -> Any:
     """tf.distribute.Strategy over the workers in `TF_CONFIG`, or this process's devices."""
     if os.environ.get("TF_CONFIG"):
+        if len(workers := named_workers()) > 1:
+            _log.warning(
+                "Waiting up to %d s for the workers in TF_CONFIG (%s). Run `dvc repro` on each.",
+                *(WAIT_SECONDS, ", ".join(workers)),
+            )
+        # TensorFlow waits in native code for as long as it takes; the alarm ends the process.
+        signal.alarm(WAIT_SECONDS)
         try:
-            with _bounded_wait(WAIT_SECONDS):
-                return tf.distribute.MultiWorkerMirroredStrategy()
+            return tf.distribute.MultiWorkerMirroredStrategy()
         except (RuntimeError, ValueError, KeyError) as error:
             raise StageError(
                 f"TensorFlow cannot join the workers in TF_CONFIG ({error}). Run `dvc repro` on "
                 "every worker, in a checkout of its own."
             ) from error
+        finally:
+            signal.alarm(0)
     kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
     devices = [device.name for device in tf.config.list_logical_devices(kind)]
     if len(devices) > 1:
         return tf.distribute.MirroredStrategy(devices)
     return tf.distribute.get_strategy()
-
-
-@contextmanager
-def _bounded_wait(seconds: float) -> Iterator[None]:
-    """End this process if the other workers do not come in time, or on Ctrl-C.
-
-    TensorFlow waits in native code, where no Python signal handler runs; so both signals
-    get the kernel's default action.
-    """
-    workers = named_workers()
-    if len(workers) < 2 or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    _log.warning(
-        "Waiting up to %.0f s for the workers in TF_CONFIG (%s). Run `dvc repro` on each.",
-        seconds,
-        ", ".join(workers),
-    )
-    before = {one: signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGALRM)}
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for one, handler in before.items():
-            signal.signal(one, handler)
 
 
 def fit_end_to_end(
@@ -195,7 +175,10 @@ def _fit_replicas(
     """Split each batch over the replicas; their gradients add up to those of one device."""
     size, replicas = model.input_shape[1], strategy.num_replicas_in_sync
 
-    def replica_step(photos: Any, targets: Any, shares: Any) -> Any:
+    def replica_step(*batch: Any) -> Any:
+        each = tf.shape(batch[0])[0] // replicas
+        first = tf.distribute.get_replica_context().replica_id_in_sync_group * each
+        photos, targets, shares = (values[first : first + each] for values in batch)
         with tf.GradientTape() as tape:
             probabilities = model(photos, training=True)
             losses = tf.keras.losses.categorical_crossentropy(targets, probabilities)
@@ -207,35 +190,20 @@ def _fit_replicas(
         return loss, tf.reduce_sum(tf.cast(right & (shares > 0), tf.float32))
 
     @tf.function(reduce_retracing=True)  # type: ignore[untyped-decorator]
-    def step(photos: Any, targets: Any, shares: Any) -> Any:
-        parts = strategy.run(replica_step, args=(photos, targets, shares))
+    def step(*batch: Any) -> Any:
+        parts = strategy.run(replica_step, args=batch)
         return [strategy.reduce(tf.distribute.ReduceOp.SUM, part, axis=None) for part in parts]
 
-    def distributed(chosen: NDArray[np.int64]) -> Iterator[Any]:
-        # A batch that does not divide evenly is padded with photos that count nothing.
-        each = -(-len(chosen) // replicas)
-        padded = np.concatenate([chosen, np.repeat(chosen[:1], each * replicas - len(chosen))])
-        shares = (np.arange(len(padded)) < len(chosen)).astype(np.float32)
-        shares /= np.float32(len(chosen))
-        values: tuple[Callable[[slice], Any], ...] = (
-            lambda at: enlarge(images[plan.train[padded[at]]], size).astype(np.float32),
-            lambda at: plan.targets(padded[at]),
-            lambda at: shares[at],
-        )
-        for value in values:
-
-            def part(context: Any, value: Callable[[slice], Any] = value) -> Any:
-                first = context.replica_id_in_sync_group * each
-                return tf.constant(value(slice(first, first + each)))
-
-            yield strategy.experimental_distribute_values_from_function(part)
-
+    count = len(plan.train)
     for epoch in range(plan.phase.epochs):
         loss = right = 0.0
         for number, (chosen, _) in enumerate(plan.batches(epoch)):
-            now = step(*distributed(chosen))
+            # A batch that does not divide evenly is padded with photos that count nothing.
+            padded = np.resize(chosen, -(-len(chosen) // replicas) * replicas)
+            shares = (np.arange(len(padded)) < len(chosen)) / np.float32(len(chosen))
+            photos = tf.constant(enlarge(images[plan.train[padded]], size), tf.float32)
+            now = step(photos, tf.constant(plan.targets(padded)), tf.constant(shares, tf.float32))
             recorder.on_train_batch_end(number)
             loss += float(now[0]) * len(chosen)
             right += float(now[1])
-        count = len(plan.train)
         recorder.on_epoch_end(epoch, {"loss": loss / count, "accuracy": right / count})

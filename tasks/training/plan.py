@@ -31,11 +31,9 @@ class Plan:
 
     Args:
         copies: augmented copies of each training photo; a synthetic hand has none.
-        train: int64, (n,); dataset rows to train on.
-        train_labels: int64, (n,).
+        train, val: int64, (n,) and (m,); dataset rows.
+        train_labels, val_labels: int64, (n,) and (m,).
         synthetic: bool, (n,); which of `train` are synthetic hands.
-        val: int64, (m,); dataset rows to validate on.
-        val_labels: int64, (m,).
     """
 
     name: str
@@ -79,7 +77,7 @@ class Plan:
         return np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), purpose, number])
 
     def targets(self, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
-        """One-hot labels of positions in `train`; float32, (batch, 6)."""
+        """One-hot labels of positions in `train`; float32, (batch, labels)."""
         return np.eye(len(LABELS), dtype=np.float32)[self.train_labels[chosen]]
 
 
@@ -118,7 +116,7 @@ def training_rows(dataset: Dataset, fraction: float, seed: int) -> NDArray[np.in
 
 
 def score_logits(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> tuple[float, float]:
-    """Mean cross-entropy in nats and accuracy of logits, (n, 6)."""
+    """Mean cross-entropy in nats and accuracy of logits, (n, labels)."""
     log_probabilities = log_softmax(logits.astype(np.float64), axis=1)
     loss = -log_probabilities[np.arange(len(labels)), labels].mean()
     return float(loss), float((log_probabilities.argmax(axis=1) == labels).mean())

@@ -1,0 +1,136 @@
+"""Model files: the same content gives the same bytes."""
+
+import json
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from tasks.errors import ModelError
+from tasks.io import atomic_write
+from tasks.params import BACKBONE
+from tasks.project import Project
+
+Weights = dict[str, np.ndarray]
+"""Arrays by `<Keras layer>/<variable>`."""
+
+BACKBONE_FILE = "backbone.safetensors"
+TRUNK_FILE = "trunk.pb"
+WEIGHTS_FILE = "weights.safetensors"
+INPUT = "photos"
+ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+"""The earliest date of a zip entry."""
+
+
+def read_weights(path: Path) -> Weights:
+    """Read a safetensors file."""
+    try:
+        return dict(load_file(path))
+    # A number type that numpy lacks raises none of safetensors' own errors.
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"Weights '{path}' cannot be read ({error}). Run the stage that writes them."
+        ) from error
+
+
+def read_phase(project: Project, name: str) -> Weights:
+    """Read the weights that a phase, or the backbone stage, wrote."""
+    file = BACKBONE_FILE if name == BACKBONE else WEIGHTS_FILE
+    return read_weights(project.weights(name) / file)
+
+
+def write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
+    """Write a safetensors file atomically."""
+    arrays = {name: np.asarray(weights[name], order="C") for name in sorted(weights)}
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(save(arrays))
+
+
+def get_weights(layers: Iterable[Any]) -> Weights:
+    """Copy the weights of Keras layers."""
+    return {
+        f"{layer.name}/{variable.name}": variable.numpy()
+        for layer in layers
+        for variable in layer.weights
+    }
+
+
+def set_weights(layers: Iterable[Any], weights: Mapping[str, np.ndarray]) -> None:
+    """Copy weights into Keras layers; ModelError where one is missing or does not fit."""
+    for layer in layers:
+        for variable in layer.weights:
+            name, shape = f"{layer.name}/{variable.name}", tuple(variable.shape)
+            value = weights.get(name)
+            if value is None or value.shape != shape:
+                found = "are missing" if value is None else f"have shape {value.shape}"
+                raise ModelError(
+                    f"The weights '{name}' of shape {shape} {found}. "
+                    "Run the backbone and training stages again."
+                )
+            variable.assign(value)
+        if hasattr(layer, "finalize_state"):
+            # Normalization copies its variables into constants only on request.
+            layer.finalize_state()
+
+
+def export_graph(model: Any) -> bytes:
+    """Serialize a Keras model as a `GraphDef` with constant weights.
+
+    Its input is uint8 (n, size, size, 3), RGB, called `INPUT`. It runs without TensorFlow,
+    whose import alone takes longer than running the graph.
+    """
+    import tensorflow as tf
+    from tensorflow.python.framework.convert_to_constants import (
+        convert_variables_to_constants_v2,
+    )
+
+    function = tf.function(lambda photos: model(tf.cast(photos, tf.float32), training=False))
+    signature = tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8, name=INPUT)
+    frozen = convert_variables_to_constants_v2(function.get_concrete_function(signature))
+    graph = frozen.graph.as_graph_def()
+    for node in graph.node:
+        # TensorFlow's own attributes depend on what the process traced before.
+        for name in [name for name in node.attr if name.startswith("_")]:
+            del node.attr[name]
+    content: bytes = graph.SerializeToString(deterministic=True)
+    return content
+
+
+def save_model(model: Any, path: Path) -> None:
+    """Save a `.keras` file without the time, memory addresses and zip dates."""
+    with atomic_write(path) as temporary:
+        raw = temporary.with_name("raw.keras")
+        model.save(raw)
+        with zipfile.ZipFile(raw) as source, zipfile.ZipFile(temporary, "w") as target:
+            for name in sorted(source.namelist()):
+                content = source.read(name)
+                if name.endswith(".json"):
+                    fields = _renumbered(json.loads(content), {})
+                    fields.pop("date_saved", None)
+                    content = json.dumps(fields, sort_keys=True).encode()
+                target.writestr(zipfile.ZipInfo(name, ZIP_DATE), content)
+
+
+def load_model(path: Path) -> Any:
+    """Load a `.keras` file of `save_model`; keras.Model, for inference."""
+    import keras
+
+    return keras.saving.load_model(path, compile=False)
+
+
+def _renumbered(value: Any, numbers: dict[int, int]) -> Any:
+    """Replace memory addresses, which identify shared objects, by 0, 1, 2…"""
+    if isinstance(value, list):
+        return [_renumbered(entry, numbers) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: numbers.setdefault(entry, len(numbers))
+        if key == "shared_object_id"
+        else _renumbered(entry, numbers)
+        for key, entry in value.items()
+    }
