@@ -5,29 +5,55 @@ serves. Scores come from the rounded probabilities in `predictions.json`, so tha
 can recompute them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from tasks.data.dataset import open_dataset
+from tasks.data.images import resize
 from tasks.errors import DataError, StageError
 from tasks.io import read_json, write_json
-from tasks.model.inference import load_classifier
-from tasks.params import LABELS, PHASES
+from tasks.model.inference import Classifier, load_classifier
+from tasks.params import LABELS, PHASES, PreprocessParams
+from tasks.rendering.pixels import develop, enlarge
+from tasks.rendering.surface import wall
 from tasks.scoring import plots
-from tasks.scoring.metrics import checked, score, standard_errors
-from tasks.scoring.robustness import robustness
-from tasks.stage import Context, stage_main
+from tasks.scoring.metrics import DIGITS, checked, score, standard_errors, wilson_interval
+from tasks.stage import Context, Progress, silent, stage_main
 
-DIGITS = 7
+PREDICTION_DIGITS = 7
 """Decimals of a stored probability: as fine as the clip of the loss."""
+
+Image = NDArray[np.uint8]
+
+MAX_PHOTOS = 96
+"""Photos that are corrupted, balanced over the classes; each kind scores all of them."""
+ROTATION = 12.0
+"""Degrees, either way."""
+BRIGHTNESS = 0.25
+"""Share that levels are scaled by, up and down."""
+SCALE = 0.15
+"""Share of the size, either way."""
+BLUR_SIGMA = 1 / 64
+"""Share of the side."""
+JPEG_QUALITY = 40
+
+HANDLESS = 200
+"""Pictures without a hand that `certain_above` is set with."""
+DOUBTED_PHOTOS = 0.02
+"""Share of validation photos that may be called uncertain."""
+DOUBTED_HANDLESS = 0.98
+"""Share of the pictures without a hand that are to be called uncertain."""
 
 
 def run(context: Context, item: str | None = None) -> None:
     """Write metrics, predictions and plots."""
     project = context.project
     dataset = open_dataset(project.dataset)
-    rows = dataset.rows("test")
+    rows, val = dataset.rows("test"), dataset.rows("val")
     if not len(rows):
         raise DataError(
             "The test split holds no photos. Raise split.test in params.yaml, or import an "
@@ -37,7 +63,7 @@ def run(context: Context, item: str | None = None) -> None:
     images = dataset.images[rows]
     classifier = load_classifier(project.graph, context.params.preprocess, trusted=True)
     raw = classifier.probabilities(images, context.progress)
-    rounded = raw.astype(np.float64).round(DIGITS)
+    rounded = raw.astype(np.float64).round(PREDICTION_DIGITS)
     probabilities, labels = checked(rounded, dataset.labels[rows])
     scores = score(rounded, labels)
     photos = [
@@ -63,6 +89,7 @@ def run(context: Context, item: str | None = None) -> None:
         **scores.to_json(),
         "standard_errors": standard_errors(probabilities, labels),
         "robustness": robustness(classifier, images, labels, context.progress),
+        "certainty": certainty(classifier, dataset.images[val], context.params.seed),
     }
     write_json(project.metrics, metrics)
 
@@ -76,6 +103,111 @@ def _history(context: Context, phase: str) -> dict[str, Any]:
             "Run the training stages again."
         )
     return history
+
+
+def certainty(classifier: Classifier, photos: Image, seed: int) -> dict[str, float]:
+    """Choose the confidence below which an answer is called uncertain.
+
+    It is as low as calling `DOUBTED_HANDLESS` of the pictures without a hand uncertain
+    allows, unless more than `DOUBTED_PHOTOS` of the validation photos were uncertain too.
+
+    Args:
+        photos: uint8, (n, d, d, 3); validation photos.
+
+    Returns:
+        `certain_above`, and the share of photos and of pictures without a hand below it.
+    """
+    handless = draw_handless(HANDLESS, classifier.preprocess, seed)
+    none, some = (
+        classifier.probabilities(pictures).max(axis=1).astype(float)
+        if len(pictures)
+        else np.ones(1)
+        for pictures in (handless, photos)
+    )
+    limit = min(np.quantile(none, DOUBTED_HANDLESS), np.quantile(some, DOUBTED_PHOTOS))
+    limit = round(float(limit), DIGITS)
+    shares = {"doubted_photos": some < limit, "doubted_handless": none < limit}
+    found = {name: round(float(below.mean()), DIGITS) for name, below in shares.items()}
+    return {"certain_above": limit, **found}
+
+
+def draw_handless(count: int, preprocess: PreprocessParams, seed: int) -> Image:
+    """Draw walls, plain and cluttered, one colour, and noise; uint8, (count, d, d, 3)."""
+    random = np.random.default_rng([seed, HANDLESS])
+    pictures = []
+    for number in range(count):
+        if number % 6 < 4:
+            picture = develop(enlarge(random.uniform(0.3, 1.1) * wall(random)), random)
+            for x, y, *axes, angle in random.uniform(0, 64, (number % 2 * 8, 5)):
+                colour = random.integers(0, 256, 3).tolist()
+                cv2.ellipse(picture, ((x, y), axes, angle), colour, -1)
+        else:  # of one cell, then of more
+            cells = 1 if number % 6 == 4 else 2 ** int(random.integers(1, 7))
+            noise = random.integers(0, 256, (cells, cells, 3), np.uint8)
+            picture = cv2.resize(noise, (64, 64), interpolation=cv2.INTER_LINEAR)
+        pictures.append(resize(picture, preprocess))
+    return np.stack(pictures)
+
+
+def robustness(
+    classifier: Classifier,
+    images: Image,
+    labels: NDArray[np.int64],
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Score a model on corrupted test photos, as the dataset stores them.
+
+    The kinds are those of Hendrycks and Dietterich, Benchmarking Neural Network Robustness
+    to Common Corruptions and Perturbations, 2019, that a handheld phone causes. Nothing is
+    random: photos alternate between the two directions of a corruption.
+
+    Returns:
+        `photos`, and by kind the `accuracy` and its 95 % Wilson `interval`.
+    """
+    rows = balanced_rows(labels, MAX_PHOTOS)
+    accuracy: dict[str, float] = {}
+    interval: dict[str, list[float]] = {}
+    for number, (name, corrupt) in enumerate(CORRUPTIONS.items(), start=1):
+        corrupted = [corrupt(images[row], 1 - 2 * (at % 2)) for at, row in enumerate(rows)]
+        predicted = classifier.probabilities(np.stack(corrupted)).argmax(axis=1)
+        right = int((predicted == labels[rows]).sum())
+        accuracy[name] = round(right / len(rows), DIGITS)
+        interval[name] = [round(bound, DIGITS) for bound in wilson_interval(right, len(rows))]
+        progress("score corrupted photos", number, len(CORRUPTIONS))
+    return {"photos": len(rows), "accuracy": accuracy, "interval": interval}
+
+
+def balanced_rows(labels: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Choose at most `most` rows, the first of each class; int64, ascending."""
+    ranks = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        ranks[members] = np.arange(len(members))
+    return np.sort(np.argsort(ranks, kind="stable")[:most]).astype(np.int64)
+
+
+def _jpeg(image: Image, direction: int) -> Image:
+    # The codec takes BGR and treats red and blue differently.
+    content = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+    decoded: Image = cv2.imdecode(content, cv2.IMREAD_COLOR)  # type: ignore[assignment]
+    return np.ascontiguousarray(decoded[..., ::-1])
+
+
+def _transform(image: Image, degrees: float, scale: float) -> Image:
+    side = len(image)
+    matrix = cv2.getRotationMatrix2D(((side - 1) / 2, (side - 1) / 2), degrees, scale)
+    return cv2.warpAffine(  # type: ignore[no-any-return]
+        image, matrix, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
+    )
+
+
+CORRUPTIONS: dict[str, Callable[[Image, int], Any]] = {
+    "rotation": lambda image, sign: _transform(image, sign * ROTATION, 1.0),
+    "brightness": lambda image, sign: cv2.convertScaleAbs(image, alpha=1 + sign * BRIGHTNESS),
+    "blur": lambda image, sign: cv2.GaussianBlur(image, (0, 0), len(image) * BLUR_SIGMA),
+    "scale": lambda image, sign: _transform(image, 0.0, 1 + sign * SCALE),
+    "jpeg": _jpeg,
+}
 
 
 if __name__ == "__main__":

@@ -69,8 +69,7 @@ class Verdict(FrozenModel):
 def run(context: Context, item: str | None = None) -> None:
     """Judge `metrics.json` and the index of the dataset; write and print the verdict."""
     index, metrics = read_json(context.project.dataset / INDEX), read_json(context.project.metrics)
-    duplicates = _section({"index": index}, "index").get("leaks")
-    verdict = judge(metrics, duplicates, context.params.gate)
+    verdict = judge(metrics, _mapping(index).get("leaks"), context.params.gate)
     write_json(context.project.gate, verdict.to_json())
     print("Gate:", "passed" if verdict.passed else "failed")
     for check in verdict.checks:
@@ -85,16 +84,11 @@ def judge(metrics: Any, duplicates: Any, limits: GateParams) -> Verdict:
         metrics: content of `metrics.json`.
         duplicates: number of test photos with a near-duplicate in training.
     """
-    content = metrics if isinstance(metrics, Mapping) else {}
-    checks = [*_shares(content, limits), *_means(content, limits)]
-    if (most := limits.max_cross_split_duplicates) is not None:
-        checks.append(_check("cross-split duplicates", duplicates, most, most_allowed=True))
-    if limits.min_test_photos is not None:
-        checks.append(_check("test photos", content.get("n"), limits.min_test_photos))
+    checks = tuple(_checks(_mapping(metrics), duplicates, limits))
     if not checks:
         detail = "no limit is set; set at least one under gate in params.yaml"
-        checks.append(Check(name="limits", value=None, limit=None, passed=False, detail=detail))
-    return Verdict(passed=all(check.passed for check in checks), checks=tuple(checks))
+        checks = (Check(name="limits", value=None, limit=None, passed=False, detail=detail),)
+    return Verdict(passed=all(check.passed for check in checks), checks=checks)
 
 
 def shown(value: Number | None) -> str:
@@ -109,49 +103,48 @@ def shown_interval(interval: Any) -> str:
     return f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
 
 
-def _shares(metrics: Mapping[str, Any], limits: GateParams) -> Iterator[Check]:
-    """Accuracy, recall of each class, and accuracy under each corruption."""
+def _checks(metrics: Mapping[str, Any], duplicates: Any, limits: GateParams) -> Iterator[Check]:
     level = limits.confidence or DEFAULT_CONFIDENCE
-
-    def check(name: str, value: Any, photos: Any, limit: float, sure: bool = False) -> Check:
-        interval = None
-        if not _fault(value, 1.0) and not _fault(photos, LARGEST, integer=True) and photos:
-            interval = wilson_interval(round(value * photos), photos, level)
-        return _check(name, value, limit, 1.0, interval=interval, level=level if sure else None)
-
-    if limits.min_accuracy is not None:
-        sure = limits.confidence is not None
-        accuracy = metrics.get("accuracy")
-        yield check("accuracy", accuracy, metrics.get("n"), limits.min_accuracy, sure)
-    if (least := limits.min_recall) is not None:
-        rows = _rows_by_label(metrics.get("per_class"))
-        for label in LABELS:
-            row = rows.get(label, {})
-            limit = least[label] if isinstance(least, dict) else least
-            yield check(f"recall of {label}", row.get("recall"), row.get("support"), limit)
-    if limits.min_robust_accuracy is not None:
-        found = _section(metrics, "robustness")
-        accuracies, photos = _section(found, "accuracy"), found.get("photos")
-        for kind in CORRUPTIONS:
-            name = f"accuracy under {kind}"
-            yield check(name, accuracies.get(kind), photos, limits.min_robust_accuracy)
-
-
-def _means(metrics: Mapping[str, Any], limits: GateParams) -> Iterator[Check]:
-    errors = _section(metrics, "standard_errors")
-    z = float(norm.ppf((1 + (limits.confidence or DEFAULT_CONFIDENCE)) / 2))
+    for name, value, photos, limit in _shares(metrics, limits):
+        if limit is not None:
+            interval = None
+            if not _fault(value, 1.0) and not _fault(photos, LARGEST, integer=True) and photos:
+                interval = wilson_interval(round(value * photos), photos, level)
+            sure = limits.confidence if name == "accuracy" else None
+            yield _check(name, value, limit, 1.0, interval=interval, level=sure)
+    errors, z = _mapping(metrics.get("standard_errors")), float(norm.ppf((1 + level) / 2))
     for name, key, limit, largest in (
         ("loss", "loss", limits.max_loss, LARGEST),
         ("calibration error", "ece", limits.max_calibration_error, 1.0),
     ):
-        if limit is None:
-            continue
-        value: Any = metrics.get(key)
-        error: Any = errors.get(key)
-        interval = None
-        if not _fault(value, LARGEST) and not _fault(error, LARGEST):
-            interval = max(0.0, value - z * error), value + z * error
-        yield _check(name, value, limit, largest, most_allowed=True, interval=interval)
+        if limit is not None:
+            mean: Any = metrics.get(key)
+            error: Any = errors.get(key)
+            interval = None
+            if not _fault(mean, LARGEST) and not _fault(error, LARGEST):
+                interval = max(0.0, mean - z * error), mean + z * error
+            yield _check(name, mean, limit, largest, upper=True, interval=interval)
+    if (most := limits.max_cross_split_duplicates) is not None:
+        yield _check("cross-split duplicates", duplicates, most, upper=True)
+    if limits.min_test_photos is not None:
+        yield _check("test photos", metrics.get("n"), limits.min_test_photos)
+
+
+def _shares(
+    metrics: Mapping[str, Any], limits: GateParams
+) -> Iterator[tuple[str, Any, Any, float | None]]:
+    """Names, values, numbers of photos and limits of accuracies and recalls."""
+    yield "accuracy", metrics.get("accuracy"), metrics.get("n"), limits.min_accuracy
+    rows, least = _rows_by_label(metrics.get("per_class")), limits.min_recall
+    for label in LABELS:
+        row = rows.get(label, {})
+        limit = least.get(label) if isinstance(least, dict) else least
+        yield f"recall of {label}", row.get("recall"), row.get("support"), limit
+    found = _mapping(metrics.get("robustness"))
+    accuracies, photos = _mapping(found.get("accuracy")), found.get("photos")
+    for kind in CORRUPTIONS:
+        limit = limits.min_robust_accuracy
+        yield f"accuracy under {kind}", accuracies.get(kind), photos, limit
 
 
 def _check(
@@ -160,7 +153,7 @@ def _check(
     limit: Number,
     largest: float | None = None,
     *,
-    most_allowed: bool = False,
+    upper: bool = False,
     interval: Interval | None = None,
     level: float | None = None,
 ) -> Check:
@@ -168,19 +161,18 @@ def _check(
 
     Args:
         largest: possible value; None for a count.
-        most_allowed: whether the limit is an upper one.
+        upper: whether the limit is an upper one.
         level: of the interval, where its lower bound must reach the limit.
     """
-    fault = _fault(value, largest or LARGEST, integer=largest is None)
-    if level and not fault and interval is None:
-        fault = "no interval: the number of photos is missing"
-    if fault:
-        return Check(name=name, value=None, limit=limit, passed=False, detail=fault)
+    detail = _fault(value, largest or LARGEST, integer=largest is None)
+    if level and not detail and interval is None:
+        detail = "no interval: the number of photos is missing"
+    if detail:
+        return Check(name=name, value=None, limit=limit, passed=False, detail=detail)
     if interval:
         interval = round(interval[0], DIGITS), round(interval[1], DIGITS)
     reached = interval[0] if level and interval else value
-    passed = reached <= limit if most_allowed else reached >= limit
-    detail = None
+    passed = reached <= limit if upper else reached >= limit
     if level and not passed:
         detail = (
             f"{shown(value)}, at {level:.0%} confidence at least {reached:.4f}, "
@@ -203,9 +195,8 @@ def _fault(value: Any, largest: float, integer: bool = False) -> str | None:
     return None
 
 
-def _section(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = content.get(name)
-    return found if isinstance(found, Mapping) else {}
+def _mapping(content: Any) -> Mapping[str, Any]:
+    return content if isinstance(content, Mapping) else {}
 
 
 def _rows_by_label(per_class: Any) -> dict[str, Mapping[str, Any]]:

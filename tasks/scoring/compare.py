@@ -1,66 +1,47 @@
 """Compare two models on the same photos.
 
-`verdict` says whether McNemar's exact test finds a difference in accuracy. `no_worse` is
-the promotion rule: the challenger must be right on at least as many photos, and on a tie
-its mean loss must not be significantly higher by more than 0.01. A rule on significance
-alone would let small losses of accuracy add up over many nightly runs.
+The promotion rule: a challenger is promoted if it is right on significantly more photos than
+the champion (McNemar's exact test, 5 %), or if the difference is within noise and its mean
+loss is higher by at most 0.01.
 """
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import binomtest, ttest_1samp
+from scipy.stats import binomtest
 
 from tasks.errors import DataError
 from tasks.params import LABELS
-from tasks.scoring.metrics import FrozenModel, Scores, checked, photo_losses, rounded, score
+from tasks.scoring.metrics import FrozenModel, Scores, checked, rounded, score
 
 SIGNIFICANCE = 0.05
 LOSS_MARGIN = 0.01
-"""Rise in mean loss (nats) that no user notices, however significant."""
-
-
-class ClassChange(FrozenModel):
-    """Recall of one class under both models; null where the class has no photo."""
-
-    label: str
-    support: int
-    champion: float | None
-    challenger: float | None
-    change: float | None
-
-
-class ChangedPhoto(FrozenModel):
-    """A photo that the two models classify differently."""
-
-    name: str
-    label: str
-    champion: str
-    challenger: str
-    now: Literal["right", "wrong", "still wrong"]
+"""Rise in mean loss (nats) that no user notices."""
 
 
 class Comparison(FrozenModel):
     """A challenger and the champion, scored on the same photos.
 
     Args:
-        changed: photos that got another label, in the photos' order.
+        recalls: by class `label`, `support`, the recall of `champion` and `challenger` and its
+            `change`; null where the class has no photo.
+        changed: photos that got another label: `name`, `label`, what `champion` and
+            `challenger` say, and whether they are `now` right, wrong or still wrong.
         won: photos that only the challenger classifies correctly.
         lost: photos that only the champion classifies correctly.
         p_value: McNemar's exact test, two-sided.
-        loss_p_value: paired t-test of a higher mean loss, one-sided.
+        verdict: what the test says about the accuracy.
         no_worse: whether the challenger may become champion.
     """
 
     champion: Scores
     challenger: Scores
-    recalls: tuple[ClassChange, ...]
-    changed: tuple[ChangedPhoto, ...]
+    recalls: tuple[dict[str, Any], ...]
+    changed: tuple[dict[str, str], ...]
     won: int
     lost: int
     p_value: float
-    loss_p_value: float
     verdict: Literal["better", "worse", "no significant difference"]
     no_worse: bool
     reason: str
@@ -78,10 +59,10 @@ def compare(
     labels: np.ndarray,
     names: Sequence[str] | None = None,
 ) -> Comparison:
-    """Compare two models' probabilities, float (n, 6), for the same photos.
+    """Compare two models' probabilities, float (n, labels), for the same photos.
 
     Args:
-        labels: integer, (n,); 0 to 5.
+        labels: integer, (n,).
         names: of the photos; their row numbers by default.
     """
     old, y = checked(champion, labels)
@@ -95,24 +76,55 @@ def compare(
     was, now = old.argmax(axis=1), new.argmax(axis=1)
     won = int(((was != y) & (now == y)).sum())
     lost = int(((was == y) & (now != y)).sum())
-    rise = photo_losses(new, y) - photo_losses(old, y)
-    loss_p_value = _higher_loss_p_value(rise)
-    first, second = score(old, y), score(new, y)
-    comparison = Comparison(
-        champion=first,
-        challenger=second,
-        recalls=_recall_changes(first, second),
-        changed=_changed_photos(names, y, was, now),
+    before, after = score(old, y), score(new, y)
+    p_value, rise = mcnemar(won, lost), after.loss - before.loss
+    verdict: Literal["better", "worse", "no significant difference"]
+    if p_value < SIGNIFICANCE:
+        verdict = "better" if won > lost else "worse"
+        no_worse = won > lost
+        rule = f"right on significantly {'more' if no_worse else 'fewer'} photos than the champion"
+    else:
+        verdict, no_worse = "no significant difference", rise <= LOSS_MARGIN
+        limit = f"at most {LOSS_MARGIN} higher" if no_worse else f"more than {LOSS_MARGIN} higher"
+        rule = f"accuracy equals the champion's within noise, and the loss is {limit}"
+    return Comparison(
+        champion=before,
+        challenger=after,
+        recalls=tuple(
+            {
+                "label": one.label,
+                "support": one.support,
+                "champion": one.recall,
+                "challenger": two.recall,
+                "change": None
+                if one.recall is None or two.recall is None
+                else two.recall - one.recall,
+            }
+            for one, two in zip(before.per_class, after.per_class, strict=True)
+        ),
+        changed=tuple(
+            {
+                "name": names[row],
+                "label": LABELS[y[row]],
+                "champion": LABELS[was[row]],
+                "challenger": LABELS[now[row]],
+                "now": "right"
+                if now[row] == y[row]
+                else "wrong"
+                if was[row] == y[row]
+                else "still wrong",
+            }
+            for row in np.flatnonzero(was != now).tolist()
+        ),
         won=won,
         lost=lost,
-        p_value=mcnemar(won, lost),
-        loss_p_value=loss_p_value,
-        verdict=_verdict(won, lost),
-        no_worse=won > lost
-        or (won == lost and (loss_p_value >= SIGNIFICANCE or rise.mean() <= LOSS_MARGIN)),
-        reason="",
+        p_value=p_value,
+        verdict=verdict,
+        no_worse=no_worse,
+        reason=f"{rule}: accuracy {before.accuracy:.4f} -> {after.accuracy:.4f}, "
+        f"loss {before.loss:.4f} -> {after.loss:.4f}, {won} photos won, {lost} lost "
+        f"(McNemar p = {p_value:.3g})",
     )
-    return comparison.model_copy(update={"reason": _reason(comparison)})
 
 
 def mcnemar(won: int, lost: int) -> float:
@@ -122,58 +134,3 @@ def mcnemar(won: int, lost: int) -> float:
     or percentages, 1947, in its binomial form.
     """
     return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
-
-
-def _higher_loss_p_value(rise: np.ndarray) -> float:
-    if np.ptp(rise) < 1e-12:  # the test divides by the spread
-        return 0.0 if rise.mean() > 1e-12 else 1.0
-    return float(ttest_1samp(rise, 0.0, alternative="greater").pvalue)
-
-
-def _verdict(won: int, lost: int) -> Literal["better", "worse", "no significant difference"]:
-    if mcnemar(won, lost) >= SIGNIFICANCE:
-        return "no significant difference"
-    return "better" if won > lost else "worse"
-
-
-def _recall_changes(champion: Scores, challenger: Scores) -> tuple[ClassChange, ...]:
-    return tuple(
-        ClassChange(
-            label=old.label,
-            support=old.support,
-            champion=old.recall,
-            challenger=new.recall,
-            change=None if old.recall is None or new.recall is None else new.recall - old.recall,
-        )
-        for old, new in zip(champion.per_class, challenger.per_class, strict=True)
-    )
-
-
-def _changed_photos(
-    names: Sequence[str], y: np.ndarray, was: np.ndarray, now: np.ndarray
-) -> tuple[ChangedPhoto, ...]:
-    return tuple(
-        ChangedPhoto(
-            name=names[row],
-            label=LABELS[y[row]],
-            champion=LABELS[was[row]],
-            challenger=LABELS[now[row]],
-            now="right" if now[row] == y[row] else "wrong" if was[row] == y[row] else "still wrong",
-        )
-        for row in np.flatnonzero(was != now).tolist()
-    )
-
-
-def _reason(found: Comparison) -> str:
-    if found.no_worse:
-        rule = "no worse than the champion"
-    elif found.won < found.lost:
-        rule = "worse than the champion: right on fewer photos"
-    else:
-        rule = "worse than the champion: as many photos right, but a significantly higher loss"
-    old, new = found.champion, found.challenger
-    return (
-        f"{rule}; accuracy {old.accuracy:.4f} -> {new.accuracy:.4f}, "
-        f"loss {old.loss:.4f} -> {new.loss:.4f}, {found.won} photos won, {found.lost} lost, "
-        f"{found.verdict} (McNemar p = {found.p_value:.3g})"
-    )

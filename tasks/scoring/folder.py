@@ -33,18 +33,15 @@ class FolderReport:
     def to_json(self) -> dict[str, Any]:
         """Plain values: the scores, the misclassified files and the unreadable ones."""
         labelled = zip(self.labels, self.predictions, strict=True)
+        every = (*self.predictions, *self.unlabelled)
         return {
             **self.scores.to_json(),
             "misread": [
-                {"truth": label, **prediction.to_json()}
-                for label, prediction in labelled
-                if prediction.error is None and prediction.label != label
+                {"truth": label, **one.to_json()}
+                for label, one in labelled
+                if one.error is None and one.label != label
             ],
-            "unreadable": [
-                prediction.to_json()
-                for prediction in (*self.predictions, *self.unlabelled)
-                if prediction.error
-            ],
+            "unreadable": [one.to_json() for one in every if one.error],
         }
 
 

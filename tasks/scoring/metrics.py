@@ -11,7 +11,6 @@ from sklearn import metrics as sk
 from tasks.errors import DataError
 from tasks.params import LABELS
 
-CLASSES = len(LABELS)
 DIGITS = 6
 """Decimals in JSON: far below one photo's weight, above float32 noise."""
 ROW_SUM_TOLERANCE = 1e-4
@@ -48,11 +47,11 @@ class Scores(FrozenModel):
         loss: mean categorical cross-entropy in nats, clipped as Keras clips it.
         log_loss: the same without the clip, by scikit-learn.
         accuracy_interval: 95 % Wilson interval.
-        auc: area under the ROC curve, one against the rest, macro average; null when a
-            class has no photo.
+        auc: area under the ROC curve, one against the rest, macro average.
         ece: expected calibration error.
-        worst_recall: null when a class has no photo.
         confusion_matrix: counts; rows are true classes, columns predicted ones.
+
+    `auc` and `worst_recall` are null when a class has no photo.
     """
 
     n: int
@@ -76,40 +75,44 @@ class Scores(FrozenModel):
 
 
 def score(probabilities: ArrayLike, labels: ArrayLike) -> Scores:
-    """Score probabilities, float (n, 6), against true labels, integer (n,), in float64."""
+    """Score probabilities, float (n, labels), against true labels, integer (n,), in float64."""
     p, y = checked(probabilities, labels)
-    predicted = p.argmax(axis=1)
+    classes, predicted = range(len(LABELS)), p.argmax(axis=1)
     right = int((predicted == y).sum())
-    per_class = _class_scores(y, predicted)
-    recalls = [item.recall for item in per_class if item.recall is not None]
-    auc, auc_note = _auc(p, y)
-    matrix = sk.confusion_matrix(y, predicted, labels=range(CLASSES))
+    columns = sk.precision_recall_fscore_support(y, predicted, labels=classes, zero_division=np.nan)
+    per_class = tuple(
+        ClassScores(
+            label=label,
+            precision=_defined(precision),
+            recall=_defined(recall),
+            f1=_defined(f1),
+            support=int(support),
+        )
+        for label, precision, recall, f1, support in zip(LABELS, *columns, strict=True)
+    )
+    missing = ", ".join(one.label for one in per_class if not one.support)
+    auc = None if missing else sk.roc_auc_score(y, p, multi_class="ovr", average="macro")
     return Scores(
         n=len(y),
         loss=float(photo_losses(p, y).mean()),
-        log_loss=float(sk.log_loss(y, p, labels=range(CLASSES))),
+        log_loss=float(sk.log_loss(y, p, labels=classes)),
         accuracy=right / len(y),
         accuracy_interval=wilson_interval(right, len(y)),
         auc=auc,
-        auc_note=auc_note,
+        auc_note=f"not defined: no photo of class {missing}" if missing else None,
         ece=calibration_error(p, y),
-        worst_recall=min(recalls) if len(recalls) == CLASSES else None,
+        worst_recall=None if missing else min(columns[1]),
         per_class=per_class,
-        confusion_matrix=tuple(map(tuple, matrix.tolist())),
+        confusion_matrix=sk.confusion_matrix(y, predicted, labels=classes).tolist(),
     )
 
 
 def checked(probabilities: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Reject what cannot be scored; normalize rows. float64, (n, 6) and int64, (n,).
-
-    Raises:
-        DataError: no photos, a wrong shape or dtype, a row that is no probability
-            distribution, or a label outside 0 to 5.
-    """
-    p, y = np.asarray(probabilities), np.asarray(labels)
-    if p.ndim != 2 or p.shape[1] != CLASSES or not np.issubdtype(p.dtype, np.floating):
+    """Reject what cannot be scored; normalize rows. float64, (n, labels) and int64, (n,)."""
+    p, y, count = np.asarray(probabilities), np.asarray(labels), len(LABELS)
+    if p.ndim != 2 or p.shape[1] != count or not np.issubdtype(p.dtype, np.floating):
         raise DataError(
-            f"Probabilities must be floats of shape (n, {CLASSES}), not {p.dtype} {p.shape}."
+            f"Probabilities must be floats of shape (n, {count}), not {p.dtype} {p.shape}."
         )
     if y.shape != (len(p),) or not np.issubdtype(y.dtype, np.integer):
         raise DataError(f"Labels must be integers of shape ({len(p)},), not {y.dtype} {y.shape}.")
@@ -117,16 +120,15 @@ def checked(probabilities: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np
         raise DataError("There are no photos to score. Add photos to the split.")
     p = p.astype(np.float64)
     with np.errstate(invalid="ignore"):
-        inside = ((p >= 0) & (p <= 1 + ROW_SUM_TOLERANCE)).all(axis=1)
-        valid = inside & (np.abs(p.sum(axis=1) - 1) <= ROW_SUM_TOLERANCE)
+        valid = (p >= 0).all(axis=1) & (np.abs(p.sum(axis=1) - 1) <= ROW_SUM_TOLERANCE)
     if not valid.all():
         row = int(valid.argmin())
         raise DataError(
             f"Probabilities must be between 0 and 1 and sum to one, but row {row} is "
             f"{p[row].tolist()}. Retrain, or pass the softmax output instead of logits."
         )
-    if ((y < 0) | (y >= CLASSES)).any():
-        raise DataError(f"Labels must be 0 to {CLASSES - 1}, not {y.min()} to {y.max()}.")
+    if ((y < 0) | (y >= count)).any():
+        raise DataError(f"Labels must be 0 to {count - 1}, not {y.min()} to {y.max()}.")
     return p / p.sum(axis=1, keepdims=True), y.astype(np.int64)
 
 
@@ -172,34 +174,6 @@ def standard_errors(p: np.ndarray, y: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def _auc(p: np.ndarray, y: np.ndarray) -> tuple[float | None, str | None]:
-    missing = sorted(set(range(CLASSES)) - set(y.tolist()))
-    if missing:
-        names = ", ".join(LABELS[index] for index in missing)
-        return None, f"not defined: no photo of class {names}"
-    return float(sk.roc_auc_score(y, p, multi_class="ovr", average="macro")), None
-
-
-def _class_scores(y: np.ndarray, predicted: np.ndarray) -> tuple[ClassScores, ...]:
-    columns = sk.precision_recall_fscore_support(
-        y, predicted, labels=range(CLASSES), zero_division=np.nan
-    )
-    return tuple(
-        ClassScores(
-            label=label,
-            precision=_defined(precision),
-            recall=_defined(recall),
-            f1=_defined(f1),
-            support=int(support),
-        )
-        for label, precision, recall, f1, support in zip(LABELS, *columns, strict=True)
-    )
-
-
-def _defined(ratio: float) -> float | None:
-    return None if np.isnan(ratio) else float(ratio)
-
-
 def rounded(value: Any) -> Any:
     """Round all floats in JSON content to `DIGITS` decimals."""
     if isinstance(value, float):
@@ -209,3 +183,7 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(item) for item in value]
     return value
+
+
+def _defined(ratio: float) -> float | None:
+    return None if np.isnan(ratio) else float(ratio)

@@ -33,11 +33,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def curves(histories: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw loss and accuracy over the epochs of all phases.
-
-    Args:
-        histories: contents of the phases' `history.json`, in order.
-    """
+    """Draw loss and accuracy over the epochs of all phases, from their `history.json`."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     epochs = [epoch for history in histories for epoch in history["epochs"]]
     x = range(1, len(epochs) + 1)
@@ -76,9 +72,8 @@ def confusion(scores: Scores) -> Figure:
 def roc_pr(p: np.ndarray, y: np.ndarray) -> Figure:
     """Draw ROC and precision-recall curves, each class against the rest.
 
-    Args:
-        p: float64, (n, 6); rows sum to one.
-        y: int64, (n,). A class without photos has no curve.
+    Here and below `p` is float64, (n, labels), and `y` int64, (n,). A class without photos
+    has no curve.
     """
     figure = Figure(figsize=(11, 5), layout="constrained")
     roc, pr = figure.subplots(1, 2)
@@ -116,10 +111,7 @@ def reliability_diagram(p: np.ndarray, y: np.ndarray) -> Figure:
 def mistakes(images: np.ndarray, p: np.ndarray, y: np.ndarray) -> Figure:
     """Show misclassified photos, the most confident first; without any, the least confident.
 
-    Args:
-        images: uint8, (n, side, side, 3), RGB.
-        p: float64, (n, 6); rows sum to one.
-        y: int64, (n,).
+    `images` are uint8, (n, side, side, 3), RGB.
     """
     predicted, confidence = p.argmax(axis=1), p.max(axis=1)
     wrong = np.flatnonzero(predicted != y)
@@ -138,7 +130,11 @@ def mistakes(images: np.ndarray, p: np.ndarray, y: np.ndarray) -> Figure:
         axes.set_axis_off()
     for axes, row in zip(grid, rows, strict=False):
         axes.imshow(images[row], interpolation="bicubic")
-        verdict = f"{LABELS[y[row]]}, " if predicted[row] == y[row] else f"{LABELS[y[row]]} as "
-        verdict += "correct" if predicted[row] == y[row] else LABELS[predicted[row]]
+        right = predicted[row] == y[row]
+        verdict = (
+            f"{LABELS[y[row]]}, correct"
+            if right
+            else (f"{LABELS[y[row]]} as {LABELS[predicted[row]]}")
+        )
         axes.set_title(f"{verdict} ({confidence[row]:.0%})", fontsize=10)
     return figure
