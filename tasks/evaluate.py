@@ -43,9 +43,9 @@ JPEG_QUALITY = 40
 
 HANDLESS = 200
 """Pictures without a hand that `certain_above` is set with."""
-DOUBTED_PHOTOS = 0.02
+DOUBTED_PHOTOS = 0.01
 """Share of validation photos that may be called uncertain."""
-DOUBTED_HANDLESS = 0.98
+DOUBTED_HANDLESS = 0.95
 """Share of the pictures without a hand that are to be called uncertain."""
 
 
@@ -124,11 +124,14 @@ def certainty(classifier: Classifier, photos: Image, seed: int) -> dict[str, flo
         else np.ones(1)
         for pictures in (handless, photos)
     )
-    limit = min(np.quantile(none, DOUBTED_HANDLESS), np.quantile(some, DOUBTED_PHOTOS))
-    limit = round(float(limit), DIGITS)
+    limit = min(
+        np.quantile(none, DOUBTED_HANDLESS, method="higher"),
+        np.quantile(some, DOUBTED_PHOTOS, method="lower"),
+    )
+    limit = np.floor(limit * 10**DIGITS) / 10**DIGITS
     shares = {"doubted_photos": some < limit, "doubted_handless": none < limit}
     found = {name: round(float(below.mean()), DIGITS) for name, below in shares.items()}
-    return {"certain_above": limit, **found}
+    return {"certain_above": float(limit), **found}
 
 
 def draw_handless(count: int, preprocess: PreprocessParams, seed: int) -> Image:

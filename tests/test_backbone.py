@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -22,13 +21,12 @@ from tasks.backbone import (
 )
 from tasks.errors import BackboneError
 from tasks.io import sha256
-from tasks.model.weights import BACKBONE_FILE, TRUNK_FILE, set_weights, write_weights
+from tasks.model.files import BACKBONE_FILE, TRUNK_FILE, set_weights, write_weights
 from tasks.params import BackboneParams
 from tasks.project import Project
 from tasks.stage import Context
+from tests.fixtures.models import Workshop
 from tests.fixtures.photos import CHECKOUT
-
-Workshop = Callable[..., Context]
 
 
 @pytest.fixture(scope="module")

@@ -44,13 +44,13 @@ def test_a_class_folder_is_scored_by_its_folder_names(greys: Path) -> None:
 def test_unreadable_files_are_listed_and_the_rest_is_scored(greys: Path) -> None:
     (greys / "3" / "broken.jpg").write_bytes(b"\xff\xd8\xff rubbish")
     (greys / "3" / ".hidden").write_text("left out")
-    told: list[tuple[str, int, int]] = []
-    report = evaluate_folder(BRIGHTNESS, greys, lambda *news: told.append(news))
+    progress: list[tuple[str, int, int]] = []
+    report = evaluate_folder(BRIGHTNESS, greys, lambda *news: progress.append(news))
     assert (report.scores.n, report.scores.accuracy) == (18, 1.0)
     (unreadable,) = report.to_json()["unreadable"]
     assert unreadable["file"].endswith("broken.jpg")
     assert unreadable["error"]
-    assert told[-1][1:] == (18, 18)
+    assert progress[-1][1:] == (18, 18)
 
 
 def test_a_folder_without_some_classes_is_scored_without_auc(greys: Path) -> None:
@@ -125,27 +125,20 @@ def context(tmp_path: Path, params: Params) -> Context:
 
 
 def test_missing_inputs_are_named(context: Context) -> None:
-    (context.project.weights("full") / "history.json").write_text("{")
-    with pytest.raises(StageError, match="history of phase 'full' cannot be read"):
-        run(context)
-    (context.project.dataset / "index.json").unlink()
-    with pytest.raises(DataError, match="preprocess"):
-        run(context)
-    assert not context.project.metrics.exists()
-
-
-def test_a_dataset_without_a_test_split_is_refused(context: Context) -> None:
-    index = json.loads((context.project.dataset / "index.json").read_text())
-    for entry in index["photos"]:
-        entry["split"] = "train"
-    write_json(context.project.dataset / "index.json", index)
-    with pytest.raises(DataError, match="test split holds no photos"):
-        run(context)
-
-
-def test_a_missing_model_is_named(context: Context) -> None:
+    project = context.project
     with pytest.raises(ModelError, match=r"model\.pb"):
         run(context)
+    (project.weights("full") / "history.json").write_text("{")
+    with pytest.raises(StageError, match="history of phase 'full' cannot be read"):
+        run(context)
+    index = (project.dataset / "index.json").read_text()
+    (project.dataset / "index.json").write_text(index.replace('"test"', '"train"'))
+    with pytest.raises(DataError, match="test split holds no photos"):
+        run(context)
+    (project.dataset / "index.json").unlink()
+    with pytest.raises(DataError, match="preprocess"):
+        run(context)
+    assert not project.metrics.exists()
 
 
 def test_the_stage_scores_the_test_split_and_repeats_itself_to_the_byte(context: Context) -> None:
@@ -165,7 +158,8 @@ def test_the_stage_scores_the_test_split_and_repeats_itself_to_the_byte(context:
         np.array([entry["probabilities"] for entry in predictions["photos"]]),
         np.array([predictions["labels"].index(entry["label"]) for entry in predictions["photos"]]),
     )
-    assert {"robustness", "standard_errors"} < set(metrics)
+    assert {"robustness", "standard_errors", "certainty"} < set(metrics)
+    assert 0 < metrics["certainty"]["certain_above"] < 1
     assert metrics["robustness"]["photos"] == 18
     assert {**metrics, **json.loads(json.dumps(again.to_json()))} == metrics
     assert metrics["n"] == 18

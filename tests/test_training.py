@@ -1,59 +1,55 @@
-"""The training stage: batches of a phase, both modes, and what it writes; at 32 x 32."""
+"""The training phases: plan, both modes, precision, regularizers and what the stage writes."""
 
 import json
 import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.data.dataset import open_dataset
 from tasks.errors import ModelError, ParamsError, StageError
-from tasks.model.network import build_model, freeze, get_tail, set_tail
-from tasks.model.tail import FULL, MIXED, Tail, matmul_in, usable_precision
-from tasks.model.weights import BACKBONE_FILE, Weights, read_phase
+from tasks.model.feature_store import Features, open_features
+from tasks.model.files import BACKBONE_FILE, Weights, read_phase
+from tasks.model.network import (
+    FULL,
+    MIXED,
+    Tail,
+    build_model,
+    freeze,
+    get_tail,
+    matmul_in,
+    set_tail,
+    usable_precision,
+)
 from tasks.params import BACKBONE, PhaseParams, TrainingParams
-from tasks.project import Project
 from tasks.stage import Context, silent
 from tasks.train import train
-from tasks.training.cached import fit_cached
+from tasks.training.cached import Adam, WeightAverage, fit_cached, mixstyle, random_erasing
 from tasks.training.end_to_end import fit_end_to_end
 from tasks.training.plan import Plan, plan_phase, score_logits
-from tests.fixtures.models import SIZE, StoredArrays
+from tests.fixtures.models import SIZE, Workshop, changed, copied, with_phases
 
-Workshop = Callable[..., Context]
 PHASES = ["base", "fine_tune", "full"]
 
 
 def plan_of(photos: int, copies: int, batch_size: int = 8, name: str = "full") -> Plan:
     rows = np.arange(photos, dtype=np.int64)
+    phase = {"init_from": "base", "data_fraction": 1.0, "trainable_layers": 10}
+    training = {"mode": "cached", "precision": FULL, "batch_size": batch_size, "dropout": 0.0}
+    off = {"mixstyle_prob": 0.0, "random_erasing_prob": 0.0, "temperature": 1.0}
     return Plan(
         name=name,
-        phase=PhaseParams(
-            init_from="base",
-            data_fraction=1.0,
-            trainable_layers=10,
-            learning_rate=1e-3,
-            epochs=3,
-            swa_fraction=0.0,
-        ),
-        training=TrainingParams(
-            mode="cached",
-            precision="float32",
-            batch_size=batch_size,
-            dropout=0.0,
-            mixstyle_prob=0.0,
-            random_erasing_prob=0.0,
-            temperature=1.0,
-        ),
+        phase=PhaseParams(**phase, learning_rate=1e-3, epochs=3, swa_fraction=0.0),  # type: ignore[arg-type]
+        training=TrainingParams(**training, **off),  # type: ignore[arg-type]
         seed=7,
         copies=copies,
         train=rows,
@@ -81,9 +77,8 @@ def test_each_photo_shows_every_copy_once_before_any_comes_again(
         assert [len(chosen) for chosen, _ in batches[:-1]] == [batch_size] * (len(batches) - 1)
         positions = np.concatenate([chosen for chosen, _ in batches])
         assert sorted(positions) == list(range(photos))
-        seen.update(
-            zip(positions, np.concatenate([numbers for _, numbers in batches]), strict=True)
-        )
+        numbers = np.concatenate([numbers for _, numbers in batches])
+        seen.update(zip(positions, numbers, strict=True))
     assert set(seen.values()) == {1}
     assert len(seen) == photos * (copies + 1)
 
@@ -99,24 +94,15 @@ def test_order_depends_on_epoch_and_phase_and_repeats() -> None:
 
 
 def test_phases_with_one_fraction_share_their_photos(workshop: Workshop) -> None:
-    context = workshop()
+    context = with_phases(workshop(), data_fraction=0.5)
     dataset = open_dataset(context.project.dataset)
-    halves = {
-        name: phase.model_copy(update={"data_fraction": 0.5})
-        for name, phase in context.params.phases.items()
-    }
-    params = context.params.model_copy(update={"phases": halves})
-    base, fine_tune = (plan_phase(params, name, dataset) for name in ("base", "fine_tune"))
+    base, fine_tune = (plan_phase(context.params, name, dataset) for name in PHASES[:2])
     assert np.array_equal(base.train, fine_tune.train)
     assert len(base.train) == 12
     assert set(base.train) <= set(dataset.rows("train"))
     assert np.array_equal(base.val, dataset.rows("val"))
-
-
-def test_an_unknown_phase_is_refused(workshop: Workshop) -> None:
-    context = workshop()
     with pytest.raises(ParamsError, match="no phase 'head', only base, fine_tune, full"):
-        plan_phase(context.params, "head", open_dataset(context.project.dataset))
+        plan_phase(context.params, "head", dataset)
 
 
 def test_loss_of_logits_is_the_cross_entropy_and_stays_finite() -> None:
@@ -125,8 +111,13 @@ def test_loss_of_logits_is_the_cross_entropy_and_stays_finite() -> None:
     assert score_logits(logits, np.array([1]))[0] == pytest.approx(1e4)
 
 
+@pytest.fixture(scope="session")
+def stored(chain: Context) -> Features:
+    return open_features(chain.project.features)
+
+
 def start(context: Context, phase: str, augmented: bool = False) -> Any:
-    """The whole model, unfrozen for one phase."""
+    """The assembled model, unfrozen for one phase."""
     model = build_model(
         context.params.augmentation if augmented else None,
         context.params.training.dropout,
@@ -138,11 +129,11 @@ def start(context: Context, phase: str, augmented: bool = False) -> Any:
     return model
 
 
-def fit(context: Context, phase: str, mode: str, features: Any, model: Any = None) -> Any:
-    """Train one phase from the backbone; weights, curve and validation logits."""
+def fit(context: Context, phase: str, features: Any, model: Any = None) -> Any:
+    """Train one phase from the backbone, end to end without features; weights, curve, logits."""
     dataset = open_dataset(context.project.dataset)
     plan = plan_phase(context.params, phase, dataset)
-    if mode == "end_to_end":
+    if features is None:
         model = model or start(context, phase)
         curve, logits = fit_end_to_end(model, plan, dataset.images, silent)
         return get_tail(model), curve, logits
@@ -152,7 +143,7 @@ def fit(context: Context, phase: str, mode: str, features: Any, model: Any = Non
     return tail.weights(), curve, logits
 
 
-def changed(before: Weights, after: Weights) -> set[str]:
+def moved(before: Weights, after: Weights) -> set[str]:
     """Layers whose weights differ."""
     assert before.keys() == after.keys()
     return {name.split("/")[0] for name in before if not np.array_equal(before[name], after[name])}
@@ -160,16 +151,30 @@ def changed(before: Weights, after: Weights) -> set[str]:
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_phase_trains_its_layers_and_no_batch_norm(
-    workshop: Workshop, stored: StoredArrays, phase: str
+    workshop: Workshop, stored: Features, phase: str
 ) -> None:
     context = workshop()
     model = start(context, phase)
     before = get_tail(model)
-    weights, _, _ = fit(context, phase, "cached", stored)
+    weights, _, _ = fit(context, phase, stored)
     opened = {layer.name for layer in model.get_layer("efficientnetb0").layers if layer.trainable}
     weighted = {name.split("/")[0] for name in before}
-    assert changed(before, weights) == (opened & weighted) | {"predictions"}
-    assert not [name for name in changed(before, weights) if name.endswith("bn")]
+    assert moved(before, weights) == (opened & weighted) | {"predictions"}
+    assert not [name for name in moved(before, weights) if name.endswith("bn")]
+
+
+@pytest.mark.parametrize("opened", [0, 10, 16])
+def test_the_tail_and_the_model_train_the_same_variables(workshop: Workshop, opened: int) -> None:
+    weights = read_phase(workshop().project, BACKBONE)
+    model = build_model(size=SIZE, seed=3)
+    set_tail(model, weights)
+    freeze(model, opened)
+    tail = Tail(weights, opened, seed=3)
+    assert not moved(get_tail(model), tail.weights())
+    shapes = sorted(tuple(variable.shape) for variable in tail.trainable_variables)
+    layers = [*model.get_layer("efficientnetb0").layers[-16:], model.get_layer("predictions")]
+    variables = [variable for layer in layers for variable in layer.trainable_variables]
+    assert shapes == sorted(tuple(variable.shape) for variable in variables)
 
 
 @pytest.mark.slow
@@ -178,62 +183,54 @@ def test_trunk_and_batch_norms_stay_under_live_augmentation(workshop: Workshop) 
     model = start(context, "full", augmented=True)
     backbone = model.get_layer("efficientnetb0")
     before = {v.path: v.numpy() for layer in backbone.layers for v in layer.weights}
-    fit(context, "full", "end_to_end", None, model)
+    fit(context, "full", None, model)
     after = {v.path: v.numpy() for layer in backbone.layers for v in layer.weights}
-    moved = {name for name in before if not np.array_equal(before[name], after[name])}
-    assert moved == {v.path for layer in backbone.layers for v in layer.trainable_variables}
-    assert not [name for name in moved if "bn" in name or "block6" in name]
+    changes = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changes == {v.path for layer in backbone.layers for v in layer.trainable_variables}
+    assert not [name for name in changes if "bn" in name or "block6" in name]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 def test_both_modes_give_the_same_losses_for_the_same_pictures(
-    workshop: Workshop, stored: StoredArrays, phase: str
+    workshop: Workshop, stored: Features, phase: str
 ) -> None:
-    context = workshop(dropout=0.0, precision="float32")
-    plain = context.params.features.model_copy(update={"augmented_copies": 0})
-    context = replace(context, params=context.params.model_copy(update={"features": plain}))
-    weights, curve, logits = fit(context, phase, "cached", stored)
-    keras_weights, keras_curve, keras_logits = fit(context, phase, "end_to_end", None)
+    context = changed(workshop(dropout=0.0, precision=FULL), "features", augmented_copies=0)
+    weights, curve, logits = fit(context, phase, stored)
+    keras_weights, keras_curve, keras_logits = fit(context, phase, None)
+    # The features of one are rounded to float16.
     for left, right in zip(curve, keras_curve, strict=True):
-        assert left.loss == pytest.approx(right.loss, abs=1e-4)
-        assert left.val_loss == pytest.approx(right.val_loss, abs=1e-4)
+        assert left.loss == pytest.approx(right.loss, abs=1e-3)
+        assert left.val_loss == pytest.approx(right.val_loss, abs=1e-3)
         assert left.accuracy == pytest.approx(right.accuracy)
     centred = [rows - rows.mean(axis=1, keepdims=True) for rows in (logits, keras_logits)]
-    np.testing.assert_allclose(*centred, atol=1e-3)
+    np.testing.assert_allclose(*centred, atol=5e-3)
     name = "predictions/kernel"
-    np.testing.assert_allclose(weights[name], keras_weights[name], atol=1e-4)
+    np.testing.assert_allclose(weights[name], keras_weights[name], atol=5e-4)
 
 
-def test_mixed_precision_follows_the_same_curve(workshop: Workshop, stored: StoredArrays) -> None:
+def test_mixed_precision_follows_the_same_curve(workshop: Workshop, stored: Features) -> None:
     # Dropout would scale up what it leaves of an untrained network, and its rounding.
     runs = [
-        fit(workshop(precision=precision, dropout=0.0), "full", "cached", stored)
+        fit(workshop(precision=precision, dropout=0.0), "full", stored)
         for precision in (FULL, MIXED)
     ]
     for full, mixed in zip(runs[0][1], runs[1][1], strict=True):
         assert mixed.loss == pytest.approx(full.loss, rel=0.03)
         assert mixed.val_loss == pytest.approx(full.val_loss, rel=0.03)
-    assert changed(runs[0][0], runs[1][0])
+    assert moved(runs[0][0], runs[1][0])
     assert all(values.dtype == np.float32 for values in runs[1][0].values())
 
 
-@pytest.mark.parametrize("mode", ["cached", pytest.param("end_to_end", marks=pytest.mark.slow)])
-def test_training_twice_gives_the_same_bits(
-    workshop: Workshop, stored: StoredArrays, mode: str
-) -> None:
-    context = workshop(mode=mode)
-    first, again = (fit(context, "full", mode, stored) for _ in range(2))
+@pytest.mark.slow
+def test_training_end_to_end_twice_gives_the_same_bits(workshop: Workshop) -> None:
+    first, again = (fit(workshop(mode="end_to_end"), "full", None) for _ in range(2))
     assert first[1] == again[1]
-    assert not changed(first[0], again[0])
+    assert not moved(first[0], again[0])
 
 
-def test_a_phase_learns(workshop: Workshop, stored: StoredArrays) -> None:
-    context = workshop(dropout=0.0)
-    phases = context.params.phases
-    longer = phases | {"full": phases["full"].model_copy(update={"epochs": 12})}
-    context = replace(context, params=context.params.model_copy(update={"phases": longer}))
-    _, curve, _ = fit(context, "full", "cached", stored)
+def test_a_phase_learns(workshop: Workshop, stored: Features) -> None:
+    _, curve, _ = fit(with_phases(workshop(dropout=0.0), epochs=12), "full", stored)
     assert curve[-1].loss < 0.5 * curve[0].loss
     assert curve[-1].accuracy > curve[0].accuracy
 
@@ -290,12 +287,10 @@ def test_a_phase_trains_in_float32_where_bfloat16_would_be_emulated(
     monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
     runs = []
     for wanted in (MIXED, FULL):
-        project = copied(chain, tmp_path / wanted)
-        training = chain.params.training.model_copy(update={"precision": wanted})
-        params = chain.params.model_copy(update={"training": training})
+        context = changed(copied(chain, tmp_path / wanted), "training", precision=wanted)
         with caplog.at_level(logging.INFO, "tasks.train"):
-            train(Context(project, params), "full", SIZE)
-        folder = project.weights("full")
+            train(context, "full", SIZE)
+        folder = context.project.weights("full")
         runs.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert runs[0] == runs[1]
     assert json.loads(runs[0]["history.json"])["precision"] == FULL
@@ -304,62 +299,144 @@ def test_a_phase_trains_in_float32_where_bfloat16_would_be_emulated(
     ]
 
 
-def copied(chain: Context, root: Path) -> Project:
-    project = Project(root)
-    shutil.copytree(chain.project.artifacts, project.artifacts)
-    return project
-
-
 def test_a_diverged_phase_writes_nothing(chain: Context, tmp_path: Path) -> None:
-    project = copied(chain, tmp_path)
-    shutil.rmtree(project.weights("full"))
-    phases = chain.params.phases
-    wild = phases | {"full": phases["full"].model_copy(update={"learning_rate": 1e30})}
-    context = Context(project, chain.params.model_copy(update={"phases": wild}))
+    context = with_phases(copied(chain, tmp_path), learning_rate=1e30)
+    shutil.rmtree(context.project.weights("full"))
     with pytest.raises(StageError, match=r"full diverged in epoch 1 .*learning_rate"):
         train(context, "full", SIZE)
-    assert not project.weights("full").exists()
+    assert not context.project.weights("full").exists()
 
 
 def test_a_phase_names_the_weights_it_lacks(chain: Context, tmp_path: Path) -> None:
-    project = copied(chain, tmp_path)
-    shutil.rmtree(project.weights("fine_tune"))
+    context = copied(chain, tmp_path)
+    shutil.rmtree(context.project.weights("fine_tune"))
     with pytest.raises(ModelError, match=r"fine_tune/weights\.safetensors'"):
-        train(Context(project, chain.params), "full", SIZE)
+        train(context, "full", SIZE)
     with pytest.raises(ModelError, match="block7a_expand_conv/kernel' are missing"):
         Tail({}).pooled(tf.zeros((1, 1, 1, 192)))
 
 
-def test_history_lists_each_epoch_and_no_times(chain: Context) -> None:
+def test_training_again_gives_the_same_bytes_and_no_times(chain: Context, tmp_path: Path) -> None:
+    context = copied(chain, tmp_path)
     for phase in PHASES:
-        history = json.loads(chain.project.history(phase).read_text())
-        assert history["phase"] == phase
-        assert history["images"] == 24
-        assert [epoch["epoch"] for epoch in history["epochs"]] == [1, 2]
-        assert set(history["epochs"][0]) == {
-            *("epoch", "loss", "accuracy", "val_loss", "val_accuracy")
-        }
-
-
-def test_training_again_gives_the_same_bytes(chain: Context, tmp_path: Path) -> None:
-    project = copied(chain, tmp_path)
-    for phase in PHASES:
-        shutil.rmtree(project.weights(phase))
-        train(Context(project, chain.params), phase, SIZE)
-        for path in project.weights(phase).iterdir():
+        shutil.rmtree(context.project.weights(phase))
+        train(context, phase, SIZE)
+        for path in context.project.weights(phase).iterdir():
             first = chain.project.weights(phase) / path.name
             assert path.read_bytes() == first.read_bytes(), path
+        history = json.loads(context.project.history(phase).read_text())
+        assert (history["phase"], history["images"]) == (phase, 24)
+        assert [epoch.pop("epoch") for epoch in history["epochs"]] == [1, 2]
+        assert set(history["epochs"][0]) == {"loss", "accuracy", "val_loss", "val_accuracy"}
 
 
-@pytest.mark.parametrize("opened", [0, 10, 16])
-def test_the_tail_and_the_model_train_the_same_variables(workshop: Workshop, opened: int) -> None:
-    weights = read_phase(workshop().project, BACKBONE)
-    model = build_model(size=SIZE, seed=3)
-    set_tail(model, weights)
-    freeze(model, opened)
-    tail = Tail(weights, opened, seed=3)
-    assert not changed(get_tail(model), tail.weights())
-    shapes = sorted(tuple(variable.shape) for variable in tail.trainable_variables)
-    layers = [*model.get_layer("efficientnetb0").layers[-16:], model.get_layer("predictions")]
-    variables = [variable for layer in layers for variable in layer.trainable_variables]
-    assert shapes == sorted(tuple(variable.shape) for variable in variables)
+def maps(seed: int, count: int = 8) -> np.ndarray:
+    """Feature maps that differ in the mean and the deviation of their channels."""
+    random = np.random.default_rng(seed)
+    levels = random.uniform(-3, 3, (count, 1, 1, 6)), random.uniform(0.5, 2, (count, 1, 1, 6))
+    return (levels[0] + levels[1] * random.normal(size=(count, 7, 7, 6))).astype(np.float32)
+
+
+@given(seed=st.integers(0, 500), count=st.integers(1, 12))
+def test_mixstyle_keeps_shapes_and_mixes_statistics_within_the_batch(seed: int, count: int) -> None:
+    before = maps(seed, count)
+    after = mixstyle(before, np.random.default_rng(seed), 1.0)
+    for statistic in (np.mean, np.std):
+        now, was = (statistic(batch, axis=(1, 2)) for batch in (after, before))
+        assert (now >= was.min(axis=0) - 1e-3).all()
+        assert (now <= was.max(axis=0) + 1e-3).all()
+    shapes = [
+        (batch - batch.mean(axis=(1, 2), keepdims=True)) / batch.std(axis=(1, 2), keepdims=True)
+        for batch in (before, after)
+    ]
+    np.testing.assert_allclose(*shapes, atol=1e-3)
+    single = mixstyle(before[:, :1, :1], np.random.default_rng(seed), 1.0)
+    assert np.isfinite(single).all()
+
+
+def test_mixstyle_moves_some_photos_to_another_style() -> None:
+    before = maps(1, 32)
+    after = mixstyle(before, np.random.default_rng(1), 1.0)
+    moves = np.abs((after - before).mean(axis=(1, 2))).max(axis=1) > 0.5
+    assert 5 < moves.sum() < 28
+
+
+@given(seed=st.integers(0, 500), count=st.integers(1, 9), side=st.integers(1, 9))
+def test_erasing_removes_one_small_rectangle_in_every_channel(
+    seed: int, count: int, side: int
+) -> None:
+    before = np.random.default_rng(1).uniform(1, 2, (count, side, side, 3)).astype(np.float32)
+    after = random_erasing(before, np.random.default_rng(seed), 1.0)
+    assert np.array_equal(after[after != 0], before[after != 0])
+    if side == 1:
+        assert after is before
+        return
+    for photo in after:
+        gone = photo == 0
+        assert (gone == gone[..., :1]).all()
+        rows, columns = np.nonzero(gone[..., 0])
+        height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+        assert len(rows) == height * width
+        assert max(height, width) <= max(side * 3 // 7, 1)
+
+
+def test_erasing_reaches_every_place() -> None:
+    after = random_erasing(np.ones((400, 7, 7, 2), np.float32), np.random.default_rng(2), 1.0)
+    assert (after == 0).any(axis=0).all()
+
+
+@pytest.mark.parametrize("regularize", [mixstyle, random_erasing])
+@pytest.mark.parametrize(("probability", "expected"), [(0.0, 0), (0.3, 300), (1.0, 1000)])
+def test_probability_is_the_share_of_batches_or_photos(
+    regularize: Callable[..., np.ndarray], probability: float, expected: int
+) -> None:
+    random = np.random.default_rng(0)
+    batch = maps(3, 2)
+    if regularize is mixstyle:
+        count = sum(mixstyle(batch, random, probability) is not batch for _ in range(1000))
+    else:
+        after = random_erasing(np.ones((1000, 7, 7, 1), np.float32), random, probability)
+        count = int((after == 0).any(axis=(1, 2, 3)).sum())
+    assert count == pytest.approx(expected, abs=50)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=12), st.floats(0, 1))
+def test_the_last_updates_count_alike_and_the_first_not_at_all(
+    values: list[float], share: float
+) -> None:
+    variable = tf.Variable(np.zeros(2, np.float32))
+    average = WeightAverage([variable], len(values), share)
+    last = values[len(values) - max(round(share * len(values)), 1) :]
+    for number, value in enumerate(values):
+        variable.assign(np.full(2, value, np.float32))
+        average.update()
+        with average.applied():
+            if number < len(values) - len(last):
+                np.testing.assert_allclose(variable.numpy(), value, rtol=1e-6, atol=1e-6)
+        assert variable.numpy()[0] == value
+    average.keep()
+    np.testing.assert_allclose(variable.numpy(), np.mean(last), rtol=1e-4, atol=1e-4)
+
+
+def test_updates_are_those_of_keras_adam() -> None:
+    start = [np.random.default_rng(0).normal(size=size).astype("f4") for size in ((5, 4), (4,))]
+
+    def trained(update: Callable[..., None], variables: list[Any]) -> list[np.ndarray]:
+        random = np.random.default_rng(1)
+        for scale in np.logspace(-6, 3, 12):
+            update([tf.constant(scale * random.normal(size=v.shape), tf.float32) for v in start])
+        return [variable.numpy() for variable in variables]
+
+    ours = [tf.Variable(value) for value in start]
+    theirs = [keras.Variable(value) for value in start]
+    reference = keras.optimizers.Adam(0.05)
+    reference.build(theirs)
+    pairs = zip(
+        trained(Adam(ours, 0.05).apply, ours),
+        trained(lambda gradients: reference.apply(gradients, theirs), theirs),
+        strict=True,
+    )
+    for left, right in pairs:
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(ours[0], start[0], atol=1e-2)
