@@ -89,7 +89,7 @@ def run(context: Context, item: str | None = None) -> None:
         **scores.to_json(),
         "standard_errors": standard_errors(probabilities, labels),
         "robustness": robustness(classifier, images, labels, context.progress),
-        "certainty": certainty(classifier, dataset.images[val], context.params.seed),
+        "certainty": certainty(classifier, dataset.images[val]),
     }
     write_json(project.metrics, metrics)
 
@@ -105,7 +105,7 @@ def _history(context: Context, phase: str) -> dict[str, Any]:
     return history
 
 
-def certainty(classifier: Classifier, photos: Image, seed: int) -> dict[str, float]:
+def certainty(classifier: Classifier, photos: Image) -> dict[str, float]:
     """Choose the confidence below which an answer is called uncertain.
 
     It is as low as calling `DOUBTED_HANDLESS` of the pictures without a hand uncertain
@@ -117,7 +117,7 @@ def certainty(classifier: Classifier, photos: Image, seed: int) -> dict[str, flo
     Returns:
         `certain_above`, and the share of photos and of pictures without a hand below it.
     """
-    handless = draw_handless(HANDLESS, classifier.preprocess, seed)
+    handless = draw_handless(HANDLESS, classifier.preprocess)
     none, some = (
         classifier.probabilities(pictures).max(axis=1).astype(float)
         if len(pictures)
@@ -134,9 +134,9 @@ def certainty(classifier: Classifier, photos: Image, seed: int) -> dict[str, flo
     return {"certain_above": float(limit), **found}
 
 
-def draw_handless(count: int, preprocess: PreprocessParams, seed: int) -> Image:
+def draw_handless(count: int, preprocess: PreprocessParams, seed: int = 0) -> Image:
     """Draw walls, plain and cluttered, one colour, and noise; uint8, (count, d, d, 3)."""
-    random = np.random.default_rng([seed, HANDLESS])
+    random = np.random.default_rng(seed)
     pictures = []
     for number in range(count):
         if number % 6 < 4:

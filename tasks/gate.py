@@ -19,7 +19,7 @@ from tasks.stage import Context, stage_main
 Number = int | float
 
 CORRUPTIONS = ("rotation", "brightness", "blur", "scale", "jpeg")
-"""Kinds that the model must have been tested with; see `tasks.scoring.robustness`."""
+"""Kinds that the model must have been tested with; see `tasks.evaluate`."""
 
 LARGEST = 1e12
 """A loss or a count above this is broken."""

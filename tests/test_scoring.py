@@ -183,8 +183,8 @@ def test_corrupted_photos_are_balanced_over_the_classes() -> None:
 
 
 def test_an_answer_is_certain_above_what_pictures_without_a_hand_reach() -> None:
-    handless = draw_handless(HANDLESS, RESIZE, seed=3)
-    assert np.array_equal(handless, draw_handless(HANDLESS, RESIZE, seed=3))
+    handless = draw_handless(HANDLESS, RESIZE)
+    assert np.array_equal(handless, draw_handless(HANDLESS, RESIZE))
     assert 0 < np.mean([not np.ptp(picture, axis=(0, 1)).any() for picture in handless]) < 0.5
     side, photos = RESIZE.image_size, np.full((50, RESIZE.image_size, 1, 3), 9, np.uint8)
     photos = np.repeat(photos, side, axis=2)
@@ -198,14 +198,14 @@ def test_an_answer_is_certain_above_what_pictures_without_a_hand_reach() -> None
 
         return Classifier(forward, RESIZE, 32)
 
-    clear = certainty(sure_of(0.99), photos, 3)
+    clear = certainty(sure_of(0.99), photos)
     assert 0.5 < clear["certain_above"] < 0.6
     assert clear["doubted_photos"] == 0
     assert clear["doubted_handless"] == pytest.approx(0.95, abs=0.01)
-    blurred = certainty(sure_of(0.52), photos, 3)
-    assert blurred["certain_above"] == pytest.approx(0.52, abs=1e-6)
+    blurred = certainty(sure_of(0.52), photos)
+    assert blurred["certain_above"] == pytest.approx(0.52, abs=2e-6)
     assert blurred["doubted_photos"] <= DOUBTED_PHOTOS
-    assert certainty(sure_of(0.9), photos[:0], 3)["doubted_photos"] == 0
+    assert certainty(sure_of(0.9), photos[:0])["doubted_photos"] == 0
 
 
 def case(n: int, sharpness: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
