@@ -1,6 +1,5 @@
 """What is said of a rebuilt release: identical, or where it parts and why."""
 
-import copy
 import shutil
 import subprocess
 import sys
@@ -21,119 +20,109 @@ from flows.workspace import Workspace
 from tasks.errors import ReleaseError, ServiceError
 from tasks.io import write_json
 from tasks.project import Project
-from tasks.releases.provenance import RebuildComparison, compare_builds, environment
+from tasks.releases.provenance import compare_builds, environment
 from tasks.stage import silent
 from tests.fixtures.photos import CHECKOUT
 
-LOCK: dict[str, Any] = {
-    "stages": {
-        "audit": {
-            "deps": [{"path": "data", "md5": "d"}, {"path": "tasks/audit.py", "md5": "a"}],
-            "outs": [
-                {"path": "artifacts/audit.json", "md5": "j"},
-                {"path": "artifacts/plots/audit.png", "md5": "p"},
-            ],
-        },
-        "train@full": {
-            "deps": [{"path": "artifacts/audit.json", "md5": "j"}],
-            "params": {"params.yaml": {"seed": 20}},
-            "outs": [{"path": "artifacts/weights/full", "md5": "w"}],
-        },
-        "evaluate": {
-            "deps": [{"path": "artifacts/weights/full", "md5": "w"}],
-            "outs": [{"path": "artifacts/metrics.json", "md5": "m"}],
-        },
-    }
+DEPS: dict[str, dict[str, str]] = {
+    "audit": {"data": "d", "tasks/audit.py": "a"},
+    "train@full": {"artifacts/audit.json": "j"},
+    "evaluate": {"artifacts/weights/full": "w"},
+}
+OUTS: dict[str, dict[str, str]] = {
+    "audit": {"artifacts/audit.json": "j", "artifacts/plots/audit.png": "p"},
+    "train@full": {"artifacts/weights/full": "w"},
+    "evaluate": {"artifacts/metrics.json": "m"},
 }
 NOW = environment()
 
 
-def write_build(model: Path, metrics: Path, lock: Path, record: Any, weight: float) -> None:
+def write_build(project: Project, weight: float, change: Callable[[Any], None]) -> None:
+    """Write what is compared of a build, with a changed record in `dvc.lock`."""
     content = BytesIO()
     with h5py.File(content, "w") as file:
         file["layers/dense/vars/0"] = np.full((2, 3), weight, "f4")
-    model.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(model, "w") as archive:
+    project.artifacts.mkdir(parents=True)
+    with zipfile.ZipFile(project.model, "w") as archive:
         archive.writestr("model.weights.h5", content.getvalue())
-    write_json(metrics, {"accuracy": 0.5, "loss": weight, "auc": 1.0, "ece": 0.0})
-    lock.write_text(yaml.safe_dump(record))
-
-
-def compared(
-    tmp_path: Path, change: Callable[[Any], None], then: Any = NOW, weight: float = 1.0
-) -> RebuildComparison:
-    release, built = tmp_path / "release", Project(tmp_path / "built")
-    for folder in (release, built.root):
-        folder.mkdir()
-    write_build(release / "model.keras", release / "metrics.json", release / "dvc.lock", LOCK, 1.0)
-    record = copy.deepcopy(LOCK)
-    change(record["stages"])
-    write_build(built.model, built.metrics, built.root / "dvc.lock", record, weight)
-    for path in (release / "model.pb", release / "gate.json", built.graph, built.gate):
+    write_json(project.metrics, {"accuracy": 0.5, "loss": weight, "auc": 1.0, "ece": 0.0})
+    for path in (project.graph, project.gate):
         path.write_bytes(b"{}")
-    return compare_builds(release, built, then, NOW)
+    stages: dict[str, Any] = {
+        name: {
+            "deps": [{"path": path, "md5": md5} for path, md5 in DEPS[name].items()],
+            "outs": [{"path": path, "md5": md5} for path, md5 in OUTS[name].items()],
+            "params": {"seed": 20},
+        }
+        for name in DEPS
+    }
+    change(stages)
+    project.lock.write_text(yaml.safe_dump({"stages": stages}))
 
 
-def result(md5: str) -> Callable[[Any], None]:
-    """Training gave other weights, and so evaluation got others."""
-
-    def change(stages: Any) -> None:
-        stages["train@full"]["outs"][0]["md5"] = md5
-        stages["evaluate"]["deps"][0]["md5"] = md5
-        stages["evaluate"]["outs"][0]["md5"] = md5
-
-    return change
+def other_weights(stages: Any) -> None:
+    stages["train@full"]["outs"][0]["md5"] = stages["evaluate"]["deps"][0]["md5"] = "x"
 
 
-def test_the_same_bytes_are_identical_even_if_a_picture_differs(tmp_path: Path) -> None:
-    found = compared(tmp_path, lambda s: s["audit"]["outs"][1].update(md5="other"))
-    assert found.identical
-    assert found.metrics["loss"] == (1.0, 1.0)
-    assert found.of("a" * 32, "b" * 40, 2.0).describe().endswith("identical.")
+def other_picture(stages: Any) -> None:
+    stages["audit"]["outs"][1]["md5"] = "x"
 
 
-def test_the_first_stage_that_parts_is_named_and_by_how_much(tmp_path: Path) -> None:
-    found = compared(tmp_path, result("x"), weight=1.25)
-    assert (
-        found.difference == "stage train@full gave another artifacts/weights/full from the "
-        "same inputs."
-    )
-    assert found.weights == 0.25
-    assert found.metrics["loss"] == (1.0, 1.25)
-    assert "none that is recorded" in str(found.cause)
-    assert "\n" not in found.describe()
+def other_photos(stages: Any) -> None:
+    stages["audit"]["deps"][0]["md5"] = "x"
 
 
-@pytest.mark.parametrize(
-    ("then", "words"),
-    [
-        ({**NOW, "libraries": {**NOW["libraries"], "keras": "3.0"}}, "keras 3.0 -> "),
-        ({**NOW, "instructions": ["avx2"]}, "a processor with other instructions"),
-        ({**NOW, "processor": "abacus"}, "another processor: abacus"),
-        ({**NOW, "cores": 96}, "another number of cores: 96"),
-        (None, "does not say what it was computed with"),
-    ],
-)
-def test_the_likely_cause_is_what_differs_around_it(tmp_path: Path, then: Any, words: str) -> None:
-    found = compared(tmp_path, result("x"), then, weight=2.0)
-    assert not found.identical
-    assert words in str(found.cause)
+def other_code(stages: Any) -> None:
+    stages["audit"]["deps"][1]["md5"] = "x"
+
+
+def other_params(stages: Any) -> None:
+    stages["train@full"]["params"] = {}
+
+
+def no_evaluation(stages: Any) -> None:
+    del stages["evaluate"]
+
+
+SAME_INPUTS = "stage train@full gave another artifacts/weights/full from the same inputs."
+OTHER_KERAS = {**NOW, "libraries": {**NOW["libraries"], "keras": "3.0"}}
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "then", "weight", "difference", "cause"),
     [
-        (lambda s: s["audit"]["deps"][0].update(md5="x"), "the photos differ"),
-        (lambda s: s["audit"]["deps"][1].update(md5="x"), "tasks/audit.py is not what audit ran"),
-        (lambda s: s["train@full"].update(params={}), "train@full has other parameters"),
-        (lambda s: s.pop("evaluate"), "stage evaluate is gone"),
+        (other_picture, NOW, 1.0, "None", "None"),
+        (other_weights, NOW, 1.25, SAME_INPUTS, "none that is recorded"),
+        (other_weights, OTHER_KERAS, 2.0, SAME_INPUTS, "keras 3.0 -> "),
+        (other_weights, {**NOW, "instructions": ["avx2"]}, 2.0, SAME_INPUTS, "other instructions"),
+        (other_weights, {**NOW, "processor": "abacus"}, 2.0, SAME_INPUTS, "processor: abacus"),
+        (other_weights, {**NOW, "cores": 96}, 2.0, SAME_INPUTS, "another number of cores: 96"),
+        (other_weights, None, 2.0, SAME_INPUTS, "does not say what it was computed with"),
+        (other_photos, NOW, 2.0, "the photos differ", "rendered on other arithmetic"),
+        (other_code, NOW, 2.0, "tasks/audit.py is not what audit ran", "not in the commit"),
+        (other_params, NOW, 2.0, "train@full has other parameters", "another params.yaml"),
+        (no_evaluation, NOW, 2.0, "stage evaluate is gone", "another dvc.yaml"),
     ],
 )
-def test_other_data_code_or_parameters_come_first(
-    tmp_path: Path, change: Callable[[Any], None], words: str
+def test_a_rebuilt_model_is_identical_or_it_is_told_where_it_parts_and_why(
+    tmp_path: Path,
+    change: Callable[[Any], None],
+    then: Any,
+    weight: float,
+    difference: str,
+    cause: str,
 ) -> None:
-    found = compared(tmp_path, change, weight=2.0)
-    assert words in str(found.difference)
+    first, built, release = Project(tmp_path / "a"), Project(tmp_path / "b"), tmp_path / "release"
+    write_build(first, 1.0, lambda stages: None)
+    write_build(built, weight, change)
+    shutil.copytree(first.artifacts, release)
+    shutil.copy(first.lock, release)
+    found = compare_builds(release, built, then, NOW)
+    assert found.identical == (weight == 1.0)
+    assert (found.weights, found.metrics["loss"]) == (weight - 1.0, (1.0, weight))
+    assert difference in str(found.difference)
+    assert cause in str(found.cause)
+    assert "\n" not in found.of("a" * 32, "b" * 40, 2.0).describe()
 
 
 @pytest.mark.parametrize(
@@ -147,36 +136,8 @@ def test_other_data_code_or_parameters_come_first(
 def test_what_is_in_no_commit_cannot_be_rebuilt(facts: dict[str, Any], words: str) -> None:
     with pytest.raises(ReleaseError, match=words):
         recorded_revision(facts, "0" * 32)
-
-
-def test_what_the_release_brings_itself_may_differ_from_the_commit() -> None:
-    facts = {"git_revision": "abc-dirty", "changed": ["params.yaml", "data.dvc"]}
-    assert recorded_revision(facts, "0" * 32) == "abc"
-
-
-def test_the_worktree_goes_whatever_happens(tmp_path: Path) -> None:
-    author = ["-c", "user.name=tests", "-c", "user.email=tests@example.invalid"]
-    (tmp_path / "file").write_text("first")
-    for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "First"]):
-        subprocess.run(["git", "-C", tmp_path, *command], check=True)
-    (tmp_path / "file").write_text("second")
-    places = []
-
-    def interrupted() -> None:
-        with checkout(Project(tmp_path), "HEAD") as built:
-            assert (built.root / "file").read_text() == "first"
-            places.append(built.root)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert not places[0].parent.exists()
-    listed = subprocess.run(
-        ["git", "-C", tmp_path, "worktree", "list"], capture_output=True, text=True
-    )
-    assert len(listed.stdout.splitlines()) == 1
-    with pytest.raises(ReleaseError, match="git fetch"), checkout(Project(tmp_path), "f" * 40):
-        pass
+    own = {"git_revision": "abc-dirty", "changed": ["params.yaml", "data.dvc"]}
+    assert recorded_revision(own, "0" * 32) == "abc"
 
 
 STAGE = """
@@ -203,8 +164,9 @@ def test_of_the_earlier_code_only_commands_that_every_version_has_are_used(tmp_p
     stage = {"cmd": "python make.py", "deps": ["data", "make.py"], "outs": outs}
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"make": stage}}))
 
-    def run(*command: str) -> None:
-        subprocess.run(command, cwd=root, check=True, capture_output=True)
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
+        return done.stdout
 
     run("git", "init", "-q")
     run(sys.executable, "-m", "dvc", "add", "data")
@@ -220,7 +182,12 @@ def test_of_the_earlier_code_only_commands_that_every_version_has_are_used(tmp_p
         assert rebuild(workspace, release, built, None, silent).identical
     shutil.rmtree(root / ".dvc/cache")
     with (
-        checkout(workspace.project, "HEAD") as built,
         pytest.raises(ServiceError, match="HANDSIGNS_DVC_REMOTE_URL"),
+        checkout(workspace.project, "HEAD") as built,
     ):
         rebuild(workspace, release, built, None, silent)
+    # The worktree goes whatever happens.
+    assert not built.root.parent.exists()
+    assert len(run("git", "worktree", "list").splitlines()) == 1
+    with pytest.raises(ReleaseError, match="git fetch"), checkout(workspace.project, "f" * 40):
+        pass
