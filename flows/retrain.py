@@ -9,11 +9,10 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from httpx import HTTPError
 from prefect import Task, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.exceptions import PrefectException, TerminationSignal
+from prefect.exceptions import TerminationSignal
 from prefect.runtime import task_run
 from prefect.states import Cancelled, Completed, Failed
 
@@ -136,13 +135,15 @@ def _conduct(run: Run) -> State[Any]:
         reason, place = error.strerror or error, error.filename or project.artifacts
         advice = "Make room or give permission, and run again."
         run.end("failed", f"The system refused an operation on '{place}' ({reason}). {advice}")
-    except (HTTPError, PrefectException) as error:
-        run.end("failed", f"Prefect failed ({type(error).__name__}). Look at its log.")
     except (TerminationSignal, KeyboardInterrupt):
         run.end("cancelled", "Interrupted. Nothing was lost; run again to continue.")
     except BaseException as error:
-        run.end("failed", f"{type(error).__name__}: {error}")
-        raise
+        name = type(error).__name__
+        if type(error).__module__.startswith(("httpx", "prefect")):
+            run.end("failed", f"Prefect failed ({name}). Look at its log, then run again.")
+        else:
+            run.end("failed", f"{name}: {error}")
+            raise
     finally:
         report = run.report
         report.seconds["total"] = time.monotonic() - began

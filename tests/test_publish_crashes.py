@@ -3,12 +3,11 @@
 import shutil
 import signal
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
 
 import pytest
 
@@ -25,7 +24,6 @@ Point = tuple[str, str, int]
 """A request, whether to kill before, during or after it, and which one of those alike."""
 
 UPLOADS = ("labels.json", "model.keras", "manifest.json", "champion.json")
-PAUSE = 0.05
 ALIAS = "POST .*/registered-models/alias$"
 POINTER = "PUT .*/champion.json$"
 PUBLISHING: list[Point] = [
@@ -44,57 +42,48 @@ QUICKLY: list[Point] = [
     (POINTER, "after", 1),
     (ALIAS, "before", 2),
 ]
-"""One of each consequence: half a release, a whole one that nobody names, no alias."""
+"""One of each consequence: half a release, a complete one that nobody names, no alias."""
+PARTS = ("outputs", "update")
 RECORDING: list[Point] = [
     ("POST .*/runs/create$", "after", 1),
     ("POST .*/logged-models$", "after", 1),
     ("PUT .*/data/model.keras$", "during", 1),
     ("PATCH .*/logged-models/m-[0-9a-f]+$", "before", 1),
-    ("POST .*/runs/outputs$", "before", 1),
-    ("POST .*/runs/outputs$", "after", 1),
-    ("POST .*/runs/update$", "before", 1),
-    ("POST .*/runs/update$", "after", 1),
+    *((f"POST .*/runs/{part}$", when, 1) for part in PARTS for when in ("before", "after")),
 ]
 
 
-@dataclass
-class Reader:
-    """Asks again and again who is champion, fetches it and looks at every byte.
+@contextmanager
+def reading(storage: Storage, folder: Path) -> Iterator[list[str]]:
+    """Ask again and again who is champion, and fetch it; which were seen, in order.
 
-    As a context it does so in a thread of its own; afterwards `seen` holds what it
-    got, in order.
+    `fetch` compares every byte; an error in it fails the block's end.
     """
+    seen: list[str] = []
+    faults: list[BaseException] = []
+    stopped = threading.Event()
 
-    storage: Storage
-    folder: Path
-    seen: list[str] = field(default_factory=list)
-    fault: BaseException | None = None
-
-    def __enter__(self) -> Self:
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _read(self) -> None:
+    def read() -> None:
         try:
-            while not self._stopped.is_set():
-                champion = read_champion(self.storage)
+            while not stopped.wait(0.05):
+                champion = read_champion(storage)
                 assert champion is not None
-                found = fetch(self.storage, champion.pointer.release, self.folder)
-                self.seen.append((found / "labels.json").read_text().split()[0])
+                found = fetch(storage, champion.pointer.release, folder)
+                seen.append((found / "labels.json").read_text().split()[0])
                 shutil.rmtree(found)
-                time.sleep(PAUSE)
         except BaseException as error:
-            self.fault = error
+            faults.append(error)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    yield seen
+    stopped.set()
+    thread.join()
+    assert not faults
 
 
 @dataclass
-class Stage:
+class Services:
     """Real services behind proxies, and who publishes to them."""
 
     direct: Storage
@@ -116,29 +105,26 @@ class Stage:
         assert code == -signal.SIGKILL, f"{point}: {code}"
 
     def published(self, folder: Path) -> Champion:
-        """Publish to the end and return the champion."""
+        """Publish to the end and return the champion, which the alias names."""
         assert started(self.publisher, folder).wait(60) == 0
-        champion = read_champion(self.direct)
+        champion, alias = read_champion(self.direct), self.registry.version_by_alias(CHAMPION)
         assert champion is not None
+        assert alias is not None
+        assert alias.number == champion.pointer.version
         return champion
-
-    def alias(self) -> int | None:
-        """Number of the version that MLflow calls champion."""
-        version = self.registry.version_by_alias(CHAMPION)
-        return version and version.number
 
 
 @pytest.fixture
-def stage(
+def services(
     s3: S3Address, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Stage]:
+) -> Iterator[Services]:
     for variable, value in mlflow_server.named.items():
         monkeypatch.setenv(variable, value)
     name, login = f"signs-{s3.bucket}", mlflow_server.login
     with proxy_to(s3.endpoint_url) as storage, proxy_to(mlflow_server.url) as registry:
         publisher = Publisher(replace(s3, endpoint_url=storage.url), registry.url, login, name)
-        services = (Storage(s3), Registry(mlflow_server.url, name, login=login))
-        yield Stage(*services, (storage, registry), publisher)
+        direct = (Storage(s3), Registry(mlflow_server.url, name, login=login))
+        yield Services(*direct, (storage, registry), publisher)
 
 
 @pytest.mark.parametrize(
@@ -146,54 +132,46 @@ def stage(
     [QUICKLY, pytest.param(PUBLISHING, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])],
 )
 def test_killed_anywhere_between_upload_and_alias_nothing_is_lost_or_half_seen(
-    stage: Stage, tmp_path: Path, points: list[Point]
+    services: Services, tmp_path: Path, points: list[Point]
 ) -> None:
     names = [f"{number:03d}" for number in range(len(points) + 1)]
     folders = [write_files(tmp_path / name, name) for name in names]
-    champions = [stage.published(folders[0])]
-    recorded = publishing.record(stage.registry, champions[0].pointer.release, folders[0])
-    stage.publisher = replace(stage.publisher, run=recorded)
-    with Reader(Storage(stage.direct.address), tmp_path / "reader") as reader:
+    champions = [services.published(folders[0])]
+    recorded = publishing.record(services.registry, champions[0].pointer.release, folders[0])
+    services.publisher = replace(services.publisher, run=recorded)
+    with reading(Storage(services.direct.address), tmp_path / "reader") as seen:
         for folder, point in zip(folders[1:], points, strict=True):
-            stage.killed(folder, point)
-            champions.append(stage.published(folder))
-            assert stage.alias() == champions[-1].pointer.version, point
-    assert reader.fault is None
-    assert reader.seen == sorted(reader.seen)
-    assert len(reader.seen) > len(points)
+            services.killed(folder, point)
+            champions.append(services.published(folder))
+    assert seen == sorted(seen)
+    assert len(seen) > len(points)
     # One release, one version and one move each, however often it was tried.
     releases = [champion.pointer.release for champion in champions]
     assert len(set(releases)) == len(points) + 1
     assert [move.release for move in champions[-1].pointer.moves] == releases
-    assert Counter(one.content_id for one in stage.registry.versions()) == Counter(releases)
+    assert Counter(one.content_id for one in services.registry.versions()) == Counter(releases)
     for release in releases:
-        verify(stage.direct, release)
-    keys = [entry.key for entry in stage.direct.list("")]
-    assert len(keys) == 1 + len(releases) * (len(FILES) + 1)
-    bucket = stage.direct.address.bucket
-    assert "Uploads" not in stage.direct._client.list_multipart_uploads(Bucket=bucket)
-    # Killed between pointer and alias, which is said when the next run mends it.
-    mended = [point for folder, point in zip(folders[1:], points, strict=True) if said(folder)]
-    assert mended == [(POINTER, "after", 1), (ALIAS, "before", 2)]
-
-
-def said(folder: Path) -> bool:
-    return (folder / "said").exists()
+        verify(services.direct, release)
+    assert len(list(services.direct.list(""))) == 1 + len(releases) * (len(FILES) + 1)
+    # Killed between pointer and alias, which is said when the next run repairs it.
+    pairs = zip(folders[1:], points, strict=True)
+    repaired = [point for folder, point in pairs if (folder / "said").exists()]
+    assert repaired == [(POINTER, "after", 1), (ALIAS, "before", 2)]
 
 
 @pytest.mark.slow
 def test_killed_anywhere_in_recording_one_finished_run_is_left(
-    stage: Stage, tmp_path: Path
+    services: Services, tmp_path: Path
 ) -> None:
     from mlflow import MlflowClient
 
     folder = write_files(tmp_path / "only", "only")
     for point in RECORDING:
-        stage.killed(folder, point)
-        assert read_champion(stage.direct) is None
-    champion = stage.published(folder)
-    assert [one.content_id for one in stage.registry.versions()] == [champion.pointer.release]
-    client = MlflowClient(stage.registry.tracking_uri)
-    experiment = client.get_experiment_by_name(stage.registry.model_name)
+        services.killed(folder, point)
+        assert read_champion(services.direct) is None
+    champion = services.published(folder)
+    assert [one.content_id for one in services.registry.versions()] == [champion.pointer.release]
+    client = MlflowClient(services.registry.tracking_uri)
+    experiment = client.get_experiment_by_name(services.registry.model_name)
     runs = client.search_runs([experiment.experiment_id], "attributes.status = 'FINISHED'")
     assert len(runs) == 1
