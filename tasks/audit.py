@@ -35,17 +35,11 @@ Report = dict[str, Any]
 
 @dataclass(frozen=True)
 class ImageStats:
-    """What the audit keeps of each photo: 12 KB, whatever its size.
+    """What the audit keeps of each photo: 12 KB, whatever its size."""
 
-    Args:
-        pictures: uint8, (n, 64, 64, 3).
-        hashes: uint64, (n,); perceptual hash of each picture.
-        mirrored: uint64, (n,); that of its mirror image.
-    """
-
-    pictures: NDArray[np.uint8]
-    hashes: NDArray[np.uint64]
-    mirrored: NDArray[np.uint64]
+    pictures: NDArray[np.uint8]  # (n, 64, 64, 3)
+    hashes: NDArray[np.uint64]  # perceptual hash of each picture
+    mirrored: NDArray[np.uint64]  # that of its mirror image
 
 
 def run(context: Context, item: str | None = None) -> None:
@@ -76,11 +70,7 @@ def _measure(picture: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], int, int]:
 
 
 def audit(photos: Sequence[Photo], stats: ImageStats, params: AuditParams) -> Report:
-    """Build the content of `audit.json`.
-
-    Raises:
-        DataError: a picture has two labels, or a class is missing or too small to split.
-    """
+    """Build the content of `audit.json`."""
     counts = count_classes(photos)
     folders = np.array([photo.folder for photo in photos])
     labels, label_ids = np.unique([photo.label for photo in photos], return_inverse=True)

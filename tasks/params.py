@@ -180,12 +180,7 @@ class Params(_Section):
 
 
 def load_params(path: Path) -> Params:
-    """Read and validate `params.yaml`.
-
-    Raises:
-        ParamsError: it is missing or not YAML, or has unknown, missing or out-of-range
-            keys; the message names each key.
-    """
+    """Read and validate `params.yaml`; an error names each wrong key."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -223,7 +218,7 @@ def _faults(error: ValidationError) -> list[str]:
         if fault["type"] == "extra_forbidden":
             phrase, meant = _explain_unknown(key, missing)
             missing = [one for one in missing if one != meant]
-            phrases.append(phrase)
+            phrases.append(f"{key} {phrase}")
         elif fault["type"] != "missing":
             value = f", not {fault['input']!r}" if fault["loc"] else ""
             phrases.append(f"{key}: {fault['msg'].removeprefix('Value error, ')}{value}")
@@ -231,24 +226,19 @@ def _faults(error: ValidationError) -> list[str]:
 
 
 def _explain_unknown(key: str, missing: list[str]) -> tuple[str, str | None]:
-    """What an unknown key should be called, and the key that was meant."""
+    """What to do with an unknown key, and the key that was meant."""
     section, _, name = key.rpartition(".")
     in_phase = section.startswith("phases.")
     pattern = f"phases.*.{name}" if in_phase else key
     if pattern in RENAMED:
         new = RENAMED[pattern]
         if new is None:
-            return f"{key} no longer exists, remove it", None
-        new = f"{section}.{new.rpartition('.')[2]}"
-        return f"{key} is now called {new}", new
-    model = (
-        PhaseParams if in_phase else Params.model_fields[section].annotation if section else Params
-    )
+            return "no longer exists, remove it", None
+        meant = f"{section}.{new.rpartition('.')[2]}"
+        return f"is now called {meant}", meant
+    of_section = Params.model_fields[section].annotation if section and not in_phase else Params
+    model = PhaseParams if in_phase else of_section
     names = [f"{section}.{one}".lstrip(".") for one in getattr(model, "model_fields", ())]
     # A required key that is missing was meant more likely than one that is there.
     near = difflib.get_close_matches(key, missing, 1) or difflib.get_close_matches(key, names, 1)
-    return (
-        (f"{key} is unknown, did you mean {near[0]}?", near[0])
-        if near
-        else (f"{key} is unknown", None)
-    )
+    return (f"is unknown (did you mean {near[0]}?)", near[0]) if near else ("is unknown", None)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -36,7 +36,7 @@ from tasks.model.inference import Classifier, classify_files
 from tasks.params import load_params
 from tasks.project import Project
 from tests.fixtures.checkouts import make_checkout
-from tests.fixtures.photos import CHECKOUT, photo, write_photos
+from tests.fixtures.photos import CHECKOUT, photo
 
 PNG = [encode(photo(label, 9, 32)) for label in range(6)]
 EVERY = [("train", label) for label in "012345"]
@@ -396,21 +396,6 @@ def test_place_that_cannot_be_written_is_named(filled: Project, tmp_path: Path) 
 def test_second_import_gives_up_after_its_wait(filled: Project, tmp_path: Path) -> None:
     with FileLock(filled.data_lock), pytest.raises(BusyError, match=r"more than 0\.1 seconds"):
         import_photos(filled, source(tmp_path / "s", B), wait=0.1)
-
-
-@settings(deadline=None, max_examples=10)
-@given(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=4))
-def test_any_imports_end_in_the_union(
-    tmp_path_factory: pytest.TempPathFactory, names: list[str]
-) -> None:
-    root = tmp_path_factory.mktemp("union")
-    project = Project(root / "checkout")
-    expected = set()
-    for name in names:
-        folder = write_photos(root / name, 1, 16, seed=ord(name))
-        import_photos(project, folder)
-        expected |= set(tree(folder).values())
-    assert set(tree(project.data).values()) == expected
 
 
 def test_unknown_folders_and_classes_with_too_few_photos_end_the_command_with_1(

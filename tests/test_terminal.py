@@ -52,6 +52,12 @@ def in_terminal(workshop: Workshop, *words: str, **environment: str) -> list[str
     return lines
 
 
+def test_dvc_repro_prints_nothing_of_libraries(trained: Trained) -> None:
+    assert "Running stage 'train@full'" in trained.output
+    assert "resize photos: " in trained.output
+    assert not LIBRARIES.search(trained.output)
+
+
 @pytest.mark.slow
 def test_a_terminal_shows_results_and_bars_and_nothing_of_libraries(
     trained: Trained,

@@ -80,11 +80,7 @@ def name_photos(photos: Sequence[Photo]) -> dict[str, str]:
 
 
 def count_classes(photos: Sequence[Photo]) -> dict[str, dict[str, int]]:
-    """Count photos by folder and label; `test` only if there are test photos.
-
-    Raises:
-        DataError: a class has no photo in one of the folders.
-    """
+    """Count photos by folder and label, none of them 0; `test` only if there are test photos."""
     found = Counter((photo.folder, photo.label) for photo in photos)
     folders = [name for name in FOLDERS if name == TRAIN or any(f == name for f, _ in found)]
     missing = [f"{f}/{label}" for f in folders for label in LABELS if not found[f, label]]
@@ -149,11 +145,7 @@ def stratified_group_split(
 def groups_by_class(
     labels: Sequence[str], groups: Groups, held_out: Sequence[str]
 ) -> dict[str, list[list[int]]]:
-    """Rows of each group of each class.
-
-    Raises:
-        DataError: a class has fewer groups than there are splits.
-    """
+    """Rows of each group of each class, which must have as many as there are splits."""
     members: dict[int, list[int]] = defaultdict(list)
     for row, number in enumerate(groups):
         members[int(number)].append(row)

@@ -32,7 +32,6 @@ MAX_COPIES = 2**30
 Place = tuple[str, str]
 """Split and label."""
 
-_NO_HARD_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
 _log = logging.getLogger(__name__)
 
 
@@ -41,9 +40,6 @@ def data_lock(project: Project, wait: float | None = None) -> Iterator[None]:
     """Hold the lock of imports, and of retrains while they need one version of `data/`.
 
     Re-entrant in one process. The kernel releases it if the process dies.
-
-    Raises:
-        BusyError: another process holds it for more than `wait` seconds.
     """
     wait = WAIT if wait is None else wait
     with file_errors(project.local):
@@ -150,19 +146,12 @@ def change_data(
 def _link(path: str, target: str) -> None:
     try:
         os.link(path, target, follow_symlinks=False)
-    except OSError as error:
-        if error.errno not in _NO_HARD_LINK:
-            raise
+    except OSError:  # this file system may have no hard links
         shutil.copy2(path, target, follow_symlinks=False)
 
 
 def fetch_data(project: Project, pipeline: "Pipeline", progress: Progress = silent) -> str:
-    """Check out, pull or render the photos that `data.dvc` names, unless `data/` was edited.
-
-    Raises:
-        DataError: the version is neither in the cache nor in a remote.
-        ServiceError: the remote does not answer.
-    """
+    """Check out, pull or render the photos that `data.dvc` names, unless `data/` was edited."""
     restore_data(project)
     if pipeline.data_state() in ("clean", "edited"):
         return "data/ is in place."

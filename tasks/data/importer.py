@@ -154,11 +154,6 @@ def import_photos(
     `data/` is the former or the new state at every moment, except between two renames;
     `restore_data` and the next import repair that. The caller versions `data/` with DVC,
     also if nothing was imported: an import that was killed was not versioned.
-
-    Raises:
-        SourceError: a source is refused, or has no usable photo.
-        BusyError: a retrain or another import uses `data/`.
-        DataError: `data/` or the quarantine cannot be written.
     """
     name = printable(os.path.realpath(source))
     with data_lock(project, wait), staging(project), _open_both(source, test) as opened:
@@ -245,11 +240,7 @@ def _import(
 
 
 class Inbox:
-    """New files of an inbox, since they were imported into this version of `data/`.
-
-    Raises:
-        SourceError: there are files but no label folder, or too many files.
-    """
+    """New files of an inbox, since they were imported into this version of `data/`."""
 
     def __init__(self, project: Project, name: str, listing: Listing, version: str | None) -> None:
         self.name = printable(name)

@@ -9,15 +9,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from scipy.spatial.distance import cdist
 
 REPRESENTATIVES = 64
 """A photo with this many near-duplicates of its own kind is not compared with later ones."""
 
 _BLOCK = 256
 _GRID = 4
-_ROUNDING = 0.05
-"""Of float32 means, as a root-mean-square difference."""
+_ROUNDING = 0.1
+"""Of float32 sums, as a root-mean-square difference."""
 
 Rows = NDArray[np.int64]
 
@@ -27,11 +26,11 @@ class NearDuplicates:
     """Pairs of near-duplicates, sorted by row.
 
     Args:
-        pairs: int64, (m, 2); two rows each, the smaller first. All pairs, if no photo has
-            more than `REPRESENTATIVES` near-duplicates; else enough to join the groups.
-        rms: float64, (m,); root-mean-square difference of the pixels, 0 to 255.
-        representatives: int64, (n,); the row itself, or the near-duplicate of the same
-            kind that was compared with the other photos instead.
+        pairs: (m, 2); the smaller row first. All pairs, if no photo has more than
+            `REPRESENTATIVES` near-duplicates; else enough to join the groups.
+        rms: (m,); root-mean-square difference of the pixels, 0 to 255.
+        representatives: (n,); the row itself, or the near-duplicate of the same kind that
+            was compared with the other photos instead.
     """
 
     pairs: Rows
@@ -40,7 +39,7 @@ class NearDuplicates:
 
     @property
     def groups(self) -> Rows:
-        """int64, (n,); the group of each row: near-duplicates, and their near-duplicates."""
+        """The group of each row: near-duplicates, and their near-duplicates."""
         count = len(self.representatives)
         graph = coo_array((np.ones(len(self.pairs), bool), self.pairs.T), (count, count))
         members: Rows = connected_components(graph, directed=False)[1].astype(np.int64)
@@ -72,17 +71,15 @@ def find_near_duplicates(
     least the difference of their brightness, and that of their coarse colors.
 
     Args:
-        pictures: uint8, (n, side, side, 3); the side is a multiple of 4.
-        hashes: uint64, (n,); `perceptual_hash` of each picture.
-        mirrored: uint64, (n,); that of each mirror image.
-        kinds: int64, (n,); a photo is only represented by one of its kind.
-        max_hash_distance: bits in which the hashes of a pair may differ.
-        max_rms: largest root-mean-square difference of a pair, 0 to 255.
+        pictures: (n, side, side, 3); the side is a multiple of 4.
+        hashes: (n,); `perceptual_hash` of each picture.
+        mirrored: (n,); that of each mirror image.
+        kinds: (n,); a photo is only represented by one of its kind.
     """
     colors = _coarse_colors(pictures)
     brightness = colors.mean(axis=1, dtype=np.float64)
     order = np.argsort(brightness, kind="stable")
-    reach = max_rms + _ROUNDING
+    squares, reach = np.square(colors).sum(axis=1), max_rms + _ROUNDING
     closest: dict[tuple[int, int], float] = {}
     represented_by = np.arange(len(pictures))
     active = np.empty(0, np.int64)
@@ -90,7 +87,9 @@ def find_near_duplicates(
         block = order[start : start + _BLOCK]
         active = active[brightness[active] >= brightness[block[0]] - reach]
         others = np.concatenate([active, block])
-        near = cdist(colors[block], colors[others]) <= reach * np.sqrt(colors.shape[1])
+        # |a - b|^2, as one matrix product; only with those before a row.
+        apart = squares[block, None] + squares[others] - 2 * colors[block] @ colors[others].T
+        near = apart <= colors.shape[1] * reach**2
         rows, columns = np.nonzero(np.tril(near, k=len(active) - 1))
         left, right = block[rows], others[columns]
         plain = np.bitwise_count(hashes[left] ^ hashes[right])
@@ -121,9 +120,9 @@ def find_near_duplicates(
 
 
 def _coarse_colors(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Mean colors of a 4x4 grid's cells and their mirror images, float32 (n, 24)."""
+    """Mean colors, less 128, of a 4x4 grid's cells and their mirror images, float32 (n, 24)."""
     count, side = pictures.shape[:2]
     cells = pictures.reshape(count, _GRID, side // _GRID, _GRID, side // _GRID, 3)
-    means = cells.mean(axis=(2, 4), dtype=np.float32)
+    means = cells.mean(axis=(2, 4), dtype=np.float32) - 128
     both: NDArray[np.float32] = (means + means[:, :, ::-1])[:, :, : _GRID // 2] / 2
     return both.reshape(count, -1)

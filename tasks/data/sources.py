@@ -70,11 +70,7 @@ class Source:
 
 @contextmanager
 def open_source(path: Path) -> Iterator[Source]:
-    """List label folders, a .zip of them, an .h5 file, or a folder of .h5 files.
-
-    Raises:
-        SourceError: it is missing, empty, unreadable, damaged or malicious.
-    """
+    """List label folders, a .zip of them, an .h5 file, or a folder of .h5 files."""
     with ExitStack() as stack:
         try:
             source = _recognize(path, stack)
@@ -101,9 +97,6 @@ def arrange(files: list[SourceFile], where: str) -> Source:
     Folders above those of labels (of a split, a day, an export) are passed through, each by
     itself. Beside label folders, any other folder is an unknown label, or a split. Folders
     below a label's belong to the label.
-
-    Raises:
-        SourceError: there is no file, or no label folder.
     """
     visible = [file for file in files if not any(map(is_clutter, file.parts))]
     if not visible:
