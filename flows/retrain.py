@@ -303,7 +303,7 @@ def publish_release(run: Run) -> Release:
         root = project.root
         write_bill(root / "requirements.lock", root / "pyproject.toml", folder / "sbom.cdx.json")
         made = [project.model, project.graph, project.metrics, project.gate, *folder.iterdir()]
-        made += [project.params, project.lock, project.data_file]
+        made += [project.params, project.lock, project.data_file, project.reference]
         files = {DATASET_INDEX: project.dataset_index, **{path.name: path for path in made}}
         facts = release_facts(root, report.data.version, workspace.champion())
         release = publish(workspace.storage, files, facts)

@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from tasks.data.dataset import open_dataset
 from tasks.data.images import resize
 from tasks.errors import DataError, StageError
-from tasks.io import read_json, write_json
-from tasks.model.inference import Classifier, load_classifier
+from tasks.io import atomic_write, read_json, write_json
+from tasks.model.augment import enlarge as enlarge_photos
+from tasks.model.inference import Classifier, Engine, load_classifier
 from tasks.params import LABELS, PHASES, PreprocessParams
+from tasks.project import Project
 from tasks.rendering.pixels import develop, enlarge
 from tasks.rendering.surface import wall
 from tasks.scoring import plots
+from tasks.scoring.drift import confidence_histogram
 from tasks.scoring.metrics import DIGITS, checked, score, standard_errors, wilson_interval
 from tasks.stage import Context, Progress, silent, stage_main
 
@@ -41,6 +44,8 @@ BLUR_SIGMA = 1 / 64
 """Share of the side."""
 JPEG_QUALITY = 40
 
+EMBEDDED = 500
+"""Validation photos at most whose embeddings are part of the reference."""
 HANDLESS = 200
 """Pictures without a hand that `certain_above` is set with."""
 DOUBTED_PHOTOS = 0.01
@@ -85,11 +90,13 @@ def run(context: Context, item: str | None = None) -> None:
     for number, (name, figure) in enumerate(figures.items(), start=1):
         plots.save(figure, project.plots / f"{name}.png")
         context.progress("draw plots", number, len(figures))
+    seen = classifier.probabilities(dataset.images[val])
+    save_reference(project, seen, dataset.images[val])
     metrics = {
         **scores.to_json(),
         "standard_errors": standard_errors(probabilities, labels),
         "robustness": robustness(classifier, images, labels, context.progress),
-        "certainty": certainty(classifier, dataset.images[val]),
+        "certainty": certainty(classifier, seen.max(axis=1, initial=0)),
     }
     write_json(project.metrics, metrics)
 
@@ -105,25 +112,39 @@ def _history(context: Context, phase: str) -> dict[str, Any]:
     return history
 
 
-def certainty(classifier: Classifier, photos: Image) -> dict[str, float]:
+def save_reference(project: Project, probabilities: NDArray[np.float32], photos: Image) -> None:
+    """Save what production is compared with, see `tasks.scoring.drift`.
+
+    Args:
+        probabilities: float32, (n, labels); of the validation photos.
+        photos: uint8, (n, d, d, 3); the validation photos.
+    """
+    engine = Engine(project.graph, embeddings=True)
+    pictures = (enlarge_photos(photo[np.newaxis], engine.size)[0] for photo in photos[:EMBEDDED])
+    with atomic_write(project.reference) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            labels=np.bincount(probabilities.argmax(axis=1), minlength=probabilities.shape[1]),
+            confidences=np.array(confidence_histogram(probabilities.max(axis=1, initial=0))),
+            embeddings=np.array([*engine.stream(pictures)], np.float16),
+        )
+
+
+def certainty(classifier: Classifier, confidences: NDArray[np.float32]) -> dict[str, float]:
     """Choose the confidence below which an answer is called uncertain.
 
     It is as low as calling `DOUBTED_HANDLESS` of the pictures without a hand uncertain
     allows, unless more than `DOUBTED_PHOTOS` of the validation photos were uncertain too.
 
     Args:
-        photos: uint8, (n, d, d, 3); validation photos.
+        confidences: float32, (n,); of the validation photos.
 
     Returns:
         `certain_above`, and the share of photos and of pictures without a hand below it.
     """
     handless = draw_handless(HANDLESS, classifier.preprocess)
-    none, some = (
-        classifier.probabilities(pictures).max(axis=1).astype(float)
-        if len(pictures)
-        else np.ones(1)
-        for pictures in (handless, photos)
-    )
+    none = classifier.probabilities(handless).max(axis=1).astype(float)
+    some = confidences.astype(float) if len(confidences) else np.ones(1)
     limit = min(
         np.quantile(none, DOUBTED_HANDLESS, method="higher"),
         np.quantile(some, DOUBTED_PHOTOS, method="lower"),

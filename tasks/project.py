@@ -40,6 +40,7 @@ class Project:
         self.graph = self.artifacts / "model.pb"  # the frozen graph for inference
         self.metrics = self.artifacts / "metrics.json"
         self.predictions = self.artifacts / "predictions.json"
+        self.reference = self.artifacts / "reference.npz"  # what production is compared with
         self.gate = self.artifacts / "gate.json"
         self.run = self.artifacts / "run.json"
 

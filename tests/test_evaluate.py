@@ -103,12 +103,13 @@ def test_a_folder_of_rubbish_only_is_refused_with_the_first_reason(tmp_path: Pat
 
 @pytest.fixture
 def context(tmp_path: Path, params: Params) -> Context:
-    """A dataset of 18 test and 6 train photos, and the phases' histories."""
+    """A dataset of 18 test, 5 val and 6 train photos, and the phases' histories."""
     project = Project(tmp_path)
     project.dataset.mkdir(parents=True)
     rows = [("test", index % 6, index) for index in range(18)] + [
         ("train", index, 100 + index) for index in range(6)
     ]
+    rows += [("val", index, 200 + index) for index in range(5)]
     images = np.stack([photo(label, seed) for _, label, seed in rows])
     np.save(project.dataset / "images.npy", images)
     named = [
@@ -148,8 +149,9 @@ def test_the_stage_scores_the_test_split_and_repeats_itself_to_the_byte(context:
     project = context.project
     project.graph.write_bytes(export_graph(build_model(seed=1)))
     run(context)
-    outputs = [project.metrics, project.predictions, *sorted(project.plots.glob("*.png"))]
-    names = ["confusion", "curves", "mistakes", "reliability", "roc_pr"]
+    outputs = [project.metrics, project.predictions]
+    outputs += [project.reference, *sorted(project.plots.glob("*.png"))]
+    names = ["reference", "confusion", "curves", "mistakes", "reliability", "roc_pr"]
     assert [path.stem for path in outputs[2:]] == names
     first = [path.read_bytes() for path in outputs]
     predictions, metrics = json.loads(first[1]), json.loads(first[0])
@@ -163,5 +165,8 @@ def test_the_stage_scores_the_test_split_and_repeats_itself_to_the_byte(context:
     assert metrics["robustness"]["photos"] == 18
     assert {**metrics, **json.loads(json.dumps(again.to_json()))} == metrics
     assert metrics["n"] == 18
+    with np.load(project.reference) as reference:
+        assert reference["labels"].sum() == reference["confidences"].sum() == 5
+        assert reference["embeddings"].shape == (5, 1280)
     run(context)
     assert [path.read_bytes() for path in outputs] == first

@@ -186,26 +186,21 @@ def test_an_answer_is_certain_above_what_pictures_without_a_hand_reach() -> None
     handless = draw_handless(HANDLESS, RESIZE)
     assert np.array_equal(handless, draw_handless(HANDLESS, RESIZE))
     assert 0 < np.mean([not np.ptp(picture, axis=(0, 1)).any() for picture in handless]) < 0.5
-    side, photos = RESIZE.image_size, np.full((50, RESIZE.image_size, 1, 3), 9, np.uint8)
-    photos = np.repeat(photos, side, axis=2)
 
-    def sure_of(confidence_of_photos: float) -> Classifier:
-        def forward(pictures: np.ndarray) -> np.ndarray:
-            confident = (pictures == 9).all(axis=(1, 2, 3))
-            best = np.where(confident, confidence_of_photos, 0.5 + pictures.mean((1, 2, 3)) / 2550)
-            rest = np.repeat((1 - best)[:, None] / 5, 5, axis=1)
-            return np.column_stack([best, rest]).astype(np.float32)
+    def half_sure(pictures: np.ndarray) -> np.ndarray:
+        best = 0.5 + pictures.mean((1, 2, 3)) / 2550
+        rest = np.repeat((1 - best)[:, None] / 5, 5, axis=1)
+        return np.column_stack([best, rest]).astype(np.float32)
 
-        return Classifier(forward, RESIZE, 32)
-
-    clear = certainty(sure_of(0.99), photos)
+    classifier = Classifier(half_sure, RESIZE, 32)
+    clear = certainty(classifier, np.full(50, 0.99, np.float32))
     assert 0.5 < clear["certain_above"] < 0.6
     assert clear["doubted_photos"] == 0
     assert clear["doubted_handless"] == pytest.approx(0.95, abs=0.01)
-    blurred = certainty(sure_of(0.52), photos)
+    blurred = certainty(classifier, np.full(50, 0.52, np.float32))
     assert blurred["certain_above"] == pytest.approx(0.52, abs=2e-6)
     assert blurred["doubted_photos"] <= DOUBTED_PHOTOS
-    assert certainty(sure_of(0.9), photos[:0])["doubted_photos"] == 0
+    assert certainty(classifier, np.empty(0, np.float32))["doubted_photos"] == 0
 
 
 def case(n: int, sharpness: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

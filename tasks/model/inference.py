@@ -44,12 +44,13 @@ class Engine:
 
     Args:
         cores: pictures processed at a time; all usable cores by default.
+        embeddings: compute what the head's dense layer reads instead of the probabilities.
 
     Raises:
         ModelError: the file is missing or holds no such graph.
     """
 
-    def __init__(self, graph: Path, cores: int | None = None) -> None:
+    def __init__(self, graph: Path, cores: int | None = None, embeddings: bool = False) -> None:
         import openvino as ov
 
         self.cores = cores or usable_cores()
@@ -57,6 +58,9 @@ class Engine:
         try:
             # Not `openvino.convert_model`, which sends telemetry.
             model = core.read_model(graph)
+            if embeddings:
+                dense = [op for op in model.get_ordered_ops() if op.get_type_name() == "MatMul"][-1]
+                model = ov.Model([dense.input_value(0)], model.get_parameters())
             self.size = model.input().partial_shape[1].get_length()
             model.reshape([1, self.size, self.size, 3])
             self._compiled = core.compile_model(
