@@ -21,13 +21,13 @@ def new(
 ) -> None:
     """Make a key pair; HANDSIGNS_SIGNING_PASSPHRASE, if set, locks the private key."""
     from flows.settings import load_settings
-    from tasks.releases.signing import fingerprint, new_keys, public_pem
+    from tasks.releases.signing import fingerprint, new_keys, public_pem, short
 
     place = (folder or open_project().keys).resolve()
     refuse_tracked(place)
     secret = load_settings().signing_passphrase
     private, public = new_keys(place, secret.get_secret_value() if secret else None)
-    name = fingerprint(public_pem(public))[:16]
+    name = short(fingerprint(public_pem(public)))
     shown = (
         f"Key {name}. Keep {private} where releases are made, as HANDSIGNS_SIGNING_KEY; "
         f"give {public} to all who use them, in HANDSIGNS_PUBLIC_KEYS."

@@ -1,10 +1,9 @@
-"""Both runners of `dvc.yaml` agree: the flow's process and `dvc repro`."""
+"""Both runners of `dvc.yaml` agree: the flow's process and `dvc repro`; and `data.dvc`."""
 
 import json
 import os
 import shutil
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -30,14 +29,12 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     return project
 
 
-def repro(project: Project, *targets: str) -> str:
-    """What `dvc repro` prints, run as a person would."""
-    folder = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+def dvc(project: Project, *words: str) -> str:
+    """What `dvc` prints, run as a person would."""
     done = subprocess.run(
-        [folder / "dvc", "repro", *targets],
+        [BIN / "dvc", *words],
         cwd=project.root,
-        env=environment,
+        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         check=True,
@@ -45,11 +42,19 @@ def repro(project: Project, *targets: str) -> str:
     return done.stdout
 
 
-def change(project: Project, section: str, **values: object) -> None:
-    """Set values in a section of the checkout's `params.yaml`."""
+def run_early(project: Project) -> list[str]:
+    pipeline = Pipeline(project)
+    return [pipeline.run(name) for name in EARLY]
+
+
+def set_image_size(project: Project, size: int) -> None:
     content = yaml.safe_load(project.params.read_text())
-    content[section].update(values)
+    content["preprocess"]["image_size"] = size
     project.params.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def add_photo(project: Project, name: str) -> None:
+    shutil.copy(project.data / "train/0/0000.png", project.data / f"train/0/{name}.png")
 
 
 def test_stages_come_in_the_graphs_order(checkout: Project) -> None:
@@ -60,58 +65,39 @@ def test_stages_come_in_the_graphs_order(checkout: Project) -> None:
     assert order.index("backbone") < order.index("features")
 
 
-def test_repro_finds_nothing_to_do_after_a_run_in_process(checkout: Project) -> None:
-    pipeline = Pipeline(checkout)
-    assert [pipeline.run(name) for name in EARLY] == ["ran"] * 3
-    lock = (checkout.root / "dvc.lock").read_bytes()
-    said = repro(checkout, *EARLY)
+def test_after_one_runner_the_other_has_nothing_to_do(checkout: Project) -> None:
+    dvc(checkout, "repro", *EARLY)
+    assert run_early(checkout) == ["unchanged"] * 3
+    assert not {"audit", "preprocess"} & set(Pipeline(checkout).changed())
+    first = (checkout.dataset / "images.npy").read_bytes()
+
+    # A changed parameter runs its stage and no earlier one.
+    set_image_size(checkout, 32)
+    assert run_early(checkout) == ["unchanged", "unchanged", "ran"]
+    assert json.loads((checkout.dataset / "index.json").read_text())["image_size"] == 32
+    lock = checkout.lock.read_bytes()
+    said = dvc(checkout, "repro", *EARLY)
     assert "Stage 'audit' didn't change" in said
     assert "Stage 'preprocess' didn't change" in said
-    assert (checkout.root / "dvc.lock").read_bytes() == lock
+    assert checkout.lock.read_bytes() == lock
 
-
-def test_a_run_in_process_finds_nothing_to_do_after_repro(checkout: Project) -> None:
-    repro(checkout, *EARLY)
-    pipeline = Pipeline(checkout)
-    assert [pipeline.run(name) for name in EARLY] == ["unchanged"] * 3
-    assert not {"audit", "preprocess"} & set(pipeline.changed())
-
-
-def test_a_changed_parameter_runs_its_stage_and_no_earlier_one(checkout: Project) -> None:
-    for name in EARLY:
-        Pipeline(checkout).run(name)
-    change(checkout, "preprocess", image_size=32)
-    pipeline = Pipeline(checkout)
-    assert [pipeline.run(name) for name in EARLY] == ["unchanged", "unchanged", "ran"]
-    assert json.loads((checkout.dataset / "index.json").read_text())["image_size"] == 32
-
-
-def test_a_result_seen_before_is_restored(checkout: Project) -> None:
-    for name in EARLY:
-        Pipeline(checkout).run(name)
-    first = (checkout.dataset / "images.npy").read_bytes()
-    change(checkout, "preprocess", image_size=32)
-    assert Pipeline(checkout).run("preprocess") == "ran"
-    change(checkout, "preprocess", image_size=64)
+    # A result that was there before is restored.
+    set_image_size(checkout, 64)
     assert Pipeline(checkout).run("preprocess") == "restored"
     assert (checkout.dataset / "images.npy").read_bytes() == first
 
 
-def test_a_photo_added_while_a_stage_runs_is_an_error(checkout: Project) -> None:
+def test_what_changes_while_a_stage_runs_is_an_error(checkout: Project) -> None:
     added = threading.Event()
 
     def progress(what: str, done: int, total: int) -> None:
         if not added.is_set():
             added.set()
-            # Under a new name: the stage is reading the others at this moment.
-            shutil.copy(checkout.data / "train/0/0000.png", checkout.data / "train/0/new.png")
+            add_photo(checkout, "new")  # the stage is reading the others at this moment
 
     with pytest.raises(StageError, match=r"data.* changed while stage audit ran"):
         Pipeline(checkout).run("audit", progress=progress)
     assert "audit" in Pipeline(checkout).changed()
-
-
-def test_source_edited_since_the_run_began_is_an_error(checkout: Project) -> None:
     pipeline = Pipeline(checkout)
     with (checkout.root / "tasks/audit.py").open("a") as source:
         source.write("# edited\n")
@@ -119,22 +105,17 @@ def test_source_edited_since_the_run_began_is_an_error(checkout: Project) -> Non
         pipeline.run("audit")
 
 
-def test_a_stages_own_error_comes_through_as_it_is(checkout: Project) -> None:
-    shutil.rmtree(checkout.data / "train/3")
-    with pytest.raises(DataError, match="train/3"):
-        Pipeline(checkout).run("audit")
-
-
-def test_somebody_elses_lock_is_waited_for_and_then_told(checkout: Project) -> None:
+def test_a_stages_own_error_and_a_lock_that_is_taken_are_reported(checkout: Project) -> None:
     pipeline = Pipeline(checkout, lock_timeout=1.0)
     with held(checkout), pytest.raises(BusyError, match="run again"):
         pipeline.run("audit")
     assert pipeline.run("audit") == "ran"
+    shutil.rmtree(checkout.data / "train/3")
+    with pytest.raises(DataError, match="train/3"):
+        pipeline.run("audit")
 
 
-def test_data_travels_through_a_remote_and_damage_is_found(
-    checkout: Project, tmp_path: Path
-) -> None:
+def test_data_travels_through_a_remote(checkout: Project, tmp_path: Path) -> None:
     remote = Remote(str(tmp_path / "remote"), {"verify": "true"})
     pipeline = Pipeline(checkout, remote)
     version = pipeline.data_version()
@@ -162,18 +143,7 @@ def test_the_version_remembers_where_the_photos_came_from(checkout: Project) -> 
     assert kept == {"camera": "hall", "source": "sample"}
 
 
-def add_photo(project: Project, name: str) -> None:
-    shutil.copy(project.data / "train/0/0000.png", project.data / f"train/0/{name}.png")
-
-
-def pulled(project: Project, record: bytes) -> None:
-    """Write another version of data.dvc, as `git pull` does."""
-    project.data_file.write_bytes(record)
-
-
-def test_a_newer_data_file_is_laid_out_and_an_edited_folder_is_versioned(
-    checkout: Project,
-) -> None:
+def test_of_data_and_its_record_the_one_that_changed_wins(checkout: Project) -> None:
     older = checkout.data_file.read_bytes()
     pipeline = Pipeline(checkout)
     assert pipeline.data_state() == "clean"
@@ -181,10 +151,10 @@ def test_a_newer_data_file_is_laid_out_and_an_edited_folder_is_versioned(
     assert pipeline.data_state() == "edited"
     newer = pipeline.version_data("photos")
     record = checkout.data_file.read_bytes()
-    pulled(checkout, older)
+    checkout.data_file.write_bytes(older)  # as `git pull` does
     fetch_data(checkout, Pipeline(checkout))
     assert not (checkout.data / "train/0/theirs.png").exists()
-    pulled(checkout, record)
+    checkout.data_file.write_bytes(record)
     # Photos that nobody changed must not win over a data.dvc that somebody did.
     assert Pipeline(checkout).data_state() == "outdated"
     fetch_data(checkout, Pipeline(checkout))
@@ -194,26 +164,16 @@ def test_a_newer_data_file_is_laid_out_and_an_edited_folder_is_versioned(
     (checkout.data / "train/0/theirs.png").unlink()
     assert Pipeline(checkout).data_state() == "edited"
 
-
-def test_photos_and_data_file_that_both_changed_are_refused_with_both_ways_out(
-    checkout: Project,
-) -> None:
-    older = checkout.data_file.read_bytes()
-    pipeline = Pipeline(checkout)
-    add_photo(checkout, "theirs")
-    pipeline.version_data("photos")
-    record = checkout.data_file.read_bytes()
-    pulled(checkout, older)
-    fetch_data(checkout, pipeline)
+    # Both changed: refused, with both ways out.
     add_photo(checkout, "ours")
-    pulled(checkout, record)
+    checkout.data_file.write_bytes(older)
     for call in (pipeline.data_state, lambda: fetch_data(checkout, pipeline)):
         with pytest.raises(DataError, match=r"dvc add data.*dvc pull --force data\.dvc") as caught:
             call()
         assert "\n" not in str(caught.value)
     assert (checkout.data / "train/0/ours.png").exists()
-    assert checkout.data_file.read_bytes() == record
-    subprocess.run([BIN / "dvc", "add", "-q", "data"], cwd=checkout.root, check=True)
+    assert checkout.data_file.read_bytes() == older
+    dvc(checkout, "add", "-q", "data")
     assert Pipeline(checkout).data_state() == "clean"
 
 
@@ -243,30 +203,27 @@ def test_only_a_remote_of_the_repository_or_of_our_setting_counts(
     assert not (tmp_path / "theirs").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
+def test_a_damaged_file_is_one_line_with_advice_or_repaired(
+    checkout: Project, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, content, words in (
         ("data.dvc", b"", "data.dvc is not what DVC writes"),
         ("data.dvc", b"outs: 7\n", "data.dvc is not what DVC writes"),
         ("dvc.yaml", b"", "dvc.yaml names no stage"),
         ("dvc.lock", b"stages: [", "Take dvc.lock back from git"),
         ("dvc.lock", b"\xff\xfe", "Take dvc.lock back from git"),
-    ],
-)
-def test_a_damaged_file_is_named_in_one_line(
-    checkout: Project, name: str, content: bytes, words: str
-) -> None:
-    (checkout.root / name).write_bytes(content)
-    with pytest.raises(HandsignsError, match=words) as caught:
-        Pipeline(checkout).changed()
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("damaged", [b"", b'{"write": {"/a/b": {"pi', b"[1]", b"\xff\xfe"])
-def test_a_damaged_list_of_locks_is_no_obstacle(
-    checkout: Project, damaged: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
+    ):
+        path = checkout.root / name
+        kept = path.read_bytes() if path.exists() else b""
+        path.write_bytes(content)
+        with pytest.raises(HandsignsError, match=words) as caught:
+            Pipeline(checkout).changed()
+        assert "\n" not in str(caught.value)
+        path.write_bytes(kept)
+    checkout.lock.unlink()
     (checkout.root / ".dvc/tmp").mkdir(exist_ok=True)
-    (checkout.root / ".dvc/tmp/rwlock").write_bytes(damaged)
-    assert Pipeline(checkout).run("audit") == "ran"
-    assert "list of locks" in caplog.text
+    for damaged in (b"", b'{"write": {"/a/b": {"pi', b"[1]", b"\xff\xfe"):
+        (checkout.root / ".dvc/tmp/rwlock").write_bytes(damaged)
+        assert Pipeline(checkout).run("audit", force=True) == "ran"
+        assert "list of locks" in caplog.text
+        caplog.clear()

@@ -60,7 +60,7 @@ class Trust:
         """What is required of a release, in one sentence."""
         if not self.known:
             return "Signatures are not checked: no public key is configured."
-        keys = ", ".join(name[:16] for name in self.known)
+        keys = ", ".join(map(short, self.known))
         return f"Signatures are checked against {len(self.known)} public key(s): {keys}."
 
     def check_signer(self) -> None:
@@ -75,7 +75,7 @@ class Trust:
         own = fingerprint(self._own_pem())
         if own not in self.known:
             raise SettingsError(
-                f"The signing key {own[:16]} of '{self.signing_key}' is none of those that are "
+                f"The signing key {short(own)} of '{self.signing_key}' is none of those that are "
                 "accepted. Add its public key to HANDSIGNS_PUBLIC_KEYS."
             )
 
@@ -98,7 +98,7 @@ class Trust:
                     private_key=self.signing_key, password=secret
                 ).sign(folder, bundle)
                 fields[SIGNATURE] = json.loads(bundle.read_bytes())
-        return json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n"
+        return canonical(fields) + b"\n"
 
     def read(self, kind: type[_Model], name: str, content: bytes, where: str) -> _Model:
         """Parse what `sign` returned.
@@ -130,7 +130,7 @@ class Trust:
             key = "unnamed"
         if key not in self.known:
             raise ReleaseError(
-                f"{where} is signed by a key that is not accepted: key {key[:16]}. Add its public "
+                f"{where} is signed by a key that is not accepted: key {short(key)}. Add its public "
                 "key to HANDSIGNS_PUBLIC_KEYS if you know whose it is."
             )
         if fault := _fault(name, fields, signature, self.known[key]):
@@ -277,6 +277,11 @@ def fingerprint(pem: bytes) -> str:
     return hashlib.sha256(pem).hexdigest()
 
 
+def short(name: str) -> str:
+    """The part of a fingerprint that people read."""
+    return name[:16]
+
+
 def _pem(key: Any) -> bytes:
     from cryptography.hazmat.primitives import serialization
 
@@ -292,5 +297,5 @@ def _pem(key: Any) -> bytes:
 
 
 def _reason(error: Exception) -> str:
-    """Why a key cannot be read; a library's message may run over lines, or be long."""
-    return (getattr(error, "strerror", None) or str(error)).split("\n")[0].split(". ")[0][:120]
+    """The first sentence of a library's message, which may run over lines."""
+    return (getattr(error, "strerror", None) or str(error)).split("\n")[0].split(". ")[0]

@@ -82,65 +82,55 @@ def push_to_branch(
         The commit, or None where the branch holds these very files already.
     """
     logging.getLogger("stamina").setLevel(logging.ERROR)
+    patient = stamina.retry(on=_MovedError, attempts=ATTEMPTS, timeout=None, wait_max=3.0)
     try:
-        for attempt in stamina.retry_context(
-            on=_MovedError, attempts=ATTEMPTS, timeout=None, wait_max=3.0
-        ):
-            with attempt:
-                return _push(root, branch, paths, message, remote)
+        return patient(_push)(root, branch, paths, message, remote)
     except _MovedError as error:
         raise ServiceError(
             f"Branch {branch} of {remote} was moved by others {ATTEMPTS} times in a row ({error}). "
             "Run again."
         ) from None
-    raise AssertionError("a retry context either returns or raises")
 
 
 def _push(root: Path, branch: str, paths: Sequence[Path], message: str, remote: str) -> str | None:
-    tip = _tip(root, branch, remote)
-    with _worktree(root, tip or "HEAD") as tree:
+    theirs, ours = f"refs/heads/{branch}", f"refs/handsigns/{branch}"
+    exists = bool(_git(root, "ls-remote", remote, theirs))
+    if exists:
+        _git(root, "fetch", "-q", "--no-tags", "--no-write-fetch-head", remote, f"+{theirs}:{ours}")
+    with _worktree(root, ours if exists else "HEAD") as tree:
         below = tree / _git(root, "rev-parse", "--show-prefix")
         for path in paths:
             target = below / path.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
             _git(tree, "add", "--force", str(target))
-        if tip and not _git(tree, "status", "--porcelain", "--untracked-files=no"):
+        if exists and not _git(tree, "status", "--porcelain", "--untracked-files=no"):
             return None
-        known = _run(root, "config", "user.email").returncode == 0
-        _git(tree, "commit", "--quiet", "--no-gpg-sign", "--allow-empty", "-m", message,
-             config=() if known else AUTHOR)  # fmt: skip
-        _git(tree, "push", "--quiet", remote, f"HEAD:refs/heads/{branch}")
+        author = () if _run(root, "config", "user.email").returncode == 0 else AUTHOR
+        commit = ("commit", "-q", "--no-gpg-sign", "--allow-empty", "-m", message)
+        _git(tree, *author, *commit)
+        _git(tree, "push", "-q", remote, f"HEAD:{theirs}")
         return _git(tree, "rev-parse", "HEAD")
-
-
-def _tip(root: Path, branch: str, remote: str) -> str | None:
-    """Last commit of the branch as the remote has it, fetched; None without one."""
-    if not _git(root, "ls-remote", remote, f"refs/heads/{branch}"):
-        return None
-    ours = f"refs/handsigns/{branch}"
-    _git(root, "fetch", "--quiet", "--no-tags", "--no-write-fetch-head", remote,
-         f"+refs/heads/{branch}:{ours}")  # fmt: skip
-    return _git(root, "rev-parse", "--verify", f"{ours}^{{commit}}")
 
 
 @contextmanager
 def _worktree(root: Path, commit: str) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="handsigns-push-") as folder:
-        tree = Path(folder) / "tree"
-        _git(root, "worktree", "add", "--quiet", "--detach", str(tree), commit)
+    """Check a commit out into a temporary folder, removed after the block."""
+    with tempfile.TemporaryDirectory(prefix="handsigns-worktree-") as folder:
+        tree = Path(folder) / "checkout"
+        _git(root, "worktree", "add", "-q", "--detach", str(tree), commit)
         try:
             yield tree
         finally:
             _run(root, "worktree", "remove", "--force", str(tree))
 
 
-def _git(root: Path, *words: str, config: tuple[str, ...] = ()) -> str:
-    done = _run(root, *config, *words)
+def _git(root: Path, *words: str) -> str:
+    done = _run(root, *words)
     if done.returncode == 0:
         return done.stdout.strip()
     said = _one_line(done.stderr)
-    verb = words[0]
+    verb = next(word for word in words if word not in AUTHOR)
     if verb in ("push", "fetch", "worktree") and any(race in done.stderr for race in RACES):
         raise _MovedError(said)
     raise ServiceError(

@@ -6,14 +6,10 @@ error; apprise's own log lines, which quote it, are silenced.
 
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 SECONDS = 30
 """Longest wait for all addresses together."""
-
-_QUOTING = ("apprise", "urllib3.connectionpool")
-"""Loggers that quote addresses in their details."""
 
 _log = logging.getLogger(__name__)
 
@@ -37,17 +33,12 @@ def notify(addresses: str, title: str, body: str) -> bool:
 
 
 def check_addresses(addresses: str) -> None:
-    """Check addresses before they are needed.
+    """Raise `ValueError`, which does not show it, for an address that apprise cannot use."""
+    apprise = _apprise()
+    from apprise.utils.parse import parse_urls
 
-    Raises:
-        ValueError: apprise cannot use one of them; the message does not show it.
-    """
-    with _silence():
-        from apprise import Apprise
-        from apprise.utils.parse import parse_urls
-
-        known: list[str] = parse_urls(addresses)  # type: ignore[no-untyped-call]
-        bad = [number for number, one in enumerate(known, 1) if not Apprise.instantiate(one)]
+    known: list[str] = parse_urls(addresses)  # type: ignore[no-untyped-call]
+    bad = [number for number, one in enumerate(known, 1) if not apprise.Apprise.instantiate(one)]
     if bad or not known:
         which = f"number {bad[0]} of {len(known)} is none" if bad else "there is none"
         raise ValueError(
@@ -58,27 +49,19 @@ def check_addresses(addresses: str) -> None:
 
 def _send(addresses: str, title: str, body: str) -> bool:
     try:
-        with _silence():
-            import apprise
-
-            people = apprise.Apprise()
-            known = people.add(addresses)
-            sent = people.notify(
-                body, title=title, notify_type=apprise.NotifyType.FAILURE, body_format="text"
-            )
-            return known and bool(sent)
+        apprise = _apprise()
+        people = apprise.Apprise()
+        known = people.add(addresses)
+        failure = apprise.NotifyType.FAILURE
+        sent = people.notify(body, title=title, notify_type=failure, body_format="text")
+        return bool(known and sent)
     except Exception:  # a plugin of apprise may raise anything, with the address in it
         return False
 
 
-@contextmanager
-def _silence() -> Iterator[None]:
-    loggers = {name: logging.getLogger(name) for name in _QUOTING}
-    levels = {name: logger.level for name, logger in loggers.items()}
-    for logger in loggers.values():
-        logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        for name, logger in loggers.items():
-            logger.setLevel(levels[name])
+def _apprise() -> Any:
+    import apprise
+
+    for name in ("apprise", "urllib3.connectionpool"):  # they quote addresses
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    return apprise
