@@ -1,31 +1,32 @@
-"""The model card says what the files say, and nothing that varies."""
+"""The model card and the bill of materials say what the files say, and nothing that varies."""
+
+import json
+from pathlib import Path
 
 import numpy as np
+import pytest
 
+from tasks.errors import StageError
 from tasks.gate import judge
 from tasks.params import Params
 from tasks.releases.card import model_card
+from tasks.releases.provenance import environment, write_bill
 from tasks.scoring.metrics import score
+from tests.fixtures.photos import CHECKOUT
+
+LOCK, PROJECT = CHECKOUT.root / "requirements.lock", CHECKOUT.root / "pyproject.toml"
+SURE = np.full((12, 6), 0.02) + np.eye(6)[np.arange(12) % 6] * 0.88
 
 
-def card(params: Params, probabilities: np.ndarray | None = None, note: str = "") -> str:
-    p = np.full((12, 6), 0.02) + np.eye(6)[np.arange(12) % 6] * 0.88
-    metrics = score(p if probabilities is None else probabilities, np.arange(12) % 6).to_json()
+def card(params: Params, probabilities: np.ndarray = SURE, note: str = "") -> str:
+    metrics = score(probabilities, np.arange(12) % 6).to_json()
+    history = {"images": 10, "epochs": [{}] * 3, "val_loss": 0.25, "val_accuracy": 0.9}
     return model_card(
         metrics=metrics,
         gate=judge(metrics, 0, params.gate).to_json(),
         counts={"train": 100, "val": 10, "test": 12, "synthetic": 60},
         params=params.model_dump(),
-        histories=[
-            {
-                "phase": name,
-                "images": 10,
-                "epochs": [{}] * 3,
-                "val_loss": 0.25,
-                "val_accuracy": 0.9,
-            }
-            for name in params.phases
-        ],
+        histories=[{"phase": name, **history} for name in params.phases],
         data_version="3f2a.dir",
         data_note=note,
     )
@@ -38,30 +39,30 @@ def rows(text: str) -> list[list[str]]:
 
 def test_the_card_carries_data_phases_scores_and_verdict(params: Params) -> None:
     text = card(params, note="Rendered hands, no photos of people.")
-    table = rows(text)
+    assert text == card(params, note="Rendered hands, no photos of people.")
     full = params.phases["full"]
     averaged = f"{full.swa_fraction:.0%}" if full.swa_fraction else "-"
-    rate = f"{full.learning_rate:g}"
-    assert "Version `3f2a.dir`. Rendered hands, no photos of people." in text
-    assert "used 60 synthetic (rendered) hands" in text
-    assert ["train", "100"] in table
-    layers = str(full.trainable_layers)
-    assert ["full", "10", layers, rate, "3", averaged, "0.2500", "0.9000"] in table
-    assert ["accuracy", "1.0000 (95% Wilson: 0.7575 to 1.0000)"] in table
-    assert ["3", "1.0000", "1.0000", "1.0000", "2"] in table
-    assert ["test photos", "12", "50", "-", "failed"] in table
-    assert "Failed." in text
-    assert "Apache-2.0" in text
-
-
-def test_the_same_content_gives_the_same_card(params: Params) -> None:
-    assert card(params) == card(params)
-
-
-def test_every_table_row_has_as_many_cells_as_its_heading(params: Params) -> None:
-    for block in card(params).split("\n\n"):
-        widths = {len(row) for row in rows(block)}
-        assert len(widths) <= 1
+    layers, rate = str(full.trainable_layers), f"{full.learning_rate:g}"
+    for words in (
+        "Version `3f2a.dir`. Rendered hands, no photos of people.",
+        "used 60 synthetic (rendered) hands",
+        "mirrored at random",
+        "Failed.",
+        "Apache-2.0",
+    ):
+        assert words in text
+    for row in (
+        ["train", "100"],
+        ["full", "10", layers, rate, "3", averaged, "0.2500", "0.9000"],
+        ["accuracy", "1.0000 (95% Wilson: 0.7575 to 1.0000)"],
+        ["3", "1.0000", "1.0000", "1.0000", "2"],
+        ["test photos", "12", "50", "-", "failed"],
+    ):
+        assert row in rows(text)
+    for block in text.split("\n\n"):
+        assert len({len(row) for row in rows(block)}) <= 1
+    still = params.augmentation.model_copy(update={"horizontal_flip": False})
+    assert "not mirrored" in card(params.model_copy(update={"augmentation": still}))
 
 
 def test_undefined_ratios_are_dashes(params: Params) -> None:
@@ -70,7 +71,33 @@ def test_undefined_ratios_are_dashes(params: Params) -> None:
     assert ["3", "-", "0.0000", "0.0000", "2"] in rows(card(params, blind))
 
 
-def test_the_card_follows_the_parameters(params: Params) -> None:
-    still = params.augmentation.model_copy(update={"horizontal_flip": False})
-    assert "mirrored at random" in card(params)
-    assert "not mirrored" in card(params.model_copy(update={"augmentation": still}))
+def test_the_same_lock_gives_the_same_bill_wherever_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bill(LOCK, PROJECT, tmp_path / "a.json")
+    lock, project = tmp_path / LOCK.name, tmp_path / PROJECT.name
+    lock.write_bytes(LOCK.read_bytes())
+    project.write_bytes(PROJECT.read_bytes())
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    write_bill(lock, project, tmp_path / "b.json")
+    content = (tmp_path / "a.json").read_bytes()
+    assert content == (tmp_path / "b.json").read_bytes()
+    assert str(CHECKOUT.root).encode() not in content
+    bill = json.loads(content)
+    assert (bill["bomFormat"], bill["metadata"]["component"]["name"]) == ("CycloneDX", "handsigns")
+    assert "timestamp" not in bill["metadata"]
+    listed = {one["name"]: one for one in bill["components"]}
+    locked = [line.split("==")[0] for line in LOCK.read_text().splitlines() if "==" in line[:60]]
+    assert set(locked) == set(listed)
+    assert listed["keras"]["externalReferences"][0]["hashes"]
+    with pytest.raises(StageError, match=r"gone\.lock") as caught:
+        write_bill(tmp_path / "gone.lock", PROJECT, tmp_path / "c.json")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "c.json").exists()
+
+
+def test_the_environment_names_what_can_change_a_digit() -> None:
+    found = environment()
+    assert {"keras", "numpy", "openvino"} <= found["libraries"].keys()
+    assert found["processor"]
+    assert json.loads(json.dumps(found)) == found

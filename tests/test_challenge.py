@@ -9,15 +9,15 @@ import pytest
 
 from tasks import audit, preprocess
 from tasks.data.dataset import open_dataset
-from tasks.errors import PromotionError
+from tasks.errors import PromotionError, ServiceError
 from tasks.io import read_json, write_json
 from tasks.model.inference import Classifier
 from tasks.params import LABELS, Params, load_params
 from tasks.project import Project
 from tasks.releases.champion import compare_with_champion
-from tasks.releases.pointer import Champion, Pointer, move_champion
+from tasks.releases.pointer import KEY, Champion, Pointer, move_champion
 from tasks.releases.release import publish
-from tasks.services.s3 import Storage
+from tasks.services.s3 import S3Address, Storage
 from tasks.stage import Context
 from tests.fixtures.photos import CHECKOUT, write_photos
 
@@ -67,29 +67,24 @@ def held_out(project: Project) -> list[str]:
     return [dataset.names[row] for row in dataset.rows("test")]
 
 
-def test_without_a_champion_there_is_nothing_to_compare_with(
-    storage: Storage, tmp_path: Path
-) -> None:
+def test_a_champion_that_cannot_be_loaded_is_refused(storage: Storage, tmp_path: Path) -> None:
     decision = compare_with_champion(Project(tmp_path), storage, None)
     assert (decision.won, decision.comparison) == (True, None)
-
-
-@pytest.mark.parametrize(
-    ("labels", "words"), [([*LABELS[1:], LABELS[0]], "in this order"), (LABELS, r"model\.pb")]
-)
-def test_a_champion_that_cannot_be_loaded_is_refused(
-    storage: Storage, tmp_path: Path, labels: list[str], words: str
-) -> None:
-    champion = champion_with(storage, tmp_path / "made", list(labels))
-    with pytest.raises(PromotionError, match=rf"champion cannot be scored.*{words}") as caught:
-        compare_with_champion(Project(tmp_path), storage, champion)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_champion_whose_release_is_gone_is_refused(storage: Storage, tmp_path: Path) -> None:
     nowhere = Champion(Pointer(release="0" * 32, version=1), "etag")
-    with pytest.raises(PromotionError, match=r"champion cannot be scored.*no complete release"):
-        compare_with_champion(Project(tmp_path), storage, nowhere)
+    reordered = champion_with(storage, tmp_path / "reordered", [*LABELS[1:], LABELS[0]])
+    storage.remove(KEY)
+    no_graph = champion_with(storage, tmp_path / "no graph", list(LABELS))
+    for champion, words in (
+        (nowhere, "no complete release"),
+        (reordered, "in this order"),
+        (no_graph, r"model\.pb"),
+    ):
+        with pytest.raises(PromotionError, match=rf"champion cannot be scored.*{words}") as caught:
+            compare_with_champion(Project(tmp_path), storage, champion)
+        assert "\n" not in str(caught.value)
+    down = Storage(S3Address("http://127.0.0.1:9", "artifacts", "us-east-1", "k", "s"))
+    with pytest.raises(ServiceError):  # a service that fails says nothing of the champion
+        compare_with_champion(Project(tmp_path), down, nowhere)
 
 
 def test_photos_that_went_during_the_run_are_named(

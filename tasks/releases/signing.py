@@ -130,8 +130,8 @@ class Trust:
             key = "unnamed"
         if key not in self.known:
             raise ReleaseError(
-                f"{where} is signed by a key that is not accepted: key {short(key)}. Add its public "
-                "key to HANDSIGNS_PUBLIC_KEYS if you know whose it is."
+                f"{where} is signed by a key that is not accepted: key {short(key)}. Add its "
+                "public key to HANDSIGNS_PUBLIC_KEYS if you know whose it is."
             )
         if fault := _fault(name, fields, signature, self.known[key]):
             raise ReleaseError(f"The signature of {where} {fault}. Do not use it.")
