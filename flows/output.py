@@ -298,10 +298,16 @@ def predictions_listing(predictions: Sequence[Mapping[str, Any]], model: str) ->
     from tasks.params import LABELS
 
     rows = [
-        [found["file"], found["label"], *(f"{found['probabilities'][sign]:.3f}" for sign in LABELS)]
+        [
+            found["file"],
+            found["label"] if found["certain"] else "?",
+            *(f"{found['probabilities'][sign]:.3f}" for sign in LABELS),
+        ]
         for found in predictions
         if "error" not in found
     ]
+    if any(row[1] == "?" for row in rows):
+        model += "; ? means no clear hand"
     errors = [f"{found['file']}: {found['error']}" for found in predictions if "error" in found]
     return Listing(model, rows, ("photo", "sign", *LABELS), errors)
 

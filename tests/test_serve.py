@@ -90,11 +90,33 @@ def test_every_form_of_a_request_gets_the_same_reading(service: Service, first: 
         ]
         found = answers[0].json()
         assert [answer.json() for answer in answers] == [found] * 4
-        assert found["label"] == str(sign)
+        assert (found["label"], found["certain"]) == (str(sign), True)
         assert sum(found["probabilities"].values()) == pytest.approx(1, abs=1e-4)
     assert (found["model"]["version"], found["model"]["release"]) == (1, first.id)
     for kind in ("JPEG", "WEBP", "BMP", "GIF", "TIFF"):
         assert service.predict(grey(2, kind)).json()["label"] == "2"
+
+
+def test_several_photos_in_one_request_are_answered_in_their_order(service: Service) -> None:
+    photos = [grey(sign) for sign in range(6)] + [b"no photo", grey(0)]
+    form = service.client.post("/predict", files=[("file", ("a", photo)) for photo in photos])
+    images = [base64.b64encode(photo).decode() for photo in photos]
+    plain = service.client.post("/predict", json={"image": images})
+    assert form.status_code == plain.status_code == 200
+    readings = form.json()["readings"]
+    assert readings == plain.json()["readings"]
+    assert [one.get("label") for one in readings] == ["0", "1", "2", "3", "4", "5", None, "0"]
+    assert "not an image" in readings[6]["error"]
+    alone = service.client.post("/predict", json={"image": images[:1]})
+    assert alone.json() == {"readings": readings[:1]}
+
+
+def test_a_photo_between_two_signs_is_not_certain(service: Service) -> None:
+    file = BytesIO()
+    Image.new("RGB", (64, 64), (25, 25, 26)).save(file, "PNG")
+    answer = service.predict(file.getvalue()).json()
+    assert answer["certain"] is False
+    assert 0.4 < max(answer["probabilities"].values()) < 0.6
 
 
 def test_health_reports_version_release_age_and_state(service: Service, first: Release) -> None:
@@ -138,7 +160,9 @@ BAD: dict[str, tuple[int, str, dict[str, Any]]] = {
     "a bomb": (422, "too many pixels", _form(_header_of(9000, 9000))),
     "no file": (400, "'file'", _form(grey(1), "photo")),
     "a field": (400, "'file'", {"data": {"file": "x"}, **_form(b"", "b")}),
-    "two files": (400, "files", {"files": [("file", ("a", b"a")), ("file", ("b", b"b"))]}),
+    "17 files": (400, "files", {"files": [("file", ("a", b"a"))] * 17}),
+    "JSON of 17": (422, "16 or fewer", {"json": {"image": ["AAAA"] * 17}}),
+    "JSON of none": (422, "16 or fewer", {"json": {"image": []}}),
     "no form": (400, ".", _body(b"--x", "multipart/form-data")),
     "text body": (415, "text/plain", _body(b"a", "text/plain")),
     "nothing": (415, "sent as ''", {}),

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -42,6 +42,8 @@ _log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("page")
 BODY_SECONDS = 30.0
+MAX_PHOTOS = 16
+"""In one request."""
 EXAMPLE_SEED = 21
 """Seed of the rendered examples; not the seed of the sample data set."""
 BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -66,12 +68,25 @@ class Model(BaseModel):
         return self.description
 
 
+class Fault(BaseModel):
+    """Why a request, or one of several photos, was refused."""
+
+    error: str
+
+
 class Reading(BaseModel):
     """What was read from a photo."""
 
     label: Literal["0", "1", "2", "3", "4", "5"]
+    certain: bool = Field(description="False where the photo may show no clear hand.")
     probabilities: dict[str, float] = Field(description="Of each sign; they add up to one.")
     model: Model
+
+
+class Readings(BaseModel):
+    """What was read from several photos, in their order."""
+
+    readings: list[Reading | Fault]
 
 
 class Health(BaseModel):
@@ -87,25 +102,20 @@ class Health(BaseModel):
     problem: str | None
 
 
-class Fault(BaseModel):
-    """Why a request was refused."""
-
-    error: str
-
-
-class JsonPhoto(BaseModel):
-    """A photo in base64, alone or as a data URL."""
+class JsonPhotos(BaseModel):
+    """A photo, or a list of photos, in base64 or as data URLs."""
 
     model_config = ConfigDict(extra="forbid")
 
-    image: str
+    image: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PHOTOS)]
 
 
 _PHOTO = {"type": "string", "format": "binary"}
-_FORM = {"type": "object", "required": ["file"], "properties": {"file": _PHOTO}}
+_PHOTOS = {"type": "array", "items": _PHOTO, "maxItems": MAX_PHOTOS}
+_FORM = {"type": "object", "required": ["file"], "properties": {"file": _PHOTOS}}
 ACCEPTED: dict[str, Any] = {
     "multipart/form-data": {"schema": _FORM},
-    "application/json": {"schema": JsonPhoto.model_json_schema()},
+    "application/json": {"schema": JsonPhotos.model_json_schema()},
     "image/*": {"schema": _PHOTO},
 }
 """The forms of a request, as OpenAPI puts them."""
@@ -168,21 +178,13 @@ def make_app(source: ModelSource, limits: Limits) -> FastAPI:
     )
     _answer_faults_as_json(app, limits)
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=limits.max_bytes)
+    app.middleware("http")(partial(_observe, metrics, limits))
 
-    @app.middleware("http")
-    async def observe(request: Request, ask: Callable[[Request], Awaitable[Response]]) -> Response:
-        began, status = time.perf_counter(), 500
-        try:
-            # Starlette's limit answers a body that says its size in plain text.
-            if int(request.headers.get("Content-Length", "0")) > limits.max_bytes:
-                response: Response = _too_large(limits)
-            else:
-                response = await ask(request)
-            status = response.status_code
-        finally:
-            seconds = time.perf_counter() - began
-            metrics.observe(request.method, request.url.path, status, seconds)
-        return response
+    async def read(photo: bytes, model: LoadedModel) -> Reading:
+        large = await pool.run(partial(is_large, photo))
+        found = await pool.run(partial(_score, model.classifier, photo), large)
+        metrics.predictions.labels(str(found.label)).inc()
+        return Reading(**found.to_json(), model=Model.model_validate(model))
 
     @app.post(
         "/predict",
@@ -190,17 +192,16 @@ def make_app(source: ModelSource, limits: Limits) -> FastAPI:
         openapi_extra={"requestBody": {"required": True, "content": ACCEPTED}},
         dependencies=[Depends(admission.check)],
     )
-    async def predict(request: Request) -> Reading:
-        """Read the sign in one photo."""
+    async def predict(request: Request) -> Reading | Readings:
+        """Read the sign in a photo, or in each of several."""
         if source.model is None:
             raise HTTPException(503, _waiting(source), {"Retry-After": "10"})
         async with pool.place():
-            content = await read_upload(request)
-            model = source.model
-            large = await pool.run(partial(is_large, content))
-            found = await pool.run(partial(_score, model.classifier, content), large)
-        metrics.predictions.labels(str(found.label)).inc()
-        return Reading(**found.to_json(), model=Model.model_validate(model))
+            photos, model = await read_upload(request), source.model
+            if isinstance(photos, bytes):
+                return await read(photos, model)
+            found = await asyncio.gather(*(_read_or_refuse(read(one, model)) for one in photos))
+            return Readings(readings=found)
 
     @app.head("/health", include_in_schema=False)  # load balancers ask for no more
     @app.get("/health", responses={503: {"model": Health}})
@@ -226,6 +227,33 @@ def make_app(source: ModelSource, limits: Limits) -> FastAPI:
     return app
 
 
+async def _read_or_refuse(reading: Awaitable[Reading]) -> Reading | Fault:
+    try:
+        return await reading
+    except ImageError as error:
+        return Fault(error=_unusable(error))
+
+
+async def _observe(
+    metrics: Metrics,
+    limits: Limits,
+    request: Request,
+    answer: Callable[[Request], Awaitable[Response]],
+) -> Response:
+    began, status = time.perf_counter(), 500
+    try:
+        # Starlette's limit would answer a body that announces its size in plain text.
+        if int(request.headers.get("Content-Length", "0")) > limits.max_bytes:
+            response = _too_large(limits)
+        else:
+            response = await answer(request)
+        status = response.status_code
+    finally:
+        seconds = time.perf_counter() - began
+        metrics.observe(request.method, request.url.path, status, seconds)
+    return response
+
+
 def _serve_page(app: FastAPI) -> None:
     async def send(file: Path, _: Request) -> Response:
         return FileResponse(file)
@@ -236,8 +264,8 @@ def _serve_page(app: FastAPI) -> None:
         app.add_route(path, partial(send, file))
 
 
-async def read_upload(request: Request) -> bytes:
-    """Read the photo from a form, from JSON or from the bare body.
+async def read_upload(request: Request) -> bytes | list[bytes]:
+    """Read a photo, or several, from a form, from JSON or from the bare body.
 
     Raises:
         HTTPException: 400, 408, 413, 415 or 422, with the reason.
@@ -260,24 +288,33 @@ async def read_upload(request: Request) -> bytes:
     )
 
 
-async def _from_form(request: Request) -> bytes:
-    async with request.form(max_files=1, max_fields=4) as form:
-        file = form.get("file")
-        if not isinstance(file, UploadFile):
+async def _from_form(request: Request) -> bytes | list[bytes]:
+    async with request.form(max_files=MAX_PHOTOS, max_fields=4) as form:
+        files = [file for file in form.getlist("file") if isinstance(file, UploadFile)]
+        if not files:
             raise HTTPException(400, "The form has no photo. Put one into its field 'file'.")
-        return await file.read()
+        photos = [await file.read() for file in files]
+    return photos if len(photos) > 1 else photos[0]
 
 
-def _from_json(body: bytes) -> bytes:
+def _from_json(body: bytes) -> bytes | list[bytes]:
     try:
         # Refused before parsing: a million elements would be a million validation errors.
-        if body.count(b",") > 1:
+        if body.count(b",") > 2 * MAX_PHOTOS:
             raise ValueError
-        encoded = JsonPhoto.model_validate_json(body).image
-        return base64.b64decode(encoded.rpartition(";base64,")[2], validate=True)
+        image = JsonPhotos.model_validate_json(body).image
+        return _decode(image) if isinstance(image, str) else [_decode(one) for one in image]
     except ValueError:
-        reason = 'The JSON must be {"image": "…"} with base64, and nothing else.'
+        reason = (
+            'The JSON must be {"image": "…"} with base64, or a list of '
+            f"{MAX_PHOTOS} or fewer, and nothing else."
+        )
         raise HTTPException(422, reason) from None
+
+
+def _decode(image: str) -> bytes:
+    """Decode base64, or a data URL of it."""
+    return base64.b64decode(image.rpartition(";base64,")[2], validate=True)
 
 
 def _score(classifier: Classifier, content: bytes) -> Prediction:
@@ -326,6 +363,10 @@ def _too_large(limits: Limits) -> Response:
     return JSONResponse({"error": reason}, 413)
 
 
+def _unusable(error: ImageError) -> str:
+    return f"This is not a usable photo: {error.reason.partition(' (')[0]}."
+
+
 def _answer_faults_as_json(app: FastAPI, limits: Limits) -> None:
     async def refused(_: Request, error: Any) -> Response:
         if error.status_code == 413:
@@ -333,9 +374,8 @@ def _answer_faults_as_json(app: FastAPI, limits: Limits) -> None:
         return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
 
     async def unusable(_: Request, error: Any) -> Response:
-        kind, reason = error.reason.partition(":")[0], error.reason.partition(" (")[0]
-        status = {"not an image": 415, "too large": 413}.get(kind, 422)
-        return JSONResponse({"error": f"This is not a usable photo: {reason}."}, status)
+        status = {"not an image": 415, "too large": 413}.get(error.reason.partition(":")[0], 422)
+        return JSONResponse({"error": _unusable(error)}, status)
 
     async def gone(_: Request, error: Exception) -> Response:
         return JSONResponse({"error": "The request ended before its body did."}, 400)

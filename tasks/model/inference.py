@@ -38,6 +38,9 @@ SECONDS = 60
 REFUSED = 3
 """Exit code of the sandbox for a rejected file; its last line says why."""
 
+CERTAIN = 0.6
+"""Probability below which a photo may show no clear hand (docs/accuracy.md)."""
+
 
 class Engine:
     """Run a graph of `tasks.model.files` with OpenVINO; safe to use from several threads.
@@ -153,13 +156,14 @@ class Prediction:
         return LABELS[int(np.argmax(self.probabilities))]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: file, label and probability by label, or file and error."""
+        """Plain values: file, label, certainty and probabilities, or file and error."""
         if self.probabilities is None:
             return {"file": printable(str(self.path)), "error": self.error}
         shares = (round(value, 6) for value in self.probabilities)
         return {
             "file": printable(str(self.path)),
             "label": self.label,
+            "certain": max(self.probabilities) >= CERTAIN,
             "probabilities": dict(zip(LABELS, shares, strict=True)),
         }
 

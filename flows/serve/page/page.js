@@ -9,6 +9,8 @@ const SIGNS = {
   5: "open hand",
 };
 const HEALTH_SECONDS = 10;
+const LARGE_BYTES = 1_000_000;
+const LARGEST_SIDE = 1600;
 
 const at = (id) => document.getElementById(id);
 const [stage, hint, preview, video] = ["stage", "hint", "preview", "video"].map(at);
@@ -35,9 +37,9 @@ for (const [label, meaning] of Object.entries(SIGNS)) {
   bars.append(made("tr", [head, made("td", track), made("td", "–")]));
 }
 
-function say(text, { label = null, bad = false, detail = "" } = {}) {
-  sign.textContent = label ?? "–";
-  sign.classList.toggle("known", label !== null);
+function say(text, { label = null, certain = true, bad = false, detail = "" } = {}) {
+  sign.textContent = certain ? label ?? "–" : "?";
+  sign.classList.toggle("known", label !== null && certain);
   words.classList.toggle("bad", bad);
   words.replaceChildren(text, ...(detail ? [made("small", detail)] : []));
 }
@@ -51,15 +53,16 @@ function draw(probabilities, best) {
   });
 }
 
-function told(answer) {
-  const share = answer.probabilities[answer.label];
-  const sure = share >= 0.9 ? "" : share >= 0.6 ? ", not certain" : ", a guess";
-  const version = answer.model.version === null ? "" : `, by version ${answer.model.version}`;
-  say(`Sign ${answer.label}: ${SIGNS[answer.label]}`, {
-    label: answer.label,
-    detail: `${percent(share)}${sure}${version}`,
-  });
-  draw(answer.probabilities, answer.label);
+function report({ label, certain, probabilities }) {
+  const share = percent(probabilities[label]);
+  if (certain) {
+    const doubt = probabilities[label] < 0.9 ? ", not quite certain" : "";
+    say(`Sign ${label}: ${SIGNS[label]}`, { label, detail: `${share}${doubt}` });
+  } else {
+    const detail = `Perhaps sign ${label}, ${share}. Show one hand, well lit and close.`;
+    say("No clear hand", { certain, detail });
+  }
+  draw(probabilities, certain ? label : null);
 }
 
 function refused(reason) {
@@ -70,6 +73,7 @@ function refused(reason) {
 // Ask.
 
 let asking = new AbortController();
+let unsent = null;
 
 function show(photo) {
   stopCamera();
@@ -81,22 +85,38 @@ function show(photo) {
   stage.classList.add("full");
 }
 
+// A large photo is made smaller before it is sent; what the browser cannot read is sent as it is.
+async function shrunk(photo) {
+  if (photo.size < LARGE_BYTES) return photo;
+  try {
+    const image = await createImageBitmap(photo, { imageOrientation: "from-image" });
+    const scale = Math.min(1, LARGEST_SIDE / Math.max(image.width, image.height));
+    const size = { width: image.width * scale, height: image.height * scale };
+    const canvas = made("canvas", "", size);
+    canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+    return await new Promise((done) => canvas.toBlob(done, "image/jpeg", 0.92));
+  } catch {
+    return photo;
+  }
+}
+
 async function ask(photo) {
   asking.abort();
   asking = new AbortController();
   const { signal } = asking;
+  unsent = null;
   show(photo);
   say("Reading the photo.");
   draw(null, null);
   const form = new FormData();
-  form.append("file", photo, "photo");
+  form.append("file", await shrunk(photo), "photo");
   const token = at("token").value;
   const headers = token ? { Authorization: `Bearer ${token}` } : {};
   try {
     const response = await fetch("predict", { method: "POST", body: form, headers, signal });
     const answer = await response.json();
     if (signal.aborted) return;
-    if (response.ok) told(answer);
+    if (response.ok) report(answer);
     else refused(answer.error);
     if (response.status === 401) {
       tokenRow.hidden = false;
@@ -104,7 +124,8 @@ async function ask(photo) {
     }
   } catch (error) {
     if (signal.aborted) return;
-    refused("The service did not answer. It may be down, or the photo too large.");
+    refused("Offline, retrying. The photo is sent once the service answers.");
+    unsent = photo;
   }
 }
 
@@ -204,11 +225,16 @@ for (const label of Object.keys(SIGNS)) {
 // The model behind it all.
 
 const MOMENT = { dateStyle: "medium", timeStyle: "short" };
-const CHIPS = { ready: "ready", behind: "an older model answers", waiting: "no model yet" };
+const CHIPS = {
+  ready: "ready",
+  behind: "ready, update pending",
+  waiting: "not ready yet",
+  offline: "offline, retrying",
+};
 
 function facts(health) {
   const { model } = health;
-  if (!model) return [["Model", "none yet"]];
+  if (!model) return [["Model", health.state === "offline" ? "not known" : "none yet"]];
   if (model.version === null) return [["Model", model.description]];
   const since = new Date(model.promoted_at);
   const shown = isNaN(since) ? "not known" : since.toLocaleString([], MOMENT);
@@ -224,10 +250,10 @@ async function look() {
   try {
     health = await (await fetch("health")).json();
   } catch {
-    health = { state: "waiting", model: null, problem: "The service does not answer." };
+    health = { state: "offline", model: null, problem: "" };
   }
-  const version = health.model?.version;
-  const name = version && health.state === "ready" ? `version ${version}` : CHIPS[health.state];
+  if (unsent && health.model) ask(unsent);
+  const name = CHIPS[health.state];
   at("chip").className = `chip ${health.state}`;
   if (at("chip").textContent !== name) at("chip").textContent = name;
   const problem = health.problem ?? "";
