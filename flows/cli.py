@@ -10,6 +10,7 @@ import typer
 from flows import output
 from flows.keys import keys_app
 from flows.local.clients import HEARTBEAT_SECONDS, point_prefect_at, prepare_environment
+from flows.look import Named, look_app
 from flows.output import (
     Json,
     echo,
@@ -31,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(look_app)
 app.add_typer(keys_app, name="keys")
 
 
@@ -87,7 +89,6 @@ Model = Annotated[
     str,
     typer.Option(help="champion, challenger, a version's number, or the path of a release."),
 ]
-Named = Annotated[str, typer.Argument(help="champion, challenger, or a version's number.")]
 Number = Annotated[int, typer.Argument(help="A version's number.", parser=_version_number)]
 Reason = Annotated[str, typer.Option(help="Why; kept in the champion's history.", callback=_utf_8)]
 Version = Annotated[
@@ -115,25 +116,6 @@ def retrain(
         raise KeyboardInterrupt
     if report.status in ("rejected", "failed"):
         raise typer.Exit(1)
-
-
-@app.command()
-def status(
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show hashes and addresses.")] = False,
-    json_: Json = False,
-) -> None:
-    """Show data, stages out of date, champion, challenger and the last run."""
-    with open_workspace() as workspace:
-        found = workspace.status()
-    echo(json_, found, output.status_listing(found, verbose))
-
-
-@app.command()
-def versions(json_: Json = False) -> None:
-    """List every version with its scores and its part in the champion's history."""
-    with open_workspace() as workspace:
-        found = workspace.versions()
-    echo(json_, {"versions": found}, output.versions_listing(found))
 
 
 @app.command()
@@ -226,16 +208,6 @@ def _photos_in(path: Path) -> list[Path]:
     if not found:
         raise HandsignsError(f"The folder '{path}' holds no photos. Name one that does.")
     return found
-
-
-@app.command()
-def verify(version: Named, json_: Json = False) -> None:
-    """Check a release's signature, read it back and compare every byte with its manifest."""
-    with open_workspace() as workspace:
-        found = workspace.verify(version)
-    shown = f"{found['uri']}: {found['files']} files, {found['bytes']} bytes, as the manifest says."
-    shown += "".join(f" {more}" for more in (found["signature"], *found["forced"]))
-    echo(json_, found, shown)
 
 
 @app.command()

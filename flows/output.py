@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flows.workspace import Workspace
     from tasks.data.importer import ImportReport
     from tasks.project import Project
+    from tasks.scoring.compare import Comparison
     from tasks.stage import Progress
 
 _log = logging.getLogger(__name__)
@@ -270,6 +271,35 @@ def versions_listing(versions: Sequence[Mapping[str, Any]]) -> Listing:
         rows.append([str(one["version"]), *_scores(one), ", ".join(state)])
     header = ("version", "accuracy", "loss", "photos", "made", "state")
     return Listing("Versions" if rows else "There are no versions yet.", rows, header)
+
+
+def runs_listing(found: Sequence[Mapping[str, str]]) -> Listing:
+    """What happened lately, the newest last."""
+    rows = []
+    for one in found:
+        known = one["reason"] in one["what"] or not one["reason"]
+        rows.append([one["at"][:16].replace("T", " "), one["what"], "" if known else one["reason"]])
+    title = "Runs, the newest last" if rows else "There was no run yet."
+    return Listing(title, rows, ("at", "what", "why") if rows else ())
+
+
+def comparison_listing(
+    first: str, second: str, found: "Comparison", picture: Path | None
+) -> Listing:
+    """Two versions on the same photos, sign by sign."""
+    old, new = found.champion, found.challenger
+    rows = [
+        [name, _shown(getattr(old, name)), _shown(getattr(new, name))]
+        for name in ("accuracy", "loss", "auc", "ece")
+    ]
+    for one in found.recalls:
+        rows.append([f"recall of {one.label}", _shown(one.champion), _shown(one.challenger)])
+    notes = [
+        f"Version {second} is right on {found.won} photos that {first} misreads, and wrong on "
+        f"{found.lost} others: {found.verdict} (McNemar p = {found.p_value:.3g}).",
+        f"Photos that they read differently: {picture}" if picture else "They read all alike.",
+    ]
+    return Listing(f"{old.n} photos that neither was trained on", rows, ("", first, second), notes)
 
 
 def _scores(one: Mapping[str, Any]) -> list[str]:

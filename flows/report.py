@@ -1,8 +1,11 @@
 """The report of a run: `artifacts/run.json`, made of what the stages wrote."""
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,6 +191,35 @@ def write_report(report: RunReport, project: Project) -> None:
         write_json(project.run, report.model_dump(mode="json"))
     except OSError as error:
         _log.warning("artifacts/run.json cannot be written (%s).", error.strerror or error)
+
+
+def log_run(report: RunReport, project: Project) -> None:
+    """Append how a run ended to `.local/runs.jsonl`; log, don't raise."""
+    entry = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "what": report.headline(),
+        "status": report.status,
+        "reason": report.reason,
+    }
+    try:
+        with _runs(project).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        _log.warning("`handsigns runs` will not show this run (%s).", error.strerror or error)
+
+
+def logged_runs(project: Project) -> list[dict[str, str]]:
+    """How the runs of this checkout ended, oldest first; damaged lines are left out."""
+    entries = []
+    if _runs(project).exists():
+        for line in _runs(project).read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                entries.append(json.loads(line))
+    return entries
+
+
+def _runs(project: Project) -> Path:
+    return project.local / "runs.jsonl"
 
 
 def read_output(path: Path) -> Any:

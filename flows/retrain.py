@@ -26,6 +26,7 @@ from flows.report import (
     ReleaseReport,
     data_changes,
     histories,
+    log_run,
     quarantined,
     read_stages,
     write_report,
@@ -148,6 +149,8 @@ def _conduct(run: Run) -> State[Any]:
         report = run.report
         report.seconds["total"] = time.monotonic() - began
         write_report(report, project)
+        if command.get() is None:
+            log_run(report, project)
         bad = report.status in ("failed", "rejected")
         _log.log(logging.ERROR if bad else logging.INFO, "%s: %s", report.status, report.reason)
         ui.show_summary(project, report)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from flows.local.clients import TAG, advice, ask, check_reachable, point_prefect_at
 from flows.local.database import SQLITE
 from flows.local.stack import find_running
-from flows.report import ModelReport, RunReport, Status, quarantined, write_report
+from flows.report import ModelReport, RunReport, Status, log_run, quarantined, write_report
 from flows.workspace import Workspace
 from tasks.errors import BusyError, HandsignsError, ServiceError, SettingsError
 from tasks.io import read_json, sha256, write_json
@@ -76,6 +76,7 @@ def retrain(workspace: Workspace, force: bool, progress: Progress) -> RunReport:
                 if not run.report.reason:
                     run.end("cancelled", "Interrupted before it began.")
             write_report(run.report, project)
+            log_run(run.report, project)
     except BusyError as error:  # run.json is the other one's
         run.end("failed", str(error))
     return run.report

@@ -10,17 +10,24 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.keys import refuse_tracked
 from tasks.errors import SettingsError
+from tasks.project import Project
+from tasks.releases.comparison import compare_releases
+from tasks.releases.release import fetch
+from tasks.services.s3 import Storage
 from tests.fixtures.checkouts import BIN, Workshop, make_checkout
 from tests.fixtures.photos import CHECKOUT, write_photos
+from tests.fixtures.service import grey, publish_graph
 
 VERBS = (
     "sample", "import", "retrain", "status", "evaluate", "predict", "promote", "rollback", "verify",
-    "up", "down", "deploy", "serve", "reproduce", "versions", "rebuild-registry",
+    "up", "down", "deploy", "serve", "reproduce", "versions", "rebuild-registry", "prune",
+    "runs", "compare", "open",
 )  # fmt: skip
 NOT_UTF_8 = b"zur\xfcck".decode(errors="surrogateescape")
 
@@ -66,6 +73,7 @@ def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
         (["nonsense"], "nonsense"),
         (["retrian"], "Did you mean 'retrain'?"),
         (["promote"], "version"),
+        (["open", "mlfow"], "'mlfow' is not one of"),
         (["promote", "two"], "'two' is not a number"),
         (["predict"], "FILES"),
         (["promote", "1", "--reason", NOT_UTF_8], "must be UTF-8"),
@@ -119,6 +127,7 @@ def test_what_cannot_be_trained_on_is_reported(
             "Prefect at http://127.0.0.1:9/api failed (ConnectError).",
         ),
         (["deploy", "--pool", "nobody"], {}, "There is no work pool 'nobody'."),
+        (["open", "mlflow"], {}, "No mlflow is up. Start it with `handsigns up`."),
         (["status", "without params.yaml"], {}, "params.yaml' cannot be read"),
     ],
 )
@@ -156,6 +165,43 @@ def test_a_damaged_prefect_yaml_is_named_before_any_server_is_asked_or_started(
     assert fault in said
     assert said.count("\n") == 1
     assert logs() == before
+
+
+def test_open_prints_an_address(workshop: Workshop) -> None:
+    named = {"PREFECT_API_URL": "https://prefect.example/api"}
+    assert workshop.handsigns("open", "prefect", **named)["url"] == "https://prefect.example"
+    assert workshop.handsigns("open", "page")["url"] == "http://127.0.0.1:8000"
+
+
+def test_runs_show_how_each_run_ended_and_why(changed: Workshop) -> None:
+    changed.project.params.write_text("seed: yes")
+    for _ in range(2):
+        changed.handsigns("retrain", code=1)
+    found = changed.handsigns("runs", "-n", "2")["runs"]
+    assert [one["status"] for one in found] == ["failed", "failed"]
+    assert "params.yaml" in found[0]["reason"]
+    shown = changed.run("handsigns", "runs", "-n", "1").stdout
+    assert "params.yaml" in shown
+    assert shown.count("failed") == 1
+
+
+def test_two_releases_are_compared_on_the_same_photos(
+    storage: Storage, graphs: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    project = Project(tmp_path)
+    releases = {}
+    for name, graph in zip("12", graphs, strict=True):
+        made = publish_graph(storage, tmp_path / f"made{name}", graph)
+        releases[name] = fetch(storage, made.id, tmp_path / "releases")
+    for sign in range(6):
+        (project.data / f"train/{sign}").mkdir(parents=True)
+        (project.data / f"train/{sign}/{sign}.png").write_bytes(grey(sign))
+    found, picture = compare_releases(project, releases)
+    assert (found.champion.accuracy, found.challenger.accuracy) == (1.0, 0.0)
+    assert (found.won, found.lost) == (0, 6)
+    assert picture is not None
+    assert Image.open(picture).width >= 1000
+    assert compare_releases(project, {"1": releases["1"], "again": releases["1"]})[1] is None
 
 
 def test_an_interrupted_command_says_what_that_means(workshop: Workshop) -> None:

@@ -100,7 +100,7 @@ def _unseen_photos(
     predicted = {
         one["name"]: one["probabilities"] for one in read_json(project.predictions)["photos"]
     }
-    seen = _seen_photos(project, read_json(release / DATASET_INDEX) or {"photos": []})
+    seen = seen_photos(project, read_json(release / DATASET_INDEX) or {"photos": []})
     # A photo that went meanwhile is named by its path.
     paths = {row: keys.get(dataset.names[row], dataset.names[row]) for row in dataset.rows("test")}
     rows = [
@@ -116,7 +116,7 @@ def _unseen_photos(
     return photos, dataset.labels[rows], np.array([predicted[dataset.names[row]] for row in rows])
 
 
-def _seen_photos(project: Project, index: Mapping[str, Any]) -> set[str]:
+def seen_photos(project: Project, index: Mapping[str, Any]) -> set[str]:
     """Names and paths of photos that a release was trained on, with their near-duplicates.
 
     A photo is named by its file's name alone, or by its path where another has that name.
