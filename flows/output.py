@@ -293,7 +293,8 @@ def comparison_listing(
         for name in ("accuracy", "loss", "auc", "ece")
     ]
     for one in found.recalls:
-        rows.append([f"recall of {one.label}", _shown(one.champion), _shown(one.challenger)])
+        recalls = _shown(one["champion"]), _shown(one["challenger"])
+        rows.append([f"recall of {one['label']}", *recalls])
     notes = [
         f"Version {second} is right on {found.won} photos that {first} misreads, and wrong on "
         f"{found.lost} others: {found.verdict} (McNemar p = {found.p_value:.3g}).",

@@ -321,7 +321,7 @@ def _score(classifier: Classifier, content: bytes) -> Prediction:
     params = classifier.preprocess
     photo = resize(decode(content, min_side=4 * params.image_size), params)
     (row,) = classifier.probabilities(photo[np.newaxis]).tolist()
-    return Prediction(Path("photo"), tuple(row))
+    return classifier.prediction(Path("photo"), row)
 
 
 def _waiting(source: ModelSource) -> str:

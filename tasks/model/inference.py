@@ -38,8 +38,8 @@ SECONDS = 60
 REFUSED = 3
 """Exit code of the sandbox for a rejected file; its last line says why."""
 
-CERTAIN = 0.6
-"""Probability below which a photo may show no clear hand (docs/accuracy.md)."""
+CERTAIN_ABOVE = 0.6
+"""Of releases that were made before `evaluate` chose it."""
 
 
 class Engine:
@@ -142,11 +142,13 @@ class Prediction:
 
     Args:
         probabilities: six, in the order of `LABELS`; None when `error` is set.
+        certain: False where the photo may show no clear hand.
     """
 
     path: Path
     probabilities: tuple[float, ...] | None = None
     error: str | None = None
+    certain: bool = True
 
     @property
     def label(self) -> str | None:
@@ -163,7 +165,7 @@ class Prediction:
         return {
             "file": printable(str(self.path)),
             "label": self.label,
-            "certain": max(self.probabilities) >= CERTAIN,
+            "certain": self.certain,
             "probabilities": dict(zip(LABELS, shares, strict=True)),
         }
 
@@ -176,11 +178,17 @@ class Classifier:
         forward: uint8 (n, size, size, 3), RGB -> float32 (n, labels).
         preprocess: how photos are resized first, as those that it was trained with.
         size: side of the model's input in pixels.
+        certain_above: probability from which on an answer is certain.
     """
 
     forward: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
     preprocess: PreprocessParams
     size: int = INPUT_SIZE
+    certain_above: float = CERTAIN_ABOVE
+
+    def prediction(self, path: Path, row: Sequence[float]) -> Prediction:
+        """Wrap the probabilities of one photo."""
+        return Prediction(path, tuple(row), certain=max(row) >= self.certain_above)
 
     def probabilities(
         self, images: NDArray[np.uint8], progress: Progress = silent
@@ -262,7 +270,7 @@ def classify(
     return [
         Prediction(path, error=result)
         if isinstance(result, str)
-        else Prediction(path, tuple(next(rows)))
+        else classifier.prediction(path, next(rows))
         for (path, _), result in zip(sources, results, strict=True)
     ]
 

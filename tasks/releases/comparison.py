@@ -80,12 +80,12 @@ def _draw(picture: Path, project: Project, names: list[str], result: Comparison)
     figure = Figure(figsize=(2 * COLUMNS, 2.6 * height), layout="constrained")
     grid = np.atleast_1d(figure.subplots(height, COLUMNS, squeeze=False)).ravel()
     for axes, one in zip(grid, changed, strict=False):
-        pixels = decode((project.data / one.name).read_bytes(), one.name)
+        pixels = decode((project.data / one["name"]).read_bytes(), one["name"])
         axes.imshow(resize_square(pixels, SIDE))
         axes.set_title(
-            f"sign {one.label}\n{names[0]}: {one.champion}   {names[1]}: {one.challenger}",
+            f"sign {one['label']}\n{names[0]}: {one['champion']}   {names[1]}: {one['challenger']}",
             fontsize=9,
-            color="darkgreen" if one.now == "right" else "darkred",
+            color="darkgreen" if one["now"] == "right" else "darkred",
         )
     for axes in grid:
         axes.axis("off")

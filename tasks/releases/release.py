@@ -5,7 +5,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -231,7 +231,11 @@ def open_release(folder: Path) -> Classifier:
             f"Release {folder.name} has the labels {labels}, and they must be {list(LABELS)} in "
             "this order. Promote a release of this project."
         )
-    return load_classifier(folder / "model.pb", _preprocess(folder / "params.yaml"), trusted=True)
+    found = load_classifier(folder / "model.pb", _preprocess(folder / "params.yaml"), trusted=True)
+    chosen = ((read_json(folder / "metrics.json") or {}).get("certainty") or {}).get(
+        "certain_above"
+    )
+    return found if chosen is None else replace(found, certain_above=float(chosen))
 
 
 def check_id(release_id: str) -> str:
