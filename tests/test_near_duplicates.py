@@ -144,3 +144,12 @@ def test_a_photo_of_another_kind_is_compared_with_a_burst_directly() -> None:
     # Every other photo is known to be close to it, by itself or by its representative.
     close = {row for pair in found.pairs.tolist() if 7 in pair for row in pair}
     assert all(int(one) in close for one in found.representatives)
+
+
+def test_the_darkest_photo_of_a_block_is_compared_with_those_before_it() -> None:
+    greys = [10] * 256 + [12, 200]
+    pictures = np.array(greys, np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2).repeat(3, 3)
+    hashes = np.random.default_rng(1).integers(0, 2**63, 258).astype(np.uint64)
+    hashes[256] = hashes[7]
+    found = find_near_duplicates(pictures, hashes, ~hashes, np.zeros(258, np.int64), 0, 6.0)
+    assert found.pairs.tolist() == [[7, 256]]

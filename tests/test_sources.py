@@ -45,10 +45,10 @@ def fill(folder: Path, *names: str) -> Path:
     return folder
 
 
-def packed(path: Path, *members: str | zipfile.ZipInfo, data: bytes = PNG, kind: int = 8) -> Path:
+def packed(path: Path, *members: str | zipfile.ZipInfo, kind: int = 8) -> Path:
     with zipfile.ZipFile(path, "w", kind) as archive:
         for member in members:
-            archive.writestr(member, data)
+            archive.writestr(member, PNG)
     return path
 
 
@@ -147,12 +147,6 @@ def test_what_is_no_file_any_more_is_not_read(tmp_path: Path) -> None:
                 content(file)
 
 
-def zip_info(name: str, mode: int) -> zipfile.ZipInfo:
-    info = zipfile.ZipInfo(name)
-    info.external_attr = mode << 16
-    return info
-
-
 def patched(path: Path, offset: int, value: bytes, *names: str) -> Path:
     """An archive with other bytes at an offset of each entry in its list of members."""
     data = bytearray(packed(path, *names).read_bytes())
@@ -174,26 +168,11 @@ def many_disks(path: Path) -> Path:
     return written(path, data[:-22] + struct.pack("<4sLQL", b"PK\x06\x07", 0, 0, 3) + data[-22:])
 
 
-SIZES = struct.Struct("<II")
-GIB = 2**30
+SIZES = struct.pack("<II", 3 * 2**30, 3 * 2**30)
 BAD_ZIPS: list[tuple[str, Callable[[Path], Path]]] = [
-    ("leaves its folder", lambda p: packed(p, "0/a.png", "0/../../evil.png")),
-    ("leaves its folder", lambda p: packed(p, "0/a.png", "..\\evil%s.png")),
-    ("leaves its folder", lambda p: packed(p, "0/a.png", "../")),
-    ("absolute", lambda p: packed(p, "0/a.png", "/etc/evil.png")),
-    ("absolute", lambda p: packed(p, "0/a.png", "C:/evil.png")),
-    ("symbolic link", lambda p: packed(p, "0/a.png", zip_info("0/b.png", stat.S_IFLNK | 0o777))),
-    ("special file", lambda p: packed(p, "0/a.png", zip_info("0/b.png", stat.S_IFIFO | 0o777))),
-    ("is encrypted", lambda p: patched(p, 8, b"\1", "0/a.png")),
-    ("bomb does ('0/a.png')", lambda p: packed(p, "0/a.png", data=bytes(20 * 2**20))),
-    ("is a bomb: ", lambda p: packed(p, *(f"0/{n}.png" for n in range(20)), data=bytes(2**19))),
-    ("8 GiB", lambda p: patched(p, 20, SIZES.pack(3 * GIB, 3 * GIB), "0/a", "0/b", "0/c")),
-    ("overlap", lambda p: patched(p, 20, SIZES.pack(10**7, 10**7), "0/a.png")),
+    ("more than 8 GiB", lambda p: patched(p, 20, SIZES, "0/a", "0/b", "0/c")),
     ("neither stored nor deflated", lambda p: packed(p, "0/a.png", kind=zipfile.ZIP_LZMA)),
-    (
-        "is damaged",
-        lambda p: written(p, b"PK\x03\x04" + bytes(100) + b"PK\x05\x06" + bytes(10) + b"\xff" * 8),
-    ),
+    ("is damaged", lambda p: written(p, b"PK\x03\x04" + bytes(114) + b"PK\x05\x06" + b"\xff" * 18)),
     ("is damaged", many_disks),
 ]
 
@@ -280,15 +259,24 @@ def test_hostile_source_is_refused_as_a_whole_in_one_line(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_damaged_member_of_an_archive_is_refused_alone(tmp_path: Path) -> None:
-    path = packed(tmp_path / "s.zip", "0/a.png", "0/b.png")
+def test_members_of_an_archive_lead_nowhere_and_damaged_ones_are_refused_alone(
+    tmp_path: Path,
+) -> None:
+    link = zipfile.ZipInfo("0/link.png")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    names = ["0/a.png", "0/b.png", "../0/up.png", "/etc/0/c.png", "C:\\0\\d.png", "0/../1/e.png"]
+    path = packed(tmp_path / "s.zip", *names, link)
     data = bytearray(path.read_bytes())
     data[60] ^= 0xFF
+    data[data.index(b"PK\x01\x02", data.index(b"PK\x01\x02") + 1) + 8] |= 1  # encrypted
     path.write_bytes(data)
     with open_source(path) as source:
-        with pytest.raises(ImageError, match="damaged in the archive"):
-            content(source.files[0])
-        assert content(source.files[1]) == PNG
+        contents = {file.origin: file for file in source.files}
+        for name in ("s.zip/0/a.png", "s.zip/0/b.png"):
+            with pytest.raises(ImageError, match="damaged in the archive"):
+                content(contents.pop(name))
+        assert all(content(file) == PNG for file in contents.values())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s.zip"]
 
 
 @pytest.mark.parametrize("shape", [(6,), (1, 6)])

@@ -42,7 +42,7 @@ class NearDuplicates:
         """The group of each row: near-duplicates, and their near-duplicates."""
         count = len(self.representatives)
         graph = coo_array((np.ones(len(self.pairs), bool), self.pairs.T), (count, count))
-        members: Rows = connected_components(graph, directed=False)[1].astype(np.int64)
+        members: Rows = connected_components(graph)[1].astype(np.int64)
         return members
 
 
@@ -113,7 +113,7 @@ def find_near_duplicates(
         active = np.concatenate([active, block[represented_by[block] == block]])
     ordered = sorted(closest)
     return NearDuplicates(
-        pairs=np.array(ordered, np.int64).reshape(-1, 2),
+        pairs=np.array(ordered, np.int64).reshape(len(ordered), 2),
         rms=np.array([closest[pair] for pair in ordered]),
         representatives=represented_by,
     )
@@ -125,4 +125,4 @@ def _coarse_colors(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
     cells = pictures.reshape(count, _GRID, side // _GRID, _GRID, side // _GRID, 3)
     means = cells.mean(axis=(2, 4), dtype=np.float32) - 128
     both: NDArray[np.float32] = (means + means[:, :, ::-1])[:, :, : _GRID // 2] / 2
-    return both.reshape(count, -1)
+    return both.reshape(count, both[0].size)
