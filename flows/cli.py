@@ -293,25 +293,26 @@ def serve(
     json_: Json = False,
 ) -> None:
     """Serve a page and an HTTP API that read signs; they follow the champion."""
-    workspace = open_workspace()
-    from flows.serve.limits import Limits, listen, run_service
+    with open_workspace() as workspace:
+        from flows.serve.limits import Limits, listen, run_service
 
-    settings = workspace.settings
-    token = settings.serve_token.get_secret_value() if settings.serve_token else None
-    with listen(host, port, token is not None) as listening:
-        from flows.serve.app import make_app
-        from flows.serve.follower import open_source
+        settings = workspace.settings
+        token = settings.serve_token.get_secret_value() if settings.serve_token else None
+        with listen(host, port, token is not None) as listening:
+            from flows.serve.app import make_app
+            from flows.serve.follower import open_source
 
-        source = open_source(workspace, model)
-        max_bytes = settings.serve_max_mb * 2**20
-        service = make_app(source, Limits(settings.serve_rate, max_bytes, token, listening.hosts))
-        loaded = source.model.description if source.model else None
-        line = f"Serving on {listening.url} ({loaded or 'no model yet'}). Ctrl-C stops it."
-        echo(json_, {"url": listening.url, "model": loaded, "problem": source.problem}, line)
-        try:
-            run_service(service, listening)
-        finally:
-            source.stop()
+            source = open_source(workspace, model)
+            max_bytes = settings.serve_max_mb * 2**20
+            limits = Limits(settings.serve_rate, max_bytes, token, listening.hosts)
+            service = make_app(source, limits)
+            loaded = source.model.description if source.model else None
+            line = f"Serving on {listening.url} ({loaded or 'no model yet'}). Ctrl-C stops it."
+            echo(json_, {"url": listening.url, "model": loaded, "problem": source.problem}, line)
+            try:
+                run_service(service, listening)
+            finally:
+                source.stop()
 
 
 @app.command()

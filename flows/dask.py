@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,12 @@ _log = logging.getLogger(__name__)
 
 def shard_runner(dask_address: str | None, patience: float = 30.0) -> Runner:
     """Return what computes the features stage's shards: a Dask cluster, or this process."""
-    if dask_address is None:
-        return run_here
-    address = dask_address
-
-    def run(shards: Iterable[Shard], graph: Path) -> Iterator[tuple[Key, Row]]:
-        for shard, rows in _on_dask(address, patience, shards, graph.read_bytes()):
-            yield from zip(shard.keys, rows, strict=True)
-
-    return run
+    return partial(_on_dask, dask_address, patience) if dask_address else run_here
 
 
 def _on_dask(
-    address: str, patience: float, shards: Iterable[Shard], graph: bytes
-) -> Iterator[tuple[Shard, Any]]:
+    address: str, patience: float, shards: Iterable[Shard], graph: Path
+) -> Iterator[tuple[Key, Row]]:
     """Keep two shards waiting for each worker, so that memory stays bounded.
 
     Dask gives the shard of a worker that dies to another one, and a shard that fails two more
@@ -48,7 +41,7 @@ def _on_dask(
                 _log.warning("The Dask cluster at %s has no worker; waiting for one.", address)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Sending large graph")
-                trunk = client.submit(bytes, graph)
+                trunk = client.submit(bytes, graph.read_bytes())
             waiting = iter(shards)
             under_way: deque[tuple[Shard, Any]] = deque()
 
@@ -62,12 +55,9 @@ def _on_dask(
                 shard, task = under_way.popleft()
                 rows = task.result()
                 submit(1)
-                yield shard, rows
+                yield from zip(shard.keys, rows, strict=True)
     except (OSError, TimeoutError, CancelledError) as error:
-        raise ServiceError(
-            f"The Dask cluster at {address} does not answer ({type(error).__name__}). "
-            "Check HANDSIGNS_DASK_ADDRESS and the scheduler, or unset it to compute here."
-        ) from error
+        raise _unreachable(address, type(error).__name__) from error
 
 
 def check_scheduler(address: str, seconds: float) -> None:
@@ -81,13 +71,15 @@ def check_scheduler(address: str, seconds: float) -> None:
             return await scheduler.identity()
 
     try:
-        answer = asyncio.run(asyncio.wait_for(ask(), seconds))
-        if answer["type"] == "Scheduler":
-            return
-        reason = f"a {answer['type']}"
+        kind = asyncio.run(asyncio.wait_for(ask(), seconds))["type"]
     except Exception as error:  # whatever another program's answer leads to
-        reason = str(error) or type(error).__name__
-    raise ServiceError(
+        kind = str(error) or type(error).__name__
+    if kind != "Scheduler":
+        raise _unreachable(address, kind)
+
+
+def _unreachable(address: str, reason: str) -> ServiceError:
+    return ServiceError(
         f"No Dask scheduler answers at {address} ({reason}). "
         "Check HANDSIGNS_DASK_ADDRESS and the scheduler, or unset it to compute here."
     )

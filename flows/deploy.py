@@ -22,8 +22,7 @@ import httpx
 import yaml
 from pydantic import BaseModel
 
-from flows.local.clients import HEARTBEAT_SECONDS, TAG, point_prefect_at
-from flows.local.credentials import local_credentials
+from flows.local.clients import HEARTBEAT_SECONDS, TAG, local_credentials, point_prefect_at
 from flows.local.servers import POOL
 from flows.settings import Settings
 from tasks.errors import BusyError, ServiceError, SettingsError, first_fault
@@ -100,12 +99,7 @@ def deploy(
 ) -> list[str]:
     """Register pools, deployments and automations, or bring them up to date.
 
-    Args:
-        project: the checkout.
-        settings: name the server, unless it is the local one.
-        api: URL of Prefect's API.
-        pool: which of `POOLS` runs the deployments.
-        silence: seconds without an event after which a run counts as crashed.
+    `silence` is how many seconds without an event make a run count as crashed.
 
     Returns:
         Names of the deployments, `<flow>/<deployment>`.
@@ -224,10 +218,10 @@ async def _register_automations(silence: float) -> None:
 
     from flows.notify import UNHEARD
 
-    kinds: dict[str, tuple[list[str], float]] = {
-        "Mark silent runs as crashed": (["Running", "heartbeat", "Cancelling"], silence),
-        "Mark runs that never start as crashed": (["Pending"], START_SECONDS),
-    }
+    kinds = (
+        ("Mark silent runs as crashed", ["Running", "heartbeat", "Cancelling"], silence),
+        ("Mark runs that never start as crashed", ["Pending"], START_SECONDS),
+    )
     # Runs with our tag only: others of the same name may beat more slowly.
     ours = [
         {"prefect.resource.role": ["flow"], "prefect.resource.name": list(FLOWS)},
@@ -237,7 +231,8 @@ async def _register_automations(silence: float) -> None:
     run = {"__prefect_kind": "jinja", "template": "{{ labels.prefect.resource.id }}"}
     async with get_client() as client:
         crash = (await client.read_deployment_by_name(CRASH_FLOW)).id
-        for name, (after, seconds) in kinds.items():
+        notify = {"type": "run-deployment", "source": "selected", "deployment_id": crash}
+        for name, after, seconds in kinds:
             message = (
                 f"{UNHEARD} for {seconds:.0f} s: its process, its worker or its machine is gone. "
                 "What was there before is intact; run it again."
@@ -253,21 +248,10 @@ async def _register_automations(silence: float) -> None:
                 "threshold": 1,
                 "within": seconds,
             }
+            mark = {"type": "change-flow-run-state", "state": "CRASHED", "message": message}
+            actions = [mark, {**notify, "parameters": {"run": run}}]
             wanted = AutomationCore.model_validate(
-                {
-                    "name": name,
-                    "description": "A run whose process is gone cannot say so itself.",
-                    "trigger": trigger,
-                    "actions": [
-                        {"type": "change-flow-run-state", "state": "CRASHED", "message": message},
-                        {
-                            "type": "run-deployment",
-                            "source": "selected",
-                            "deployment_id": crash,
-                            "parameters": {"run": run},
-                        },
-                    ],
-                }
+                {"name": name, "trigger": trigger, "actions": actions}
             )
             if known := await client.read_automations_by_name(name):
                 await client.update_automation(known[0].id, wanted)
@@ -278,13 +262,9 @@ async def _register_automations(silence: float) -> None:
 def mark_lost_runs(project: Project, without_pool: bool) -> None:
     """Mark runs that a fresh local server shows as under way as crashed, and notify people.
 
-    To be called after `deploy` and before the worker starts. Nothing is marked where a
-    retrain of the checkout is under way; the automations see to it then.
-
-    Args:
-        project: the checkout.
-        without_pool: also those that a command line started; not on a database that other
-            checkouts may use.
+    Nothing is marked where a retrain of the checkout is under way; the automations see to it
+    then. With `without_pool` also those that a command line started, which on a database that
+    others use may be theirs.
     """
     from flows.notify import notify_bad_end
     from flows.run import retrain_lock

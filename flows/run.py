@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from flows.local.clients import TAG, advice, ask, check_reachable, point_prefect_at
-from flows.local.database import SQLITE
+from flows.local.databases import SQLITE
 from flows.local.stack import find_running
 from flows.report import ModelReport, RunReport, Status, log_run, quarantined, write_report
 from flows.workspace import Workspace

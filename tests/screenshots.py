@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from flows.local.credentials import local_credentials
+from flows.local.clients import local_credentials
 from flows.local.stack import embedded
 from flows.settings import Settings
 from tasks.io import atomic_write

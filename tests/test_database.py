@@ -15,10 +15,10 @@ from alembic.script import ScriptDirectory
 from mlflow.store.tracking.dbmodels.initial_models import Base
 from sqlalchemy import create_engine
 
-from flows.local.database import migrate, redact_database
+from flows.local.databases import migrate, redact_database
 from flows.local.stack import embedded
 from flows.settings import Settings
-from tasks.errors import ServiceError, SettingsError
+from tasks.errors import ServiceError
 from tasks.project import Project
 from tasks.services.mlflow import Registry
 from tasks.services.s3 import S3Address, Storage
@@ -115,14 +115,6 @@ def test_prefects_database_is_backed_up_once_before_its_server_migrates_it(tmp_p
 def test_a_new_checkout_has_nothing_to_back_up(tmp_path: Path) -> None:
     migrate(tmp_path, "mlflow")
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == ["versions.json"]
-
-
-def test_a_path_that_no_database_address_can_hold_is_refused(tmp_path: Path) -> None:
-    with (
-        embedded(Settings(), Project(tmp_path / "what?")) as services,
-        pytest.raises(SettingsError, match=r"question mark.*Rename"),
-    ):
-        services.mlflow()
 
 
 def test_the_artifact_store_of_another_project_is_not_used(

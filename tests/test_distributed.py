@@ -118,7 +118,7 @@ def config(addresses: list[str], number: int) -> str:
 def test_a_worker_whose_others_do_not_come_ends_and_says_for_whom_it_waited(
     checkout: Checkout, tmp_path: Path
 ) -> None:
-    addresses = [f"127.0.0.1:{port}" for port in choose_ports(tmp_path, "workers", 2)]
+    addresses = [f"127.0.0.1:{port}" for port in choose_ports(2)]
     command = [sys.executable, "-m", "tests.fixtures.worker", checkout("left")]
     environment = {**os.environ, "TF_CONFIG": config(addresses, 0), "WAIT": "5"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -130,7 +130,7 @@ def test_a_worker_whose_others_do_not_come_ends_and_says_for_whom_it_waited(
 def test_two_processes_train_the_same_weights_as_one(
     checkout: Checkout, alone: Path, tmp_path: Path
 ) -> None:
-    addresses = [f"127.0.0.1:{port}" for port in choose_ports(tmp_path, "workers", 2)]
+    addresses = [f"127.0.0.1:{port}" for port in choose_ports(2)]
     roots = [checkout("first"), checkout("second")]
     run({root: {"TF_CONFIG": config(addresses, number)} for number, root in enumerate(roots)})
     files = [(Project(root).weights("full") / "weights.safetensors").read_bytes() for root in roots]

@@ -19,7 +19,6 @@ DOCKER = CHECKOUT.root / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 COMPOSE: Any = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 SERVICES: dict[str, Any] = COMPOSE["services"]
-ONE_OFF = {"deploy"}
 
 
 def test_nothing_listens_beyond_this_machine() -> None:
@@ -27,21 +26,6 @@ def test_nothing_listens_beyond_this_machine() -> None:
     assert len(ports) == 4
     assert all(port.startswith("127.0.0.1:") for port in ports)
     assert COMPOSE["networks"]["databases"] == {"internal": True}
-
-
-@pytest.mark.parametrize("name", SERVICES)
-def test_every_part_has_a_health_check_and_waits_for_what_it_needs(name: str) -> None:
-    service = SERVICES[name]
-    if name == "serve":  # what the image is for by default, and checks itself
-        assert "healthcheck" not in service
-    elif name in ONE_OFF:
-        assert service["healthcheck"] == {"disable": True}
-        assert service["restart"] == "no"
-    else:
-        assert service["healthcheck"]["test"][0] == "CMD"
-    for needed, how in service.get("depends_on", {}).items():
-        wanted = "completed_successfully" if needed in ONE_OFF else "healthy"
-        assert how == {"condition": f"service_{wanted}"}
 
 
 def test_secrets_come_from_files_and_each_part_has_only_its_own() -> None:

@@ -14,25 +14,26 @@ import pytest
 from pydantic import SecretStr
 
 from flows.local import servers
-from flows.local.credentials import (
-    FILE,
-    local_credentials,
-    mlflow_guard,
-)
+from flows.local.clients import CREDENTIALS, local_credentials
+from flows.local.processes import read_state
 from flows.settings import Settings, load_settings
 from tasks.errors import SettingsError
 from tasks.services.s3 import S3Address, Storage
+from tests.fixtures import session
 from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.prefect_api import PrefectApi, basic
 from tests.fixtures.servers import MlflowServer
-from tests.fixtures.session import session_folder
 
 
 def test_every_server_that_we_start_listens_on_loopback_only(
     s3_server: S3Address, prefect_api: PrefectApi, mlflow_server: MlflowServer
 ) -> None:
-    keepers = [int(path.read_text()) for path in session_folder().glob("*.pid")]
-    ours = {one.pid for pid in keepers for one in psutil.Process(pid).children(recursive=True)}
+    ours = set()
+    for name in servers.PORTS:
+        state = read_state(session.stack().folder, name)
+        assert state
+        process = psutil.Process(state["pid"])
+        ours |= {one.pid for one in (process, *process.children(recursive=True))}
     addresses = [
         one.laddr.ip
         for one in psutil.net_connections("tcp")
@@ -57,9 +58,14 @@ def test_nothing_behind_the_store_hands_out_or_takes_a_file(
 ) -> None:
     storage.put("kept", b"for those who have the keys")
     port = int(s3_server.endpoint_url.rpartition(":")[2])
+    state = read_state(session.stack().folder, "seaweedfs")
+    assert state
+    process = psutil.Process(state["pid"])
+    # Not in /tmp, where it would belong to the first user.
+    assert "s3.sock" in {one.laddr for one in process.net_connections("unix")}
     others = {
         one.laddr.port
-        for one in psutil.Process(_listener(port)).net_connections("tcp")
+        for one in process.net_connections("tcp")
         if one.status == "LISTEN" and one.laddr.port != port
     }
     path = f"/buckets/{storage.address.bucket}/kept"
@@ -71,14 +77,6 @@ def test_nothing_behind_the_store_hands_out_or_takes_a_file(
     assert any(401 in codes for codes in answers.values()), answers
     assert all(min(codes) >= 400 for codes in answers.values()), answers
     assert storage.get("kept") == b"for those who have the keys"
-
-
-def _listener(port: int) -> int:
-    return next(
-        one.pid
-        for one in psutil.net_connections("tcp")
-        if one.status == "LISTEN" and one.laddr.port == port and one.pid
-    )
 
 
 def status(url: str, content: bytes | None = None, **headers: str) -> int:
@@ -135,30 +133,32 @@ def test_mlflow_asks_everybody_for_the_login(mlflow_server: MlflowServer) -> Non
     assert status(mlflow_server.url + create, b'{"name": "theirs"}', **foreign) == 403
 
 
+STORE = S3Address("http://127.0.0.1:9", "artifacts", "us-east-1", "key", "a-secret-of-ours")
+
+
 def test_a_new_login_shuts_out_the_old_one(tmp_path: Path) -> None:
     """MLflow keeps the password that it was given first, in a database; so that one changes."""
 
     def known() -> tuple[str, str]:
-        guard = mlflow_guard(tmp_path)
+        given = servers.mlflow(tmp_path, Settings(), STORE, (6,)).environment
         config = configparser.ConfigParser()
-        config.read(guard["MLFLOW_AUTH_CONFIG_PATH"])
-        return guard["MLFLOW_AUTH_ADMIN_PASSWORD"], config["mlflow"]["database_uri"]
+        config.read(given["MLFLOW_AUTH_CONFIG_PATH"])
+        return given["MLFLOW_AUTH_ADMIN_PASSWORD"], config["mlflow"]["database_uri"]
 
     before = known()
     assert known() == before
-    (tmp_path / FILE).unlink()
+    (tmp_path / CREDENTIALS).unlink()
     assert not set(known()) & set(before)
 
 
 def test_servers_tell_their_makers_nothing_and_read_no_pickles(tmp_path: Path) -> None:
-    store = S3Address("http://127.0.0.1:9", "artifacts", "us-east-1", "key", "a-secret-of-ours")
     named = {
         "database_url": SecretStr("postgresql://u:a-secret-of-ours@h/d"),
         "prefect_auth": SecretStr("someone:a-secret-of-ours"),
     }
     settings = Settings().model_copy(update=named)
     seaweedfs = servers.seaweedfs(tmp_path, "artifacts", (1, 2, 3, 4, 5))
-    mlflow = servers.mlflow(tmp_path, settings, store, (6,))
+    mlflow = servers.mlflow(tmp_path, settings, STORE, (6,))
     prefect = servers.prefect(tmp_path, settings, (7,))
     assert "-master.telemetry=false" in seaweedfs.command
     assert "--allowed-hosts" in mlflow.command

@@ -1,7 +1,6 @@
-"""One stack of local servers for each checkout: shared, supervised, and gone with its last user."""
+"""One stack of local servers for each checkout: shared, taken over, and gone with its last user."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,16 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.local import supervisor
-from flows.local.credentials import local_credentials
-from flows.local.processes import (
-    GRPC,
-    LocalStack,
-    Program,
-    choose_ports,
-    is_alive,
-    read_state,
-)
+from flows.local.clients import local_credentials
+from flows.local.processes import LocalStack, Program, is_alive
 from flows.local.stack import embedded
 from flows.settings import Settings
 from tasks.errors import BusyError, ServiceError, SettingsError
@@ -35,11 +26,10 @@ SETTINGS = Settings()
 
 
 def shell(
-    script: str, ready: Callable[[], bool] = lambda: True, **more: object
+    script: str, ready: Callable[[], bool] = lambda: True
 ) -> Callable[[tuple[int, ...]], Program]:
     """A program that is a shell script; `sh` shows what happens to any."""
-    made = Program("sh", ["sh", "-c", script], dict(os.environ), ready, **more)  # type: ignore[arg-type]
-    return lambda ports: made
+    return lambda ports: Program("sh", ["sh", "-c", script], dict(os.environ), ready, ports)
 
 
 @pytest.fixture
@@ -70,15 +60,6 @@ def gone(pid: int) -> bool:
         return True
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
 def test_configured_services_start_nothing(tmp_path: Path) -> None:
     address = "http://127.0.0.1:9"
     named = {"s3_endpoint_url": address, "mlflow_tracking_uri": address, "prefect_api_url": address}
@@ -91,20 +72,24 @@ def test_configured_services_start_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / ".local").iterdir()) == []
 
 
-def test_s3_keeps_its_data_and_credentials_from_one_start_to_the_next(tmp_path: Path) -> None:
+def test_s3_keeps_data_credentials_and_a_free_port_from_one_start_to_the_next(
+    tmp_path: Path,
+) -> None:
+    def use() -> tuple[str, str | None]:
+        with embedded(SETTINGS, Project(tmp_path)) as services:
+            address = services.s3()
+            assert Storage(address).get("a") == b"kept"
+        return address.endpoint_url, address.secret_access_key
+
     with embedded(SETTINGS, Project(tmp_path)) as services:
-        first = services.s3()
-        Storage(first).put("a", b"kept")
+        address = services.s3()
+        Storage(address).put("a", b"kept")
     with pytest.raises(ServiceError):
-        Storage(first).check()
-    with (
-        socket.create_server(("127.0.0.1", int(first.endpoint_url.rpartition(":")[2]))),
-        embedded(SETTINGS, Project(tmp_path)) as services,
-    ):
-        second = services.s3()
-        assert Storage(second).get("a") == b"kept"
-    assert second.endpoint_url != first.endpoint_url
-    assert second.secret_access_key == first.secret_access_key
+        Storage(address).check()
+    assert use() == (address.endpoint_url, address.secret_access_key)
+    with socket.create_server(("127.0.0.1", int(address.endpoint_url.rpartition(":")[2]))):
+        url, secret = use()
+    assert (url != address.endpoint_url, secret) == (True, address.secret_access_key)
 
 
 def test_users_share_a_server_and_the_last_one_stops_it(tmp_path: Path) -> None:
@@ -128,17 +113,6 @@ def _use(project: Project, number: int) -> None:
         time.sleep(0.1 * (number % 3))
 
 
-def test_a_user_with_other_settings_is_refused(tmp_path: Path) -> None:
-    with embedded(SETTINGS, Project(tmp_path)) as services:
-        services.s3()
-        other = SETTINGS.model_copy(update={"bucket": "others"})
-        with (
-            embedded(other, Project(tmp_path)) as others,
-            pytest.raises(BusyError, match="seaweedfs server runs for another command"),
-        ):
-            others.s3()
-
-
 RUN = """
 import signal, sys, time
 from pathlib import Path
@@ -155,9 +129,9 @@ with embedded(Settings(), Project(Path(sys.argv[1]))) as services:
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_no_server_outlives_a_user_that_was_killed(tmp_path: Path, how: signal.Signals) -> None:
-    command = [sys.executable, "-c", RUN, str(tmp_path)]
+def _killed_user(root: Path, how: signal.Signals) -> int:
+    """The server of a user that was ended while it used it."""
+    command = [sys.executable, "-c", RUN, str(root)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=CHECKOUT.root
     ) as run:
@@ -165,37 +139,63 @@ def test_no_server_outlives_a_user_that_was_killed(tmp_path: Path, how: signal.S
         process = listener(run.stdout.readline().strip())
         run.send_signal(how)
         run.wait(20)
-    if how == signal.SIGKILL:
-        assert eventually(lambda: gone(process))
-    # Otherwise the next user comes at once, and takes over what still runs.
+    return process
+
+
+def test_an_interrupted_user_leaves_nothing_behind(tmp_path: Path) -> None:
+    assert gone(_killed_user(tmp_path, signal.SIGINT))
+
+
+def test_a_killed_users_server_is_taken_over_by_the_next_and_stopped_with_it(
+    tmp_path: Path,
+) -> None:
+    process = _killed_user(tmp_path, signal.SIGKILL)
     with embedded(SETTINGS, Project(tmp_path)) as services:
-        assert Storage(services.s3()).get("a") == b"kept"
+        address = services.s3()
+        assert listener(address.endpoint_url) == process
+        assert Storage(address).get("a") == b"kept"
     assert gone(process)
-    assert not is_alive(tmp_path / ".local", "seaweedfs")
 
 
-def test_a_server_whose_supervisor_was_killed_is_replaced_by_the_next_user(tmp_path: Path) -> None:
-    project = Project(tmp_path)
-    with embedded(SETTINGS, project) as services:
-        process = listener(services.s3().endpoint_url)
-        state = read_state(project.local, "seaweedfs")
-        assert state
-        os.kill(state["pid"], signal.SIGKILL)
-        assert eventually(lambda: not is_alive(project.local, "seaweedfs"))
-    assert not gone(process)
-    with embedded(SETTINGS, project) as services:
-        Storage(services.s3()).check()
+def test_other_settings_replace_what_nobody_uses_and_are_refused_otherwise(tmp_path: Path) -> None:
+    process = _killed_user(tmp_path, signal.SIGKILL)
+    other = SETTINGS.model_copy(update={"bucket": "others"})
+    with embedded(other, Project(tmp_path)) as others:
+        others.s3()
         assert gone(process)
+        with (
+            embedded(SETTINGS, Project(tmp_path)) as services,
+            pytest.raises(BusyError, match="seaweedfs server runs for another command"),
+        ):
+            services.s3()
+        Storage(others.s3()).check()
 
 
-def test_a_program_that_ends_is_started_again(tmp_path: Path, stack: LocalStack) -> None:
+PARENT = """
+import os, subprocess, sys, time
+print(os.getpid(), subprocess.Popen(['sleep', '600']).pid, file=open(sys.argv[1], 'w'), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_program_that_ended_is_started_again_without_what_was_left_of_it(
+    tmp_path: Path, stack: LocalStack
+) -> None:
+    def describe(ports: tuple[int, ...]) -> Program:
+        command = [sys.executable, "-c", PARENT, str(mark)]
+        return Program("parent", command, dict(os.environ), written(mark), ports)
+
     mark = tmp_path / "pids"
-    stack.wait(stack.start("sh", 0, shell(f"echo $$ >> {mark}; exec sleep 600", written(mark))))
-    (first,) = mark.read_text().split()
-    os.kill(int(first), signal.SIGKILL)
-    assert eventually(lambda: len(mark.read_text().split()) == 2)
-    log = (tmp_path / "logs/sh.log").read_text()
-    assert "sh ended with status -9; it starts again in 1 s." in log
+    first = stack.start("parent", 1, describe)
+    stack.wait(first)
+    leader, child = map(int, mark.read_text().split())
+    os.kill(leader, signal.SIGKILL)
+    while is_alive(tmp_path, "parent"):
+        time.sleep(0.01)
+    assert not gone(child)
+    assert stack.start("parent", 1, describe).ports == first.ports
+    assert gone(child)
+    assert (tmp_path / "logs/parent.log.1").exists()
 
 
 def test_what_a_program_started_is_stopped_with_it(tmp_path: Path) -> None:
@@ -204,50 +204,31 @@ def test_what_a_program_started_is_stopped_with_it(tmp_path: Path) -> None:
     stack = LocalStack(tmp_path)
     stack.wait(stack.start("sh", 0, shell(script, written(*marks))))
     stack.close()
-    pids = [int(mark.read_text()) for mark in marks]
-    assert eventually(lambda: all(map(gone, pids)), 1)
-
-
-def test_a_program_that_stays_outlives_its_user_until_it_is_stopped(tmp_path: Path) -> None:
-    stack = LocalStack(tmp_path)
-    stack.start("sh", 0, shell("exec sleep 600", stays=True))
-    stack.close()
-    time.sleep(0.5)
-    state = read_state(tmp_path, "sh")
-    assert state
-    os.kill(state["pid"], signal.SIGTERM)
-    assert eventually(lambda: not is_alive(tmp_path, "sh"))
+    assert all(gone(int(mark.read_text())) for mark in marks)
 
 
 FAILING = """
 echo 'starting'
 printf 'Traceback (most recent call last):\\n  File "x.py", line 1, in open_error\\n'
-echo 'PermissionError: [Errno 13] Permission denied: the very disk'
+echo 'PermissionError: [Errno 13] Permission denied: the very disk {long}'
 echo 'RuntimeError: something that follows from it'
 echo 'Server stopped!'
 exit 3
 """
 
 
-def test_a_failing_start_shows_the_first_error_of_its_log_and_the_path(stack: LocalStack) -> None:
+def test_a_failing_start_shows_the_first_error_of_its_log_uncut_and_its_path(
+    stack: LocalStack,
+) -> None:
+    began = time.monotonic()
+    program = stack.start("sh", 0, shell(FAILING.format(long="immeasurable " * 60), lambda: False))
+    assert time.monotonic() - began < 1  # it is not waited for
     with pytest.raises(ServiceError, match="did not start") as caught:
-        stack.wait(stack.start("sh", 0, shell(FAILING, lambda: False)))
-    first = "First error: PermissionError: [Errno 13] Permission denied: the very disk. See "
-    assert f"{first}{stack.folder / 'logs' / 'sh.log'}." in str(caught.value)
-
-
-def test_an_error_is_never_cut_within_a_word(stack: LocalStack) -> None:
-    long = " ".join(["immeasurable"] * 60)
-    with pytest.raises(ServiceError, match=r"immeasurable …\. See ") as caught:
-        stack.wait(stack.start("sh", 0, shell(f"echo Error: {long}; exit 1", lambda: False)))
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 500
-
-
-def test_a_program_that_is_not_installed_is_named(stack: LocalStack) -> None:
-    missing = Program("sh", ["no-such-program"], {}, lambda: False)
-    with pytest.raises(ServiceError, match="no-such-program"):
-        stack.wait(stack.start("sh", 0, lambda ports: missing))
+        stack.wait(program)
+    said = str(caught.value)
+    assert "First error: PermissionError: [Errno 13] Permission denied: the very disk imm" in said
+    assert f"immeasurable …. See {stack.folder / 'logs' / 'sh.log'}." in said
+    assert ("\n" in said, len(said) < 500) == (False, True)
 
 
 def test_a_server_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,74 +244,6 @@ def test_a_server_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Mon
                 others.s3()
         finally:
             process.resume()
-
-
-def test_starting_does_not_wait_until_the_server_is_ready(stack: LocalStack) -> None:
-    began = time.monotonic()
-    stack.start("sh", 0, shell("exec sleep 600", lambda: False))
-    assert time.monotonic() - began < 1
-
-
-def test_a_log_stays_beside_that_of_the_next_start_and_within_bounds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for word in ("first", "second"):
-        stack = LocalStack(tmp_path)
-        mark = tmp_path / word
-        stack.wait(
-            stack.start("sh", 0, shell(f"echo {word}; touch {mark}; sleep 600", mark.exists))
-        )
-        stack.close()
-    log = tmp_path / "logs/sh.log"
-    assert log.read_text() == "second\n"
-    assert supervisor.previous_log(log).read_text() == "first\n"
-    stack = LocalStack(tmp_path)
-    stack.start("sh", 0, shell("exec yes some words that a server repeats for ever"))
-    full = eventually(lambda: supervisor.previous_log(log).stat().st_size > 1_000_000, 30)
-    stack.close()
-    assert full
-    assert log.stat().st_size < 40 * supervisor.LOG_BYTES
-
-
-def test_the_local_store_listens_on_loopback_with_credentials(tmp_path: Path) -> None:
-    with embedded(SETTINGS, Project(tmp_path)) as services:
-        address = services.s3()
-        process = psutil.Process(listener(address.endpoint_url))
-        listening = {
-            one.laddr.ip for one in process.net_connections("tcp") if one.status == "LISTEN"
-        }
-        arguments = " ".join(process.cmdline())
-        sockets = {one.laddr for one in process.net_connections("unix") if one.laddr}
-    assert listening == {"127.0.0.1"}
-    assert str(address.secret_access_key) not in arguments
-    assert "s3.sock" in sockets  # and not in /tmp, where it would belong to the first user
-
-
-def test_a_limit_of_open_files_is_named(tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh", sys.executable, "-c", RUN, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=CHECKOUT.root,
-    )
-    assert "need 256 open files, and only 64 are allowed here." in done.stderr
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root may mount")
-def test_a_read_only_tmp_is_named(tmp_path: Path) -> None:
-    script = 'mount --bind /tmp /tmp && mount -o remount,ro,bind /tmp && exec "$@"'
-    root = Path("/var/tmp") / tmp_path.name  # not below the mount
-    root.mkdir()
-    try:
-        done = subprocess.run(
-            ["unshare", "-m", "sh", "-c", script, "sh", sys.executable, "-c", RUN, str(root)],
-            capture_output=True,
-            text=True,
-            cwd=CHECKOUT.root,
-        )
-    finally:
-        shutil.rmtree(root)
-    assert "needs a folder /tmp that it may write to" in done.stderr
 
 
 def test_credentials_are_generated_once_and_private(tmp_path: Path) -> None:
@@ -369,11 +282,3 @@ def test_credentials_that_cannot_be_trusted_are_refused(
     with pytest.raises(SettingsError, match="Remove the file") as caught:
         local_credentials(tmp_path)
     assert secret not in str(caught.value)
-
-
-def test_ports_stay_the_same_while_they_are_free(tmp_path: Path) -> None:
-    first = choose_ports(tmp_path, "seaweedfs", 3)
-    assert len(set(first)) == 3
-    assert choose_ports(tmp_path, "seaweedfs", 3) == first
-    with socket.create_server(("127.0.0.1", first[1] + GRPC)):
-        assert first[1] not in choose_ports(tmp_path, "seaweedfs", 3)

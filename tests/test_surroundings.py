@@ -1,22 +1,129 @@
 """Machines that are not root's, English, writable and alone: each works or is named in a line."""
 
 import http.server
+import os
 import re
 import shutil
+import sqlite3
+import subprocess
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.fixtures.checkouts import Workshop
-from tests.fixtures.surroundings import Surroundings, may_mount
-from tests.fixtures.trained import Trained
+from flows.local.stack import embedded
+from flows.settings import Settings
+from tasks.services.s3 import Storage
+from tests.fixtures.checkouts import BIN, Workshop, make_checkout
+from tests.fixtures.photos import write_photos
+from tests.fixtures.service import point, publish_graph
 
 NOBODY = 54321
 """A user id without a name."""
 NOWHERE = "http://127.0.0.1:9"
+STATUS, PREDICT = ("status",), ("predict", "{photo}")
+SECONDS = 120
+QUOTA = Path("/sys/fs/cgroup/cpu")
+"""Where cgroup v1 keeps processor quotas; `joblib.cpu_count` reads them there, or v2's."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kind of surroundings, and what a command does there.
+
+    Args:
+        name: of the test.
+        words: the command; here and below the names of `Place` stand in braces.
+        says: pattern that the one line of a refusal contains; empty where it works.
+        environment: changes; an empty value removes the variable.
+        shell: commands that a shell runs before, such as `ulimit -n 64`.
+        read_only: folders that are mounted read-only.
+        user: numeric id that the command runs under.
+        root: the checkout.
+    """
+
+    name: str
+    words: tuple[str, ...] = STATUS
+    says: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    shell: str = ":"
+    read_only: tuple[str, ...] = ()
+    user: int | None = None
+    root: str = "{checkout}"
+
+
+def named(name: str, words: tuple[str, ...] = STATUS, says: str = "", **names: str) -> Variant:
+    return Variant(name, words, says, names)
+
+
+VARIANTS = [
+    # What belongs to services that are not used is ignored.
+    named("storage of another project", MLFLOW_S3_ENDPOINT_URL=NOWHERE),
+    named("AWS profile that is not there", AWS_PROFILE="of-another-project"),
+    named("AWS configuration that is none", AWS_CONFIG_FILE="{folder}/aws"),
+    named("AWS bundle that is not there", AWS_CA_BUNDLE="/nowhere.pem"),
+    named("proxy that does not answer", HTTP_PROXY=NOWHERE, http_proxy=NOWHERE),
+    named("SOCKS proxy", ALL_PROXY="socks5://127.0.0.1:9"),
+    named("authorities that are not there", PREDICT, SSL_CERT_FILE="/nowhere.pem"),
+    named("authorities of requests", REQUESTS_CA_BUNDLE="/nowhere.pem"),
+    named("another backend of Keras", PREDICT, KERAS_BACKEND="torch"),
+    named("settings of Keras", PREDICT, KERAS_HOME="{folder}/keras"),
+    named("foreign modules before ours", PREDICT, PYTHONPATH="{folder}/foreign:{checkout}"),
+    # Users, homes, languages, places.
+    named("no HOME", PREDICT, HOME=""),
+    named("a HOME that is not there", HOME="/nowhere"),
+    named("plain C locale", LC_ALL="C", PYTHONIOENCODING="ascii"),
+    named("a time zone that is none", PREDICT, TZ="Nowhere/Land"),
+    named("no git", GIT_DIR="/nowhere"),
+    named("a narrow terminal without features", TERM="dumb", COLUMNS="20", NO_COLOR="1"),
+    named("a log level that is none", PREDICT, PREFECT_LOGGING_LEVEL="LOUD"),
+    Variant("a private umask", PREDICT, shell="umask 077"),
+    Variant("one core", PREDICT, shell="taskset -cp 0 $$ >/dev/null"),
+    Variant("a folder of the checkout", says="checkout", root="{checkout}/docs"),
+    Variant("a path with a question mark", says="question mark.*Rename", root="{folder}/what?"),
+    # Limits and read-only places.
+    Variant("few open files", PREDICT, "open files.*ulimit", shell="ulimit -n 64", root="{idle}"),
+    Variant("no room in any file", ("retrain",), "File too large", shell="ulimit -f 0"),
+    Variant("read-only /tmp", PREDICT, "/tmp", read_only=("/tmp", "/var/tmp"), root="{idle}"),
+    Variant(
+        "read-only /usr and a TMPDIR",
+        PREDICT,
+        environment={"TMPDIR": "{folder}"},
+        read_only=("/var/tmp", "/usr"),
+        root="{idle}",
+    ),
+    Variant("a read-only checkout", PREDICT, "(?i)read-only", read_only=("{checkout}",)),
+    Variant("a user without a name", PREDICT, "(?i)permission|another user", user=NOBODY),
+    Variant("output onto a full disk", says="No space left", shell="exec >/dev/full"),
+    # Services that are not as they should be.
+    named("registry in a folder", says="_TRACKING_URI", MLFLOW_TRACKING_URI="file:///tmp/mlruns"),
+    named(
+        "storage that answers nonsense",
+        says=r"127\.0\.0\.1",
+        HANDSIGNS_S3_ENDPOINT_URL="{page}",
+        AWS_ACCESS_KEY_ID="a",
+        AWS_SECRET_ACCESS_KEY="b",
+    ),
+    named("registry that answers nonsense", says=r"127\.0\.0\.1", MLFLOW_TRACKING_URI="{page}"),
+    named(
+        "orchestrator that answers nonsense",
+        ("retrain", "--force"),
+        r"127\.0\.0\.1",
+        PREFECT_API_URL="{page}/api",
+    ),
+    Variant(
+        "orchestrator of a newer version",
+        ("retrain", "--force"),
+        "Can't locate revision.* newer version: install that version",
+        root="{idle}",
+    ),
+    named("a setting that is none", says="HANDSIGNS_BUCKET", HANDSIGNS_BUKET="a"),
+    named("a bucket that is none", says="Not A Bucket", HANDSIGNS_BUCKET="Not A Bucket"),
+]
 
 
 @dataclass(frozen=True)
@@ -24,27 +131,41 @@ class Place:
     """Where variants run.
 
     Args:
-        checkout: trained, with a champion; each variant leaves it as it was.
-        folder: takes what a variant needs besides.
-        nonsense: URL of a server that answers every request with a web page.
+        workshop: a checkout with photos and a champion, whose storage is up.
+        names: of `checkout`; of a copy of it where nothing runs, `idle`; of a `folder` with what
+            variants need; of a `photo`; and of a web `page` that answers every request.
     """
 
-    checkout: Workshop
-    folder: Path
-    nonsense: str
+    workshop: Workshop
+    names: dict[str, str]
 
-    def file(self, name: str, content: bytes | str = "") -> str:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return str(path)
-
-    def beside(self, name: str) -> Workshop:
-        """A copy of the checkout under another name, without DVC's cache."""
-        root = self.checkout.project.root
-        kept = shutil.ignore_patterns("cache", "tmp", "prefect", "tests", "benchmarks")
-        shutil.copytree(root, self.folder / name, symlinks=True, ignore=kept)
-        return Workshop(type(self.checkout.project)(self.folder / name))
+    def run(self, variant: Variant, *command: str) -> "subprocess.CompletedProcess[str]":
+        """Run a command of the environment in these surroundings."""
+        root = variant.root.format(**self.names)
+        read_only = [path.format(**self.names) for path in variant.read_only]
+        words = [str(BIN / command[0]), *(word.format(**self.names) for word in command[1:])]
+        if variant.user is not None:
+            words = ["setpriv", f"--reuid={variant.user}", "--clear-groups", *words]
+        mounts = [
+            f"mount --rbind '{at}' '{at}' && mount -o remount,bind,ro '{at}'" for at in read_only
+        ]
+        if mounts and root not in read_only:  # stays writable, wherever it is
+            mounts.insert(0, f"mount --bind '{root}' '{root}'")
+        script = " && ".join([*mounts, "cd .", variant.shell, 'exec "$@"'])
+        words = ["sh", "-c", script, "sh", *words]
+        given = self.workshop.environment(
+            **{name: text.format(**self.names) for name, text in variant.environment.items()}
+        )
+        return subprocess.run(
+            ["unshare", "--mount", *words] if "mount" in script else words,
+            cwd=root,
+            env={name: value for name, value in given.items() if value},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
+        )
 
 
 class _Page(http.server.BaseHTTPRequestHandler):
@@ -63,188 +184,66 @@ class _Page(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def place(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(graphs: tuple[bytes, bytes], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("surroundings")
-    made = trained.checkout(folder / "checkout")
-    made.handsigns("import", trained.photos)
-    first = made.handsigns("retrain")
-    assert first["status"] == "promoted", first["reason"]
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Page) as server:
+    made = make_checkout(folder / "checkout")
+    made.handsigns("import", write_photos(folder / "photos", 12))
+    with embedded(Settings(), made.project) as services:
+        storage = Storage(services.s3())
+        point(storage, publish_graph(storage, folder / "release", graphs[0]).id, 1)
+        made.handsigns("status")
+    _write_files(folder)
+    _newer_prefect(folder / "idle/.local/prefect/prefect.db")
+    with (
+        embedded(Settings(), made.project) as services,
+        http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Page) as server,
+    ):
+        services.s3()
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield Place(made, folder, f"http://127.0.0.1:{server.server_port}")
+        names = {name: str(folder / name) for name in ("checkout", "idle")}
+        names["folder"], names["page"] = str(folder), f"http://127.0.0.1:{server.server_port}"
+        names["photo"] = str(next((made.project.root / "data/train/3").iterdir()))
+        yield Place(made, names)
         server.shutdown()
 
 
-Made = Callable[[Place], Surroundings]
+def _write_files(folder: Path) -> None:
+    kept = shutil.ignore_patterns("cache", "tmp", "prefect", "programs", "tests", "*.sock")
+    shutil.copytree(folder / "checkout", folder / "idle", symlinks=True, ignore=kept)
+    for name, content in {
+        "aws": "[default\nregion = ???",
+        "keras/keras.json": '{"image_data_format": "channels_first", "backend": "jax"}',
+        "foreign/flows.py": "raise SystemExit('not yours')",
+        "foreign/tasks/__init__.py": "raise SystemExit('not yours')",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    (folder / "what?").mkdir()
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(folder / "checkout" / name, folder / "what?")
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One kind of surroundings, and what a command does there.
-
-    Args:
-        name: of the test.
-        make: makes the surroundings.
-        words: the command; `PHOTO` is a photo's path.
-        says: pattern that the one line of a refusal contains; empty where it works.
-        root: needs the right to mount and to become another user.
-    """
-
-    name: str
-    make: Made
-    words: tuple[str, ...] = ("retrain",)
-    says: str = ""
-    root: bool = False
+def _newer_prefect(file: Path) -> None:
+    file.parent.mkdir()
+    with closing(sqlite3.connect(file)) as database:
+        database.execute("create table alembic_version (version_num text)")
+        database.execute("insert into alembic_version values ('of-the-future')")
+        database.commit()
 
 
-def named(**environment: str) -> Made:
-    return lambda _: Surroundings(environment)
-
-
-def unreadable_aws(place: Place) -> Surroundings:
-    return Surroundings({"AWS_CONFIG_FILE": place.file("aws", "[default\nregion = ???")})
-
-
-def foreign_modules(place: Place) -> Surroundings:
-    own = Path(place.file("foreign/tasks/__init__.py", "print('not yours')")).parents[1]
-    path = f"{place.checkout.project.root}:{own}"
-    return Surroundings({"PYTHONPATH": path})
-
-
-def keras_settings(place: Place) -> Surroundings:
-    text = '{"image_data_format": "channels_first", "floatx": "float16", "backend": "jax"}'
-    return Surroundings({"KERAS_HOME": str(Path(place.file("keras/keras.json", text)).parent)})
-
-
-def anothers_checkout(place: Place) -> Surroundings:
-    return Surroundings({"HOME": ""}, user=NOBODY)
-
-
-PREDICT = ("predict", "PHOTO")
-STATUS = ("status",)
-VARIANTS = [
-    # What belongs to services that are not used is ignored.
-    Variant("storage of another project", named(MLFLOW_S3_ENDPOINT_URL=NOWHERE), STATUS),
-    Variant("AWS profile that is not there", named(AWS_PROFILE="of-another-project"), STATUS),
-    Variant("AWS configuration that is none", unreadable_aws, STATUS),
-    Variant("AWS bundle that is not there", named(AWS_CA_BUNDLE="/nowhere.pem"), STATUS),
-    Variant("proxy that does not answer", named(HTTP_PROXY=NOWHERE, http_proxy=NOWHERE), STATUS),
-    Variant("SOCKS proxy", named(ALL_PROXY="socks5://127.0.0.1:9"), STATUS),
-    Variant("authorities that are not there", named(SSL_CERT_FILE="/nowhere.pem"), PREDICT),
-    Variant("authorities of requests", named(REQUESTS_CA_BUNDLE="/nowhere.pem"), STATUS),
-    Variant("another backend of Keras", named(KERAS_BACKEND="torch"), PREDICT),
-    Variant("settings of Keras", keras_settings, PREDICT),
-    Variant("foreign tasks package behind ours", foreign_modules, PREDICT),
-    # Users, homes, languages, places.
-    Variant("no HOME", named(HOME=""), PREDICT),
-    Variant("a HOME that is not there", named(HOME="/nowhere"), STATUS),
-    Variant("plain C locale", named(LC_ALL="C", PYTHONIOENCODING="ascii"), STATUS),
-    Variant("a time zone that is none", named(TZ="Nowhere/Land"), PREDICT),
-    Variant("no git", named(GIT_DIR="/nowhere"), STATUS),
-    Variant(
-        "a narrow terminal without features",
-        named(TERM="dumb", COLUMNS="20", NO_COLOR="1"),
-        STATUS,
-    ),
-    Variant("a private umask", lambda _: Surroundings(shell="umask 077"), PREDICT),
-    Variant("one core", lambda _: Surroundings(shell="taskset -cp 0 $$ >/dev/null"), PREDICT),
-    Variant(
-        "a folder of the checkout",
-        lambda place: Surroundings(folder=place.checkout.project.root / "docs"),
-        STATUS,
-        r"(dvc\.yaml|params\.yaml|checkout)",
-    ),
-    # Limits and read-only places.
-    Variant(
-        "few open files",
-        lambda _: Surroundings(shell="ulimit -n 64"),
-        PREDICT,
-        r"(?i)(open files|ulimit)",
-    ),
-    Variant(
-        "no room in any file",
-        lambda _: Surroundings(shell="ulimit -f 0"),
-        ("retrain",),
-        "File too large",
-    ),
-    Variant(
-        "read-only /tmp",
-        lambda _: Surroundings(read_only=(Path("/tmp"), Path("/var/tmp"))),
-        PREDICT,
-        "/tmp",
-        root=True,
-    ),
-    Variant(
-        "read-only /tmp and a TMPDIR",
-        lambda place: Surroundings(
-            {"TMPDIR": str(place.folder)}, read_only=(Path("/var/tmp"), Path("/usr"))
-        ),
-        PREDICT,
-        root=True,
-    ),
-    Variant(
-        "a read-only checkout",
-        lambda place: Surroundings(read_only=(place.checkout.project.root,)),
-        PREDICT,
-        r"(?i)read-only",
-        root=True,
-    ),
-    Variant(
-        "a user without a name", anothers_checkout, PREDICT, r"(?i)permission|may not", root=True
-    ),
-    # Settings that name the wrong thing.
-    Variant(
-        "registry in a folder",
-        named(MLFLOW_TRACKING_URI="file:///tmp/mlruns"),
-        STATUS,
-        r"MLFLOW_TRACKING_URI",
-    ),
-    Variant(
-        "storage that answers nonsense",
-        lambda place: Surroundings(
-            {
-                "HANDSIGNS_S3_ENDPOINT_URL": place.nonsense,
-                "AWS_ACCESS_KEY_ID": "a",
-                "AWS_SECRET_ACCESS_KEY": "b",
-            }
-        ),
-        STATUS,
-        r"127\.0\.0\.1",
-    ),
-    Variant(
-        "registry that answers nonsense",
-        lambda place: Surroundings({"MLFLOW_TRACKING_URI": place.nonsense}),
-        STATUS,
-        r"127\.0\.0\.1",
-    ),
-    Variant(
-        "orchestrator that answers nonsense",
-        lambda place: Surroundings({"PREFECT_API_URL": f"{place.nonsense}/api"}),
-        ("retrain", "--force"),
-        r"127\.0\.0\.1",
-    ),
-    Variant("a setting that is none", named(HANDSIGNS_BUKET="a"), STATUS, "HANDSIGNS_BUCKET"),
-    Variant(
-        "a bucket that is none", named(HANDSIGNS_BUCKET="Not A Bucket"), STATUS, "Not A Bucket"
-    ),
-    Variant("a log level that is none", named(PREFECT_LOGGING_LEVEL="LOUD"), PREDICT),
-    Variant(
-        "output onto a full disk",
-        lambda _: Surroundings(shell="exec >/dev/full"),
-        STATUS,
-        r"No space left",
-    ),
-]
+@cache
+def may_mount() -> bool:
+    """Whether this user may have mounts of its own and become another."""
+    tried = subprocess.run(["unshare", "--mount", "true"], capture_output=True)
+    return os.geteuid() == 0 and tried.returncode == 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=[one.name for one in VARIANTS])
 def test_each_surrounding_works_or_is_named_in_one_line(variant: Variant, place: Place) -> None:
-    if variant.root and not may_mount():
+    if (variant.read_only or variant.user) and not may_mount():
         pytest.skip("this user may not mount")
-    kept = held(place.checkout)
-    photo = next((place.checkout.project.root / "data/train/3").iterdir())
-    words = [str(photo) if word == "PHOTO" else word for word in variant.words]
-    done = variant.make(place).run(place.checkout, *words)
+    before = contents(place.workshop)
+    done = place.run(variant, "handsigns", *variant.words)
     said = done.stdout + done.stderr
     assert "Traceback" not in said, said
     assert done.returncode == bool(variant.says), said
@@ -253,14 +252,32 @@ def test_each_surrounding_works_or_is_named_in_one_line(variant: Variant, place:
         lines = done.stderr or "".join(done.stdout.partition("why")[1:])
         (line,) = [line for line in lines.splitlines() if line.strip()]
         assert re.search(variant.says, line), line
-    assert held(place.checkout) == kept
+    assert contents(place.workshop) == before
 
 
-def held(checkout: Workshop) -> dict[str, bytes]:
-    """What must never be lost: photos' names, their version, what was computed, the registry."""
+def test_a_processor_quota_counts_like_cores(place: Place) -> None:
+    if not (may_mount() and os.access(QUOTA / "cpu.cfs_quota_us", os.W_OK)):
+        pytest.skip("this user may not set a quota here")
+    group = QUOTA / f"handsigns-{os.getpid()}"
+    group.mkdir()
+    (group / "cpu.cfs_quota_us").write_text("50000")
+    # As in a container, whose own group is the root of what it sees.
+    enter = f"echo $$ > {group}/cgroup.procs && mount --bind {group} {QUOTA}"
+    variant = Variant("half a core", shell=enter)
+    try:
+        done = place.run(variant, "handsigns", *PREDICT)
+        assert done.returncode == 0, done.stderr
+        code = "from tasks.model.inference import usable_cores; print(usable_cores())"
+        assert place.run(variant, "python", "-c", code).stdout == "1\n"
+    finally:
+        group.rmdir()
+
+
+def contents(checkout: Workshop) -> dict[str, bytes]:
+    """What must never be lost: photos' names, their version, parameters."""
     project = checkout.project
     photos = sorted(str(path) for path in project.data.rglob("*"))
-    names = ("data.dvc", "dvc.lock", "params.yaml")
+    names = ("data.dvc", "params.yaml")
     return {"photos": "\n".join(photos).encode()} | {
         name: (project.root / name).read_bytes() for name in names
     }

@@ -1,20 +1,22 @@
-"""How this process reaches services: its environment, and whether they answer at all."""
+"""How this process reaches services: its environment, its logins, and whether they answer."""
 
 import asyncio
 import http.client
+import json
 import os
 import pwd
-import socket
+import secrets
 import textwrap
 import urllib.request
 from collections.abc import Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from flows.local.credentials import prefect_login
 from flows.settings import Settings
 from tasks.errors import ServiceError, SettingsError
 from tasks.services.s3 import S3Address, Storage, check_conditional_writes, redact_url
@@ -26,6 +28,66 @@ HEARTBEAT_SECONDS = 30
 """The least that Prefect takes; see `flows.deploy` for what silence means."""
 PROXIES = ("all_proxy", "http_proxy", "https_proxy")
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
+CREDENTIALS = "credentials.json"
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Keys for the local S3, and `user:password` for Prefect and MLflow, APIs and pages."""
+
+    access_key_id: str
+    secret_access_key: str = field(repr=False)
+    login: str = field(repr=False)
+
+
+def local_credentials(folder: Path) -> Credentials:
+    """Return the credentials of the local servers, generated on first use.
+
+    Raises:
+        SettingsError: others may read the file, or it does not hold all of them.
+    """
+    file = folder / CREDENTIALS
+    try:
+        if not file.exists():
+            _generate(file)
+        mode = file.stat().st_mode & 0o777
+        if mode & 0o077:
+            fault = f"can be read by others (mode {mode:03o})"
+        else:
+            return Credentials(**json.loads(file.read_text(encoding="utf-8")))
+    except PermissionError:
+        raise SettingsError(
+            f"The local credentials in '{file}' belong to another user. "
+            "Run as that user, or in a checkout of your own."
+        ) from None
+    except (OSError, ValueError, TypeError):
+        fault = "cannot be understood"
+    raise SettingsError(
+        f"The local credentials in '{file}' {fault}. Remove the file, and new ones are generated."
+    )
+
+
+def _generate(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    part = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
+    made = Credentials(
+        access_key_id="handsigns-" + secrets.token_hex(6),
+        secret_access_key=secrets.token_urlsafe(30),
+        login="handsigns:" + secrets.token_urlsafe(24),
+    )
+    part.touch(0o600)
+    part.write_text(json.dumps(asdict(made), indent=2), encoding="utf-8")
+    # A link appears at once and never replaces what another process wrote first.
+    with suppress(FileExistsError):
+        os.link(part, file)
+    part.unlink()
+
+
+def prefect_login(settings: Settings, folder: Path) -> str:
+    """Return `user:password` of the local Prefect; the settings may name one."""
+    if settings.prefect_auth:
+        return settings.prefect_auth.get_secret_value()
+    return local_credentials(folder).login
 
 
 def prepare_environment(folder: Path, environment: MutableMapping[str, str] = os.environ) -> None:
@@ -33,7 +95,14 @@ def prepare_environment(folder: Path, environment: MutableMapping[str, str] = os
 
     `folder`, the checkout's `.local/`, is a home for Prefect, and for a user who has none.
     """
-    spare_loopback(environment)
+    # Loopback is reached without a proxy. Most libraries read `no_proxy` alone where both
+    # spellings are set, so both name all hosts.
+    spellings = ("no_proxy", "NO_PROXY")
+    named = [host.strip() for name in spellings for host in environment.get(name, "").split(",")]
+    hosts = dict.fromkeys(filter(None, [*named, "127.0.0.1", "localhost"]))
+    # Alone it means every host, and among others nothing.
+    spared = "*" if "*" in hosts else ",".join(hosts)
+    environment.update(dict.fromkeys(spellings, spared))
     if "HOME" not in environment:
         try:
             environment["HOME"] = pwd.getpwuid(os.getuid()).pw_dir
@@ -46,19 +115,6 @@ def prepare_environment(folder: Path, environment: MutableMapping[str, str] = os
     # A server that is gone is asked several times before a run can end; with Prefect's default
     # each question would take more than a minute.
     environment.setdefault("PREFECT_CLIENT_MAX_RETRIES", "2")
-
-
-def spare_loopback(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Reach loopback without a proxy, which could not reach it.
-
-    Most libraries read `no_proxy` alone where both spellings are set, so both name all hosts.
-    """
-    spellings = ("no_proxy", "NO_PROXY")
-    named = [host.strip() for name in spellings for host in environment.get(name, "").split(",")]
-    hosts = dict.fromkeys(filter(None, [*named, "127.0.0.1", "localhost"]))
-    # Alone it means every host, and among others nothing.
-    spared = "*" if "*" in hosts else ",".join(hosts)
-    environment.update(dict.fromkeys(spellings, spared))
 
 
 def point_prefect_at(
@@ -84,8 +140,7 @@ def point_prefect_at(
 
 def advice(error: Exception) -> str:
     """Return what to do about an error of Prefect's client, without a full stop."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
+    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
         return "It lets nobody in without a login: set PREFECT_API_AUTH_STRING to user:password"
     return "Look at its log"
 
@@ -98,31 +153,6 @@ def ask(url: str, seconds: float = 2.0) -> bytes | None:
             return bytes(answer.read())
     except (OSError, http.client.HTTPException):
         return None
-
-
-def check_reachable(settings: Settings) -> None:
-    """Raise `ServiceError` within 30 s if a configured service does not answer.
-
-    Each is asked through the client that is used later, with all of its own settings.
-    """
-    checks: list[Callable[[], None]] = []
-    if settings.s3_endpoint_url:
-        storage = Storage(configured_s3(settings))
-        checks += [storage.check, lambda: check_conditional_writes(storage)]
-    tracking, api = settings.mlflow_tracking_uri, settings.prefect_api_url
-    if tracking and tracking.startswith("http"):
-        checks.append(lambda: _check_mlflow(tracking))
-    if api:
-        # Modules that two threads import at once can see each other half made.
-        import prefect.client.orchestration  # noqa: F401
-
-        checks.append(lambda: asyncio.run(_check_prefect(api)))
-    if settings.dask_address:
-        scheduler = settings.dask_address
-        checks.append(lambda: _check_dask(scheduler))
-    with ThreadPoolExecutor() as pool:
-        for outcome in [pool.submit(check) for check in checks]:
-            outcome.result()
 
 
 def configured_s3(settings: Settings) -> S3Address:
@@ -139,6 +169,36 @@ def configured_s3(settings: Settings) -> S3Address:
         plain(settings.aws_secret_access_key),
         plain(settings.aws_session_token),
     )
+
+
+def check_reachable(settings: Settings) -> None:
+    """Raise `ServiceError` within 30 s if a configured service does not answer.
+
+    Each is asked through the client that is used later, with all of its own settings.
+    """
+    checks: list[Callable[[], None]] = []
+    if settings.s3_endpoint_url:
+        storage = Storage(configured_s3(settings))
+        checks += [storage.check, lambda: check_conditional_writes(storage)]
+    tracking, api, dask = (
+        settings.mlflow_tracking_uri,
+        settings.prefect_api_url,
+        settings.dask_address,
+    )
+    if tracking and tracking.startswith("http"):
+        checks.append(lambda: _check_mlflow(tracking))
+    if api:
+        # Modules that two threads import at once can see each other half made.
+        import prefect.client.orchestration  # noqa: F401
+
+        checks.append(lambda: asyncio.run(_check_prefect(api)))
+    if dask:
+        from flows.dask import check_scheduler
+
+        checks.append(lambda: check_scheduler(dask, CHECK_SECONDS))
+    with ThreadPoolExecutor() as pool:
+        for outcome in [pool.submit(check) for check in checks]:
+            outcome.result()
 
 
 def _check_mlflow(url: str) -> None:
@@ -189,17 +249,3 @@ def _unreachable(
         f"{service} does not answer at {redact_url(url)} ({said}). "
         f"Check {variable} and the service."
     )
-
-
-def _check_dask(scheduler: str) -> None:
-    parts = urlsplit(scheduler)
-    try:
-        socket.create_connection((str(parts.hostname), parts.port or 0), CHECK_SECONDS).close()
-    except OSError as error:
-        raise ServiceError(
-            f"Dask does not answer at {scheduler} ({error.strerror or error}). "
-            "Check HANDSIGNS_DASK_ADDRESS and the scheduler."
-        ) from None
-    from flows.dask import check_scheduler
-
-    check_scheduler(scheduler, CHECK_SECONDS)

@@ -1,4 +1,9 @@
-"""Local programs that several commands share: the first user starts one, the last one stops it."""
+"""Local programs that several commands share: the first user starts one, the last one stops it.
+
+A program holds the lock of its own state file, and every user the shared lock of all users. The
+kernel releases both however their holder ends, so that the next user takes over what still runs
+after a SIGKILL, and nothing is taken for running that is not.
+"""
 
 import fcntl
 import hashlib
@@ -7,21 +12,20 @@ import os
 import random
 import re
 import resource
+import signal
 import socket
 import subprocess
-import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from flows.local import supervisor
-from flows.local.supervisor import POLL_SECONDS, USERS, open_lock
 from tasks.errors import BusyError, ServiceError, SettingsError
 from tasks.io import read_json
 
@@ -32,7 +36,12 @@ RANGE = range(12_000, 22_000)
 OPEN_FILES = 256
 """SeaweedFS panics with half as many."""
 START_SECONDS = 120.0
-STOP_SECONDS = 15.0
+GRACE_SECONDS = 4.0
+"""Between SIGTERM and SIGKILL."""
+POLL_SECONDS = 0.05
+NEWER = "Can't locate revision"
+"""Alembic's words for a database that a newer version has migrated."""
+NEWER_ADVICE = " Its database is of a newer version: install that version, or restore a backup."
 
 
 @dataclass(frozen=True)
@@ -40,15 +49,10 @@ class Program:
     """A program that runs for as long as somebody uses it.
 
     Args:
-        name: names its lock and its log.
-        command: program and arguments; no secrets, since process lists show them.
-        environment: all of its environment.
+        command: no secrets, since process lists show them.
+        environment: all of it.
         ready: whether it does its work; must not raise.
-        ports: what it listens on.
-        url: where its clients reach it.
         variant: users share it only if this is equal.
-        cwd: its working directory; the present one by default.
-        stays: it counts as a user, so that it runs until it is stopped.
         about: what others can read in its state while it runs.
     """
 
@@ -60,7 +64,6 @@ class Program:
     url: str = ""
     variant: str = ""
     cwd: Path | None = None
-    stays: bool = False
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -70,7 +73,7 @@ class LocalStack:
     def __init__(self, folder: Path, patience: float = 30.0) -> None:
         self.folder, self._patience = folder, patience
         self._users: int | None = None
-        self._started: dict[str, subprocess.Popen[bytes] | None] = {}
+        self._started: list[subprocess.Popen[bytes]] = []
 
     def start(
         self, name: str, ports: int, describe: Callable[[tuple[int, ...]], Program]
@@ -78,151 +81,194 @@ class LocalStack:
         """Use a program, and start it unless it runs; returns before it is ready.
 
         Raises:
-            BusyError: it does not stop, or runs in another variant.
+            BusyError: it runs for others in another variant, or does not stop.
             SettingsError: the folder belongs to another user.
         """
-        try:
-            if self._users is None:
-                self._users = open_lock(self.folder / USERS)
+        users = self.join()
+        with self._changing(name):
+            if state := read_state(self.folder, name):
+                program = describe(tuple(state["ports"]))
+                if _digest(program.variant) == state["variant"]:
+                    return program
+                if not _is_last(users):
+                    raise BusyError(
+                        f"The local {name} server runs for another command with other "
+                        "settings. Let that command end, or `handsigns down`, and run again."
+                    )
+            stop_programs(self.folder, [name])  # whatever is left of it
+            last = read_json(_state_file(self.folder, name))
+            program = describe(choose_ports(ports, last["ports"] if last else ()))
+            self._started.append(_spawn(program, self.folder))
+        return program
+
+    def wait(self, program: Program) -> None:
+        """Block until a program is ready; `ServiceError` if it ends or is too slow."""
+        name, patient = program.name, time.monotonic() + self._patience
+        log = self.folder / "logs" / f"{name}.log"
+        while not program.ready():
+            state = read_state(self.folder, name)
+            if state is None:
+                raise ServiceError(
+                    f"The local {name} server did not start. {first_error(log)} See {log}."
+                )
+            if time.monotonic() > patient and time.time() > state["began"] + START_SECONDS:
+                raise ServiceError(
+                    f"The local {name} server does not answer at {program.url}. "
+                    f"{first_error(log)} See {log}, or stop it with `handsigns down`."
+                )
+            time.sleep(POLL_SECONDS)
+
+    def close(self) -> None:
+        """Use nothing any more; the last user stops everything."""
+        if self._users is None:
+            return
+        with self._changing("stack"):
+            users, self._users = self._users, None
+            programs = (self.folder / "programs").glob("*.json")
+            if _try_lock(users, fcntl.LOCK_EX):
+                stop_programs(self.folder, [path.stem for path in programs])
+            os.close(users)
+        for process in self._started:
+            process.poll()
+
+    def join(self) -> int:
+        """Count as a user from here on; return the lock that says so."""
+        if self._users is None:
+            with self._changing("stack"):
+                self._users = _open(self.folder / "users.lock")
                 fcntl.flock(self._users, fcntl.LOCK_SH)
+        return self._users
+
+    @contextmanager
+    def _changing(self, name: str) -> Iterator[None]:
+        """Users join, start and stop programs one after the other."""
+        try:
             with FileLock(self.folder / "start.lock", timeout=2 * self._patience + 1):
-                if state := self._running(name):
-                    program = describe(tuple(state["ports"]))
-                    if _digest(program.variant) != state["variant"]:
-                        raise BusyError(
-                            f"The local {name} server runs for another command with other "
-                            "settings. Let that command end, or `handsigns down`, and run again."
-                        )
-                    self._started.setdefault(name, None)
-                else:
-                    program = describe(choose_ports(self.folder, name, ports))
-                    self._started[name] = self._spawn(program)
+                yield
         except PermissionError as error:
             raise SettingsError(
                 f"'{error.filename}' belongs to another user. Run as that user, or give the "
                 f"folder '{self.folder}' to this one."
             ) from None
         except Timeout:
-            raise BusyError(self._busy("start", name)) from None
-        return program
+            raise BusyError(
+                f"Another command did not start or stop the local {name} within "
+                f"{self._patience:.0f} s. See {self.folder / 'logs'}, and run again."
+            ) from None
 
-    def wait(self, program: Program) -> None:
-        """Block until a program is ready; `ServiceError` if it ends or is too slow."""
-        name, mine = program.name, self._started[program.name] is not None
-        patient = time.monotonic() + self._patience
-        while not program.ready():
-            state = read_state(self.folder, name)
-            if state is None or (mine and state["ends"]):
-                raise ServiceError(f"The local {name} server did not start. {self._explain(name)}")
-            if time.monotonic() > patient and time.time() > state["began"] + START_SECONDS:
-                raise ServiceError(
-                    f"The local {name} server does not answer at {program.url}. "
-                    f"{self._explain(name)}"
-                )
-            time.sleep(POLL_SECONDS)
 
-    def close(self) -> None:
-        """Use nothing any more; wait until what only this user used has stopped."""
-        if self._users is None:
-            return
-        users, self._users = self._users, None
-        fcntl.flock(users, fcntl.LOCK_UN)
-        deadline = time.monotonic() + STOP_SECONDS
-        if not is_used(users):
-            while (
-                any(is_alive(self.folder, name) for name in self._started)
-                and time.monotonic() < deadline
-            ):
-                time.sleep(POLL_SECONDS / 2)
-        os.close(users)
-        for process in filter(None, self._started.values()):
-            process.poll()
-        self._started.clear()
+def _is_last(users: int) -> bool:
+    """Whether nobody else uses the programs; nobody can join meanwhile."""
+    alone = _try_lock(users, fcntl.LOCK_EX)
+    fcntl.flock(users, fcntl.LOCK_SH)
+    return alone
 
-    def _explain(self, name: str) -> str:
-        log = self.folder / "logs" / f"{name}.log"
-        return f"{first_error(log)} See {log}."
 
-    def _running(self, name: str) -> dict[str, Any] | None:
-        """State of a program that runs; waits for one that is stopping."""
-        deadline = time.monotonic() + self._patience
-        while is_alive(self.folder, name):
-            if state := read_state(self.folder, name):
-                return state
-            if time.monotonic() > deadline:
-                raise BusyError(self._busy("stop", name))
-            time.sleep(POLL_SECONDS / 2)
-        return None
-
-    def _spawn(self, program: Program) -> "subprocess.Popen[bytes]":
-        _require_open_files()
-        process = subprocess.Popen(  # noqa: S603, the command is ours
-            [sys.executable, "-I", "-S", supervisor.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        described = {
-            "folder": str(self.folder),
-            "name": program.name,
-            "command": list(program.command),
-            "environment": dict(program.environment),
+def _spawn(program: Program, folder: Path) -> "subprocess.Popen[bytes]":
+    """Start a program, which inherits the lock of its state and so holds it while it lives."""
+    _require_open_files()
+    log = folder / "logs" / f"{program.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if log.exists():
+        log.replace(f"{log}.1")
+    path = _state_file(folder, program.name)
+    path.parent.mkdir(exist_ok=True, mode=0o700)
+    lock = _open(path)
+    try:
+        while not _try_lock(lock, fcntl.LOCK_EX):  # somebody looks, for a moment
+            time.sleep(0.001)
+        os.ftruncate(lock, 0)
+        with log.open("ab") as output:
+            process = subprocess.Popen(  # noqa: S603, the command is ours
+                program.command,
+                env=program.environment,
+                cwd=program.cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                pass_fds=(lock,),
+            )
+        state = {
+            "pid": process.pid,
+            "began": time.time(),
             "ports": program.ports,
             "variant": _digest(program.variant),
-            "cwd": program.cwd and str(program.cwd),
-            "stays": program.stays,
             "about": dict(program.about),
         }
-        with suppress(BrokenPipeError), cast(IO[bytes], process.stdin) as pipe:
-            pipe.write(json.dumps(described).encode())
-        while read_state(self.folder, program.name) is None and process.poll() is None:
-            time.sleep(0.01)
-        return process
+        os.pwrite(lock, json.dumps(state).encode(), 0)
+    finally:
+        os.close(lock)
+    return process
 
-    def _busy(self, verb: str, name: str) -> str:
-        return (
-            f"The local {name} server of this checkout did not {verb} within "
-            f"{self._patience:.0f} s. See {self.folder / 'logs' / name}.log, and run again."
-        )
+
+def stop_programs(folder: Path, names: Sequence[str]) -> bool:
+    """Stop programs and all that they started; tell whether any ran."""
+    states = {name: read_json(_state_file(folder, name)) for name in names}
+    pids = {name: int(state["pid"]) for name, state in states.items() if isinstance(state, dict)}
+    stopped = any(is_alive(folder, name) for name in pids)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for name, pid in pids.items():
+            # The number of a program that is gone may be another's by now.
+            if is_alive(folder, name) or _has_ended(pid):
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, number)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while any(is_alive(folder, name) for name in pids) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS / 5)
+    for name in pids:
+        if is_alive(folder, name):
+            raise BusyError(f"The local {name} server, process {pids[name]}, does not stop.")
+    return stopped
+
+
+def _has_ended(pid: int) -> bool:
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def is_alive(folder: Path, name: str) -> bool:
+    """Whether a program of a checkout runs."""
+    try:
+        lock = os.open(_state_file(folder, name), os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        # Shared, so that two who look at once do not take each other for the program.
+        return not _try_lock(lock, fcntl.LOCK_SH)
+    finally:
+        os.close(lock)
+
+
+def read_state(folder: Path, name: str) -> dict[str, Any] | None:
+    """State of a program that runs; None where none does."""
+    state = read_json(_state_file(folder, name)) if is_alive(folder, name) else None
+    return state if isinstance(state, dict) else None
+
+
+def _state_file(folder: Path, name: str) -> Path:
+    return folder / "programs" / f"{name}.json"
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+
+
+def _try_lock(lock: int, kind: int) -> bool:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _digest(variant: str) -> str:
     """It may hold a password."""
     return hashlib.sha256(variant.encode()).hexdigest()
-
-
-def is_alive(folder: Path, name: str) -> bool:
-    """Whether a program of a checkout has a supervisor."""
-    try:
-        lock = os.open(folder / f"{name}.lock", os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        # Shared, so that two who look at once do not take each other for the supervisor.
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(lock)
-    return False
-
-
-def is_used(users: int) -> bool:
-    """Whether anybody uses the programs; supervisors look too, each for less than 1 ms."""
-    for _ in range(5):
-        with suppress(BlockingIOError):
-            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fcntl.flock(users, fcntl.LOCK_UN)
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def read_state(folder: Path, name: str) -> dict[str, Any] | None:
-    """State of a program that runs; None where none does, or it is stopping."""
-    state = read_json(folder / f"{name}.lock") if is_alive(folder, name) else None
-    return state if isinstance(state, dict) else None
 
 
 ERROR = re.compile(
@@ -243,18 +289,15 @@ def first_error(log: Path) -> str:
     line = next(found, lines[-1] if lines else "")
     if not line:
         return "Its log is empty."
-    return f"First error: {textwrap.shorten(line, 300, placeholder=' …').rstrip('.')}."
+    error = f"First error: {textwrap.shorten(line, 300, placeholder=' …').rstrip('.')}."
+    return error + (NEWER_ADVICE if NEWER in line else "")
 
 
-def choose_ports(folder: Path, name: str, count: int) -> tuple[int, ...]:
-    """Return ports free on loopback, as is the one `GRPC` above each; the same while they are."""
-    chosen: list[int] = []
-    candidates = random.Random(f"{folder}/{name} {os.getuid()}")
-    while len(chosen) < count:
-        port = candidates.choice(RANGE)
-        if port not in chosen and _is_free(port):
-            chosen.append(port)
-    return tuple(chosen)
+def choose_ports(count: int, last: Sequence[int] = ()) -> tuple[int, ...]:
+    """Return ports free on loopback, as is the one `GRPC` above each; the last ones if they are."""
+    if len(last) == count and all(map(_is_free, last)):
+        return tuple(last)
+    return tuple(islice(filter(_is_free, random.sample(RANGE, len(RANGE))), count))
 
 
 def _is_free(port: int) -> bool:

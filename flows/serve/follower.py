@@ -3,15 +3,13 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prometheus_client import Counter
 
-from tasks.errors import BusyError, HandsignsError, ReleaseError, ServiceError
+from tasks.errors import HandsignsError, ServiceError
 from tasks.releases.pointer import Champion, read_champion
 from tasks.services.s3 import Storage
 
@@ -23,9 +21,6 @@ _log = logging.getLogger(__name__)
 
 MAX_PAUSE = 300.0
 """Longest back-off in seconds between two tries of a rejected release."""
-
-OpenStorage = Callable[[bool], AbstractContextManager[Storage | None]]
-"""Opens the storage for one check. With False it may give None if nothing was written since."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +65,11 @@ class Follower(ModelSource):
     Until then, and if any of that fails, the old model answers.
     """
 
-    def __init__(self, open_storage: OpenStorage, releases: Path, seconds: float) -> None:
+    def __init__(self, storage: Storage, releases: Path, seconds: float) -> None:
         super().__init__()
-        self._open, self._releases, self._seconds = open_storage, releases, seconds
+        self._storage, self._releases, self._seconds = storage, releases, seconds
         self._etag: str | None = None
-        self._rejected: str | None = None  # an ETag, or "pointer"
+        self._rejected: str | None = None
         self._pause, self._retry_at = seconds, 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
@@ -98,13 +93,8 @@ class Follower(ModelSource):
     def poll(self) -> bool:
         """Check the champion once; record a failure. False if the storage does not answer."""
         try:
-            retry = self._rejected is not None and time.monotonic() >= self._retry_at
-            with self._open(retry) as storage:
-                if storage is not None:
-                    self._check(storage, retry)
+            self._check()
             self.checked_at = time.time()
-        except BusyError:
-            pass  # the storage is being started or stopped; the next check will do
         except ServiceError as error:
             self._fail("storage", str(error))
             return False
@@ -118,20 +108,16 @@ class Follower(ModelSource):
         while not self._stopping.wait(self._seconds):
             self.poll()
 
-    def _check(self, storage: Storage, retry: bool) -> None:
-        try:
-            champion = read_champion(storage)
-        except ReleaseError:
-            self._reject("pointer")
-            raise
+    def _check(self) -> None:
+        champion = read_champion(self._storage)
         if champion is None or champion.etag == self._etag:
             gone = champion is None and self.model
             self.problem = "The champion pointer is gone." if gone else None
             self._rejected = None
-        elif champion.etag != self._rejected or retry:
-            self._load(storage, champion)
+        elif champion.etag != self._rejected or time.monotonic() >= self._retry_at:
+            self._load(champion)
 
-    def _load(self, storage: Storage, champion: Champion) -> None:
+    def _load(self, champion: Champion) -> None:
         from tasks.releases.release import fetch, open_release
 
         pointer = champion.pointer
@@ -139,7 +125,7 @@ class Follower(ModelSource):
             if self.model and self.model.release == pointer.release:
                 classifier = self.model.classifier
             else:
-                classifier = open_release(fetch(storage, pointer.release, self._releases))
+                classifier = open_release(fetch(self._storage, pointer.release, self._releases))
         except ServiceError:
             raise
         except HandsignsError:
@@ -168,12 +154,8 @@ class Follower(ModelSource):
 def open_source(workspace: "Workspace", model: str) -> ModelSource:
     """Load the model that a person named; the champion is followed."""
     if model != "champion":
-        with workspace:
-            return ModelSource(LoadedModel(*workspace.classifier(model)))
-    from flows.local.stack import SharedStorage
-
-    project, settings = workspace.project, workspace.settings
-    shared = SharedStorage(settings, project, workspace.trust)
-    follower = Follower(shared.opened, project.releases, settings.serve_follow_seconds)
+        return ModelSource(LoadedModel(*workspace.classifier(model)))
+    seconds = workspace.settings.serve_follow_seconds
+    follower = Follower(workspace.storage, workspace.project.releases, seconds)
     follower.start()
     return follower

@@ -121,7 +121,9 @@ def _digest(content: bytes) -> str:
 
 def draw_all(places: list[Place]) -> Iterator[tuple[Place, NDArray[np.uint8]]]:
     """Render photos in the order of `places`, on several processes if there are many."""
-    processes = min(MAX_PROCESSES, os.cpu_count() or 1, len(places) // (2 * CHUNK))
+    import joblib
+
+    processes = min(MAX_PROCESSES, joblib.cpu_count(), len(places) // (2 * CHUNK))
     if processes < 2:
         yield from ((place, draw(place)) for place in places)
         return

@@ -9,25 +9,27 @@ import textwrap
 from contextlib import closing, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from flows.settings import Settings
 from tasks.errors import ServiceError, SettingsError
-from tasks.io import read_json, write_json
+from tasks.io import atomic_write, read_json, write_json
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
 CONNECT_SECONDS = 10
-VERSIONS = "versions.json"
 SQLITE = {"mlflow": "mlflow.db", "prefect": "prefect/prefect.db"}
 
 _log = logging.getLogger(__name__)
 
 
-def mlflow_file_url(folder: Path) -> str:
+def registry_url(folder: Path, settings: Settings) -> str:
     """Return the address of the local registry; `SettingsError` if no address can hold it."""
+    if settings.database_url:
+        return database_url(settings.database_url.get_secret_value(), "mlflow")
     if "?" in str(folder):
         raise SettingsError(
             f"The path '{folder}' holds a question mark, which database addresses cannot hold. "
@@ -65,41 +67,25 @@ def make_databases(url: str) -> None:
     from psycopg2 import errors, sql
 
     known = _parse(url)
+    names = [str(_named(known, name).database) for name in ("prefect", "mlflow")]
     try:
-        with closing(_connect(known)) as connection:
+        parts = known.translate_connect_args(username="user", database="dbname") | dict(known.query)
+        parts |= {"dbname": "postgres", "connect_timeout": CONNECT_SECONDS}  # which each server has
+        with closing(psycopg2.connect(**parts)) as connection:
             connection.autocommit = True
-            for name in ("prefect", "mlflow"):
-                database = str(_named(known, name).database)
-                with connection.cursor() as cursor:
-                    cursor.execute("select 1 from pg_database where datname = %s", (database,))
-                    if cursor.fetchone():
-                        continue
+            cursor = connection.cursor()
+            for name in names:
+                cursor.execute("select 1 from pg_database where datname = %s", (name,))
+                if not cursor.fetchone():
                     with suppress(errors.DuplicateDatabase):  # another process was faster
-                        cursor.execute(
-                            sql.SQL("create database {}").format(sql.Identifier(database))
-                        )
-                        _log.info("Created database %s.", database)
+                        cursor.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
     except psycopg2.Error as error:
         reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
         raise ServiceError(
             f"PostgreSQL at {redact_database(url)} cannot be used ({reason}). Check DATABASE_URL, "
-            f"and that its user may create the databases {_named(known, 'prefect').database} and "
-            f"{_named(known, 'mlflow').database}, or create them yourself."
+            f"and that its user may create the databases {' and '.join(names)}, or create them "
+            "yourself."
         ) from None
-
-
-def _connect(url: "URL") -> Any:
-    """Connect to the database in the address, or to the one that every server has."""
-    import psycopg2
-
-    parts = url.translate_connect_args(username="user", database="dbname") | dict(url.query)
-    try:
-        return psycopg2.connect(**parts, connect_timeout=CONNECT_SECONDS)
-    except psycopg2.OperationalError:
-        with suppress(psycopg2.OperationalError):
-            parts["dbname"] = "postgres"
-            return psycopg2.connect(**parts, connect_timeout=CONNECT_SECONDS)
-        raise
 
 
 def _parse(url: str) -> "URL":
@@ -120,38 +106,36 @@ def migrate(folder: Path, name: str) -> None:
     Raises:
         ServiceError: the database cannot be migrated; the backup is named.
     """
-    file, present = folder / SQLITE[name], version(name)
-    if (read_json(folder / VERSIONS) or {}).get(name) == present:
+    file, present, versions = folder / SQLITE[name], version(name), folder / "versions.json"
+    if (read_json(versions) or {}).get(name) == present:
         return
-    with FileLock(folder / "start.lock"):
-        known = read_json(folder / VERSIONS) or {}
-        if known.get(name) == present:
-            return
-        if file.exists():
+    with FileLock(folder / "migrate.lock"):
+        known = read_json(versions) or {}
+        if file.exists() and known.get(name) != present:
             backup = file.with_name(f"{file.name}.before-{present}")
             _back_up(file, backup)
             said = "%s %s may need another schema: '%s' is migrated; the backup is '%s'."
             _log.warning(said, name, present, file, backup)
             if name == "mlflow":
                 _upgrade_mlflow(file, backup, known.get(name, "another version"))
-        write_json(folder / VERSIONS, {**known, name: present})
+        write_json(versions, {**known, name: present})
 
 
 def _back_up(file: Path, backup: Path) -> None:
     if backup.exists():  # from an attempt that failed; the first copy is the good one
         return
-    part = backup.with_name(f"{backup.name}.part")
-    part.unlink(missing_ok=True)
     try:
-        with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(part)) as target:
+        with (
+            atomic_write(backup) as part,
+            closing(sqlite3.connect(file)) as source,
+            closing(sqlite3.connect(part)) as target,
+        ):
             source.backup(target)
     except sqlite3.DatabaseError as error:
-        part.unlink(missing_ok=True)
         raise ServiceError(
             f"The database '{file}' cannot be read ({error}). Restore it from a backup, or move "
             "it away, which begins an empty one."
         ) from None
-    part.replace(backup)
 
 
 def _upgrade_mlflow(file: Path, backup: Path, last: str) -> None:
