@@ -78,7 +78,7 @@ def verify(version: Named, json_: Json = False) -> None:
 def open_(what: Literal["prefect", "mlflow", "page"], json_: Json = False) -> None:
     """Print the address and login of a page, and open it where there is a browser."""
     project = open_project()
-    from flows.local.credentials import local_credentials
+    from flows.local.clients import local_credentials
     from flows.local.stack import find_running
     from flows.settings import load_settings
 

@@ -209,7 +209,7 @@ def test_what_a_program_started_is_stopped_with_it(tmp_path: Path) -> None:
 
 FAILING = """
 echo 'starting'
-printf 'Traceback (most recent call last):\\n  File "x.py", line 1, in open_error\\n'
+printf 'ERROR: Traceback (most recent call last):\\n  File "x.py", line 1, in open_error\\n'
 echo 'PermissionError: [Errno 13] Permission denied: the very disk {long}'
 echo 'RuntimeError: something that follows from it'
 echo 'Server stopped!'

@@ -118,7 +118,7 @@ VARIANTS = [
     Variant(
         "orchestrator of a newer version",
         ("retrain", "--force"),
-        "Can't locate revision.* newer version: install that version",
+        "revision.* newer version: install that version",
         root="{idle}",
     ),
     named("a setting that is none", says="HANDSIGNS_BUCKET", HANDSIGNS_BUKET="a"),

@@ -39,7 +39,7 @@ START_SECONDS = 120.0
 GRACE_SECONDS = 4.0
 """Between SIGTERM and SIGKILL."""
 POLL_SECONDS = 0.05
-NEWER = "Can't locate revision"
+NEWER = re.compile("Can't locate revision|No such revision")
 """Alembic's words for a database that a newer version has migrated."""
 NEWER_ADVICE = " Its database is of a newer version: install that version, or restore a backup."
 
@@ -271,6 +271,7 @@ def _digest(variant: str) -> str:
     return hashlib.sha256(variant.encode()).hexdigest()
 
 
+TRACE = "Traceback (most recent call last)"
 ERROR = re.compile(
     r"^[FE]\d{4} |^panic: |^[\w.]*(Error|Exception)\b|\b(error|fatal|denied|cannot|failed)\b",
     re.IGNORECASE,
@@ -284,13 +285,13 @@ def first_error(log: Path) -> str:
     except OSError:
         return "It left no log."
     # A traceback's own line of the error is not indented, unlike its frames.
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    lines = [line.rstrip() for line in text.splitlines() if line.strip() and TRACE not in line]
     found = (line for line in lines if not line[0].isspace() and ERROR.search(line))
     line = next(found, lines[-1] if lines else "")
     if not line:
         return "Its log is empty."
     error = f"First error: {textwrap.shorten(line, 300, placeholder=' …').rstrip('.')}."
-    return error + (NEWER_ADVICE if NEWER in line else "")
+    return error + (NEWER_ADVICE if NEWER.search(line) else "")
 
 
 def choose_ports(count: int, last: Sequence[int] = ()) -> tuple[int, ...]:
