@@ -1,6 +1,5 @@
 """Who may become champion, and what is kept of every move."""
 
-import shutil
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -110,26 +109,17 @@ class Models:
 
 
 @pytest.fixture(scope="module")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's empty database, which takes seconds to make."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    assert Registry(f"sqlite:///{path}", "none").versions() == []
-    return path
-
-
-@pytest.fixture(scope="module")
 def bucket(s3_server: S3Address) -> S3Address:
     """One bucket for this file: a fresh one for each test takes a second each."""
     return new_bucket(s3_server)
 
 
 @pytest.fixture
-def models(bucket: S3Address, tmp_path: Path, migrated: Path) -> Models:
+def models(bucket: S3Address, tmp_path: Path, tracking_uri: str) -> Models:
     """Three versions; the first is champion, the second won against it, the third lost."""
     storage = Storage(bucket)
     storage.remove(KEY)
-    database = shutil.copy(migrated, tmp_path / "mlflow.db")
-    made = Models(storage, Registry(f"sqlite:///{database}", "hand-signs"), tmp_path)
+    made = Models(storage, Registry(tracking_uri, "hand-signs"), tmp_path)
     made.promote(made.add(0.95), by="Ann")
     made.add(0.97, won=True)
     made.add(0.92, won=False)
@@ -353,16 +343,14 @@ def test_a_release_is_found_by_the_names_that_people_use(models: Models) -> None
 
 
 def test_a_registry_that_was_lost_is_rebuilt_from_storage(
-    storage: Storage, models: Models, migrated: Path, caplog: pytest.LogCaptureFixture
+    storage: Storage, models: Models, caplog: pytest.LogCaptureFixture
 ) -> None:
-    old = Models(storage, models.registry, models.folder / "old")
-    old.registry = replace(old.registry, model_name="old")
+    old = Models(storage, replace(models.registry, model_name="old"), models.folder / "old")
     for moves in (2, 1, 0):
         old.add(0.9 + moves / 100, pointer_moves=moves)
     for number in (3, 2):
         old.set_champion(number, read_champion(storage))
-    database = shutil.copy(migrated, models.folder / "new.db")
-    new = Models(storage, Registry(f"sqlite:///{database}", "hand-signs"), models.folder / "new")
+    new = Models(storage, replace(models.registry, model_name="new"), models.folder / "new")
     assert "rebuild-registry" in str(sync_alias(storage, new.registry))
     fresh = new.add(0.99)  # takes the number 1, which the history gives to another release
     with pytest.raises(PromotionError, match="rebuild-registry"):

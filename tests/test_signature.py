@@ -128,6 +128,7 @@ def test_a_key_that_cannot_be_used_is_named(tmp_path: Path, content: bytes | str
         with pytest.raises(SettingsError, match=named) as caught:
             trust.describe()
         assert "\n" not in str(caught.value)
+        assert content is not None or "(No such file or directory)" in str(caught.value)
 
 
 def test_without_a_configured_key_nothing_is_signed_or_required(
@@ -283,7 +284,7 @@ def test_an_older_pointer_is_refused_after_a_newer_one_was_seen(signed: Storage)
 
 
 def test_the_slower_of_two_readers_takes_nothing_back(tmp_path: Path, ours: Keys) -> None:
-    seen = tmp_path / "local" / "seen.json"
+    seen = tmp_path / "checkout" / ".local" / "seen.json"
     trust = Trust((ours[1],), seen_pointers=seen)
     trust.check_newest("here", 0)
     assert not seen.exists()

@@ -119,7 +119,6 @@ def move_champion(storage: Storage, expected: Champion | None, new: Pointer) -> 
 
     Args:
         expected: what `read_champion` returned when the decision was made.
-        new: the pointer to write; its signature is added here.
 
     Raises:
         OvertakenError: it was changed meanwhile; nothing was written.

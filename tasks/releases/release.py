@@ -65,11 +65,7 @@ def content_id(files: Mapping[str, Digest]) -> str:
 
 
 def describe(files: Mapping[str, Path], facts: Mapping[str, Any] | None = None) -> Manifest:
-    """Make the manifest of local files by the names they get; not signed yet.
-
-    Raises:
-        ReleaseError: no file, a file that cannot be read, or a name that is not plain.
-    """
+    """Make the manifest of local files by the names they get; not signed yet."""
     if MANIFEST in files:
         raise ReleaseError(f"A release writes its own {MANIFEST}. Leave that file out.")
     try:
@@ -104,9 +100,7 @@ def publish(
     signed = storage.trust.sign(MANIFEST, manifest)
     stored, where = _stored(storage, manifest.id), _uri(storage, manifest.id)
     if foreign := sorted(stored.keys() - manifest.files.keys() - {MANIFEST}):
-        raise ReleaseError(
-            f"A file was added to the release {where}: {foreign}. Remove it, then run again."
-        )
+        raise ReleaseError(f"A file of the release {where}, {foreign[0]}, was added. Remove it.")
     for name in sorted(files):
         _upload(storage, _key(manifest.id, name), files[name], manifest.files[name])
     key = _key(manifest.id, MANIFEST)
@@ -123,11 +117,7 @@ def publish(
 
 
 def verify(storage: Storage, release_id: str) -> Release:
-    """Check the signature, read every byte of a release and compare it with the manifest.
-
-    Raises:
-        ReleaseError: anything is missing, added, or differs; the message says which.
-    """
+    """Check the signature, read every byte and compare it with the manifest, or `ReleaseError`."""
     manifest = read_manifest(storage, release_id)
     for name, wanted in manifest.files.items():
         key = _key(release_id, name)
@@ -140,9 +130,6 @@ def fetch(storage: Storage, release_id: str, cache: Path) -> Path:
     """Return a local folder with the verified files of a release.
 
     What is in the cache is verified again, and fetched again if it is damaged.
-
-    Raises:
-        ReleaseError: the stored release is missing, incomplete or damaged.
     """
     target = cache / check_id(release_id)
     if target.exists():
@@ -169,9 +156,6 @@ def verify_folder(folder: Path, release_id: str | None, trust: Trust) -> Manifes
 
     Args:
         release_id: which it must be; None takes whichever its manifest names.
-
-    Raises:
-        ReleaseError: anything is missing, added, or differs, or the signature is not accepted.
     """
     try:
         content = (folder / MANIFEST).read_bytes()
@@ -216,9 +200,6 @@ def sign_release(storage: Storage, release_id: str) -> None:
 
 def open_release(folder: Path) -> Classifier:
     """Load the classifier of a verified release; it resizes photos as in training.
-
-    Args:
-        folder: what `fetch` returned.
 
     Raises:
         PromotionError: its labels are not ours, in our order, or its parameters do not
@@ -277,16 +258,17 @@ def _parse(content: bytes, release_id: str | None, where: str, trust: Trust) -> 
 
 def _compare_sizes(manifest: Manifest, sizes: Mapping[str, int], where: str) -> None:
     """Compare which files there are, and how large, before any of them is read."""
-    if missing := sorted(manifest.files.keys() - sizes.keys()):
-        raise ReleaseError(f"A file of the release {where} is missing: {missing}. {AGAIN}")
-    if added := sorted(sizes.keys() - manifest.files.keys()):
-        raise ReleaseError(f"A file was added to the release {where}: {added}. Remove it.")
-    for name, wanted in manifest.files.items():
-        if sizes[name] != wanted.bytes:
-            raise ReleaseError(
-                f"A file of the release {where} has another size: {name} has {sizes[name]} bytes "
-                f"and must have {wanted.bytes}. {AGAIN}"
-            )
+    for name in sorted(manifest.files.keys() | sizes.keys()):
+        size, wanted = sizes.get(name), manifest.files.get(name)
+        if wanted is None:
+            fault = "was added. Remove it."
+        elif size is None:
+            fault = f"is missing. {AGAIN}"
+        elif size != wanted.bytes:
+            fault = f"has another size, {size} bytes instead of {wanted.bytes}. {AGAIN}"
+        else:
+            continue
+        raise ReleaseError(f"A file of the release {where}, {name}, {fault}")
 
 
 def _damaged(place: str) -> ReleaseError:

@@ -157,7 +157,7 @@ class Trust:
             # Others write too, and the slower must not take back what was seen.
             with FileLock(f"{self.seen_pointers}.lock"):
                 seen = _read_seen(self.seen_pointers)
-                write_json(self.seen_pointers, {**seen, place: max(moves, seen.get(place, 0))})
+                write_json(self.seen_pointers, {**seen, place: max(moves, seen.get(place, moves))})
 
     def _own_pem(self) -> bytes:
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -226,26 +226,17 @@ def _folder_with(name: str, fields: Any) -> Iterator[Path]:
 
 
 def new_keys(folder: Path, passphrase: str | None = None) -> tuple[Path, Path]:
-    """Make a key pair on the curve P-256; neither file may exist.
-
-    Args:
-        folder: takes both; made with mode 0700 when missing.
-        passphrase: encrypts the private key.
-
-    Returns:
-        The private key, which only its owner can read, and the public key.
-    """
+    """Make a private key, which only its owner can read, and its public key; both are new files."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     private, public = folder / PRIVATE_KEY, folder / PUBLIC_KEY
-    for path in (private, public):
-        if path.exists():
-            raise SettingsError(
-                f"A key must not be replaced: what it signed could not be checked any more. "
-                f"'{path}' exists; name another folder."
-            )
+    if private.exists() or public.exists():
+        raise SettingsError(
+            f"A key must not be replaced: what it signed could not be checked any more. There is "
+            f"one in '{folder}'; name another folder."
+        )
     key = ec.generate_private_key(ec.SECP256R1())
     locked = serialization.BestAvailableEncryption(passphrase.encode()) if passphrase else None
     secret = key.private_bytes(

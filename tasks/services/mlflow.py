@@ -126,11 +126,7 @@ class Registry:
     def register(
         self, run: RecordedRun | None, content_id: str, tags: Mapping[str, str]
     ) -> Version:
-        """Make a version of a release, or find the one that there is.
-
-        Args:
-            run: None where it is lost; then `tags` must name the `release_uri`.
-        """
+        """Make a version, or find it; without a run `tags` must name the `release_uri`."""
         if found := self.find(content_id):
             return found
         from mlflow.exceptions import MlflowException
