@@ -21,7 +21,10 @@ def status(
 ) -> None:
     """Show data, stages out of date, champion, challenger and the last run."""
     with open_workspace() as workspace:
-        found = workspace.status()
+        from flows.local.stack import find_running
+
+        running = find_running(workspace.services.folder)
+        found = {**workspace.status(), "service": running and running.model_dump()}
     echo(json_, found, output.status_listing(found, verbose))
 
 

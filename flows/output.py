@@ -255,6 +255,8 @@ def status_listing(found: Mapping[str, Any], verbose: bool) -> Listing:
         rows.append((role, text if held else "none"))
     if last := found["last_run"]:
         rows.append(("last run", f"{last['status']}: {last['reason']}"))
+    up = found["service"] and f"up; Prefect {found['service']['prefect']}"
+    rows.append(("service", up or "not up; handsigns up starts it, with the schedule"))
     rows.append(("signatures", found["signatures"]))
     rows += [("moved", move["told"]) for move in found["history"][-5:]]
     return Listing("Status", rows)
