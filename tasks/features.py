@@ -64,15 +64,10 @@ def extract(
     run_shards: Runner | None = None,
     shard_rows: int = SHARD_ROWS,
 ) -> dict[str, Any]:
-    """Bring the stored activations up to date.
+    """Bring the stored activations up to date; rows computed and reused, and the speed.
 
-    Args:
-        size: side of the trunk's input in pixels.
-        run_shards: computes the missing rows; the context variable `runner` by default.
-        shard_rows: rows that are computed and saved together.
-
-    Returns:
-        Rows computed and reused, rows per second, and augmented copies of each photo.
+    `run_shards` computes the missing rows, the context variable `runner` by default, and
+    `shard_rows` of them are saved together.
     """
     project, params = context.project, context.params
     trunk = project.weights(BACKBONE) / TRUNK_FILE

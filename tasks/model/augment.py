@@ -15,16 +15,9 @@ INPUT_SIZE = 224
 
 
 def enlarge(images: NDArray[np.uint8], size: int = INPUT_SIZE) -> NDArray[np.uint8]:
-    """Enlarge photos to the model's input size.
+    """Enlarge photos to the model's input; uint8 (n, d, d, 3) -> uint8 (n, size, size, 3).
 
-    Bilinear with half-pixel centers, as `tf.image.resize` does by default, rounded to the
-    nearest level.
-
-    Args:
-        images: uint8, (n, d, d, 3), RGB.
-
-    Returns:
-        uint8, (n, size, size, 3).
+    Bilinear with half-pixel centers, as `tf.image.resize` does by default.
     """
     enlarged = np.empty((len(images), size, size, 3), np.uint8)
     transform = _affine(images.shape[1], size)
@@ -41,18 +34,10 @@ def augment(
     params: AugmentationParams,
     size: int = INPUT_SIZE,
 ) -> NDArray[np.uint8]:
-    """Make one copy of a photo; the same arguments always give the same bytes.
+    """Make one copy of a photo; uint8 (d, d, 3) -> uint8 (size, size, 3), RGB.
 
-    The random numbers depend on `(seed, name, copy)` alone. `params` only scales them.
-
-    Args:
-        image: uint8, (d, d, 3), RGB.
-        name: the photo's file name.
-        copy: 0 for the photo itself, 1 and up for augmented copies.
-        seed: `seed` of params.yaml.
-
-    Returns:
-        uint8, (size, size, 3).
+    Copy 0 is the photo itself. The random numbers depend on `(seed, name, copy)` alone;
+    `params` only scales them.
     """
     if copy == 0:
         return _warp(image, _affine(len(image), size), size)
@@ -133,7 +118,6 @@ def _affine(
 
 def _warp(image: NDArray[np.uint8], transform: NDArray[np.float64], size: int) -> NDArray[np.uint8]:
     """Apply `transform`. Replicated borders continue arm and wall; no second hand appears."""
-    warped: NDArray[np.uint8] = cv2.warpAffine(
+    return cv2.warpAffine(  # type: ignore[no-any-return]
         image, transform, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
     )
-    return warped

@@ -45,12 +45,8 @@ CERTAIN_ABOVE = 0.6
 class Engine:
     """Run a graph of `tasks.model.files` with OpenVINO; safe to use from several threads.
 
-    Args:
-        cores: pictures processed at a time; all usable cores by default.
-        embeddings: compute what the head's dense layer reads instead of the probabilities.
-
-    Raises:
-        ModelError: the file is missing or holds no such graph.
+    `cores` pictures are processed at a time; all usable cores by default. With `embeddings`
+    it computes what the head's dense layer reads instead of the probabilities.
     """
 
     def __init__(self, graph: Path, cores: int | None = None, embeddings: bool = False) -> None:
@@ -93,30 +89,25 @@ class Engine:
 
     def stream(self, pictures: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
         """Compute results in order on all cores, while this thread makes the next pictures."""
-        running: deque[Any] = deque()
+        running: deque[tuple[Any, NDArray[np.uint8]]] = deque()
         try:
             for picture in pictures:
                 if len(running) == QUEUE * self.cores:
-                    yield self._finish(running.popleft())
-                running.append(self._start(picture))
+                    yield self._finish(*running.popleft())
+                try:
+                    request = self._idle.pop()
+                except IndexError:
+                    request = self._compiled.create_infer_request()
+                running.append((request, picture[np.newaxis]))
+                request.start_async({0: running[-1][1]}, share_inputs=True)
             while running:
-                yield self._finish(running.popleft())
+                yield self._finish(*running.popleft())
         finally:
-            for request, _ in running:  # it still reads the picture's memory
+            for request, _ in running:
                 request.wait()
 
-    def _start(self, picture: NDArray[np.uint8]) -> tuple[Any, NDArray[np.uint8]]:
-        try:
-            request = self._idle.pop()
-        except IndexError:
-            request = self._compiled.create_infer_request()
-        batch = picture[np.newaxis]
-        request.start_async({0: batch}, share_inputs=True)
-        return request, batch
-
-    def _finish(self, running: tuple[Any, NDArray[np.uint8]]) -> NDArray[np.float32]:
-        request, _ = running
-        request.wait()
+    def _finish(self, request: Any, _read: NDArray[np.uint8]) -> NDArray[np.float32]:
+        request.wait()  # it reads the picture's memory until then
         result: NDArray[np.float32] = request.get_output_tensor().data[0].copy()
         self._idle.append(request)
         return result
@@ -138,11 +129,9 @@ def usable_cores() -> int:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's prediction for one file, or why there is none.
+    """Probabilities for one file, in the order of `LABELS`, or why there are none.
 
-    Args:
-        probabilities: six, in the order of `LABELS`; None when `error` is set.
-        certain: False where the photo may show no clear hand.
+    It is not certain where the photo may show no clear hand.
     """
 
     path: Path
@@ -213,13 +202,10 @@ class Classifier:
 def load_classifier(
     path: Path, preprocess: PreprocessParams, size: int = INPUT_SIZE, *, trusted: bool = False
 ) -> Classifier:
-    """Load a `.pb` file of the assemble stage or of a release.
+    """Load a `.pb` file of the assemble stage or of a release; `preprocess` belongs to it.
 
-    Args:
-        preprocess: of the parameters that it was trained with.
-        size: side of the model's input in pixels.
-        trusted: of a verified release, or written by a stage here; any other file is first
-            run in a process with limited memory and time, without secrets.
+    A file that is not trusted, as of a verified release or a stage here, is first run in a
+    process with limited memory and time, without secrets.
     """
     if not trusted and (fault := _sandboxed_fault(path, size)):
         raise ModelError(
@@ -246,12 +232,7 @@ def classify_files(
 def classify(
     classifier: Classifier, sources: Sequence[tuple[Path, Read]], progress: Progress = silent
 ) -> list[Prediction]:
-    """Classify photos; an unusable file gets an error instead of probabilities.
-
-    Args:
-        sources: a name for each photo, and a function that returns at most as many of its
-            bytes as it is asked for, or raises `ImageError`.
-    """
+    """Classify photos, each with a name and its reader; an unusable one gets an error."""
 
     def reduced(source: tuple[Path, Read]) -> NDArray[np.uint8] | str:
         path, read = source

@@ -54,9 +54,8 @@ def build_model(
 ) -> Any:
     """Build the classifier, with random weights unless `backbone_weights` names a file.
 
-    Returns:
-        keras.Model, float32 (batch, size, size, 3) in [0, 255] -> float32 (batch, labels);
-        probabilities, column i is `LABELS[i]`.
+    It maps float32 (batch, size, size, 3) in [0, 255] to probabilities, float32 (batch,
+    labels); column i is `LABELS[i]`.
     """
     keras.backend.clear_session(free_memory=False)  # or layers' names depend on earlier models
     photo = keras.Input((size, size, 3), name="photo")
@@ -84,11 +83,9 @@ def build_backbone(size: int = INPUT_SIZE, include_top: bool = False) -> Any:
 
 
 def build_trunk(backbone_weights: Path, size: int = INPUT_SIZE) -> Any:
-    """Build the part of the backbone that never trains.
+    """Build the part of the backbone that never trains, up to `CUT`.
 
-    Returns:
-        keras.Model, float32 (batch, size, size, 3) in [0, 255] -> float32 (batch,
-        size / 32, size / 32, 192), the output of `CUT`.
+    It maps float32 (batch, size, size, 3) in [0, 255] to float32 (batch, h, w, 192).
     """
     backbone = build_backbone(size)
     set_weights(backbone.layers, read_weights(backbone_weights))
@@ -162,16 +159,11 @@ def _augmentation(params: AugmentationParams, size: int, seed: int) -> Any:
 
 
 class Tail:
-    """Block 7a, the top and the head, with variables of its own.
+    """Block 7a, the top and the head, with variables of its own; BatchNorm never trains.
 
-    Logits come before the head's softmax, so that loss and temperature stay exact for
-    confident predictions.
-
-    Args:
-        weights: of the backbone, which gets a fresh head, or of a phase.
-        trainable_layers: top layers of the backbone that train; BatchNorm never does.
-        dropout: rate on the pooled features.
-        seed: of a fresh head and of the dropout.
+    The weights are those of a phase, or of the backbone, which gets a fresh head. `dropout`
+    acts on the pooled features. Logits come before the head's softmax, so that loss and
+    temperature stay exact for confident predictions.
     """
 
     def __init__(
@@ -200,22 +192,20 @@ class Tail:
         return {name: variable.numpy() for name, variable in self._variables.items()}
 
     def pooled(self, features: Any, matmul: MatMul = tf.matmul) -> Any:
-        """Run block 7a and the top in inference mode.
+        """Run block 7a and the top; float32 (batch, h, w, 192) -> float32 (batch, 1280).
 
-        Args:
-            features: float32, (batch, h, w, 192); output of the trunk.
-            matmul: of the three large convolutions.
-
-        Returns:
-            float32, (batch, 1280).
+        `matmul` is the product of the three large convolutions.
         """
         x = _pointwise(features, *self._fused("block7a_expand_conv", "block7a_expand_bn"), matmul)
         x = _swish(x)
         kernel, bias = self._fused("block7a_dwconv", "block7a_bn")
         x = _swish(tf.nn.depthwise_conv2d(x, kernel, [1, 1, 1, 1], "SAME") + bias)
         gate = tf.reduce_mean(x, [1, 2], keepdims=True)
-        gate = _swish(_pointwise(gate, *self._convolution("block7a_se_reduce")))
-        gate = tf.sigmoid(_pointwise(gate, *self._convolution("block7a_se_expand")))
+        reduce, expand = (
+            (self._get(f"block7a_se_{name}", "kernel"), self._get(f"block7a_se_{name}", "bias"))
+            for name in ("reduce", "expand")
+        )
+        gate = tf.sigmoid(_pointwise(_swish(_pointwise(gate, *reduce)), *expand))
         project = self._fused("block7a_project_conv", "block7a_project_bn")
         x = _pointwise(x * gate, *project, matmul)
         return _mean_swish(_pointwise(x, *self._fused("top_conv", "top_bn"), matmul))
@@ -238,9 +228,6 @@ class Tail:
                 f"The weights '{layer}/{name}' are missing. "
                 "Run the backbone and training stages again."
             ) from None
-
-    def _convolution(self, layer: str) -> tuple[Any, Any]:
-        return self._get(layer, "kernel"), self._get(layer, "bias")
 
     def _fused(self, convolution: str, norm: str) -> tuple[Any, Any]:
         """Kernel and bias of a convolution with its frozen BatchNorm folded in."""

@@ -39,12 +39,7 @@ def tile(pictures: Pictures, columns: int, gap: int = 3) -> NDArray[np.uint8]:
 def draw_augmentation(
     path: Path, dataset: Dataset, copies: int, seed: int, params: AugmentationParams
 ) -> None:
-    """Draw the first training photos of each class, one class a row, each with its copies.
-
-    Args:
-        path: the PNG file to write.
-        copies: augmented copies of each photo.
-    """
+    """Draw the first training photos of each class, one class a row, each with its copies."""
     numbers = range(min(copies, COPIES) + 1)
     train = dataset.rows("train")
     blank = np.full((SIDE, SIDE, 3), 255, np.uint8)
@@ -65,11 +60,7 @@ def draw_audit(
 ) -> None:
     """Draw samples of each class, one class a row, and near-duplicate pairs below.
 
-    Args:
-        path: the PNG file to write.
-        report: content of `audit.json`.
-        photos: as `tasks.data.dataset.find_photos` lists them.
-        pictures: uint8, (n, side, side, 3); one for each photo.
+    `report` is the content of `audit.json`; pictures are uint8, (n, side, side, 3).
     """
     samples = []
     for label in LABELS:

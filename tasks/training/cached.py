@@ -30,16 +30,10 @@ Read = Callable[[Rows], NDArray[np.float32]]
 def fit_cached(
     tail: Tail, plan: Plan, names: Sequence[str], features: Features, progress: Progress
 ) -> tuple[list[Epoch], NDArray[np.float32]]:
-    """Train `tail` in place and keep the averaged weights.
+    """Train `tail` in place and keep the averaged weights; curve and validation logits.
 
     Where only the head trains, each row is pooled once and the epochs run on the pooled
-    vectors.
-
-    Args:
-        names: file name of each dataset row.
-
-    Returns:
-        The learning curve, and the validation logits of the kept weights, float32 (m, labels).
+    vectors. `names` are those of the dataset's rows; logits are float32 (m, labels).
     """
 
     def rows_of(photos: Rows, copies: Rows) -> Rows:
@@ -181,11 +175,7 @@ class WeightAverage:
     """Mean of variables over the last updates; before these, their present values.
 
     Izmailov et al., Averaging Weights Leads to Wider Optima and Better Generalization, 2018.
-
-    Args:
-        variables: tf.Variables.
-        updates: in total.
-        fraction: of them, the last ones, that are averaged; 0 keeps the final values.
+    `fraction` of all `updates`, the last ones, are averaged; 0 keeps the final values.
     """
 
     def __init__(self, variables: Sequence[Any], updates: int, fraction: float) -> None:

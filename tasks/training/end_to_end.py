@@ -64,15 +64,11 @@ def find_strategy() -> Any:
 def fit_end_to_end(
     model: Any, plan: Plan, images: NDArray[np.uint8], progress: Progress
 ) -> tuple[list[Epoch], NDArray[np.float32]]:
-    """Train `model` in place and keep the averaged weights; the same on every worker.
+    """Train `model`, built in the scope of `find_strategy`, in place, and keep the average.
 
-    Args:
-        model: of `build_model`, in the scope of `find_strategy`, its layers unfrozen.
-        images: uint8, (n, d, d, 3); the dataset's photos.
-
-    Returns:
-        The learning curve, and the validation logits of the kept weights, float32 (m, 6),
-        up to a constant for each photo.
+    `images` are the dataset's photos, uint8 (n, d, d, 3). Returns the learning curve and the
+    validation logits, float32 (m, labels), up to a constant for each photo; the same on
+    every worker.
     """
     strategy = find_strategy()
     with strategy.scope():
@@ -128,19 +124,15 @@ class _Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         self._progress(f"train {self._plan.name}", self._updates, self._plan.updates)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        with self._average.applied():
-            self.logits = self._validate()
-        loss, accuracy = float(logs["loss"]), float(logs["accuracy"])
-        validation = score_logits(self.logits, self._plan.val_labels)
-        self.curve.append(Epoch(epoch + 1, loss, accuracy, *validation))
-
-    def _validate(self) -> NDArray[np.float32]:
         rows, step = self._plan.val, self._plan.training.batch_size
         parts = [rows[start : start + step] for start in range(0, len(rows), step)]
         photos = (tf.constant(enlarge(self._images[at], self._size), tf.float32) for at in parts)
-        probabilities = np.concatenate([self._infer(batch).numpy() for batch in photos])
-        logits: NDArray[np.float32] = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
-        return logits
+        with self._average.applied():
+            probabilities = np.concatenate([self._infer(batch).numpy() for batch in photos])
+        self.logits = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
+        loss, accuracy = float(logs["loss"]), float(logs["accuracy"])
+        validation = score_logits(self.logits, self._plan.val_labels)
+        self.curve.append(Epoch(epoch + 1, loss, accuracy, *validation))
 
 
 def _batches(plan: Plan, images: NDArray[np.uint8], size: int) -> Any:

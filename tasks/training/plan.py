@@ -27,13 +27,9 @@ class Epoch:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """One phase, decided before its first update.
+    """One phase, decided before its first update; `train` and `val` are dataset rows.
 
-    Args:
-        copies: augmented copies of each training photo; a synthetic hand has none.
-        train, val: int64, (n,) and (m,); dataset rows.
-        train_labels, val_labels: int64, (n,) and (m,).
-        synthetic: bool, (n,); which of `train` are synthetic hands.
+    `copies` are augmented copies of each training photo; a synthetic hand has none.
     """
 
     name: str
@@ -59,10 +55,7 @@ class Plan:
         """Yield one epoch, counted from 0: each photo once, as itself or as one of its copies.
 
         Each photo goes through all of its copies, in an order of its own, before one
-        comes again. So an epoch costs the same however many copies there are.
-
-        Yields:
-            int64, (batch,) positions in `train`, and int64, (batch,) copy numbers.
+        comes again. Yields positions in `train` and copy numbers, int64 (batch,) each.
         """
         cycle, place = divmod(epoch, self.copies + 1)
         every = np.tile(np.arange(self.copies + 1), (len(self.train), 1))
