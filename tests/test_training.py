@@ -26,8 +26,6 @@ from tasks.model.network import (
     build_model,
     freeze,
     get_tail,
-    matmul_in,
-    set_tail,
     usable_precision,
 )
 from tasks.params import BACKBONE, PhaseParams, TrainingParams
@@ -163,20 +161,6 @@ def test_a_phase_trains_its_layers_and_no_batch_norm(
     assert not [name for name in moved(before, weights) if name.endswith("bn")]
 
 
-@pytest.mark.parametrize("opened", [0, 10, 16])
-def test_the_tail_and_the_model_train_the_same_variables(workshop: Workshop, opened: int) -> None:
-    weights = read_phase(workshop().project, BACKBONE)
-    model = build_model(size=SIZE, seed=3)
-    set_tail(model, weights)
-    freeze(model, opened)
-    tail = Tail(weights, opened, seed=3)
-    assert not moved(get_tail(model), tail.weights())
-    shapes = sorted(tuple(variable.shape) for variable in tail.trainable_variables)
-    layers = [*model.get_layer("efficientnetb0").layers[-16:], model.get_layer("predictions")]
-    variables = [variable for layer in layers for variable in layer.trainable_variables]
-    assert shapes == sorted(tuple(variable.shape) for variable in variables)
-
-
 @pytest.mark.slow
 def test_trunk_and_batch_norms_stay_under_live_augmentation(workshop: Workshop) -> None:
     context = workshop()
@@ -233,28 +217,6 @@ def test_a_phase_learns(workshop: Workshop, stored: Features) -> None:
     _, curve, _ = fit(with_phases(workshop(dropout=0.0), epochs=12), "full", stored)
     assert curve[-1].loss < 0.5 * curve[0].loss
     assert curve[-1].accuracy > curve[0].accuracy
-
-
-def product_and_gradients(precision: str) -> list[np.ndarray]:
-    """A product of random matrices, and the gradient of its sum of squares."""
-    random = np.random.default_rng(0)
-    left, right = (
-        tf.constant(random.normal(size=size).astype("f4")) for size in [(64, 48), (48, 32)]
-    )
-    with tf.GradientTape() as tape:
-        tape.watch([left, right])
-        product = matmul_in(precision)(left, right)
-        total = tf.reduce_sum(product**2)
-    return [product.numpy(), *(part.numpy() for part in tape.gradient(total, [left, right]))]
-
-
-def test_mixed_products_and_gradients_are_exact_but_for_rounding() -> None:
-    half_a_step = 2.0**-9
-    pairs = zip(product_and_gradients(MIXED), product_and_gradients(FULL), strict=True)
-    for mixed, exact in pairs:
-        assert mixed.dtype == np.float32
-        error = np.sqrt(np.mean((mixed - exact) ** 2) / np.mean(exact**2))
-        assert 0 < error < 3 * half_a_step
 
 
 @pytest.mark.parametrize(
@@ -350,15 +312,10 @@ def test_mixstyle_keeps_shapes_and_mixes_statistics_within_the_batch(seed: int, 
         for batch in (before, after)
     ]
     np.testing.assert_allclose(*shapes, atol=1e-3)
+    if count > 5:
+        assert not np.allclose(after, before, atol=1e-3)
     single = mixstyle(before[:, :1, :1], np.random.default_rng(seed), 1.0)
     assert np.isfinite(single).all()
-
-
-def test_mixstyle_moves_some_photos_to_another_style() -> None:
-    before = maps(1, 32)
-    after = mixstyle(before, np.random.default_rng(1), 1.0)
-    moves = np.abs((after - before).mean(axis=(1, 2))).max(axis=1) > 0.5
-    assert 5 < moves.sum() < 28
 
 
 @given(seed=st.integers(0, 500), count=st.integers(1, 9), side=st.integers(1, 9))
@@ -378,11 +335,6 @@ def test_erasing_removes_one_small_rectangle_in_every_channel(
         height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
         assert len(rows) == height * width
         assert max(height, width) <= max(side * 3 // 7, 1)
-
-
-def test_erasing_reaches_every_place() -> None:
-    after = random_erasing(np.ones((400, 7, 7, 2), np.float32), np.random.default_rng(2), 1.0)
-    assert (after == 0).any(axis=0).all()
 
 
 @pytest.mark.parametrize("regularize", [mixstyle, random_erasing])
