@@ -149,7 +149,7 @@ def main(count: int, modules: Sequence[str]) -> int:
     for name in LIBRARIES:
         importlib.import_module(name)
     load_mlflow()
-    session.begin()
+    session.pytest_configure()
     chosen = _choose(count, modules)
     free = [_copy() for _ in range(os.cpu_count() or 1)]
     trees, survivors, began = list(free), [], time.monotonic()
@@ -171,7 +171,7 @@ def main(count: int, modules: Sequence[str]) -> int:
                 survivors.append(mutant.what)
                 print("survived", mutant.what, flush=True)
     finally:
-        session.end()
+        session.pytest_unconfigure()
         for tree in trees:
             shutil.rmtree(tree)
     killed = len(chosen) - len(survivors)
