@@ -61,6 +61,17 @@ def test_shares_are_met_on_average_with_and_without_bursts(sizes: list[int]) -> 
     assert abs(official.count("val") / len(names) - 0.1) < tolerance
 
 
+@pytest.mark.parametrize(("share", "in_test", "in_train"), [(1e-9, 1, 8), (1 - 2e-9, 8, 1)])
+def test_extreme_shares_leave_one_group_of_each_class_to_each_split(
+    share: float, in_test: int, in_train: int
+) -> None:
+    names, labels, groups = _photos([1] * 10)
+    splits = stratified_group_split(names, labels, groups, {"test": share, "val": 1e-9}, 20)
+    counts = Counter(zip(labels, splits, strict=True))
+    expected = {"test": in_test, "val": 1, "train": in_train}
+    assert counts == {(label, name): n for label in LABELS for name, n in expected.items()}
+
+
 @given(seeds, st.sampled_from(["any", "one class", "each once"]))
 @settings(max_examples=40, deadline=None)
 def test_nobody_who_was_trained_on_is_tested_after_150_copies_were_added(
