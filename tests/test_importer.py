@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -193,6 +193,7 @@ def test_the_same_photo_twice_is_decided_alike_however_often_it_comes(
 PLACES = st.tuples(st.sampled_from(["train", "test"]), st.sampled_from("012"))
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from("abcd"), PLACES), min_size=1, max_size=12),
     st.dictionaries(st.sampled_from("abcd"), PLACES),
