@@ -249,7 +249,7 @@ def test_each_surrounding_works_or_is_named_in_one_line(variant: Variant, place:
     assert done.returncode == bool(variant.says), said
     if variant.says:
         # A failed retrain tells why in its summary.
-        lines = done.stderr or "".join(done.stdout.partition("why")[1:])
+        lines = "".join(done.stdout.partition("why")[1:]) or done.stderr
         (line,) = [line for line in lines.splitlines() if line.strip()]
         assert re.search(variant.says, line), line
     assert contents(place.workshop) == before
