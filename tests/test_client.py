@@ -1,6 +1,5 @@
 """How services are reached: proxies, private authorities, and what does not answer."""
 
-import os
 import re
 import socket
 import ssl
@@ -26,7 +25,6 @@ from tasks.errors import ServiceError, SettingsError
 from tasks.services.s3 import S3Address
 from tests.fixtures.checkouts import Workshop, make_checkout
 from tests.fixtures.faults import proxy_to
-from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.service import named
 
 SETTINGS = Settings()
@@ -35,13 +33,7 @@ SERVERS = ("s3_endpoint_url", "mlflow_tracking_uri", "prefect_api_url")
 
 @pytest.mark.parametrize(
     "known",
-    [
-        {},
-        {"no_proxy": "corp.example"},
-        {"NO_PROXY": "corp.example, other.example"},
-        {"no_proxy": "corp.example", "NO_PROXY": "127.0.0.1"},
-        {"NO_PROXY": "*"},
-    ],
+    [{}, {"no_proxy": "corp.example"}, {"NO_PROXY": "corp.example, b"}, {"NO_PROXY": "*"}],
 )
 def test_a_proxy_is_not_asked_for_loopback(known: dict[str, str]) -> None:
     environment = {**known, "http_proxy": "http://127.0.0.1:9"}
@@ -77,18 +69,6 @@ def test_the_local_servers_password_is_for_the_local_server_only(
     ours: dict[str, str] = {}
     point_prefect_at("http://127.0.0.1:1/api", tmp_path, load_settings(), ours)
     assert ours["PREFECT_API_AUTH_STRING"] == "admin:ours"
-
-
-def test_a_user_without_a_name_has_a_home_in_the_checkout(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    nameless: dict[str, str] = {}
-    monkeypatch.setattr(os, "getuid", lambda: 54_321)
-    prepare_environment(tmp_path, nameless)
-    assert nameless["HOME"] == str(tmp_path / "home")
-    known = {"HOME": "/home/somebody", "PREFECT_HOME": "/prefect"}
-    prepare_environment(tmp_path, known)
-    assert (known["HOME"], known["PREFECT_HOME"]) == ("/home/somebody", "/prefect")
 
 
 class Healthy(BaseHTTPRequestHandler):
@@ -217,9 +197,3 @@ def test_what_speaks_another_protocol_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_services_that_hang_are_given_up_within_30_s() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         refused(*SERVERS, url=f"http://127.0.0.1:{silent.getsockname()[1]}")
-
-
-@pytest.mark.slow
-def test_services_that_answer_pass(prefect_api: PrefectApi) -> None:
-    check_reachable(SETTINGS)
-    check_reachable(SETTINGS.model_copy(update={"prefect_api_url": prefect_api.url}))
