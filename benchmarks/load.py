@@ -3,6 +3,8 @@
     HANDSIGNS_SERVE_RATE=1000000/minute handsigns serve          # in one terminal
     python -m benchmarks.load [--seconds 60] [--json]            # in another
 
+With `--beside URL` two services take turns, and what counts is the ratio of their photos a second.
+
 Ends with 1 if the service failed once, that is, answered with 5xx or not at all.
 """
 
@@ -25,6 +27,7 @@ from tasks.rendering.sample import draw, encode
 BAD_SHARE = 0.1
 SEED = 22
 """Of the rendered photos that are sent."""
+PAIRS = 20
 
 
 @dataclass
@@ -127,15 +130,39 @@ def report(url: str, connections: int, seconds: float) -> dict[str, Any]:
     }
 
 
+def compare(url: str, beside: str, connections: int, seconds: float) -> dict[str, Any]:
+    """Let two services take turns, each first every other time."""
+    tallies = []
+    for number in range(-1, PAIRS):
+        order = (url, beside) if number % 2 else (beside, url)
+        span = seconds / 2 / PAIRS
+        tallies.append({one: asyncio.run(drive(one, connections, span)) for one in order})
+    ratios = [len(pair[beside].good) / len(pair[url].good) for pair in tallies[1:]]
+    low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    return {
+        "ratio, median": round(median, 3),
+        "ratio, quartiles": f"{low:.3f} to {high:.3f}",
+        "pairs": PAIRS,
+        "unexpected": [
+            line for pair in tallies for one in pair.values() for line in one.unexpected
+        ],
+    }
+
+
 def main(
     url: Annotated[str, typer.Option(help="Of the running service.")] = "http://127.0.0.1:8000",
+    beside: Annotated[str, typer.Option(help="Another service to compare it with.")] = "",
     connections: int = 16,
     seconds: float = 60.0,
     json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Load a running service and tell how it took it."""
     try:
-        found = report(url, connections, seconds)
+        found = (
+            compare(url, beside, connections, seconds)
+            if beside
+            else report(url, connections, seconds)
+        )
     except httpx.ConnectError:
         raise typer.BadParameter(
             f"nobody answers there (received {url}); start it", param_hint="--url"

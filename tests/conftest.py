@@ -35,6 +35,7 @@ pytest_plugins = (
     "tests.fixtures.servers",
     "tests.fixtures.prefect_api",
     "tests.fixtures.service",
+    "tests.fixtures.captures",
     "tests.fixtures.trained",
     "tests.fixtures.earlier",
     "tests.fixtures.browser",

@@ -1,5 +1,7 @@
 // The page's one script: gather a photo, ask /predict, show what it says.
 
+import { at, made, percent } from "./dom.js";
+
 const SIGNS = {
   0: "closed ring",
   1: "index",
@@ -12,21 +14,8 @@ const HEALTH_SECONDS = 10;
 const LARGE_BYTES = 1_000_000;
 const LARGEST_SIDE = 1600;
 
-const at = (id) => document.getElementById(id);
 const [stage, hint, preview, video] = ["stage", "hint", "preview", "video"].map(at);
 const [sign, words, bars, tokenRow] = ["sign", "words", "bars", "token-row"].map(at);
-
-function made(tag, content, properties = {}) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...[content].flat());
-  return element;
-}
-
-function percent(share) {
-  if (share < 0.0005) return share > 0 ? "< 0.1 %" : "0 %";
-  if (share >= 0.9995) return share < 1 ? "> 99.9 %" : "100 %";
-  return `${(100 * share).toFixed(1)} %`;
-}
 
 // What was read.
 
@@ -70,6 +59,39 @@ function refused(reason) {
   draw(null, null);
 }
 
+// What it should have been: a person decides on it later.
+
+let keeps = false; // whether the service keeps any photo
+
+function doubt(photo, answer) {
+  at("feedback").hidden = !keeps;
+  at("thanks").textContent = "";
+  unfold(false);
+  const others = Object.keys(answer.probabilities).filter((label) => label !== answer.label);
+  const buttons = others.map((label) => {
+    const button = made("button", label, { type: "button", className: "button" });
+    button.addEventListener("click", () => suggest(photo, label));
+    return button;
+  });
+  at("right").replaceChildren(...buttons);
+}
+
+function unfold(open) {
+  at("right").hidden = !open;
+  at("wrong").hidden = false;
+  at("wrong").setAttribute("aria-expanded", String(open));
+}
+
+async function suggest(photo, label) {
+  at("right").hidden = at("wrong").hidden = true;
+  const response = await send(`feedback?label=${encodeURIComponent(label)}`, photo);
+  const { outcome, error } = await response.json();
+  const kept = outcome === "full" ? "No more photos are kept today." : "A person will look at it.";
+  at("thanks").textContent = error ?? `Thank you. ${kept}`;
+}
+
+at("wrong").addEventListener("click", () => unfold(at("right").hidden));
+
 // Ask.
 
 let asking = new AbortController();
@@ -100,6 +122,15 @@ async function shrunk(photo) {
   }
 }
 
+async function send(path, photo, signal) {
+  const form = new FormData();
+  form.append("file", await shrunk(photo), "photo");
+  const token = at("token").value;
+  const headers = { "Handsigns-No-Capture": String(Number(at("private").checked)) };
+  if (token) headers.Authorization = `Bearer ${token}`;
+  return fetch(path, { method: "POST", body: form, headers, signal });
+}
+
 async function ask(photo) {
   asking.abort();
   asking = new AbortController();
@@ -108,16 +139,15 @@ async function ask(photo) {
   show(photo);
   say("Reading the photo.");
   draw(null, null);
-  const form = new FormData();
-  form.append("file", await shrunk(photo), "photo");
-  const token = at("token").value;
-  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  at("feedback").hidden = true;
   try {
-    const response = await fetch("predict", { method: "POST", body: form, headers, signal });
+    const response = await send("predict", photo, signal);
     const answer = await response.json();
     if (signal.aborted) return;
-    if (response.ok) report(answer);
-    else refused(answer.error);
+    if (response.ok) {
+      report(answer);
+      doubt(photo, answer);
+    } else refused(answer.error);
     if (response.status === 401) {
       tokenRow.hidden = false;
       at("token").focus();
@@ -259,6 +289,9 @@ async function look() {
   const problem = health.problem ?? "";
   if (at("problem").textContent !== problem) at("problem").textContent = problem;
   at("problem").hidden = !problem;
+  keeps = Boolean(health.capture);
+  at("kept").textContent = keeps ? "and may be kept to learn from it" : "and not kept";
+  at("private-row").hidden = !keeps;
   const rows = facts(health).map(([term, fact]) => made("div", [made("dt", term), made("dd", fact)]));
   at("model").replaceChildren(...rows);
 }

@@ -1,0 +1,327 @@
+"""Photos that the service keeps for people to label, in a folder or a bucket.
+
+    photos/<date>/<id>.jpg    a photo; the comment in the JPEG is its prediction
+    decisions/<id>.json       what a person decided; created only once
+    unfinished/<id>           a decision that still has to reach the inbox, or to leave it
+
+A photo and its prediction are one object, so neither exists without the other. A decision
+is finished by whoever lists the photos next if its maker was killed or the inbox failed.
+"""
+
+import io
+import json
+import re
+import threading
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
+
+from tasks.data.directory import data_lock, stored_photos
+from tasks.data.images import decode, normalize
+from tasks.data.near_duplicates import perceptual_hash
+from tasks.data.stores import Store
+from tasks.errors import DataError, HandsignsError
+from tasks.project import Project
+from tasks.services.s3 import ChangedError, MissingObjectError
+
+SIDE = 512
+"""Longest side of a kept photo, in pixels."""
+QUALITY = 90
+NEAR_BITS = 6
+"""Perceptual hashes that differ in as many of their 64 bits belong to near-duplicates."""
+MOST_PROBABLE = 20
+"""Labels whose probabilities are kept; a JPEG comment holds 64 KB."""
+TIDY_SECONDS = 3600.0
+LENT_SECONDS = 300.0
+"""For so long nobody else is given the photos of one person's batch."""
+
+ID = r"\d{4}-\d\d-\d\dT\d{6}-(flagged|uncertain|sample)-\d{4}-[0-9a-f]{16}"
+"""Time, reason, confidence in thousandths, perceptual hash: a listing alone sorts photos."""
+_STAMP = "%Y-%m-%dT%H%M%S"
+_COMMENT = b"\xff\xfe"
+
+
+@dataclass(frozen=True)
+class CaptureRules:
+    """What is kept, how much of it, and for how long.
+
+    Args:
+        below: confidence under which a prediction is kept.
+        share: probability with which any other one is kept.
+        per_day: most photos of one day, UTC.
+        total: most photos at a time.
+        days: after which a photo and its decision are removed.
+    """
+
+    below: float
+    share: float
+    per_day: int
+    total: int
+    days: int
+
+
+class Capture(BaseModel):
+    """The prediction of a kept photo, and why it was kept."""
+
+    model_config = ConfigDict(frozen=True)
+
+    time: datetime
+    reason: Literal["flagged", "uncertain", "sample"]
+    label: str
+    probabilities: dict[str, float]
+    version: int | None
+    release: str | None
+    suggestion: str | None = None
+
+    def id(self, perceptual: int) -> str:
+        """The photo's name."""
+        confidence = round(1000 * max(self.probabilities.values()))
+        return f"{self.time:{_STAMP}}-{self.reason}-{confidence:04d}-{perceptual:016x}"
+
+
+class Decision(BaseModel):
+    """What a person decided of a photo; no label discards it."""
+
+    label: str | None
+    by: str
+    at: datetime
+    undone: bool = False
+
+
+class DecidedError(HandsignsError):
+    """Somebody decided before."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Photos for one person, and how far all have come."""
+
+    pending: int
+    decided: int
+    photos: list[dict[str, Any]]
+    problem: str | None
+
+
+class Captures:
+    """Kept photos and the decisions on them; safe to use from several threads.
+
+    Args:
+        inbox: where accepted photos go; without one, decisions wait.
+        project: the checkout that imports them.
+    """
+
+    def __init__(
+        self, store: Store, inbox: Store | None, project: Project, rules: CaptureRules
+    ) -> None:
+        self.rules = rules
+        self._store, self._inbox, self._project = store, inbox, project
+        self._lock = threading.RLock()
+        self._hashes: dict[str, int] = {}
+        self._tidied = -TIDY_SECONDS
+        self._lent: dict[str, tuple[str, float]] = {}
+
+    def keep(self, upload: bytes, capture: Capture) -> str:
+        """Keep a photo: `kept`, or `full` or `duplicate` if it is not.
+
+        What a user flags takes the place of the same photo kept for another reason, unless
+        somebody decided on that.
+        """
+        with self._lock:
+            self.tidy()
+            today = sum(name.startswith(f"{capture.time:%Y-%m-%d}") for name in self._hashes)
+            if today >= self.rules.per_day or len(self._hashes) >= self.rules.total:
+                return "full"
+            photo, perceptual = _encode(upload)
+            near = [
+                name
+                for name, other in self._hashes.items()
+                if (other ^ perceptual).bit_count() <= NEAR_BITS
+            ]
+            flagged = capture.reason == "flagged"
+            if any(not flagged or "-flagged-" in name or self._decision(name) for name in near):
+                return "duplicate"
+            new = capture.id(perceptual)
+            self._store.put(_photo(new), _with_comment(photo, capture.model_dump(mode="json")))
+            self._hashes[new] = perceptual
+            for name in near:
+                self._store.remove(_photo(name))
+                del self._hashes[name]
+            return "kept"
+
+    def tidy(self) -> None:
+        """Remove what is too old, and learn what is kept; once an hour."""
+        with self._lock:
+            if time.monotonic() - self._tidied < TIDY_SECONDS:
+                return
+            oldest = f"{datetime.now(UTC) - timedelta(days=self.rules.days):{_STAMP}}"
+            unfinished = self._names("unfinished")
+            for folder, key in (("photos", _photo), ("decisions", _decided)):
+                for name in self._names(folder):
+                    if name < oldest and name not in unfinished:
+                        self._store.remove(key(name))
+            self._hashes = {name: int(name[-16:], 16) for name in self._names("photos")}
+            self._tidied = time.monotonic()
+
+    def batch(self, by: str, limit: int) -> Batch:
+        """Photos without a decision, those that users flagged first, then the least certain."""
+        problem = self._finish_all()
+        decided, now = self._names("decisions"), time.monotonic()
+        waiting = sorted(self._names("photos") - decided, key=_urgency)
+        lent = {name for name, (to, until) in self._lent.items() if to != by and until > now}
+        photos = []
+        # Two people get different photos, as long as there are enough.
+        for name in [one for one in waiting if one not in lent] or waiting:
+            try:
+                photos.append({"id": name, **_comment(self.photo(name))})
+            except MissingObjectError:
+                continue  # it was flagged or grew too old meanwhile
+            self._lent[name] = (by, now + LENT_SECONDS)
+            if len(photos) == limit:
+                break
+        return Batch(len(waiting), len(decided), photos, problem)
+
+    def photo(self, name: str) -> bytes:
+        """The JPEG of a photo."""
+        return self._store.get(_photo(name))
+
+    def decide(self, name: str, label: str | None, by: str) -> str | None:
+        """Accept a photo under a label, or discard it; says why it cannot reach the inbox yet.
+
+        Raises:
+            DecidedError: somebody else was first.
+            MissingObjectError: there is no such photo.
+        """
+        self.photo(name)
+        decision = Decision(label=label, by=by, at=datetime.now(UTC))
+        with self._lock:
+            self._store.put(_unfinished(name), b"")
+            try:
+                self._store.put_if_absent(_decided(name), decision.model_dump_json().encode())
+            except ChangedError:
+                first = self._decision(name)
+                if first and (first.label, first.by) != (label, by):
+                    done = f"labelled it {first.label}" if first.label else "discarded it"
+                    raise DecidedError(f"{first.by} {done} before.") from None
+            finally:
+                problem = self._finish_all()
+        return problem
+
+    def undo(self, name: str) -> None:
+        """Take a decision back, and the photo out of the inbox.
+
+        Raises:
+            MissingObjectError: there is no decision.
+            DataError: the photo was imported.
+            BusyError: a retrain or an import is running.
+        """
+        with self._lock, data_lock(self._project, wait=0):
+            decision = self._decision(name)
+            if decision is None:
+                raise MissingObjectError("Nobody has decided on this photo.")
+            accepted = normalize(self._accepted(name, decision), name).name
+            if decision.label and accepted in stored_photos(self._project):
+                raise DataError(
+                    f"It was imported as data/train/{decision.label}/{accepted}. Remove it there."
+                )
+            self._store.put(_unfinished(name), b"")
+            undone = decision.model_copy(update={"undone": True})
+            self._store.put(_decided(name), undone.model_dump_json().encode())
+            self._finish(name)
+
+    def _finish_all(self) -> str | None:
+        """Finish all decisions; says why one cannot be finished yet."""
+        with self._lock:
+            for name in self._names("unfinished"):
+                try:
+                    self._finish(name)
+                except (HandsignsError, OSError) as error:
+                    return f"Accepted photos wait for the inbox: {error}"
+        return None
+
+    def _finish(self, name: str) -> None:
+        """Bring a decision's photo to the inbox, or out of it again; repeating it is harmless."""
+        decision = self._decision(name)
+        if decision and decision.label:
+            if self._inbox is None:
+                raise DataError("HANDSIGNS_INBOX is not set.")
+            place = f"review-{decision.at:%Y-%m-%d}/{decision.label}/{name}.jpg"
+            if decision.undone:
+                self._inbox.remove(place)
+            else:
+                self._inbox.put(place, self._accepted(name, decision))
+        if decision and decision.undone:
+            self._store.remove(_decided(name))
+        self._store.remove(_unfinished(name))
+
+    def _accepted(self, name: str, decision: Decision) -> bytes:
+        """The photo as the inbox gets it: its comment also says who labelled it, and when."""
+        photo = self.photo(name)
+        review = decision.model_dump(mode="json", exclude={"undone"})
+        return _with_comment(photo, {**_comment(photo), "review": review})
+
+    def _decision(self, name: str) -> Decision | None:
+        try:
+            return Decision.model_validate_json(self._store.get(_decided(name)))
+        except MissingObjectError:
+            return None
+
+    def _names(self, folder: str) -> set[str]:
+        names = {key.rpartition("/")[2].rpartition(".")[0] for key in self._store.list(folder)}
+        return {name for name in names if re.fullmatch(ID, name)}
+
+
+def most_probable(probabilities: dict[str, float]) -> dict[str, float]:
+    """The probabilities that are kept, highest first."""
+    ranked = sorted(probabilities.items(), key=lambda item: -item[1])
+    return dict(ranked[:MOST_PROBABLE])
+
+
+def _photo(name: str) -> str:
+    return f"photos/{name[:10]}/{name}.jpg"
+
+
+def _decided(name: str) -> str:
+    return f"decisions/{name}.json"
+
+
+def _unfinished(name: str) -> str:
+    return f"unfinished/{name}.txt"
+
+
+def _urgency(name: str) -> tuple[bool, str, str]:
+    time_, reason, confidence, _ = name.rsplit("-", 3)
+    return reason != "flagged", confidence, time_
+
+
+def _encode(upload: bytes) -> tuple[bytes, int]:
+    """Encode an upload anew as a smaller JPEG without metadata; and its perceptual hash."""
+    image = Image.fromarray(decode(upload, min_side=SIDE))
+    image.thumbnail((SIDE, SIDE))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=QUALITY)
+    return file.getvalue(), perceptual_hash(np.asarray(image))
+
+
+def _with_comment(jpeg: bytes, content: dict[str, Any]) -> bytes:
+    """Put JSON into a JPEG of `_encode`, in place of what is there."""
+    at, end = _comment_place(jpeg)
+    text = json.dumps(content, ensure_ascii=False).encode()
+    return jpeg[:at] + _COMMENT + (len(text) + 2).to_bytes(2) + text + jpeg[end:]
+
+
+def _comment(jpeg: bytes) -> dict[str, Any]:
+    at, end = _comment_place(jpeg)
+    found: dict[str, Any] = json.loads(jpeg[at + 4 : end])
+    return found
+
+
+def _comment_place(jpeg: bytes) -> tuple[int, int]:
+    """Start and end of the comment, which follows the first segment."""
+    at = 4 + int.from_bytes(jpeg[4:6])
+    present = jpeg[at : at + 2] == _COMMENT
+    return at, at + 2 + int.from_bytes(jpeg[at + 2 : at + 4]) if present else at

@@ -1,0 +1,355 @@
+"""Photos of predictions that the service keeps, and what people decide on them."""
+
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tasks.data.capture import Captures
+from tasks.data.importer import import_photos
+from tasks.data.stores import BucketStore, FolderStore, Store, open_store
+from tasks.errors import SettingsError
+from tasks.project import Project
+from tasks.services.s3 import ChangedError, MissingObjectError, S3Address, Storage
+from tests.fixtures.captures import RULES, Place, capture, comment, picture
+from tests.fixtures.servers import new_bucket
+from tests.fixtures.service import Service, named
+
+TOKEN = "a token of sixteen or more"
+
+
+def soon(seen: Callable[[], Any], seconds: float = 20.0) -> None:
+    ends = time.monotonic() + seconds
+    while not seen():
+        assert time.monotonic() < ends, "it never came to pass"
+        time.sleep(0.05)
+
+
+def outcomes(service: Service) -> dict[str, float]:
+    names = ("kept", "duplicate", "full", "dropped", "failed")
+    found = {n: service.metric(f'handsigns_capture_total{{outcome="{n}"}}') for n in names}
+    return {name: count for name, count in found.items() if count}
+
+
+def label(service: Service, name: str, label: str | None, by: str = "Ana") -> Any:
+    return service.client.post(f"/review/photos/{name}", json={"label": label, "by": by})
+
+
+def listing(service: Service, by: str = "Ana", **more: Any) -> dict[str, Any]:
+    answer = service.client.get("/review/photos", params={"by": by, **more})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_nothing_is_kept_unless_a_place_for_it_is_named(place: Place) -> None:
+    with place.serve(CAPTURE="") as service:
+        assert service.predict(picture(1)).status_code == 200
+        assert service.health()["capture"] is False
+        flagged = service.client.post("/feedback?label=3", files={"file": ("a", picture(1))})
+        listed = service.client.get("/review/photos?by=Ana")
+        for refused in (flagged, listed):
+            assert refused.status_code == 404
+            assert "HANDSIGNS_CAPTURE" in refused.json()["error"]
+    assert not [path for path in place.root.rglob("*.jp*g") if ".local/releases" not in str(path)]
+    assert not (place.root / "kept").exists()
+
+
+def test_uncertain_and_flagged_photos_are_kept_once_without_metadata(place: Place) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    exif.get_ifd(0x8825)[2] = (52.0, 30.0, 0.0)  # where it was taken
+    photo = picture(1, size=(1200, 900), exif=exif, comment=b"mine")
+    with place.serve() as service:
+        assert service.health()["capture"] is True
+        assert service.predict(picture(2, level=51)).json()["probabilities"]["1"] > 0.8
+        refusal = {"Handsigns-No-Capture": "1"}
+        assert service.predict(picture(3), headers=refusal).status_code == 200
+        answer = service.predict(photo).json()
+        assert max(answer["probabilities"].values()) < 0.8
+        soon(lambda: outcomes(service) == {"kept": 1})
+        (path,) = place.kept
+        with Image.open(path) as image:
+            assert image.size == (384, 512)
+            assert image.info.keys() == {"jfif", "jfif_version", "jfif_unit", "jfif_density"} | {
+                "comment"
+            }
+        said = comment(path)
+        assert said["probabilities"] == answer["probabilities"]
+        assert (said["reason"], said["label"]) == ("uncertain", answer["label"])
+        assert (said["version"], said["release"]) == (7, "r")
+        assert datetime.now(UTC) - datetime.fromisoformat(said["time"]) < timedelta(minutes=1)
+
+        smaller = picture(1, size=(800, 600), exif=exif)
+        service.predict(smaller)
+        soon(lambda: outcomes(service) == {"kept": 1, "duplicate": 1})
+
+        def flag(photo: bytes, label: str) -> tuple[int, str]:
+            answer = service.client.post(f"/feedback?label={label}", files={"file": ("a", photo)})
+            return answer.status_code, answer.text
+
+        # What a user says is not lost because the service was uncertain already.
+        assert flag(smaller, "4") == (200, '{"outcome":"kept"}')
+        assert flag(smaller, "4") == (200, '{"outcome":"duplicate"}')
+        status, reason = flag(smaller, "seven")
+        assert status == 422
+        assert "'seven'" in reason
+        (path,) = place.kept
+        assert (comment(path)["reason"], comment(path)["suggestion"]) == ("flagged", "4")
+
+        for seed, level in ((4, 70), (5, 75)):
+            service.predict(picture(seed, level=level))
+        soon(lambda: len(place.kept) == 3)
+        found = listing(service)
+        assert (found["pending"], found["decided"]) == (3, 0)
+        assert found["labels"] == ["0", "1", "2", "3", "4", "5"]
+        shares = [max(one["probabilities"].values()) for one in found["photos"][1:]]
+        assert found["photos"][0]["suggestion"] == "4"
+        assert shares == sorted(shares)
+
+
+def test_caps_hold_and_what_is_too_old_is_removed(place: Place) -> None:
+    captures = Captures(FolderStore(place.root / "kept"), None, Project(place.root), RULES)
+    then = datetime.now(UTC) - timedelta(days=29)
+    for seed, age in ((1, timedelta(0)), (2, timedelta(days=2))):
+        captures.keep(picture(seed), capture(time=then - age))
+    (old, young) = (path.stem for path in place.kept)
+    captures.decide(old, None, "Ana")
+    captures.decide(young, None, "Ana")
+    with place.serve(CAPTURE_PER_DAY="2") as service:
+        soon(lambda: [path.stem for path in place.kept] == [young])
+        decisions = list((place.root / "kept/decisions").iterdir())
+        assert [path.stem for path in decisions] == [young]
+        for seed in range(3, 7):
+            service.predict(picture(seed))
+        soon(lambda: outcomes(service) == {"kept": 2, "full": 2})
+    assert len(place.kept) == 3
+    with place.serve(CAPTURE_TOTAL="3") as service:
+        service.predict(picture(9))
+        soon(lambda: outcomes(service) == {"full": 1})
+    assert len(place.kept) == 3
+
+
+def test_no_prediction_fails_or_waits_because_of_it(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.root.mkdir()
+    (place.root / "kept").write_text("a file where a folder should be")
+    with place.serve() as service, ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(service.predict, map(picture, range(60))))
+        assert {answer.status_code for answer in answers} == {200}
+        soon(lambda: sum(outcomes(service).values()) == 60)
+        assert outcomes(service).keys() == {"failed", "dropped"}
+        (place.root / "kept").unlink()
+        service.predict(picture(99))
+        soon(lambda: outcomes(service).get("kept") == 1)
+    assert caplog.text.count("Photos cannot be kept") == 1
+
+
+def test_of_two_people_at_once_one_decides_and_the_other_learns_who(place: Place) -> None:
+    names = place.fill(12)
+    with place.serve(TOKEN) as service:
+        for answer in (
+            service.client.get("/review/photos?by=Ana"),
+            label(service, names[0], "3"),
+            service.client.delete(f"/review/photos/{names[0]}"),
+            service.client.get(f"/review/photos/{names[0]}.jpg"),
+            service.client.post("/feedback?label=3", files={"file": ("a", picture(1))}),
+        ):
+            assert answer.status_code == 401
+        assert service.client.get("/review").status_code == 200
+        service.client.headers["Authorization"] = f"Bearer {TOKEN}"
+
+        # As long as there are enough, two people are given different photos.
+        shown = [{one["id"] for one in listing(service, by, limit=6)["photos"]} for by in "ABA"]
+        assert shown[0] == shown[2]
+        assert not shown[0] & shown[1]
+
+        work = [(name, f"{person}", by) for name in names for person, by in enumerate(("A", "B"))]
+        random.Random(1).shuffle(work)
+        with ThreadPoolExecutor(8) as people:
+            answers = dict(
+                zip(work, people.map(lambda one: label(service, *one), work), strict=True)
+            )
+        for name in names:
+            one, other = (answers[name, "0", "A"], answers[name, "1", "B"])
+            assert sorted((one.status_code, other.status_code)) == [200, 409]
+            first, reason = ("A", other) if one.status_code == 200 else ("B", one)
+            assert reason.json()["error"] == f"{first} labelled it {'AB'.index(first)} before."
+            (path,) = [path for path in place.inbox if path.stem == name]
+            review = comment(path)["review"]
+            assert (review["label"], review["by"]) == (path.parent.name, first)
+            assert path.parent.name == str("AB".index(first))
+        assert len(place.inbox) == 12
+        found = listing(service)
+        assert (found["pending"], found["decided"], found["photos"]) == (0, 12, [])
+        # A repeated request, whose answer was lost, is no second decision.
+        again = [label(service, *one).status_code for one in work]
+        assert sorted(again) == [200] * 12 + [409] * 12
+        assert len(place.inbox) == 12
+
+
+@pytest.mark.slow
+def test_a_decision_outlives_a_kill_and_reaches_the_inbox_once(place: Place) -> None:
+    one, other = place.fill(2)
+    (place.root / "inbox").write_text("a file where a folder should be")
+    with place.serve_apart() as service:
+        answer = label(service, one, "3")
+        assert answer.status_code == 200
+        assert "wait for the inbox" in answer.json()["problem"]
+        assert label(service, other, None).status_code == 200  # needs no inbox
+        service.process.kill()
+    (place.root / "inbox").unlink()
+    with place.serve_apart() as service:
+        for _ in range(2):
+            found = listing(service)
+            assert (found["pending"], found["decided"], found["problem"]) == (0, 2, None)
+            assert [path.stem for path in place.inbox] == [one]
+        assert label(service, one, "4", by="Ben").status_code == 409
+        assert label(service, one.replace("uncertain", "flagged"), "4").status_code == 404
+        assert label(service, "../../etc", "4").status_code in (404, 405)
+        assert label(service, one, "seven").status_code == 422
+
+
+def test_without_an_inbox_decisions_wait_for_one(place: Place) -> None:
+    (name,) = place.fill(1)
+    with place.serve(INBOX="") as service:
+        assert "HANDSIGNS_INBOX" in label(service, name, "3").json()["problem"]
+        assert "HANDSIGNS_INBOX" in listing(service)["problem"]
+    with place.serve() as service:
+        assert listing(service)["problem"] is None
+    assert [path.stem for path in place.inbox] == [name]
+
+
+def test_a_decision_can_be_undone_until_it_is_imported(place: Place) -> None:
+    one, other, gone = place.fill(3)
+    with place.serve() as service:
+        for name, sign in ((one, "3"), (other, "4"), (gone, None)):
+            assert label(service, name, sign).status_code == 200
+        for name in (one, gone):
+            assert service.client.delete(f"/review/photos/{name}").status_code == 204
+        assert service.client.delete(f"/review/photos/{one}").status_code == 404
+        assert [path.stem for path in place.inbox] == [other]
+        assert {photo["id"] for photo in listing(service)["photos"]} == {one, gone}
+        assert label(service, one, "5", by="Ben").status_code == 200
+
+        project = Project(place.root)
+        report = import_photos(project, place.root / "inbox")
+        assert report.imported == {("train", "4"): 1, ("train", "5"): 1}
+        refused = service.client.delete(f"/review/photos/{other}")
+        assert refused.status_code == 409
+        (stored,) = (project.data / "train/4").iterdir()
+        assert stored.name in refused.json()["error"]
+        # Whoever looks at the training data can tell who labelled it, and what was read before.
+        said = comment(stored)
+        assert (said["review"]["by"], said["review"]["label"], said["label"]) == ("Ana", "4", "3")
+        assert label(service, gone, "5").status_code == 200
+
+
+class Killed(BaseException):
+    """Ends a process in the middle of what it does."""
+
+
+@dataclass(frozen=True)
+class Dying(FolderStore):
+    """A folder whose user is killed before one of its writes."""
+
+    left: list[int]
+
+    def _count(self) -> None:
+        self.left[0] -= 1
+        if self.left[0] < 0:
+            raise Killed
+
+    def put(self, key: str, content: bytes) -> None:
+        self._count()
+        super().put(key, content)
+
+    def put_if_absent(self, key: str, content: bytes) -> None:
+        self._count()
+        super().put_if_absent(key, content)
+
+    def remove(self, key: str) -> None:
+        self._count()
+        super().remove(key)
+
+
+@pytest.mark.parametrize("undo", [False, True], ids=["label", "undo"])
+def test_a_kill_at_any_write_neither_loses_nor_doubles_a_photo(tmp_path: Path, undo: bool) -> None:
+    for writes in range(10):
+        root = tmp_path / str(writes)
+        left = [1000]
+        stores = [Dying(root / name, left) for name in ("kept", "inbox")]
+        captures = Captures(*stores, Project(root), RULES)
+        captures.keep(picture(1), capture())
+        name = next(path.stem for path in root.rglob("*.jpg"))
+        if undo:
+            captures.decide(name, "3", "Ana")
+        left[0] = writes
+        try:
+            captures.undo(name) if undo else captures.decide(name, "3", "Ana")
+            survived = True
+        except Killed:
+            survived = False
+        left[0] = 1000
+        batch = Captures(*stores, Project(root), RULES).batch("Ben", 24)
+        inbox = list((root / "inbox").rglob("[!.]*.jpg"))
+        assert (batch.pending, batch.decided, len(inbox)) in ((1, 0, 0), (0, 1, 1))
+        assert not list(root.rglob("unfinished/*"))
+        if survived:
+            assert batch.pending == undo
+            return
+    pytest.fail("it never ran to its end")
+
+
+def test_everything_can_live_in_buckets(
+    place: Place, s3_server: S3Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, inbox = new_bucket(s3_server), new_bucket(s3_server)
+    for name, text in named(s3_server).items():
+        monkeypatch.setenv(name, text)
+    places = {"CAPTURE": f"s3://{kept.bucket}/hands/", "INBOX": f"s3://{inbox.bucket}"}
+    with place.serve(**places) as service:
+        for seed in (1, 2):
+            service.predict(picture(seed))
+        soon(lambda: outcomes(service) == {"kept": 2})
+        one, other = (photo["id"] for photo in listing(service)["photos"])
+        image = service.client.get(f"/review/photos/{one}.jpg")
+        assert image.headers["content-type"] == "image/jpeg"
+        assert image.content == Storage(kept).get(f"hands/photos/{one[:10]}/{one}.jpg")
+        assert [label(service, name, "2").status_code for name in (one, other)] == [200, 200]
+        assert label(service, one, "2", by="Ben").status_code == 409
+        assert service.client.delete(f"/review/photos/{other}").status_code == 204
+        (accepted,) = Storage(inbox).list("")
+        assert accepted.key.endswith(f"/2/{one}.jpg")
+        found = listing(service)
+        assert (found["pending"], found["decided"]) == (1, 1)
+    monkeypatch.delenv("HANDSIGNS_S3_ENDPOINT_URL")
+    with pytest.raises(SettingsError, match="Set HANDSIGNS_S3_ENDPOINT_URL"), place.serve(**places):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_a_folder_and_a_bucket_behave_alike(kind: str, tmp_path: Path, s3: S3Address) -> None:
+    where = str(tmp_path / "below") if kind == "folder" else f"s3://{s3.bucket}/below"
+    store: Store = open_store(where, lambda _: Storage(s3))
+    assert isinstance(store, FolderStore if kind == "folder" else BucketStore)
+    assert list(store.list("a")) == []
+    store.put("a/b/one.txt", b"1")
+    store.put("a/b/one.txt", b"2")
+    store.put_if_absent("a/two.txt", b"3")
+    store.put("aa/three.txt", b"4")
+    assert sorted(store.list("a")) == ["a/b/one.txt", "a/two.txt"]
+    assert (store.get("a/b/one.txt"), store.get("a/two.txt")) == (b"2", b"3")
+    with pytest.raises(ChangedError):
+        store.put_if_absent("a/two.txt", b"5")
+    store.remove("a/two.txt")
+    store.remove("a/two.txt")
+    with pytest.raises(MissingObjectError):
+        store.get("a/two.txt")
