@@ -301,11 +301,13 @@ def serve(
         with listen(host, port, token is not None) as listening:
             from flows.serve.app import make_app
             from flows.serve.follower import open_source
+            from flows.serve.review import open_captures
 
+            captures = open_captures(settings, workspace.project)
             source = open_source(workspace, model)
             max_bytes = settings.serve_max_mb * 2**20
             limits = Limits(settings.serve_rate, max_bytes, token, listening.hosts)
-            service = make_app(source, limits)
+            service = make_app(source, limits, captures)
             loaded = source.model.description if source.model else None
             line = f"Serving on {listening.url} ({loaded or 'no model yet'}). Ctrl-C stops it."
             echo(json_, {"url": listening.url, "model": loaded, "problem": source.problem}, line)

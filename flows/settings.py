@@ -25,6 +25,7 @@ from tasks.services.s3 import LOOPBACK, redact_url
 
 PREFIX = "HANDSIGNS_"
 BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
+PLACE = rf"^(s3://{BUCKET}(/.*)?|(?!.*://).*)$"
 BRANCH = r"(?!.*(\.\.|//|/\.|[./]$|\.lock(/|$)))[A-Za-z0-9][A-Za-z0-9._/-]{0,199}"
 
 
@@ -97,11 +98,13 @@ class Settings(BaseSettings):
         pattern=r"^(/|s3://[^/]|(?!s3:)[a-z][a-z0-9+.-]*:)",
         description="an address such as s3://bucket/dvc, or a folder's full path",
     )
-    inbox: str | None = Field(
-        None,
-        pattern=rf"^(s3://{BUCKET}(/.*)?|(?!.*://).*)$",
-        description="a folder or s3://bucket/prefix",
-    )
+    inbox: str | None = Field(None, pattern=PLACE, description="a folder or s3://bucket/prefix")
+    capture: str | None = Field(None, pattern=PLACE, description="a folder or s3://bucket/prefix")
+    capture_below: float = Field(0.8, ge=0.0, le=1.0)
+    capture_share: float = Field(0.01, ge=0.0, le=1.0)
+    capture_per_day: int = Field(500, ge=1)
+    capture_total: int = Field(10_000, ge=1)
+    capture_days: int = Field(30, ge=1)
     dask_address: Annotated[str, _url("tcp", "tls")] | None = Field(
         None,
         pattern=r"^[a-z]+://[^/?#]+:\d+$",

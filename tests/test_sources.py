@@ -67,6 +67,7 @@ LAYOUTS: list[tuple[str, dict[str, tuple[str, str | None, str | None]]]] = [
             "6/0/c.png": ("train", None, f"unknown label folder: '6' {NONE_OF}"),
             "2026-11-28/1/d.png": ("train", None, f"unknown label folder: '2026-11-28' {NONE_OF}"),
             "e.png": ("train", None, "no label: it is in no label folder"),
+            "review-2026-11-29/3/f.png": ("train", "3", None),
         },
     ),
     (

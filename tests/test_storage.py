@@ -100,7 +100,7 @@ def test_of_many_rivals_exactly_one_wins(storage: Storage) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["", "../a", "a/../b", "/a", "a//b", "a/", "a\nb", "ä", ".hidden", "a/.b", "-", "a" * 513],
+    ["", "../a", "a/../b", "/a", "a//b", "a/", "a\nb", ".hidden", "a/.b", "a" * 513],
 )
 def test_a_key_that_is_not_plain_names_never_reaches_the_service(key: str) -> None:
     with pytest.raises(ValueError, match="plain names"):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -33,22 +34,25 @@ from starlette.requests import ClientDisconnect
 
 from flows.serve.follower import LoadedModel, ModelSource
 from flows.serve.limits import Admission, Credentials, Limits, ScoringPool
+from flows.serve.review import Recorder, explain, review_routes
+from tasks.data.capture import Captures
 from tasks.data.images import decode, is_large, resize
-from tasks.errors import ImageError
+from tasks.errors import HandsignsError, ImageError
 from tasks.model.inference import Classifier, Prediction
 from tasks.params import LABELS
 
 _log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("page")
+PAGES = {"index.html": "/", "review.html": "/review"}
 BODY_SECONDS = 30.0
 MAX_PHOTOS = 16
 """In one request."""
 EXAMPLE_SEED = 21
 """Seed of the rendered examples; not the seed of the sample data set."""
 BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-PATHS = ("/predict", "/health", "/metrics", "/openapi.json")
-METHODS = ("GET", "HEAD", "POST")
+PATHS = ("/predict", "/feedback", "/health", "/metrics", "/openapi.json")
+METHODS = ("GET", "HEAD", "POST", "DELETE")
 
 
 class Model(BaseModel):
@@ -100,6 +104,7 @@ class Health(BaseModel):
     age_seconds: float | None = Field(description="Since the model became champion.")
     looked_at: str | None = Field(description="When the champion was last checked.")
     problem: str | None
+    capture: bool = Field(description="Whether photos may be kept to learn from them.")
 
 
 class JsonPhotos(BaseModel):
@@ -118,6 +123,7 @@ ACCEPTED: dict[str, Any] = {
     "application/json": {"schema": JsonPhotos.model_json_schema()},
     "image/*": {"schema": _PHOTO},
 }
+BODY = {"requestBody": {"required": True, "content": ACCEPTED}}
 """The forms of a request, as OpenAPI puts them."""
 
 
@@ -137,6 +143,8 @@ class Metrics:
         )
         about = "Photos read, by sign."
         self.predictions = Counter("handsigns_predictions", about, ("label",), **known)
+        about = "Photos offered to be kept, by what became of them."
+        self.captured = Counter("handsigns_capture", about, ("outcome",), **known)
         self._model = Info("handsigns_model", "The model that answers.", **known)
         about = "1 while the loaded model is not the champion, or that is unknown."
         behind = Gauge("handsigns_follow_problem", about, **known)
@@ -159,13 +167,15 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-def make_app(source: ModelSource, limits: Limits) -> FastAPI:
-    """Build the service; it starts and stops nothing."""
+def make_app(source: ModelSource, limits: Limits, captures: Captures | None = None) -> FastAPI:
+    """Build the service; it starts and stops nothing. Without `captures` it keeps no photo."""
     pool, metrics, admission = ScoringPool(), Metrics(source), Admission(limits)
+    recorder = Recorder(captures, metrics.captured)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
+        with recorder:
+            yield
         pool.close()
 
     app = FastAPI(
@@ -180,16 +190,28 @@ def make_app(source: ModelSource, limits: Limits) -> FastAPI:
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=limits.max_bytes)
     app.middleware("http")(partial(_observe, metrics, limits))
 
-    async def read(photo: bytes, model: LoadedModel) -> Reading:
+    async def read(photo: bytes, model: LoadedModel, keep: bool = False) -> Reading:
         large = await pool.run(partial(is_large, photo))
         found = await pool.run(partial(_score, model.classifier, photo), large)
         metrics.predictions.labels(str(found.label)).inc()
-        return Reading(**found.to_json(), model=Model.model_validate(model))
+        reading = Reading(**found.to_json(), model=Model.model_validate(model))
+        if keep:
+            recorder.offer(photo, reading)
+        return reading
+
+    async def read_one(request: Request) -> tuple[bytes, Reading]:
+        if source.model is None:
+            raise HTTPException(503, _waiting(source), {"Retry-After": "10"})
+        async with pool.place():
+            photo = await read_upload(request)
+            if not isinstance(photo, bytes):
+                raise HTTPException(400, "Send one photo at a time.")
+            return photo, await read(photo, source.model)
 
     @app.post(
         "/predict",
         responses={code: {"model": Fault} for code in (400, 401, 408, 413, 415, 422, 429, 503)},
-        openapi_extra={"requestBody": {"required": True, "content": ACCEPTED}},
+        openapi_extra=BODY,
         dependencies=[Depends(admission.check)],
     )
     async def predict(request: Request) -> Reading | Readings:
@@ -198,16 +220,20 @@ def make_app(source: ModelSource, limits: Limits) -> FastAPI:
             raise HTTPException(503, _waiting(source), {"Retry-After": "10"})
         async with pool.place():
             photos, model = await read_upload(request), source.model
+            keep = recorder.may_keep(request)
             if isinstance(photos, bytes):
-                return await read(photos, model)
-            found = await asyncio.gather(*(_read_or_refuse(read(one, model)) for one in photos))
-            return Readings(readings=found)
+                return await read(photos, model, keep)
+            readings = (_read_or_refuse(read(one, model, keep)) for one in photos)
+            return Readings(readings=await asyncio.gather(*readings))
+
+    routes = review_routes(recorder, read_one, BODY, lambda: LABELS)
+    app.include_router(routes, dependencies=[Depends(admission.check)])
 
     @app.head("/health", include_in_schema=False)  # load balancers ask for no more
     @app.get("/health", responses={503: {"model": Health}})
     async def health(credentials: Credentials, response: Response) -> Health:
         """Report which model answers; 503 while there is none."""
-        report = _health(source, detailed=admission.accepts(credentials))
+        report = _health(source, admission.accepts(credentials), captures is not None)
         response.status_code = 503 if report.state == "waiting" else 200
         return report
 
@@ -260,7 +286,7 @@ def _serve_page(app: FastAPI) -> None:
 
     # A route each: a mounted folder would answer GET /predict with 404 instead of 405.
     for file in PAGE.iterdir():
-        path = "/" if file.name == "index.html" else f"/{file.name}"
+        path = PAGES.get(file.name, f"/{file.name}")
         app.add_route(path, partial(send, file))
 
 
@@ -328,7 +354,7 @@ def _waiting(source: ModelSource) -> str:
     return source.problem or "There is no champion yet. Once one is promoted, it answers here."
 
 
-def _health(source: ModelSource, detailed: bool) -> Health:
+def _health(source: ModelSource, detailed: bool, capture: bool) -> Health:
     model, problem = source.model, source.problem
     if problem and not detailed:
         problem = "The champion cannot be followed; the service's log says why."
@@ -340,6 +366,7 @@ def _health(source: ModelSource, detailed: bool) -> Health:
         age_seconds=_age(model),
         looked_at=checked.isoformat(timespec="seconds") if checked else None,
         problem=problem if model or problem else _waiting(source),
+        capture=capture,
     )
 
 
@@ -377,6 +404,10 @@ def _answer_faults_as_json(app: FastAPI, limits: Limits) -> None:
         status = {"not an image": 415, "too large": 413}.get(error.reason.partition(":")[0], 422)
         return JSONResponse({"error": _unusable(error)}, status)
 
+    async def invalid(_: Request, error: Any) -> Response:
+        first = error.errors()[0]
+        return JSONResponse({"error": f"{first['loc'][-1]}: {first['msg']}."}, 422)
+
     async def gone(_: Request, error: Exception) -> Response:
         return JSONResponse({"error": "The request ended before its body did."}, 400)
 
@@ -385,6 +416,8 @@ def _answer_faults_as_json(app: FastAPI, limits: Limits) -> None:
         return JSONResponse({"error": "The service failed; its log says why."}, 500)
 
     app.add_exception_handler(AnyHTTPException, refused)
+    app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(ImageError, unusable)
+    app.add_exception_handler(HandsignsError, explain)
     app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(Exception, broken)

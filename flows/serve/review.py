@@ -187,11 +187,17 @@ class Decided(BaseModel):
     problem: str | None
 
 
-def review_routes(recorder: Recorder, read: Read, labels: Labels) -> APIRouter:
-    """The routes for feedback and for the page `/review`; 404 where nothing is kept."""
+def review_routes(
+    recorder: Recorder, read: Read, body: dict[str, Any], labels: Labels
+) -> APIRouter:
+    """The routes for feedback and for the page `/review`; 404 where nothing is kept.
+
+    Args:
+        body: what a request with a photo looks like, for OpenAPI.
+    """
     router = APIRouter(responses={404: {"description": NOTHING_KEPT}})
 
-    @router.post("/feedback")
+    @router.post("/feedback", openapi_extra=body)
     async def feedback(request: Request, label: str) -> Feedback:
         """Say what a photo shows that was read wrong; a person decides on it later."""
         check_label(label, labels())

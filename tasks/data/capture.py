@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from tasks.data.directory import data_lock, stored_photos
 from tasks.data.images import decode, normalize
 from tasks.data.near_duplicates import perceptual_hash
+from tasks.data.sources import REVIEWED
 from tasks.data.stores import Store
 from tasks.errors import DataError, HandsignsError
 from tasks.project import Project
@@ -223,7 +224,7 @@ class Captures:
             decision = self._decision(name)
             if decision is None:
                 raise MissingObjectError("Nobody has decided on this photo.")
-            accepted = normalize(self._accepted(name, decision), name).name
+            accepted, _ = normalize(self._accepted(name, decision), name)
             if decision.label and accepted in stored_photos(self._project):
                 raise DataError(
                     f"It was imported as data/train/{decision.label}/{accepted}. Remove it there."
@@ -249,7 +250,7 @@ class Captures:
         if decision and decision.label:
             if self._inbox is None:
                 raise DataError("HANDSIGNS_INBOX is not set.")
-            place = f"review-{decision.at:%Y-%m-%d}/{decision.label}/{name}.jpg"
+            place = f"{REVIEWED}{decision.at:%Y-%m-%d}/{decision.label}/{name}.jpg"
             if decision.undone:
                 self._inbox.remove(place)
             else:

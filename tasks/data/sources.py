@@ -31,6 +31,9 @@ SPLITS = {"train": "train", "training": "train", "val": "train", "valid": "train
 SPLITS |= {"validation": "train", "test": "test", "testing": "test"}
 """Folder names of exporters; their validation photos are trained on, ours are split anew."""
 
+REVIEWED = "review-"
+"""Begins the names of folders with photos that people labelled at `/review`."""
+
 MAX_TOTAL = 8 * 2**30
 MAX_RATIO = 100
 """Of an HDF5 file; photos compress to about 1."""
@@ -94,8 +97,8 @@ def arrange(files: list[SourceFile], where: str) -> Source:
     """Find the split and label of each file by the folders above it.
 
     Folders above those of labels (of a split, a day, an export) are passed through, each by
-    itself. Beside label folders, any other folder is an unknown label, or a split. Folders
-    below a label's belong to the label.
+    itself. Beside label folders, any other folder is an unknown label, a split, or photos
+    that people labelled. Folders below a label's belong to the label.
     """
     visible = [file for file in files if not any(map(is_clutter, file.parts))]
     if not visible:
@@ -157,7 +160,7 @@ def _place(files: list[SourceFile], depth: int, split: str | None = None) -> Ite
         named_split = None if split else SPLITS.get(name.lower())
         if name in LABELS:
             yield from (replace(f, split=split or "train", label=name) for f in inside)
-        elif labelled and not named_split:
+        elif labelled and not named_split and not name.startswith(REVIEWED):
             fault = _unknown(name)
             yield from (replace(f, split=split or "train", fault=fault) for f in inside)
         else:

@@ -29,7 +29,7 @@ READ_SECONDS = 7
 """Three attempts that hang, and the pauses between them, take less than 30 s."""
 CHUNK = 256 << 10
 
-_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+_KEY = re.compile(r"[^/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*(/[^/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*)*")
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired")
 """Refusals of credentials that come with status 400."""
 _FULL = ("InsufficientStorage", "QuotaExceeded", "XMinioStorageFull")
