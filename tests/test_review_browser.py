@@ -188,11 +188,11 @@ def night(label: int, seed: int) -> bytes:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_photos_from_production_make_the_next_champion_better(
     browser: Any, tmp_path: Path, trained: Trained, s3_server: S3Address
 ) -> None:
     made = trained.checkout(tmp_path / "checkout")
-    made.change("phases.full", epochs=12)
     place = Place(made.project.root, tmp_path)
     (made.project.root / "inbox").mkdir()
     environment = {**named(new_bucket(s3_server)), **place.settings(CAPTURE_SHARE="1")}
@@ -234,6 +234,7 @@ def test_photos_from_production_make_the_next_champion_better(
             chip(browser, f"{done} of {count} done")
         until(browser, lambda _: len(place.inbox) == count)
 
+        made.change("phases.full", epochs=10)
         second = made.handsigns("retrain", **environment)
         assert second["status"] == "promoted", second["reason"]
         new = second["model"]["version"]

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +28,6 @@ from tasks.data.capture import (
     CaptureRules,
     Captures,
     DecidedError,
-    most_probable,
 )
 from tasks.data.stores import open_store
 from tasks.errors import BusyError, DataError, SettingsError
@@ -130,7 +129,7 @@ def _capture(reading: "Reading", reason: Any, suggestion: str | None = None) -> 
         time=datetime.now(UTC),
         reason=reason,
         label=reading.label,
-        probabilities=most_probable(reading.probabilities),
+        probabilities=reading.probabilities,
         version=reading.model.version,
         release=reading.model.release,
         suggestion=suggestion,
@@ -166,12 +165,6 @@ def open_captures(settings: Settings, project: Project) -> Captures | None:
     return Captures(open_store(settings.capture, bucket), inbox, project, rules)
 
 
-class Feedback(BaseModel):
-    """What became of a photo that was read wrong."""
-
-    outcome: str = Field(description="kept, duplicate, or full.")
-
-
 class Verdict(BaseModel):
     """A person's decision; no label discards the photo."""
 
@@ -179,12 +172,6 @@ class Verdict(BaseModel):
 
     label: str | None
     by: Reviewer
-
-
-class Decided(BaseModel):
-    """Why an accepted photo cannot reach the inbox yet, if so."""
-
-    problem: str | None
 
 
 def review_routes(
@@ -198,17 +185,20 @@ def review_routes(
     router = APIRouter(responses={404: {"description": NOTHING_KEPT}})
 
     @router.post("/feedback", openapi_extra=body)
-    async def feedback(request: Request, label: str) -> Feedback:
-        """Say what a photo shows that was read wrong; a person decides on it later."""
+    async def feedback(request: Request, label: str) -> dict[str, str]:
+        """Say what a photo shows that was read wrong; a person decides on it later.
+
+        The outcome is `kept`, `duplicate`, or `full`.
+        """
         check_label(label, labels())
         upload, reading = await read(request)
         flag = partial(recorder.flag, upload, reading, label)
-        return Feedback(outcome=await run_in_threadpool(flag))
+        return {"outcome": await run_in_threadpool(flag)}
 
     @router.get("/review/photos")
     def batch(by: Reviewer, limit: Annotated[int, Query(ge=1, le=100)] = 24) -> dict[str, Any]:
         """Photos to label, those that users flagged first, then the least certain."""
-        return {"labels": labels(), **asdict(recorder.captures.batch(by, limit))}
+        return {"labels": labels(), **recorder.captures.batch(by, limit)}
 
     @router.get("/review/photos/{name}.jpg", response_class=Response)
     def photo(name: Name) -> Response:
@@ -216,10 +206,13 @@ def review_routes(
         return Response(recorder.captures.photo(name), media_type="image/jpeg")
 
     @router.post("/review/photos/{name}")
-    def decide(name: Name, verdict: Verdict) -> Decided:
-        """Label or discard a photo; 409 names who was first."""
+    def decide(name: Name, verdict: Verdict) -> dict[str, str | None]:
+        """Label or discard a photo; 409 names who was first.
+
+        The problem says why an accepted photo cannot reach the inbox yet.
+        """
         check_label(verdict.label, labels())
-        return Decided(problem=recorder.captures.decide(name, verdict.label, verdict.by))
+        return {"problem": recorder.captures.decide(name, verdict.label, verdict.by)}
 
     @router.delete("/review/photos/{name}", status_code=204)
     def undo(name: Name) -> None:

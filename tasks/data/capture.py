@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from tasks.data.directory import data_lock, stored_photos
 from tasks.data.images import decode, normalize
@@ -79,6 +79,12 @@ class Capture(BaseModel):
     release: str | None
     suggestion: str | None = None
 
+    @field_validator("probabilities")
+    @classmethod
+    def _most_probable(cls, probabilities: dict[str, float]) -> dict[str, float]:
+        ranked = sorted(probabilities, key=lambda label: -probabilities[label])
+        return {label: probabilities[label] for label in ranked[:MOST_PROBABLE]}
+
     def id(self, perceptual: int) -> str:
         """The photo's name."""
         confidence = round(1000 * max(self.probabilities.values()))
@@ -96,16 +102,6 @@ class Decision(BaseModel):
 
 class DecidedError(HandsignsError):
     """Somebody decided before."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Photos for one person, and how far all have come."""
-
-    pending: int
-    decided: int
-    photos: list[dict[str, Any]]
-    problem: str | None
 
 
 class Captures:
@@ -168,8 +164,11 @@ class Captures:
             self._hashes = {name: int(name[-16:], 16) for name in self._names("photos")}
             self._tidied = time.monotonic()
 
-    def batch(self, by: str, limit: int) -> Batch:
-        """Photos without a decision, those that users flagged first, then the least certain."""
+    def batch(self, by: str, limit: int) -> dict[str, Any]:
+        """Photos for one person, and how far all have come.
+
+        Those that users flagged come first, then the least certain.
+        """
         problem = self._finish_all()
         decided, now = self._names("decisions"), time.monotonic()
         waiting = sorted(self._names("photos") - decided, key=_urgency)
@@ -184,7 +183,8 @@ class Captures:
             self._lent[name] = (by, now + LENT_SECONDS)
             if len(photos) == limit:
                 break
-        return Batch(len(waiting), len(decided), photos, problem)
+        counts = {"pending": len(waiting), "decided": len(decided)}
+        return {**counts, "photos": photos, "problem": problem}
 
     def photo(self, name: str) -> bytes:
         """The JPEG of a photo."""
@@ -274,12 +274,6 @@ class Captures:
     def _names(self, folder: str) -> set[str]:
         names = {key.rpartition("/")[2].rpartition(".")[0] for key in self._store.list(folder)}
         return {name for name in names if re.fullmatch(ID, name)}
-
-
-def most_probable(probabilities: dict[str, float]) -> dict[str, float]:
-    """The probabilities that are kept, highest first."""
-    ranked = sorted(probabilities.items(), key=lambda item: -item[1])
-    return dict(ranked[:MOST_PROBABLE])
 
 
 def _photo(name: str) -> str:
