@@ -1,15 +1,15 @@
 """The HTTP service that reads signs."""
 
 import asyncio
-import base64
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -27,7 +27,6 @@ from prometheus_client import (
     generate_latest,
 )
 from pydantic import BaseModel, ConfigDict, Field, computed_field
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import ClientDisconnect
@@ -35,6 +34,7 @@ from starlette.requests import ClientDisconnect
 from flows.serve.follower import LoadedModel, ModelSource
 from flows.serve.limits import Admission, Credentials, Limits, ScoringPool
 from flows.serve.review import Recorder, explain, review_routes
+from flows.serve.uploads import BODY, read_upload
 from tasks.data.capture import Captures
 from tasks.data.images import decode, is_large, resize
 from tasks.errors import HandsignsError, ImageError
@@ -45,9 +45,6 @@ _log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("page")
 PAGES = {"index.html": "/", "review.html": "/review"}
-BODY_SECONDS = 30.0
-MAX_PHOTOS = 16
-"""In one request."""
 EXAMPLE_SEED = 21
 """Seed of the rendered examples; not the seed of the sample data set."""
 BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -107,26 +104,6 @@ class Health(BaseModel):
     capture: bool = Field(description="Whether photos may be kept to learn from them.")
 
 
-class JsonPhotos(BaseModel):
-    """A photo, or a list of photos, in base64 or as data URLs."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    image: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PHOTOS)]
-
-
-_PHOTO = {"type": "string", "format": "binary"}
-_PHOTOS = {"type": "array", "items": _PHOTO, "maxItems": MAX_PHOTOS}
-_FORM = {"type": "object", "required": ["file"], "properties": {"file": _PHOTOS}}
-ACCEPTED: dict[str, Any] = {
-    "multipart/form-data": {"schema": _FORM},
-    "application/json": {"schema": JsonPhotos.model_json_schema()},
-    "image/*": {"schema": _PHOTO},
-}
-BODY = {"requestBody": {"required": True, "content": ACCEPTED}}
-"""The forms of a request, as OpenAPI puts them."""
-
-
 class Metrics:
     """Prometheus metrics of one service, in a registry of its own."""
 
@@ -167,10 +144,62 @@ class Metrics:
         return generate_latest(self._registry)
 
 
+@dataclass(frozen=True)
+class Reader:
+    """Reads the photos of a request with the model that answers at the time."""
+
+    source: ModelSource
+    pool: ScoringPool
+    metrics: Metrics
+    recorder: Recorder
+
+    async def answer(self, request: Request) -> Reading | Readings:
+        """Read one photo or several, and keep those that may be learned from."""
+        async with self._model() as model:
+            photos, keep = await read_upload(request), self.recorder.may_keep(request)
+            if isinstance(photos, bytes):
+                return await self._read(photos, model, keep)
+            readings = (self._read_or_refuse(photo, model, keep) for photo in photos)
+            return Readings(readings=await asyncio.gather(*readings))
+
+    async def read_one(self, request: Request) -> tuple[bytes, Reading]:
+        """Read one photo; the photo as it came, and what was read."""
+        async with self._model() as model:
+            photo = await read_upload(request)
+            if not isinstance(photo, bytes):
+                raise HTTPException(400, "Send one photo at a time.")
+            return photo, await self._read(photo, model, keep=False)
+
+    @asynccontextmanager
+    async def _model(self) -> AsyncIterator[LoadedModel]:
+        if self.source.model is None:
+            raise HTTPException(503, _waiting(self.source), {"Retry-After": "10"})
+        async with self.pool.place():
+            yield self.source.model
+
+    async def _read(self, photo: bytes, model: LoadedModel, keep: bool) -> Reading:
+        large = await self.pool.run(partial(is_large, photo))
+        found = await self.pool.run(partial(_score, model.classifier, photo), large)
+        self.metrics.predictions.labels(str(found.label)).inc()
+        reading = Reading(**found.to_json(), model=Model.model_validate(model))
+        if keep:
+            self.recorder.offer(photo, reading)
+        return reading
+
+    async def _read_or_refuse(
+        self, photo: bytes, model: LoadedModel, keep: bool
+    ) -> Reading | Fault:
+        try:
+            return await self._read(photo, model, keep)
+        except ImageError as error:
+            return Fault(error=_unusable(error))
+
+
 def make_app(source: ModelSource, limits: Limits, captures: Captures | None = None) -> FastAPI:
     """Build the service; it starts and stops nothing. Without `captures` it keeps no photo."""
     pool, metrics, admission = ScoringPool(), Metrics(source), Admission(limits)
     recorder = Recorder(captures, metrics.captured)
+    reader = Reader(source, pool, metrics, recorder)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -190,24 +219,6 @@ def make_app(source: ModelSource, limits: Limits, captures: Captures | None = No
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=limits.max_bytes)
     app.middleware("http")(partial(_observe, metrics, limits))
 
-    async def read(photo: bytes, model: LoadedModel, keep: bool = False) -> Reading:
-        large = await pool.run(partial(is_large, photo))
-        found = await pool.run(partial(_score, model.classifier, photo), large)
-        metrics.predictions.labels(str(found.label)).inc()
-        reading = Reading(**found.to_json(), model=Model.model_validate(model))
-        if keep:
-            recorder.offer(photo, reading)
-        return reading
-
-    async def read_one(request: Request) -> tuple[bytes, Reading]:
-        if source.model is None:
-            raise HTTPException(503, _waiting(source), {"Retry-After": "10"})
-        async with pool.place():
-            photo = await read_upload(request)
-            if not isinstance(photo, bytes):
-                raise HTTPException(400, "Send one photo at a time.")
-            return photo, await read(photo, source.model)
-
     @app.post(
         "/predict",
         responses={code: {"model": Fault} for code in (400, 401, 408, 413, 415, 422, 429, 503)},
@@ -216,17 +227,9 @@ def make_app(source: ModelSource, limits: Limits, captures: Captures | None = No
     )
     async def predict(request: Request) -> Reading | Readings:
         """Read the sign in a photo, or in each of several."""
-        if source.model is None:
-            raise HTTPException(503, _waiting(source), {"Retry-After": "10"})
-        async with pool.place():
-            photos, model = await read_upload(request), source.model
-            keep = recorder.may_keep(request)
-            if isinstance(photos, bytes):
-                return await read(photos, model, keep)
-            readings = (_read_or_refuse(read(one, model, keep)) for one in photos)
-            return Readings(readings=await asyncio.gather(*readings))
+        return await reader.answer(request)
 
-    routes = review_routes(recorder, read_one, BODY, lambda: LABELS)
+    routes = review_routes(recorder, reader.read_one, BODY, lambda: LABELS)
     app.include_router(routes, dependencies=[Depends(admission.check)])
 
     @app.head("/health", include_in_schema=False)  # load balancers ask for no more
@@ -251,13 +254,6 @@ def make_app(source: ModelSource, limits: Limits, captures: Captures | None = No
 
     _serve_page(app)
     return app
-
-
-async def _read_or_refuse(reading: Awaitable[Reading]) -> Reading | Fault:
-    try:
-        return await reading
-    except ImageError as error:
-        return Fault(error=_unusable(error))
 
 
 async def _observe(
@@ -288,59 +284,6 @@ def _serve_page(app: FastAPI) -> None:
     for file in PAGE.iterdir():
         path = PAGES.get(file.name, f"/{file.name}")
         app.add_route(path, partial(send, file))
-
-
-async def read_upload(request: Request) -> bytes | list[bytes]:
-    """Read a photo, or several, from a form, from JSON or from the bare body.
-
-    Raises:
-        HTTPException: 400, 408, 413, 415 or 422, with the reason.
-    """
-    kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            if kind == "multipart/form-data":
-                return await _from_form(request)
-            if kind == "application/json":
-                return _from_json(await request.body())
-            if kind.startswith("image/"):
-                return await request.body()
-    except TimeoutError:
-        raise HTTPException(408, f"The request took longer than {BODY_SECONDS:.0f} s.") from None
-    raise HTTPException(
-        415,
-        f"A photo cannot be sent as {kind[:80]!r}. Send multipart/form-data with the field "
-        "'file', application/json with base64 as 'image', or the bytes as image/….",
-    )
-
-
-async def _from_form(request: Request) -> bytes | list[bytes]:
-    async with request.form(max_files=MAX_PHOTOS, max_fields=4) as form:
-        files = [file for file in form.getlist("file") if isinstance(file, UploadFile)]
-        if not files:
-            raise HTTPException(400, "The form has no photo. Put one into its field 'file'.")
-        photos = [await file.read() for file in files]
-    return photos if len(photos) > 1 else photos[0]
-
-
-def _from_json(body: bytes) -> bytes | list[bytes]:
-    try:
-        # Refused before parsing: a million elements would be a million validation errors.
-        if body.count(b",") > 2 * MAX_PHOTOS:
-            raise ValueError
-        image = JsonPhotos.model_validate_json(body).image
-        return _decode(image) if isinstance(image, str) else [_decode(one) for one in image]
-    except ValueError:
-        reason = (
-            'The JSON must be {"image": "…"} with base64, or a list of '
-            f"{MAX_PHOTOS} or fewer, and nothing else."
-        )
-        raise HTTPException(422, reason) from None
-
-
-def _decode(image: str) -> bytes:
-    """Decode base64, or a data URL of it."""
-    return base64.b64decode(image.rpartition(";base64,")[2], validate=True)
 
 
 def _score(classifier: Classifier, content: bytes) -> Prediction:

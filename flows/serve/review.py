@@ -85,12 +85,15 @@ class Recorder:
             raise HTTPException(404, NOTHING_KEPT)
         return self._captures
 
-    def offer(self, request: Request, upload: bytes, reading: "Reading") -> None:
-        """Keep an uncertain reading and a share of the others, unless the client opts out."""
-        if self._captures is None or request.headers.get(OPT_OUT, "0") != "0":
-            return
-        rules = self._captures.rules
-        uncertain = max(reading.probabilities.values()) < rules.below
+    def may_keep(self, request: Request) -> bool:
+        """Whether photos are kept, and the client does not opt out."""
+        return self._captures is not None and request.headers.get(OPT_OUT, "0") == "0"
+
+    def offer(self, upload: bytes, reading: "Reading") -> None:
+        """Keep an uncertain reading and a share of the others."""
+        rules = self.captures.rules
+        confidence = max(reading.probabilities.values())
+        uncertain = confidence < rules.below or not reading.certain
         if not uncertain and random.random() >= rules.share:
             return
         try:

@@ -67,7 +67,8 @@ function doubt(photo, answer) {
   at("feedback").hidden = !keeps;
   at("thanks").textContent = "";
   unfold(false);
-  const others = Object.keys(answer.probabilities).filter((label) => label !== answer.label);
+  const labels = Object.keys(answer.probabilities);
+  const others = labels.filter((label) => label !== answer.label || !answer.certain);
   const buttons = others.map((label) => {
     const button = made("button", label, { type: "button", className: "button" });
     button.addEventListener("click", () => suggest(photo, label));
@@ -84,10 +85,15 @@ function unfold(open) {
 
 async function suggest(photo, label) {
   at("right").hidden = at("wrong").hidden = true;
-  const response = await send(`feedback?label=${encodeURIComponent(label)}`, photo);
-  const { outcome, error } = await response.json();
-  const kept = outcome === "full" ? "No more photos are kept today." : "A person will look at it.";
-  at("thanks").textContent = error ?? `Thank you. ${kept}`;
+  try {
+    const response = await send(`feedback?label=${encodeURIComponent(label)}`, photo);
+    const { outcome, error } = await response.json();
+    const kept = outcome === "full" ? "No more photos are kept today." : "A person will look at it.";
+    at("thanks").textContent = error ?? `Thank you. ${kept}`;
+  } catch {
+    at("thanks").textContent = "The service did not answer. Try again.";
+    at("wrong").hidden = false;
+  }
 }
 
 at("wrong").addEventListener("click", () => unfold(at("right").hidden));
