@@ -166,7 +166,7 @@ def test_what_was_read_wrong_is_put_right_with_one_tap(
         assert comment(place.kept[0])["suggestion"] is None
         page.find_element(By.ID, "wrong").click()
         offered = [one.text for one in page.find_elements(By.CSS_SELECTOR, "#right button")]
-        assert len(offered) == 5
+        assert set(offered) >= {"0", "4", "5"}
         page.find_elements(By.CSS_SELECTOR, "#right button")[offered.index("4")].click()
         until(page, lambda d: "A person will look at it" in text(d, "#thanks"))
         (kept,) = place.kept
