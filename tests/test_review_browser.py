@@ -174,7 +174,7 @@ def test_what_was_read_wrong_is_put_right_with_one_tap(
     with place.serve(CAPTURE="") as running:
         page.get(str(running.client.base_url))
         page.find_element(By.ID, "file").send_keys(str(tmp_path / "photo.jpg"))
-        until(page, lambda d: "Sign" in text(d, "#words"))
+        until(page, lambda d: "sign" in text(d, "#words").lower())
         assert "not kept" in text(page, ".lead")
         assert not page.find_element(By.ID, "wrong").is_displayed()
         assert not page.find_element(By.ID, "private").is_displayed()
