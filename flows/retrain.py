@@ -133,9 +133,9 @@ def _conduct(run: Run) -> State[Any]:
     except HandsignsError as error:
         run.end("failed", str(error))
     except OSError as error:
-        reason, place = error.strerror or error, error.filename or project.artifacts
+        place = f"'{error.filename or project.artifacts}' ({error.strerror or error})"
         advice = "Make room or give permission, and run again."
-        run.end("failed", f"The system refused an operation on '{place}' ({reason}). {advice}")
+        run.end("failed", f"The system refused an operation on {place}. {advice}")
     except (TerminationSignal, KeyboardInterrupt):
         run.end("cancelled", "Interrupted. Nothing was lost; run again to continue.")
     except BaseException as error:
@@ -164,7 +164,7 @@ def _conduct(run: Run) -> State[Any]:
 
 def _retrain(run: Run) -> None:
     workspace = run.workspace
-    if command.get() is None:
+    if command.get() is None:  # a command did so before it started Prefect
         check(run)
     _log.info(workspace.trust.describe())
     workspace.services.start_s3()
@@ -210,7 +210,7 @@ def _train(run: Run) -> None:
 
 @step("services")
 def check(run: Run) -> None:
-    """Check everything that a run needs; a command did so before it started Prefect."""
+    """Check everything that a run needs."""
     preflight(run.workspace)
 
 

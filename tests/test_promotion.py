@@ -133,7 +133,7 @@ def test_the_champion_is_moved_by_hand_in_flow_runs_that_say_what_they_are(
     workshop: Workshop, api: Api, named: dict[str, str]
 ) -> None:
     refused = workshop.handsigns("promote", "2", code=1, **named)
-    assert "should not be champion: version 3 took its place: no worse" in refused
+    assert "should not be champion: version 3 took its place: " in refused
     why = ("--force", "--reason", "the new one dazzles")
     assert workshop.handsigns("promote", "2", *why, **named)["forced"]
     status = workshop.handsigns("status", **named)
