@@ -157,9 +157,8 @@ def _conduct(run: Run) -> State[Any]:
         ui.rename_run(report.headline())
     if report.status == "cancelled":
         return Cancelled(message=report.reason)
-    if bad:
-        return Failed(name=report.status.capitalize(), message=report.reason, data=None)
-    return Completed(name=report.status.capitalize(), message=report.reason, data=None)
+    outcome = Failed if bad else Completed
+    return outcome(name=report.status.capitalize(), message=report.reason)
 
 
 def _retrain(run: Run) -> None:

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +32,12 @@ MAGIC = b"SQLite format 3\0"
 _log = logging.getLogger(__name__)
 
 
-@dataclass
 class Run:
     """One retrain, shared by the command, the flow in its process, and the flow's tasks."""
 
-    workspace: Workspace
-    force: bool
-    progress: Progress
-    report: RunReport = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.report = RunReport(model=ModelReport(name=self.workspace.settings.model_name))
+    def __init__(self, workspace: Workspace, force: bool, progress: Progress) -> None:
+        self.workspace, self.force, self.progress = workspace, force, progress
+        self.report = RunReport(model=ModelReport(name=workspace.settings.model_name))
 
     def end(self, status: Status, reason: str) -> None:
         """Set the outcome."""
@@ -55,16 +49,12 @@ command: ContextVar[Run | None] = ContextVar("command", default=None)
 
 
 def retrain(workspace: Workspace, force: bool, progress: Progress) -> RunReport:
-    """Run the retrain flow, unless nothing changed; that takes no server and no TensorFlow.
-
-    Returns:
-        What `run.json` says, whatever happened.
-    """
+    """Run the retrain flow, unless nothing changed; what `run.json` says, whatever happened."""
     project, run = workspace.project, Run(workspace, force, progress)
     try:
         with signals_interrupt(), retrain_lock(project):
-            project.run.unlink(missing_ok=True)  # it must not pass for the report of this run
             try:
+                project.run.unlink(missing_ok=True)  # it must not pass for this run's report
                 preflight(workspace)
                 if not force and (found := find_unchanged(workspace)):
                     run.report = found

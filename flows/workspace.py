@@ -282,7 +282,10 @@ class Workspace:
         if not url.startswith("s3://"):
             return Remote(url, {})
         if known.s3_endpoint_url or known.aws_access_key_id:
-            return Remote(url, _dvc_options(configured_s3(known)))
+            options = _dvc_options(configured_s3(known))
+            if not known.s3_endpoint_url:  # AWS
+                del options["endpointurl"]
+            return Remote(url, options)
         return Remote(url, {}, lambda: _dvc_options(self.services.s3()))
 
 
