@@ -200,6 +200,12 @@ def test_what_is_missing_in_a_part_of_the_report_fails() -> None:
     content = metrics() | {"standard_errors": None}
     loss = next(check for check in judge(content, 0, LIMITS).checks if check.name == "loss")
     assert (loss.passed, loss.interval) == (True, None)
+    impossible = judge(metrics(ece=1.5, accuracy=1.5, loss=2 * LARGEST), 0, LIMITS).reasons
+    assert [reason.partition(": ")[2] for reason in impossible] == [
+        "out of range, 0 to 1",
+        "out of range, 0 to 1e+12",
+        "out of range, 0 to 1",
+    ]
 
 
 def test_json_and_reasons_name_value_and_limit() -> None:
