@@ -89,9 +89,10 @@ def _fit_cached(context: Context, plan: Plan, dataset: Dataset, size: int) -> Tr
 
 
 def _fit_end_to_end(context: Context, plan: Plan, dataset: Dataset, size: int) -> Trained:
-    from tasks.model.network import build_model, freeze, get_tail, set_tail
+    from tasks.model.network import build_model, freeze, get_tail, reset_names, set_tail
     from tasks.training.end_to_end import find_strategy, fit_end_to_end
 
+    reset_names()
     with find_strategy().scope():
         model = build_model(
             context.params.augmentation,

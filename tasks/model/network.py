@@ -44,6 +44,15 @@ MatMul = Callable[[Any, Any], Any]
 """Multiplies two float32 matrices."""
 
 
+def reset_names() -> None:
+    """Number layers from the start, or names in files depend on the models built before.
+
+    It would end the scope of a distribution strategy: call it before that begins.
+    """
+    if not tf.distribute.has_strategy():
+        keras.backend.clear_session(free_memory=False)
+
+
 def build_model(
     augmentation: AugmentationParams | None = None,
     dropout: float = 0.0,
@@ -57,7 +66,7 @@ def build_model(
     It maps float32 (batch, size, size, 3) in [0, 255] to probabilities, float32 (batch,
     labels); column i is `LABELS[i]`.
     """
-    keras.backend.clear_session(free_memory=False)  # or layers' names depend on earlier models
+    reset_names()
     photo = keras.Input((size, size, 3), name="photo")
     backbone = _efficientnet(size)
     if backbone_weights is not None:
@@ -78,7 +87,7 @@ def build_model(
 
 def build_backbone(size: int = INPUT_SIZE, include_top: bool = False) -> Any:
     """Build an untrained EfficientNetB0."""
-    keras.backend.clear_session(free_memory=False)
+    reset_names()
     return _efficientnet(size, include_top)
 
 
