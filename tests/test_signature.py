@@ -334,3 +334,10 @@ def test_keys_are_changed_without_losing_the_champion(
     assert verify(later, release.id).manifest.files == release.manifest.files
     with pytest.raises(ReleaseError, match="not accepted"):
         verify(signed, release.id)
+
+
+def test_the_order_of_fields_is_no_part_of_what_is_signed(ours: Keys) -> None:
+    trust, pointer = Trust((), ours[0]), Pointer(release="0" * 32, version=1)
+    fields = json.loads(trust.sign("x", pointer))
+    turned = json.dumps(dict(reversed(fields.items()))).encode()
+    assert trust.read(Pointer, "x", turned, "here") == pointer
