@@ -329,6 +329,8 @@ def test_a_release_is_found_by_the_names_that_people_use(models: Models) -> None
     for name, number in (("champion", 1), ("challenger", 3), ("2", 2), (models.release(3), 3)):
         found = find_release(models.storage, lambda: models.registry, name)
         assert found == models.release(number), name
+    digits = "0123456789abcdef" * 2
+    assert find_release(models.storage, lambda: models.registry, digits) == digits
     for name, words in (
         ("7", "no model 7 in the registry.*rebuild-registry"),
         ("4", "Version 4 names no release"),
