@@ -9,7 +9,12 @@ import typer
 
 from flows import output
 from flows.keys import keys_app
-from flows.local.clients import HEARTBEAT_SECONDS, point_prefect_at, prepare_environment
+from flows.local.clients import (
+    HEARTBEAT_SECONDS,
+    point_prefect_at,
+    prepare_environment,
+    traffic_store,
+)
 from flows.look import Named, look_app
 from flows.output import (
     Json,
@@ -302,12 +307,14 @@ def serve(
             from flows.serve.app import make_app
             from flows.serve.follower import open_source
             from flows.serve.review import open_captures
+            from tasks.data.traffic import Traffic
 
             captures = open_captures(settings, workspace.project)
             source = open_source(workspace, model)
             max_bytes = settings.serve_max_mb * 2**20
             limits = Limits(settings.serve_rate, max_bytes, token, listening.hosts)
-            service = make_app(source, limits, captures)
+            traffic = Traffic(traffic_store(settings, workspace.project))
+            service = make_app(source, limits, captures, traffic)
             loaded = source.model.description if source.model else None
             line = f"Serving on {listening.url} ({loaded or 'no model yet'}). Ctrl-C stops it."
             echo(json_, {"url": listening.url, "model": loaded, "problem": source.problem}, line)

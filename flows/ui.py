@@ -22,6 +22,7 @@ from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.card import table
 from tasks.releases.champion import METRICS, PromotionDecision
+from tasks.scoring.drift import Drift
 
 MOST_PHOTOS = 50
 """Photos in the comparison that the two models read differently."""
@@ -120,6 +121,13 @@ def show_gate(report: RunReport) -> None:
 def show_comparison(decision: PromotionDecision) -> None:
     """Champion and challenger on the same photos."""
     _markdown("comparison", "Champion and challenger.", comparison_text(decision))
+
+
+def show_drift(found: Sequence[Drift], said: str, picture: Path) -> None:
+    """What production sees beside what the champion was validated on."""
+    heads = ("compared", "verdict", "value", "limit", "samples")
+    rows = [(one.name, one.verdict, one.value, one.limit, one.samples) for one in found]
+    _markdown("drift", said, _table(heads, rows) + _picture(picture))
 
 
 def show_history(workspace: Workspace) -> None:

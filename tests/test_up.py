@@ -284,7 +284,7 @@ def test_a_database_url_moves_prefect_and_mlflow_to_postgresql_for_one_checkout_
     password = postgresql.rpartition("@")[0][-16:]
     try:
         service = Service(first, told)
-        assert service.ask("/deployments/count", {}) == 5
+        assert service.ask("/deployments/count", {}) == 6
         with credentials_of(None, service.login):
             assert MlflowClient(told["mlflow"]).create_registered_model("hands")
         assert password not in json.dumps(told)

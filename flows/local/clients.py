@@ -11,14 +11,16 @@ import urllib.request
 from collections.abc import Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
 from flows.settings import Settings
+from tasks.data.stores import Store, open_store
 from tasks.errors import ServiceError, SettingsError
+from tasks.project import Project
 from tasks.services.s3 import S3Address, Storage, check_conditional_writes, redact_url
 
 CHECK_SECONDS = 10.0
@@ -249,3 +251,22 @@ def _unreachable(
         f"{service} does not answer at {redact_url(url)} ({said}). "
         f"Check {variable} and the service."
     )
+
+
+def open_place(settings: Settings, place: str) -> Store:
+    """Open a folder, or a bucket of the S3 service that the settings name."""
+
+    def bucket(name: str) -> Storage:
+        if settings.s3_endpoint_url is None:
+            raise SettingsError(
+                f"s3://{name} is in no S3 service. Set HANDSIGNS_S3_ENDPOINT_URL, or name a "
+                "folder in HANDSIGNS_CAPTURE and HANDSIGNS_INBOX."
+            )
+        return Storage(replace(configured_s3(settings), bucket=name))
+
+    return open_store(place, bucket)
+
+
+def traffic_store(settings: Settings, project: Project) -> Store:
+    """Where the service counts its answers: with the kept photos, or in this checkout."""
+    return open_place(settings, settings.capture or str(project.local / "traffic"))

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,6 +37,7 @@ from flows.serve.review import Recorder, explain, review_routes
 from flows.serve.uploads import BODY, read_upload
 from tasks.data.capture import Captures
 from tasks.data.images import decode, is_large, resize
+from tasks.data.traffic import Traffic
 from tasks.errors import HandsignsError, ImageError
 from tasks.model.inference import Classifier, Prediction
 from tasks.params import LABELS
@@ -50,6 +51,8 @@ EXAMPLE_SEED = 21
 BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 PATHS = ("/predict", "/feedback", "/health", "/metrics", "/openapi.json")
 METHODS = ("GET", "HEAD", "POST", "DELETE")
+SAVE_SECONDS = 60.0
+"""Between two writes of the counts for the drift monitor."""
 
 
 class Model(BaseModel):
@@ -120,6 +123,8 @@ class Metrics:
         )
         about = "Photos read, by sign."
         self.predictions = Counter("handsigns_predictions", about, ("label",), **known)
+        about = "Last result of the drift monitor: population stability index, or AUC."
+        self._drift = Gauge("handsigns_drift", about, ("comparison",), **known)
         about = "Photos offered to be kept, by what became of them."
         self.captured = Counter("handsigns_capture", about, ("outcome",), **known)
         self._model = Info("handsigns_model", "The model that answers.", **known)
@@ -137,6 +142,12 @@ class Metrics:
         self._requests.labels(method if method in METHODS else "other", path, status).inc()
         self._seconds.labels(path).observe(seconds)
 
+    def show_drift(self, results: Mapping[str, float]) -> None:
+        """Show what the monitor found last."""
+        self._drift.clear()
+        for comparison, value in results.items():
+            self._drift.labels(comparison).set(value)
+
     def render(self) -> bytes:
         """Return the metrics in Prometheus' text format."""
         if model := self._source.model:
@@ -152,6 +163,7 @@ class Reader:
     pool: ScoringPool
     metrics: Metrics
     recorder: Recorder
+    traffic: Traffic | None
 
     async def answer(self, request: Request) -> Reading | Readings:
         """Read one photo or several, and keep those that may be learned from."""
@@ -182,6 +194,8 @@ class Reader:
         found = await self.pool.run(partial(_score, model.classifier, photo), large)
         self.metrics.predictions.labels(str(found.label)).inc()
         reading = Reading(**found.to_json(), model=Model.model_validate(model))
+        if self.traffic and model.release:
+            self.traffic.add(model.release, reading.label, max(reading.probabilities.values()))
         if keep:
             self.recorder.offer(photo, reading)
         return reading
@@ -195,16 +209,28 @@ class Reader:
             return Fault(error=_unusable(error))
 
 
-def make_app(source: ModelSource, limits: Limits, captures: Captures | None = None) -> FastAPI:
-    """Build the service; it starts and stops nothing. Without `captures` it keeps no photo."""
+def make_app(
+    source: ModelSource,
+    limits: Limits,
+    captures: Captures | None = None,
+    traffic: Traffic | None = None,
+) -> FastAPI:
+    """Build the service; it starts and stops nothing.
+
+    Without `captures` it keeps no photo, and without `traffic` no counts for the monitor.
+    """
     pool, metrics, admission = ScoringPool(), Metrics(source), Admission(limits)
     recorder = Recorder(captures, metrics.captured)
-    reader = Reader(source, pool, metrics, recorder)
+    reader = Reader(source, pool, metrics, recorder, traffic)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         with recorder:
+            saving = asyncio.create_task(_save_traffic(traffic, metrics)) if traffic else None
             yield
+        if traffic and saving:
+            saving.cancel()
+            await asyncio.to_thread(_save, traffic)
         pool.close()
 
     app = FastAPI(
@@ -254,6 +280,22 @@ def make_app(source: ModelSource, limits: Limits, captures: Captures | None = No
 
     _serve_page(app)
     return app
+
+
+async def _save_traffic(traffic: Traffic, metrics: Metrics) -> None:
+    """Save the counts every minute, and show what the monitor found."""
+    while True:
+        await asyncio.sleep(SAVE_SECONDS)
+        metrics.show_drift(await asyncio.to_thread(_save, traffic))
+
+
+def _save(traffic: Traffic) -> dict[str, float]:
+    try:
+        traffic.save()
+        return traffic.drift()
+    except (HandsignsError, OSError, ValueError) as error:  # predictions must go on
+        _log.warning("The counts for the drift monitor are not saved: %s", error)
+        return {}
 
 
 async def _observe(

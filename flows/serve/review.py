@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from flows.local.clients import configured_s3
+from flows.local.clients import open_place
 from flows.settings import Settings
 from tasks.data.capture import (
     ID,
@@ -29,10 +28,9 @@ from tasks.data.capture import (
     Captures,
     DecidedError,
 )
-from tasks.data.stores import open_store
-from tasks.errors import BusyError, DataError, SettingsError
+from tasks.errors import BusyError, DataError
 from tasks.project import Project
-from tasks.services.s3 import MissingObjectError, Storage
+from tasks.services.s3 import MissingObjectError
 
 if TYPE_CHECKING:
     from flows.serve.app import Reading
@@ -148,15 +146,6 @@ def open_captures(settings: Settings, project: Project) -> Captures | None:
     """
     if settings.capture is None:
         return None
-
-    def bucket(name: str) -> Storage:
-        if settings.s3_endpoint_url is None:
-            raise SettingsError(
-                f"s3://{name} is in no S3 service. Set HANDSIGNS_S3_ENDPOINT_URL, or name a "
-                "folder in HANDSIGNS_CAPTURE and HANDSIGNS_INBOX."
-            )
-        return Storage(replace(configured_s3(settings), bucket=name))
-
     rules = CaptureRules(
         settings.capture_below,
         settings.capture_share,
@@ -164,8 +153,8 @@ def open_captures(settings: Settings, project: Project) -> Captures | None:
         settings.capture_total,
         settings.capture_days,
     )
-    inbox = open_store(settings.inbox, bucket) if settings.inbox else None
-    return Captures(open_store(settings.capture, bucket), inbox, project, rules)
+    inbox = open_place(settings, settings.inbox) if settings.inbox else None
+    return Captures(open_place(settings, settings.capture), inbox, project, rules)
 
 
 class Verdict(BaseModel):

@@ -49,6 +49,12 @@ class Drift:
         surely = self.interval is None or self.interval[0] > 0.5
         return "drift" if self.value > self.limit and surely else "no drift"
 
+    def describe(self) -> str:
+        """The comparison in one phrase."""
+        if self.value is None:
+            return f"{self.name}: too few samples ({self.samples} of {MIN_SAMPLES})"
+        return f"{self.name}: {self.verdict}, {self.value:.3f} (limit {self.limit:.3f})"
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, with the verdict."""
         return {**asdict(self), "verdict": self.verdict}

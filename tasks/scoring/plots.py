@@ -55,6 +55,22 @@ def curves(histories: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def shares(pairs: Mapping[str, tuple[Sequence[str], Any, Any]]) -> Figure:
+    """Draw histograms of validation beside production: names, and both counts, by title."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    for axes, (title, (names, *both)) in zip(
+        np.atleast_1d(figure.subplots(1, len(pairs))), pairs.items(), strict=True
+    ):
+        x = np.arange(len(names))
+        kinds = (("validation", BLUE), ("production", ORANGE))
+        for (kind, color), counts, shift in zip(kinds, both, (-0.2, 0.2), strict=True):
+            total = max(1, np.sum(counts))
+            axes.bar(x + shift, np.divide(counts, total), 0.4, color=color, label=kind)
+        axes.set(xlabel=title, ylabel="share", xticks=x, xticklabels=names)
+        axes.legend()
+    return figure
+
+
 def confusion(scores: Scores) -> Figure:
     """Draw the confusion matrix."""
     figure = Figure(figsize=(6, 5.6), layout="constrained")
