@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tasks.rendering.hand import BONES, INDEX, MIDDLE, RAISED, THUMB, Hand, capsules, pose
+from tasks.rendering.scene import Turn, is_legible
 
 labels = st.integers(0, 5)
 seeds = st.integers(0, 2**32 - 1)
@@ -29,7 +30,9 @@ def raised(hand: Hand) -> set[int]:
 @BUSY
 @given(st.integers(1, 5), seeds)
 def test_a_pose_raises_exactly_the_fingers_of_its_sign(label: int, seed: int) -> None:
-    assert raised(drawn(label, seed)) == set(RAISED[label])
+    hand = drawn(label, seed)
+    assume(is_legible(label, hand, Turn(0.0, 0.0, 0.0)))  # no photo shows another one
+    assert raised(hand) == set(RAISED[label])
 
 
 @BUSY
@@ -69,7 +72,7 @@ def test_four_fingers_fold_the_thumb_at_all_depths() -> None:
 def test_fingers_are_closed_as_well_as_spread(label: int) -> None:
     tips = np.stack([drawn(label, seed).joints[[INDEX, MIDDLE], 3] for seed in range(200)])
     apart = np.linalg.norm(tips[:, 0] - tips[:, 1], axis=1)
-    assert (apart < 2.3).mean() > 0.1
+    assert (apart < 2.4).mean() > 0.1
     assert (apart > 3.2).mean() > 0.1
 
 

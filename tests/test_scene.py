@@ -10,7 +10,7 @@ from tasks.rendering.hand import Part, capsules, pose, unit
 from tasks.rendering.light import Light, light_on_wall
 from tasks.rendering.pixels import FRAME, SIDE, blur, clouds, develop, shift
 from tasks.rendering.raycast import Camera, cast
-from tasks.rendering.scene import Turn, frame_hand, photograph, turned
+from tasks.rendering.scene import Turn, frame_hand, is_legible, photograph, turned
 
 angles = st.floats(-180, 180)
 labels = st.integers(0, 5)
@@ -24,6 +24,25 @@ def test_turning_back_gives_the_points_again(yaw: float, pitch: float, roll: flo
     there = Turn(yaw, pitch, roll).apply(points)
     np.testing.assert_allclose(Turn(yaw, pitch, roll).undo(there), points, atol=1e-9)
     np.testing.assert_allclose((there**2).sum(axis=0), (points**2).sum(axis=0), rtol=1e-9)
+
+
+def test_a_view_that_hides_a_finger_or_shows_a_folded_thumb_is_not_legible() -> None:
+    front, side, top = Turn(0.0, 0.0, 30.0), Turn(88.0, 0.0, 30.0), Turn(0.0, 85.0, 0.0)
+    for label in range(1, 6):
+        hands = [pose(label, np.random.default_rng(seed)) for seed in range(40)]
+        shares = [
+            np.mean([is_legible(label, hand, turn) for hand in hands])
+            for turn in (front, side, top)
+        ]
+        assert shares[0] > 0.7
+        assert shares[1] < (1.1 if label == 1 else 0.4), "fingers are behind each other"
+        assert shares[2] < 0.2, "fingers point at the camera"
+
+
+def test_thumbs_stand_off_the_hand_in_photos_of_five_and_not_of_four() -> None:
+    palm = pose(4, np.random.default_rng(0))
+    assert is_legible(4, palm, Turn(0.0, 0.0, 0.0))
+    assert not is_legible(5, palm, Turn(0.0, 0.0, 0.0))
 
 
 @settings(deadline=None, max_examples=25)
@@ -88,7 +107,7 @@ def test_developing_keeps_grey_grey_and_dark_below_light() -> None:
 def test_photos_are_neither_black_nor_burnt_out(label: int) -> None:
     for seed in range(3):
         random = np.random.default_rng([label, seed])
-        picture = photograph(label, pose(label, random), random)
+        picture = photograph(label, random)
         assert picture.shape == (64, 64, 3)
         assert picture.std() > 5
         assert (picture == 255).mean() < 0.7

@@ -115,20 +115,21 @@ def pose(label: int, random: np.random.Generator) -> Hand:
         random: source of the pose's variety.
     """
     bones = BONES * random.uniform(0.92, 1.08) * random.uniform(0.95, 1.05, (5, 1))
+    bases = BASES * np.array([random.uniform(0.94, 1.1), random.uniform(0.94, 1.06), 1.0])
     joints = np.zeros((5, 4, 3))
     dorsal = np.zeros((5, 3, 3))
     spreads = _spreads(label, random)
     bends = _ring_bends(random) if label == 0 else _finger_bends(label, random)
     for finger in (INDEX, MIDDLE, RING, LITTLE):
         joints[finger], dorsal[finger] = _finger(
-            BASES[finger], bones[finger], spreads[finger], bends[finger - 1]
+            bases[finger], bones[finger], spreads[finger], bends[finger - 1]
         )
     thumb = (
         _straight_thumb(label, random)
         if THUMB in RAISED[label]
         else _bent_thumb(label, joints, random)
     )
-    joints[THUMB], dorsal[THUMB] = _place_thumb(thumb, bones[THUMB])
+    joints[THUMB], dorsal[THUMB] = _place_thumb(thumb, bases[THUMB], bones[THUMB])
     sideways, forward = circle(random.uniform(-30, 30)), circle(random.uniform(-22, 22))
     arm = np.array([sideways[1], -sideways[0] * forward[0], sideways[0] * forward[1]])
     return Hand(joints, dorsal, arm, random.uniform(0.9, 1.2))
@@ -144,6 +145,8 @@ def _spreads(label: int, random: np.random.Generator) -> Floats:
         leans = leans + np.array([0.0, apart, -apart, 0.0, 0.0])
     if label in (4, 5) and random.uniform() < 0.15:
         leans = leans + random.uniform(3.0, 9.0) * np.array([0.0, 1.0, 1.0, -1.0, -1.0])
+    if random.uniform() < 0.3:  # the little finger stands far off
+        leans[LITTLE] -= random.uniform(0.0, 18.0)
     raised = np.isin(np.arange(5), RAISED[label])
     # The fingertips of the ring meet; those of a fist just lie close.
     closed = np.array(SPREAD) * (-0.4 if label == 0 else random.uniform(0.1, 0.6))
@@ -209,8 +212,8 @@ def _straight_thumb(label: int, random: np.random.Generator) -> _Thumb:
     """A thumb that is shown: from square to the fingers to beside them, or forward."""
     angle = random.uniform(28.0, 84.0)
     forward = random.uniform(-0.05, 0.3)
-    if label == 5 and random.uniform() < 0.15:
-        forward += 0.4
+    if label == 5 and random.uniform() < 0.25:
+        angle, forward = angle + 12.0, forward + random.uniform(0.0, 0.5)
     cos, sin = circle(angle)
     away = unit(np.array([cos, sin, forward]))
     cos, sin = circle(0.6 * angle + 19.0)
@@ -258,27 +261,34 @@ def _thumb_on_palm(kind: float, jitter: Floats) -> _Thumb:
         jitter: float64, (3,); -1 to 1.
     """
     pole = np.array([0.5, 0.35, 0.6])
-    if kind < 0.35:  # across, to the ring or little finger
-        touch = np.array([-0.9, 6.4, 2.35]) + jitter * np.array([1.3, 1.7, 0.35])
-        return _Thumb(np.array([0.4, 0.75, 0.5]) + 0.12 * jitter, touch, pole, pole)
-    if kind < 0.6:  # tip below the index or middle finger
-        touch = np.array([1.1, 7.5, 2.2]) + jitter * np.array([1.1, 1.4, 0.35])
-        return _Thumb(np.array([0.45, 0.75, 0.5]), touch, pole, pole)
-    if kind < 0.8:  # upright, beside the index finger's base
-        touch = np.array([2.0, 8.9, 2.25]) + jitter * np.array([0.9, 1.1, 0.35])
-        return _Thumb(np.array([0.25, 0.85, 0.4]), touch, np.array([0.8, 0.0, 0.4]), pole)
-    if kind < 0.9:  # towards the camera
+    # How far it stands off the palm; a thumb that lies flat shows little of itself.
+    flat = 0.5 * (1.0 + jitter[2])
+    if kind < 0.25:  # across, to the ring or little finger
+        touch = np.array([-0.9, 6.2, 1.75 + 0.9 * flat]) + jitter * np.array([1.3, 1.7, 0.0])
+        return _Thumb(np.array([0.4, 0.75, 0.3 + 0.3 * flat]), touch, pole, pole)
+    if kind < 0.5:  # tip below the index or middle finger
+        touch = np.array([1.1, 7.3, 1.75 + 0.7 * flat]) + jitter * np.array([1.1, 1.4, 0.0])
+        return _Thumb(np.array([0.5, 0.75, 0.3 + 0.25 * flat]), touch, pole, pole)
+    if kind < 0.72:  # bent at the palm's edge
+        touch = np.array([1.0, 6.4, 1.8 + 0.7 * flat]) + jitter * np.array([1.0, 1.2, 0.0])
+        up = np.array([0.4, 0.8, 0.1 + 0.3 * flat])
+        return _Thumb(np.array([0.65, 0.7, 0.2 + 0.3 * flat]), touch, up, pole)
+    if kind < 0.86:  # upright, beside the index finger's base
+        touch = np.array([2.1, 8.7, 1.7 + 0.8 * flat]) + jitter * np.array([0.9, 1.1, 0.0])
+        first = np.array([0.25, 0.85, 0.25 + 0.2 * flat])
+        return _Thumb(first, touch, np.array([0.8, 0.0, 0.4]), pole)
+    if kind < 0.92:  # towards the camera
         touch = np.array([0.6, 5.0, 4.6]) + jitter * np.array([1.5, 1.2, 1.0])
         return _Thumb(np.array([0.4, 0.6, 0.7]), touch, pole, pole)
-    touch = np.array([-1.4, 3.8, 2.7]) + jitter * np.array([1.1, 0.9, 0.3])
-    return _Thumb(np.array([0.5, 0.6, 0.65]), touch, pole, pole)
+    touch = np.array([-1.4, 3.8, 2.5]) + jitter * np.array([1.1, 0.9, 0.5])
+    return _Thumb(np.array([0.5, 0.6, 0.6]), touch, pole, pole)
 
 
-def _place_thumb(thumb: _Thumb, bones: Floats) -> tuple[Floats, Floats]:
-    knuckle = BASES[THUMB] + bones[0] * unit(thumb.first)
+def _place_thumb(thumb: _Thumb, base: Floats, bones: Floats) -> tuple[Floats, Floats]:
+    knuckle = base + bones[0] * unit(thumb.first)
     target = knuckle + thumb.reach if thumb.free else thumb.reach
     bent, tip = _reach(knuckle, target, thumb.pole, float(bones[1]), float(bones[2]))
-    chain = np.stack([BASES[THUMB], knuckle, bent, tip])
+    chain = np.stack([base, knuckle, bent, tip])
     return chain, np.stack([_across(thumb.back, chain[i + 1] - chain[i]) for i in range(3)])
 
 
@@ -313,19 +323,19 @@ def capsules(hand: Hand) -> Capsules:
             start, end = hand.joints[finger, bone : bone + 2]
             radii = RADII[finger, bone : bone + 2]
             rows.append((start, end, radii[0], radii[1], hand.dorsal[finger, bone], part))
-    thumb = hand.joints[THUMB, 1]
+    bases, thumb = hand.joints[:, 0], hand.joints[THUMB, 1]
     for finger in (INDEX, MIDDLE, RING, LITTLE):
-        rows.append((CARPALS[finger - 1], BASES[finger], 1.4, 1.12, behind, Part.PALM))
+        rows.append((CARPALS[finger - 1], bases[finger], 1.4, 1.12, behind, Part.PALM))
         if finger != LITTLE:
-            web = (BASES[finger] * 0.93, BASES[finger + 1] * 0.93)
+            web = (bases[finger] * 0.93, bases[finger + 1] * 0.93)
             rows.append((*web, 1.1, 1.1, behind, Part.PALM))
             near, far = hand.joints[finger : finger + 2, :2]
             low, high = near[0] + 0.34 * (near[1] - near[0]), far[0] + 0.34 * (far[1] - far[0])
             rows.append((low, high, 0.85, 0.8, behind, Part.PALM))
     pads = (
-        (np.array([1.0, 2.2, 0.5]), BASES[THUMB] * 0.35 + thumb * 0.65, 1.45, 1.25),
-        (np.array([2.3, 5.6, 0.0]), BASES[THUMB] * 0.4 + thumb * 0.6, 1.1, 0.8),
-        (np.array([-1.6, 1.6, 0.4]), np.array([-2.5, 6.6, 0.1]), 1.45, 1.15),
+        (np.array([1.0, 2.2, 0.5]), bases[THUMB] * 0.35 + thumb * 0.65, 1.45, 1.25),
+        (np.array([2.3, 5.6, 0.0]), bases[THUMB] * 0.4 + thumb * 0.6, 1.1, 0.8),
+        (np.array([-1.6, 1.6, 0.4]), bases[LITTLE] + np.array([0.15, -1.4, 0.3]), 1.45, 1.15),
     )
     rows.extend((*pad, behind, Part.PALM) for pad in pads)
     for side in (-1.0, 1.0):

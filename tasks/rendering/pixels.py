@@ -78,7 +78,7 @@ def develop(picture: Floats, random: np.random.Generator) -> NDArray[np.uint8]:
     contrast = random.uniform(-0.1, 0.5)
     small = small + contrast * (small * small * (3.0 - 2.0 * small) - small)
     # Below zero it sharpens.
-    softness = random.uniform(-0.2, 0.4)
+    softness = random.uniform(-0.7, 0.1) if random.uniform() < 0.4 else random.uniform(-0.2, 0.7)
     small = small + softness * (np.stack([blur(channel, 1) for channel in small]) - small)
     # Four bytes added up are close to normal, and integers on every processor.
     grains = random.integers(0, 256, (4, 3, SIDE, SIDE), dtype=np.int64)

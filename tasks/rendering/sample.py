@@ -25,7 +25,6 @@ from PIL import Image, ImageDraw, ImageFont
 from tasks.errors import DataError
 from tasks.io import atomic_directory, atomic_write
 from tasks.params import LABELS
-from tasks.rendering.hand import pose
 from tasks.rendering.scene import photograph
 from tasks.stage import Progress, silent
 
@@ -77,8 +76,7 @@ def render_sample(
 
 def draw(place: Place) -> NDArray[np.uint8]:
     """Render one photo; uint8, (64, 64, 3), RGB."""
-    random = np.random.default_rng(place)
-    return photograph(place[1], pose(place[1], random), random)
+    return photograph(place[1], np.random.default_rng(place))
 
 
 def contact_sheet(target: Path, columns: int = 12, seed: int = SEED) -> None:

@@ -5,11 +5,33 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.rendering.hand import Capsules, Floats, Hand, Part, capsules, circle
+from tasks.rendering.hand import (
+    CARPALS,
+    INDEX,
+    LITTLE,
+    RAISED,
+    THUMB,
+    Capsules,
+    Floats,
+    Hand,
+    Part,
+    capsules,
+    circle,
+    pose,
+)
 from tasks.rendering.light import draw_light, gloss, light_on_hand, light_on_wall
 from tasks.rendering.pixels import FRAME, develop, enlarge
 from tasks.rendering.raycast import Camera, cast
 from tasks.rendering.surface import skin, wall
+
+MAX_TRIES = 20
+MIN_SPAN = 3.5
+"""Least length of a raised finger as the camera sees it, in cm."""
+MIN_GAP = 1.1
+"""Least distance of its tip from the bones of other fingers as the camera sees them, in cm."""
+BESIDE, BEFORE = 1.9, 1.5
+"""Distance in cm of a thumb's tip from the middle of other bones: least of one that is shown,
+and largest of one that is not."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +59,19 @@ def _spin(points: Floats, degrees: float, first: int, second: int) -> Floats:
     return turned
 
 
-def photograph(label: int, hand: Hand, random: np.random.Generator) -> NDArray[np.uint8]:
-    """Render one photo of a hand.
+def photograph(label: int, random: np.random.Generator) -> NDArray[np.uint8]:
+    """Render one photo of a hand that shows a sign, 0 to 5.
 
     Args:
-        label: the sign; the ring (0) is seen from the thumb's side.
-        hand: its pose.
-        random: source of view, light, skin, wall and noise.
+        random: source of pose, view, light, skin, wall and noise.
 
     Returns:
         uint8, (64, 64, 3), RGB.
     """
-    turn = _draw_turn(label, random)
+    for _ in range(MAX_TRIES):
+        hand, turn = pose(label, random), _draw_turn(label, random)
+        if is_legible(label, hand, turn):
+            break
     shapes = turned(capsules(hand), turn)
     camera = frame_hand(shapes, random)
     hits = cast(shapes, camera)
@@ -78,11 +101,47 @@ def _draw_turn(label: int, random: np.random.Generator) -> Turn:
         roll *= 1.6
     if label == 0:  # the ring shows from the thumb's side
         return Turn(random.uniform(-115, -35), random.uniform(-20, 20), 1.3 * roll)
-    yaw = random.uniform(-48, 48) if wide else random.uniform(-26, 26)
+    yaw = random.uniform(-40, 40) if wide else random.uniform(-26, 26)
     if random.uniform() < 0.12:
         yaw += 180.0
     pitch = random.uniform(-32, 32) if wide else random.uniform(-16, 16)
     return Turn(yaw, pitch, roll)
+
+
+def is_legible(label: int, hand: Hand, turn: Turn) -> bool:
+    """Whether a view shows the sign, and not another one because something is hidden.
+
+    The camera must see raised fingers from the side and each beside the others, a raised
+    thumb beside hand and fingers, and a folded one before or behind them. The ring always
+    counts as shown.
+    """
+    if label == 0:
+        return True
+    x, y, _ = turn.apply(hand.joints.transpose(2, 0, 1))
+    wrist = turn.apply(CARPALS.T)
+    flat = [np.column_stack([wrist[axis], (x, y)[axis][1:]]) for axis in (0, 1)]
+    starts, bones = np.stack(flat)[:, :, :-1], np.diff(flat, axis=2)
+
+    def nearest(finger: int) -> float:
+        """Squared distance of a finger's tip from the bones of the other fingers."""
+        others = np.arange(INDEX, LITTLE + 1) != finger
+        begin, bone = starts[:, others], bones[:, others]
+        tip = np.array([x[finger, 3], y[finger, 3]])[:, None, None] - begin
+        share = np.clip((tip[0] * bone[0] + tip[1] * bone[1]) / _squares(bone), 0.0, 1.0)
+        return float(_squares(tip - share * bone).min())
+
+    for finger in RAISED[label]:
+        if finger != THUMB:
+            span = np.array([x[finger, 3] - x[finger, 0], y[finger, 3] - y[finger, 0]])
+            if _squares(span) < MIN_SPAN**2 or nearest(finger) < MIN_GAP**2:
+                return False
+    return nearest(THUMB) > BESIDE**2 if THUMB in RAISED[label] else nearest(THUMB) < BEFORE**2
+
+
+def _squares(vectors: Floats) -> Floats:
+    """Squared lengths of vectors in the plane, (2, ...)."""
+    squares: Floats = vectors[0] * vectors[0] + vectors[1] * vectors[1]
+    return squares
 
 
 def turned(shapes: Capsules, turn: Turn) -> Capsules:

@@ -47,7 +47,9 @@ def skin(hits: Hits, shapes: Capsules, places: Floats, random: np.random.Generat
     colours = colours * (1.0 + 0.07 * (clouds(random, 9, FRAME)[hits.seen] - 0.5))
     finger = (parts == Part.FINGER) | (parts == Part.TIP)
     fold = np.clip(1.0 - np.abs(hits.along - 0.03) / 0.11, 0.0, 1.0) * finger
-    colours = colours * (1.0 - 0.12 * fold) * (1.0 - _lines(places, parts) * inside)
+    creases = random.uniform(0.1, 1.1)
+    colours = colours * (1.0 - 0.12 * creases * fold)
+    colours = colours * (1.0 - creases * _lines(places, parts) * inside)
     red = np.where(parts == Part.TIP, hits.along, 0.0)
     colours = colours * (1.0 + red * np.array([[0.03], [-0.05], [-0.04]]))
     nail = (parts == Part.TIP) & (hits.along > 0.45) & (outside > 0.62)
