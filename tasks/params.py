@@ -70,7 +70,7 @@ class SplitParams(_Section):
 
 class PreprocessParams(_Section):
     image_size: int = Field(ge=16, le=224)
-    blur_sigma: float = Field(gt=0.0, le=8.0)
+    blur_sigma: float = Field(ge=0.0, le=8.0)
 
 
 class SyntheticParams(_Section):

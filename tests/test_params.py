@@ -81,9 +81,9 @@ def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
         ("max_loss:", "maxloss:", "gate.maxloss is unknown (did you mean gate.max_loss?)"),
         ("training:", "trainig:", "trainig is unknown (did you mean training?)"),
         ("seed:", "xyz: 1\nseed:", "xyz is unknown"),
-        ("epochs: 3", "epoch: 3", "P.epoch is unknown (did you mean P.epochs?)"),
+        ("epochs: 1\n", "epoch: 1\n", "P.epoch is unknown (did you mean P.epochs?)"),
         ("seed: 20", "# none", "seed is missing"),
-        ("epochs: 3", "epochs: true", "P.epochs: Input should be a valid integer, not True"),
+        ("epochs: 1\n", "epochs: true\n", "P.epochs: Input should be a valid integer, not True"),
         ("dropout: 0.3", "dropout: no", "T.dropout: Input should be a valid number, not 'no'"),
     ],
 )

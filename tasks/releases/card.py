@@ -15,9 +15,9 @@ Reads the digit, 0 to 5, that one hand shows in a photo. An EfficientNetB0 with 
 pooling and a softmax over six classes, as one Keras functional model: float32 \
 `(batch, 224, 224, 3)`, RGB in [0, 255], to probabilities `(batch, 6)`; column *i* is the sign *i*.
 
-Photos are cut to their central square, reduced to {size} x {size} pixels (and then blurred by \
-{blur} of them, where they were larger), and enlarged to 224 x 224 before they reach the model. \
-Pixels are not scaled to [0, 1]: the model does that itself.
+Photos are cut to their central square, reduced to {size} x {size} pixels{blur}, and \
+enlarged to 224 x 224 before they reach the model. Pixels are not scaled to [0, 1]: the model \
+does that itself.
 
 ## Intended use and limits
 
@@ -103,9 +103,10 @@ def model_card(
         )
         for row in metrics["per_class"]
     )
+    blur = params["preprocess"]["blur_sigma"]
     return CARD.format(
         size=params["preprocess"]["image_size"],
-        blur=params["preprocess"]["blur_sigma"],
+        blur=f", blurred by up to {blur} of them where they were larger" if blur else "",
         mirror="Left and right hands count alike: photos are mirrored at random while training."
         if mirrored
         else "Photos are not mirrored while training: a hand that is rare in them may read worse.",
