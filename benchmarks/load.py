@@ -27,7 +27,7 @@ from tasks.rendering.sample import draw, encode
 BAD_SHARE = 0.1
 SEED = 22
 """Of the rendered photos that are sent."""
-PAIRS = 20
+PAIRS = 40
 
 
 @dataclass

@@ -39,8 +39,8 @@ _log = logging.getLogger(__name__)
 
 QUEUE = 16
 """Uploads that may wait to be kept; any other one is dropped."""
-REST = 19
-"""The background thread rests this many times as long as it worked: 5 % of a core at most."""
+REST = 39
+"""The background thread rests this many times as long as it worked: 2.5 % of a core at most."""
 OPT_OUT = "Handsigns-No-Capture"
 """Request header with which a client asks that its photo is not kept."""
 NOTHING_KEPT = "This service keeps no photos. Set HANDSIGNS_CAPTURE to a folder or a bucket."
@@ -122,7 +122,7 @@ class Recorder:
                     _log.warning("%s", problem)
             if waiting:
                 self._outcomes.labels(outcome).inc()
-            self._stopping.wait(min(REST * (time.thread_time() - began), 5.0))
+            self._stopping.wait(REST * (time.thread_time() - began))
 
 
 def _capture(reading: "Reading", reason: Any, suggestion: str | None = None) -> Capture:
