@@ -20,7 +20,7 @@ from benchmarks.training import prepare
 from tasks import assemble, features, preprocess, synthetic, train
 from tasks.data.images import resize
 from tasks.model.inference import load_classifier
-from tasks.params import LABELS, load_params
+from tasks.params import load_params
 from tasks.project import Project
 from tasks.scoring.metrics import score
 from tasks.stage import Context
@@ -40,14 +40,15 @@ def main(train_file: Path, test_file: Path) -> None:
         for phase in context.params.phases:
             train.run(context, phase)
         assemble.run(context)
-        params = context.params.preprocess
+        params, names = context.params.preprocess, context.params.labels
         resized = np.stack([resize(photo, params) for photo in photos])
-        found = load_classifier(project.graph, params).probabilities(resized).astype(np.float64)
-    ours = score(found, labels)
+        classifier = load_classifier(project.graph, params, names)
+        found = classifier.probabilities(resized).astype(np.float64)
+    ours = score(found, labels, names)
     print(f"{len(labels)} photos  published  ours")
     for name, value in PUBLISHED.items():
         print(f"{name:10} {value:9.4f}  {getattr(ours, name):.4f}")
-    print(classification_report(labels, found.argmax(axis=1), target_names=LABELS, digits=3))
+    print(classification_report(labels, found.argmax(axis=1), target_names=names, digits=3))
 
 
 def published_half(test_file: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -139,9 +139,10 @@ def measure(project: Project) -> None:
     assemble.run(context)
     dataset = open_dataset(project.dataset)
     rows = dataset.rows("test")
-    classifier = load_classifier(project.graph, context.params.preprocess, trusted=True)
+    params = context.params.preprocess
+    classifier = load_classifier(project.graph, params, dataset.classes, trusted=True)
     probabilities = classifier.probabilities(dataset.images[rows]).astype(np.float64)
-    scores = score(probabilities, dataset.labels[rows])
+    scores = score(probabilities, dataset.labels[rows], dataset.classes)
     history = read_json(project.history(context.params.last_phase))
     content = {
         "seconds": sum(seconds.values()),

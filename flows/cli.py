@@ -32,7 +32,7 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 app = typer.Typer(
-    help="Keep a hand-sign classifier fresh: import photos, retrain, promote what is better.",
+    help="Keep an image classifier fresh: import photos, retrain, promote what is better.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -140,9 +140,17 @@ def import_(
     source: Annotated[Path, typer.Argument(help="Class folders, a .zip of them, or an .h5 file.")],
     test: Annotated[Path | None, typer.Option(help="The test set, where it is apart.")] = None,
     replace: Annotated[bool, typer.Option(help="Keep these photos only.")] = False,
+    set_labels: Annotated[
+        bool,
+        typer.Option(
+            "--set-labels", help="Write the names of the class folders to params.yaml as labels."
+        ),
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Bring photos into data/, set bad files aside, and version the result."""
+    if set_labels and not replace:
+        raise typer.BadParameter("--set-labels needs --replace: photos of other labels must go.")
     with open_workspace() as workspace, shown_progress() as progress:
         from tasks.data.dataset import check_trainable, find_photos
         from tasks.data.directory import data_lock, fetch_data
@@ -156,7 +164,7 @@ def import_(
             if not replace and former == "photos":
                 fetch_data(project, pipeline, progress)
             mixed = former == "sample" and not replace and project.data.is_dir()
-            report = import_photos(project, source, test, replace, progress)
+            report = import_photos(project, source, test, replace, progress, set_labels=set_labels)
             version = pipeline.version_data("photos")
         pushed = pipeline.push_data() if pipeline.has_remote() else None
     if mixed and report.usable:
@@ -167,13 +175,13 @@ def import_(
     result = {**report.to_json(), "version": version, "pushed": pushed}
     echo(json_, result, output.import_listing(report, version))
     for line in report.unknown_folders():
-        say(f"{line}.")
-    check_trainable(find_photos(project.data))
+        say(f"{line}. To take a source's folders as the labels: --replace --set-labels.")
+    check_trainable(find_photos(project.data), report.labels)
 
 
 @app.command()
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Class folders 0 to 5 of photos.")],
+    folder: Annotated[Path, typer.Argument(help="Class folders of photos.")],
     model: Model = "champion",
     json_: Json = False,
 ) -> None:
@@ -189,11 +197,11 @@ def evaluate(
 
 @app.command()
 def predict(
-    files: Annotated[list[Path], typer.Argument(help="Photos of hands, or folders of them.")],
+    files: Annotated[list[Path], typer.Argument(help="Photos, or folders of them.")],
     model: Model = "champion",
     json_: Json = False,
 ) -> None:
-    """Read the sign in each photo, with the probability of every sign."""
+    """Classify each photo, with the probability of every label."""
     photos = [photo for file in files for photo in _photos_in(file)]
     with open_workspace() as workspace, shown_progress() as progress:
         classifier, name = workspace.classifier(model)
@@ -297,7 +305,7 @@ def serve(
     model: Model = "champion",
     json_: Json = False,
 ) -> None:
-    """Serve a page and an HTTP API that read signs; they follow the champion."""
+    """Serve a page and an HTTP API that classify photos; they follow the champion."""
     with open_workspace() as workspace:
         from flows.serve.limits import Limits, listen, run_service
 

@@ -36,6 +36,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 SECONDS_BETWEEN_LINES = 10.0
 """How often a long step writes a line where there is no terminal."""
+MAX_COLUMNS = 12
+"""Labels that a table has a column for."""
 MAX_FILES = 20
 """Files named one by one; `--json` names all."""
 
@@ -189,22 +191,26 @@ def progress_lines() -> "Progress":
 
 
 def import_listing(report: "ImportReport", version: str) -> Listing:
-    """Photos by split and sign, and the files that were set aside."""
-    from tasks.params import LABELS
-
-    rows = []
+    """Photos by split and label, and the files that were set aside."""
+    labels, rows = _columns(report.labels), []
     for title, counts in (("taken", report.imported), ("already there", report.already_there)):
         for split in sorted({split for split, _ in counts}):
-            row = [counts.get((split, label), 0) for label in LABELS]
-            rows.append([title, split, *map(str, [*row, sum(row)])])
+            row = [counts.get((split, label), 0) for label in labels]
+            total = sum(number for (place, _), number in counts.items() if place == split)
+            rows.append([title, split, *map(str, [*row, total])])
     others = {("set aside", kind): number for kind, number in report.kinds().items()}
     others |= {("removed", ""): report.removed} if report.removed else {}
-    rows += [[*what, *[""] * len(LABELS), str(number)] for what, number in others.items()]
+    rows += [[*what, *[""] * len(labels), str(number)] for what, number in others.items()]
     notes = [f"{file.origin}: {file.reason}" for file in report.quarantined[:MAX_FILES]]
     if len(report.quarantined) > MAX_FILES:
         notes.append("The others: artifacts/quarantine/quarantine.json")
     notes.append(f"data/ is version {version}.")
-    return Listing("Photos", rows, ("import", "", *LABELS, "all"), notes)
+    return Listing("Photos", rows, ("import", "", *labels, "all"), notes)
+
+
+def _columns(labels: Sequence[str]) -> Sequence[str]:
+    """Labels that get a column each: all or none."""
+    return labels if len(labels) <= MAX_COLUMNS else ()
 
 
 def service_listing(running: "Running", fresh: bool) -> Listing:
@@ -225,7 +231,7 @@ def service_listing(running: "Running", fresh: bool) -> Listing:
 NEXT_STEPS = {
     "promoted": "Try it: handsigns predict PHOTO, or handsigns serve",
     "registered": "To promote it anyway: handsigns promote {version} --force --reason WHY",
-    "rejected": "Nothing was published. Add photos of the weak signs, or change gate in "
+    "rejected": "Nothing was published. Add photos of the weak classes, or change gate in "
     "params.yaml; misread photos are in artifacts/plots/mistakes.png",
 }
 
@@ -288,7 +294,7 @@ def runs_listing(found: Sequence[Mapping[str, str]]) -> Listing:
 def comparison_listing(
     first: str, second: str, found: "Comparison", picture: Path | None
 ) -> Listing:
-    """Two versions on the same photos, sign by sign."""
+    """Two versions on the same photos, label by label."""
     old, new = found.champion, found.challenger
     rows = [
         [name, _shown(getattr(old, name)), _shown(getattr(new, name))]
@@ -311,7 +317,7 @@ def _scores(one: Mapping[str, Any]) -> list[str]:
 
 
 def scores_listing(result: Mapping[str, Any]) -> Listing:
-    """Scores on labelled photos, sign by sign."""
+    """Scores on labelled photos, label by label."""
     low, high = result["accuracy_interval"]
     more = ", ".join(f"{name} {_shown(result[name])}" for name in ("loss", "auc", "ece"))
     title = (
@@ -322,27 +328,26 @@ def scores_listing(result: Mapping[str, Any]) -> Listing:
     rows = [[row["label"], *(_shown(row[name]) for name in names)] for row in result["per_class"]]
     unread = [f"{file['file']}: {file['error']}" for file in result["unreadable"]]
     rest = [f"and {len(unread) - MAX_FILES} more"] if len(unread) > MAX_FILES else []
-    header = ("sign", "precision", "recall", "F1", "photos")
+    header = ("label", "precision", "recall", "F1", "photos")
     return Listing(title, rows, header, [*unread[:MAX_FILES], *rest])
 
 
 def predictions_listing(predictions: Sequence[Mapping[str, Any]], model: str) -> Listing:
-    """The sign read in each photo, and the probability of each."""
-    from tasks.params import LABELS
-
+    """The label read in each photo, and the probability of each, or of this one only."""
+    read = [found for found in predictions if "error" not in found]
+    labels = _columns([*read[0]["probabilities"]] if read else ())
     rows = [
         [
             found["file"],
             found["label"] if found["certain"] else "?",
-            *(f"{found['probabilities'][sign]:.3f}" for sign in LABELS),
+            *(f"{found['probabilities'][label]:.3f}" for label in labels or [found["label"]]),
         ]
-        for found in predictions
-        if "error" not in found
+        for found in read
     ]
     if any(row[1] == "?" for row in rows):
-        model += "; ? means no clear hand"
+        model += "; ? means that none is clear"
     errors = [f"{found['file']}: {found['error']}" for found in predictions if "error" in found]
-    return Listing(model, rows, ("photo", "sign", *LABELS), errors)
+    return Listing(model, rows, ("photo", "label", *(labels or ["probability"])), errors)
 
 
 def _shown(value: float | None) -> str:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tasks.data.directory import Quarantine
 from tasks.errors import StageError
 from tasks.io import read_json, write_json
-from tasks.params import LABELS, Params
+from tasks.params import Params
 from tasks.project import Project
 
 Status = Literal["promoted", "registered", "rejected", "unchanged", "failed", "cancelled"]
@@ -237,10 +237,12 @@ def quarantined(project: Project) -> int:
 
 def data_changes(project: Project, former: Any, since: int | None) -> DataChanges:
     """Compare the photos of this run with `former`, the `dataset.json` of champion `since`."""
+    index = read_output(project.dataset_index)
     before, now = (
-        {photo["name"]: photo["label"] for photo in index["photos"]}
-        for index in (former or {"photos": []}, read_output(project.dataset_index))
+        {photo["name"]: photo["label"] for photo in one["photos"]}
+        for one in (former or {"photos": []}, index)
     )
+    labels = dict.fromkeys([*index["labels"], *sorted(before.values())])
     added, removed = now.keys() - before.keys(), before.keys() - now.keys()
     counts = {
         "before": Counter(before.values()),
@@ -254,7 +256,7 @@ def data_changes(project: Project, former: Any, since: int | None) -> DataChange
         removed=len(removed),
         relabelled=sum(before[name] != now[name] for name in before.keys() & now.keys()),
         per_class={
-            label: {name: count[label] for name, count in counts.items()} for label in LABELS
+            label: {name: count[label] for name, count in counts.items()} for label in labels
         },
     )
 
@@ -269,7 +271,7 @@ def read_stages(project: Project, params: Params, report: RunReport, features_ra
     index, data = read_output(project.dataset_index), report.data
     splits = Counter(photo["split"] for photo in index["photos"])
     data.train, data.val, data.test = (splits[name] for name in ("train", "val", "test"))
-    data.synthetic = len(LABELS) * index["synthetic"]
+    data.synthetic = len(index["labels"]) * index["synthetic"]
     data.duplicates, data.leaks = read_output(project.audit)["duplicates"], index["leaks"]
     computed = read_json(project.features_report) if features_ran else None
     report.features = FeaturesReport(**(computed or {"views": params.features.augmented_copies}))

@@ -41,7 +41,7 @@ from tasks.errors import BusyError, HandsignsError, OvertakenError, PromotionErr
 from tasks.io import read_json, write_json
 from tasks.model.augment import enlarge
 from tasks.model.shards import runner
-from tasks.params import LABELS, load_params
+from tasks.params import load_params
 from tasks.project import Project
 from tasks.releases.card import model_card
 from tasks.releases.champion import (
@@ -291,7 +291,7 @@ def publish_release(run: Run) -> Release:
     project, params = workspace.project, load_params(workspace.project.params)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_json(folder / "labels.json", list(LABELS))
+        write_json(folder / "labels.json", open_dataset(project.dataset).classes)
         card = model_card(
             metrics=read_json(project.metrics),
             gate=read_json(project.gate),

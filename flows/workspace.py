@@ -92,8 +92,9 @@ class Workspace:
             manifest = verify_folder(path, None, self.trust)
             return open_release(path), f"release {manifest.id}"
         if path.is_file():
-            preprocess = load_params(self.project.params).preprocess
-            return load_classifier(path, preprocess), f"file {path}, in no verified release"
+            params = load_params(self.project.params)
+            classifier = load_classifier(path, params.preprocess, params.labels)
+            return classifier, f"file {path}, in no verified release"
         release, folder = self.release(name)
         return open_release(folder), f"{name}, release {release}"
 

@@ -25,6 +25,7 @@ def assemble(context: Context, size: int = INPUT_SIZE) -> None:
     for name in ("kernel", "bias"):
         weights[f"{HEAD}/{name}"] = weights[f"{HEAD}/{name}"] / params.training.temperature
     model = build_model(
+        len(weights[f"{HEAD}/bias"]),
         params.augmentation,
         params.training.dropout,
         size=size,

@@ -46,9 +46,9 @@ def run(context: Context, item: str | None = None) -> None:
     """Write `artifacts/audit.json` and `artifacts/plots/audit.png`."""
     project = context.project
     photos = find_photos(project.data)
-    count_classes(photos)
+    count_classes(photos, context.params.labels)
     stats = measure(project.data, photos, context.progress)
-    report = audit(photos, stats, context.params.audit)
+    report = audit(photos, stats, context.params.audit, context.params.labels)
     draw_audit(project.plots / "audit.png", report, photos, stats.pictures)
     write_json(project.audit, report)
 
@@ -69,9 +69,11 @@ def _measure(picture: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], int, int]:
     return small, perceptual_hash(small), perceptual_hash(mirror_image)
 
 
-def audit(photos: Sequence[Photo], stats: ImageStats, params: AuditParams) -> Report:
+def audit(
+    photos: Sequence[Photo], stats: ImageStats, params: AuditParams, classes: Sequence[str]
+) -> Report:
     """Build the content of `audit.json`."""
-    counts = count_classes(photos)
+    counts = count_classes(photos, classes)
     folders = np.array([photo.folder for photo in photos])
     labels, label_ids = np.unique([photo.label for photo in photos], return_inverse=True)
     found = find_near_duplicates(
@@ -98,7 +100,7 @@ def audit(photos: Sequence[Photo], stats: ImageStats, params: AuditParams) -> Re
     groups = found.groups * len(labels) + label_ids
     kept = [r for r, photo in enumerate(photos) if photo.folder == "train" and r not in excluded]
     held_out = ["val"] if "test" in counts else ["test", "val"]
-    groups_by_class([photos[row].label for row in kept], groups[kept], held_out)
+    groups_by_class([photos[row].label for row in kept], groups[kept], held_out, classes)
     imbalance = round(max(counts["train"].values()) / min(counts["train"].values()), 3)
     warnings = [
         (conflicts.any(), f"{conflicts.sum()} pairs of near-duplicates have two labels"),

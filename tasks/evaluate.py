@@ -18,7 +18,7 @@ from tasks.errors import DataError, StageError
 from tasks.io import atomic_write, read_json, write_json
 from tasks.model.augment import enlarge as enlarge_photos
 from tasks.model.inference import Classifier, Engine, load_classifier
-from tasks.params import LABELS, PHASES, PreprocessParams
+from tasks.params import PHASES, PreprocessParams
 from tasks.project import Project
 from tasks.rendering.pixels import develop, enlarge
 from tasks.rendering.surface import wall
@@ -57,26 +57,28 @@ def run(context: Context, item: str | None = None) -> None:
         )
     histories = [_history(context, phase) for phase in PHASES]
     images = dataset.images[rows]
-    classifier = load_classifier(project.graph, context.params.preprocess, trusted=True)
+    classifier = load_classifier(
+        project.graph, context.params.preprocess, dataset.classes, trusted=True
+    )
     raw = classifier.probabilities(images, context.progress)
     rounded = raw.astype(np.float64).round(PREDICTION_DIGITS)
-    probabilities, labels = checked(rounded, dataset.labels[rows])
-    scores = score(rounded, labels)
+    probabilities, labels = checked(rounded, dataset.labels[rows], dataset.classes)
+    scores = score(rounded, labels, dataset.classes)
     photos = [
         {
             "name": dataset.names[row],
-            "label": LABELS[dataset.labels[row]],
+            "label": dataset.classes[dataset.labels[row]],
             "probabilities": values.tolist(),
         }
         for row, values in zip(rows, rounded, strict=True)
     ]
-    write_json(project.predictions, {"labels": list(LABELS), "photos": photos})
+    write_json(project.predictions, {"labels": dataset.classes, "photos": photos})
     figures = {
         "curves": plots.curves(histories),
         "confusion": plots.confusion(scores),
-        "roc_pr": plots.roc_pr(probabilities, labels),
+        "roc_pr": plots.roc_pr(probabilities, labels, dataset.classes),
         "reliability": plots.reliability_diagram(probabilities, labels),
-        "mistakes": plots.mistakes(images, probabilities, labels),
+        "mistakes": plots.mistakes(images, probabilities, labels, dataset.classes),
     }
     for number, (name, figure) in enumerate(figures.items(), start=1):
         plots.save(figure, project.plots / f"{name}.png")

@@ -1,10 +1,14 @@
 """`params.yaml`, validated."""
 
 import difflib
+import json
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -17,7 +21,6 @@ from pydantic import (
 
 from tasks.errors import ParamsError
 
-LABELS: tuple[str, ...] = ("0", "1", "2", "3", "4", "5")
 BACKBONE = "backbone"
 PHASES = ("base", "fine_tune", "full")
 MAX_TRAINABLE_LAYERS = 16
@@ -52,6 +55,29 @@ Shares = Annotated[
 ]
 """One share for every class, or one for each."""
 HeldOut = Annotated[float, Field(gt=0.0, lt=0.5)]
+MAX_LABEL_BYTES = 200
+"""In UTF-8; file systems allow a folder 255."""
+
+
+def check_label(label: str) -> str:
+    """Return `label`, or raise `ValueError` if it is no name that a folder may have anywhere."""
+    if label != unicodedata.normalize("NFC", label):
+        raise ValueError("a label must be in Unicode's composed form (NFC)")
+    if not label.strip() or label != label.strip():
+        raise ValueError("a label must not begin or end with a space, or be empty")
+    if label.startswith(".") or not {"/", "\\"}.isdisjoint(label):
+        raise ValueError("a label must not begin with a dot, or have a slash")
+    if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in label):
+        raise ValueError("a label must have no control characters")
+    if len(label.encode()) > MAX_LABEL_BYTES:
+        raise ValueError(f"a label must have at most {MAX_LABEL_BYTES} bytes")
+    return label
+
+
+Labels = Annotated[
+    tuple[Annotated[str, AfterValidator(check_label)], ...],
+    Field(strict=False, min_length=2, max_length=1000),
+]
 
 
 class _Section(BaseModel):
@@ -133,20 +159,18 @@ class GateParams(_Section):
 
     @field_validator("min_recall", mode="before")
     @classmethod
-    def _names_every_class(cls, value: object) -> object:
-        """A class missing from a mapping would go unchecked. YAML reads `0:` as a number."""
+    def _quotes_labels(cls, value: object) -> object:
+        """YAML reads `0:` as a number."""
         if not isinstance(value, dict):
             return value
-        named = {str(label): limit for label, limit in value.items()}
-        if set(named) != set(LABELS):
-            raise ValueError(f"a mapping must name each of the classes {', '.join(LABELS)}")
-        return named
+        return {str(label): limit for label, limit in value.items()}
 
 
 class Params(_Section):
     """The content of `params.yaml`."""
 
     seed: int = Field(ge=0, lt=2**31)
+    labels: Labels
     audit: AuditParams
     split: SplitParams
     preprocess: PreprocessParams
@@ -157,6 +181,23 @@ class Params(_Section):
     training: TrainingParams
     phases: dict[str, PhaseParams]
     gate: GateParams
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_differ(cls, labels: Labels) -> Labels:
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"labels must differ, and {', '.join(twice)} is there twice")
+        return labels
+
+    @model_validator(mode="after")
+    def _limits_name_every_label(self) -> "Params":
+        """A label missing from a mapping would go unchecked."""
+        least = self.gate.min_recall
+        if isinstance(least, dict) and set(least) != set(self.labels):
+            names = list_labels(self.labels)
+            raise ValueError(f"gate.min_recall: a mapping must name each of the labels {names}")
+        return self
 
     @model_validator(mode="after")
     def _phases_form_a_chain(self) -> "Params":
@@ -179,29 +220,67 @@ class Params(_Section):
         return list(self.phases)[-1]
 
 
+def list_labels(labels: Sequence[str], most: int = 20) -> str:
+    """Labels for a message, not more than fit into it."""
+    more = f" and {len(labels) - most} more" if len(labels) > most else ""
+    return ", ".join(labels[:most]) + more
+
+
 def load_params(path: Path) -> Params:
     """Read and validate `params.yaml`; an error names each wrong key."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+    return _parse(_read(path), path.name)
 
+
+def replace_labels(path: Path, labels: Sequence[str]) -> str:
+    """The text of `params.yaml` with other labels, valid, and otherwise the same to the byte."""
+    from ruamel.yaml import YAML
+
+    text = _read(path)
+    _parse(text, path.name)
+    root = YAML(typ="safe", pure=True).compose(text)
+    (old,) = (value for key, value in root.value if key.value == "labels")
+    # A block sequence ends where the next key begins, behind comments that belong to that one.
+    end = old if old.flow_style else old.value[-1]
+    quoted = [json.dumps(label, ensure_ascii=False) for label in labels]
+    new = f"[{', '.join(quoted)}]"
+    if len(new) > 80:
+        new = "\n".join(["[", *(f"  {label}," for label in quoted), "  ]"])
+    if not old.start_mark.column:  # block sequences need no indentation, but others do
+        new = f"  {new}"
+    changed = text[: old.start_mark.index] + new + text[end.end_mark.index :]
+    _parse(changed, f"{path.name} with the labels of these photos")
+    return changed
+
+
+def _read(path: Path) -> str:
     try:
-        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ParamsError(
             f"'{path}' cannot be read ({error.strerror}). Run in the root of the checkout, "
             "where params.yaml is."
         ) from error
+    except ValueError as error:
+        raise ParamsError(f"{path.name} is not valid YAML: {error}.") from error
+
+
+def _parse(text: str, name: str) -> Params:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    try:
+        content: Any = YAML(typ="safe", pure=True).load(text)
     except (YAMLError, ValueError, RecursionError) as error:
         fault = " ".join(str(error).split())
         if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark):
             fault = f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
-        raise ParamsError(f"{path.name} is not valid YAML: {fault}.") from error
+        raise ParamsError(f"{name} is not valid YAML: {fault}.") from error
     try:
         return Params.model_validate(content)
     except ValidationError as error:
         faults = _faults(error)
         raise ParamsError(
-            f"{path.name} has {len(faults)} fault(s): {'; '.join(faults)}. Correct these keys."
+            f"{name} has {len(faults)} fault(s): {'; '.join(faults)}. Correct these keys."
         ) from error
 
 
@@ -221,7 +300,9 @@ def _faults(error: ValidationError) -> list[str]:
             phrases.append(f"{key} {phrase}")
         elif fault["type"] != "missing":
             value = f", not {fault['input']!r}" if fault["loc"] else ""
-            phrases.append(f"{key}: {fault['msg'].removeprefix('Value error, ')}{value}")
+            text = fault["msg"].removeprefix("Value error, ")
+            whole = not fault["loc"] and text != fault["msg"]  # names the key itself
+            phrases.append(text if whole else f"{key}: {text}{value}")
     return phrases + [f"{key} is missing" for key in missing]
 
 

@@ -1,8 +1,8 @@
 """Stage: split the photos, and resize them into one array.
 
 `artifacts/dataset/` holds `images.npy`, uint8 (n, size, size, 3), rows sorted by (split,
-label, name), then the synthetic hands by label, and `index.json`: the name, label and
-split of each photo, counts, the number of synthetic hands of each class, and of test
+label, name), then the synthetic hands by label, and `index.json`: the labels, the name, label
+and split of each photo, counts, the number of synthetic hands of each class, and of test
 photos with a near-duplicate in train or val (`leaks`).
 """
 
@@ -27,7 +27,7 @@ from tasks.data.dataset import (
 from tasks.data.images import each_photo, resize
 from tasks.errors import DataError
 from tasks.io import atomic_directory, write_json
-from tasks.params import LABELS, SplitParams
+from tasks.params import SplitParams
 from tasks.stage import Context, stage_main
 
 SPLITS = ("train", "val", "test")
@@ -38,7 +38,7 @@ def run(context: Context, item: str | None = None) -> None:
     project, params = context.project, context.params
     found = find_photos(project.data)
     audit = json.loads(project.audit.read_text(encoding="utf-8"))
-    if audit["counts"] != count_classes(found):
+    if audit["counts"] != count_classes(found, params.labels):
         raise DataError(
             f"The audit is of other photos: {audit['photos']} were audited, and data/ has "
             f"{len(found)}. Run the audit stage again."
@@ -47,7 +47,7 @@ def run(context: Context, item: str | None = None) -> None:
     names = name_photos(found)
     photos = [photo for photo in found if photo.key not in excluded]
     group_of = {key: number for number, keys in enumerate(audit["groups"]) for key in keys}
-    split_of = split_photos(photos, group_of, params.split, params.seed)
+    split_of = split_photos(photos, group_of, params.split, params.seed, params.labels)
     photos.sort(key=lambda photo: (split_of[photo.key], photo.label, names[photo.key]))
     hands = _synthetic_hands(context)
     size = params.preprocess.image_size
@@ -67,7 +67,8 @@ def run(context: Context, item: str | None = None) -> None:
             "image_size": size,
             "counts": {split: counts[split] for split in SPLITS},
             "leaks": count_cross_split_duplicates(split_of, group_of),
-            "synthetic": len(hands) // len(LABELS),
+            "labels": params.labels,
+            "synthetic": len(hands) // len(params.labels),
             "photos": [
                 {"name": names[photo.key], "label": photo.label, "split": split_of[photo.key]}
                 for photo in photos
@@ -77,7 +78,11 @@ def run(context: Context, item: str | None = None) -> None:
 
 
 def split_photos(
-    photos: Sequence[Photo], group_of: Mapping[str, int], shares: SplitParams, seed: int
+    photos: Sequence[Photo],
+    group_of: Mapping[str, int],
+    shares: SplitParams,
+    seed: int,
+    labels: Sequence[str],
 ) -> dict[str, str]:
     """Split of each photo's key; an official test stays as it is.
 
@@ -92,6 +97,7 @@ def split_photos(
         groups=[group_of.get(photo.key, -1 - row) for row, photo in enumerate(rest)],
         shares={"val": shares.val} if split_of else {"test": shares.test, "val": shares.val},
         seed=seed,
+        classes=labels,
     )
     return split_of | {photo.key: split for photo, split in zip(rest, splits, strict=True)}
 

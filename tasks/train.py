@@ -82,7 +82,9 @@ def _fit_cached(context: Context, plan: Plan, dataset: Dataset, size: int) -> Tr
     from tasks.training.cached import fit_cached
 
     weights = read_phase(context.project, plan.phase.init_from)
-    tail = Tail(weights, plan.phase.trainable_layers, plan.training.dropout, plan.seed)
+    tail = Tail(
+        weights, plan.classes, plan.phase.trainable_layers, plan.training.dropout, plan.seed
+    )
     features = open_features(context.project.features)
     curve, logits = fit_cached(tail, plan, dataset.names, features, context.progress)
     return tail.weights(), curve, logits
@@ -95,6 +97,7 @@ def _fit_end_to_end(context: Context, plan: Plan, dataset: Dataset, size: int) -
     reset_names()
     with find_strategy().scope():
         model = build_model(
+            plan.classes,
             context.params.augmentation,
             plan.training.dropout,
             size=size,

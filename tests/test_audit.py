@@ -12,10 +12,10 @@ from PIL import Image
 
 from tasks import audit
 from tasks.errors import DataError
-from tasks.params import LABELS, AuditParams, Params
+from tasks.params import AuditParams, Params
 from tasks.project import Project
 from tasks.stage import Context
-from tests.fixtures.photos import write_photos
+from tests.fixtures.photos import LABELS, write_photos
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from tasks.errors import SettingsError
 from tasks.project import Project
 from tasks.services.s3 import ChangedError, MissingObjectError, S3Address, Storage
 from tests.fixtures.captures import RULES, Place, capture, comment, picture
+from tests.fixtures.photos import with_params
 from tests.fixtures.servers import new_bucket
 from tests.fixtures.service import Service, named
 
@@ -239,7 +240,7 @@ def test_a_decision_can_be_undone_until_it_is_imported(place: Place) -> None:
         assert {photo["id"] for photo in listing(service)["photos"]} == {one, gone}
         assert label(service, one, "5", by="Ben").status_code == 200
 
-        project = Project(place.root)
+        project = with_params(place.root)
         report = import_photos(project, place.root / "inbox")
         assert report.imported == {("train", "4"): 1, ("train", "5"): 1}
         refused = service.client.delete(f"/review/photos/{other}")

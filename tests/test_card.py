@@ -19,11 +19,11 @@ SURE = np.full((12, 6), 0.02) + np.eye(6)[np.arange(12) % 6] * 0.88
 
 
 def card(params: Params, probabilities: np.ndarray = SURE, note: str = "") -> str:
-    metrics = score(probabilities, np.arange(12) % 6).to_json()
+    metrics = score(probabilities, np.arange(12) % 6, params.labels).to_json()
     history = {"images": 10, "epochs": [{}] * 3, "val_loss": 0.25, "val_accuracy": 0.9}
     return model_card(
         metrics=metrics,
-        gate=judge(metrics, 0, params.gate).to_json(),
+        gate=judge(metrics, 0, params.gate, params.labels).to_json(),
         counts={"train": 100, "val": 10, "test": 12, "synthetic": 60},
         params=params.model_dump(),
         histories=[{"phase": name, **history} for name in params.phases],

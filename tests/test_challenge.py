@@ -12,14 +12,14 @@ from tasks.data.dataset import open_dataset
 from tasks.errors import PromotionError, ServiceError
 from tasks.io import read_json, write_json
 from tasks.model.inference import Classifier
-from tasks.params import LABELS, Params, load_params
+from tasks.params import Params, load_params
 from tasks.project import Project
 from tasks.releases.champion import compare_with_champion
 from tasks.releases.pointer import KEY, Champion, Pointer, move_champion
 from tasks.releases.release import publish
 from tasks.services.s3 import S3Address, Storage
 from tasks.stage import Context
-from tests.fixtures.photos import CHECKOUT, write_photos
+from tests.fixtures.photos import CHECKOUT, LABELS, write_photos
 
 
 def champion_with(
@@ -55,7 +55,7 @@ def project(
     prepared: Path, tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> Project:
     forward = lambda images: np.full((len(images), 6), 1 / 6, np.float32)  # noqa: E731
-    even = Classifier(forward, params.preprocess, 32)
+    even = Classifier(forward, params.preprocess, LABELS, 32)
     monkeypatch.setattr("tasks.releases.champion.open_release", lambda _folder: even)
     shutil.copytree(prepared, tmp_path / "checkout")
     return Project(tmp_path / "checkout")
@@ -71,12 +71,12 @@ def test_a_champion_that_cannot_be_loaded_is_refused(storage: Storage, tmp_path:
     decision = compare_with_champion(Project(tmp_path), storage, None)
     assert (decision.won, decision.comparison) == (True, None)
     nowhere = Champion(Pointer(release="0" * 32, version=1), "etag")
-    reordered = champion_with(storage, tmp_path / "reordered", [*LABELS[1:], LABELS[0]])
+    twice = champion_with(storage, tmp_path / "twice", ["0", "0"])
     storage.remove(KEY)
     no_graph = champion_with(storage, tmp_path / "no graph", list(LABELS))
     for champion, words in (
         (nowhere, "no complete release"),
-        (reordered, "in this order"),
+        (twice, "must list different labels"),
         (no_graph, r"model\.pb"),
     ):
         with pytest.raises(PromotionError, match=rf"champion cannot be scored.*{words}") as caught:
@@ -85,6 +85,31 @@ def test_a_champion_that_cannot_be_loaded_is_refused(storage: Storage, tmp_path:
     down = Storage(S3Address("http://127.0.0.1:9", "artifacts", "us-east-1", "k", "s"))
     with pytest.raises(ServiceError):  # a service that fails says nothing of the champion
         compare_with_champion(Project(tmp_path), down, nowhere)
+
+
+@pytest.mark.parametrize(
+    ("labels", "difference"),
+    [
+        (("0", "1", "bus"), "only the champion has bus and only the new model has 2, 3, 4, 5"),
+        (LABELS[::-1], "they are in another order"),
+    ],
+)
+def test_a_champion_with_other_labels_is_not_comparable(
+    project: Project,
+    storage: Storage,
+    tmp_path: Path,
+    params: Params,
+    monkeypatch: pytest.MonkeyPatch,
+    labels: tuple[str, ...],
+    difference: str,
+) -> None:
+    champion = champion_with(storage, tmp_path / "made", [*labels])
+    other = Classifier(lambda _: pytest.fail("scored"), params.preprocess, labels, 32)
+    monkeypatch.setattr("tasks.releases.champion.open_release", lambda _folder: other)
+    decision = compare_with_champion(project, storage, champion)
+    assert (decision.won, decision.comparison) == (False, None)
+    reason = "not comparable with the champion, for their labels differ: "
+    assert decision.reason == reason + difference
 
 
 def test_photos_that_went_during_the_run_are_named(

@@ -35,7 +35,7 @@ from tasks.services.mlflow import CHALLENGER, CHAMPION, Registry, Version
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures import faults
 from tests.fixtures.faults import proxy_to
-from tests.fixtures.photos import CHECKOUT
+from tests.fixtures.photos import CHECKOUT, LABELS
 from tests.fixtures.servers import new_bucket
 
 LIMITS = GateParams(min_accuracy=0.9, max_cross_split_duplicates=0)
@@ -58,8 +58,9 @@ class Models:
         content = {"accuracy": round(accuracy, DIGITS), "loss": 0.1, "auc": 1.0, "ece": 0.01}
         files = {
             "metrics.json": content | {"n": 100, "made": number},
-            "gate.json": judge(content, 0, LIMITS).to_json(),
+            "gate.json": judge(content, 0, LIMITS, LABELS).to_json(),
             "dataset.json": {"leaks": 0, "photos": []},
+            "labels.json": LABELS,
         }
         for name, value in files.items():
             write_json(self.folder / str(number) / name, value)

@@ -10,12 +10,12 @@ from PIL import Image
 from tasks.errors import DataError, ModelError, StageError
 from tasks.evaluate import run
 from tasks.io import write_json
-from tasks.params import LABELS, Params
+from tasks.params import Params
 from tasks.project import Project
 from tasks.scoring.folder import evaluate_folder
 from tasks.scoring.metrics import score
 from tasks.stage import Context
-from tests.fixtures.photos import photo
+from tests.fixtures.photos import LABELS, photo
 from tests.test_inference import BRIGHTNESS
 
 
@@ -116,7 +116,9 @@ def context(tmp_path: Path, params: Params) -> Context:
         {"name": f"{seed}.png", "label": LABELS[label], "split": split}
         for split, label, seed in rows
     ]
-    write_json(project.dataset / "index.json", {"image_size": 64, "photos": named})
+    write_json(
+        project.dataset / "index.json", {"image_size": 64, "labels": LABELS, "photos": named}
+    )
     numbers = {"loss": 0.4, "val_loss": 0.5, "accuracy": 0.9, "val_accuracy": 0.8}
     for name in params.phases:
         epochs = [{"epoch": 1, **numbers}, {"epoch": 2, **numbers}]
@@ -147,7 +149,7 @@ def test_the_stage_scores_the_test_split_and_repeats_itself_to_the_byte(context:
     from tasks.model.network import build_model
 
     project = context.project
-    project.graph.write_bytes(export_graph(build_model(seed=1)))
+    project.graph.write_bytes(export_graph(build_model(6, seed=1)))
     run(context)
     outputs = [project.metrics, project.predictions]
     outputs += [project.reference, *sorted(project.plots.glob("*.png"))]
@@ -159,6 +161,7 @@ def test_the_stage_scores_the_test_split_and_repeats_itself_to_the_byte(context:
     again = score(
         np.array([entry["probabilities"] for entry in predictions["photos"]]),
         np.array([predictions["labels"].index(entry["label"]) for entry in predictions["photos"]]),
+        LABELS,
     )
     assert {"robustness", "standard_errors", "certainty"} < set(metrics)
     assert 0 < metrics["certainty"]["certain_above"] < 1

@@ -28,13 +28,13 @@ from tasks.model.files import BACKBONE_FILE, TRUNK_FILE, get_weights
 from tasks.model.inference import QUEUE, Engine
 from tasks.model.network import build_backbone, build_trunk
 from tasks.model.shards import Shard, compute, cut, run_here
-from tasks.params import LABELS, load_params
+from tasks.params import load_params
 from tasks.project import Project
 from tasks.stage import Context
 from tasks.training.plan import plan_phase
 from tests.fixtures.dask_cluster import DaskCluster
 from tests.fixtures.models import SIZE, changed
-from tests.fixtures.photos import CHECKOUT, photo
+from tests.fixtures.photos import CHECKOUT, LABELS, photo
 
 DETAIL = 24
 COPIES = 2
@@ -92,7 +92,9 @@ def _photos(project: Project, train: range, val: range, test: range) -> None:
     images = np.stack([photo(n % 6, n, DETAIL) for _, n in numbered])
     np.save(project.dataset / "images.npy", images)
     photos = [{"name": _name(n), "label": LABELS[n % 6], "split": split} for split, n in numbered]
-    write_json(project.dataset / "index.json", {"image_size": DETAIL, "photos": photos})
+    write_json(
+        project.dataset / "index.json", {"image_size": DETAIL, "labels": LABELS, "photos": photos}
+    )
 
 
 def extract(context: Context) -> tuple[int, int]:

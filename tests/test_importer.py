@@ -36,7 +36,7 @@ from tasks.model.inference import Classifier, classify_files
 from tasks.params import load_params
 from tasks.project import Project
 from tests.fixtures.checkouts import make_checkout
-from tests.fixtures.photos import CHECKOUT, photo
+from tests.fixtures.photos import CHECKOUT, LABELS, photo, with_params
 
 PNG = [encode(photo(label, 9, 32)) for label in range(6)]
 EVERY = [("train", label) for label in "012345"]
@@ -44,7 +44,7 @@ EVERY = [("train", label) for label in "012345"]
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
-    return Project(tmp_path / "checkout")
+    return with_params(tmp_path / "checkout")
 
 
 @pytest.fixture
@@ -409,7 +409,8 @@ def test_unknown_folders_and_classes_with_too_few_photos_end_the_command_with_1(
     assert json.loads(done.stdout)["taken"]["train"] == dict.fromkeys("01235", 3)
     *_, unknown, few = done.stderr.splitlines()
     assert unknown == (
-        "unknown label folder: 'four' is none of 0, 1, 2, 3, 4, 5; 3 files quarantined."
+        "unknown label folder: 'four' is none of 0, 1, 2, 3, 4, 5; 3 files quarantined. To take a "
+        "source's folders as the labels: --replace --set-labels."
     )
     assert "train/4" in few
     shutil.rmtree(folder / "four")
@@ -426,7 +427,7 @@ def test_a_webp_named_jpg_is_read_by_import_and_predict(project: Project, tmp_pa
     assert import_photos(project, tmp_path / "s").imported == {("train", "3"): 1}
     preprocess = load_params(CHECKOUT.params).preprocess
     even = lambda images: np.full((len(images), 6), 1 / 6, np.float32)  # noqa: E731
-    (found,) = classify_files(Classifier(even, preprocess, 64), [folder / "a.jpg"])
+    (found,) = classify_files(Classifier(even, preprocess, LABELS, 64), [folder / "a.jpg"])
     assert found.error is None
 
 

@@ -16,14 +16,14 @@ from tasks.errors import ImageError, ServiceError, SourceError
 from tasks.io import read_json, write_json
 from tasks.project import Project
 from tasks.services.s3 import S3Address, Storage
-from tests.fixtures.photos import write_photos
+from tests.fixtures.photos import with_params, write_photos
 
 VERSION = "0123456789abcdef.dir"
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
-    return Project(tmp_path / "checkout")
+    return with_params(tmp_path / "checkout")
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_a_mistaken_inbox_is_one_clear_line(
     elsewhere = Storage(replace(storage.address, bucket="no-such-bucket"))
     with pytest.raises(ServiceError, match=r"s3://no-such-bucket/.*does not exist"):
         list_bucket(elsewhere, "in")
-    assert not project.root.exists()
+    assert not project.data.exists()
 
 
 def test_objects_are_imported_by_name_and_etag(

@@ -22,8 +22,8 @@ from tasks.model.inference import (
     classify_files,
     load_classifier,
 )
-from tasks.params import LABELS, PreprocessParams
-from tests.fixtures.photos import photo
+from tasks.params import PreprocessParams
+from tests.fixtures.photos import LABELS, photo
 
 
 def by_brightness(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -34,7 +34,7 @@ def by_brightness(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 RESIZE = PreprocessParams(image_size=16, blur_sigma=0.5)
-BRIGHTNESS = Classifier(by_brightness, preprocess=RESIZE, size=32)
+BRIGHTNESS = Classifier(by_brightness, preprocess=RESIZE, labels=LABELS, size=32)
 
 
 def grey(*signs: int, side: int = 16) -> NDArray[np.uint8]:
@@ -54,7 +54,7 @@ def test_what_is_no_probability_is_no_answer() -> None:
     def overflow(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         return np.where(photos.mean(axis=(1, 2, 3))[:, None] > 100, np.nan, 1 / 6) + np.zeros(6)
 
-    classifier = Classifier(overflow, preprocess=RESIZE, size=32)
+    classifier = Classifier(overflow, preprocess=RESIZE, labels=LABELS, size=32)
     assert classifier.probabilities(grey(0, 1)).shape == (2, 6)
     with pytest.raises(ModelError, match="not finite"):
         classifier.probabilities(grey(0, 4))
@@ -97,7 +97,7 @@ def test_a_file_and_the_same_pixels_in_the_dataset_get_the_same_probabilities(
 
 
 def test_a_prediction_in_json_has_probabilities_by_sign_or_a_reason() -> None:
-    good = Prediction(Path("a.png"), (0.1, 0.5, 0.1, 0.1, 0.1, 0.1)).to_json()
+    good = Prediction(Path("a.png"), (0.1, 0.5, 0.1, 0.1, 0.1, 0.1), labels=LABELS).to_json()
     assert good["label"] == "1"
     assert list(good["probabilities"]) == list(LABELS)
     odd = Prediction(Path(os.fsdecode(b"odd-\xff.png")), error="zero bytes").to_json()
@@ -112,12 +112,12 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tasks.model.network import build_model
 
     path = tmp_path_factory.mktemp("graph") / "model.pb"
-    path.write_bytes(export_graph(build_model(size=32, seed=3)))
+    path.write_bytes(export_graph(build_model(6, size=32, seed=3)))
     return path
 
 
 def test_a_graph_gives_rows_that_do_not_depend_on_their_neighbours(graph: Path) -> None:
-    classifier = load_classifier(graph, RESIZE, size=32)
+    classifier = load_classifier(graph, RESIZE, LABELS, size=32)
     images = np.random.default_rng(0).integers(0, 256, (BATCH + 3, 64, 64, 3), np.uint8)
     together = classifier.probabilities(images)
     alone = [classifier.probabilities(image[None])[0] for image in images]
@@ -140,7 +140,7 @@ def test_predicting_with_a_graph_imports_no_library_it_does_not_need(
         "from tasks.params import PreprocessParams; "
         "resize = PreprocessParams(image_size=64, blur_sigma=0.5); "
         "graph, photo = map(Path, sys.argv[1:]); "
-        "(found,) = classify_files(load_classifier(graph, resize, 32), [photo]); "
+        "(found,) = classify_files(load_classifier(graph, resize, '012345', 32), [photo]); "
         f"print(found.label, [m for m in {heavy} if m in sys.modules])"
     )
     command = [sys.executable, "-c", program, str(graph), str(tmp_path / "photo.png")]
@@ -152,7 +152,7 @@ def test_predicting_with_a_graph_imports_no_library_it_does_not_need(
 
 def rejection(path: Path, trusted: bool = False, size: int = 32) -> str:
     with pytest.raises(ModelError, match=f"'{path}'") as caught:
-        load_classifier(path, RESIZE, size, trusted=trusted)
+        load_classifier(path, RESIZE, LABELS, size, trusted=trusted)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -233,7 +233,7 @@ def test_the_sandbox_is_limited_and_sees_no_credentials(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "sentinel")
     monkeypatch.setattr(sys, "executable", str(shows_its_environment))
     with pytest.raises((ModelError, IndexError)):
-        load_classifier(tmp_path / "model.pb", RESIZE)
+        load_classifier(tmp_path / "model.pb", RESIZE, LABELS)
     names = (tmp_path / "env").read_text()
     assert "PATH=" in names
     assert "sentinel" not in names

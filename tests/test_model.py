@@ -31,13 +31,14 @@ from tasks.model.network import (
 from tasks.params import MAX_TRAINABLE_LAYERS, Params
 from tasks.stage import Context
 from tests.fixtures.models import SIZE, Workshop, changed, copied
-from tests.fixtures.photos import CHECKOUT, STILL
+from tests.fixtures.photos import CHECKOUT, LABELS, STILL
 
 
 @pytest.fixture(scope="module")
 def model(workshop: Workshop) -> Any:
     context = workshop()
     return build_model(
+        6,
         context.params.augmentation,
         context.params.training.dropout,
         size=SIZE,
@@ -51,7 +52,7 @@ def test_model_is_the_documented_one(model: Any) -> None:
     assert [layer.name for layer in model.layers] == names
     head = model.get_layer(HEAD)
     assert (head.units, head.activation) == (6, keras.activations.softmax)
-    large = build_model()
+    large = build_model(6)
     assert large.input_shape == (None, INPUT_SIZE, INPUT_SIZE, 3)
     assert backbone_of(large).get_layer(CUT).output.shape == (None, 7, 7, 192)
     layers = [layer.name for layer in backbone_of(model).layers]
@@ -68,7 +69,7 @@ def test_augmentation_runs_only_while_training_and_turns_no_hand_over(
     moved = np.asarray(layer(photos, training=True))
     assert not np.array_equal(moved, photos)
     assert 0 <= moved.min() <= moved.max() <= 255
-    mirror = build_model(STILL.model_copy(update={"horizontal_flip": True}), size=SIZE)
+    mirror = build_model(6, STILL.model_copy(update={"horizontal_flip": True}), size=SIZE)
     pictures = np.stack([photos[0]] * 32)
     flipped = np.asarray(mirror.get_layer("augmentation")(pictures, training=True))
     straight = sum(np.allclose(one, photos[0], atol=1) for one in flipped)
@@ -103,11 +104,11 @@ def test_the_model_files_give_the_tails_probabilities(
     photos = enlarge(dataset.images, SIZE).astype(np.float32)
     found = np.asarray(load_model(project.model)(photos, training=False))
     trunk = build_trunk(project.weights("backbone") / BACKBONE_FILE, SIZE)
-    tail = Tail(read_phase(project, "full"))
+    tail = Tail(read_phase(project, "full"), 6)
     logits = np.asarray(tail.logits(tail.pooled(trunk(photos, training=False))))
     np.testing.assert_allclose(found, softmax(logits / temperature, axis=1), atol=1e-4)
     assert np.ptp(found, axis=0).max() > 0.1
-    graph = load_classifier(project.graph, context.params.preprocess, SIZE, trusted=True)
+    graph = load_classifier(project.graph, context.params.preprocess, LABELS, SIZE, trusted=True)
     np.testing.assert_allclose(graph.probabilities(dataset.images), found, atol=1e-4)
     if temperature == chain.params.training.temperature:
         rows = dataset.rows("val")

@@ -15,8 +15,7 @@ from tasks.io import write_json
 from tasks.model.augment import enlarge
 from tasks.model.files import export_graph
 from tasks.model.inference import Engine
-from tasks.params import LABELS
-from tests.fixtures.photos import CHECKOUT, photo
+from tests.fixtures.photos import CHECKOUT, LABELS, photo
 
 RELEASE = "0123456789abcdef" * 2
 
@@ -59,7 +58,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tasks.model.network import build_model
 
     folder = tmp_path_factory.mktemp("release")
-    (folder / "model.pb").write_bytes(export_graph(build_model(seed=1)))
+    (folder / "model.pb").write_bytes(export_graph(build_model(6, seed=1)))
     (folder / "params.yaml").write_text(CHECKOUT.params.read_text())
     write_json(folder / "labels.json", list(LABELS))
     engine = Engine(folder / "model.pb", embeddings=True)

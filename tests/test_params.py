@@ -42,7 +42,7 @@ def test_phases_that_have_no_stage_are_refused(tmp_path: Path, names: str) -> No
     [
         ("90 %", "gate.min_recall: Input should be a valid number"),
         ({**dict.fromkeys(range(5), 0.9), 5: 90}, "gate.min_recall.5: Input should be less than"),
-        ({0: 0.9}, "gate.min_recall: a mapping must name each of the classes 0, 1, 2, 3, 4, 5"),
+        ({0: 0.9}, "gate.min_recall: a mapping must name each of the labels 0, 1, 2, 3, 4, 5"),
     ],
 )
 def test_a_wrong_limit_is_one_fault(tmp_path: Path, recall: object, fault: str) -> None:

@@ -20,13 +20,13 @@ from tasks.data import images
 from tasks.data.dataset import Photo, open_dataset
 from tasks.data.images import resize_square
 from tasks.errors import DataError
-from tasks.params import LABELS, AuditParams, Params, PreprocessParams, SplitParams, load_params
+from tasks.params import AuditParams, Params, PreprocessParams, SplitParams, load_params
 from tasks.preprocess import count_cross_split_duplicates, split_photos
 from tasks.project import Project
 from tasks.rendering.sample import draw
 from tasks.stage import Context
 from tasks.training.plan import training_rows
-from tests.fixtures.photos import CHECKOUT, photo, write_photos
+from tests.fixtures.photos import CHECKOUT, LABELS, photo, write_photos
 
 BLUR = 0.5
 
@@ -197,7 +197,7 @@ def audited_photos(draw: st.DrawFn) -> tuple[list[Photo], list[int], dict]:
         mirrored=np.full(len(photos), 2**63, np.uint64),
     )
     params = AuditParams(max_hash_distance=0, max_rms_difference=6.0)
-    return photos, [grey for grey, *_ in drawn], audit.audit(photos, stats, params)
+    return photos, [grey for grey, *_ in drawn], audit.audit(photos, stats, params, LABELS)
 
 
 @given(audited_photos(), st.integers(0, 1000))
@@ -209,7 +209,7 @@ def test_near_duplicates_are_never_in_two_splits(
     excluded = {entry["photo"] for entry in report["excluded"]}
     kept = [photo for photo in photos if photo.key not in excluded]
     group_of = {key: number for number, keys in enumerate(report["groups"]) for key in keys}
-    split_of = split_photos(kept, group_of, SplitParams(val=0.2, test=0.2), seed)
+    split_of = split_photos(kept, group_of, SplitParams(val=0.2, test=0.2), seed, LABELS)
     assert set(split_of) == {photo.key for photo in kept}
     assert {p.key for p in photos if p.folder == "test"} <= set(split_of)
     assert count_cross_split_duplicates(split_of, group_of) == 0

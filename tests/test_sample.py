@@ -12,8 +12,8 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from tasks.errors import DataError
-from tasks.params import LABELS
 from tasks.rendering.sample import contact_sheet, draw, encode, render_sample
+from tests.fixtures.photos import LABELS
 
 
 def contents(folder: Path) -> dict[str, bytes]:

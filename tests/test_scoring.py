@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,13 @@ from tasks.evaluate import (
 )
 from tasks.gate import CORRUPTIONS as GATE_CORRUPTIONS
 from tasks.model.inference import Classifier
-from tasks.params import LABELS
 from tasks.scoring import plots
-from tasks.scoring.metrics import CALIBRATION_BINS, calibration_error, score
-from tests.fixtures.photos import photo
+from tasks.scoring.metrics import CALIBRATION_BINS, calibration_error
+from tasks.scoring.metrics import score as score_
+from tests.fixtures.photos import LABELS, photo
 from tests.test_inference import BRIGHTNESS, RESIZE
+
+score = partial(score_, names=LABELS)
 
 CLASSES = len(LABELS)
 SIX = np.eye(CLASSES)
@@ -191,7 +194,7 @@ def test_an_answer_is_certain_above_what_pictures_without_a_hand_reach() -> None
         rest = np.repeat((1 - best)[:, None] / 5, 5, axis=1)
         return np.column_stack([best, rest]).astype(np.float32)
 
-    classifier = Classifier(half_sure, RESIZE, 32)
+    classifier = Classifier(half_sure, RESIZE, LABELS, 32)
     clear = certainty(classifier, np.full(50, 0.99, np.float32))
     assert 0.5 < clear["certain_above"] < 0.6
     assert clear["doubted_photos"] == 0
@@ -221,9 +224,9 @@ def draw(n: int, sharpness: float) -> dict[str, Figure]:
     return {
         "curves": plots.curves([history("base", 3), history("full", 2)]),
         "confusion": plots.confusion(score(p, y)),
-        "roc_pr": plots.roc_pr(p, y),
+        "roc_pr": plots.roc_pr(p, y, LABELS),
         "reliability": plots.reliability_diagram(p, y),
-        "mistakes": plots.mistakes(images, p, y),
+        "mistakes": plots.mistakes(images, p, y, LABELS),
     }
 
 

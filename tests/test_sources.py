@@ -5,6 +5,7 @@ import stat
 import struct
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import numpy as np
 import pytest
 
 from tasks.data.images import MAX_BYTES, decode, encode
-from tasks.data.sources import SourceFile, as_test, open_source
+from tasks.data.sources import SourceFile, as_test
+from tasks.data.sources import open_source as open_source_
 from tasks.errors import ImageError, SourceError
-from tests.fixtures.photos import photo
+from tests.fixtures.photos import LABELS, photo
+
+open_source = partial(open_source_, labels=LABELS)
 
 PNG = encode(photo(2, 0, 32))
 H5_PHOTOS = np.stack([photo(label, 0, 32) for label in range(6)])

@@ -1,6 +1,7 @@
 """Splits: groups stay together, and additions move nobody from training to the test."""
 
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,13 +10,25 @@ from hypothesis import strategies as st
 
 from tasks.data.dataset import (
     Photo,
-    check_trainable,
-    groups_by_class,
-    stratified_group_split,
     stratified_sample,
 )
+from tasks.data.dataset import (
+    check_trainable as check_trainable_,
+)
+from tasks.data.dataset import (
+    groups_by_class as groups_by_class_,
+)
+from tasks.data.dataset import (
+    stratified_group_split as stratified_group_split_,
+)
 from tasks.errors import DataError
-from tasks.params import LABELS
+from tests.fixtures.photos import LABELS
+
+check_trainable = partial(check_trainable_, labels=LABELS)
+
+groups_by_class = partial(groups_by_class_, classes=LABELS)
+
+stratified_group_split = partial(stratified_group_split_, classes=LABELS)
 
 SHARES = {"test": 0.15, "val": 0.10}
 Photos = tuple[list[str], list[str], list[int]]

@@ -55,6 +55,7 @@ def plan_of(photos: int, copies: int, batch_size: int = 8, name: str = "full") -
         synthetic=rows < 0,
         val=rows[:0],
         val_labels=rows[:0],
+        classes=6,
     )
 
 
@@ -117,6 +118,7 @@ def stored(chain: Context) -> Features:
 def start(context: Context, phase: str, augmented: bool = False) -> Any:
     """The assembled model, unfrozen for one phase."""
     model = build_model(
+        6,
         context.params.augmentation if augmented else None,
         context.params.training.dropout,
         size=SIZE,
@@ -136,7 +138,7 @@ def fit(context: Context, phase: str, features: Any, model: Any = None) -> Any:
         curve, logits = fit_end_to_end(model, plan, dataset.images, silent)
         return get_tail(model), curve, logits
     weights = read_phase(context.project, BACKBONE)
-    tail = Tail(weights, plan.phase.trainable_layers, plan.training.dropout, plan.seed)
+    tail = Tail(weights, 6, plan.phase.trainable_layers, plan.training.dropout, plan.seed)
     curve, logits = fit_cached(tail, plan, dataset.names, features, silent)
     return tail.weights(), curve, logits
 
@@ -275,7 +277,7 @@ def test_a_phase_names_the_weights_it_lacks(chain: Context, tmp_path: Path) -> N
     with pytest.raises(ModelError, match=r"fine_tune/weights\.safetensors'"):
         train(context, "full", SIZE)
     with pytest.raises(ModelError, match="block7a_expand_conv/kernel' are missing"):
-        Tail({}).pooled(tf.zeros((1, 1, 1, 192)))
+        Tail({}, 6).pooled(tf.zeros((1, 1, 1, 192)))
 
 
 def test_training_again_gives_the_same_bytes_and_no_times(chain: Context, tmp_path: Path) -> None:

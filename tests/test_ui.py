@@ -13,6 +13,7 @@ from tasks.io import write_json
 from tasks.project import Project
 from tasks.releases.champion import PromotionDecision
 from tasks.scoring.compare import compare
+from tests.fixtures.photos import LABELS
 
 
 def certain(classes: list[int]) -> np.ndarray:
@@ -24,7 +25,7 @@ def test_the_comparison_shows_scores_recalls_and_the_photos_that_changed() -> No
     truth = [number % 6 for number in range(60)]
     before = [0] * 60
     names = [f"<b>{number}|.png" for number in range(60)]
-    found = compare(certain(before), certain(truth), np.array(truth), names)
+    found = compare(certain(before), certain(truth), np.array(truth), names, classes=LABELS)
     text = comparison_text(PromotionDecision(True, found.reason, found))
     none = comparison_text(PromotionDecision(False, "The champion cannot be scored: <broken>"))
     assert "cannot be scored: &lt;broken&gt;" in none
@@ -40,7 +41,8 @@ def test_the_comparison_shows_scores_recalls_and_the_photos_that_changed() -> No
 
 def index(project: Project, **labels: str) -> dict[str, object]:
     """Write and return a dataset's list of photos."""
-    content = {"photos": [{"name": name, "label": label} for name, label in labels.items()]}
+    photos = [{"name": name, "label": label} for name, label in labels.items()]
+    content: dict[str, object] = {"labels": LABELS, "photos": photos}
     write_json(project.dataset / "index.json", content)
     return content
 

@@ -1,4 +1,4 @@
-"""The HTTP service that reads signs."""
+"""The HTTP service that classifies photos."""
 
 import asyncio
 import logging
@@ -31,7 +31,6 @@ from tasks.data.images import decode, is_large, resize
 from tasks.data.traffic import Traffic
 from tasks.errors import HandsignsError, ImageError
 from tasks.model.inference import Classifier, Prediction
-from tasks.params import LABELS
 
 _log = logging.getLogger(__name__)
 
@@ -69,9 +68,9 @@ class Fault(BaseModel):
 class Reading(BaseModel):
     """What was read from a photo."""
 
-    label: Literal["0", "1", "2", "3", "4", "5"]
-    certain: bool = Field(description="False where the photo may show no clear hand.")
-    probabilities: dict[str, float] = Field(description="Of each sign; they add up to one.")
+    label: str = Field(description="The most probable one.")
+    certain: bool = Field(description="False where the photo may show none of them clearly.")
+    probabilities: dict[str, float] = Field(description="Of each label; they add up to one.")
     model: Model
 
 
@@ -92,6 +91,7 @@ class Health(BaseModel):
     age_seconds: float | None = Field(description="Since the model became champion.")
     looked_at: str | None = Field(description="When the champion was last checked.")
     problem: str | None
+    labels: tuple[str, ...] = Field(description="What photos may be classified as, in order.")
     capture: bool = Field(description="Whether photos may be kept to learn from them.")
 
 
@@ -175,7 +175,7 @@ def make_app(
 
     app = FastAPI(
         title="handsigns",
-        description="Reads a sign, 0 to 5, from a photo of a hand.",
+        description="Classifies photos; by default the sign, 0 to 5, that a hand shows.",
         lifespan=lifespan,
         dependencies=[Depends(admission.check_site)],
         docs_url=None,  # its pages load scripts from other hosts
@@ -192,10 +192,10 @@ def make_app(
         dependencies=[Depends(admission.check)],
     )
     async def predict(request: Request) -> Reading | Readings:
-        """Read the sign in a photo, or in each of several."""
+        """Classify a photo, or each of several."""
         return await reader.answer(request)
 
-    routes = review_routes(recorder, reader.read_one, BODY, lambda: LABELS)
+    routes = review_routes(recorder, reader.read_one, BODY, lambda: _labels(source))
     app.include_router(routes, dependencies=[Depends(admission.check)])
 
     @app.head("/health", include_in_schema=False)  # load balancers ask for no more
@@ -214,7 +214,9 @@ def make_app(
     @app.get("/examples/{label}.png", response_class=Response, include_in_schema=False)
     def example(label: str) -> Response:
         """A rendered hand, not a photograph."""
-        if label not in LABELS:
+        from tasks.rendering.sample import SIGNS
+
+        if label not in SIGNS:
             raise HTTPException(404)
         return Response(_example(int(label)), media_type="image/png")
 
@@ -291,8 +293,13 @@ def _health(source: ModelSource, detailed: bool, capture: bool) -> Health:
         age_seconds=_age(model),
         looked_at=checked.isoformat(timespec="seconds") if checked else None,
         problem=problem if model or problem else _waiting(source),
+        labels=_labels(source),
         capture=capture,
     )
+
+
+def _labels(source: ModelSource) -> tuple[str, ...]:
+    return source.model.classifier.labels if source.model else ()
 
 
 def _age(model: LoadedModel | None) -> float | None:
@@ -303,7 +310,7 @@ def _age(model: LoadedModel | None) -> float | None:
     return round((datetime.now(UTC) - promoted).total_seconds(), 1) if promoted else None
 
 
-@lru_cache(maxsize=len(LABELS))
+@lru_cache(maxsize=16)
 def _example(label: int) -> bytes:
     from tasks.rendering.sample import draw, encode
 

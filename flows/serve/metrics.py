@@ -35,7 +35,7 @@ class Metrics:
         self._seconds = Histogram(
             "handsigns_request_seconds", about, ("path",), buckets=BUCKETS, **known
         )
-        about = "Photos read, by sign."
+        about = "Photos read, by label."
         self.predictions = Counter("handsigns_predictions", about, ("label",), **known)
         about = "Last result of the drift monitor: population stability index, or AUC."
         self._drift = Gauge("handsigns_drift", about, ("comparison",), **known)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.errors import DataError
-from tasks.params import LABELS
+from tasks.params import list_labels
 from tasks.project import FOLDERS
 
 TRAIN = "train"
@@ -53,11 +53,6 @@ def find_photos(data: Path) -> list[Photo]:
         for path in (data / folder).glob("*/*"):
             if path.name.startswith("."):
                 continue
-            if path.parent.name not in LABELS:
-                raise DataError(
-                    f"'{path.parent.name}' in '{data / folder}' is not a label. Rename the "
-                    f"folder to one of {', '.join(LABELS)}, or move it out of data/."
-                )
             photo = Photo(folder, path.parent.name, path.name)
             try:
                 path.name.encode()
@@ -79,24 +74,30 @@ def name_photos(photos: Sequence[Photo]) -> dict[str, str]:
     return {photo.key: photo.name if shared[photo.name] == 1 else photo.key for photo in photos}
 
 
-def count_classes(photos: Sequence[Photo]) -> dict[str, dict[str, int]]:
+def count_classes(photos: Sequence[Photo], labels: Sequence[str]) -> dict[str, dict[str, int]]:
     """Count photos by folder and label, none of them 0; `test` only if there are test photos."""
     found = Counter((photo.folder, photo.label) for photo in photos)
+    for folder, label in sorted(found):
+        if label not in labels:
+            raise DataError(
+                f"'{label}' in data/{folder} is not a label. Rename the folder to one of "
+                f"{list_labels(labels)}, move it out of data/, or add it to labels in params.yaml."
+            )
     folders = [name for name in FOLDERS if name == TRAIN or any(f == name for f, _ in found)]
-    missing = [f"{f}/{label}" for f in folders for label in LABELS if not found[f, label]]
+    missing = [f"{f}/{label}" for f in folders for label in labels if not found[f, label]]
     if missing:
         raise DataError(
             f"Every class needs photos in {' and '.join(folders)}, but there are none in "
-            f"{', '.join(missing)}. Import photos of these classes."
+            f"{list_labels(missing)}. Import photos of these classes."
         )
-    return {folder: {label: found[folder, label] for label in LABELS} for folder in folders}
+    return {folder: {label: found[folder, label] for label in labels} for folder in folders}
 
 
-def check_trainable(photos: Sequence[Photo]) -> None:
+def check_trainable(photos: Sequence[Photo], labels: Sequence[str]) -> None:
     """Raise `DataError` if a class has too few photos for all splits."""
-    held_out = ["val"] if "test" in count_classes(photos) else ["test", "val"]
+    held_out = ["val"] if "test" in count_classes(photos, labels) else ["test", "val"]
     rows = [(number, photo.label) for number, photo in enumerate(photos) if photo.folder == TRAIN]
-    groups_by_class([label for _, label in rows], [number for number, _ in rows], held_out)
+    groups_by_class([label for _, label in rows], [number for number, _ in rows], held_out, labels)
 
 
 def stratified_group_split(
@@ -105,6 +106,7 @@ def stratified_group_split(
     groups: Groups,
     shares: Mapping[str, float],
     seed: int,
+    classes: Sequence[str],
 ) -> list[str]:
     """Hash-based split of each class, with each group in one split.
 
@@ -118,15 +120,16 @@ def stratified_group_split(
     Args:
         names: unique name of each photo.
         shares: share of each split but `train`, the test first; met on average.
+        classes: what `labels` may be.
 
     Returns:
         The split of each photo. Every class is in every split.
     """
     splits = [TRAIN] * len(names)
-    classes = groups_by_class(labels, groups, tuple(shares))
-    sizes = [len(rows) for found in classes.values() for rows in found]
+    by_class = groups_by_class(labels, groups, tuple(shares), classes)
+    sizes = [len(rows) for found in by_class.values() for rows in found]
     size = np.quantile(sizes, _SMALL_GROUPS, method="lower")
-    for found in classes.values():
+    for found in by_class.values():
         ranked = sorted((max(_rank(seed, names[row]) for row in rows), rows) for rows in found)
         ranks = [rank for rank, _ in ranked]
         start, held_out = 0, 0.0
@@ -143,24 +146,24 @@ def stratified_group_split(
 
 
 def groups_by_class(
-    labels: Sequence[str], groups: Groups, held_out: Sequence[str]
+    labels: Sequence[str], groups: Groups, held_out: Sequence[str], classes: Sequence[str]
 ) -> dict[str, list[list[int]]]:
     """Rows of each group of each class, which must have as many as there are splits."""
     members: dict[int, list[int]] = defaultdict(list)
     for row, number in enumerate(groups):
         members[int(number)].append(row)
-    classes: dict[str, list[list[int]]] = {label: [] for label in LABELS}
+    by_class: dict[str, list[list[int]]] = {label: [] for label in classes}
     for rows in members.values():
-        classes[labels[rows[0]]].append(rows)
+        by_class[labels[rows[0]]].append(rows)
     needed = len(held_out) + 1
-    few = [f"{name} ({len(found)})" for name, found in classes.items() if len(found) < needed]
+    few = [f"{name} ({len(found)})" for name, found in by_class.items() if len(found) < needed]
     if few:
         raise DataError(
             f"Too few photos to train on: every class needs {needed} or more, one for "
             f"each of {', '.join([*held_out, TRAIN])} (near-duplicates count once), and these "
-            f"have fewer: {', '.join(few)}. Import more photos of these classes."
+            f"have fewer: {list_labels(few)}. Import more photos of these classes."
         )
-    return classes
+    return by_class
 
 
 def stratified_sample(
@@ -195,14 +198,16 @@ class Dataset:
 
     Args:
         images: uint8, (n, size, size, 3), RGB in [0, 255]; memory-mapped, read-only.
-        labels: int64, (n,); index into `tasks.params.LABELS`.
+        labels: int64, (n,); index into `classes`.
         splits: `train`, `val` or `test` for each photo, `synthetic` for a rendered hand.
+        classes: their names, in the order of the model's outputs.
     """
 
     images: NDArray[np.uint8]
     names: tuple[str, ...]
     labels: NDArray[np.int64]
     splits: tuple[str, ...]
+    classes: tuple[str, ...]
 
     def rows(self, split: str) -> NDArray[np.int64]:
         """Row numbers of one split, ascending."""
@@ -214,10 +219,11 @@ def open_dataset(folder: Path) -> Dataset:
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         images = np.load(folder / IMAGES, mmap_mode="r", allow_pickle=False)
-        photos, size = list(index["photos"]), index["image_size"]
+        photos, size, classes = list(index["photos"]), index["image_size"], tuple(index["labels"])
+        number_of = {label: number for number, label in enumerate(classes)}
         photos += [
             {"name": f"synthetic/{label}/{number}", "label": label, "split": SYNTHETIC}
-            for label in LABELS
+            for label in classes
             for number in range(index.get("synthetic", 0))
         ]
         expected = (len(photos), size, size, 3)
@@ -226,8 +232,9 @@ def open_dataset(folder: Path) -> Dataset:
         return Dataset(
             images=images,
             names=tuple(photo["name"] for photo in photos),
-            labels=np.array([LABELS.index(photo["label"]) for photo in photos], dtype=np.int64),
+            labels=np.array([number_of[photo["label"]] for photo in photos], dtype=np.int64),
             splits=tuple(photo["split"] for photo in photos),
+            classes=classes,
         )
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise DataError(

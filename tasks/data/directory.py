@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from tasks.errors import BusyError, DataError, ServiceError
 from tasks.io import atomic_write, write_json
-from tasks.params import LABELS
+from tasks.params import list_labels, load_params
 from tasks.project import FOLDERS, Project
 from tasks.stage import Progress, silent
 
@@ -77,10 +77,9 @@ def file_errors(path: Path) -> Iterator[None]:
 def stored_photos(project: Project) -> dict[str, Place]:
     """Split and label of each file name in `data/`."""
     return {
-        path.name: (split, label)
+        path.name: (split, path.parent.name)
         for split in FOLDERS
-        for label in LABELS
-        for path in (project.data / split / label).glob("*")
+        for path in (project.data / split).glob("*/*")
     }
 
 
@@ -181,8 +180,14 @@ def fetch_data(project: Project, pipeline: "Pipeline", progress: Progress = sile
 
 def render(project: Project, pipeline: "Pipeline", progress: Progress = silent) -> str:
     """Render the sample set into `data/` and version it; returns what was done."""
-    from tasks.rendering.sample import render_sample
+    from tasks.rendering.sample import SIGNS, render_sample
 
+    labels = load_params(project.params).labels
+    if labels != SIGNS:
+        raise DataError(
+            f"The sample set shows the signs 0 to 5, and labels in params.yaml are "
+            f"{list_labels(labels)}. Import your own photos with `handsigns import`."
+        )
     expected = pipeline.data_version() if pipeline.data_source() == "sample" else None
     with data_lock(project):
         render_sample(project.data, progress)

@@ -8,7 +8,7 @@ version that it went into. Forgetting costs only time: `data/` knows photos by t
 
 import os
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,7 +38,8 @@ from tasks.data.sources import (
     open_source,
 )
 from tasks.errors import ImageError, SourceError
-from tasks.io import read_json, write_json
+from tasks.io import atomic_write, read_json, write_json
+from tasks.params import load_params, replace_labels
 from tasks.project import FOLDERS, Project
 from tasks.services.s3 import MissingObjectError, Storage
 from tasks.stage import Progress, silent
@@ -70,6 +71,7 @@ class ImportReport:
     quarantined: tuple[QuarantinedFile, ...]
     ignored: int
     removed: int
+    labels: tuple[str, ...]
 
     @property
     def usable(self) -> bool:
@@ -148,28 +150,39 @@ def import_photos(
     replace: bool = False,
     progress: Progress = silent,
     wait: float | None = None,
+    set_labels: bool = False,
 ) -> ImportReport:
     """Add the photos of a source to `data/`.
+
+    With `set_labels` the source's labels become those of params.yaml; photos of others must
+    not stay, so it needs `replace`.
 
     `data/` is the former or the new state at every moment, except between two renames;
     `restore_data` and the next import repair that. The caller versions `data/` with DVC,
     also if nothing was imported: an import that was killed was not versioned.
     """
     name = printable(os.path.realpath(source))
-    with data_lock(project, wait), staging(project), _open_both(source, test) as opened:
-        report = _import(project, opened, name, replace, progress)
+    with data_lock(project, wait), staging(project):
+        known = None if set_labels else load_params(project.params).labels
+        with _open_both(source, test, known) as opened:
+            labels = known or opened.labels
+            params = replace_labels(project.params, labels) if set_labels else None
+            report = _import(project, opened, name, labels, replace, progress)
     if not report.usable:
         kinds = ", ".join(f"{count} {kind}" for kind, count in report.kinds().items())
         raise SourceError(
             f"Source '{name}' has no usable photo: {kinds}. data/ is unchanged; see "
             "artifacts/quarantine/quarantine.json."
         )
+    if params is not None:
+        with file_errors(project.params), atomic_write(project.params) as temporary:
+            temporary.write_text(params, encoding="utf-8")
     return report
 
 
 @contextmanager
-def _open_both(source: Path, test: Path | None) -> Iterator[Source]:
-    with open_source(source) as train:
+def _open_both(source: Path, test: Path | None, labels: Sequence[str] | None) -> Iterator[Source]:
+    with open_source(source, labels) as train:
         if test is None:
             yield train
             return
@@ -178,7 +191,7 @@ def _open_both(source: Path, test: Path | None) -> Iterator[Source]:
                 f"Source '{printable(str(source))}' has a test set of its own. Leave out "
                 f"--test '{printable(str(test))}', or name only its train folder."
             )
-        with open_source(test) as opened:
+        with open_source(test, labels) as opened:
             files = (*train.files, *as_test(opened, test).files)
             yield Source(files, train.ignored + opened.ignored)
 
@@ -187,6 +200,7 @@ def _import(
     project: Project,
     source: Source,
     name: str,
+    labels: Sequence[str],
     replace: bool,
     progress: Progress,
     unchanged: Container[str] = (),
@@ -231,7 +245,9 @@ def _import(
     replace = replace and bool(accepted)  # nothing usable replaces nothing
     removed = len(stored.items() - accepted.items()) if replace else 0
     rejected.sort(key=lambda file: (file.origin, file.reason))
-    report = ImportReport(dict(imported), dict(there), tuple(rejected), source.ignored, removed)
+    report = ImportReport(
+        dict(imported), dict(there), tuple(rejected), source.ignored, removed, tuple(labels)
+    )
     if imported or removed:
         change_data(project, incoming, accepted, replace, progress)
     # Last: a replacement forgets the quarantined files of other sources.
@@ -251,7 +267,8 @@ class Inbox:
         self._project = project
         self._stamps = {file.origin: stamp for file, stamp in listing}
         visible = [file for file, _ in listing if not any(map(is_clutter, file.parts))]
-        files = arrange(visible, name).files if visible else ()
+        self._labels = load_params(project.params).labels
+        files = arrange(visible, name, self._labels).files if visible else ()
         last = read_json(project.inbox)
         known = isinstance(last, dict) and (last.get("inbox"), last.get("data"))
         seen = last.get("seen") if known == (self.name, version) else None
@@ -268,7 +285,13 @@ class Inbox:
         source = Source(self.new)
         with data_lock(self._project), staging(self._project):
             report = _import(
-                self._project, source, self.name, replace, progress, self._already_seen
+                self._project,
+                source,
+                self.name,
+                self._labels,
+                replace,
+                progress,
+                self._already_seen,
             )
         self._unread = {file.origin for file in report.quarantined if file.kind == UNREADABLE}
         return report

@@ -4,9 +4,11 @@ Paths, sizes, types and links are checked before any content is read.
 """
 
 import os
+import re
 import stat
+import unicodedata
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +19,7 @@ import numpy as np
 
 from tasks.data.images import MAX_PIXELS, Read, encode, printable
 from tasks.errors import ImageError, SourceError
-from tasks.params import LABELS
+from tasks.params import list_labels
 from tasks.project import FOLDERS
 
 if TYPE_CHECKING:
@@ -69,13 +71,21 @@ class Source:
     files: tuple[SourceFile, ...]
     ignored: int = 0
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Those that its files have, numbers in them by value."""
+        return tuple(sorted({file.label for file in self.files if file.label}, key=_by_value))
+
 
 @contextmanager
-def open_source(path: Path) -> Iterator[Source]:
-    """List label folders, a .zip of them, an .h5 file, or a folder of .h5 files."""
+def open_source(path: Path, labels: Sequence[str] | None) -> Iterator[Source]:
+    """List label folders, a .zip of them, an .h5 file, or a folder of .h5 files.
+
+    Without `labels` those that the source has are taken.
+    """
     with ExitStack() as stack:
         try:
-            source = _recognize(path, stack)
+            source = _recognize(path, labels, stack)
         except FileNotFoundError as error:
             raise _refused(path, "does not exist. Check the path") from error
         except (OSError, ValueError) as error:
@@ -93,21 +103,24 @@ def as_test(source: Source, path: Path) -> Source:
     return replace(source, files=tuple(replace(file, split="test") for file in source.files))
 
 
-def arrange(files: list[SourceFile], where: str) -> Source:
+def arrange(files: list[SourceFile], where: str, labels: Sequence[str] | None) -> Source:
     """Find the split and label of each file by the folders above it.
 
     Folders above those of labels (of a split, a day, an export) are passed through, each by
     itself. Beside label folders, any other folder is an unknown label, a split, or photos
-    that people labelled. Folders below a label's belong to the label.
+    that people labelled. Folders below a label's belong to the label. Without
+    `labels` the first folders that are not the only one, nor a split, are those of labels.
     """
     visible = [file for file in files if not any(map(is_clutter, file.parts))]
     if not visible:
         raise SourceError(f"'{printable(where)}' is empty. Name a folder with photos.")
-    found = sorted(_place(visible, 0), key=lambda file: file.parts)
+    known = sorted(_label_folders(visible, 0)) if labels is None else labels
+    found = sorted(_place(visible, 0, known), key=lambda file: file.parts)
     if not any(file.label for file in found):
         raise SourceError(
-            f"'{printable(where)}' has no folder named {_labels()}. Name the folder that holds "
-            "the label folders."
+            f"'{printable(where)}' has no folder named {list_labels(known) or 'as a label'}. Name "
+            "the folder that holds the label folders, or take its folders' names as labels with "
+            "--replace --set-labels."
         )
     return Source(tuple(found), len(files) - len(visible))
 
@@ -127,57 +140,88 @@ def folder_files(folder: Path) -> list[SourceFile]:
     return list(_walk(root, (), (root,)))
 
 
-def _recognize(path: Path, stack: ExitStack) -> Source:
+def _recognize(path: Path, labels: Sequence[str] | None, stack: ExitStack) -> Source:
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         files = folder_files(path)
         names = sorted(file.parts[0] for file in files if file.parts[0].endswith(".h5"))
         names = [name for name in names if not is_clutter(name)]
         if names and all(len(file.parts) == 1 for file in files):
-            return Source(tuple(row for name in names for row in _h5_rows(path / name, stack)))
-        return arrange(files, str(path))
+            listed = [row for name in names for row in _h5_rows(path / name, labels, stack)]
+            return Source(tuple(listed))
+        return arrange(files, str(path), labels)
     # Only regular files are opened: opening a pipe would wait for its writer.
     start = b""
     if stat.S_ISREG(mode):
         with path.open("rb") as file:
             start = file.read(len(_H5_SIGNATURE))
     if start == _H5_SIGNATURE:
-        return Source(tuple(replace(row, parts=row.parts[1:]) for row in _h5_rows(path, stack)))
+        rows = _h5_rows(path, labels, stack)
+        return Source(tuple(replace(row, parts=row.parts[1:]) for row in rows))
     if start and (start.startswith(_ZIP_SIGNATURE) or path.suffix.lower() == ".zip"):
-        return arrange(_zip_members(path, stack), str(path))
+        return arrange(_zip_members(path, stack), str(path), labels)
     raise _refused(path, "is neither a folder nor a .zip nor an .h5 file. Name one of these")
 
 
-def _place(files: list[SourceFile], depth: int, split: str | None = None) -> Iterator[SourceFile]:
-    below: dict[str, list[SourceFile]] = {}
+def _place(
+    files: list[SourceFile], depth: int, labels: Sequence[str], split: str | None = None
+) -> Iterator[SourceFile]:
     for file in files:
         if len(file.parts) == depth + 1:
-            yield replace(file, split=split or "train", fault=file.fault or _no_label(file))
-        else:
-            below.setdefault(file.parts[depth], []).append(file)
-    labelled = not below.keys().isdisjoint(LABELS)
+            fault = file.fault or _no_label(file, labels)
+            yield replace(file, split=split or "train", fault=fault)
+    below = _by_folder(files, depth)
+    labelled = not below.keys().isdisjoint(labels)
     for name, inside in below.items():
         named_split = None if split else SPLITS.get(name.lower())
-        if name in LABELS:
+        # A class may be called like a split: trains, say.
+        holds_labels = named_split and not _by_folder(inside, depth + 1).keys().isdisjoint(labels)
+        if name in labels and not holds_labels:
             yield from (replace(f, split=split or "train", label=name) for f in inside)
         elif labelled and not named_split and not name.startswith(REVIEWED):
-            fault = _unknown(name)
+            fault = _unknown(name, labels)
             yield from (replace(f, split=split or "train", fault=fault) for f in inside)
         else:
-            yield from _place(inside, depth + 1, split or named_split)
+            yield from _place(inside, depth + 1, labels, split or named_split)
 
 
-def _no_label(file: SourceFile) -> str:
+def _label_folders(files: list[SourceFile], depth: int) -> set[str]:
+    """Names of the folders that photos are sorted into."""
+    below = _by_folder(files, depth)
+    splits = [
+        inside
+        for name, inside in below.items()
+        if name.lower() in SPLITS and _by_folder(inside, depth + 1)
+    ]
+    if splits:
+        return {name for inside in splits for name in _label_folders(inside, depth + 1)}
+    if len(below) == 1 and (deeper := _label_folders(next(iter(below.values())), depth + 1)):
+        return deeper
+    return set(below)
+
+
+def _by_folder(files: list[SourceFile], depth: int) -> dict[str, list[SourceFile]]:
+    """The files in folders below by the name of the folder, composed as labels are."""
+    below: dict[str, list[SourceFile]] = {}
+    for file in files:
+        if len(file.parts) > depth + 1:
+            below.setdefault(unicodedata.normalize("NFC", file.parts[depth]), []).append(file)
+    return below
+
+
+def _by_value(label: str) -> list[tuple[int, str]]:
+    """Sorts numbers in labels by value."""
+    parts = re.split(r"(\d+)", label)
+    return [(int(part) if part.isdecimal() else 0, part) for part in parts]
+
+
+def _no_label(file: SourceFile, labels: Sequence[str]) -> str:
     folders = [name for name in file.parts[:-1] if name.lower() not in SPLITS]
-    return _unknown(folders[0]) if folders else "no label: it is in no label folder"
+    return _unknown(folders[0], labels) if folders else "no label: it is in no label folder"
 
 
-def _unknown(name: str) -> str:
-    return f"{UNKNOWN_FOLDER}: {printable(name)[:80]!r} is none of {_labels()}"
-
-
-def _labels() -> str:
-    return ", ".join(LABELS)
+def _unknown(name: str, labels: Sequence[str]) -> str:
+    return f"{UNKNOWN_FOLDER}: {printable(name)[:80]!r} is none of {list_labels(labels)}"
 
 
 def _walk(folder: Path, parts: tuple[str, ...], above: tuple[Path, ...]) -> Iterator[SourceFile]:
@@ -252,7 +296,7 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) 
         raise ImageError(f"damaged in the archive: {printable(str(error))[:120]}") from error
 
 
-def _h5_rows(path: Path, stack: ExitStack) -> Iterator[SourceFile]:
+def _h5_rows(path: Path, known: Sequence[str] | None, stack: ExitStack) -> Iterator[SourceFile]:
     """Rows of `train_set_x` and `train_set_y`, or the same of `test`, or both.
 
     Photos are uint8 (n, height, width, 3), labels integers (n,) or (1, n). Links, data in
@@ -277,10 +321,10 @@ def _h5_rows(path: Path, stack: ExitStack) -> Iterator[SourceFile]:
         for row, label in enumerate(map(str, labels)):
             parts = (path.name, f"{split}_set_x", str(row))
             read = partial(_read_row, photos, row)
-            if label in LABELS:
+            if known is None or label in known:
                 yield SourceFile(parts, read, None, split, label)
             else:
-                fault = f"unknown label: {label} is none of {_labels()}"
+                fault = f"unknown label: {label} is none of {list_labels(known)}"
                 yield SourceFile(parts, read, fault, split)
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tasks.data.images import MAX_BYTES, Read, decode, printable, resize
 from tasks.errors import ImageError, ModelError
 from tasks.model.augment import INPUT_SIZE, enlarge
-from tasks.params import LABELS, PreprocessParams
+from tasks.params import PreprocessParams
 from tasks.stage import Progress, silent
 
 QUEUE = 4
@@ -129,7 +129,7 @@ def usable_cores() -> int:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Probabilities for one file, in the order of `LABELS`, or why there are none.
+    """Probabilities for one file, in the order of `labels`, or why there are none.
 
     It is not certain where the photo may show no clear hand.
     """
@@ -138,13 +138,14 @@ class Prediction:
     probabilities: tuple[float, ...] | None = None
     error: str | None = None
     certain: bool = True
+    labels: tuple[str, ...] = ()
 
     @property
     def label(self) -> str | None:
         """The most probable class."""
         if self.probabilities is None:
             return None
-        return LABELS[int(np.argmax(self.probabilities))]
+        return self.labels[int(np.argmax(self.probabilities))]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: file, label, certainty and probabilities, or file and error."""
@@ -155,7 +156,7 @@ class Prediction:
             "file": printable(str(self.path)),
             "label": self.label,
             "certain": self.certain,
-            "probabilities": dict(zip(LABELS, shares, strict=True)),
+            "probabilities": dict(zip(self.labels, shares, strict=True)),
         }
 
 
@@ -166,27 +167,30 @@ class Classifier:
     Args:
         forward: uint8 (n, size, size, 3), RGB -> float32 (n, labels).
         preprocess: how photos are resized first, as those that it was trained with.
+        labels: names of the classes, in the order of the columns.
         size: side of the model's input in pixels.
         certain_above: probability from which on an answer is certain.
     """
 
     forward: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
     preprocess: PreprocessParams
+    labels: tuple[str, ...]
     size: int = INPUT_SIZE
     certain_above: float = CERTAIN_ABOVE
 
     def prediction(self, path: Path, row: Sequence[float]) -> Prediction:
         """Wrap the probabilities of one photo."""
-        return Prediction(path, tuple(row), certain=max(row) >= self.certain_above)
+        certain = max(row) >= self.certain_above
+        return Prediction(path, tuple(row), certain=certain, labels=self.labels)
 
     def probabilities(
         self, images: NDArray[np.uint8], progress: Progress = silent
     ) -> NDArray[np.float32]:
         """Score photos as the dataset stores them; uint8 (n, d, d, 3) -> float32 (n, labels).
 
-        Rows sum to one, column i is `LABELS[i]`.
+        Rows sum to one, column i is `labels[i]`.
         """
-        result = np.empty((len(images), len(LABELS)), np.float32)
+        result = np.empty((len(images), len(self.labels)), np.float32)
         for start in range(0, len(images), BATCH):
             batch = slice(start, start + BATCH)
             result[batch] = self.forward(enlarge(images[batch], self.size))
@@ -200,9 +204,14 @@ class Classifier:
 
 
 def load_classifier(
-    path: Path, preprocess: PreprocessParams, size: int = INPUT_SIZE, *, trusted: bool = False
+    path: Path,
+    preprocess: PreprocessParams,
+    labels: Sequence[str],
+    size: int = INPUT_SIZE,
+    *,
+    trusted: bool = False,
 ) -> Classifier:
-    """Load a `.pb` file of the assemble stage or of a release; `preprocess` belongs to it.
+    """Load a `.pb` file of the assemble stage or of a release; the parameters belong to it.
 
     A file that is not trusted, as of a verified release or a stage here, is first run in a
     process with limited memory and time, without secrets.
@@ -213,13 +222,17 @@ def load_classifier(
             "release."
         )
     engine = Engine(path)
-    if (engine.size, engine.shape) != (size, (len(LABELS),)):
+    if (engine.size, engine.shape) != (size, (len(labels),)):
         raise ModelError(
             f"'{path}' gives {engine.shape} for photos of {engine.size} pixels, not "
-            f"{len(LABELS)} probabilities for photos of {size}. Name a .pb file that the "
+            f"{len(labels)} probabilities for photos of {size}. Name a .pb file that the "
             "assemble stage wrote."
         )
-    return Classifier(lambda photos: np.stack(list(engine.stream(photos))), preprocess, size)
+
+    def forward(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return np.stack(list(engine.stream(photos)))
+
+    return Classifier(forward, preprocess, tuple(labels), size)
 
 
 def classify_files(

@@ -11,7 +11,7 @@ import tensorflow as tf
 from tasks.errors import ModelError
 from tasks.model.augment import INPUT_SIZE
 from tasks.model.files import Weights, get_weights, read_weights, set_weights
-from tasks.params import LABELS, AugmentationParams
+from tasks.params import AugmentationParams
 
 CUT = "block6d_add"
 """The trunk's last layer; the layers above it and the head are the tail."""
@@ -54,6 +54,7 @@ def reset_names() -> None:
 
 
 def build_model(
+    classes: int,
     augmentation: AugmentationParams | None = None,
     dropout: float = 0.0,
     *,
@@ -64,7 +65,7 @@ def build_model(
     """Build the classifier, with random weights unless `backbone_weights` names a file.
 
     It maps float32 (batch, size, size, 3) in [0, 255] to probabilities, float32 (batch,
-    labels); column i is `LABELS[i]`.
+    classes).
     """
     reset_names()
     photo = keras.Input((size, size, 3), name="photo")
@@ -77,7 +78,7 @@ def build_model(
     if dropout:
         x = keras.layers.Dropout(dropout, seed=seed, name="dropout")(x)
     head = keras.layers.Dense(
-        len(LABELS),
+        classes,
         activation="softmax",
         kernel_initializer=keras.initializers.GlorotUniform(seed=seed),
         name=HEAD,
@@ -176,14 +177,19 @@ class Tail:
     """
 
     def __init__(
-        self, weights: Weights, trainable_layers: int = 0, dropout: float = 0.0, seed: int = 0
+        self,
+        weights: Weights,
+        classes: int,
+        trainable_layers: int = 0,
+        dropout: float = 0.0,
+        seed: int = 0,
     ) -> None:
         self._dropout = dropout
         self._seed = seed
         opened = {*LAYERS[len(LAYERS) - trainable_layers :], HEAD}
         if f"{HEAD}/kernel" not in weights:
-            kernel = keras.initializers.GlorotUniform(seed=seed)((1280, len(LABELS)))
-            bias = tf.zeros(len(LABELS))
+            kernel = keras.initializers.GlorotUniform(seed=seed)((1280, classes))
+            bias = tf.zeros(classes)
             weights = weights | {f"{HEAD}/kernel": kernel.numpy(), f"{HEAD}/bias": bias.numpy()}
         self._variables: dict[str, tf.Variable] = {}
         for name, value in weights.items():

@@ -5,22 +5,16 @@ from typing import Any
 
 from tasks.data.dataset import SYNTHETIC
 from tasks.gate import shown, shown_interval
+from tasks.params import list_labels
+from tasks.rendering.sample import SIGNS
 
 Content = Mapping[str, Any]
 
-CARD = """\
+HANDS = """\
 # Hand signs
 
-Reads the digit, 0 to 5, that one hand shows in a photo. An EfficientNetB0 with global average \
-pooling and a softmax over six classes, as one Keras functional model: float32 \
-`(batch, 224, 224, 3)`, RGB in [0, 255], to probabilities `(batch, 6)`; column *i* is the sign *i*.
-
-Photos are cut to their central square, reduced to {size} x {size} pixels{blur}, and \
-enlarged to 224 x 224 before they reach the model. Pixels are not scaled to [0, 1]: the model \
-does that itself.
-
-## Intended use and limits
-
+Reads the digit, 0 to 5, that one hand shows in a photo."""
+HANDS_USE = """\
 For one upright hand that fills most of the picture, on a plain background, as in the training \
 photos. {mirror}
 
@@ -29,12 +23,35 @@ is the only hint.
 - The scores below hold for photos like those it was tested on. Other people, cameras and rooms \
 may score much lower: run `handsigns evaluate FOLDER` on your own photos first.
 - It does not read sign language, does not recognise people, and must not decide anything that \
-can harm somebody.
+can harm somebody."""
+OTHERS = """\
+# Image classifier
+
+Says which of {count} classes a photo shows: {labels}."""
+OTHERS_USE = """\
+For photos like those that it was trained on. {mirror}
+
+- It always answers with one of its classes, also when a photo shows none of them. A low highest \
+probability is the only hint.
+- The scores below hold for photos like those it was tested on. Run `handsigns evaluate FOLDER` \
+on your own photos first.
+- It must not decide anything that can harm somebody."""
+CARD = """\
+{about} An EfficientNetB0 with global average pooling and a softmax over {count} classes, as one \
+Keras functional model: float32 `(batch, 224, 224, 3)`, RGB in [0, 255], to probabilities \
+`(batch, {count})`, in the order of `labels.json`.
+
+Photos are cut to their central square, reduced to {size} x {size} pixels{blur}, and \
+enlarged to 224 x 224 before they reach the model. Pixels are not scaled to [0, 1]: the model \
+does that itself.
+
+## Intended use and limits
+
+{use}
 
 ## Data
 
-Version `{version}`.{note} Photos that are nearly the same are kept in one split. Training also \
-used {synthetic} synthetic (rendered) hands.
+Version `{version}`.{note} Photos that are nearly the same are kept in one split.{synthetic}
 
 {counts}
 
@@ -104,23 +121,31 @@ def model_card(
         for row in metrics["per_class"]
     )
     blur = params["preprocess"]["blur_sigma"]
+    labels = params["labels"]
+    about, use = (HANDS, HANDS_USE) if tuple(labels) == SIGNS else (OTHERS, OTHERS_USE)
+    mirror = (
+        "Left and right count alike: photos are mirrored at random while training."
+        if mirrored
+        else "Photos are not mirrored while training: the rarer side may be read worse."
+    )
+    hands = counts[SYNTHETIC]
     return CARD.format(
+        about=about.format(count=len(labels), labels=_cell(list_labels(labels))),
+        use=use.format(mirror=mirror),
+        count=len(labels),
         size=params["preprocess"]["image_size"],
         blur=f", blurred by up to {blur} of them where they were larger" if blur else "",
-        mirror="Left and right hands count alike: photos are mirrored at random while training."
-        if mirrored
-        else "Photos are not mirrored while training: a hand that is rare in them may read worse.",
         version=data_version,
         note=f" {data_note}" if data_note else "",
         counts=table(("split", "photos"), [(k, n) for k, n in counts.items() if k != SYNTHETIC]),
-        synthetic=counts[SYNTHETIC],
+        synthetic=f" Training also used {hands} synthetic (rendered) hands." if hands else "",
         seed=params["seed"],
         seen="each photo augmented anew in every epoch" if mode == "end_to_end" else copies,
         mode=mode,
         phases=_phases(params, histories),
         n=metrics["n"],
         overall=table(("measure", "value"), overall),
-        per_class=table(("sign", "precision", "recall", "F1", "photos"), per_class),
+        per_class=table(("label", "precision", "recall", "F1", "photos"), per_class),
         verdict="Passed" if gate["passed"] else "Failed",
         checks=_checks(gate),
     )

@@ -29,7 +29,7 @@ from tasks.releases.pointer import (
     sync_alias,
 )
 from tasks.releases.release import DATASET_INDEX, MANIFEST, fetch, open_release, verify
-from tasks.scoring.compare import Comparison, compare
+from tasks.scoring.compare import Comparison, compare, differing_labels
 from tasks.services.mlflow import Registry, Version
 from tasks.services.s3 import Storage, check_conditional_writes
 from tasks.stage import Progress, silent
@@ -64,8 +64,8 @@ def compare_with_champion(
         project: its `predictions.json` holds the challenger's probabilities.
 
     Raises:
-        PromotionError: the champion cannot be loaded, has its labels in another
-            order, or has seen every test photo; or one of these cannot be read any more.
+        PromotionError: the champion cannot be loaded, or has seen every test photo; or one
+            of these cannot be read any more.
     """
     if champion is None:
         return PromotionDecision(True, "there was no champion")
@@ -79,6 +79,10 @@ def compare_with_champion(
             f"The champion cannot be scored, so nothing can be said to be no worse: {error} "
             "Promote a version by hand if that is right."
         ) from error
+    classes = open_dataset(project.dataset).classes
+    if fault := differing_labels(classifier.labels, classes):
+        fault = fault.replace("the first", "the champion").replace("the second", "the new model")
+        return PromotionDecision(False, f"not comparable with the champion, for {fault}")
     photos, labels, challenger = _unseen_photos(project, release)
     found = classify_files(classifier, photos, progress)
     if lost := [f"'{one.path.name}' ({one.error})" for one in found if one.error]:
@@ -87,7 +91,9 @@ def compare_with_champion(
             "Leave data/ alone during a retrain, and run it again."
         )
     probabilities = np.array([one.probabilities for one in found])
-    result = compare(probabilities, challenger, labels, [path.name for path in photos])
+    result = compare(
+        probabilities, challenger, labels, [path.name for path in photos], classes=classes
+    )
     return PromotionDecision(result.no_worse, result.reason, result)
 
 
@@ -292,7 +298,10 @@ def _failed_gates(release: Path, limits: GateParams) -> Iterator[str]:
         yield "its own gate did not pass it"
     index = read_json(release / DATASET_INDEX)
     leaks = index.get("leaks") if isinstance(index, dict) else None
-    for reason in judge(read_json(release / "metrics.json"), leaks, limits).reasons:
+    metrics, labels = (read_json(release / f"{name}.json") for name in ("metrics", "labels"))
+    if not labels:
+        yield "it has no labels.json"
+    for reason in judge(metrics, leaks, limits, labels or ()).reasons:
         yield f"today's gate refuses it, {reason}"
 
 

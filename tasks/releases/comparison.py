@@ -1,6 +1,6 @@
 """Compare two releases on the photos that neither was trained on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,10 @@ from tasks.data.images import decode, resize_square
 from tasks.errors import DataError
 from tasks.io import atomic_write, read_json
 from tasks.model.inference import classify_files
-from tasks.params import LABELS
 from tasks.project import Project
 from tasks.releases.champion import seen_photos
 from tasks.releases.release import DATASET_INDEX, open_release
-from tasks.scoring.compare import Comparison, compare
+from tasks.scoring.compare import Comparison, compare, differing_labels
 from tasks.stage import Progress, silent
 
 SHOWN = 24
@@ -35,27 +34,35 @@ def compare_releases(
     Returns:
         The comparison, and the picture; None where the releases read all photos alike.
     """
-    photos = _unseen(project, [*releases.values()])
-    labels = np.array([LABELS.index(photo.label) for photo in photos])
+    first, second = (open_release(folder) for folder in releases.values())
+    if fault := differing_labels(first.labels, second.labels):
+        raise DataError(
+            f"The releases {' and '.join(releases)} cannot be compared, for {fault}. Name two "
+            "with the same labels."
+        )
+    photos = _unseen(project, [*releases.values()], first.labels)
+    labels = np.array([first.labels.index(photo.label) for photo in photos])
     paths = [project.data / photo.key for photo in photos]
     rows = []
-    for folder in releases.values():
-        found = classify_files(open_release(folder), paths, progress)
+    for classifier in (first, second):
+        found = classify_files(classifier, paths, progress)
         if bad := [f"'{one.path}' ({one.error})" for one in found if one.error]:
             raise DataError(
                 f"{len(bad)} photos cannot be read, such as {bad[0]}. Import them anew."
             )
         rows.append(np.array([one.probabilities for one in found]))
-    result = compare(rows[0], rows[1], labels, [photo.key for photo in photos])
+    result = compare(
+        rows[0], rows[1], labels, [photo.key for photo in photos], classes=first.labels
+    )
     picture = project.artifacts / "compare.png" if result.changed else None
     if picture:
         _draw(picture, project, [*releases], result)
     return result, picture
 
 
-def _unseen(project: Project, releases: list[Path]) -> list[Photo]:
+def _unseen(project: Project, releases: list[Path], labels: Sequence[str]) -> list[Photo]:
     """Photos in data/ that no release was trained on, near-duplicates included."""
-    photos = find_photos(project.data)
+    photos = [photo for photo in find_photos(project.data) if photo.label in labels]
     names = name_photos(photos)
     seen: set[str] = set()
     for folder in releases:
@@ -66,8 +73,8 @@ def _unseen(project: Project, releases: list[Path]) -> list[Photo]:
     ]
     if not unseen:
         raise DataError(
-            f"All {len(photos)} photos in data/ were in the training of one of the two, so they "
-            "cannot be compared. Import photos that are new to both."
+            f"All {len(photos)} photos in data/ with their labels were in the training of one of "
+            "the two, so they cannot be compared. Import photos that are new to both."
         )
     return unseen
 
@@ -83,7 +90,7 @@ def _draw(picture: Path, project: Project, names: list[str], result: Comparison)
         pixels = decode((project.data / one["name"]).read_bytes(), one["name"])
         axes.imshow(resize_square(pixels, SIDE))
         axes.set_title(
-            f"sign {one['label']}\n{names[0]}: {one['champion']}   {names[1]}: {one['challenger']}",
+            f"{one['label']}\n{names[0]}: {one['champion']}   {names[1]}: {one['challenger']}",
             fontsize=9,
             color="darkgreen" if one["now"] == "right" else "darkred",
         )

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tasks.errors import PromotionError, ReleaseError, first_fault
 from tasks.io import atomic_directory, read_json, sha256
 from tasks.model.inference import Classifier, load_classifier
-from tasks.params import LABELS, PreprocessParams
+from tasks.params import PreprocessParams
 from tasks.releases.signing import Trust, canonical
 from tasks.services.s3 import ChangedError, MissingObjectError, Storage
 
@@ -202,17 +202,18 @@ def open_release(folder: Path) -> Classifier:
     """Load the classifier of a verified release; it resizes photos as in training.
 
     Raises:
-        PromotionError: its labels are not ours, in our order, or its parameters do not
-            say how photos are resized.
+        PromotionError: it does not say which labels it has, or how photos are resized.
         ModelError: its model does not fit.
     """
     labels = read_json(folder / "labels.json")
-    if labels != list(LABELS):
+    texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    if not texts or len(set(labels)) != len(labels):
         raise PromotionError(
-            f"Release {folder.name} has the labels {labels}, and they must be {list(LABELS)} in "
-            "this order. Promote a release of this project."
+            f"labels.json of release {folder.name} must list different labels, not "
+            f"{str(labels)[:200]}. Promote a release of this project."
         )
-    found = load_classifier(folder / "model.pb", _preprocess(folder / "params.yaml"), trusted=True)
+    preprocess = _preprocess(folder / "params.yaml")
+    found = load_classifier(folder / "model.pb", preprocess, labels, trusted=True)
     chosen = ((read_json(folder / "metrics.json") or {}).get("certainty") or {}).get(
         "certain_above"
     )

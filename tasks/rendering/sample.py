@@ -24,13 +24,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tasks.errors import DataError
 from tasks.io import atomic_directory, atomic_write
-from tasks.params import LABELS
 from tasks.rendering.scene import photograph
 from tasks.stage import Progress, silent
 
 SEED = 20
 MEANINGS = ("closed ring", "index", "index, middle", "thumb and two", "four fingers", "open hand")
 """What the hand shows for each label."""
+SIGNS = tuple(map(str, range(len(MEANINGS))))
+"""The only labels that can be rendered."""
 
 CHUNK = 10
 MAX_PROCESSES = 8
@@ -60,14 +61,14 @@ def render_sample(
             f"A sample needs at least one photo of each label. Received: per_class={per_class}. "
             "Give a positive number."
         )
-    places = [(seed, label, number) for number in range(per_class) for label in range(len(LABELS))]
+    places = [(seed, label, number) for number in range(per_class) for label in range(len(SIGNS))]
     with atomic_directory(folder) as temporary:
-        for label in LABELS:
+        for label in SIGNS:
             (temporary / "train" / label).mkdir(parents=True)
         progress("render", 0, len(places))
         for done, (place, picture) in enumerate(draw_all(places), start=1):
             content = encode(picture)
-            path = temporary / "train" / LABELS[place[1]] / f"{_digest(content)}.png"
+            path = temporary / "train" / SIGNS[place[1]] / f"{_digest(content)}.png"
             path.write_bytes(content)
             if done % CHUNK == 0 or done == len(places):
                 progress("render", done, len(places))
@@ -88,7 +89,7 @@ def contact_sheet(target: Path, columns: int = 12, seed: int = SEED) -> None:
         seed: of the data set.
     """
     side, margin, head = 96, 150, 34
-    sheet = Image.new("RGB", (margin + columns * side, head + len(LABELS) * side), "white")
+    sheet = Image.new("RGB", (margin + columns * side, head + len(SIGNS) * side), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
     pen.text((10, 8), "Rendered hands: the sample data set, no photographs", "black", font)
     for label, meaning in enumerate(MEANINGS):

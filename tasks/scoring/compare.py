@@ -12,7 +12,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from tasks.errors import DataError
-from tasks.params import LABELS
+from tasks.params import list_labels
 from tasks.scoring.metrics import FrozenModel, Scores, checked, rounded, score
 
 SIGNIFICANCE = 0.05
@@ -53,20 +53,35 @@ class Comparison(FrozenModel):
         return content | scores
 
 
+def differing_labels(first: Sequence[str], second: Sequence[str]) -> str | None:
+    """Why models with these labels cannot be compared, or None if they can."""
+    if [*first] == [*second]:
+        return None
+    only = {
+        "the first": [label for label in first if label not in second],
+        "the second": [label for label in second if label not in first],
+    }
+    faults = [f"only {who} has {list_labels(found)}" for who, found in only.items() if found]
+    return "their labels differ: " + (" and ".join(faults) or "they are in another order")
+
+
 def compare(
     champion: np.ndarray,
     challenger: np.ndarray,
     labels: np.ndarray,
     names: Sequence[str] | None = None,
+    *,
+    classes: Sequence[str],
 ) -> Comparison:
-    """Compare two models' probabilities, float (n, labels), for the same photos.
+    """Compare two models' probabilities, float (n, classes), for the same photos.
 
     Args:
         labels: integer, (n,).
         names: of the photos; their row numbers by default.
+        classes: names of the classes.
     """
-    old, y = checked(champion, labels)
-    new, _ = checked(challenger, labels)
+    old, y = checked(champion, labels, classes)
+    new, _ = checked(challenger, labels, classes)
     names = [str(row) for row in range(len(y))] if names is None else names
     if len(names) != len(y):
         raise DataError(
@@ -76,7 +91,7 @@ def compare(
     was, now = old.argmax(axis=1), new.argmax(axis=1)
     won = int(((was != y) & (now == y)).sum())
     lost = int(((was == y) & (now != y)).sum())
-    before, after = score(old, y), score(new, y)
+    before, after = score(old, y, classes), score(new, y, classes)
     p_value, rise = mcnemar(won, lost), after.loss - before.loss
     verdict: Literal["better", "worse", "no significant difference"]
     if p_value < SIGNIFICANCE:
@@ -105,9 +120,9 @@ def compare(
         changed=tuple(
             {
                 "name": names[row],
-                "label": LABELS[y[row]],
-                "champion": LABELS[was[row]],
-                "challenger": LABELS[now[row]],
+                "label": classes[y[row]],
+                "champion": classes[was[row]],
+                "challenger": classes[now[row]],
                 "now": "right"
                 if now[row] == y[row]
                 else "wrong"

@@ -8,7 +8,6 @@ import numpy as np
 from tasks.data.sources import arrange, folder_files
 from tasks.errors import DataError
 from tasks.model.inference import Classifier, Prediction, classify
-from tasks.params import LABELS
 from tasks.scoring.metrics import score
 from tasks.stage import Progress, silent
 
@@ -23,8 +22,8 @@ def evaluate_folder(
     """
     if not folder.is_dir():
         fault = "is a file" if folder.exists() else "does not exist"
-        raise DataError(f"'{folder}' {fault}. Name a folder of class folders 0 to 5.")
-    items = arrange(folder_files(folder), str(folder)).files
+        raise DataError(f"'{folder}' {fault}. Name a folder of class folders.")
+    items = arrange(folder_files(folder), str(folder), classifier.labels).files
     if len({item.split for item in items if item.label}) > 1:
         raise DataError(
             f"'{folder}' holds photos inside and outside of test/, but only one set of photos is "
@@ -34,7 +33,8 @@ def evaluate_folder(
     sources = [(Path(item.origin), read) for item, _, read in labelled]
     found = classify(classifier, sources, progress)
     pairs = [(one, label) for one, (_, label, _) in zip(found, labelled, strict=True)]
-    known = [(one.probabilities, LABELS.index(label)) for one, label in pairs if not one.error]
+    labels = classifier.labels
+    known = [(one.probabilities, labels.index(label)) for one, label in pairs if not one.error]
     if not known:
         raise DataError(
             f"None of the {len(found)} files below '{folder}' is a usable photo; the first, "
@@ -43,7 +43,7 @@ def evaluate_folder(
     probabilities, classes = (np.array(column) for column in zip(*known, strict=True))
     outside = [Prediction(Path(one.origin), error=one.fault) for one in items if not one.label]
     return {
-        **score(probabilities, classes).to_json(),
+        **score(probabilities, classes, labels).to_json(),
         "misread": [
             {"truth": label, **one.to_json()}
             for one, label in pairs

@@ -1,5 +1,6 @@
 """Metrics of a set of predictions."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,6 @@ from scipy.stats import binomtest
 from sklearn import metrics as sk
 
 from tasks.errors import DataError
-from tasks.params import LABELS
 
 DIGITS = 6
 """Decimals in JSON: far below one photo's weight, above float32 noise."""
@@ -74,10 +74,16 @@ class Scores(FrozenModel):
         return content
 
 
-def score(probabilities: ArrayLike, labels: ArrayLike) -> Scores:
-    """Score probabilities, float (n, labels), against true labels, integer (n,), in float64."""
-    p, y = checked(probabilities, labels)
-    classes, predicted = range(len(LABELS)), p.argmax(axis=1)
+def score(probabilities: ArrayLike, labels: ArrayLike, names: Sequence[str]) -> Scores:
+    """Score probabilities in float64.
+
+    Args:
+        probabilities: float, (n, classes).
+        labels: true classes; integer, (n,).
+        names: of the classes.
+    """
+    p, y = checked(probabilities, labels, names)
+    classes, predicted = range(len(names)), p.argmax(axis=1)
     right = int((predicted == y).sum())
     columns = sk.precision_recall_fscore_support(y, predicted, labels=classes, zero_division=np.nan)
     per_class = tuple(
@@ -88,7 +94,7 @@ def score(probabilities: ArrayLike, labels: ArrayLike) -> Scores:
             f1=_defined(f1),
             support=int(support),
         )
-        for label, precision, recall, f1, support in zip(LABELS, *columns, strict=True)
+        for label, precision, recall, f1, support in zip(names, *columns, strict=True)
     )
     missing = ", ".join(one.label for one in per_class if not one.support)
     auc = None if missing else sk.roc_auc_score(y, p, multi_class="ovr", average="macro")
@@ -107,9 +113,11 @@ def score(probabilities: ArrayLike, labels: ArrayLike) -> Scores:
     )
 
 
-def checked(probabilities: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Reject what cannot be scored; normalize rows. float64, (n, labels) and int64, (n,)."""
-    p, y, count = np.asarray(probabilities), np.asarray(labels), len(LABELS)
+def checked(
+    probabilities: ArrayLike, labels: ArrayLike, names: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reject what cannot be scored; normalize rows. float64, (n, classes) and int64, (n,)."""
+    p, y, count = np.asarray(probabilities), np.asarray(labels), len(names)
     if p.ndim != 2 or p.shape[1] != count or not np.issubdtype(p.dtype, np.floating):
         raise DataError(
             f"Probabilities must be floats of shape (n, {count}), not {p.dtype} {p.shape}."

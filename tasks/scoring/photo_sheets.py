@@ -11,7 +11,7 @@ from PIL import Image
 from tasks.data.dataset import Dataset, Photo
 from tasks.io import atomic_write
 from tasks.model.augment import augment
-from tasks.params import LABELS, AugmentationParams
+from tasks.params import AugmentationParams
 
 Pictures = Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
 
@@ -21,6 +21,8 @@ PAIRS = 12
 """Near-duplicate pairs that the audit shows."""
 PHOTOS, COPIES = 2, 5
 """Photos of each class, and augmented copies of each, that are shown at most."""
+MAX_CLASSES = 40
+"""Classes that are shown."""
 SIDE = 96
 
 
@@ -44,7 +46,7 @@ def draw_augmentation(
     train = dataset.rows("train")
     blank = np.full((SIDE, SIDE, 3), 255, np.uint8)
     pictures = []
-    for label in range(len(LABELS)):
+    for label in range(len(dataset.classes))[:MAX_CLASSES]:
         rows = train[dataset.labels[train] == label][:PHOTOS]
         pictures += [
             augment(np.asarray(dataset.images[row]), dataset.names[row], n, seed, params, SIDE)
@@ -63,7 +65,7 @@ def draw_audit(
     `report` is the content of `audit.json`; pictures are uint8, (n, side, side, 3).
     """
     samples = []
-    for label in LABELS:
+    for label in [*report["counts"]["train"]][:MAX_CLASSES]:
         rows = [row for row, photo in enumerate(photos) if photo.label == label]
         samples += [pictures[rows[n * len(rows) // SAMPLES]] for n in range(SAMPLES)]
     sheets = [tile(samples, SAMPLES)]

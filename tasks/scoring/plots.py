@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -13,13 +14,16 @@ from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, RocCurveDisplay
 
 from tasks.io import atomic_write
-from tasks.params import LABELS
 from tasks.scoring.metrics import CALIBRATION_BINS, Scores, calibration_error
 
 DPI = 120
 COLORS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00")
 """Okabe and Ito's palette, distinguishable with all common kinds of color vision."""
 BLUE, ORANGE = COLORS[4:]
+MAX_CURVES = 20
+"""Classes with curves; of more, those that are read worst."""
+MAX_NUMBERS = 25
+"""Classes up to which the confusion matrix shows counts."""
 MAX_MISTAKES = 24
 LEAST_CONFIDENT = 12
 COLUMNS = 6
@@ -73,10 +77,22 @@ def shares(pairs: Mapping[str, tuple[Sequence[str], Any, Any]]) -> Figure:
 
 def confusion(scores: Scores) -> Figure:
     """Draw the confusion matrix."""
-    figure = Figure(figsize=(6, 5.6), layout="constrained")
+    names = [one.label for one in scores.per_class]
+    count = len(names)
+    side = min(max(0.0, 0.4 * (count - 6)), 16.0)
+    figure = Figure(figsize=(6 + side, 5.6 + side), layout="constrained")
     axes = figure.subplots()
-    display = ConfusionMatrixDisplay(np.array(scores.confusion_matrix), display_labels=LABELS)
-    display.plot(ax=axes, cmap="Blues", colorbar=False)
+    display = ConfusionMatrixDisplay(np.array(scores.confusion_matrix), display_labels=names)
+    turned = "vertical" if max(map(len, names)) > 2 else "horizontal"
+    display.plot(
+        ax=axes,
+        cmap="Blues",
+        colorbar=False,
+        include_values=count <= MAX_NUMBERS,
+        xticks_rotation=turned,
+    )
+    if count > 2 * MAX_NUMBERS:  # names would overlap
+        axes.set(xticks=[], yticks=[])
     low, high = scores.accuracy_interval
     axes.set_title(
         f"{scores.accuracy:.1%} of {scores.n} test photos correct (95%: {low:.1%} to {high:.1%})",
@@ -85,17 +101,23 @@ def confusion(scores: Scores) -> Figure:
     return figure
 
 
-def roc_pr(p: np.ndarray, y: np.ndarray) -> Figure:
+def roc_pr(p: np.ndarray, y: np.ndarray, names: Sequence[str]) -> Figure:
     """Draw ROC and precision-recall curves, each class against the rest.
 
-    Here and below `p` is float64, (n, labels), and `y` int64, (n,). A class without photos
+    Here and below `p` is float64, (n, classes), and `y` int64, (n,). A class without photos
     has no curve.
     """
     figure = Figure(figsize=(11, 5), layout="constrained")
     roc, pr = figure.subplots(1, 2)
-    for index, label in enumerate(LABELS):
-        positive = y == index
-        style = {"color": COLORS[index]}
+    shown = [*range(len(names))]
+    if len(names) > MAX_CURVES:
+        found = np.bincount(y, p[np.arange(len(y)), y], minlength=len(names))
+        mean = found / np.maximum(np.bincount(y, minlength=len(names)), 1)
+        shown = sorted(np.argsort(mean, kind="stable")[:MAX_CURVES].tolist())
+    few = len(names) <= len(COLORS)
+    for place, index in enumerate(shown):
+        label, positive = names[index], y == index
+        style = {"color": COLORS[place] if few else colormaps["tab20"](place)}
         if not positive.any() or positive.all():
             for axes in (roc, pr):
                 axes.plot([], [], label=f"{label} (not defined)", **style)
@@ -124,7 +146,7 @@ def reliability_diagram(p: np.ndarray, y: np.ndarray) -> Figure:
     return figure
 
 
-def mistakes(images: np.ndarray, p: np.ndarray, y: np.ndarray) -> Figure:
+def mistakes(images: np.ndarray, p: np.ndarray, y: np.ndarray, names: Sequence[str]) -> Figure:
     """Show misclassified photos, the most confident first; without any, the least confident.
 
     `images` are uint8, (n, side, side, 3), RGB.
@@ -148,9 +170,9 @@ def mistakes(images: np.ndarray, p: np.ndarray, y: np.ndarray) -> Figure:
         axes.imshow(images[row], interpolation="bicubic")
         right = predicted[row] == y[row]
         verdict = (
-            f"{LABELS[y[row]]}, correct"
+            f"{names[y[row]]}, correct"
             if right
-            else (f"{LABELS[y[row]]} as {LABELS[predicted[row]]}")
+            else (f"{names[y[row]]} as {names[predicted[row]]}")
         )
         axes.set_title(f"{verdict} ({confidence[row]:.0%})", fontsize=10)
     return figure

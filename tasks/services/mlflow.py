@@ -23,6 +23,8 @@ CHALLENGER = "challenger"
 CHAMPION = "champion"
 CONTENT_ID = "content_id"
 """Tag of runs and versions: the release that they stand for."""
+MAX_PARAM = 6000
+"""Characters of a parameter that MLflow takes."""
 BATCH = 100
 """Parameters that one request may carry; metrics may be ten times as many."""
 FIXED = {
@@ -292,7 +294,7 @@ def _log(client: Any, run_id: str, record: RunRecord) -> None:
     from mlflow.entities import Metric, Param
 
     now = int(time.time() * 1000)
-    params = [Param(name, str(value)) for name, value in _flat(record.params)]
+    params = [Param(name, str(value)[:MAX_PARAM]) for name, value in _flat(record.params)]
     metrics = [
         Metric(name.replace(".", "/"), float(value), now, step)
         for name, value, step in _points(record)

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from tasks.model.feature_store import Features
 from tasks.model.network import Tail, matmul_in
-from tasks.params import LABELS
 from tasks.stage import Progress
 from tasks.training.plan import Epoch, Plan, score_logits
 
@@ -101,7 +100,7 @@ def _learner(
         average.update()
         return loss, logits
 
-    return traced(learn, example, tf.zeros((1, len(LABELS))), tf.constant(0))
+    return traced(learn, example, tf.zeros((1, plan.classes)), tf.constant(0))
 
 
 def _read_ahead(read: Read, batches: list[Rows], plan: Plan | None) -> Iterator[Any]:

@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 
 from tasks.data.dataset import SYNTHETIC, Dataset, stratified_sample
 from tasks.errors import ParamsError
-from tasks.params import LABELS, Params, PhaseParams, TrainingParams
+from tasks.params import Params, PhaseParams, TrainingParams
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Plan:
     synthetic: NDArray[np.bool_]
     val: NDArray[np.int64]
     val_labels: NDArray[np.int64]
+    classes: int
 
     @property
     def updates_per_epoch(self) -> int:
@@ -71,7 +72,7 @@ class Plan:
 
     def targets(self, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
         """One-hot labels of positions in `train`; float32, (batch, labels)."""
-        return np.eye(len(LABELS), dtype=np.float32)[self.train_labels[chosen]]
+        return np.eye(self.classes, dtype=np.float32)[self.train_labels[chosen]]
 
 
 def plan_phase(params: Params, name: str | None, dataset: Dataset) -> Plan:
@@ -95,6 +96,7 @@ def plan_phase(params: Params, name: str | None, dataset: Dataset) -> Plan:
         synthetic=np.isin(train, dataset.rows(SYNTHETIC)),
         val=val,
         val_labels=dataset.labels[val],
+        classes=len(dataset.classes),
     )
 
 

@@ -10,6 +10,8 @@ const SIGNS = {
   4: "four fingers",
   5: "open hand",
 };
+const MOST_BARS = 10;
+const MOST_BUTTONS = 12;
 const HEALTH_SECONDS = 10;
 const LARGE_BYTES = 1_000_000;
 const LARGEST_SIDE = 1600;
@@ -19,24 +21,49 @@ const [sign, words, bars, tokenRow] = ["sign", "words", "bars", "token-row"].map
 
 // What was read.
 
-for (const [label, meaning] of Object.entries(SIGNS)) {
-  const head = made("th", [made("b", label), made("span", meaning)], { scope: "row" });
+let labels = Object.keys(SIGNS); // of the model that answers
+let hands = true; // whether they are the six signs
+
+function know(found) {
+  labels = found;
+  hands = found.join("/") === Object.keys(SIGNS).join("/");
+  at("samples").hidden = !hands;
+  at("what").textContent = hands ? "Show a hand, read its sign" : "Show a photo, see what it is";
+  at("of").textContent = hands ? "A photo of one hand showing 0 to 5." : "";
+  at("sign-heading").textContent = hands ? "Sign" : "Answer";
+  draw(null, null);
+}
+
+function bar(label) {
+  const meaning = made("span", hands ? SIGNS[label] : "");
+  const head = made("th", [made("b", label), meaning], { scope: "row" });
   const track = made("div", made("div", "", { className: "fill" }), { className: "track" });
   track.setAttribute("aria-hidden", "true");
-  bars.append(made("tr", [head, made("td", track), made("td", "–")]));
+  const row = made("tr", [head, made("td", track), made("td", "–")]);
+  return Object.assign(row, { label });
+}
+
+// The most probable first where there are more than fit.
+function ranked(probabilities, most, names = labels) {
+  if (names.length <= most) return names;
+  return [...names].sort((a, b) => probabilities[b] - probabilities[a]).slice(0, most);
 }
 
 function say(text, { label = null, certain = true, bad = false, detail = "" } = {}) {
   sign.textContent = certain ? label ?? "–" : "?";
+  sign.classList.toggle("word", sign.textContent.length > 2);
   sign.classList.toggle("known", label !== null && certain);
   words.classList.toggle("bad", bad);
   words.replaceChildren(text, ...(detail ? [made("small", detail)] : []));
 }
 
 function draw(probabilities, best) {
-  [...bars.rows].forEach((row, label) => {
-    const share = probabilities ? probabilities[label] : null;
-    row.classList.toggle("best", String(label) === best);
+  const shown = probabilities ? ranked(probabilities, MOST_BARS) : labels.slice(0, MOST_BARS);
+  const now = [...bars.rows].map((row) => row.label);
+  if (now.join("/") !== shown.join("/")) bars.replaceChildren(...shown.map(bar));
+  [...bars.rows].forEach((row) => {
+    const share = probabilities ? probabilities[row.label] : null;
+    row.classList.toggle("best", row.label === best);
     row.querySelector(".fill").style.width = `${100 * (share ?? 0)}%`;
     row.cells[2].textContent = share === null ? "–" : percent(share);
   });
@@ -46,13 +73,16 @@ function report({ label, certain, probabilities }) {
   const share = percent(probabilities[label]);
   if (certain) {
     const doubt = probabilities[label] < 0.9 ? ", not quite certain" : "";
-    say(`Sign ${label}: ${SIGNS[label]}`, { label, detail: `${share}${doubt}` });
+    say(hands ? `Sign ${label}: ${SIGNS[label]}` : label, { label, detail: `${share}${doubt}` });
   } else {
-    const detail = `Perhaps sign ${label}, ${share}. Show one hand, well lit and close.`;
-    say("No clear hand", { certain, detail });
+    const advice = hands ? "Show one hand, well lit and close." : "Show it well lit and close.";
+    const detail = `Perhaps ${hands ? "sign " : ""}${label}, ${share}. ${advice}`;
+    say(hands ? "No clear hand" : "Not clear", { certain, detail });
   }
   draw(probabilities, certain ? label : null);
 }
+
+draw(null, null);
 
 function refused(reason) {
   say(reason, { bad: true });
@@ -67,9 +97,8 @@ function doubt(photo, answer) {
   at("feedback").hidden = !keeps;
   at("thanks").textContent = "";
   unfold(false);
-  const labels = Object.keys(answer.probabilities);
   const others = labels.filter((label) => label !== answer.label || !answer.certain);
-  const buttons = others.map((label) => {
+  const buttons = ranked(answer.probabilities, MOST_BUTTONS, others).map((label) => {
     const button = made("button", label, { type: "button", className: "button" });
     button.addEventListener("click", () => suggest(photo, label));
     return button;
@@ -295,6 +324,7 @@ async function look() {
   const problem = health.problem ?? "";
   if (at("problem").textContent !== problem) at("problem").textContent = problem;
   at("problem").hidden = !problem;
+  if (health.labels?.length && health.labels.join("/") !== labels.join("/")) know(health.labels);
   keeps = Boolean(health.capture);
   at("kept").textContent = keeps ? "and may be kept to learn from it" : "and not kept";
   at("private-row").hidden = !keeps;
