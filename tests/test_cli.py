@@ -207,10 +207,10 @@ def test_two_releases_are_compared_on_the_same_photos(
 def test_an_interrupted_command_says_what_that_means(workshop: Workshop) -> None:
     code = (
         "import signal, sys\n"
-        "from flows import cli\n"
+        "from flows import cli, look\n"
         # A shell has what it starts in the background ignore the signal.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "cli.open_workspace = lambda: signal.raise_signal(signal.SIGINT)\n"
+        "look.open_workspace = lambda: signal.raise_signal(signal.SIGINT)\n"
         "sys.argv = ['handsigns', 'status']\n"
         "cli.main()\n"
     )
