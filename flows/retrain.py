@@ -1,7 +1,6 @@
 """The retrain flow: fetch, version, run the stages, publish, register, compare, promote."""
 
 import logging
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
@@ -16,16 +15,13 @@ from prefect.exceptions import TerminationSignal
 from prefect.runtime import task_run
 from prefect.states import Cancelled, Completed, Failed
 
-from flows import ui
+from flows import publish, ui
 from flows.dask import shard_runner
 from flows.notify import notify_bad_end
 from flows.output import progress_lines
 from flows.promotion import ask
 from flows.report import (
-    ModelReport,
-    ReleaseReport,
     data_changes,
-    histories,
     log_run,
     quarantined,
     read_stages,
@@ -34,16 +30,13 @@ from flows.report import (
 from flows.run import Run, command, find_unchanged, preflight, retrain_lock, save_last_run
 from flows.settings import load_settings
 from flows.workspace import Workspace
-from tasks.data.dataset import open_dataset
 from tasks.data.directory import data_lock, fetch_data
 from tasks.data.importer import Inbox
 from tasks.errors import BusyError, HandsignsError, OvertakenError, PromotionError
-from tasks.io import read_json, write_json
-from tasks.model.augment import enlarge
+from tasks.io import read_json
 from tasks.model.shards import runner
 from tasks.params import load_params
 from tasks.project import Project
-from tasks.releases.card import model_card
 from tasks.releases.champion import (
     METRICS,
     PromotionDecision,
@@ -52,18 +45,13 @@ from tasks.releases.champion import (
     set_champion,
 )
 from tasks.releases.pointer import Champion
-from tasks.releases.provenance import release_facts, write_bill
-from tasks.releases.release import DATASET_INDEX, Release, fetch, publish
+from tasks.releases.release import DATASET_INDEX, Release, fetch
 from tasks.services.data_file import check_trained_on
-from tasks.services.git import push_to_branch, read_revision
-from tasks.services.mlflow import CHALLENGER, CHAMPION, RunRecord, Version
+from tasks.services.git import push_to_branch
+from tasks.services.mlflow import CHAMPION, Version
 
 LOCK_SECONDS = 600.0
 """Longest wait for an import that is running."""
-SOURCES = {
-    "sample": "The photos are the rendered sample set: drawn hands, not photographs.",
-    "photos": "The photos were imported.",
-}
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -153,6 +141,7 @@ def _conduct(run: Run) -> State[Any]:
             log_run(report, project)
         bad = report.status in ("failed", "rejected")
         _log.log(logging.ERROR if bad else logging.INFO, "%s: %s", report.status, report.reason)
+        publish.name_run(run)
         ui.show_summary(project, report)
         ui.rename_run(report.headline())
     if report.status == "cancelled":
@@ -179,6 +168,7 @@ def _retrain(run: Run) -> None:
         if not run.report.gate.passed:
             failures = "; ".join(run.report.gate.failures())
             run.end("rejected", f"The gate rejected the model: {failures}.")
+            record_rejected(run)
         else:
             release = publish_release(run)
             version = register_release(run, release)
@@ -284,64 +274,9 @@ def commit_versions(run: Run, branch: str) -> None:
     _log.info("Branch %s: %s.", branch, f"commit {commit} is pushed" if commit else "up to date")
 
 
-@step("publish")
-def publish_release(run: Run) -> Release:
-    """Upload the release of what the stages made, or find it there."""
-    workspace, report = run.workspace, run.report
-    project, params = workspace.project, load_params(workspace.project.params)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        write_json(folder / "labels.json", open_dataset(project.dataset).classes)
-        card = model_card(
-            metrics=read_json(project.metrics),
-            gate=read_json(project.gate),
-            counts=report.data.model_dump(include={"train", "val", "test", "synthetic"}),
-            params=params.model_dump(),
-            histories=histories(project, params),
-            data_version=report.data.version,
-            data_note=SOURCES[workspace.pipeline.data_source() or "photos"],
-        )
-        (folder / "model_card.md").write_text(card, encoding="utf-8")
-        root = project.root
-        write_bill(root / "requirements.lock", root / "pyproject.toml", folder / "sbom.cdx.json")
-        made = [project.model, project.graph, project.metrics, project.gate, *folder.iterdir()]
-        made += [project.params, project.lock, project.data_file, project.reference]
-        files = {DATASET_INDEX: project.dataset_index, **{path.name: path for path in made}}
-        facts = release_facts(root, report.data.version, workspace.champion())
-        release = publish(workspace.storage, files, facts)
-    report.release = ReleaseReport(id=release.id, uri=release.uri)
-    return release
-
-
-@step("register")
-def register_release(run: Run, release: Release) -> Version:
-    """Record the run in MLflow and register the model of its release as challenger."""
-    from tasks.model.files import load_model
-
-    report, registry = run.report, run.workspace.registry
-    project, params = run.workspace.project, load_params(run.workspace.project.params)
-    record = RunRecord(
-        content_id=release.id,
-        params=params.model_dump(),
-        histories=histories(project, params),
-        metrics={"test": read_json(project.metrics)},
-        pictures=sorted(project.plots.glob("*.png")),
-        files=[project.lock, project.params, project.data_file],
-        tags={
-            "data_version": report.data.version,
-            "git_revision": read_revision(project.root).commit,
-            "release_uri": release.uri,
-        },
-    )
-    dataset = open_dataset(project.dataset)
-    example = enlarge(dataset.images[dataset.rows("test")[:1]]).astype("float32")
-    recorded = registry.record_run(
-        record, project.model, lambda: load_model(project.model), example
-    )
-    version = registry.register(recorded, release.id, {"release_uri": release.uri})
-    registry.set_alias(CHALLENGER, version.number)
-    report.model = ModelReport(name=registry.model_name, version=version.number, alias=CHALLENGER)
-    return version
+publish_release = step("publish")(publish.publish_release)
+register_release = step("register")(publish.register_release)
+record_rejected = step("register")(publish.record_rejected)
 
 
 @step("compare")

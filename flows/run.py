@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ class Run:
     def __init__(self, workspace: Workspace, force: bool, progress: Progress) -> None:
         self.workspace, self.force, self.progress = workspace, force, progress
         self.report = RunReport(model=ModelReport(name=workspace.settings.model_name))
+        self.started = time.time()
+        self.record: str | None = None  # the run in MLflow
 
     def end(self, status: Status, reason: str) -> None:
         """Set the outcome."""

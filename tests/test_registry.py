@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from tasks.errors import ServiceError
-from tasks.services.mlflow import CHALLENGER, CHAMPION, RecordedRun, Registry, RunRecord
+from tasks.services.mlflow import CHALLENGER, CHAMPION, RecordedRun, Registry
+from tasks.services.run_record import RunRecord
 from tests.fixtures.servers import MlflowServer
 
 ID = "0123456789abcdef" * 2
@@ -136,6 +138,33 @@ def test_one_release_is_one_run_and_one_version(
     # MLflow's default store, a database in the current folder, is never touched.
     assert list(Path.cwd().iterdir()) == []
     assert capsys.readouterr().out == ""
+
+
+def test_a_rejected_run_is_recorded_with_its_photos_and_named_by_its_outcome(
+    tracking_uri: str, record: RunRecord, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    registry = Registry(tracking_uri, "hands", tmp_path / "mlartifacts")
+    rejected = replace(
+        record,
+        content_id=None,
+        name="retrain on data 0123",
+        description="Rejected: recall of 4 0.71 < 0.75.",
+        data_version="0123456789.dir",
+        photos={"train": 900, "test": 180},
+        started=1_700_000_000.0,
+    )
+    run_id = registry.record_rejected(rejected)
+    registry.name_run(run_id, "rejected: recall of 4 0.71 < 0.75")
+    run = MlflowClient(tracking_uri).get_run(run_id)
+    assert run.info.run_name == "rejected: recall of 4 0.71 < 0.75"
+    assert run.data.tags["mlflow.note.content"].startswith("Rejected: recall of 4")
+    assert (run.info.start_time, run.info.status) == (1_700_000_000_000, "FINISHED")
+    (used,) = run.inputs.dataset_inputs
+    assert used.dataset.digest == "0123456789.dir"
+    assert '"train": 900' in used.dataset.profile
+    assert registry.versions() == []
 
 
 def test_a_run_that_broke_off_is_recorded_anew(

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import json
 import logging
 import os
 import shutil
@@ -16,6 +17,7 @@ from textwrap import shorten
 from typing import Any
 
 from tasks.errors import ServiceError
+from tasks.services.run_record import RunRecord
 from tasks.services.s3 import S3Address, redact_url
 
 PREFIX = "mlflow"
@@ -41,26 +43,6 @@ DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "8",
 }
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """Everything about one retrain besides the model.
-
-    Args:
-        content_id: id of the release.
-        params: nested; keys are joined with dots.
-        histories: contents of the phases' `history.json`, in order.
-        metrics: nested final metrics; only numbers are recorded.
-    """
-
-    content_id: str
-    params: Mapping[str, Any]
-    histories: Sequence[Mapping[str, Any]] = ()
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    pictures: Sequence[Path] = ()
-    files: Sequence[Path] = ()
-    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,20 +95,31 @@ class Registry:
         """
         with self._connection() as client:
             experiment = self._experiment(client)
-            if found := _earlier_run(client, experiment, record.content_id):
+            if found := _earlier_run(client, experiment, str(record.content_id)):
                 return found
-            tags = {**record.tags, CONTENT_ID: record.content_id}
-            run_id, state = client.create_run(experiment, tags=tags).info.run_id, "FAILED"
-            try:
-                _log(client, run_id, record)
+            with _new_run(client, experiment, record) as run_id:
                 model_id = _log_model(client, experiment, run_id, model_file, load(), example)
-                state = "FINISHED"
-            finally:
-                client.set_terminated(run_id, state)
         return RecordedRun(run_id, model_id)
 
+    def record_rejected(self, record: RunRecord) -> str:
+        """Record a retrain whose model the gate rejected; the run's id."""
+        with (
+            self._connection() as client,
+            _new_run(client, self._experiment(client), record) as run_id,
+        ):
+            return run_id
+
+    def name_run(self, run_id: str, name: str) -> None:
+        """Name a run by its outcome."""
+        with self._connection() as client:
+            client.update_run(run_id, name=name[:250])
+
     def register(
-        self, run: RecordedRun | None, content_id: str, tags: Mapping[str, str]
+        self,
+        run: RecordedRun | None,
+        content_id: str,
+        tags: Mapping[str, str],
+        description: str | None = None,
     ) -> Version:
         """Make a version, or find it; without a run `tags` must name the `release_uri`."""
         if found := self.find(content_id):
@@ -145,7 +138,11 @@ class Registry:
                 source = client.get_logged_model(run.model_id).artifact_location
                 ids = {"run_id": run.run_id, "model_id": run.model_id}
             made = client.create_model_version(
-                self.model_name, source, tags={**tags, CONTENT_ID: content_id}, **ids
+                self.model_name,
+                source,
+                tags={**tags, CONTENT_ID: content_id},
+                description=description,
+                **ids,
             )
         return _version(made, {})
 
@@ -290,14 +287,41 @@ def _earlier_run(client: Any, experiment: str, content_id: str) -> RecordedRun |
     return found
 
 
-def _log(client: Any, run_id: str, record: RunRecord) -> None:
-    from mlflow.entities import Metric, Param
+@contextmanager
+def _new_run(client: Any, experiment: str, record: RunRecord) -> Iterator[str]:
+    """Make a run of a record; it failed if the block raises."""
+    tags = {**record.tags, "mlflow.note.content": record.description}
+    if record.content_id:
+        tags[CONTENT_ID] = record.content_id
+    started = round((record.started or time.time()) * 1000)
+    run = client.create_run(experiment, started, tags, record.name)
+    run_id, state = str(run.info.run_id), "FAILED"
+    try:
+        _log(client, run_id, record)
+        yield run_id
+        state = "FINISHED"
+    finally:
+        client.set_terminated(run_id, state)
 
+
+def _log(client: Any, run_id: str, record: RunRecord) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+
+    if record.data_version:
+        photos = Dataset(
+            name="photos",
+            digest=record.data_version[:36],
+            source_type="dvc",
+            source=json.dumps({"md5": record.data_version, "path": "data"}),
+            profile=json.dumps(dict(record.photos)),
+        )
+        used = DatasetInput(photos, [InputTag("mlflow.data.context", "training and test")])
+        client.log_inputs(run_id, [used])
     now = int(time.time() * 1000)
-    params = [Param(name, str(value)[:MAX_PARAM]) for name, value in _flat(record.params)]
+    params = [Param(name, str(value)[:MAX_PARAM]) for name, value in record.flat_params()]
     metrics = [
         Metric(name.replace(".", "/"), float(value), now, step)
-        for name, value, step in _points(record)
+        for name, value, step in record.points()
         if isinstance(value, int | float) and not isinstance(value, bool)
     ]
     for start in range(0, max(len(params), len(metrics)), BATCH):
@@ -306,16 +330,6 @@ def _log(client: Any, run_id: str, record: RunRecord) -> None:
     for folder, paths in (("pictures", record.pictures), ("files", record.files)):
         for path in paths:
             client.log_artifact(run_id, str(path), folder)
-
-
-def _points(record: RunRecord) -> Iterator[tuple[str, Any, int]]:
-    """Name, value and epoch; final metrics have epoch 0."""
-    for history in record.histories:
-        for epoch in history["epochs"]:
-            for name in epoch.keys() - {"epoch"}:
-                yield f"{history['phase']}/{name}", epoch[name], epoch["epoch"]
-    for name, value in _flat(record.metrics):
-        yield name, value, 0
 
 
 def _log_model(
@@ -377,11 +391,3 @@ def _advice(uri: str, reason: str) -> str:
     if uri.startswith("postgresql"):
         return "Check DATABASE_URL and the database"
     return "Check MLFLOW_TRACKING_URI and the service"
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
