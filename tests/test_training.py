@@ -196,14 +196,15 @@ def test_both_modes_give_the_same_losses_for_the_same_pictures(
 
 
 def test_mixed_precision_follows_the_same_curve(workshop: Workshop, stored: Features) -> None:
-    # Dropout would scale up what it leaves of an untrained network, and its rounding.
-    runs = [
-        fit(workshop(precision=precision, dropout=0.0), "full", stored)
+    # Dropout, and copies that the random batch norms do not know, would scale up rounding.
+    contexts = [
+        changed(workshop(precision=precision, dropout=0.0), "features", augmented_copies=0)
         for precision in (FULL, MIXED)
     ]
+    runs = [fit(context, "full", stored) for context in contexts]
     for full, mixed in zip(runs[0][1], runs[1][1], strict=True):
-        assert mixed.loss == pytest.approx(full.loss, rel=0.03)
-        assert mixed.val_loss == pytest.approx(full.val_loss, rel=0.03)
+        assert mixed.loss == pytest.approx(full.loss, rel=0.01)
+        assert mixed.val_loss == pytest.approx(full.val_loss, rel=0.01)
     assert moved(runs[0][0], runs[1][0])
     assert all(values.dtype == np.float32 for values in runs[1][0].values())
 
