@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tasks.errors import HandsignsError
+from tasks.stage import redirect_output
 
 if TYPE_CHECKING:
     from flows.local.stack import Running
@@ -66,23 +67,12 @@ def open_workspace() -> "Workspace":
 
 
 def capture_libraries(log: Path) -> None:
-    """Send what libraries print to a file from here on; `out` and `err` keep the terminal.
-
-    TensorFlow and its kin write from C++, so the file takes the place of the process's
-    standard output and standard error.
-    """
+    """Send what libraries print to a file from here on; `out` and `err` keep the terminal."""
     for console, stream in ((out, sys.stdout), (err, sys.stderr)):
         stream.flush()
         copy = os.dup(stream.fileno())
         console.file = os.fdopen(copy, "w", 1, stream.encoding, errors="backslashreplace")
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    except OSError:  # a read-only checkout, or another user's log
-        file = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
+    redirect_output(log)
 
 
 class _MessageHandler(logging.Handler):

@@ -3,6 +3,7 @@
 import atexit
 import gc
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -47,10 +48,27 @@ def collect_rarely() -> None:
     atexit.register(gc.freeze)
 
 
+def redirect_output(log: Path) -> None:
+    """Let a file take the place of the process's standard output and standard error.
+
+    TensorFlow and its kin write there from C++, whatever `sys.stderr` is.
+    """
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    except OSError:  # a read-only checkout, or another user's log
+        file = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+
+
 def stage_main(stage: Stage) -> None:
     """Run one stage as a process: `python -m tasks.<module> [item]`."""
     collect_rarely()
     project = Project(Path.cwd())
+    sys.stderr = os.fdopen(os.dup(2), "w", 1, sys.stderr.encoding, errors="backslashreplace")
+    redirect_output(project.local / "logs" / f"stage-{Path(sys.argv[0]).stem}.log")
     item = sys.argv[1] if len(sys.argv) > 1 else None
     try:
         _run(stage, item, project, _print_progress)
