@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -149,12 +150,25 @@ def test_the_champion_predicts_evaluates_and_verifies(
     assert verified["facts"]["data_version"] == first.data.version
 
 
+def runs_of(workshop: Workshop) -> dict[str, Any]:
+    """The runs in MLflow by their ids."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{workshop.project.local / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("hand-signs")
+    return {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def stored_in(workshop: Workshop) -> dict[str, str]:
+    """The etags of all that the bucket of releases holds, by key."""
+    with embedded(Settings(), workshop.project) as services:
+        return {one.key: one.etag for one in Storage(services.s3()).list("")}
+
+
 def test_a_refused_model_leaves_champion_registry_and_storage_alone(
     workshop: Workshop, prefect_api: PrefectApi
 ) -> None:
-    before = workshop.handsigns("status")
-    releases = sorted((workshop.project.local / "seaweedfs").rglob("*.dat"))
-    sizes = [path.stat().st_size for path in releases]
+    before, runs, stored = workshop.handsigns("status"), runs_of(workshop), stored_in(workshop)
     workshop.change("gate", min_test_photos=10_000)
     try:
         with receiving("secret") as receiver:
@@ -173,7 +187,15 @@ def test_a_refused_model_leaves_champion_registry_and_storage_alone(
     after = workshop.handsigns("status")
     for part in ("champion", "challenger", "history"):
         assert after[part] == before[part]
-    assert [path.stat().st_size for path in releases] == sizes
+    # All that is new is a run in MLflow, which stands for no release and is no version.
+    (run,) = (run for name, run in runs_of(workshop).items() if name not in runs)
+    assert run.info.run_name.startswith("rejected: test photos")
+    assert run.data.tags["gate"].startswith("rejected: test photos")
+    assert "content_id" not in run.data.tags
+    assert [one["version"] for one in workshop.handsigns("versions")["versions"]] == [1]
+    files = f"mlflow/hand-signs/{run.info.run_id}/"
+    after = stored_in(workshop)
+    assert {key: etag for key, etag in after.items() if not key.startswith(files)} == stored
 
 
 def test_one_phases_rate_reruns_that_phase_and_what_follows(
