@@ -166,7 +166,7 @@ def import_(
             mixed = former == "sample" and not replace and project.data.is_dir()
             report = import_photos(project, source, test, replace, progress, set_labels=set_labels)
             version = pipeline.version_data("photos")
-        pushed = pipeline.push_data() if pipeline.has_remote() else None
+        pushed = pipeline.push_data() if pipeline.remote_url() else None
     if mixed and report.usable:
         say(
             "data/ holds the rendered sample beside these photos. Import them with --replace to "

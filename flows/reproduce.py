@@ -110,7 +110,7 @@ def _fetch_data(workspace: Workspace, built: Project) -> None:
         for remote in (Remote(str(cache), {}), workspace.remote()):  # a cache is a local remote
             with contextlib.suppress(HandsignsError):
                 pipeline = Pipeline(built, remote)
-                if pipeline.has_remote():
+                if pipeline.remote_url():
                     reason = f"they are not complete at {pipeline.remote_url()}"
                     pipeline.pull_data()
                     break

@@ -223,14 +223,14 @@ def version_photos(run: Run, inbox: Inbox | None) -> None:
     """Make a version of `data/` if it changed, and push it."""
     pipeline = run.workspace.pipeline
     version = pipeline.data_version()
-    if version is None or pipeline.data_changed():
+    if version is None or pipeline.data_state() == "edited":
         version = pipeline.version_data("photos")
         _log.info("data/ changed; it is version %s now.", version)
     if inbox:
         inbox.remember(version)
     run.report.data.version = version
     run.report.data.quarantined = quarantined(run.workspace.project)
-    if pipeline.has_remote():
+    if pipeline.remote_url():
         _log.info("%d files pushed to the DVC remote.", pipeline.push_data())
 
 

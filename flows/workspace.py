@@ -183,7 +183,9 @@ class Workspace:
         if source == "photos":
             fetch_data(project, pipeline, progress)
         # What a person put beside the rendered photos must not be removed.
-        replace = source == "sample" and not (project.data.is_dir() and pipeline.data_changed())
+        replace = source == "sample" and not (
+            project.data.is_dir() and pipeline.data_state() == "edited"
+        )
         report = inbox.import_new(replace, progress)
         _log.info(
             "Inbox %s: %d photos imported%s, %d known already, %d quarantined.",

@@ -127,7 +127,7 @@ def test_data_travels_through_a_remote(checkout: Project, tmp_path: Path) -> Non
     Pipeline(checkout, remote).pull_data()
     assert sorted(path.name for path in checkout.data.rglob("*.png")) == before
     assert Pipeline(checkout).data_version() == version
-    assert not Pipeline(checkout).data_changed()
+    assert Pipeline(checkout).data_state() != "edited"
 
 
 def test_the_version_remembers_where_the_photos_came_from(checkout: Project) -> None:
@@ -189,7 +189,7 @@ def test_only_a_remote_of_the_repository_or_of_our_setting_counts(
     anybody = f"[core]\n    remote = anybody\n['remote \"anybody\"']\n    url = {tmp_path}/theirs\n"
     (tmp_path / "home/config").write_text(anybody)
     pipeline = Pipeline(checkout)
-    assert not pipeline.has_remote()
+    assert not pipeline.remote_url()
     assert pipeline.remote_url() is None
     ours = anybody.replace("anybody", "team").replace("theirs", "ours")
     (checkout.root / ".dvc/config").write_text(ours)

@@ -163,7 +163,7 @@ def fetch_data(project: Project, pipeline: "Pipeline", progress: Progress = sile
     if pipeline.checkout_data():
         return f"data/ {version} was checked out from the local DVC cache."
     rendered = pipeline.data_source() == "sample"
-    if pipeline.has_remote():
+    if pipeline.remote_url():
         try:
             pipeline.pull_data()
             return f"data/ {version} was pulled from the DVC remote."

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tasks.errors import HandsignsError, ReleaseError
+from tasks.io import folder_size
 from tasks.project import Project
 from tasks.releases.pointer import read_champion
 from tasks.releases.release import MANIFEST, list_releases, read_manifest
@@ -78,7 +79,7 @@ def prune_releases(
     folders = sorted(project.releases.glob("[!.]*"))
     local = tuple(path.name for path in folders if path.name not in stay)
     size = sum(found.size for one in gone for found in storage.list(f"releases/{one}/"))
-    size += sum(_size(project, name) for name in local)
+    size += sum(folder_size(project.releases / name) for name in local)
     if not dry_run:
         for number, release in enumerate(gone, start=1):
             _check_still_unneeded(storage, release)
@@ -155,7 +156,3 @@ def _remove(storage: Storage, registry: Registry, release: str, version: Version
     for key in sorted(names, key=lambda key: key != prefix + MANIFEST):
         storage.remove(key)
     storage.remove(mark)
-
-
-def _size(project: Project, name: str) -> int:
-    return sum(path.stat().st_size for path in (project.releases / name).rglob("*"))

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import stamina
 
 from tasks.errors import BusyError, DataError, HandsignsError, ServiceError, StageError
-from tasks.io import atomic_write, sha256
+from tasks.io import atomic_write, folder_size, sha256
 from tasks.project import Project
 from tasks.services.data_file import DataSource, read_record, record_source
 from tasks.services.s3 import redact_url
@@ -156,13 +156,11 @@ class Pipeline:
 
     def data_version(self) -> str | None:
         """DVC's hash of `data/` as recorded in `data.dvc`; None where there is none."""
-        record = read_record(self._project)
-        return record.version if record else None
+        return record.version if (record := read_record(self._project)) else None
 
     def data_source(self) -> DataSource | None:
         """Whether the recorded version is the rendered sample or imported photos."""
-        record = read_record(self._project)
-        return record.source if record else None
+        return record.source if (record := read_record(self._project)) else None
 
     def data_state(self) -> DataState:
         """How `data/` compares with `data.dvc`; `DataError` if both changed."""
@@ -188,10 +186,6 @@ class Pipeline:
             "data.dvc`; to have both, copy data/ away first, then import the copy."
         )
 
-    def data_changed(self) -> bool:
-        """Whether somebody changed `data/` since its version was recorded."""
-        return self.data_state() == "edited"
-
     def version_data(self, source: DataSource) -> str:
         """Record `data/` as it is now (`dvc add`), and where it came from; its hash."""
         if not self._project.data.is_dir():
@@ -205,10 +199,6 @@ class Pipeline:
         """Where photos are pushed, without secrets; None where nothing is set."""
         _, url = self._target()
         return redact_url(url) or None
-
-    def has_remote(self) -> bool:
-        """Whether there is anywhere to push to."""
-        return self.remote_url() is not None
 
     def push_data(self) -> int:
         """Send the present version of `data/` to the remote; number of files sent."""
@@ -251,19 +241,15 @@ class Pipeline:
         return self._locked(checkout)
 
     def remove_unused(self, kept: Sequence[str], dry_run: bool = False) -> int:
-        """Remove cached files that no branch, no tag, no kept version and not `data/` needs.
+        """Remove cached files that no branch, no tag, no `kept` data.dvc and not `data/` needs.
 
-        Args:
-            kept: contents of further `data.dvc` files whose photos stay.
-
-        Returns:
-            Bytes that the cache shrank by; 0 with `dry_run`.
+        Returns the bytes that the cache shrank by.
         """
         from dvc.repo import Repo
 
         def collect() -> int:
             cache = Path(self._repo.cache.local.path)
-            before = _folder_size(cache)
+            before = folder_size(cache)
             with tempfile.TemporaryDirectory() as temporary:
                 folders = [Path(temporary) / str(number) for number in range(len(kept))]
                 for folder, content in zip(folders, kept, strict=True):
@@ -280,7 +266,7 @@ class Pipeline:
                     force=True,
                     dry=dry_run,
                 )
-            return before - _folder_size(cache)
+            return before - folder_size(cache)
 
         return self._locked(collect)
 
@@ -405,10 +391,6 @@ def _send_missing(cache: Any, remote: Any, version: str) -> int:
             remote.fs.put_file(str(path), remote.oid_to_path(name))
             missing += 1
     return missing
-
-
-def _folder_size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _one_line(error: BaseException) -> str:
