@@ -39,7 +39,7 @@ def new(
 def sign(json_: Json = False) -> None:
     """Sign the champion, and every release that was one, with the present key."""
     with open_workspace() as workspace:
-        from tasks.releases.pointer import sign_pointer
+        from tasks.releases.champion import sign_pointer
         from tasks.releases.release import sign_release
 
         workspace.trust.check_signer()

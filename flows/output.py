@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flows.workspace import Workspace
     from tasks.data.importer import ImportReport
     from tasks.project import Project
-    from tasks.scoring.compare import Comparison
+    from tasks.releases.comparison import Comparison
     from tasks.stage import Progress
 
 _log = logging.getLogger(__name__)

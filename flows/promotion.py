@@ -26,8 +26,8 @@ from flows.settings import Settings, load_settings
 from flows.workspace import Workspace
 from tasks.errors import HandsignsError
 from tasks.project import Project
-from tasks.releases.champion import PromotionDecision
-from tasks.releases.pointer import Move
+from tasks.releases.champion import Move
+from tasks.releases.comparison import PromotionDecision
 from tasks.services.mlflow import Version
 
 GRACE = 600

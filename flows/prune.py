@@ -22,7 +22,7 @@ from flows.settings import load_settings
 from flows.workspace import Workspace
 from tasks.errors import HandsignsError
 from tasks.project import Project
-from tasks.releases.retention import prune_releases
+from tasks.releases.catalog import prune_releases
 from tasks.stage import Progress, silent
 
 KEEP = 5

@@ -16,8 +16,7 @@ from tasks.releases.card import model_card
 from tasks.releases.provenance import release_facts, write_bill
 from tasks.releases.release import DATASET_INDEX, Release, publish
 from tasks.services.git import read_revision
-from tasks.services.mlflow import CHALLENGER, Version
-from tasks.services.run_record import RunRecord
+from tasks.services.mlflow import CHALLENGER, RunRecord, Version
 
 SOURCES = {
     "sample": "The photos are the rendered sample set: drawn hands, not photographs.",

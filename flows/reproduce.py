@@ -26,8 +26,7 @@ from tasks.errors import HandsignsError, ReleaseError, ServiceError, StageError
 from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.provenance import RebuildComparison, compare_builds, environment
-from tasks.services.data_file import read_record
-from tasks.services.dvc import Pipeline, Remote
+from tasks.services.dvc import Pipeline, Remote, read_record
 from tasks.stage import Progress
 
 RECORDED = ("data.dvc", "dvc.lock", "params.yaml")

@@ -37,16 +37,10 @@ from tasks.io import read_json
 from tasks.model.shards import runner
 from tasks.params import load_params
 from tasks.project import Project
-from tasks.releases.champion import (
-    METRICS,
-    PromotionDecision,
-    compare_with_champion,
-    record_comparison,
-    set_champion,
-)
-from tasks.releases.pointer import Champion
+from tasks.releases.champion import METRICS, Champion, set_champion
+from tasks.releases.comparison import PromotionDecision, compare_with_champion, record_comparison
 from tasks.releases.release import DATASET_INDEX, Release, fetch
-from tasks.services.data_file import check_trained_on
+from tasks.services.dvc import check_trained_on
 from tasks.services.git import push_to_branch
 from tasks.services.mlflow import CHAMPION, Version
 

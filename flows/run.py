@@ -23,7 +23,7 @@ from tasks.errors import BusyError, HandsignsError, ServiceError, SettingsError
 from tasks.io import read_json, sha256, write_json
 from tasks.params import Params, load_params
 from tasks.project import Project
-from tasks.releases.pointer import Move
+from tasks.releases.champion import Move
 from tasks.services.git import read_revision
 from tasks.services.s3 import redact_url
 from tasks.stage import Progress

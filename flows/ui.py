@@ -21,7 +21,8 @@ from tasks.gate import shown, shown_interval
 from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.card import table
-from tasks.releases.champion import METRICS, PromotionDecision
+from tasks.releases.champion import METRICS
+from tasks.releases.comparison import PromotionDecision
 from tasks.scoring.drift import Drift
 
 MOST_PHOTOS = 50

@@ -15,7 +15,7 @@ from flows.settings import Settings
 from tasks.errors import HandsignsError
 from tasks.io import read_json
 from tasks.project import Project
-from tasks.releases.pointer import Champion, Move, read_champion, sync_alias
+from tasks.releases.champion import Champion, Move, read_champion, sync_alias
 from tasks.releases.signing import Trust
 from tasks.services.s3 import S3Address, Storage
 from tasks.stage import Progress
@@ -126,7 +126,7 @@ class Workspace:
         }
 
     def _find(self, name: str) -> str:
-        from tasks.releases.pointer import find_release
+        from tasks.releases.catalog import find_release
 
         return find_release(self.storage, lambda: self.registry, name)
 
@@ -155,7 +155,7 @@ class Workspace:
 
     def rebuild_registry(self) -> list[dict[str, Any]]:
         """Register the releases in storage that the registry lost."""
-        from tasks.releases.pointer import rebuild_registry
+        from tasks.releases.catalog import rebuild_registry
 
         added = rebuild_registry(self.storage, self.registry)
         return [{"version": one.number, "release": one.content_id} for one in added]

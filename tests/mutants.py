@@ -26,9 +26,8 @@ from tests.fixtures import session
 
 TESTS = {
     "tasks/gate.py": ("test_gate",),
-    "tasks/scoring/compare.py": ("test_compare", "test_challenge"),
-    "tasks/releases/pointer.py": ("test_release", "test_champion", "test_signature"),
-    "tasks/releases/champion.py": ("test_champion", "test_challenge"),
+    "tasks/releases/comparison.py": ("test_comparison",),
+    "tasks/releases/champion.py": ("test_champion", "test_release", "test_signature"),
     "tasks/data/dataset.py": ("test_splits", "test_preprocess"),
     "tasks/data/near_duplicates.py": ("test_near_duplicates", "test_audit"),
     "tasks/data/importer.py": ("test_importer", "test_inbox"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.services.data_file import check_trained_on
+from tasks.services.dvc import check_trained_on
 from tests.fixtures.checkouts import BIN, Workshop, make_checkout
 from tests.fixtures.photos import write_photos
 from tests.fixtures.prefect_api import PrefectApi

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from flows.serve.follower import Follower
-from tasks.releases.pointer import KEY
+from tasks.releases.champion import KEY
 from tasks.services.s3 import Storage
 from tests.fixtures.service import point, publish_graph
 

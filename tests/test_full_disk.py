@@ -12,7 +12,7 @@ from flows.local import servers
 from flows.local.clients import ask
 from flows.local.processes import Program
 from tasks.errors import ServiceError
-from tasks.releases.pointer import Pointer, move_champion, read_champion
+from tasks.releases.champion import Pointer, move_champion, read_champion
 from tasks.releases.release import publish, verify
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.checkouts import make_checkout

@@ -135,7 +135,7 @@ def test_predicting_with_a_graph_imports_no_library_it_does_not_need(
     program = (
         "import sys; from pathlib import Path; "
         "import flows.cli, flows.output, flows.workspace; "
-        "import tasks.releases.pointer, tasks.releases.release; "
+        "import tasks.releases.champion, tasks.releases.release; "
         "from tasks.model.inference import classify_files, load_classifier; "
         "from tasks.params import PreprocessParams; "
         "resize = PreprocessParams(image_size=64, blur_sigma=0.5); "

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import PromotionError
-from tasks.releases.champion import set_champion
-from tasks.releases.pointer import Champion, read_champion
+from tasks.releases.champion import Champion, read_champion, set_champion
 from tasks.releases.release import publish
 from tasks.services.mlflow import CHAMPION, Registry, Version
 from tasks.services.s3 import Storage

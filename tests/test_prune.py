@@ -9,13 +9,11 @@ import pytest
 
 from tasks.errors import ServiceError
 from tasks.project import Project
-from tasks.releases.champion import set_champion
-from tasks.releases.pointer import read_champion
+from tasks.releases.catalog import prune_releases
+from tasks.releases.champion import read_champion, set_champion
 from tasks.releases.release import list_releases, publish, verify
-from tasks.releases.retention import prune_releases
 from tasks.services.dvc import Pipeline
-from tasks.services.mlflow import CHALLENGER, Registry, Version
-from tasks.services.run_record import RunRecord
+from tasks.services.mlflow import CHALLENGER, Registry, RunRecord, Version
 from tasks.services.s3 import Storage
 from tests.fixtures.checkouts import with_stages
 from tests.fixtures.photos import write_photos

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.releases.pointer import Champion, read_champion
+from tasks.releases.champion import Champion, read_champion
 from tasks.releases.release import fetch, verify
 from tasks.services.mlflow import CHAMPION, Registry
 from tasks.services.s3 import S3Address, Storage

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from tasks.errors import ServiceError
-from tasks.services.mlflow import CHALLENGER, CHAMPION, RecordedRun, Registry
-from tasks.services.run_record import RunRecord
+from tasks.services.mlflow import CHALLENGER, CHAMPION, RecordedRun, Registry, RunRecord
 from tests.fixtures.servers import MlflowServer
 
 ID = "0123456789abcdef" * 2

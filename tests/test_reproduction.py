@@ -94,9 +94,15 @@ OTHER_KERAS = {**NOW, "libraries": {**NOW["libraries"], "keras": "3.0"}}
         (other_picture, NOW, 1.0, "None", "None"),
         (other_weights, NOW, 1.25, SAME_INPUTS, "none that is recorded"),
         (other_weights, OTHER_KERAS, 2.0, SAME_INPUTS, "keras 3.0 -> "),
-        (other_weights, {**NOW, "instructions": ["avx2"]}, 2.0, SAME_INPUTS, "other instructions"),
-        (other_weights, {**NOW, "processor": "abacus"}, 2.0, SAME_INPUTS, "processor: abacus"),
-        (other_weights, {**NOW, "cores": 96}, 2.0, SAME_INPUTS, "another number of cores: 96"),
+        (
+            other_weights,
+            {**NOW, "instructions": ["avx2"]},
+            2.0,
+            SAME_INPUTS,
+            "instructions ['avx2'] -> ",
+        ),
+        (other_weights, {**NOW, "processor": "abacus"}, 2.0, SAME_INPUTS, "processor abacus -> "),
+        (other_weights, {**NOW, "cores": 96}, 2.0, SAME_INPUTS, "cores 96 -> "),
         (other_weights, None, 2.0, SAME_INPUTS, "does not say what it was computed with"),
         (other_photos, NOW, 2.0, "the photos differ", "rendered on other arithmetic"),
         (other_code, NOW, 2.0, "tasks/audit.py is not what audit ran", "not in the commit"),
@@ -119,7 +125,7 @@ def test_a_rebuilt_model_is_identical_or_it_is_told_where_it_parts_and_why(
     shutil.copy(first.lock, release)
     found = compare_builds(release, built, then, NOW)
     assert found.identical == (weight == 1.0)
-    assert (found.weights, found.metrics["loss"]) == (weight - 1.0, (1.0, weight))
+    assert found.metrics["loss"] == (1.0, weight)
     assert difference in str(found.difference)
     assert cause in str(found.cause)
     assert "\n" not in found.of("a" * 32, "b" * 40, 2.0).describe()

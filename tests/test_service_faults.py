@@ -12,7 +12,7 @@ import pytest
 from flows.local.clients import check_reachable
 from flows.settings import Settings
 from tasks.errors import HandsignsError, ReleaseError, ServiceError
-from tasks.releases.pointer import KEY, Champion, Pointer, move_champion, read_champion
+from tasks.releases.champion import KEY, Champion, Pointer, move_champion, read_champion
 from tasks.releases.release import publish, verify
 from tasks.services.mlflow import CHAMPION, Registry
 from tasks.services.s3 import S3Address, Storage
@@ -94,7 +94,7 @@ FAULTS: list[Fault] = [
         "full",
         faults.on("^PUT ", faults.answering(507, "InsufficientStorage")),
         ServiceError,
-        "no room left",
+        "507 InsufficientStorage",
     ),
     (
         "pointer only",

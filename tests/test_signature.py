@@ -16,7 +16,7 @@ from filelock import FileLock
 from pydantic import BaseModel
 
 from tasks.errors import ReleaseError, SettingsError
-from tasks.releases.pointer import KEY, Pointer, move_champion, read_champion, sign_pointer
+from tasks.releases.champion import KEY, Pointer, move_champion, read_champion, sign_pointer
 from tasks.releases.release import (
     MANIFEST,
     Release,
@@ -186,9 +186,9 @@ FORGERIES: dict[str, Callable[[Any, Any], object]] = {
     "by a key that is not accepted": lambda fields, other: fields.update(
         signature=other["signature"]
     ),
-    "forged or damaged": _by_our_key,
-    "is of other content": lambda fields, other: fields["facts"].update(git_revision="forged"),
-    "cannot be understood": lambda fields, other: fields["signature"].update(
+    "is damaged, forged": _by_our_key,
+    "of other content": lambda fields, other: fields["facts"].update(git_revision="forged"),
+    "or of other content": lambda fields, other: fields["signature"].update(
         dsseEnvelope={"payload": "?"}
     ),
     "key unnamed": lambda fields, other: fields.update(signature={"mediaType": "x"}),
@@ -232,7 +232,7 @@ def test_another_file_with_its_own_manifest_is_refused_without_the_key(
     own = json.loads(signed.get(_key(forged)))
     for fields, words in (
         (own, "signature is missing"),
-        ({**own, "signature": good["signature"]}, "is of other content"),
+        ({**own, "signature": good["signature"]}, "of other content"),
         (good, "belongs to another release"),
     ):
         signed.put(_key(forged), json.dumps(fields).encode())
@@ -261,8 +261,8 @@ def test_the_pointer_is_signed_for_its_bucket(
     elsewhere = Storage(s3, Trust(signed.trust.public_keys))
     unsigned = {name: value for name, value in good.items() if name != "signature"}
     for storage, fields, words in (
-        (elsewhere, good, "is of other content"),
-        (signed, {**good, "version": 2}, "is of other content"),
+        (elsewhere, good, "of other content"),
+        (signed, {**good, "version": 2}, "of other content"),
         (signed, unsigned, "signature is missing"),
     ):
         storage.put(KEY, json.dumps(fields).encode())

@@ -18,7 +18,7 @@ import pytest
 from pydantic import SecretStr
 
 from flows.settings import PREFIX, Settings
-from tasks.releases.pointer import KEY
+from tasks.releases.champion import KEY
 from tasks.releases.signing import new_keys
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.checkouts import Workshop

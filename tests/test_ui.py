@@ -11,8 +11,7 @@ from flows.report import DataChanges, ModelReport, RunReport, data_changes
 from flows.ui import MOST_PHOTOS, comparison_text
 from tasks.io import write_json
 from tasks.project import Project
-from tasks.releases.champion import PromotionDecision
-from tasks.scoring.compare import compare
+from tasks.releases.comparison import PromotionDecision, compare
 from tests.fixtures.photos import LABELS
 
 

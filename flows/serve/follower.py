@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import Counter
 
 from tasks.errors import HandsignsError, ServiceError
-from tasks.releases.pointer import Champion, read_champion
+from tasks.releases.champion import Champion, read_champion
 from tasks.services.s3 import Storage
 
 if TYPE_CHECKING:

@@ -16,26 +16,12 @@ HANDS = """\
 Reads the digit, 0 to 5, that one hand shows in a photo."""
 HANDS_USE = """\
 For one upright hand that fills most of the picture, on a plain background, as in the training \
-photos. {mirror}
-
-- It always answers with one of six signs, also when there is no hand. A low highest probability \
-is the only hint.
-- The scores below hold for photos like those it was tested on. Other people, cameras and rooms \
-may score much lower: run `handsigns evaluate FOLDER` on your own photos first.
-- It does not read sign language, does not recognise people, and must not decide anything that \
-can harm somebody."""
+photos. It does not read sign language and does not recognise people."""
 OTHERS = """\
 # Image classifier
 
 Says which of {count} classes a photo shows: {labels}."""
-OTHERS_USE = """\
-For photos like those that it was trained on. {mirror}
-
-- It always answers with one of its classes, also when a photo shows none of them. A low highest \
-probability is the only hint.
-- The scores below hold for photos like those it was tested on. Run `handsigns evaluate FOLDER` \
-on your own photos first.
-- It must not decide anything that can harm somebody."""
+OTHERS_USE = "For photos like those that it was trained on."
 CARD = """\
 {about} An EfficientNetB0 with global average pooling and a softmax over {count} classes, as one \
 Keras functional model: float32 `(batch, 224, 224, 3)`, RGB in [0, 255], to probabilities \
@@ -47,7 +33,13 @@ does that itself.
 
 ## Intended use and limits
 
-{use}
+{use} {mirror}
+
+- It always answers with one of its classes, also when a photo shows none of them. A low highest \
+probability is the only hint.
+- The scores below hold for photos like those it was tested on. Others may score much lower: run \
+`handsigns evaluate FOLDER` on your own photos first.
+- It must not decide anything that can harm somebody.
 
 ## Data
 
@@ -94,44 +86,42 @@ def model_card(
     """Write the model card in Markdown.
 
     Args:
-        metrics: content of `metrics.json`.
-        gate: content of `gate.json`.
+        metrics: content of `metrics.json`; `gate` and `params` are those of their files.
         counts: photos in each split: `train`, `val`, `test`; and `synthetic` hands.
-        params: content of `params.yaml`.
         histories: contents of the phases' `history.json`, in order.
         data_version: DVC's hash of the photos.
         data_note: one sentence on where the photos come from.
     """
-    mirrored = params["augmentation"]["horizontal_flip"]
-    mode = params["training"]["mode"]
-    copies = f"{params['features']['augmented_copies']} augmented copies of each photo"
-    low, high = metrics["accuracy_interval"]
-    overall = (
-        ("accuracy", f"{shown(metrics['accuracy'])} (95% Wilson: {low:.4f} to {high:.4f})"),
-        ("loss (categorical cross-entropy)", shown(metrics["loss"])),
-        ("AUC (one against the rest, macro)", shown(metrics["auc"])),
-        ("expected calibration error", shown(metrics["ece"])),
-    )
-    per_class = (
-        (
-            row["label"],
-            *(shown(row[name]) for name in ("precision", "recall", "f1")),
-            row["support"],
-        )
-        for row in metrics["per_class"]
-    )
-    blur = params["preprocess"]["blur_sigma"]
-    labels = params["labels"]
+    labels, mode = params["labels"], params["training"]["mode"]
+    blur, hands = params["preprocess"]["blur_sigma"], counts[SYNTHETIC]
     about, use = (HANDS, HANDS_USE) if tuple(labels) == SIGNS else (OTHERS, OTHERS_USE)
     mirror = (
         "Left and right count alike: photos are mirrored at random while training."
-        if mirrored
+        if params["augmentation"]["horizontal_flip"]
         else "Photos are not mirrored while training: the rarer side may be read worse."
     )
-    hands = counts[SYNTHETIC]
+    low, high = metrics["accuracy_interval"]
+    overall = (
+        ("accuracy", f"{shown(metrics['accuracy'])} (95% Wilson: {low:.4f} to {high:.4f})"),
+        ("loss (categorical cross-entropy)", metrics["loss"]),
+        ("AUC (one against the rest, macro)", metrics["auc"]),
+        ("expected calibration error", metrics["ece"]),
+    )
+    scores = ("label", "precision", "recall", "f1", "support")
+    per_class = [[row[name] for name in scores] for row in metrics["per_class"]]
+    checks = [
+        (
+            *(check[name] for name in ("name", "value", "limit")),
+            shown_interval(check.get("interval")) or "-",
+            "passed" if check["passed"] else f"failed {check.get('detail', '')}".strip(),
+        )
+        for check in gate["checks"]
+    ]
+    copies = f"{params['features']['augmented_copies']} augmented copies of each photo"
     return CARD.format(
         about=about.format(count=len(labels), labels=_cell(list_labels(labels))),
-        use=use.format(mirror=mirror),
+        use=use,
+        mirror=mirror,
         count=len(labels),
         size=params["preprocess"]["image_size"],
         blur=f", blurred by up to {blur} of them where they were larger" if blur else "",
@@ -147,50 +137,27 @@ def model_card(
         overall=table(("measure", "value"), overall),
         per_class=table(("label", "precision", "recall", "F1", "photos"), per_class),
         verdict="Passed" if gate["passed"] else "Failed",
-        checks=_checks(gate),
+        checks=table(("check", "value", "limit", "interval", "verdict"), checks),
     )
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table; what a cell holds cannot break out of it."""
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
 
 
 def _phases(params: Content, histories: Sequence[Content]) -> str:
-    heads = ("phase", "photos", "open layers", "learning rate", "epochs", "averaged",
-             "val loss", "val acc.")  # fmt: skip
+    heads = "phase, photos, open layers, learning rate, epochs, averaged, val loss, val acc."
     rows = []
     for history in histories:
         phase = params["phases"][history["phase"]]
-        rows.append(
-            (
-                history["phase"],
-                history["images"],
-                phase["trainable_layers"],
-                f"{phase['learning_rate']:g}",
-                len(history["epochs"]),
-                f"{phase['swa_fraction']:.0%}" if phase["swa_fraction"] else "-",
-                shown(history["val_loss"]),
-                shown(history["val_accuracy"]),
-            )
-        )
-    return table(heads, rows)
-
-
-def _checks(gate: Content) -> str:
-    rows = [
-        (
-            check["name"],
-            shown(check["value"]),
-            shown(check["limit"]),
-            shown_interval(check.get("interval")) or "-",
-            "passed" if check["passed"] else f"failed {check.get('detail', '')}".strip(),
-        )
-        for check in gate["checks"]
-    ]
-    return table(("check", "value", "limit", "interval", "verdict"), rows)
+        averaged = f"{phase['swa_fraction']:.0%}" if phase["swa_fraction"] else "-"
+        recipe = (phase["trainable_layers"], f"{phase['learning_rate']:g}", len(history["epochs"]))
+        reached = (averaged, history["val_loss"], history["val_accuracy"])
+        rows.append((history["phase"], history["images"], *recipe, *reached))
+    return table(heads.split(", "), rows)
 
 
 def _cell(value: Any) -> str:
-    return " ".join(str(value).replace("|", "\\|").split())
+    return " ".join(shown(value).replace("|", "\\|").split())

@@ -1,4 +1,4 @@
-"""Compare a new model with the champion, promote it, and roll back."""
+"""The champion: a signed pointer in storage, moved by compare-and-set; the registry follows it."""
 
 import datetime
 import getpass
@@ -7,33 +7,19 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from tasks.data.dataset import find_photos, name_photos, open_dataset
-from tasks.errors import HandsignsError, OvertakenError, PromotionError, ServiceError
-from tasks.gate import judge
+from tasks.errors import HandsignsError, OvertakenError, PromotionError
 from tasks.io import read_json
-from tasks.model.inference import classify_files
 from tasks.params import GateParams, load_params
 from tasks.project import Project
-from tasks.releases.pointer import (
-    Champion,
-    Move,
-    Pointer,
-    move_champion,
-    read_champion,
-    release_of,
-    sync_alias,
-)
-from tasks.releases.release import DATASET_INDEX, MANIFEST, fetch, open_release, verify
-from tasks.scoring.compare import Comparison, compare, differing_labels
-from tasks.services.mlflow import Registry, Version
-from tasks.services.s3 import Storage, check_conditional_writes
-from tasks.stage import Progress, silent
+from tasks.releases.release import DATASET_INDEX, MANIFEST, fetch, verify
+from tasks.services.mlflow import CHAMPION, Registry, Version
+from tasks.services.s3 import ChangedError, MissingObjectError, Storage, check_conditional_writes
 
+KEY = "champion.json"
 COMPARED_WITH = "compared_with"
 COMPARISON = "comparison"
 COMPARISON_WON = "comparison_won"
@@ -44,106 +30,153 @@ METRICS = ("accuracy", "loss", "auc", "ece")
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class PromotionDecision:
-    """Whether a challenger may become champion; the reason has no full stop."""
-
-    won: bool
-    reason: str
-    comparison: Comparison | None = None
-
-
-def compare_with_champion(
-    project: Project, storage: Storage, champion: Champion | None, progress: Progress = silent
-) -> PromotionDecision:
-    """Score the champion again on the test photos and compare the new model with it.
-
-    Photos that the champion was trained on, and near-duplicates of those, are left out.
+class Move(BaseModel):
+    """One move of the champion, kept for good; numbers and times are for display only.
 
     Args:
-        project: its `predictions.json` holds the challenger's probabilities.
-
-    Raises:
-        PromotionError: the champion cannot be loaded, or has seen every test photo; or one
-            of these cannot be read any more.
+        release: id of the release that became champion.
+        version: its number in the registry on that day.
+        previous: number of the champion before.
+        metrics: its scores on the test split.
+        overruled: failed checks of a forced promotion.
+        created: when the release was made.
+        pointer_moves: how many moves there were then; None for releases of earlier
+            program versions.
     """
-    if champion is None:
-        return PromotionDecision(True, "there was no champion")
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    release: str = Field(pattern=r"^[0-9a-f]{32}$")
+    version: int = Field(ge=1)
+    previous: int | None = Field(default=None, ge=1)
+    action: Literal["promote", "rollback"] = "promote"
+    by: str = ""
+    reason: str = ""
+    at: str = ""
+    metrics: dict[str, float | None] = {}
+    overruled: tuple[str, ...] = ()
+    created: str = ""
+    pointer_moves: int | None = Field(default=None, ge=0)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def forced(self) -> bool:
+        """Whether it was promoted in spite of failed checks."""
+        return bool(self.overruled)
+
+    def describe(self) -> str:
+        """The move in one line."""
+        before = f"version {self.previous}" if self.previous else "none"
+        force = f" (FORCED: {'; '.join(self.overruled)})" if self.forced else ""
+        return (
+            f"{self.at} {self.action}: {before} -> version {self.version}, "
+            f"by {self.by}: {self.reason}{force}"
+        )
+
+
+class Pointer(Move):
+    """Content of `champion.json`: the last move, and all before it, so that no crash parts them."""
+
+    history: tuple[Move, ...] = ()
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """Every move, oldest first."""
+        return (*self.history, Move(**self.model_dump(exclude={"history"})))
+
+    def former(self) -> Move | None:
+        """The promotion before the present one; two rollbacks go back by two."""
+        standing: list[Move] = []
+        for move in self.moves:
+            if move.action == "rollback":
+                standing[-1:] = []
+            else:
+                standing.append(move)
+        return standing[-2] if len(standing) > 1 else None
+
+
+@dataclass(frozen=True)
+class Champion:
+    """A pointer as it was read, with the etag that the next move must match."""
+
+    pointer: Pointer
+    etag: str
+
+
+def read_champion(storage: Storage) -> Champion | None:
+    """Return the present champion, whose pointer verifies and is no older one; None at first."""
+    place = storage.uri(KEY)
     try:
-        release = fetch(storage, champion.pointer.release, project.releases)
-        classifier = open_release(release)
-    except ServiceError:
-        raise
+        content, etag = storage.read(KEY)
+    except MissingObjectError:
+        storage.trust.check_newest(place, 0)
+        return None
+    pointer = storage.trust.read(Pointer, _signed_name(storage), content, place)
+    storage.trust.check_newest(place, len(pointer.moves))
+    return Champion(pointer, etag)
+
+
+def move_champion(storage: Storage, expected: Champion | None, new: Pointer) -> Champion:
+    """Replace the pointer, or raise `OvertakenError` if it no longer is the one that was read."""
+    content = storage.trust.sign(_signed_name(storage), new)
+    try:
+        if expected is None:
+            etag = storage.put_if_absent(KEY, content)
+        else:
+            etag = storage.put_if_match(KEY, content, expected.etag)
+    except ChangedError:
+        was = f"version {expected.pointer.version} was" if expected else "there was no"
+        raise OvertakenError(
+            f"The champion was changed meanwhile by another promotion: {was} champion when this "
+            "one was decided. Nothing was moved. Look at `handsigns status` and promote again if "
+            "it still is right."
+        ) from None
+    storage.trust.check_newest(storage.uri(KEY), len(new.moves))
+    return Champion(new, etag)
+
+
+def sign_pointer(storage: Storage) -> Champion | None:
+    """Replace the pointer's signature, whoever made it, by ours; nothing else changes."""
+    present = read_champion(Storage(storage.address))
+    return present and move_champion(storage, present, present.pointer)
+
+
+def sync_alias(storage: Storage, registry: Registry) -> str | None:
+    """Point MLflow's alias at the champion, also if that moves meanwhile; say what was done."""
+    said = None
+    for _ in range(10):
+        champion = read_champion(storage)
+        if champion is None:
+            break
+        versions = {one.content_id: one for one in registry.versions()}
+        version = versions.get(champion.pointer.release)
+        if version and CHAMPION in version.aliases:
+            break
+        held = next((one for one in versions.values() if CHAMPION in one.aliases), None)
+        was = f"version {held.number}" if held else "nothing"
+        if version is None:
+            return (
+                f"The champion, release {champion.pointer.release}, is not in the registry, whose "
+                f"alias names {was}. Run `handsigns rebuild-registry`."
+            )
+        registry.set_alias(CHAMPION, version.number)
+        said = f"The alias named {was}; it follows the pointer to version {version.number} again."
+    return said
+
+
+def repair_alias(storage: Storage, registry: Registry) -> bool:
+    """Let MLflow's alias follow; log, don't raise, if that fails: the champion has moved."""
+    try:
+        if said := sync_alias(storage, registry):
+            _log.info(said)
     except HandsignsError as error:
-        raise PromotionError(
-            f"The champion cannot be scored, so nothing can be said to be no worse: {error} "
-            "Promote a version by hand if that is right."
-        ) from error
-    classes = open_dataset(project.dataset).classes
-    if fault := differing_labels(classifier.labels, classes):
-        fault = fault.replace("the first", "the champion").replace("the second", "the new model")
-        return PromotionDecision(False, f"not comparable with the champion, for {fault}")
-    photos, labels, challenger = _unseen_photos(project, release)
-    found = classify_files(classifier, photos, progress)
-    if lost := [f"'{one.path.name}' ({one.error})" for one in found if one.error]:
-        raise PromotionError(
-            f"Test photos changed while this ran: {len(lost)} unreadable, such as {lost[0]}. "
-            "Leave data/ alone during a retrain, and run it again."
+        _log.warning(
+            "The alias in the registry could not be updated. It follows with the next retrain or "
+            "promotion. %s",
+            error,
         )
-    probabilities = np.array([one.probabilities for one in found])
-    result = compare(
-        probabilities, challenger, labels, [path.name for path in photos], classes=classes
-    )
-    return PromotionDecision(result.no_worse, result.reason, result)
-
-
-def _unseen_photos(
-    project: Project, release: Path
-) -> tuple[list[Path], NDArray[np.int64], NDArray[np.float64]]:
-    """Test photos new to the champion: paths, labels, the challenger's probabilities."""
-    keys = {name: key for key, name in name_photos(find_photos(project.data)).items()}
-    dataset = open_dataset(project.dataset)
-    predicted = {
-        one["name"]: one["probabilities"] for one in read_json(project.predictions)["photos"]
-    }
-    seen = seen_photos(project, read_json(release / DATASET_INDEX) or {"photos": []})
-    # A photo that went meanwhile is named by its path.
-    paths = {row: keys.get(dataset.names[row], dataset.names[row]) for row in dataset.rows("test")}
-    rows = [
-        row for row, path in paths.items() if not seen & {path, Path(path).name, dataset.names[row]}
-    ]
-    if not rows:
-        raise PromotionError(
-            f"The champion, release {release.name}, was trained on every test photo or on a "
-            "near-duplicate of it, so it cannot be compared. Promote a version by hand if that "
-            "is right."
-        )
-    photos = [project.data / paths[row] for row in rows]
-    return photos, dataset.labels[rows], np.array([predicted[dataset.names[row]] for row in rows])
-
-
-def seen_photos(project: Project, index: Mapping[str, Any]) -> set[str]:
-    """Names and paths of photos that a release was trained on, with their near-duplicates.
-
-    A photo is named by its file's name alone, or by its path where another has that name.
-    """
-    seen = {photo["name"] for photo in index["photos"] if photo["split"] != "test"}
-    groups = (read_json(project.audit) or {}).get("groups", [])
-    return seen.union(
-        *(group for group in groups if seen & {*group, *(Path(path).name for path in group)})
-    )
-
-
-def record_comparison(
-    registry: Registry, version: int, champion: Champion | None, decision: PromotionDecision
-) -> None:
-    """Tag a version with the result of its comparison, for a later `promote`."""
-    tags = {
-        COMPARED_WITH: champion.pointer.release if champion else "nobody",
-        COMPARISON: decision.reason,
-        COMPARISON_WON: "yes" if decision.won else "no",
-    }
-    registry.set_tags(version, tags)
+        return False
+    return True
 
 
 def promote(
@@ -161,10 +194,6 @@ def promote(
     Args:
         force: promote in spite of failed checks, which are kept in the history.
         by: who decided; None is the user of this process.
-
-    Raises:
-        PromotionError: there is no such version, or a check fails.
-        OvertakenError: the champion was changed meanwhile.
     """
     _need_reason(f"A promotion{' by force' if force else ''}", reason)
     check_conditional_writes(storage)
@@ -176,7 +205,7 @@ def promote(
             "if versions were lost, run `handsigns rebuild-registry`."
         )
     present = read_champion(storage)
-    folder = fetch(storage, release_of(found), project.releases)
+    folder = fetch(storage, found.release, project.releases)
     if present and present.pointer.release == found.content_id:
         return _already(storage, registry, present)
     blockers = [*_failed_gates(folder, load_params(project.params).gate)]
@@ -208,12 +237,7 @@ def rollback(
     rollback stays; with it, only that champion is rolled back.
 
     Args:
-        by: who decided; None is the user of this process.
         expected: release of the champion to roll back.
-
-    Raises:
-        PromotionError: there is no earlier champion, or the registry lost it.
-        OvertakenError: the champion is not the expected one.
     """
     _need_reason("A rollback", reason)
     check_conditional_writes(storage)
@@ -254,16 +278,13 @@ def set_champion(
     by: str | None = None,
     overruled: Sequence[str] = (),
 ) -> Move:
-    """Move the pointer to a verified version, then the alias.
+    """Move the pointer to a version whose every byte was verified, then the alias.
 
     Args:
         expected: the champion that the decision was made against.
         overruled: checks that failed; with any, the promotion is a forced one.
-
-    Raises:
-        OvertakenError: the champion was changed meanwhile; nothing was moved.
     """
-    release = verify(storage, release_of(version))
+    release = verify(storage, version.release)
     facts = release.manifest.facts
     move = Move(
         release=release.id,
@@ -276,23 +297,17 @@ def set_champion(
         overruled=tuple(overruled),
     )
     try:
-        new = _move(storage, registry, expected, move)
+        return _move(storage, registry, expected, move)
     except OvertakenError:
         present = read_champion(storage)
         if present and present.pointer.release == release.id:
             return _already(storage, registry, present)
         raise
-    if overruled:
-        kept = {"by": new.by, "because": reason, "over": "; ".join(overruled)}
-        tags = {f"forced_{name}": text[:5000] for name, text in kept.items()}
-        try:
-            registry.set_tags(version.number, tags)
-        except HandsignsError as error:
-            _log.warning("The registry does not show that the promotion was forced: %s", error)
-    return new
 
 
 def _failed_gates(release: Path, limits: GateParams) -> Iterator[str]:
+    from tasks.gate import judge  # with SciPy and scikit-learn, which most readers do not need
+
     verdict = read_json(release / "gate.json")
     if not isinstance(verdict, dict) or verdict.get("passed") is not True:
         yield "its own gate did not pass it"
@@ -341,7 +356,7 @@ def _already(storage: Storage, registry: Registry, present: Champion) -> Move:
     back = f" To go back further, run `handsigns rollback --from {now.version}`."
     further = back if now.action == "rollback" else ""
     _log.warning("Version %d is champion already; nothing was moved.%s", now.version, further)
-    _repair_alias(storage, registry)
+    repair_alias(storage, registry)
     return now
 
 
@@ -354,21 +369,8 @@ def _move(storage: Storage, registry: Registry, before: Champion | None, move: M
         "history": before.pointer.moves if before else (),
     }
     moved = move_champion(storage, before, Pointer.model_validate(fields))
-    _repair_alias(storage, registry)
+    repair_alias(storage, registry)
     return moved.pointer
-
-
-def _repair_alias(storage: Storage, registry: Registry) -> None:
-    """Let MLflow's alias follow; log, don't raise, if that fails: the champion has moved."""
-    try:
-        if said := sync_alias(storage, registry):
-            _log.info(said)
-    except HandsignsError as error:
-        _log.warning(
-            "The alias in the registry could not be updated. It follows with the next retrain or "
-            "promotion. %s",
-            error,
-        )
 
 
 def _need_reason(what: str, reason: str) -> None:
@@ -381,3 +383,8 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user may have no name
         return f"uid {os.getuid()}"
+
+
+def _signed_name(storage: Storage) -> str:
+    """Includes the bucket: the champion of one bucket must not pass for that of another."""
+    return f"{storage.address.bucket}.{KEY}"

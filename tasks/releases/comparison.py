@@ -1,26 +1,223 @@
-"""Compare two releases on the photos that neither was trained on."""
+"""Compare two models on photos that neither was trained on.
+
+The promotion rule: a challenger is promoted if it is right on significantly more photos than
+the champion (McNemar's exact test, 5 %), or if the difference is within noise and its mean
+loss is higher by at most 0.01.
+"""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from scipy.stats import binomtest
 
-from tasks.data.dataset import Photo, find_photos, name_photos
+from tasks.data.dataset import find_photos, name_photos, open_dataset
 from tasks.data.images import decode, resize_square
-from tasks.errors import DataError
+from tasks.errors import DataError, HandsignsError, PromotionError, ServiceError
 from tasks.io import atomic_write, read_json
-from tasks.model.inference import classify_files
+from tasks.model.inference import Classifier, classify_files
+from tasks.params import list_labels
 from tasks.project import Project
-from tasks.releases.champion import seen_photos
-from tasks.releases.release import DATASET_INDEX, open_release
-from tasks.scoring.compare import Comparison, compare, differing_labels
+from tasks.releases.champion import COMPARED_WITH, COMPARISON, COMPARISON_WON, Champion
+from tasks.releases.release import DATASET_INDEX, fetch, open_release
+from tasks.scoring.metrics import FrozenModel, Scores, checked, rounded, score
+from tasks.services.mlflow import Registry
+from tasks.services.s3 import Storage
 from tasks.stage import Progress, silent
 
+SIGNIFICANCE = 0.05
+LOSS_MARGIN = 0.01
+"""Rise in mean loss (nats) that no user notices."""
 SHOWN = 24
 """Photos in the picture at most."""
 COLUMNS = 6
 SIDE = 160
+
+
+class Comparison(FrozenModel):
+    """A challenger and the champion, scored on the same photos.
+
+    Args:
+        recalls: by class `label`, `support`, the recall of `champion` and `challenger` and its
+            `change`; null where the class has no photo.
+        changed: photos that got another label: `name`, `label`, what `champion` and
+            `challenger` say, and whether they are `now` right, wrong or still wrong.
+        won: photos that only the challenger classifies correctly.
+        lost: photos that only the champion classifies correctly.
+        p_value: McNemar's exact test, two-sided.
+        verdict: what the test says about the accuracy.
+        no_worse: whether the challenger may become champion.
+    """
+
+    champion: Scores
+    challenger: Scores
+    recalls: tuple[dict[str, Any], ...]
+    changed: tuple[dict[str, str], ...]
+    won: int
+    lost: int
+    p_value: float
+    verdict: Literal["better", "worse", "no significant difference"]
+    no_worse: bool
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, floats rounded as in the metrics."""
+        content: dict[str, Any] = rounded(self.model_dump(mode="json"))
+        scores = {"champion": self.champion.to_json(), "challenger": self.challenger.to_json()}
+        return content | scores
+
+
+@dataclass(frozen=True)
+class PromotionDecision:
+    """Whether a challenger may become champion; the reason has no full stop."""
+
+    won: bool
+    reason: str
+    comparison: Comparison | None = None
+
+
+def compare(
+    champion: np.ndarray,
+    challenger: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    classes: Sequence[str],
+) -> Comparison:
+    """Compare two models' probabilities, float (n, classes), for the same photos.
+
+    Args:
+        labels: integer, (n,).
+        names: of the photos.
+        classes: names of the classes.
+    """
+    old, y = checked(champion, labels, classes)
+    new, _ = checked(challenger, labels, classes)
+    was, now = old.argmax(axis=1), new.argmax(axis=1)
+    won = int(((was != y) & (now == y)).sum())
+    lost = int(((was == y) & (now != y)).sum())
+    before, after = score(old, y, classes), score(new, y, classes)
+    p_value, rise = mcnemar(won, lost), after.loss - before.loss
+    verdict: Literal["better", "worse", "no significant difference"]
+    if p_value < SIGNIFICANCE:
+        verdict = "better" if won > lost else "worse"
+        no_worse = won > lost
+        rule = f"right on significantly {'more' if no_worse else 'fewer'} photos than the champion"
+    else:
+        verdict, no_worse = "no significant difference", rise <= LOSS_MARGIN
+        limit = f"at most {LOSS_MARGIN} higher" if no_worse else f"more than {LOSS_MARGIN} higher"
+        rule = f"accuracy equals the champion's within noise, and the loss is {limit}"
+    recalls = [
+        {
+            "label": one.label,
+            "support": one.support,
+            "champion": one.recall,
+            "challenger": two.recall,
+            "change": None if one.recall is None or two.recall is None else two.recall - one.recall,
+        }
+        for one, two in zip(before.per_class, after.per_class, strict=True)
+    ]
+    changed = [
+        {
+            "name": names[row],
+            "label": classes[y[row]],
+            "champion": classes[was[row]],
+            "challenger": classes[now[row]],
+            "now": _change(y[row], was[row], now[row]),
+        }
+        for row in np.flatnonzero(was != now).tolist()
+    ]
+    return Comparison(
+        champion=before,
+        challenger=after,
+        recalls=tuple(recalls),
+        changed=tuple(changed),
+        won=won,
+        lost=lost,
+        p_value=p_value,
+        verdict=verdict,
+        no_worse=no_worse,
+        reason=f"{rule}: accuracy {before.accuracy:.4f} -> {after.accuracy:.4f}, "
+        f"loss {before.loss:.4f} -> {after.loss:.4f}, {won} photos won, {lost} lost "
+        f"(McNemar p = {p_value:.3g})",
+    )
+
+
+def _change(truth: int, was: int, now: int) -> str:
+    if now == truth:
+        return "right"
+    return "wrong" if was == truth else "still wrong"
+
+
+def mcnemar(won: int, lost: int) -> float:
+    """Two-sided p-value of McNemar's exact test (1947), binomial; 1 where nothing differs."""
+    return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+
+
+def compare_with_champion(
+    project: Project, storage: Storage, champion: Champion | None, progress: Progress = silent
+) -> PromotionDecision:
+    """Score the champion again on the test photos and compare the new model with it.
+
+    Args:
+        project: its `predictions.json` holds the challenger's probabilities.
+
+    Raises:
+        PromotionError: the champion cannot be loaded, or has seen every test photo.
+    """
+    if champion is None:
+        return PromotionDecision(True, "there was no champion")
+    try:
+        release = fetch(storage, champion.pointer.release, project.releases)
+        classifier = open_release(release)
+    except ServiceError:
+        raise
+    except HandsignsError as error:
+        raise PromotionError(
+            f"The champion cannot be scored, so nothing can be said to be no worse: {error} "
+            "Promote a version by hand if that is right."
+        ) from error
+    dataset = open_dataset(project.dataset)
+    if fault := differing_labels(
+        classifier.labels, dataset.classes, "the champion", "the new model"
+    ):
+        return PromotionDecision(False, f"not comparable with the champion, for {fault}")
+    keys = {name: key for key, name in name_photos(find_photos(project.data)).items()}
+    # A photo that went meanwhile is named by its path.
+    names = {row: dataset.names[row] for row in dataset.rows("test")}
+    paths = {row: keys.get(name, name) for row, name in names.items()}
+    seen = seen_photos(project, release)
+    rows = [row for row, name in names.items() if not seen & _spellings(paths[row], name)]
+    if not rows:
+        raise PromotionError(
+            f"The champion, release {release.name}, was trained on every test photo or on a "
+            "near-duplicate of it, so it cannot be compared. Promote a version by hand if that "
+            "is right."
+        )
+    predictions = read_json(project.predictions)["photos"]
+    predicted = {one["name"]: one["probabilities"] for one in predictions}
+    photos = [project.data / paths[row] for row in rows]
+    result = compare(
+        _classify(classifier, photos, progress),
+        np.array([predicted[names[row]] for row in rows]),
+        dataset.labels[rows],
+        [photo.name for photo in photos],
+        dataset.classes,
+    )
+    return PromotionDecision(result.no_worse, result.reason, result)
+
+
+def record_comparison(
+    registry: Registry, version: int, champion: Champion | None, decision: PromotionDecision
+) -> None:
+    """Tag a version with the result of its comparison, for a later `promote`."""
+    tags = {
+        COMPARED_WITH: champion.pointer.release if champion else "nobody",
+        COMPARISON: decision.reason,
+        COMPARISON_WON: "yes" if decision.won else "no",
+    }
+    registry.set_tags(version, tags)
 
 
 def compare_releases(
@@ -35,57 +232,80 @@ def compare_releases(
         The comparison, and the picture; None where the releases read all photos alike.
     """
     first, second = (open_release(folder) for folder in releases.values())
-    if fault := differing_labels(first.labels, second.labels):
+    if fault := differing_labels(first.labels, second.labels, *releases):
         raise DataError(
-            f"The releases {' and '.join(releases)} cannot be compared, for {fault}. Name two "
-            "with the same labels."
+            f"The releases cannot be compared, for {fault}. Name two with the same labels."
         )
-    photos = _unseen(project, [*releases.values()], first.labels)
-    labels = np.array([first.labels.index(photo.label) for photo in photos])
-    paths = [project.data / photo.key for photo in photos]
-    rows = []
-    for classifier in (first, second):
-        found = classify_files(classifier, paths, progress)
-        if bad := [f"'{one.path}' ({one.error})" for one in found if one.error]:
-            raise DataError(
-                f"{len(bad)} photos cannot be read, such as {bad[0]}. Import them anew."
-            )
-        rows.append(np.array([one.probabilities for one in found]))
-    result = compare(
-        rows[0], rows[1], labels, [photo.key for photo in photos], classes=first.labels
-    )
+    photos = [photo for photo in find_photos(project.data) if photo.label in first.labels]
+    names = name_photos(photos)
+    seen = set().union(*(seen_photos(project, folder) for folder in releases.values()))
+    unseen = [one for one in photos if not seen & _spellings(one.key, names[one.key])]
+    if not unseen:
+        raise DataError(
+            f"All {len(photos)} photos in data/ with their labels were in the training of one of "
+            "the two, so they cannot be compared. Import photos that are new to both."
+        )
+    labels = np.array([first.labels.index(photo.label) for photo in unseen])
+    paths = [project.data / photo.key for photo in unseen]
+    old, new = (_classify(classifier, paths, progress) for classifier in (first, second))
+    result = compare(old, new, labels, [photo.key for photo in unseen], first.labels)
     picture = project.artifacts / "compare.png" if result.changed else None
     if picture:
         _draw(picture, project, [*releases], result)
     return result, picture
 
 
-def _unseen(project: Project, releases: list[Path], labels: Sequence[str]) -> list[Photo]:
-    """Photos in data/ that no release was trained on, near-duplicates included."""
-    photos = [photo for photo in find_photos(project.data) if photo.label in labels]
-    names = name_photos(photos)
-    seen: set[str] = set()
-    for folder in releases:
-        index: Any = read_json(folder / DATASET_INDEX) or {"photos": []}
-        seen |= seen_photos(project, index)
-    unseen = [
-        photo for photo in photos if not seen & {photo.key, Path(photo.key).name, names[photo.key]}
-    ]
-    if not unseen:
+def seen_photos(project: Project, release: Path) -> set[str]:
+    """Names and paths of photos that a release was trained on, with their near-duplicates.
+
+    A photo is named by its file's name alone, or by its path where another has that name.
+    """
+    index = read_json(release / DATASET_INDEX) or {"photos": []}
+    seen = {photo["name"] for photo in index["photos"] if photo["split"] != "test"}
+    groups = (read_json(project.audit) or {}).get("groups", [])
+    return seen.union(
+        *(group for group in groups if seen & {*group, *(Path(path).name for path in group)})
+    )
+
+
+def differing_labels(
+    first: Sequence[str], second: Sequence[str], one: str, other: str
+) -> str | None:
+    """Why two models with these labels cannot be compared, or None if they can."""
+    if [*first] == [*second]:
+        return None
+    only = {
+        one: [label for label in first if label not in second],
+        other: [label for label in second if label not in first],
+    }
+    faults = [f"only {who} has {list_labels(found)}" for who, found in only.items() if found]
+    return "their labels differ: " + (" and ".join(faults) or "they are in another order")
+
+
+def _spellings(key: str, name: str) -> set[str]:
+    """What a release may call a photo: its path, its file's name, or its name in a data set."""
+    return {key, Path(key).name, name}
+
+
+def _classify(classifier: Classifier, paths: Sequence[Path], progress: Progress) -> np.ndarray:
+    found = classify_files(classifier, paths, progress)
+    if bad := [f"'{one.path.name}' ({one.error})" for one in found if one.error]:
         raise DataError(
-            f"All {len(photos)} photos in data/ with their labels were in the training of one of "
-            "the two, so they cannot be compared. Import photos that are new to both."
+            f"{len(bad)} photos in data/ cannot be read, such as {bad[0]}. Leave data/ alone "
+            "while it is used, import what is missing, and run again."
         )
-    return unseen
+    return np.array([one.probabilities for one in found])
 
 
-def _draw(picture: Path, project: Project, names: list[str], result: Comparison) -> None:
+def _draw(picture: Path, project: Project, names: Sequence[str], result: Comparison) -> None:
     from matplotlib.figure import Figure
 
     changed = result.changed[:SHOWN]
     height = -(-len(changed) // COLUMNS)
     figure = Figure(figsize=(2 * COLUMNS, 2.6 * height), layout="constrained")
-    grid = np.atleast_1d(figure.subplots(height, COLUMNS, squeeze=False)).ravel()
+    grid = figure.subplots(height, COLUMNS, squeeze=False).ravel()
+    for axes in grid:
+        axes.axis("off")
     for axes, one in zip(grid, changed, strict=False):
         pixels = decode((project.data / one["name"]).read_bytes(), one["name"])
         axes.imshow(resize_square(pixels, SIDE))
@@ -94,8 +314,6 @@ def _draw(picture: Path, project: Project, names: list[str], result: Comparison)
             fontsize=9,
             color="darkgreen" if one["now"] == "right" else "darkred",
         )
-    for axes in grid:
-        axes.axis("off")
     picture.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=100)

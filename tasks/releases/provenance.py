@@ -7,11 +7,9 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
-from io import BytesIO
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
 
 import yaml
 
@@ -19,8 +17,7 @@ from tasks.errors import StageError
 from tasks.io import atomic_write, read_json
 from tasks.model.inference import usable_cores
 from tasks.project import Project
-from tasks.releases.champion import METRICS
-from tasks.releases.pointer import Champion
+from tasks.releases.champion import METRICS, Champion
 from tasks.services.git import read_revision
 
 LIBRARIES = (
@@ -35,9 +32,7 @@ LIBRARIES = (
     "dvc",
 )
 """Those whose arithmetic, decoding or formats a release's bytes come from."""
-
 PLOTS = "artifacts/plots/"
-BILL_SECONDS = 120
 INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
 """By which libraries choose other kernels, which round differently."""
 
@@ -45,11 +40,7 @@ INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_til
 def release_facts(root: Path, data_version: str, champion: Champion | None) -> dict[str, Any]:
     """Facts of a release's manifest: JSON values that do not change its id.
 
-    Args:
-        root: the checkout.
-        data_version: DVC's hash of the photos.
-        champion: of the storage that the release goes to; the number of its moves orders
-            releases, as clocks may be wrong.
+    The number of the champion's moves orders releases, as clocks may be wrong.
     """
     revision = read_revision(root)
     problem = {"git_problem": revision.problem} if revision.problem else {}
@@ -65,28 +56,17 @@ def release_facts(root: Path, data_version: str, champion: Champion | None) -> d
 
 
 def environment() -> dict[str, Any]:
-    """Name the interpreter, the libraries and the processor of this process.
-
-    Returns:
-        `python`, `system`, `libraries` (version by name), `processor`, `cores` and
-        `instructions`.
-    """
+    """Name the interpreter, the libraries and the processor of this process."""
     processor, flags = _processor()
+    known = {one.name: one.version for one in distributions()}
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "libraries": {name: found for name in LIBRARIES if (found := _version(name))},
+        "libraries": {name: known[name] for name in LIBRARIES if name in known},
         "processor": processor,
         "cores": usable_cores(),
         "instructions": [name for name in INSTRUCTIONS if name in flags],
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> tuple[str, list[str]]:
@@ -102,38 +82,28 @@ def _processor() -> tuple[str, list[str]]:
 
 
 def write_bill(lock: Path, project: Path, target: Path) -> None:
-    """Write a CycloneDX bill of materials of a locked environment.
-
-    It holds no time and no serial number, so the same lock gives the same bytes, and the
-    release's id depends on its content only.
+    """Write a CycloneDX bill of materials of a lock file; the same lock gives the same bytes.
 
     Args:
         lock: `requirements.lock`, with hashes.
         project: `pyproject.toml`, which names the root component.
         target: the JSON file to write.
-
-    Raises:
-        StageError: the lock cannot be read as one.
     """
     command = [sys.executable, "-P", "-m", "cyclonedx_py", "requirements", "--output-reproducible"]
     # What this tool writes is known to be valid, and looking again takes 7 s.
     command += ["--no-validate", "--output-format", "JSON", "--pyproject", str(project)]
     # A date of the build, if one is set, would get into the file.
     left_out = ("SOURCE_DATE_EPOCH", "PYTHONPATH")
-    environment = {name: text for name, text in os.environ.items() if name not in left_out}
+    named = {name: text for name, text in os.environ.items() if name not in left_out}
     with atomic_write(target) as temporary:
         command += ["--output-file", str(temporary), str(lock)]
-        try:
-            subprocess.run(  # noqa: S603, our own interpreter
-                command, env=environment, capture_output=True, timeout=BILL_SECONDS, check=True
-            )
-        except subprocess.SubprocessError as error:
-            said = (getattr(error, "stderr", None) or b"").decode(errors="replace").split("\n")
-            reason = next((line for line in reversed(said) if line.strip()), type(error).__name__)
+        done = subprocess.run(command, env=named, capture_output=True, text=True)  # noqa: S603, ours
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if line.strip()]
             raise StageError(
-                f"No bill of materials could be made of '{lock}' ({reason.strip()[:200]}). Run "
-                "`make lock`, and look at what it says."
-            ) from error
+                f"No bill of materials could be made of '{lock}' ({(said or ['no reason'])[-1]}). "
+                "Run `make lock`, and look at what it says."
+            )
 
 
 @dataclass(frozen=True)
@@ -141,19 +111,17 @@ class RebuildComparison:
     """A release and what was rebuilt from its record.
 
     Args:
-        identical: Weights and metrics are the same bytes.
-        difference: The first thing that differs.
-        cause: Its likely cause.
-        weights: Largest difference between two weights; None if they cannot be compared.
-        metrics: Values in the release and in the rebuilt model, by name.
-        release: Id of the release.
-        revision: Commit that it was rebuilt from.
+        identical: weights and metrics are the same bytes.
+        difference: the first thing that differs.
+        cause: its likely cause.
+        metrics: values in the release and in the rebuilt model, by name.
+        release: id of the release.
+        revision: commit that it was rebuilt from.
     """
 
     identical: bool
     difference: str | None = None
     cause: str | None = None
-    weights: float | None = None
     metrics: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     release: str = ""
     revision: str = ""
@@ -164,6 +132,7 @@ class RebuildComparison:
         return replace(self, release=release, revision=revision, seconds=round(seconds, 1))
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values."""
         return asdict(self)
 
     def describe(self) -> str:
@@ -180,10 +149,10 @@ def compare_builds(
     """Compare a rebuilt model with the release's, stage by stage.
 
     Args:
-        release: Folder of the verified release.
-        built: Checkout in which every stage ran again.
-        then: The environment in which the release was made, if recorded.
-        now: The same today.
+        release: folder of the verified release.
+        built: checkout in which every stage ran again.
+        then: the environment in which the release was made, if recorded.
+        now: the same today.
     """
     files = {"model.keras": built.model, "model.pb": built.graph}
     files |= {"metrics.json": built.metrics, "gate.json": built.gate}
@@ -191,20 +160,10 @@ def compare_builds(
     before, after = read_json(release / "metrics.json"), read_json(built.metrics)
     metrics = {name: (before.get(name), after.get(name)) for name in METRICS}
     if same:
-        return RebuildComparison(True, metrics=metrics, weights=0.0)
-    difference, by_code = _first_difference(_lock(release / "dvc.lock"), _lock(built.lock))
-    return RebuildComparison(
-        False,
-        difference,
-        by_code or _cause(then, now),
-        _largest_difference(release / "model.keras", built.model),
-        metrics,
-    )
-
-
-def _lock(path: Path) -> dict[str, Any]:
-    stages: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
-    return stages
+        return RebuildComparison(True, metrics=metrics)
+    locks = (yaml.safe_load(path.read_bytes()) for path in (release / "dvc.lock", built.lock))
+    difference, by_code = _first_difference(*(lock["stages"] for lock in locks))
+    return RebuildComparison(False, difference, by_code or _cause(then, now), metrics)
 
 
 def _first_difference(
@@ -239,46 +198,12 @@ def _differing(stage: Mapping[str, Any], other: Mapping[str, Any], part: str) ->
 def _cause(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
     if not then:
         return "unknown: the release does not say what it was computed with."
-    before, after = then.get("libraries", {}), now["libraries"]
+    before, after = ({**one, **one.get("libraries", {}), "libraries": ""} for one in (then, now))
     changed = [
         f"{name} {before.get(name, 'none')} -> {after.get(name, 'none')}"
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     ]
     if changed:
-        return f"other library versions: {', '.join(changed)}."
-    for name, words in (
-        ("instructions", "a processor with other instructions"),
-        ("processor", "another processor"),
-        ("cores", "another number of cores"),
-        ("python", "another Python"),
-        ("system", "another system"),
-    ):
-        if then.get(name) != now[name]:
-            return f"{words}: {then.get(name)} -> {now[name]}."
+        return f"it was computed with another {', '.join(changed)}."
     return "none that is recorded: libraries and processor are the same."
-
-
-def _largest_difference(released: Path, rebuilt: Path) -> float | None:
-    """Between the weights of two .keras files; None if their arrays do not match."""
-    import numpy as np
-
-    one, two = _arrays(released), _arrays(rebuilt)
-    if one.keys() != two.keys() or any(one[name].shape != two[name].shape for name in one):
-        return None
-    return max(float(np.abs(one[name] - two[name]).max(initial=0.0)) for name in one)
-
-
-def _arrays(path: Path) -> dict[str, Any]:
-    import h5py
-    import numpy as np
-
-    found: dict[str, Any] = {}
-
-    def take(name: str, entry: Any) -> None:
-        if isinstance(entry, h5py.Dataset):
-            found[name] = np.asarray(entry, np.float64)
-
-    with ZipFile(path) as archive, h5py.File(BytesIO(archive.read("model.weights.h5"))) as file:
-        file.visititems(take)
-    return found

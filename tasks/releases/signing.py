@@ -33,13 +33,10 @@ def canonical(content: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Trust:
-    """Whose signatures are accepted, and the key to sign with.
+    """Whose signatures are accepted, and the key to sign with; all keys are PEM files.
 
     Args:
-        public_keys: PEM files; several while keys are changed. With none, that of the
-            signing key counts.
-        signing_key: PEM file of the private key; None where nothing is signed.
-        passphrase: of the signing key.
+        public_keys: several while keys are changed; with none, that of the signing key counts.
         seen_pointers: file with the number of moves of each champion pointer seen here.
     """
 
@@ -90,8 +87,7 @@ class Trust:
         if self.signing_key:
             from model_signing import signing
 
-            # The library hands it on as it is, to where only bytes are taken.
-            secret: Any = self.passphrase.encode() if self.passphrase else None
+            secret: Any = self._secret  # the library says text, and takes bytes only
             with _folder_with(name, fields) as folder:
                 bundle = folder.with_name("bundle")
                 signing.Config().use_elliptic_key_signer(
@@ -101,24 +97,22 @@ class Trust:
         return canonical(fields) + b"\n"
 
     def read(self, kind: type[_Model], name: str, content: bytes, where: str) -> _Model:
-        """Parse what `sign` returned.
+        """Parse what `sign` returned; `ReleaseError` unless it is signed as required.
 
         Args:
-            kind: the model of the content.
             name: what the content must be.
             where: its place, for messages.
-
-        Raises:
-            ReleaseError: it is malformed, or not signed as required.
         """
         try:
-            fields = json.loads(content, parse_constant=_refuse_constant)
+            fields = json.loads(content)
             signature = fields.pop(SIGNATURE, None) if isinstance(fields, dict) else None
             parsed = kind.model_validate(fields)
         except (ValueError, RecursionError) as error:
             raise ReleaseError(f"{where} cannot be understood ({first_fault(error)}).") from None
         if not self.known:
             return parsed
+        from cryptography.exceptions import InvalidSignature
+
         if signature is None:
             raise ReleaseError(
                 f"The signature is missing: {where} is not signed. Sign it with `handsigns keys "
@@ -133,8 +127,14 @@ class Trust:
                 f"{where} is signed by a key that is not accepted: key {short(key)}. Add its "
                 "public key to HANDSIGNS_PUBLIC_KEYS if you know whose it is."
             )
-        if fault := _fault(name, fields, signature, self.known[key]):
-            raise ReleaseError(f"The signature of {where} {fault}. Do not use it.")
+        faults = (InvalidSignature, ValueError, LookupError, TypeError, AttributeError)
+        try:
+            _verify(name, fields, signature, self.known[key])
+        except faults as error:
+            raise ReleaseError(
+                f"The signature of {where} is damaged, forged, or of other content "
+                f"({type(error).__name__}). Do not use it."
+            ) from None
         return parsed
 
     def check_newest(self, place: str, moves: int) -> None:
@@ -159,13 +159,16 @@ class Trust:
                 seen = _read_seen(self.seen_pointers)
                 write_json(self.seen_pointers, {**seen, place: max(moves, seen.get(place, moves))})
 
+    @property
+    def _secret(self) -> bytes | None:
+        return self.passphrase.encode() if self.passphrase else None
+
     def _own_pem(self) -> bytes:
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-        secret = self.passphrase.encode() if self.passphrase else None
         try:
             content = Path(str(self.signing_key)).read_bytes()
-            return _pem(load_pem_private_key(content, secret).public_key())
+            return _pem(load_pem_private_key(content, self._secret).public_key())
         except (OSError, TypeError, ValueError) as error:
             raise SettingsError(
                 f"The signing key '{self.signing_key}' cannot be used ({_reason(error)}). Check "
@@ -175,11 +178,6 @@ class Trust:
 
 UNSIGNED = Trust()
 """Nothing is signed, and nothing need be."""
-
-
-def _refuse_constant(name: str) -> None:
-    """Refuse NaN and infinity, which only Python takes for JSON."""
-    raise ValueError(f"{name} is no JSON")
 
 
 def _read_seen(path: Path) -> dict[str, int]:
@@ -195,24 +193,15 @@ def _read_seen(path: Path) -> dict[str, int]:
     return seen
 
 
-def _fault(name: str, fields: Any, signature: Any, pem: bytes) -> str | None:
-    """What is wrong with a signature, or None."""
-    from cryptography.exceptions import InvalidSignature
+def _verify(name: str, fields: Any, signature: Any, pem: bytes) -> None:
+    """Raise unless the signature is of this content and by this key."""
     from model_signing import verifying
 
     with _folder_with(name, fields) as folder:
         key, bundle = folder.with_name("key"), folder.with_name("bundle")
         key.write_bytes(pem)
         bundle.write_text(json.dumps(signature), encoding="utf-8")
-        try:
-            verifying.Config().use_elliptic_key_verifier(public_key=key).verify(folder, bundle)
-        except InvalidSignature:
-            return "is forged or damaged: it was not made with the key that it names"
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            if str(error).startswith("Signature mismatch"):
-                return "is of other content: what it covers was changed, or it was taken from there"
-            return f"cannot be understood ({type(error).__name__})"
-    return None
+        verifying.Config().use_elliptic_key_verifier(public_key=key).verify(folder, bundle)
 
 
 @contextmanager

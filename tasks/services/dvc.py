@@ -15,51 +15,48 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import stamina
+import yaml
 
 from tasks.errors import BusyError, DataError, HandsignsError, ServiceError, StageError
-from tasks.io import atomic_write, folder_size, sha256
+from tasks.io import atomic_write, folder_size, read_json, sha256, write_json
 from tasks.project import Project
-from tasks.services.data_file import DataSource, read_record, record_source
 from tasks.services.s3 import redact_url
 from tasks.stage import Progress, run_command, silent
 
+DataSource = Literal["sample", "photos"]
 Outcome = Literal["unchanged", "restored", "ran"]
 DataState = Literal["missing", "clean", "edited", "outdated"]
 """Of `data/` beside `data.dvc`: not there; the recorded version; changed by somebody;
 an earlier version that nobody changed, while `data.dvc` names a later one."""
 
 REMOTE = "handsigns"
-FULL = (
-    "DVC cannot keep its notes ({}), which mostly means a full disk. Free some room, then run "
-    "again; nothing was lost."
-)
+# Without `verify` a damaged remote object is pulled with no complaint, and by default a silent
+# remote is waited for a minute, five times.
+S3_OPTIONS = {"verify": "true", "connect_timeout": "5", "read_timeout": "20"}
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class Remote:
-    """Where photos are pushed, instead of the remote in `.dvc/config`.
+class DataRecord:
+    """DVC's hash of `data/`, and whether a fresh clone can render what it cannot pull."""
 
-    Args:
-        url: as DVC takes it, such as `s3://dvc`.
-        options: further keys of DVC's remote section, credentials among them.
-        late: makes options known only while a local server runs; called before a transfer.
-    """
+    version: str
+    source: DataSource
+    content: dict[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Where photos are pushed, instead of the remote in `.dvc/config`; `late` adds options."""
 
     url: str
     options: dict[str, str] = field(repr=False)
-    late: Callable[[], dict[str, str]] = dict
+    late: Callable[[], dict[str, str]] = dict  # called before a transfer, once a server is up
 
 
 class Pipeline:
-    """Stages and data of one checkout.
-
-    Args:
-        project: the checkout, which must be the working directory: DVC asks for it.
-        remote: replaces the default remote of `.dvc/config`.
-        lock_timeout: seconds to wait for DVC's lock.
-    """
+    """Stages and data of the checkout in the working directory, where DVC looks for it."""
 
     def __init__(
         self, project: Project, remote: Remote | None = None, lock_timeout: float = 600.0
@@ -71,17 +68,14 @@ class Pipeline:
         for name in ("dvc", "dvc_data", "dvc_objects", "stamina"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._project = project
-        self._memory = project.local / "data_version"
+        self._memory = project.local / "data_version.json"
         self._lock_timeout = lock_timeout
         self._remote = remote
         self._section: dict[str, str] = {}
         config: dict[str, Any] = {}
         if remote is not None:
-            self._section = {"url": remote.url, **remote.options}
-            if remote.url.startswith("s3://"):
-                # Without `verify` a damaged remote object is pulled with no complaint, and
-                # by default a silent remote is waited for a minute, five times.
-                self._section |= {"verify": "true", "connect_timeout": "5", "read_timeout": "20"}
+            ours = S3_OPTIONS if remote.url.startswith("s3://") else {}
+            self._section = {"url": remote.url, **remote.options, **ours}
             config = {"core": {"remote": REMOTE}, "remote": {REMOTE: self._section}}
         try:
             self._repo = Repo(str(project.root), config=config)
@@ -91,7 +85,7 @@ class Pipeline:
                 "checkout of this project, HANDSIGNS_DVC_REMOTE_URL and .dvc/config."
             ) from error
         except sqlite3.Error as error:
-            raise StageError(FULL.format(error)) from error
+            raise _full(error) from error
         self._sources = _digests(project.root)
 
     def stages(self) -> list[str]:
@@ -116,9 +110,6 @@ class Pipeline:
         DVC offers no public way to run a stage in this process, and a process for each of
         twelve stages would import TensorFlow again, which takes longer than most of them. So
         DVC's own `cmd_run` is replaced meanwhile.
-
-        Returns:
-            Whether it ran, was restored from DVC's run cache, or needed neither.
         """
         import dvc.stage.run as dvc_run
 
@@ -169,11 +160,12 @@ class Pipeline:
         recorded = self.data_version()
         if recorded is None:
             return "edited"
-        present = self._locked(self._hash_data)
+        (out,) = self._locked(lambda: self._repo.stage.load_one(self._project.data_file.name).outs)
+        present = str(self._locked(out.get_hash).value)
         if present == recorded:
             self._remember_version(recorded)
             return "clean"
-        laid_out = self._remembered_version()
+        laid_out = read_json(self._memory)
         if laid_out is None:
             laid_out = present if self._repo.cache.local.exists(present) else recorded
         if laid_out == recorded:
@@ -191,9 +183,12 @@ class Pipeline:
         if not self._project.data.is_dir():
             raise DataError("There is no data/ to version. Import photos, or render the sample.")
         self._locked(lambda: self._repo.add(str(self._project.data)))
-        version = record_source(self._project, source)
-        self._remember_version(version)
-        return version
+        record = _parse(self._project.data_file)
+        record.content["meta"]["source"] = source
+        with atomic_write(self._project.data_file) as path:
+            path.write_text(yaml.safe_dump(record.content, sort_keys=False), encoding="utf-8")
+        self._remember_version(record.version)
+        return record.version
 
     def remote_url(self) -> str | None:
         """Where photos are pushed, without secrets; None where nothing is set."""
@@ -241,31 +236,22 @@ class Pipeline:
         return self._locked(checkout)
 
     def remove_unused(self, kept: Sequence[str], dry_run: bool = False) -> int:
-        """Remove cached files that no branch, no tag, no `kept` data.dvc and not `data/` needs.
-
-        Returns the bytes that the cache shrank by.
-        """
+        """Remove cached files that no branch, tag, `kept` data.dvc nor `data/` needs; the bytes."""
         from dvc.repo import Repo
 
         def collect() -> int:
             cache = Path(self._repo.cache.local.path)
             before = folder_size(cache)
             with tempfile.TemporaryDirectory() as temporary:
-                folders = [Path(temporary) / str(number) for number in range(len(kept))]
-                for folder, content in zip(folders, kept, strict=True):
-                    folder.mkdir()
-                    Repo.init(str(folder), no_scm=True).close()
-                    config = f"[cache]\n    dir = {cache.parent.parent}\n"
-                    (folder / ".dvc/config.local").write_text(config, encoding="utf-8")
-                    (folder / self._project.data_file.name).write_text(content, encoding="utf-8")
-                self._repo.gc(
-                    workspace=True,
-                    all_branches=True,
-                    all_tags=True,
-                    repos=[str(folder) for folder in folders],
-                    force=True,
-                    dry=dry_run,
-                )
+                other = Path(temporary)
+                Repo.init(temporary, no_scm=True).close()
+                config = f"[cache]\n    dir = {cache.parent.parent}\n"
+                (other / ".dvc/config.local").write_text(config, encoding="utf-8")
+                for number, content in enumerate(kept):
+                    (other / str(number)).mkdir()
+                    (other / f"{number}/data.dvc").write_text(content, encoding="utf-8")
+                needed = {"workspace": True, "all_branches": True, "all_tags": True}
+                self._repo.gc(**needed, repos=[temporary], force=True, dry=dry_run)
             return before - folder_size(cache)
 
         return self._locked(collect)
@@ -304,42 +290,29 @@ class Pipeline:
 
         return self._locked(transfer)
 
-    def _hash_data(self) -> str:
-        (out,) = self._repo.stage.load_one(self._project.data_file.name).outs
-        return str(out.get_hash().value)
-
-    def _remembered_version(self) -> str | None:
-        """The version that was last laid out or recorded in this checkout."""
-        try:
-            return self._memory.read_text(encoding="ascii").strip() or None
-        except (OSError, ValueError):
-            return None
-
     def _remember_version(self, version: str | None) -> None:
-        if version != self._remembered_version():
-            with atomic_write(self._memory) as path:
-                path.write_text(f"{version}\n", encoding="ascii")
+        """Note the version that was last laid out or recorded in this checkout."""
+        if version != read_json(self._memory):
+            write_json(self._memory, version)
 
     def _locked(self, call: Callable[[], _Result]) -> _Result:
         """Call into DVC, waiting a bounded time for its locks."""
-        from dvc.exceptions import DvcException
+        from dvc.exceptions import DvcException, ReproductionError
         from dvc.lock import LockError
         from dvc.rwlock import RWLockFileCorruptedError, RWLockFileFormatError
 
         wait, attempts = self._lock_timeout, itertools.count()
-        damaged = (RWLockFileCorruptedError, RWLockFileFormatError, UnicodeDecodeError)
 
         def attempt() -> _Result:
             if next(attempts) == 1:
                 _log.warning("Another process works on this pipeline; waiting up to %.0f s.", wait)
             try:
-                return _unwrapped(call)
-            except damaged as error:
-                self._remove_damaged_locks(error)
-                return _unwrapped(call)
+                return call()
+            except ReproductionError as error:  # DVC's words around what a stage raised
+                raise (error.__cause__ or error) from None
 
-        patient = stamina.retry(on=LockError, attempts=None, timeout=wait, wait_max=5.0)
         try:
+            patient = stamina.retry(on=LockError, attempts=None, timeout=wait, wait_max=5.0)
             return patient(attempt)()
         except LockError as error:
             raise BusyError(
@@ -347,29 +320,51 @@ class Pipeline:
                 "it to end, then run again."
             ) from error
         except sqlite3.Error as error:
-            raise StageError(FULL.format(error)) from error
+            raise _full(error) from error
+        except (RWLockFileCorruptedError, RWLockFileFormatError, UnicodeDecodeError) as error:
+            raise StageError(
+                "DVC's list of locks, .dvc/tmp/rwlock, is damaged. Remove it when no other command "
+                "works in this checkout, then run again."
+            ) from error
         except DvcException as error:
             advice = "" if "dvc.lock" not in str(error) else " Take dvc.lock back from git."
             raise StageError(f"DVC stopped: {_one_line(error)}{advice}") from error
 
-    def _remove_damaged_locks(self, error: Exception) -> None:
-        """Remove the list of locks that a killed process left half written."""
-        path = self._project.root / ".dvc/tmp/rwlock"
-        if isinstance(error, UnicodeDecodeError) and error.object != path.read_bytes():
-            raise error
-        # DVC writes and reads it under a guard: nobody is writing it now.
-        _log.warning("DVC's list of locks, %s, was damaged and is removed.", path)
-        path.unlink(missing_ok=True)
+
+def read_record(project: Project) -> DataRecord | None:
+    """Read `data.dvc`; None where there is none, `DataError` if it is not what DVC writes."""
+    return _parse(project.data_file) if project.data_file.is_file() else None
 
 
-def _unwrapped(call: Callable[[], _Result]) -> _Result:
-    """Raise what a stage raised, without the sentence that DVC puts around it."""
-    from dvc.exceptions import ReproductionError
-
+def _parse(data_file: Path) -> DataRecord:
     try:
-        return call()
-    except ReproductionError as error:
-        raise (error.__cause__ or error) from None
+        content = yaml.safe_load(data_file.read_text(encoding="utf-8"))
+        version, meta = content["outs"][0]["md5"], content.get("meta")
+        if not isinstance(version, str):
+            raise TypeError(version)
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError) as error:
+        raise DataError(
+            "data.dvc is not what DVC writes. Take it back from git, "
+            "or remove it and import the photos again."
+        ) from error
+    content["meta"] = meta if isinstance(meta, dict) else {}  # a team may note any value there
+    source: DataSource = "sample" if content["meta"].get("source") == "sample" else "photos"
+    return DataRecord(version, source, content)
+
+
+def check_trained_on(project: Project, version: str) -> None:
+    """Check that `data.dvc` and the stages in `dvc.lock` name this version of the photos."""
+    record = read_record(project)
+    try:
+        stages = yaml.safe_load(project.lock.read_text(encoding="utf-8"))["stages"].values()
+        used = {dep["md5"] for one in stages for dep in one["deps"] if dep["path"] == "data"}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise StageError("dvc.lock is damaged. Take it back from git and run again.") from error
+    if record is None or record.version != version or used != {version}:
+        raise StageError(
+            f"The photos changed during this run, which began with version {version} of data/. "
+            "Nothing was published; run again."
+        )
 
 
 def _digests(root: Path) -> dict[str, str]:
@@ -391,6 +386,13 @@ def _send_missing(cache: Any, remote: Any, version: str) -> int:
             remote.fs.put_file(str(path), remote.oid_to_path(name))
             missing += 1
     return missing
+
+
+def _full(error: Exception) -> StageError:
+    return StageError(
+        f"DVC cannot keep its notes ({error}), which mostly means a full disk. Free some room, "
+        "then run again; nothing was lost."
+    )
 
 
 def _one_line(error: BaseException) -> str:

@@ -11,13 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from tasks.errors import ServiceError
-from tasks.services.run_record import RunRecord
+from tasks.errors import ReleaseError, ServiceError
 from tasks.services.s3 import S3Address, redact_url
 
 PREFIX = "mlflow"
@@ -27,6 +25,7 @@ CONTENT_ID = "content_id"
 """Tag of runs and versions: the release that they stand for."""
 MAX_PARAM = 6000
 """Characters of a parameter that MLflow takes."""
+LIBRARIES = ("keras", "mlflow", "numpy", "tensorflow", "tensorflow-cpu")
 BATCH = 100
 """Parameters that one request may carry; metrics may be ten times as many."""
 FIXED = {
@@ -43,6 +42,31 @@ DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "8",
 }
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything about one retrain besides the model; a rejected one has no `content_id`.
+
+    Args:
+        photos: number of photos by split.
+        started: when training began, as a Unix time.
+        histories: contents of the phases' `history.json`, in order.
+        metrics: nested; only numbers are recorded.
+    """
+
+    content_id: str | None
+    params: Mapping[str, Any]
+    name: str | None = None
+    description: str = ""
+    data_version: str = ""
+    photos: Mapping[str, int] = field(default_factory=dict)
+    started: float | None = None
+    histories: Sequence[Mapping[str, Any]] = ()
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Sequence[Path] = ()
+    files: Sequence[Path] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,6 +87,16 @@ class Version:
     aliases: tuple[str, ...]
     tags: Mapping[str, str] = field(repr=False)
 
+    @property
+    def release(self) -> str:
+        """Id of its release; `ReleaseError` for a version of another program."""
+        if self.content_id is None:
+            raise ReleaseError(
+                f"Version {self.number} names no release. It was not registered by this workflow; "
+                "retrain, and use the version that it makes."
+            )
+        return self.content_id
+
 
 @dataclass(eq=False)
 class Registry:
@@ -71,10 +105,7 @@ class Registry:
     Every method raises `ServiceError` in one line within 30 s when MLflow does not answer.
 
     Args:
-        tracking_uri: MLflow's server, or a database.
-        model_name: name of the experiment and of the registered model.
-        artifacts: folder, or S3 bucket, of the experiment's files; None lets the server
-            decide.
+        artifacts: where files of runs go; None lets the server decide.
         login: `user:password` of the server; None takes the environment's.
     """
 
@@ -124,25 +155,17 @@ class Registry:
         """Make a version, or find it; without a run `tags` must name the `release_uri`."""
         if found := self.find(content_id):
             return found
-        from mlflow.exceptions import MlflowException
-
         with self._connection() as client:
-            try:
+            if not client.search_registered_models(f"name = '{self.model_name}'"):
                 client.create_registered_model(self.model_name)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
             source, ids = tags.get("release_uri", ""), {}
             if run:
                 # Not "models:/<id>": with a database that is looked up in the default store.
                 source = client.get_logged_model(run.model_id).artifact_location
                 ids = {"run_id": run.run_id, "model_id": run.model_id}
+            tags = {**tags, CONTENT_ID: content_id}
             made = client.create_model_version(
-                self.model_name,
-                source,
-                tags={**tags, CONTENT_ID: content_id},
-                description=description,
-                **ids,
+                self.model_name, source, tags=tags, description=description, **ids
             )
         return _version(made, {})
 
@@ -151,12 +174,9 @@ class Registry:
         named = f"name = '{self.model_name}'"
         with self._connection() as client:
             models = client.search_registered_models(named)
-            found, token = [], "" if models else None
-            while token is not None:
-                page = client.search_model_versions(named, page_token=token or None)
-                found += [_version(one, models[0].aliases) for one in page]
-                token = page.token or None
-        return sorted(found, key=lambda one: one.number)
+            found = client.search_model_versions(named) if models else ()  # 10,000 at most
+        versions = (_version(one, models[0].aliases) for one in found)
+        return sorted(versions, key=lambda one: one.number)
 
     def find(self, content_id: str) -> Version | None:
         """Return the version of a release, or None."""
@@ -181,49 +201,34 @@ class Registry:
             for name, text in tags.items():
                 client.set_model_version_tag(self.model_name, str(number), name, text)
 
-    def remove(self, number: int | None, run_id: str | None) -> None:
-        """Delete a version, its run, and the files of the run and its models.
-
-        Nothing happens to what is gone already.
-        """
-        from mlflow.exceptions import MlflowException
+    def remove(self, version: Version) -> None:
+        """Delete a version's run with all files, then the version, so that it can be repeated."""
+        from mlflow.entities import ViewType
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         with self._connection() as client:
-            if number is not None:
-                client.delete_model_version(self.model_name, str(number))
-            if run_id is None:
-                return
-            try:
-                run = client.get_run(run_id)
-            except MlflowException as error:
-                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                    return
-                raise
-            models = [one.model_id for one in run.outputs.model_outputs] if run.outputs else []
-            places = [client.get_logged_model(one).artifact_location for one in models]
-            for place in (*places, run.info.artifact_uri):
-                get_artifact_repository(place).delete_artifacts()
+            places, run = [self._experiment(client)], version.run_id
+            models = client.search_logged_models(places, f"source_run_id = '{run}'")
+            runs = client.search_runs(places, f"attributes.run_id = '{run}'", ViewType.ALL)
+            uris = [one.artifact_location for one in models]
+            for uri in uris + [one.info.artifact_uri for one in runs]:
+                get_artifact_repository(uri).delete_artifacts()
             for model in models:
-                client.delete_logged_model(model)
-            if run.info.lifecycle_stage == "active":
-                client.delete_run(run_id)
-
-    @cached_property
-    def _client(self) -> Any:
-        from mlflow import MlflowClient
-
-        return MlflowClient(self.tracking_uri, self.tracking_uri)
+                client.delete_logged_model(model.model_id)
+            if any(one.info.lifecycle_stage == "active" for one in runs):
+                client.delete_run(run)
+            client.delete_model_version(self.model_name, str(version.number))
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
         load_mlflow()
+        from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
             with credentials_of(self.artifacts, self.login):
-                yield self._client
+                yield MlflowClient(self.tracking_uri, self.tracking_uri)
         except (MlflowException, SQLAlchemyError, OSError) as error:
             reason = getattr(error, "error_code", None) or type(error).__name__
             first = next(iter(str(error).splitlines()), "")
@@ -263,16 +268,14 @@ def credentials_of(artifacts: Path | S3Address | None, login: str | None = None)
     if login:
         user, password = login.split(":", 1)
         ours |= {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
-    before = {name: os.environ.get(name) for name in ours}
+    before = {name: os.environ[name] for name in ours if name in os.environ}
     os.environ.update(ours)
     try:
         yield
     finally:
-        for name, text in before.items():
-            if text is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = text
+        for name in ours:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def _earlier_run(client: Any, experiment: str, content_id: str) -> RecordedRun | None:
@@ -318,10 +321,17 @@ def _log(client: Any, run_id: str, record: RunRecord) -> None:
         used = DatasetInput(photos, [InputTag("mlflow.data.context", "training and test")])
         client.log_inputs(run_id, [used])
     now = int(time.time() * 1000)
-    params = [Param(name, str(value)[:MAX_PARAM]) for name, value in record.flat_params()]
+    params = [Param(name, str(value)[:MAX_PARAM]) for name, value in _flat(record.params, ".")]
+    points = [(name, value, 0) for name, value in _flat(record.metrics, "/")]
+    points += [
+        (f"{history['phase']}/{name}", epoch[name], epoch["epoch"])
+        for history in record.histories
+        for epoch in history["epochs"]
+        for name in epoch.keys() - {"epoch"}
+    ]
     metrics = [
-        Metric(name.replace(".", "/"), float(value), now, step)
-        for name, value, step in record.points()
+        Metric(name, float(value), now, step)
+        for name, value, step in points
         if isinstance(value, int | float) and not isinstance(value, bool)
     ]
     for start in range(0, max(len(params), len(metrics)), BATCH):
@@ -332,6 +342,15 @@ def _log(client: Any, run_id: str, record: RunRecord) -> None:
             client.log_artifact(run_id, str(path), folder)
 
 
+def _flat(nested: Mapping[str, Any], separator: str) -> Iterator[tuple[str, Any]]:
+    """Values by the joined keys that lead to them."""
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}{separator}{more}", one) for more, one in _flat(value, separator))
+        else:
+            yield key, value
+
+
 def _log_model(
     client: Any, experiment: str, run_id: str, model_file: Path, model: Any, example: Any
 ) -> str:
@@ -339,7 +358,7 @@ def _log_model(
     import mlflow.tensorflow
     import numpy as np
     from mlflow.entities import LoggedModelOutput
-    from mlflow.models import Model, ModelSignature
+    from mlflow.models import ModelSignature
     from mlflow.types.schema import Schema, TensorSpec
 
     def schema(tensors: Sequence[Any]) -> Any:
@@ -347,34 +366,22 @@ def _log_model(
 
     signature = ModelSignature(inputs=schema(model.inputs), outputs=schema(model.outputs))
     made = client.create_logged_model(experiment, "model", run_id)
-    described = Model(
-        artifact_path=made.artifact_location,
-        run_id=run_id,
-        model_uuid=made.model_id,
-        model_id=made.model_id,
-    )
+    # With the versions that run here, MLflow need not load the model to find them.
+    known = {one.name: one.version for one in importlib.metadata.distributions()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         mlflow.tensorflow.save_model(
             model,
             str(folder),
-            mlflow_model=described,
             signature=signature,
             input_example=example.astype(signature.inputs.inputs[0].type),
-            pip_requirements=_requirements(),
+            pip_requirements=[f"{name}=={known[name]}" for name in LIBRARIES if name in known],
         )
         shutil.copyfile(model_file, folder / "data" / "model.keras")
         client.log_model_artifacts(made.model_id, str(folder))
     client.finalize_logged_model(made.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(made.model_id, 0)])
     return str(made.model_id)
-
-
-def _requirements() -> list[str]:
-    """The versions that run here, so that MLflow need not load the model to find them."""
-    known = {one.name: one.version for one in importlib.metadata.distributions()}
-    used = ("keras", "mlflow", "numpy", "tensorflow", "tensorflow-cpu")
-    return [f"{name}=={known[name]}" for name in used if name in known]
 
 
 def _version(made: Any, aliases: Mapping[str, str]) -> Version:

@@ -1,8 +1,4 @@
-"""Notifications by mail, chat, pager, or whatever else apprise supports.
-
-An address is a secret: it holds tokens and passwords. It appears in no message, log or
-error; apprise's own log lines, which quote it, are silenced.
-"""
+"""Notifications through apprise, to addresses that are secrets and appear in no message or log."""
 
 import logging
 import threading
@@ -23,13 +19,11 @@ def notify(addresses: str, title: str, body: str) -> bool:
     )
     thread.start()
     thread.join(SECONDS)
-    delivered = outcome == [True]
-    if not delivered:
-        _log.warning(
-            "Not everybody was notified: an address in HANDSIGNS_NOTIFY_URLS %s.",
-            "was refused or did not answer" if outcome else f"took more than {SECONDS} s",
-        )
-    return delivered
+    if outcome == [True]:
+        return True
+    what = "was refused or did not answer" if outcome else f"took more than {SECONDS} s"
+    _log.warning("Not everybody was notified: an address in HANDSIGNS_NOTIFY_URLS %s.", what)
+    return False
 
 
 def check_addresses(addresses: str) -> None:
@@ -50,11 +44,11 @@ def check_addresses(addresses: str) -> None:
 def _send(addresses: str, title: str, body: str) -> bool:
     try:
         apprise = _apprise()
-        people = apprise.Apprise()
+        people, failure = apprise.Apprise(), apprise.NotifyType.FAILURE
         known = people.add(addresses)
-        failure = apprise.NotifyType.FAILURE
-        sent = people.notify(body, title=title, notify_type=failure, body_format="text")
-        return bool(known and sent)
+        return bool(
+            known and people.notify(body, title=title, notify_type=failure, body_format="text")
+        )
     except Exception:  # a plugin of apprise may raise anything, with the address in it
         return False
 

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import datetime
 import hashlib
 import logging
 import os
@@ -30,9 +31,6 @@ READ_SECONDS = 7
 CHUNK = 256 << 10
 
 _KEY = re.compile(r"[^/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*(/[^/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*)*")
-_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired")
-"""Refusals of credentials that come with status 400."""
-_FULL = ("InsufficientStorage", "QuotaExceeded", "XMinioStorageFull")
 
 T = TypeVar("T")
 
@@ -77,6 +75,7 @@ class StoredObject:
     key: str
     size: int
     etag: str = field(default="", compare=False)
+    modified: datetime.datetime = field(default=datetime.datetime.max, compare=False)
 
 
 class ChangedError(HandsignsError):
@@ -88,16 +87,11 @@ class MissingObjectError(HandsignsError):
 
 
 class Storage:
-    """One bucket.
+    """One bucket, with the keys for reading and writing, so that no reader forgets to verify.
 
     Every call makes up to three attempts, within 30 s if the service is silent. Every method
     raises `ServiceError` in one line when the service is unreachable, refuses the credentials
     or has no such bucket, and `ValueError` for a key that is not plain names joined by slashes.
-
-    Args:
-        address: endpoint, bucket and credentials.
-        trust: keys for reading and writing; kept here so that no reader forgets to verify.
-        read_seconds: longest silence of the service within one attempt.
     """
 
     def __init__(
@@ -124,7 +118,8 @@ class Storage:
         )
         for page in self._call(lambda: [*pages], prefix):
             for found in page.get("Contents", []):
-                yield StoredObject(found["Key"], found["Size"], found.get("ETag", ""))
+                etag, modified = found.get("ETag", ""), found["LastModified"]
+                yield StoredObject(found["Key"], found["Size"], etag, modified)
 
     def remove(self, key: str) -> None:
         """Remove an object, if it is there."""
@@ -155,13 +150,8 @@ class Storage:
         # Such parts would lead to another place on the way to the service.
         if not {"", ".", ".."}.isdisjoint(key.split("/")):
             raise ValueError(f"The key {key!r} has empty or dotted parts. Rename the object.")
-
-        def fetch() -> bytes:
-            answer = self._client.get_object(Bucket=self.address.bucket, Key=key)
-            _etag(answer)
-            return answer["Body"].read(limit)
-
-        return self._call(fetch, key)
+        at: Any = {"Bucket": self.address.bucket, "Key": key}
+        return self._call(lambda: self._read(at, limit)[0], key)
 
     def digest(self, key: str) -> tuple[str, int]:
         """Read an object to its end; its SHA-256 in hex and its size in bytes."""
@@ -172,15 +162,17 @@ class Storage:
         with atomic_write(target) as temporary:
             return self._call(lambda: self._copy(key, temporary), key)
 
-    def _read(self, at: Any) -> tuple[bytes, str]:
+    def _read(self, at: Any, limit: int | None = None) -> tuple[bytes, str]:
         answer = self._client.get_object(**at)
-        return b"".join(_chunks(answer)), _etag(answer)
+        etag = _etag(answer)
+        return answer["Body"].read(limit), etag
 
     def _copy(self, key: str, target: Path | None) -> tuple[str, int]:
         digest, size = hashlib.sha256(), 0
         answer = self._client.get_object(**self._at(key))
+        _etag(answer)
         with target.open("wb") if target else contextlib.nullcontext() as file:
-            for chunk in _chunks(answer):
+            for chunk in answer["Body"].iter_chunks(CHUNK):
                 digest.update(chunk)
                 size += len(chunk)
                 if file:
@@ -244,17 +236,15 @@ def check_conditional_writes(storage: Storage) -> None:
     """
     probe = f"probes/{uuid.uuid4().hex}"
     first = storage.put_if_absent(probe, b"first")
-    writes: dict[str, Callable[[], str]] = {
-        "If-None-Match": lambda: storage.put_if_absent(probe, b"third"),
-        "If-Match": lambda: storage.put_if_match(probe, b"fourth", first),
-    }
     ignored = []
     try:
         storage.put_if_match(probe, b"second", first)
-        for header, write in writes.items():
-            with contextlib.suppress(ChangedError):
-                write()
-                ignored.append(header)
+        with contextlib.suppress(ChangedError):
+            storage.put_if_absent(probe, b"third")
+            ignored.append("If-None-Match")
+        with contextlib.suppress(ChangedError):
+            storage.put_if_match(probe, b"fourth", first)
+            ignored.append("If-Match")
     finally:
         with contextlib.suppress(ServiceError):
             storage.remove(probe)
@@ -332,28 +322,15 @@ def _explain(response: Any, address: S3Address, key: str) -> HandsignsError:
     if status == 404 and key and code != "NoSuchBucket":
         return MissingObjectError(f"{uri}{key} does not exist.")
     if status == 404:
-        return ServiceError(
-            f"The bucket {at} does not exist. Create it, or correct the setting that names it: "
-            "HANDSIGNS_BUCKET, or HANDSIGNS_INBOX."
-        )
-    if status in (401, 403) or code in _EXPIRED:
-        return ServiceError(
-            f"S3 refuses the credentials for {at} ({code}). "
-            "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, their rights and the clock."
-        )
-    if status == 507 or code in _FULL:
-        return ServiceError(
-            f"S3 has no room left for {at} ({status} {code}). Free some, then run again."
-        )
-    return ServiceError(
-        f"S3 failed with {status} {code} for {at}. Look at the service, its log and its disk, "
-        "then run again."
-    )
-
-
-def _chunks(answer: Any) -> Iterator[bytes]:
-    _etag(answer)
-    yield from answer["Body"].iter_chunks(CHUNK)
+        fault = f"The bucket {at} does not exist. Create it, or correct HANDSIGNS_BUCKET or "
+        fault += "HANDSIGNS_INBOX, whichever names it."
+    elif status in (401, 403) or "Token" in code:  # expired ones come with status 400
+        fault = f"S3 refuses the credentials for {at} ({code}). Check AWS_ACCESS_KEY_ID, "
+        fault += "AWS_SECRET_ACCESS_KEY, their rights and the clock."
+    else:
+        fault = f"S3 failed with {status} {code} for {at}. Look at the service, its log and its "
+        fault += "disk, then run again."
+    return ServiceError(fault)
 
 
 def _etag(answer: Any) -> str:
