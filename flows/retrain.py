@@ -149,7 +149,7 @@ def _retrain(run: Run) -> None:
     if command.get() is None:  # a command did so before it started Prefect
         check(run)
     _log.info(workspace.trust.describe())
-    workspace.services.start_s3()
+    workspace.services.s3(wait=False)
     inbox = import_inbox(run) if workspace.settings.inbox else None
     fetch_photos(run)
     # One version of data/ from here until the champion was scored on it: an import waits.

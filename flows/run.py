@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from flows.local.clients import TAG, advice, ask, check_reachable, point_prefect_at
-from flows.local.databases import SQLITE
+from flows.local.servers import SQLITE
 from flows.local.stack import find_running
 from flows.report import ModelReport, RunReport, Status, log_run, quarantined, write_report
 from flows.workspace import Workspace
@@ -281,7 +281,7 @@ def _last_run(project: Project) -> Path:
 
 def _run_flow(run: Run) -> None:
     services = run.workspace.services
-    api = services.start_prefect()
+    api = services.prefect(wait=False)
     # Imported while the server starts, one after the other: modules that two threads
     # import at once can see each other half made.
     import tensorflow  # noqa: F401

@@ -82,7 +82,7 @@ class Workspace:
         """Load a model by name, version or path; the classifier and its description."""
         path = Path(name)
         if not path.exists():
-            self.services.start_s3()  # it gets ready during the imports below
+            self.services.s3(wait=False)  # it gets ready during the imports below
 
         from tasks.model.inference import load_classifier
         from tasks.params import load_params

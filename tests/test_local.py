@@ -1,4 +1,4 @@
-"""One stack of local servers for each checkout: shared, taken over, and gone with its last user."""
+"""One stack of local servers per checkout: shared, adopted, closed to others, and stopped."""
 
 import os
 import signal
@@ -8,203 +8,166 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import psutil
 import pytest
+from pydantic import SecretStr
 
-from flows.local.clients import local_credentials
-from flows.local.processes import LocalStack, Program, is_alive
+from flows.local import processes, servers
+from flows.local.clients import CREDENTIALS, local_credentials
+from flows.local.processes import LocalStack, Program, read_state
 from flows.local.stack import embedded
-from flows.settings import Settings
+from flows.settings import Settings, load_settings
 from tasks.errors import BusyError, ServiceError, SettingsError
 from tasks.project import Project
-from tasks.services.s3 import Storage
+from tasks.services.s3 import S3Address, Storage
+from tests.fixtures import session
 from tests.fixtures.photos import CHECKOUT
+from tests.fixtures.prefect_api import PrefectApi, basic
+from tests.fixtures.servers import MlflowServer
 
 SETTINGS = Settings()
 
 
-def shell(
-    script: str, ready: Callable[[], bool] = lambda: True
-) -> Callable[[tuple[int, ...]], Program]:
-    """A program that is a shell script; `sh` shows what happens to any."""
+def shell(script: str, ready: Callable[[], bool]) -> Callable[[tuple[int, ...]], Program]:
     return lambda ports: Program("sh", ["sh", "-c", script], dict(os.environ), ready, ports)
 
 
 @pytest.fixture
 def stack(tmp_path: Path) -> Iterator[LocalStack]:
-    made = LocalStack(tmp_path, patience=1.0)
+    made = LocalStack(tmp_path)
     yield made
     made.close()
-
-
-def written(*files: Path) -> Callable[[], bool]:
-    return lambda: all(file.exists() and file.read_text().strip() for file in files)
 
 
 def listener(url: str) -> int:
     """Process that listens on the port of a URL."""
     port = int(url.rpartition(":")[2])
-    return next(
-        one.pid
-        for one in psutil.net_connections("tcp")
-        if one.status == "LISTEN" and one.laddr.port == port and one.pid
-    )
+    connections = psutil.net_connections("tcp")
+    return next(one.pid for one in connections if one.laddr.port == port and one.status == "LISTEN")
 
 
 def gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_configured_services_start_nothing(tmp_path: Path) -> None:
     address = "http://127.0.0.1:9"
     named = {"s3_endpoint_url": address, "mlflow_tracking_uri": address, "prefect_api_url": address}
     with embedded(SETTINGS.model_copy(update=named), Project(tmp_path)) as services:
-        services.start_s3()
-        assert services.s3().endpoint_url == address
-        assert services.mlflow() == address
+        assert services.s3().endpoint_url == services.mlflow() == services.prefect() == address
         assert services.mlflow_artifacts() is None
-        assert services.prefect() == services.start_prefect() == address
     assert list((tmp_path / ".local").iterdir()) == []
 
 
-def test_s3_keeps_data_credentials_and_a_free_port_from_one_start_to_the_next(
-    tmp_path: Path,
-) -> None:
-    def use() -> tuple[str, str | None]:
+def test_data_credentials_and_ports_are_kept_from_one_start_to_the_next(tmp_path: Path) -> None:
+    def use() -> S3Address:
         with embedded(SETTINGS, Project(tmp_path)) as services:
-            address = services.s3()
-            assert Storage(address).get("a") == b"kept"
-        return address.endpoint_url, address.secret_access_key
+            Storage(services.s3()).get("a")
+            return services.s3()
 
     with embedded(SETTINGS, Project(tmp_path)) as services:
         address = services.s3()
         Storage(address).put("a", b"kept")
-    with pytest.raises(ServiceError):
-        Storage(address).check()
-    assert use() == (address.endpoint_url, address.secret_access_key)
+    assert use() == address
     with socket.create_server(("127.0.0.1", int(address.endpoint_url.rpartition(":")[2]))):
-        url, secret = use()
-    assert (url != address.endpoint_url, secret) == (True, address.secret_access_key)
+        other = use()
+    assert other.endpoint_url != address.endpoint_url
+    assert other.secret_access_key == address.secret_access_key
 
 
 def test_users_share_a_server_and_the_last_one_stops_it(tmp_path: Path) -> None:
     project = Project(tmp_path)
+
+    def use(number: int) -> None:
+        with embedded(SETTINGS, project) as services:
+            Storage(services.s3()).put(str(number), b"content")
+            time.sleep(0.1 * (number % 3))
+
     with embedded(SETTINGS, project) as last:
         with embedded(SETTINGS, project) as first:
             address = first.s3()
             process = listener(address.endpoint_url)
             assert last.s3() == address
         Storage(address).check()
+        other = SETTINGS.model_copy(update={"bucket": "others"})
+        with embedded(other, project) as others, pytest.raises(BusyError, match="other settings"):
+            others.s3()
     assert gone(process)
     # Several at once, while it stops and starts: each has a server for as long as it needs it.
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda number: _use(project, number), range(8)))
-    assert not is_alive(project.local, "seaweedfs")
-
-
-def _use(project: Project, number: int) -> None:
-    with embedded(SETTINGS, project) as services:
-        Storage(services.s3()).put(str(number), b"content")
-        time.sleep(0.1 * (number % 3))
+        list(pool.map(use, range(8)))
+    assert not read_state(project.local, "seaweedfs")
 
 
 RUN = """
 import signal, sys, time
 from pathlib import Path
-# As at a terminal, also where the tests were started in the background.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
 from flows.local.stack import embedded
 from flows.settings import Settings
 from tasks.project import Project
-from tasks.services.s3 import Storage
 with embedded(Settings(), Project(Path(sys.argv[1]))) as services:
-    Storage(services.s3()).put("a", b"kept")
     print(services.s3().endpoint_url, flush=True)
     time.sleep(600)
 """
 
 
-def _killed_user(root: Path, how: signal.Signals) -> int:
-    """The server of a user that was ended while it used it."""
-    command = [sys.executable, "-c", RUN, str(root)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=CHECKOUT.root
-    ) as run:
-        assert run.stdout is not None
-        process = listener(run.stdout.readline().strip())
-        run.send_signal(how)
-        run.wait(20)
-    return process
-
-
-def test_an_interrupted_user_leaves_nothing_behind(tmp_path: Path) -> None:
-    assert gone(_killed_user(tmp_path, signal.SIGINT))
-
-
-def test_a_killed_users_server_is_taken_over_by_the_next_and_stopped_with_it(
-    tmp_path: Path,
-) -> None:
-    process = _killed_user(tmp_path, signal.SIGKILL)
+def test_a_killed_users_server_is_adopted_by_the_next_and_stopped_with_it(tmp_path: Path) -> None:
+    process = 0
+    for how in (signal.SIGINT, signal.SIGKILL):
+        command = [sys.executable, "-c", RUN, str(tmp_path)]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=CHECKOUT.root
+        ) as run:
+            assert run.stdout is not None
+            process = listener(run.stdout.readline().strip())
+            run.send_signal(how)
+            run.wait(20)
+        assert gone(process) == (how == signal.SIGINT)
     with embedded(SETTINGS, Project(tmp_path)) as services:
-        address = services.s3()
-        assert listener(address.endpoint_url) == process
-        assert Storage(address).get("a") == b"kept"
+        assert listener(services.s3().endpoint_url) == process
     assert gone(process)
 
 
-def test_other_settings_replace_what_nobody_uses_and_are_refused_otherwise(tmp_path: Path) -> None:
-    process = _killed_user(tmp_path, signal.SIGKILL)
-    other = SETTINGS.model_copy(update={"bucket": "others"})
-    with embedded(other, Project(tmp_path)) as others:
-        others.s3()
-        assert gone(process)
-        with (
-            embedded(SETTINGS, Project(tmp_path)) as services,
-            pytest.raises(BusyError, match="seaweedfs server runs for another command"),
-        ):
-            services.s3()
-        Storage(others.s3()).check()
-
-
 PARENT = """
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print(os.getpid(), subprocess.Popen(['sleep', '600']).pid, file=open(sys.argv[1], 'w'), flush=True)
 time.sleep(600)
 """
 
 
-def test_a_program_that_ended_is_started_again_without_what_was_left_of_it(
+def test_what_a_program_started_is_stopped_with_it_or_after_it(
     tmp_path: Path, stack: LocalStack
 ) -> None:
     def describe(ports: tuple[int, ...]) -> Program:
         command = [sys.executable, "-c", PARENT, str(mark)]
-        return Program("parent", command, dict(os.environ), written(mark), ports)
+        return Program("parent", command, dict(os.environ), lambda: len(pids()) == 2, ports)
+
+    def pids() -> list[int]:
+        return [*map(int, mark.read_text().split())] if mark.exists() else []
 
     mark = tmp_path / "pids"
     first = stack.start("parent", 1, describe)
     stack.wait(first)
-    leader, child = map(int, mark.read_text().split())
+    leader, child = pids()
     os.kill(leader, signal.SIGKILL)
-    while is_alive(tmp_path, "parent"):
+    while read_state(tmp_path, "parent"):
         time.sleep(0.01)
     assert not gone(child)
-    assert stack.start("parent", 1, describe).ports == first.ports
-    assert gone(child)
+    mark.unlink()
+    again = stack.start("parent", 1, describe)
+    assert (again.ports, gone(child)) == (first.ports, True)
     assert (tmp_path / "logs/parent.log.1").exists()
-
-
-def test_what_a_program_started_is_stopped_with_it(tmp_path: Path) -> None:
-    marks = [tmp_path / "program", tmp_path / "child"]
-    script = f"trap '' TERM; echo $$ > {marks[0]}; sleep 600 & echo $! > {marks[1]}; wait"
-    stack = LocalStack(tmp_path)
-    stack.wait(stack.start("sh", 0, shell(script, written(*marks))))
+    stack.wait(again)
     stack.close()
-    assert all(gone(int(mark.read_text())) for mark in marks)
+    assert all(map(gone, pids()))
 
 
 FAILING = """
@@ -217,12 +180,8 @@ exit 3
 """
 
 
-def test_a_failing_start_shows_the_first_error_of_its_log_uncut_and_its_path(
-    stack: LocalStack,
-) -> None:
-    began = time.monotonic()
+def test_a_failing_start_shows_the_first_error_of_its_log(stack: LocalStack) -> None:
     program = stack.start("sh", 0, shell(FAILING.format(long="immeasurable " * 60), lambda: False))
-    assert time.monotonic() - began < 1  # it is not waited for
     with pytest.raises(ServiceError, match="did not start") as caught:
         stack.wait(program)
     said = str(caught.value)
@@ -231,54 +190,158 @@ def test_a_failing_start_shows_the_first_error_of_its_log_uncut_and_its_path(
     assert ("\n" in said, len(said) < 500) == (False, True)
 
 
-def test_a_server_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.local.processes.START_SECONDS", 0.5)
-    with embedded(SETTINGS, Project(tmp_path)) as services:
-        process = psutil.Process(listener(services.s3().endpoint_url))
-        process.suspend()
-        try:
-            with (
-                embedded(SETTINGS, Project(tmp_path), patience=0.5) as others,
-                pytest.raises(ServiceError, match="does not answer at http"),
-            ):
-                others.s3()
-        finally:
-            process.resume()
+def test_a_server_that_hangs_is_named(stack: LocalStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("START_SECONDS", "SECONDS"):
+        monkeypatch.setattr(processes, name, 0.2)
+    program = stack.start("sh", 0, shell("sleep 600", lambda: False))
+    with pytest.raises(ServiceError, match="does not answer"):
+        stack.wait(program)
 
 
 def test_credentials_are_generated_once_and_private(tmp_path: Path) -> None:
-    folder = tmp_path / ".local"
     previous = os.umask(0)
     try:
-        first = local_credentials(folder)
+        first = local_credentials(tmp_path / ".local")
     finally:
         os.umask(previous)
-    (file,) = folder.iterdir()
+    file = tmp_path / ".local" / CREDENTIALS
     assert file.stat().st_mode & 0o777 == 0o600
-    assert local_credentials(folder) == first
-    user, _, password = first.login.partition(":")
-    assert user == "handsigns"
-    assert min(len(first.secret_access_key), len(password)) >= 32
-    assert password not in repr(first)
+    assert local_credentials(file.parent) == first
+    assert len(first.secret_access_key) >= 32
+    assert first.login not in repr(first)
+    content = file.read_text()
+    for mode, text in ((0o644, content), (0o600, "{}"), (0o600, "no JSON"), (0o600, content[:40])):
+        file.write_text(text)
+        file.chmod(mode)
+        with pytest.raises(SettingsError, match="Remove"):
+            local_credentials(file.parent)
 
 
-@pytest.mark.parametrize(
-    ("mode", "content"),
-    [
-        (0o644, None),
-        (0o600, "{}"),
-        (0o600, "nonsense"),
-        (0o600, '{"access_key_id": "a", "secret_access_key": "b"}'),
-    ],
-)
-def test_credentials_that_cannot_be_trusted_are_refused(
-    tmp_path: Path, mode: int, content: str | None
+def test_every_server_listens_on_loopback_only(
+    s3_server: S3Address, prefect_api: PrefectApi, mlflow_server: MlflowServer
 ) -> None:
-    secret = local_credentials(tmp_path).secret_access_key
-    (file,) = tmp_path.iterdir()
-    if content is not None:
-        file.write_text(content)
-    file.chmod(mode)
-    with pytest.raises(SettingsError, match="Remove the file") as caught:
-        local_credentials(tmp_path)
-    assert secret not in str(caught.value)
+    ours = set()
+    for name in servers.PORTS:
+        state = read_state(session.stack().folder, name)
+        assert state
+        process = psutil.Process(state["pid"])
+        ours |= {one.pid for one in (process, *process.children(recursive=True))}
+    listening = [one for one in psutil.net_connections("tcp") if one.status == "LISTEN"]
+    addresses = [one.laddr.ip for one in listening if one.pid in ours]
+    assert len(addresses) >= 7  # five of SeaweedFS, one each of Prefect and MLflow
+    assert set(addresses) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def status(url: str, content: bytes | None = None, method: str = "", **headers: str) -> int:
+    request = Request(url, content, headers, method=method or None)
+    try:
+        with urlopen(request, timeout=10) as answer:
+            return int(answer.status)
+    except HTTPError as error:
+        return error.code
+
+
+def test_neither_the_store_nor_what_is_behind_it_serves_strangers(storage: Storage) -> None:
+    storage.put("kept", b"for those who have the keys")
+    url, bucket = storage.address.endpoint_url, storage.address.bucket
+    assert {status(f"{url}/{bucket}/kept"), status(f"{url}/{bucket}/new", b"", "PUT")} == {403}
+    state = read_state(session.stack().folder, "seaweedfs")
+    assert state
+    process = psutil.Process(state["pid"])
+    # Not in /tmp, where it would belong to the first user.
+    assert "s3.sock" in {one.laddr for one in process.net_connections("unix")}
+    answers = {}
+    for connection in process.net_connections("tcp"):
+        if connection.status == "LISTEN" and connection.laddr.port != state["ports"][0]:
+            behind = f"http://127.0.0.1:{connection.laddr.port}/buckets/{bucket}/kept"
+            with suppress(OSError, HTTPException):  # some speak no HTTP/1
+                answers[behind] = {status(behind), status(behind, b"theirs")}
+    assert any(401 in codes for codes in answers.values()), answers
+    assert all(min(codes) >= 400 for codes in answers.values()), answers
+    assert storage.get("kept") == b"for those who have the keys"
+
+
+def test_prefect_asks_everybody_for_the_login(prefect_api: PrefectApi) -> None:
+    wrong = basic(prefect_api.login + "x")
+    runs = f"{prefect_api.url}/flow_runs/filter"
+    for sent in ({}, wrong):
+        assert status(f"{prefect_api.url}/admin/version", **sent) in (401, 403)
+        assert status(runs, b"{}", **sent) in (401, 403)
+    assert isinstance(prefect_api.ask("flow_runs/filter", {}), list)
+    # A page elsewhere, in a browser that knows the login, has no token.
+    assert status(runs, b"{}", **basic(prefect_api.login)) == 403
+
+
+MLFLOW_PATHS = {
+    "/": None,
+    "/graphql": b"{}",
+    "/v1/traces": b"",
+    "/gateway/mlflow/v1/chat/completions": b"{}",
+    "/get-artifact?path=a&run_uuid=b": None,
+    "/ajax-api/2.0/mlflow-artifacts/artifacts/a": None,
+    "/api/2.0/mlflow/experiments/search?max_results=1": None,
+    "/api/2.0/mlflow/users/create": b"{}",
+    "/ajax-api/3.0/jobs/search": b"{}",
+    "/no/such/page": None,
+}
+"""One of each kind: pages, API, proxied files, traces, gateway; with what is posted."""
+
+
+def test_mlflow_asks_everybody_for_the_login(mlflow_server: MlflowServer) -> None:
+    sent = {"content-type": "application/json"}
+    for path, content in MLFLOW_PATHS.items():
+        for wrong in ({}, basic(mlflow_server.login + "x"), basic("admin:password1234")):
+            assert status(mlflow_server.url + path, content, **sent, **wrong) == 401, path
+    known = basic(mlflow_server.login)
+    assert status(f"{mlflow_server.url}/version", **known) == 200
+    # Made for a page elsewhere, whose browser knows the login.
+    foreign = {**known, **sent, "Origin": "http://elsewhere.example"}
+    create = f"{mlflow_server.url}/api/2.0/mlflow/experiments/create"
+    assert status(create, b'{"name": "theirs"}', **foreign) == 403
+
+
+def test_servers_send_no_telemetry_read_no_pickles_and_hide_secrets(tmp_path: Path) -> None:
+    secret = "a-secret-of-ours"
+    named = {
+        "database_url": SecretStr(f"postgresql://u:{secret}@h/d"),
+        "prefect_auth": SecretStr(f"someone:{secret}"),
+    }
+    settings = SETTINGS.model_copy(update=named)
+    store = S3Address("http://127.0.0.1:9", "artifacts", "us-east-1", "key", secret)
+    seaweedfs = servers.seaweedfs(tmp_path, "artifacts", (1, 2, 3, 4, 5))
+    mlflow = servers.mlflow(tmp_path, settings, store, (6,))
+    prefect = servers.prefect(tmp_path, settings, (7,))
+    assert "-master.telemetry=false" in seaweedfs.command
+    assert mlflow.environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert mlflow.environment["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
+    assert prefect.environment["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
+    assert "analytics = false" in (CHECKOUT.root / ".dvc/config").read_text()
+    known = local_credentials(tmp_path)
+    secrets = (secret, known.secret_access_key, known.login.partition(":")[2])
+    for server in (seaweedfs, mlflow, prefect):
+        assert not any(one in " ".join(server.command) for one in secrets)
+    # MLflow keeps the password that it was given first in a database; a new one takes another.
+    before = (tmp_path / "mlflow_login.ini").read_text()
+    (tmp_path / CREDENTIALS).unlink()
+    servers.mlflow(tmp_path, settings, store, (6,))
+    assert (tmp_path / "mlflow_login.ini").read_text() != before
+
+
+def test_a_wider_bind_without_a_password_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HANDSIGNS_HOST", "0.0.0.0")
+    monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING", raising=False)
+    with pytest.raises(SettingsError, match="PREFECT_SERVER_API_AUTH_STRING"):
+        load_settings()
+
+
+def test_running_a_graph_asks_nothing_of_the_network() -> None:
+    program = (
+        "import sys; seen = []; "
+        "sys.addaudithook(lambda name, _: name.startswith('socket.') and seen.append(name)); "
+        "import numpy as np, openvino as ov, openvino.opset13 as ops; "
+        "given = ops.parameter([1, 3], np.float32); "
+        "graph = ov.Core().compile_model(ov.Model([ops.relu(given)], [given]), 'CPU'); "
+        "print(graph(np.ones((1, 3), np.float32))[0].sum(), seen)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "3.0 []", done.stderr

@@ -10,16 +10,17 @@ import textwrap
 import urllib.request
 from collections.abc import Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pydantic import SecretStr
+from filelock import FileLock
 
 from flows.settings import Settings
 from tasks.data.stores import Store, open_store
 from tasks.errors import ServiceError, SettingsError
+from tasks.io import atomic_write
 from tasks.project import Project
 from tasks.services.s3 import S3Address, Storage, check_conditional_writes, redact_url
 
@@ -53,36 +54,28 @@ def local_credentials(folder: Path) -> Credentials:
         if not file.exists():
             _generate(file)
         mode = file.stat().st_mode & 0o777
-        if mode & 0o077:
-            fault = f"can be read by others (mode {mode:03o})"
-        else:
+        if not mode & 0o077:
             return Credentials(**json.loads(file.read_text(encoding="utf-8")))
+        fault = f"can be read by others (mode {mode:03o}). Remove it, and new ones are generated"
     except PermissionError:
-        raise SettingsError(
-            f"The local credentials in '{file}' belong to another user. "
-            "Run as that user, or in a checkout of your own."
-        ) from None
+        fault = "belong to another user. Run as that user, or in a checkout of your own"
     except (OSError, ValueError, TypeError):
-        fault = "cannot be understood"
-    raise SettingsError(
-        f"The local credentials in '{file}' {fault}. Remove the file, and new ones are generated."
-    )
+        fault = "cannot be understood. Remove the file, and new ones are generated"
+    raise SettingsError(f"The local credentials in '{file}' {fault}.")
 
 
 def _generate(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    part = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     made = Credentials(
         access_key_id="handsigns-" + secrets.token_hex(6),
         secret_access_key=secrets.token_urlsafe(30),
         login="handsigns:" + secrets.token_urlsafe(24),
     )
-    part.touch(0o600)
-    part.write_text(json.dumps(asdict(made), indent=2), encoding="utf-8")
-    # A link appears at once and never replaces what another process wrote first.
-    with suppress(FileExistsError):
-        os.link(part, file)
-    part.unlink()
+    with FileLock(file.with_suffix(".lock")), atomic_write(file) as part:
+        part.touch(0o600)
+        part.write_text(json.dumps(asdict(made)), encoding="utf-8")
+        if file.exists():  # another process was faster
+            part.write_bytes(file.read_bytes())
 
 
 def prefect_login(settings: Settings, folder: Path) -> str:
@@ -160,17 +153,9 @@ def ask(url: str, seconds: float = 2.0) -> bytes | None:
 def configured_s3(settings: Settings) -> S3Address:
     """Return the address that the settings name."""
 
-    def plain(secret: SecretStr | None) -> str | None:
-        return secret.get_secret_value() if secret else None
-
-    return S3Address(
-        str(settings.s3_endpoint_url),
-        settings.bucket,
-        settings.s3_region,
-        plain(settings.aws_access_key_id),
-        plain(settings.aws_secret_access_key),
-        plain(settings.aws_session_token),
-    )
+    known = (settings.aws_access_key_id, settings.aws_secret_access_key, settings.aws_session_token)
+    keys = [secret.get_secret_value() if secret else None for secret in known]
+    return S3Address(str(settings.s3_endpoint_url), settings.bucket, settings.s3_region, *keys)
 
 
 def check_reachable(settings: Settings) -> None:
@@ -178,26 +163,22 @@ def check_reachable(settings: Settings) -> None:
 
     Each is asked through the client that is used later, with all of its own settings.
     """
-    checks: list[Callable[[], None]] = []
+    checks: list[Callable[[], object]] = []
     if settings.s3_endpoint_url:
         storage = Storage(configured_s3(settings))
-        checks += [storage.check, lambda: check_conditional_writes(storage)]
-    tracking, api, dask = (
-        settings.mlflow_tracking_uri,
-        settings.prefect_api_url,
-        settings.dask_address,
-    )
+        checks += [storage.check, partial(check_conditional_writes, storage)]
+    tracking = settings.mlflow_tracking_uri
     if tracking and tracking.startswith("http"):
-        checks.append(lambda: _check_mlflow(tracking))
-    if api:
+        checks.append(partial(_check_mlflow, tracking))
+    if settings.prefect_api_url:
         # Modules that two threads import at once can see each other half made.
         import prefect.client.orchestration  # noqa: F401
 
-        checks.append(lambda: asyncio.run(_check_prefect(api)))
-    if dask:
+        checks.append(lambda: asyncio.run(_check_prefect(str(settings.prefect_api_url))))
+    if settings.dask_address:
         from flows.dask import check_scheduler
 
-        checks.append(lambda: check_scheduler(dask, CHECK_SECONDS))
+        checks.append(partial(check_scheduler, settings.dask_address, CHECK_SECONDS))
     with ThreadPoolExecutor() as pool:
         for outcome in [pool.submit(check) for check in checks]:
             outcome.result()
@@ -215,12 +196,10 @@ def _check_mlflow(url: str) -> None:
             verify=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or not insecure,
             cert=os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH"),
         )
+        if answer.status_code not in (401, 403):  # its own client finds out who it lets in
+            answer.raise_for_status()
     except (OSError, ValueError) as error:
         raise _unreachable("MLflow", url, "MLFLOW_TRACKING_URI", error) from None
-    # Whether it lets us in is for its own client to find out.
-    if answer.status_code >= 400 and answer.status_code not in (401, 403):
-        reason = f"status {answer.status_code}"
-        raise _unreachable("MLflow", url, "MLFLOW_TRACKING_URI", reason)
 
 
 async def _check_prefect(api: str) -> None:
@@ -235,16 +214,13 @@ async def _check_prefect(api: str) -> None:
                 error = await client.api_healthcheck()
     except (OSError, ValueError, ImportError, RuntimeError, httpx.HTTPError) as raised:
         error = raised
-    if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403):
-        return
-    if error:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if error and status not in (401, 403):
         raise _unreachable("Prefect", api, "PREFECT_API_URL", error)
 
 
-def _unreachable(
-    service: str, url: str, variable: str, reason: BaseException | str
-) -> ServiceError:
-    while isinstance(reason, BaseException) and (cause := reason.__cause__ or reason.__context__):
+def _unreachable(service: str, url: str, variable: str, reason: BaseException) -> ServiceError:
+    while cause := reason.__cause__ or reason.__context__:
         reason = cause  # the innermost one says what happened
     said = textwrap.shorten(str(reason) or type(reason).__name__, 300, placeholder=" …")
     return ServiceError(

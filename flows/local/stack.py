@@ -8,23 +8,23 @@ from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+import psutil
 from pydantic import BaseModel
 
-from flows.local import databases, servers
+from flows.local import servers
 from flows.local.clients import check_reachable, configured_s3, local_credentials
-from flows.local.processes import LocalStack, Program, is_alive, read_state, stop_programs
+from flows.local.processes import LocalStack, Program, read_state, stop_programs
 from flows.local.servers import PORTS, local_s3
 from flows.settings import Settings, load_settings
-from tasks.errors import BusyError, HandsignsError
+from tasks.errors import HandsignsError
 from tasks.project import Project
 from tasks.services.s3 import S3Address
 
-START_SECONDS = 300.0
+WORKER_SECONDS = 300.0
 RUN_SECONDS = 15.0
 """In which a flow run that is told to stop notifies people."""
-LONGEST_PAUSE = 30.0
-"""Seconds between two starts of a program that ends again and again."""
+PAUSE = 2.0
+"""Seconds between two looks at what runs."""
 LOG_BYTES = 20_000_000
 KEEPER = "service"
 """The process that keeps all others up after `up`."""
@@ -38,9 +38,6 @@ class Running(BaseModel):
 
     Args:
         pid: the process that keeps it up.
-        s3: endpoint.
-        mlflow: tracking URI.
-        prefect: URL of the API.
         database: PostgreSQL's address without user and password; None with SQLite.
     """
 
@@ -63,39 +60,33 @@ class Services:
     Args:
         settings: what they name is used as it is.
         folder: the checkout's `.local/`; local servers keep their state here.
-        patience: longest wait in seconds for a local server that does not answer.
 
     Every method raises `ServiceError` for a local server that does not start or answer, and
     `BusyError` for one that does not stop or runs with other settings.
     """
 
-    def __init__(self, settings: Settings, folder: Path, patience: float = 30.0) -> None:
+    def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.folder = settings, folder
-        self._stack = LocalStack(folder, patience)
+        self._stack = LocalStack(folder)
         self._programs: dict[str, Program] = {}
 
-    def start_s3(self) -> None:
-        """Start the local S3 server in the background, if one is needed."""
-        if self.settings.s3_endpoint_url is None:
-            self._start("seaweedfs")
+    def s3(self, wait: bool = True) -> S3Address:
+        """Return the address of S3; a local server starts in the background."""
+        if self.settings.s3_endpoint_url:
+            return configured_s3(self.settings)
+        program = self._start("seaweedfs", wait)
+        return local_s3(self.folder, self.settings.bucket, program.ports[0])
 
-    def start_prefect(self) -> str:
+    def prefect(self, wait: bool = True) -> str:
         """Return the URL of Prefect's API; a local server starts in the background."""
-        return self.prefect_named() or self._start("prefect").url
-
-    def s3(self) -> S3Address:
-        """Return the address of S3 once it is ready."""
-        address = self._s3_address()
-        if self.settings.s3_endpoint_url is None:
-            self._stack.wait(self._programs["seaweedfs"])
-        return address
+        return self.prefect_named() or self._start("prefect", wait).url
 
     def mlflow(self) -> str:
         """Return MLflow's tracking URI; locally a database, which needs no server."""
         if named := self.settings.mlflow_tracking_uri or (self._running and self._running.mlflow):
             return named
         self._prepare_database("mlflow")
-        return databases.registry_url(self.folder, self.settings)
+        return servers.registry_url(self.folder, self.settings)
 
     def mlflow_artifacts(self) -> S3Address | None:
         """Return where MLflow's files are, or None where its server decides."""
@@ -106,14 +97,6 @@ class Services:
         if self.settings.mlflow_tracking_uri or not (self._running and self._running.mlflow):
             return None
         return local_credentials(self.folder).login
-
-    def prefect(self) -> str:
-        """Return the URL of Prefect's API once it is ready."""
-        if named := self.prefect_named():
-            return named
-        program = self._start("prefect")
-        self._stack.wait(program)
-        return program.url
 
     def prefect_named(self) -> str | None:
         """Return the API that the settings or `handsigns up` name, or None."""
@@ -126,17 +109,14 @@ class Services:
 
     def start_all(self) -> Running:
         """Start every server that the settings do not name, and wait until all answer."""
-        for name in self._needed():
-            self._start(name)
-        for program in self._programs.values():
-            self._stack.wait(program)
-        url = {name: program.url for name, program in self._programs.items()}
+        for wait in (False, True):
+            url = {name: self._start(name, wait).url for name in self._needed()}
         database = self.settings.database_url
         return Running(
             s3=url.get("seaweedfs"),
             mlflow=url.get("mlflow"),
             prefect=url.get("prefect"),
-            database=database and databases.redact_database(database.get_secret_value()),
+            database=database and servers.redact_database(database.get_secret_value()),
         )
 
     def start_keeper(self, running: Running) -> None:
@@ -144,18 +124,16 @@ class Services:
         about = running.model_dump(exclude={"pid"})
         self._stack.start(KEEPER, 0, lambda _: servers.keeper(KEEPER, about))
 
-    def keep_up(self) -> bool:
-        """Start what ended, and a worker; tell whether anything was started again."""
-        ended = [name for name in self._needed() if not is_alive(self.folder, name)]
-        for name in ended:
-            _log.warning("%s ended, and is started again.", name)
-            self._start(name)
-        if not is_alive(self.folder, "worker"):
+    def keep_up(self) -> None:
+        """Start what ended, and a worker."""
+        for name in self._needed():
+            if not read_state(self.folder, name):
+                _log.warning("%s ended, and is started again.", name)
+                self._start(name)
+        if not read_state(self.folder, "worker"):
             api = self.settings.prefect_api_url or self._start("prefect").url
             program = servers.worker(self.folder, self.settings, api)
             self._stack.start("worker", 0, lambda _: program)
-            return True
-        return bool(ended)
 
     @cached_property
     def _running(self) -> Running | None:
@@ -166,60 +144,54 @@ class Services:
         named = (known.s3_endpoint_url, known.mlflow_tracking_uri, known.prefect_api_url)
         return [name for name, address in zip(PORTS, named, strict=True) if address is None]
 
-    def _s3_address(self) -> S3Address:
-        if self.settings.s3_endpoint_url:
-            return configured_s3(self.settings)
-        return local_s3(self.folder, self.settings.bucket, self._start("seaweedfs").ports[0])
-
-    def _start(self, name: str) -> Program:
-        if name not in self._programs or not is_alive(self.folder, name):
+    def _start(self, name: str, wait: bool = False) -> Program:
+        if name not in self._programs or not read_state(self.folder, name):
             folder, settings = self.folder, self.settings
             describe: Callable[[tuple[int, ...]], Program]
             if name == "seaweedfs":
                 describe = partial(servers.seaweedfs, folder, settings.bucket)
-            elif name == "mlflow":
-                describe = partial(servers.mlflow, folder, settings, self._s3_address())
             else:
-                describe = partial(servers.prefect, folder, settings)
-            if name != "seaweedfs":
                 self._prepare_database(name)
+                describe = partial(servers.prefect, folder, settings)
+            if name == "mlflow":
+                describe = partial(servers.mlflow, folder, settings, self.s3(wait=False))
             self._programs[name] = self._stack.start(name, PORTS[name], describe)
+        if wait:
+            self._stack.wait(self._programs[name])
         return self._programs[name]
 
     def _prepare_database(self, name: str) -> None:
         if self.settings.database_url:
-            databases.make_databases(self.settings.database_url.get_secret_value())
-        elif not is_alive(self.folder, name):
-            databases.migrate(self.folder, name)
+            servers.make_databases(self.settings.database_url.get_secret_value())
+        elif not read_state(self.folder, name):
+            servers.migrate(self.folder, name)
 
 
 @contextmanager
-def embedded(settings: Settings, project: Project, patience: float = 30.0) -> Iterator[Services]:
+def embedded(settings: Settings, project: Project) -> Iterator[Services]:
     """Use the services for as long as the block lasts."""
-    folder = project.local.resolve()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    services = Services(settings, folder, patience)
+    services = Services(settings, _local_folder(project))
     try:
         yield services
     finally:
         services.stop()
 
 
+def _local_folder(project: Project) -> Path:
+    folder = project.local.resolve()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
 def up(project: Project, settings: Settings) -> tuple[Running, bool]:
     """Start what the settings do not name, wait until each answers, and register the flows.
 
-    Returns:
-        Where each part answers, and whether it was started now.
-
-    Raises:
-        BusyError: another command starts or stops the service.
-        SettingsError: `prefect.yaml` cannot be used, or another checkout has the work pool.
-        ServiceError: a part did not start; all others are stopped again.
+    Returns where each part answers, and whether it was started now.
     """
     from flows import deploy
 
-    with _changing(project) as folder, embedded(settings, project) as services:
-        if found := find_running(folder):
+    with embedded(settings, project) as services:
+        if found := find_running(services.folder):
             return found, False
         deploy.declared_deployments(project)
         check_reachable(settings)
@@ -233,78 +205,54 @@ def up(project: Project, settings: Settings) -> tuple[Running, bool]:
                     # Of a database that others use, too, those without a pool may be theirs.
                     deploy.mark_lost_runs(project, settings.database_url is None)
                 services.start_keeper(running)
-                deploy.wait_for_worker(START_SECONDS)
+                deploy.wait_for_worker(WORKER_SECONDS)
         except BaseException:
-            stop_programs(folder, [KEEPER, "worker"])
+            stop_programs(services.folder, [KEEPER, "worker"])
             raise
-        return find_running(folder) or running, True
+        return find_running(services.folder) or running, True
 
 
 def keep_up() -> None:
     """Keep the service of this checkout up until this process, which `up` starts, is ended."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     with embedded(load_settings(), Project(Path.cwd())) as services:
-        pause = 1.0
         while True:
             try:
-                changed = services.keep_up()
+                services.keep_up()
             except HandsignsError as error:
                 _log.warning("%s", error)
-                changed = True
-            pause = min(2 * pause, LONGEST_PAUSE) if changed else 1.0
-            for log in (services.folder / "logs" / f"{name}.log" for name in PROGRAMS):
-                if log.exists() and log.stat().st_size > LOG_BYTES:
+            for log in (services.folder / "logs").glob("*.log"):
+                if log.stat().st_size > LOG_BYTES:
                     shutil.copyfile(log, f"{log}.1")
                     log.write_bytes(b"")
-            time.sleep(pause)
+            time.sleep(PAUSE)
 
 
 def down(project: Project) -> bool:
     """Stop the service; what another command still uses stops with that.
 
     Flow runs are stopped first: a worker that is stopped kills them, and they could not
-    notify anybody.
-
-    Returns:
-        Whether anything ran.
+    notify anybody. Returns whether anything ran.
     """
     if not project.local.is_dir():
         return False
-    with _changing(project) as folder:
-        if worker := read_state(folder, "worker"):
-            _stop_runs(worker["pid"])
-        before = [is_alive(folder, name) for name in PROGRAMS]
-        stop_programs(folder, [KEEPER])
-        stop_programs(folder, ["worker"])
-        stack = LocalStack(folder)
-        stack.join()
-        stack.close()
-        return before != [is_alive(folder, name) for name in PROGRAMS]
-
-
-@contextmanager
-def _changing(project: Project) -> Iterator[Path]:
     folder = project.local.resolve()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        with FileLock(folder / "service.lock", timeout=0):
-            yield folder
-    except Timeout:
-        raise BusyError(
-            "Another command starts or stops the service of this checkout. "
-            "Wait for it, and run again."
-        ) from None
+    before = [name for name in PROGRAMS if read_state(folder, name)]
+    if worker := read_state(folder, "worker"):
+        _stop_runs(worker["pid"])
+    stop_programs(folder, [KEEPER])
+    stop_programs(folder, ["worker"])
+    stack = LocalStack(folder)
+    stack.join()
+    stack.close()
+    return before != [name for name in PROGRAMS if read_state(folder, name)]
 
 
 def _stop_runs(worker: int) -> None:
     """Let a worker's flow runs end by themselves."""
-    import psutil
-
-    runs = []
     with suppress(psutil.NoSuchProcess):
-        for one in psutil.Process(worker).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):  # one that ends meanwhile spares no other
-                if "prefect.engine" in one.cmdline():
-                    one.terminate()
-                    runs.append(one)
-    psutil.wait_procs(runs, RUN_SECONDS)
+        children = psutil.Process(worker).children()
+        runs = [one for one in children if "prefect.engine" in one.cmdline()]
+        for one in runs:
+            one.terminate()
+        psutil.wait_procs(runs, RUN_SECONDS)
