@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tasks.data.directory import Quarantine
 from tasks.errors import StageError
 from tasks.io import read_json, write_json
 from tasks.params import Params
@@ -232,7 +231,7 @@ def read_output(path: Path) -> Any:
 
 def quarantined(project: Project) -> int:
     """Number of quarantined files."""
-    return sum(map(len, Quarantine(project).listed().values()))
+    return len((read_json(project.quarantine / "quarantine.json") or {}).get("files", []))
 
 
 def data_changes(project: Project, former: Any, since: int | None) -> DataChanges:

@@ -1,8 +1,8 @@
-"""Stage: examine the photos in `data/`, and find those that must not be trained on.
+"""Stage: find near-duplicate photos, and those that must not be trained on.
 
-Near-duplicates with two labels are labelling errors, so both are excluded. A training
-photo that is a near-duplicate of an official test photo is excluded, too. The test itself
-is never changed.
+Near-duplicates are bursts, copies, other encodings, and mirror images of these. With two
+labels they are labelling errors, so both are excluded. A training photo that is a
+near-duplicate of an official test photo is excluded, too. The test itself never changes.
 """
 
 from collections import defaultdict
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from tasks.data.dataset import Photo, count_classes, find_photos, groups_by_class
-from tasks.data.images import each_photo, resize_square
-from tasks.data.near_duplicates import NearDuplicates, find_near_duplicates, perceptual_hash
+from tasks.data.images import Pixels, each_photo, perceptual_hash, resize_square
 from tasks.errors import DataError
 from tasks.io import write_json
 from tasks.params import AuditParams
@@ -25,11 +27,18 @@ from tasks.stage import Context, Progress, stage_main
 
 COMPARED = 64
 """Side in pixels at which photos are compared."""
+REPRESENTATIVES = 64
+"""A photo with this many near-duplicates of its own kind is not compared with later ones."""
 IMBALANCE = 3.0
 """Ratio of the largest class to the smallest above which the audit warns."""
 CLOSEST = 100
 """Pairs in the report beside those of two labels, and those of train and test."""
 
+_BLOCK = 256
+_GRID = 4
+_ROUNDING = 0.1  # of float32 sums, as a root-mean-square difference
+
+Rows = NDArray[np.int64]
 Report = dict[str, Any]
 
 
@@ -37,9 +46,34 @@ Report = dict[str, Any]
 class ImageStats:
     """What the audit keeps of each photo: 12 KB, whatever its size."""
 
-    pictures: NDArray[np.uint8]  # (n, 64, 64, 3)
+    pictures: NDArray[np.uint8]  # (n, side, side, 3), the side a multiple of 4
     hashes: NDArray[np.uint64]  # perceptual hash of each picture
     mirrored: NDArray[np.uint64]  # that of its mirror image
+
+
+@dataclass(frozen=True)
+class NearDuplicates:
+    """Pairs of near-duplicates, sorted by row.
+
+    Args:
+        pairs: (m, 2); the smaller row first. All pairs, if no photo has more than
+            `REPRESENTATIVES` near-duplicates; else enough to join the groups.
+        rms: (m,); root-mean-square difference of the pixels, 0 to 255.
+        representatives: (n,); the row itself, or the near-duplicate of the same kind that
+            was compared with the other photos instead.
+    """
+
+    pairs: Rows
+    rms: NDArray[np.float64]
+    representatives: Rows
+
+    @property
+    def groups(self) -> Rows:
+        """The group of each row: near-duplicates, and their near-duplicates."""
+        count = len(self.representatives)
+        graph = coo_array((np.ones(len(self.pairs), bool), self.pairs.T), (count, count))
+        members: Rows = connected_components(graph)[1].astype(np.int64)
+        return members
 
 
 def run(context: Context, item: str | None = None) -> None:
@@ -63,7 +97,7 @@ def measure(data: Path, photos: Sequence[Photo], progress: Progress) -> ImageSta
     return ImageStats(pictures, hashes, mirrored)
 
 
-def _measure(picture: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], int, int]:
+def _measure(picture: Pixels) -> tuple[Pixels, int, int]:
     small = resize_square(picture, COMPARED)
     mirror_image = np.ascontiguousarray(small[:, ::-1])
     return small, perceptual_hash(small), perceptual_hash(mirror_image)
@@ -76,25 +110,24 @@ def audit(
     counts = count_classes(photos, classes)
     folders = np.array([photo.folder for photo in photos])
     labels, label_ids = np.unique([photo.label for photo in photos], return_inverse=True)
-    found = find_near_duplicates(
-        stats.pictures,
-        stats.hashes,
-        stats.mirrored,
-        label_ids + len(labels) * (folders == "test"),
-        params.max_hash_distance,
-        params.max_rms_difference,
-    )
+    found = find_near_duplicates(stats, label_ids + len(labels) * (folders == "test"), params)
     left, right = found.pairs.T
     conflicts = label_ids[left] != label_ids[right]
     across = folders[left] != folders[right]
 
-    def describe(rows: NDArray[np.int64]) -> list[dict[str, Any]]:
+    def describe(rows: Rows) -> list[dict[str, Any]]:
         return [
             {"photos": [photos[row].key for row in pair], "rms": round(rms, 3)}
             for pair, rms in zip(found.pairs[rows].tolist(), found.rms[rows].tolist(), strict=True)
         ]
 
-    _reject_two_labels(describe(np.flatnonzero(conflicts & (found.rms == 0))))
+    if same := describe(np.flatnonzero(conflicts & (found.rms == 0))):
+        named = "; ".join(" = ".join(pair["photos"]) for pair in same[:5])
+        more = f"; and {len(same) - 5} more" if len(same) > 5 else ""
+        raise DataError(
+            f"The same picture has two labels: {named}{more}. Keep each picture only under its "
+            "right label."
+        )
     excluded = _exclude(photos, found, found.pairs[conflicts])
     # Photos of two labels in one group are near-duplicates of excluded photos only.
     groups = found.groups * len(labels) + label_ids
@@ -121,18 +154,8 @@ def audit(
     }
 
 
-def _reject_two_labels(pairs: list[dict[str, Any]]) -> None:
-    if pairs:
-        named = "; ".join(" = ".join(pair["photos"]) for pair in pairs[:5])
-        more = f"; and {len(pairs) - 5} more" if len(pairs) > 5 else ""
-        raise DataError(
-            f"The same picture has two labels: {named}{more}. Keep each picture only under its "
-            "right label."
-        )
-
-
 def _exclude(
-    photos: Sequence[Photo], found: NearDuplicates, conflicting: NDArray[np.int64]
+    photos: Sequence[Photo], found: NearDuplicates, conflicting: Rows
 ) -> dict[int, dict[str, str]]:
     """Reason and near-duplicate of each training photo that must not be trained on."""
     conflicts = {row: other for pair in conflicting.tolist() for row, other in (pair, pair[::-1])}
@@ -140,23 +163,90 @@ def _exclude(
     in_test = {groups[r]: photo.key for r, photo in enumerate(photos) if photo.folder == "test"}
     excluded = {}
     for row, representative in enumerate(found.representatives.tolist()):
+        other = conflicts.get(row, conflicts.get(representative))
         if photos[row].folder != "train":
             continue
-        if groups[row] in in_test:
-            twin = in_test[groups[row]]
+        if twin := in_test.get(groups[row]):
             excluded[row] = {"reason": "near-duplicate in the official test", "of": twin}
-        elif (other := conflicts.get(row, conflicts.get(representative))) is not None:
+        elif other is not None:
             twin = photos[other].key
             excluded[row] = {"reason": "near-duplicate with another label", "of": twin}
     return excluded
 
 
-def _keys_by_group(photos: Sequence[Photo], groups: NDArray[np.int64]) -> list[list[str]]:
+def _keys_by_group(photos: Sequence[Photo], groups: Rows) -> list[list[str]]:
     """Photos of one label that are near-duplicates, and stay in one split."""
     members: dict[int, list[str]] = defaultdict(list)
     for photo, number in zip(photos, groups.tolist(), strict=True):
         members[number].append(photo.key)
     return [keys for keys in members.values() if len(keys) > 1]
+
+
+def rms_difference(one: Pixels, other: Pixels) -> float:
+    """Root-mean-square difference of two pictures, 0 to 255."""
+    return float(np.sqrt(cv2.norm(one, np.ascontiguousarray(other), cv2.NORM_L2SQR) / one.size))
+
+
+def find_near_duplicates(stats: ImageStats, kinds: Rows, params: AuditParams) -> NearDuplicates:
+    """Find pairs whose hashes and pixels are close, as they are or mirrored.
+
+    Photos are compared in the order of their brightness, each with representatives that
+    are about as bright, because the root-mean-square difference of two pictures is at
+    least the difference of their brightness, and that of their coarse colors. A photo is
+    only represented by one of its kind; `kinds` is (n,).
+    """
+    pictures, hashes, mirrored = stats.pictures, stats.hashes, stats.mirrored
+    colors = _coarse_colors(pictures)
+    brightness = colors.mean(axis=1, dtype=np.float64)
+    order = np.argsort(brightness, kind="stable")
+    squares, reach = np.square(colors).sum(axis=1), params.max_rms_difference + _ROUNDING
+    closest: dict[tuple[int, int], float] = {}
+    represented_by = np.arange(len(pictures))
+    active = np.empty(0, np.int64)
+    for start in range(0, len(order), _BLOCK):
+        block = order[start : start + _BLOCK]
+        active = active[brightness[active] >= brightness[block[0]] - reach]
+        others = np.concatenate([active, block])
+        # |a - b|^2, as one matrix product; only with those before a row.
+        apart = squares[block, None] + squares[others] - 2 * colors[block] @ colors[others].T
+        near = apart <= colors.shape[1] * reach**2
+        rows, columns = np.nonzero(np.tril(near, k=len(active) - 1))
+        left, right = block[rows], others[columns]
+        plain = np.bitwise_count(hashes[left] ^ hashes[right])
+        turned = np.minimum(
+            np.bitwise_count(hashes[left] ^ mirrored[right]),
+            np.bitwise_count(mirrored[left] ^ hashes[right]),
+        )
+        found: dict[int, dict[int, float]] = {row: {} for row in block.tolist()}
+        for step, bits in ((1, plain), (-1, turned)):
+            close = bits <= params.max_hash_distance
+            for row, other in zip(left[close].tolist(), right[close].tolist(), strict=True):
+                rms = rms_difference(pictures[row], pictures[other][:, ::step])
+                if rms <= params.max_rms_difference:
+                    # A picture that is its own mirror image is found twice.
+                    found[row][other] = min(rms, found[row].get(other, rms))
+        for row, pairs in found.items():
+            kept = {other: rms for other, rms in pairs.items() if represented_by[other] == other}
+            closest |= {(min(row, other), max(row, other)): rms for other, rms in kept.items()}
+            same = [(rms, other) for other, rms in kept.items() if kinds[other] == kinds[row]]
+            if len(same) >= REPRESENTATIVES:
+                represented_by[row] = min(same)[1]
+        active = np.concatenate([active, block[represented_by[block] == block]])
+    ordered = sorted(closest)
+    return NearDuplicates(
+        pairs=np.array(ordered, np.int64).reshape(len(ordered), 2),
+        rms=np.array([closest[pair] for pair in ordered]),
+        representatives=represented_by,
+    )
+
+
+def _coarse_colors(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Mean colors, less 128, of a 4x4 grid's cells and their mirror images, float32 (n, 24)."""
+    count, side = pictures.shape[:2]
+    cells = pictures.reshape(count, _GRID, side // _GRID, _GRID, side // _GRID, 3)
+    means = cells.mean(axis=(2, 4), dtype=np.float32) - 128
+    both: NDArray[np.float32] = (means + means[:, :, ::-1])[:, :, : _GRID // 2] / 2
+    return both.reshape(count, both[0].size)
 
 
 if __name__ == "__main__":

@@ -29,12 +29,8 @@ from tasks.stage import Context, Progress, silent, stage_main
 
 PREDICTION_DIGITS = 7
 """Decimals of a stored probability: as fine as the clip of the loss."""
-
-Image = NDArray[np.uint8]
-
 MAX_PHOTOS = 96
 """Photos that are corrupted, balanced over the classes; each kind scores all of them."""
-
 EMBEDDED = 500
 """Validation photos at most whose embeddings are part of the reference."""
 HANDLESS = 200
@@ -43,6 +39,8 @@ DOUBTED_PHOTOS = 0.01
 """Share of validation photos that may be called uncertain."""
 DOUBTED_HANDLESS = 0.95
 """Share of the pictures without a hand that are to be called uncertain."""
+
+Image = NDArray[np.uint8]
 
 
 def run(context: Context, item: str | None = None) -> None:
@@ -55,7 +53,9 @@ def run(context: Context, item: str | None = None) -> None:
             "The test split holds no photos. Raise split.test in params.yaml, or import an "
             "official test set."
         )
-    histories = [_history(context, phase) for phase in PHASES]
+    histories = [read_json(path) for path in map(project.history, PHASES)]
+    if not all(isinstance(history, dict) for history in histories):
+        raise StageError("The history of a phase cannot be read. Run the training stages again.")
     images = dataset.images[rows]
     classifier = load_classifier(
         project.graph, context.params.preprocess, dataset.classes, trusted=True
@@ -94,22 +94,8 @@ def run(context: Context, item: str | None = None) -> None:
     write_json(project.metrics, metrics)
 
 
-def _history(context: Context, phase: str) -> dict[str, Any]:
-    path = context.project.history(phase)
-    history = read_json(path)
-    if not isinstance(history, dict):
-        raise StageError(
-            f"The history of phase {phase!r} cannot be read ({path}). "
-            "Run the training stages again."
-        )
-    return history
-
-
 def save_reference(project: Project, probabilities: NDArray[np.float32], photos: Image) -> None:
-    """Save what production is compared with, of the validation photos: see `tasks.scoring.drift`.
-
-    Probabilities are float32, (n, labels), and photos uint8, (n, d, d, 3).
-    """
+    """Save what production is compared with, see `tasks.scoring.drift`: of validation photos."""
     engine = Engine(project.graph, embeddings=True)
     pictures = (enlarge_photos(photo[np.newaxis], engine.size)[0] for photo in photos[:EMBEDDED])
     with atomic_write(project.reference) as temporary, temporary.open("wb") as file:
@@ -124,8 +110,8 @@ def save_reference(project: Project, probabilities: NDArray[np.float32], photos:
 def certainty(classifier: Classifier, confidences: NDArray[np.float32]) -> dict[str, float]:
     """Choose `certain_above`, the confidence below which an answer is called uncertain.
 
-    It is as low as calling `DOUBTED_HANDLESS` of the pictures without a hand uncertain
-    allows, unless more than `DOUBTED_PHOTOS` of the validation photos were uncertain too.
+    As low as `DOUBTED_HANDLESS` of the pictures without a hand allow, and lower if more than
+    `DOUBTED_PHOTOS` of the validation photos were uncertain too.
     """
     handless = draw_handless(HANDLESS, classifier.preprocess)
     none = classifier.probabilities(handless).max(axis=1).astype(float)
@@ -159,16 +145,12 @@ def draw_handless(count: int, preprocess: PreprocessParams, seed: int = 0) -> Im
 
 
 def robustness(
-    classifier: Classifier,
-    images: Image,
-    labels: NDArray[np.int64],
-    progress: Progress = silent,
+    classifier: Classifier, images: Image, labels: NDArray[np.int64], progress: Progress = silent
 ) -> dict[str, Any]:
     """Score a model on corrupted test photos, as the dataset stores them.
 
-    The kinds are those of Hendrycks and Dietterich, Benchmarking Neural Network Robustness
-    to Common Corruptions and Perturbations, 2019, that a handheld phone causes. Nothing is
-    random: photos alternate between the two directions of a corruption.
+    The kinds are those of Hendrycks and Dietterich (2019) that a handheld phone causes.
+    Nothing is random: photos alternate between the two directions of a corruption.
     """
     rows = balanced_rows(labels, MAX_PHOTOS)
     accuracy: dict[str, float] = {}

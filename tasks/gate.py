@@ -4,7 +4,6 @@ The stage writes `gate.json` and exits with 0 either way, so that `dvc repro` co
 Whoever would publish the model reads `passed`.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,10 +19,8 @@ Number = int | float
 
 CORRUPTIONS = ("rotation", "brightness", "blur", "scale", "jpeg")
 """Kinds that the model must have been tested with; see `tasks.evaluate`."""
-
 LARGEST = 1e12
 """A loss or a count above this is broken."""
-
 DEFAULT_CONFIDENCE = 0.95
 """Level of the intervals that are shown where `gate.confidence` is not set."""
 
@@ -81,10 +78,7 @@ def run(context: Context, item: str | None = None) -> None:
 def judge(metrics: Any, duplicates: Any, limits: GateParams, labels: Sequence[str]) -> Verdict:
     """Check metrics against the limits; unusable values fail, and so does having no limit.
 
-    Args:
-        metrics: content of `metrics.json`.
-        duplicates: number of test photos with a near-duplicate in training.
-        labels: of the model.
+    `duplicates` is the number of test photos with a near-duplicate in training.
     """
     checks = tuple(_checks(_mapping(metrics), duplicates, limits, labels))
     if not checks:
@@ -111,11 +105,11 @@ def _checks(
     level = limits.confidence or DEFAULT_CONFIDENCE
     for name, value, photos, limit in _shares(metrics, limits, labels):
         if limit is not None:
-            interval = None
-            if not _fault(value, 1.0) and not _fault(photos, LARGEST, integer=True) and photos:
+            interval, usable = None, _usable(value, 1.0)
+            if usable and _usable(photos, whole=True) and photos:
                 interval = wilson_interval(round(value * photos), photos, level)
             sure = limits.confidence if name == "accuracy" else None
-            yield _check(name, value, limit, 1.0, interval=interval, level=sure)
+            yield _check(name, value, limit, usable, interval=interval, level=sure)
     errors, z = _mapping(metrics.get("standard_errors")), float(norm.ppf((1 + level) / 2))
     for name, key, limit, largest in (
         ("loss", "loss", limits.max_loss, LARGEST),
@@ -124,14 +118,16 @@ def _checks(
         if limit is not None:
             mean: Any = metrics.get(key)
             error: Any = errors.get(key)
-            interval = None
-            if not _fault(mean, LARGEST) and not _fault(error, LARGEST):
+            interval, usable = None, _usable(mean, largest)
+            if usable and _usable(error):
                 interval = max(0.0, mean - z * error), mean + z * error
-            yield _check(name, mean, limit, largest, upper=True, interval=interval)
+            yield _check(name, mean, limit, usable, upper=True, interval=interval)
     if (most := limits.max_cross_split_duplicates) is not None:
-        yield _check("cross-split duplicates", duplicates, most, upper=True)
+        usable = _usable(duplicates, whole=True)
+        yield _check("cross-split duplicates", duplicates, most, usable, upper=True)
     if limits.min_test_photos is not None:
-        yield _check("test photos", metrics.get("n"), limits.min_test_photos)
+        photos = metrics.get("n")
+        yield _check("test photos", photos, limits.min_test_photos, _usable(photos, whole=True))
 
 
 def _shares(
@@ -139,14 +135,17 @@ def _shares(
 ) -> Iterator[tuple[str, Any, Any, float | None]]:
     """Names, values, numbers of photos and limits of accuracies and recalls."""
     yield "accuracy", metrics.get("accuracy"), metrics.get("n"), limits.min_accuracy
-    rows, least = _rows_by_label(metrics.get("per_class")), limits.min_recall
+    per_class, least = metrics.get("per_class"), limits.min_recall
+    rows = [_mapping(row) for row in per_class] if isinstance(per_class, list) else []
     for label in labels:
-        row = rows.get(label, {})
+        # A label that occurs twice counts as missing.
+        found = [row for row in rows if row.get("label") == label]
+        row = found[0] if len(found) == 1 else {}
         # An older release may have a label that no limit is named for today: it fails.
         limit = least.get(label, 1.0) if isinstance(least, dict) else least
         yield f"recall of {label}", row.get("recall"), row.get("support"), limit
-    found = _mapping(metrics.get("robustness"))
-    accuracies, photos = _mapping(found.get("accuracy")), found.get("photos")
+    tested = _mapping(metrics.get("robustness"))
+    accuracies, photos = _mapping(tested.get("accuracy")), tested.get("photos")
     for kind in CORRUPTIONS:
         limit = limits.min_robust_accuracy
         yield f"accuracy under {kind}", accuracies.get(kind), photos, limit
@@ -156,21 +155,17 @@ def _check(
     name: str,
     value: Any,
     limit: Number,
-    largest: float | None = None,
+    usable: bool,
     *,
     upper: bool = False,
     interval: Interval | None = None,
     level: float | None = None,
 ) -> Check:
-    """Check one value.
-
-    Args:
-        largest: possible value; None for a count.
-        upper: whether the limit is an upper one.
-        level: of the interval, where its lower bound must reach the limit.
-    """
-    detail = _fault(value, largest or LARGEST, integer=largest is None)
-    if level and not detail and interval is None:
+    """Check one value; with `level` its interval's lower bound must reach the limit."""
+    detail = None
+    if not usable:
+        detail = "missing" if value is None else f"not a number in range: {value!r:.40}"
+    elif level and interval is None:
         detail = "no interval: the number of photos is missing"
     if detail:
         return Check(name=name, value=None, limit=limit, passed=False, detail=detail)
@@ -188,28 +183,14 @@ def _check(
     )
 
 
-def _fault(value: Any, largest: float, integer: bool = False) -> str | None:
-    if value is None:
-        return "missing"
-    if isinstance(value, bool) or not isinstance(value, int if integer else int | float):
-        return f"not a {'whole ' if integer else ''}number: {value!r}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"not finite: {value!r}"
-    if not 0 <= value <= largest:
-        return f"out of range, 0 to {largest:g}"
-    return None
+def _usable(value: Any, largest: float = LARGEST, whole: bool = False) -> bool:
+    """Whether a value is a number from 0 to `largest`."""
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    return bool(number and 0 <= value <= largest)
 
 
 def _mapping(content: Any) -> Mapping[str, Any]:
     return content if isinstance(content, Mapping) else {}
-
-
-def _rows_by_label(per_class: Any) -> dict[str, Mapping[str, Any]]:
-    """Scores by label; a label that occurs twice counts as missing."""
-    rows = per_class if isinstance(per_class, list) else []
-    rows = [row for row in rows if isinstance(row, Mapping) and isinstance(row.get("label"), str)]
-    labels = [row["label"] for row in rows]
-    return {row["label"]: row for row in rows if labels.count(row["label"]) == 1}
 
 
 if __name__ == "__main__":

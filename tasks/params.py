@@ -63,14 +63,12 @@ def check_label(label: str) -> str:
     """Return `label`, or raise `ValueError` if it is no name that a folder may have anywhere."""
     if label != unicodedata.normalize("NFC", label):
         raise ValueError("a label must be in Unicode's composed form (NFC)")
-    if not label.strip() or label != label.strip():
-        raise ValueError("a label must not begin or end with a space, or be empty")
+    if not label or label != label.strip() or len(label.encode()) > MAX_LABEL_BYTES:
+        raise ValueError(f"a label must have 1 to {MAX_LABEL_BYTES} bytes, no space around them")
     if label.startswith(".") or not {"/", "\\"}.isdisjoint(label):
         raise ValueError("a label must not begin with a dot, or have a slash")
     if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in label):
         raise ValueError("a label must have no control characters")
-    if len(label.encode()) > MAX_LABEL_BYTES:
-        raise ValueError(f"a label must have at most {MAX_LABEL_BYTES} bytes")
     return label
 
 
@@ -143,10 +141,7 @@ class PhaseParams(_Section):
 
 
 class GateParams(_Section):
-    """Limits of the gate. A limit that is left out is not checked; no limit at all fails.
-
-    With `confidence`, the lower bound of the accuracy's interval must reach `min_accuracy`.
-    """
+    """Limits of the gate. A limit that is left out is not checked; no limit at all fails."""
 
     confidence: float | None = Field(default=None, gt=0.0, lt=1.0)
     min_accuracy: Share | None = None
@@ -161,9 +156,7 @@ class GateParams(_Section):
     @classmethod
     def _quotes_labels(cls, value: object) -> object:
         """YAML reads `0:` as a number."""
-        if not isinstance(value, dict):
-            return value
-        return {str(label): limit for label, limit in value.items()}
+        return {str(key): one for key, one in value.items()} if isinstance(value, dict) else value
 
 
 class Params(_Section):
@@ -182,36 +175,22 @@ class Params(_Section):
     phases: dict[str, PhaseParams]
     gate: GateParams
 
-    @field_validator("labels")
-    @classmethod
-    def _labels_differ(cls, labels: Labels) -> Labels:
-        twice = sorted({label for label in labels if labels.count(label) > 1})
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Params":
+        twice = sorted({label for label in self.labels if self.labels.count(label) > 1})
         if twice:
             raise ValueError(f"labels must differ, and {', '.join(twice)} is there twice")
-        return labels
-
-    @model_validator(mode="after")
-    def _limits_name_every_label(self) -> "Params":
-        """A label missing from a mapping would go unchecked."""
         least = self.gate.min_recall
         if isinstance(least, dict) and set(least) != set(self.labels):
             names = list_labels(self.labels)
             raise ValueError(f"gate.min_recall: a mapping must name each of the labels {names}")
-        return self
-
-    @model_validator(mode="after")
-    def _phases_form_a_chain(self) -> "Params":
         # dvc.yaml has one stage for each phase.
-        if tuple(self.phases) != PHASES:
-            found = ", ".join(map(str, self.phases)) or "no phase"
-            raise ValueError(f"phases must be {', '.join(PHASES)}, in this order, not {found}")
-        before = BACKBONE
-        for name, phase in self.phases.items():
-            if phase.init_from != before:
-                raise ValueError(
-                    f"phase {name!r} must start from {before!r}, not from {phase.init_from!r}"
-                )
-            before = name
+        chain = [(phase.init_from, name) for name, phase in self.phases.items()]
+        if chain != list(zip((BACKBONE, *PHASES), PHASES, strict=False)):
+            raise ValueError(
+                f"phases must be {', '.join(PHASES)}, in this order, and each must have init_from "
+                f"the one before, {PHASES[0]} {BACKBONE}"
+            )
         return self
 
     @property
@@ -241,10 +220,7 @@ def replace_labels(path: Path, labels: Sequence[str]) -> str:
     (old,) = (value for key, value in root.value if key.value == "labels")
     # A block sequence ends where the next key begins, behind comments that belong to that one.
     end = old if old.flow_style else old.value[-1]
-    quoted = [json.dumps(label, ensure_ascii=False) for label in labels]
-    new = f"[{', '.join(quoted)}]"
-    if len(new) > 80:
-        new = "\n".join(["[", *(f"  {label}," for label in quoted), "  ]"])
+    new = json.dumps(list(labels), ensure_ascii=False)
     if not old.start_mark.column:  # block sequences need no indentation, but others do
         new = f"  {new}"
     changed = text[: old.start_mark.index] + new + text[end.end_mark.index :]
@@ -309,17 +285,18 @@ def _faults(error: ValidationError) -> list[str]:
 def _explain_unknown(key: str, missing: list[str]) -> tuple[str, str | None]:
     """What to do with an unknown key, and the key that was meant."""
     section, _, name = key.rpartition(".")
-    in_phase = section.startswith("phases.")
-    pattern = f"phases.*.{name}" if in_phase else key
+    pattern = f"phases.*.{name}" if section.startswith("phases.") else key
     if pattern in RENAMED:
         new = RENAMED[pattern]
         if new is None:
             return "no longer exists, remove it", None
         meant = f"{section}.{new.rpartition('.')[2]}"
         return f"is now called {meant}", meant
-    of_section = Params.model_fields[section].annotation if section and not in_phase else Params
-    model = PhaseParams if in_phase else of_section
-    names = [f"{section}.{one}".lstrip(".") for one in getattr(model, "model_fields", ())]
+    model: Any = (
+        Params.model_fields[section].annotation if section in Params.model_fields else Params
+    )
+    model = PhaseParams if section.startswith("phases.") else model
+    names = [f"{section}.{one}".lstrip(".") for one in model.model_fields]
     # A required key that is missing was meant more likely than one that is there.
     near = difflib.get_close_matches(key, missing, 1) or difflib.get_close_matches(key, names, 1)
     return (f"is unknown (did you mean {near[0]}?)", near[0]) if near else ("is unknown", None)

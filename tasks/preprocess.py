@@ -1,9 +1,8 @@
 """Stage: split the photos, and resize them into one array.
 
 `artifacts/dataset/` holds `images.npy`, uint8 (n, size, size, 3), rows sorted by (split,
-label, name), then the synthetic hands by label, and `index.json`: the labels, the name, label
-and split of each photo, counts, the number of synthetic hands of each class, and of test
-photos with a near-duplicate in train or val (`leaks`).
+label, name), then the synthetic hands by label, and `index.json`, where `leaks` is the number
+of test photos with a near-duplicate in train or val.
 """
 
 import json
@@ -13,7 +12,6 @@ from functools import partial
 from itertools import chain
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tasks.data.dataset import (
     IMAGES,
@@ -29,8 +27,6 @@ from tasks.errors import DataError
 from tasks.io import atomic_directory, write_json
 from tasks.params import SplitParams
 from tasks.stage import Context, stage_main
-
-SPLITS = ("train", "val", "test")
 
 
 def run(context: Context, item: str | None = None) -> None:
@@ -49,7 +45,7 @@ def run(context: Context, item: str | None = None) -> None:
     group_of = {key: number for number, keys in enumerate(audit["groups"]) for key in keys}
     split_of = split_photos(photos, group_of, params.split, params.seed, params.labels)
     photos.sort(key=lambda photo: (split_of[photo.key], photo.label, names[photo.key]))
-    hands = _synthetic_hands(context)
+    hands = np.concatenate(np.load(project.synthetic)) if params.synthetic.per_class else ()
     size = params.preprocess.image_size
     resized = partial(resize, params=params.preprocess)
     paths = [project.data / photo.key for photo in photos]
@@ -65,7 +61,7 @@ def run(context: Context, item: str | None = None) -> None:
                 file.write(picture.tobytes())
         index = {
             "image_size": size,
-            "counts": {split: counts[split] for split in SPLITS},
+            "counts": {split: counts[split] for split in ("train", "val", "test")},
             "leaks": count_cross_split_duplicates(split_of, group_of),
             "labels": params.labels,
             "synthetic": len(hands) // len(params.labels),
@@ -86,8 +82,7 @@ def split_photos(
 ) -> dict[str, str]:
     """Split of each photo's key; an official test stays as it is.
 
-    Args:
-        group_of: number of the group of near-duplicates of a key, if it is in one.
+    `group_of` has the number of the group of near-duplicates of a key, if it is in one.
     """
     rest = [photo for photo in photos if photo.folder == "train"]
     split_of = {photo.key: "test" for photo in photos if photo.folder == "test"}
@@ -111,14 +106,6 @@ def count_cross_split_duplicates(split_of: Mapping[str, str], group_of: Mapping[
         split_of.get(key) == "test" and len(splits_of_group[group]) > 1
         for key, group in group_of.items()
     )
-
-
-def _synthetic_hands(context: Context) -> NDArray[np.uint8]:
-    """The rendered hands by label, (n, size, size, 3)."""
-    if not context.params.synthetic.per_class:
-        return np.empty((0, 1, 1, 3), np.uint8)
-    hands: NDArray[np.uint8] = np.concatenate(np.load(context.project.synthetic))
-    return hands
 
 
 if __name__ == "__main__":

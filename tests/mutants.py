@@ -29,7 +29,7 @@ TESTS = {
     "tasks/releases/comparison.py": ("test_comparison",),
     "tasks/releases/champion.py": ("test_champion", "test_release", "test_signature"),
     "tasks/data/dataset.py": ("test_splits", "test_preprocess"),
-    "tasks/data/near_duplicates.py": ("test_near_duplicates", "test_audit"),
+    "tasks/audit.py": ("test_audit",),
     "tasks/data/importer.py": ("test_importer", "test_inbox"),
     "tasks/releases/signing.py": ("test_signature",),
 }
@@ -37,11 +37,11 @@ TESTS = {
 LIBRARIES = ("boto3", "cv2", "filelock", "hypothesis", "model_signing", "pandas", "pydantic")
 LIBRARIES += ("pytest", "sqlalchemy", "scipy.stats", "sklearn.metrics", "stamina", "yaml")
 EQUIVALENT: dict[str, str] = {
-    "tasks/data/near_duplicates.py: brightness[active] >= brightness[block[0]] - reach -> "
+    "tasks/audit.py: brightness[active] >= brightness[block[0]] - reach -> "
     "brightness[active] > brightness[block[0]] - reach": "reach is longer than it must be",
-    "tasks/data/near_duplicates.py: apart <= colors.shape[1] * reach ** 2 -> "
+    "tasks/audit.py: apart <= colors.shape[1] * reach ** 2 -> "
     "apart < colors.shape[1] * reach ** 2": "reach is longer than it must be",
-    "tasks/data/near_duplicates.py: True -> False": "strict: both lists are of one mask",
+    "tasks/audit.py: True -> False": "strict: both lists are of one mask",
 }
 """Changes that no test can notice, by `module: before -> after`, and why; never made."""
 CPU_SECONDS = 90

@@ -1,21 +1,164 @@
-"""The audit: what it counts, what it names, and what it refuses."""
+"""The audit: near-duplicates, what is excluded for them, and what is refused.
 
-import json
+The search is exact in small groups, and bounded in large ones.
+"""
+
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tasks import audit
+from tasks.audit import (
+    REPRESENTATIVES,
+    ImageStats,
+    NearDuplicates,
+    find_near_duplicates,
+    rms_difference,
+)
+from tasks.data.images import perceptual_hash
 from tasks.errors import DataError
+from tasks.io import read_json
 from tasks.params import AuditParams, Params
 from tasks.project import Project
 from tasks.stage import Context
-from tests.fixtures.photos import LABELS, write_photos
+from tests.fixtures.photos import LABELS, photo, write_photos
+
+
+def hashes(pictures: np.ndarray) -> np.ndarray:
+    return np.array([perceptual_hash(np.ascontiguousarray(one)) for one in pictures], np.uint64)
+
+
+def search(
+    pictures: np.ndarray,
+    distance: int = 10,
+    rms: float = 6.0,
+    kinds: object = None,
+    hashed: np.ndarray | None = None,
+    mirrored: np.ndarray | None = None,
+) -> NearDuplicates:
+    """Find near-duplicates, of pictures with given hashes where a case needs them."""
+    kinds = np.zeros(len(pictures), np.int64) if kinds is None else np.array(kinds)
+    hashed = hashes(pictures) if hashed is None else hashed
+    mirrored = hashes(pictures[:, :, ::-1]) if mirrored is None else mirrored
+    limits = AuditParams(max_hash_distance=10, max_rms_difference=6.0)
+    limits = limits.model_copy(update={"max_hash_distance": distance, "max_rms_difference": rms})
+    return find_near_duplicates(ImageStats(pictures, hashed, mirrored), kinds, limits)
+
+
+def different(count: int) -> np.ndarray:
+    return np.stack([photo(seed % 6, seed) for seed in range(count)])
+
+
+def noisy(picture: np.ndarray, seed: int, noise: int = 3) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    changed = picture.astype(int) + random.integers(-noise, noise + 1, picture.shape)
+    return np.clip(changed, 0, 255).astype(np.uint8)
+
+
+def test_difference_spans_the_whole_scale() -> None:
+    black, white, grey = (np.full((4, 4, 3), value, np.uint8) for value in (0, 255, 3))
+    assert [rms_difference(black, other) for other in (white, grey, black)] == [255.0, 3.0, 0.0]
+
+
+def test_a_symmetric_picture_is_found_once_with_the_smaller_difference() -> None:
+    half = different(1)[:, :, :32]
+    pictures = np.repeat(np.concatenate([half, half[:, :, ::-1]], axis=2), 3, axis=0)
+    pictures[2, 5, 5] += 9
+    found = search(pictures, distance=64)
+    assert found.pairs.tolist() == [[0, 1], [0, 2], [1, 2]]
+    assert found.rms.tolist() == [
+        rms_difference(pictures[one], pictures[other]) for one, other in found.pairs
+    ]
+
+
+@pytest.mark.parametrize("grey", [6, 7])
+@pytest.mark.parametrize("distance", [2, 3])
+def test_both_limits_are_inclusive(grey: int, distance: int) -> None:
+    pictures = np.stack([np.full((4, 4, 3), value, np.uint8) for value in (0, grey)])
+    found = search(
+        pictures, distance, 6.0, None, np.array([0, 7], np.uint64), np.array([-1, -1]).view("u8")
+    )
+    assert len(found.pairs) == (grey <= 6 and distance >= 3)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 20), st.integers(4, 40))
+@settings(max_examples=30, deadline=None)
+def test_search_agrees_with_comparing_every_pair(seed: int, distance: int, rms: int) -> None:
+    random = np.random.default_rng(seed)
+    base = different(3)
+    turns = [base[random.integers(3), :, :: random.choice([1, -1])] for _ in range(14)]
+    pictures = np.stack([noisy(one, n, random.integers(1, 60)) for n, one in enumerate(turns)])
+    plain, mirrored = hashes(pictures), hashes(pictures[:, :, ::-1])
+    expected: dict[tuple[int, int], float] = {}
+    for left in range(14):
+        for right in range(left + 1, 14):
+            turned = (plain[left] ^ mirrored[right], mirrored[left] ^ plain[right])
+            for turn, bits in ((1, [plain[left] ^ plain[right]]), (-1, turned)):
+                gap = pictures[left].astype(float) - pictures[right][:, ::turn]
+                difference = np.sqrt((gap**2).mean())
+                if min(int(one).bit_count() for one in bits) <= distance and difference <= rms:
+                    known = expected.get((left, right), 255.0)
+                    expected[left, right] = min(known, difference)
+    found = search(pictures, distance, rms)
+    assert list(map(tuple, found.pairs.tolist())) == list(expected)
+    assert found.rms.tolist() == pytest.approx(list(expected.values()))
+
+
+def test_pairs_are_found_across_blocks_of_a_large_set() -> None:
+    pictures = np.random.default_rng(3).integers(0, 256, (3000, 4, 4, 3)).astype(np.uint8)
+    pictures[2999] = pictures[17]
+    pictures[1500] = pictures[5, :, ::-1]
+    same = np.zeros(3000, np.uint64)
+    found = search(pictures, 0, 2.0, None, same, same)
+    assert found.pairs.tolist() == [[5, 1500], [17, 2999]]
+
+
+def test_the_darkest_photo_of_a_block_is_compared_with_those_before_it() -> None:
+    greys = [10] * 256 + [12, 200]
+    pictures = np.array(greys, np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2).repeat(3, 3)
+    hashed = np.random.default_rng(1).integers(0, 2**63, 258).astype(np.uint64)
+    hashed[256] = hashed[7]
+    assert search(pictures, 0, 6.0, None, hashed, ~hashed).pairs.tolist() == [[7, 256]]
+
+
+def test_near_duplicates_of_near_duplicates_are_one_group() -> None:
+    pictures = np.stack([photo(1, 1) // 2 + shade for shade in (0, 50, 5, 10)]).astype(np.uint8)
+    groups = search(pictures).groups
+    assert groups[0] == groups[2] == groups[3] != groups[1]
+
+
+@pytest.mark.parametrize("size", [REPRESENTATIVES, 5 * REPRESENTATIVES])
+def test_a_burst_is_one_group_and_its_work_is_bounded(size: int) -> None:
+    base = photo(2, 0)
+    pictures = np.stack([noisy(base, seed) for seed in range(size)])
+    hashed = np.full(size, perceptual_hash(base), np.uint64)
+    found = search(pictures, hashed=hashed, mirrored=~hashed)
+    assert len(set(found.groups.tolist())) == 1
+    assert len(found.pairs) <= size * REPRESENTATIVES
+    assert len(set(found.representatives.tolist())) == min(size, REPRESENTATIVES)
+    rms = {tuple(pair): rms for pair, rms in zip(found.pairs.tolist(), found.rms, strict=True)}
+    for row, other in enumerate(found.representatives.tolist()):
+        if row != other:  # the closest of those that were compared
+            pairs = [pair for pair in rms if row in pair]
+            assert rms[min(row, other), max(row, other)] == min(rms[pair] for pair in pairs)
+
+
+def test_a_photo_of_another_kind_is_compared_with_a_burst_directly() -> None:
+    size = 3 * REPRESENTATIVES
+    pictures = np.stack([noisy(photo(2, 0), seed) for seed in range(size)])
+    found = search(pictures, kinds=[int(row == 7) for row in range(size)])
+    assert found.representatives[7] == 7
+    # Every other photo is known to be close to it, by itself or by its representative.
+    close = {row for pair in found.pairs.tolist() if 7 in pair for row in pair}
+    assert all(int(one) in close for one in found.representatives)
 
 
 @pytest.fixture
@@ -41,77 +184,52 @@ def copy(context: Context) -> Callable[..., Path]:
     return write
 
 
-def _report(context: Context) -> dict:
+def report_of(context: Context) -> Any:
     audit.run(context)
-    return json.loads(context.project.audit.read_text())
+    return read_json(context.project.audit)
 
 
-def _pairs(report: dict, kind: str) -> list[list[str]]:
-    return [pair["photos"] for pair in report[kind]]
+def remove(context: Context, label: str, numbers: range) -> None:
+    for number in numbers:
+        (context.project.data / f"train/{label}/{number:04d}.png").unlink()
 
 
 def test_counts_and_balance_are_reported(context: Context) -> None:
     write_photos(context.project.data / "test", 2, size=80, seed=1)
-    for number in range(1, 6):
-        (context.project.data / f"train/3/{number:04d}.png").unlink()
-    write_photos(context.project.data / "train", 2, seed=7)
+    remove(context, "3", range(2, 6))
     (context.project.data / "train/0/.note").write_text("hidden")
-    report = _report(context)
+    report = report_of(context)
     assert report["photos"] == 44
     assert report["counts"]["train"] == {label: 2 if label == "3" else 6 for label in LABELS}
     assert report["counts"]["test"] == dict.fromkeys(LABELS, 2)
-    assert report["imbalance"] == 3.0
-    for name in ("conflicts", "across", "closest", "groups", "excluded", "warnings"):
-        assert report[name] == []
+    assert (report["imbalance"], report["warnings"]) == (3.0, [])
+    assert report["groups"] == report["excluded"] == report["closest"] == []
     write_photos(context.project.data / "train", 10)
-    for number in range(3, 10):
-        (context.project.data / f"train/5/{number:04d}.png").unlink()
-    assert _report(context)["warnings"] == [
-        "the largest class has 3.333 times the smallest's photos"
-    ]
+    remove(context, "5", range(3, 10))
+    warning = "the largest class has 3.333 times the smallest's photos"
+    assert report_of(context)["warnings"] == [warning]
 
 
-def test_near_duplicates_in_train_are_counted_and_kept(
+def test_near_duplicates_are_grouped_and_those_of_the_official_test_excluded(
     context: Context, copy: Callable[..., Path]
 ) -> None:
     copy("train/2/0001.png", "train/2/copy.png", 2)
     copy("train/2/0001.png", "train/2/exact.png")
-    report = _report(context)
-    assert report["duplicates"] == 2
-    assert report["groups"] == [["train/2/0001.png", "train/2/copy.png", "train/2/exact.png"]]
-    assert [pair["rms"] for pair in report["closest"]] == pytest.approx([0, 2, 2], abs=0.1)
-    assert report["excluded"] == []
-
-
-def test_photos_of_a_burst_are_excluded_with_the_one_that_represents_them(
-    context: Context, copy: Callable[..., Path]
-) -> None:
-    for number in range(90):
-        copy("train/2/0001.png", f"train/2/burst-{number:02d}.png", number % 3)
-    copy("train/2/0001.png", "train/3/wrong.png", 4)
-    report = _report(context)
-    assert [len(group) for group in report["groups"]] == [91]
-    assert len(report["closest"]) == audit.CLOSEST
-    excluded = {entry["photo"] for entry in report["excluded"]}
-    assert len(excluded) == 92
-    assert "train/3/wrong.png" in excluded
-
-
-def test_near_duplicates_of_the_official_test_are_excluded(
-    context: Context, copy: Callable[..., Path]
-) -> None:
     write_photos(context.project.data / "test", 3, seed=1)
     copy("test/5/0002.png", "train/5/near.png", 3)
     copy("train/5/near.png", "train/5/chain.png", 4)
     copy("test/0/0000.png", "test/3/odd.png", 2)
-    report = _report(context)
+    report = report_of(context)
+    assert [f"train/2/{one}.png" for one in ("0001", "copy", "exact")] in report["groups"]
+    assert report["duplicates"] == 5
+    assert [pair["rms"] for pair in report["closest"]][:3] == pytest.approx([0, 2, 2], abs=0.1)
     reason = {"reason": "near-duplicate in the official test", "of": "test/5/0002.png"}
     assert report["excluded"] == [
         {"photo": f"train/5/{name}.png", **reason} for name in ("chain", "near")
     ]
-    assert ["test/5/0002.png", "train/5/near.png"] in _pairs(report, "across")
+    assert ["test/5/0002.png", "train/5/near.png"] in [p["photos"] for p in report["across"]]
     # Within the test, a conflict is reported and excludes nothing.
-    assert _pairs(report, "conflicts") == [["test/0/0000.png", "test/3/odd.png"]]
+    assert [p["photos"] for p in report["conflicts"]] == [["test/0/0000.png", "test/3/odd.png"]]
     assert report["warnings"] == [
         "1 pairs of near-duplicates have two labels",
         "1 pairs of near-duplicates across train and test",
@@ -122,17 +240,15 @@ def test_near_duplicates_with_two_labels_are_both_excluded(
     context: Context, copy: Callable[..., Path]
 ) -> None:
     write_photos(context.project.data / "test", 2, seed=1)
-    for number in range(1, 6):
-        (context.project.data / f"train/4/{number:04d}.png").unlink()
-    copy("train/1/0000.png", "train/1/b.png", 5)
-    copy("train/1/0000.png", "train/4/c.png", 10)
-    copy("train/1/0000.png", "train/4/d.png", 15)
-    report = _report(context)
-    assert _pairs(report, "conflicts") == [["train/1/b.png", "train/4/c.png"]]
+    remove(context, "4", range(1, 6))
+    for name, brighter in (("1/b", 5), ("4/c", 10), ("4/d", 15)):
+        copy("train/1/0000.png", f"train/{name}.png", brighter)
+    report = report_of(context)
+    pair = ["train/1/b.png", "train/4/c.png"]
+    assert [conflict["photos"] for conflict in report["conflicts"]] == [pair]
     reason = "near-duplicate with another label"
     assert report["excluded"] == [
-        {"photo": "train/1/b.png", "reason": reason, "of": "train/4/c.png"},
-        {"photo": "train/4/c.png", "reason": reason, "of": "train/1/b.png"},
+        {"photo": one, "reason": reason, "of": other} for one, other in (pair, pair[::-1])
     ]
     # What only the conflict joins stays in groups of its own label.
     assert report["groups"] == [
@@ -142,26 +258,47 @@ def test_near_duplicates_with_two_labels_are_both_excluded(
     assert report["duplicates"] == 3
 
 
+def test_photos_of_a_burst_are_excluded_with_the_one_that_represents_them(
+    context: Context, copy: Callable[..., Path]
+) -> None:
+    for number in range(90):
+        copy("train/2/0001.png", f"train/2/burst-{number:02d}.png", number % 3)
+    copy("train/2/0001.png", "train/3/wrong.png", 4)
+    report = report_of(context)
+    assert [len(group) for group in report["groups"]] == [91]
+    assert len(report["closest"]) == audit.CLOSEST
+    excluded = {entry["photo"] for entry in report["excluded"]}
+    assert len(excluded) == 92
+    assert "train/3/wrong.png" in excluded
+
+
 @pytest.mark.parametrize("folder", ["train", "test"])
-def test_the_same_picture_under_two_labels_fails_and_names_both(
+def test_what_cannot_be_trained_on_is_refused_and_named(
     context: Context, copy: Callable[..., Path], folder: str
 ) -> None:
-    write_photos(context.project.data / "test", 3, seed=1)
+    data = context.project.data
+    write_photos(data / "test", 3, seed=1)
     for number in range(6):
         copy(f"train/1/{number:04d}.png", f"{folder}/2/odd-{number}.png")
     with pytest.raises(DataError, match=r"two labels: .*; and 1 more") as refused:
         audit.run(context)
     for name in ("train/1/0003.png", f"{folder}/2/odd-3.png"):
         assert name in str(refused.value)
-    assert not context.project.audit.exists()
-
-
-@pytest.mark.parametrize("folder", ["train", "test"])
-def test_a_missing_class_fails_and_is_named(context: Context, folder: str) -> None:
-    write_photos(context.project.data / "test", 3, seed=1)
-    shutil.rmtree(context.project.data / folder / "4")
+    shutil.rmtree(data / folder / "4")
     with pytest.raises(DataError, match=f"none in {folder}/4"):
         audit.run(context)
+    write_photos(data / folder, 3, seed=1)
+    path = copy("train/3/0002.png", f"{folder}/3/torn.png")
+    path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(DataError, match=r"3/torn\.png"):
+        audit.run(context)
+    copy("train/1/0000.png", f"{folder}/six/a.png")
+    with pytest.raises(DataError, match=f"'six' in data/{folder} is not a label"):
+        audit.run(context)
+    shutil.rmtree(data)
+    with pytest.raises(DataError, match="no photos to train on"):
+        audit.run(context)
+    assert not context.project.audit.exists()
 
 
 def test_a_class_too_small_to_split_fails_also_if_exclusion_makes_it_so(
@@ -173,23 +310,9 @@ def test_a_class_too_small_to_split_fails_also_if_exclusion_makes_it_so(
     with pytest.raises(DataError, match=r"needs 2 or more.* have fewer: 0 \(1\)"):
         audit.run(context)
     shutil.rmtree(context.project.data / "test")
-    _report(context)
-    for number in range(2, 6):
-        (context.project.data / f"train/0/{number:04d}.png").unlink()
+    report_of(context)
+    remove(context, "0", range(2, 6))
     with pytest.raises(DataError, match=r"needs 3 or more.* have fewer: 0 \(2\)"):
-        audit.run(context)
-
-
-def test_what_cannot_be_read_is_named(context: Context, copy: Callable[..., Path]) -> None:
-    path = context.project.data / "train/3/0002.png"
-    path.write_bytes(path.read_bytes()[:900])
-    with pytest.raises(DataError, match=r"3/0002\.png"):
-        audit.run(context)
-    copy("train/1/0000.png", "train/six/a.png")
-    with pytest.raises(DataError, match="'six' in"):
-        audit.run(context)
-    shutil.rmtree(context.project.data)
-    with pytest.raises(DataError, match="no photos to train on"):
         audit.run(context)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tasks.gate import CORRUPTIONS, LARGEST, Verdict, run
 from tasks.gate import judge as judge_
-from tasks.io import write_json
+from tasks.io import read_json, write_json
 from tasks.params import GateParams, Params
 from tasks.project import Project
 from tasks.stage import Context
@@ -41,14 +41,9 @@ NAMES = {
 }
 """Values of the report, and the checks of them, in their order."""
 
+wrong = ["0.95", "nan", math.nan, math.inf, -math.inf, -0.01, [0.9], {"value": 1}, 1j, 10**400]
 bad_values = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.text(),
-    st.sampled_from(
-        ["0.95", "nan", math.nan, math.inf, -math.inf, -0.01, [0.9], {"value": 1}, 1j, 10**400]
-    ),
-    st.floats(max_value=-1e-9),
+    st.none(), st.booleans(), st.text(), st.sampled_from(wrong), st.floats(max_value=-1e-9)
 )
 shares = st.floats(0, 1)
 
@@ -72,18 +67,15 @@ def failed(verdict: Verdict) -> list[str]:
     return [check.name for check in verdict.checks if not check.passed]
 
 
-def failed_with(field: str, value: Any) -> list[str]:
-    if field == "cross-split duplicates":
-        return failed(judge(metrics(), value, LIMITS))
-    return failed(judge(metrics(**{field: value}), 0, LIMITS))
-
-
 def test_a_good_model_passes_every_check_and_so_do_values_at_the_limit() -> None:
     at_limit = dict.fromkeys(CORRUPTIONS, 0.8) | {f"recall {label}": 0.75 for label in LABELS}
     for content in (metrics(), metrics(accuracy=0.9, loss=0.5, ece=0.1, n=50, **at_limit)):
         verdict = judge(content, 0, LIMITS)
         assert verdict.passed
         assert [check.name for check in verdict.checks] == list(NAMES.values())
+    largest = {"accuracy": 1.0, "recall 2": 1, "blur": 1, "n": int(LARGEST)}
+    generous = LIMITS.model_copy(update={"max_loss": LARGEST, "max_calibration_error": 1.0})
+    assert judge(metrics(**largest, loss=LARGEST, ece=1), 0, generous).passed
 
 
 @pytest.mark.parametrize(
@@ -96,7 +88,8 @@ def test_a_good_model_passes_every_check_and_so_do_values_at_the_limit() -> None
     ],
 )
 def test_one_value_past_its_limit_fails_that_check_only(field: str, value: float) -> None:
-    assert failed_with(field, value) == [NAMES[field]]
+    duplicates = value if field == "cross-split duplicates" else 0
+    assert failed(judge(metrics(**{field: value}), duplicates, LIMITS)) == [NAMES[field]]
 
 
 @FEW
@@ -107,7 +100,7 @@ def test_no_unusable_value_ever_passes(field: str, value: Any) -> None:
     assert failed(verdict) == [NAMES[field]]
     check = next(check for check in verdict.checks if not check.passed)
     assert (check.value, check.interval) == (None, None)
-    assert check.detail
+    assert check.detail == "missing" or check.detail.startswith("not a number in range: ")  # type: ignore[union-attr]
     json.dumps(verdict.to_json(), allow_nan=False)
 
 
@@ -144,6 +137,12 @@ def test_a_limit_that_is_left_out_is_not_checked_and_no_limit_at_all_fails() -> 
     nothing = judge(metrics(), 0, GateParams())
     assert failed(nothing) == ["limits"]
     assert "no limit is set" in nothing.reasons[0]
+    own = dict(zip(LABELS, (0.95, 0.0, 0.0, 0.5, 0.0, 0.0), strict=True))
+    of_each = LIMITS.model_copy(update={"min_recall": own})
+    verdict = judge(metrics(**{"recall 3": 0.49}), 0, of_each)
+    assert failed(verdict) == ["recall of 0", "recall of 3"]
+    del own["1"]  # as in the limits of a model with other labels
+    assert "recall of 1" in failed(judge(metrics(), 0, of_each))
 
 
 def test_with_a_confidence_the_lower_bound_must_reach_the_limit() -> None:
@@ -152,16 +151,18 @@ def test_with_a_confidence_the_lower_bound_must_reach_the_limit() -> None:
     assert failed(few) == ["accuracy"]
     assert many.passed
     # Newcombe 1998, "Two-sided confidence intervals for the single proportion", method 3.
-    assert judge(metrics(accuracy=81 / 263, n=263), 0, sure).checks[0].interval == pytest.approx(
-        (0.2553, 0.3662), abs=5e-5
-    )
+    newcombe = judge(metrics(accuracy=81 / 263, n=263), 0, sure).checks[0]
+    assert newcombe.interval == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    lower = newcombe.interval[0]  # type: ignore[index]
+    at_bound = sure.model_copy(update={"min_accuracy": lower})
+    assert judge(metrics(accuracy=81 / 263, n=263), 0, at_bound).checks[0].passed
     assert few.reasons == (
         "accuracy: 0.9500, at 95% confidence at least 0.8952, misses the limit of 0.9000",
     )
-    without = judge(metrics(n=None), 0, sure)
-    assert failed(without) == ["accuracy", "test photos"]
-    assert "number of photos is missing" in without.reasons[0]
-    assert failed(judge(metrics(n=0), 0, sure)) == ["accuracy", "test photos"]
+    for n in (None, 0):
+        without = judge(metrics(n=n), 0, sure)
+        assert failed(without) == ["accuracy", "test photos"]
+        assert "number of photos is missing" in without.reasons[0]
 
 
 @pytest.mark.parametrize(
@@ -177,21 +178,16 @@ def test_every_share_and_mean_has_an_interval_and_counts_have_none(
 ) -> None:
     limits = LIMITS.model_copy(update={"confidence": level})
     checks = {check.name: check for check in judge(metrics(), 0, limits).checks}
-    assert checks["accuracy"].interval == pytest.approx(accuracy, abs=1e-6)
-    assert checks["loss"].interval == pytest.approx(loss, abs=1e-6)
-    assert checks["calibration error"].interval == pytest.approx(ece, abs=1e-6)
+    expected = {"accuracy": accuracy, "loss": loss, "calibration error": ece}
+    for name, interval in expected.items():
+        assert checks[name].interval == pytest.approx(interval, abs=1e-6)
+        assert len(str(checks[name].interval[1])) <= len("0.123456")  # type: ignore[index]
     for name, check in checks.items():
         if name in ("cross-split duplicates", "test photos"):
             assert check.interval is None
         else:
             assert check.interval is not None
             assert check.interval[0] < float(check.value or 0) < check.interval[1]
-
-
-def test_each_class_can_have_a_limit_of_its_own(params: Params) -> None:
-    own = params.gate.model_dump() | {"min_recall": {0: 0.95, 1: 0, 2: 0, 3: 0.5, 4: 0, 5: 0}}
-    limits = GateParams.model_validate(own | {"confidence": None})
-    assert failed(judge(metrics(**{"recall 3": 0.49}), 0, limits)) == ["recall of 0", "recall of 3"]
 
 
 def test_what_is_missing_in_a_part_of_the_report_fails() -> None:
@@ -205,24 +201,20 @@ def test_what_is_missing_in_a_part_of_the_report_fails() -> None:
     content = metrics() | {"standard_errors": None}
     loss = next(check for check in judge(content, 0, LIMITS).checks if check.name == "loss")
     assert (loss.passed, loss.interval) == (True, None)
-    impossible = judge(metrics(ece=1.5, accuracy=1.5, loss=2 * LARGEST), 0, LIMITS).reasons
-    assert [reason.partition(": ")[2] for reason in impossible] == [
-        "out of range, 0 to 1",
-        "out of range, 0 to 1e+12",
-        "out of range, 0 to 1",
-    ]
 
 
 def test_json_and_reasons_name_value_and_limit() -> None:
-    verdict = judge(metrics(loss=0.75, ece=math.nan), 0, LIMITS)
+    verdict = judge(metrics(loss=0.75, ece=math.nan, n=3), 0, LIMITS)
     by_name = {check["name"]: check for check in verdict.to_json()["checks"]}
     loss = {"name": "loss", "value": 0.75, "limit": 0.5, "passed": False}
     assert by_name["loss"] == loss | {"interval": (0.652002, 0.847998)}
     ece = {"name": "calibration error", "value": None, "limit": 0.1, "passed": False}
-    assert by_name["calibration error"] == ece | {"interval": None, "detail": "not finite: nan"}
+    detail = "not a number in range: nan"
+    assert by_name["calibration error"] == ece | {"interval": None, "detail": detail}
     assert verdict.reasons == (
         "loss: 0.7500 misses the limit of 0.5000",
-        "calibration error: not finite: nan",
+        f"calibration error: {detail}",
+        "test photos: 3 misses the limit of 50",
     )
     assert verdict.checks[0].describe() == "accuracy"
 
@@ -230,11 +222,11 @@ def test_json_and_reasons_name_value_and_limit() -> None:
 def gated(root: Path, params: Params, metrics_text: str | None, index: Any) -> list[str]:
     """Names of the checks that fail in what the stage writes."""
     project = Project(root)
-    write_json(project.dataset / "index.json", index)
+    write_json(project.dataset_index, index)
     if metrics_text is not None:
         project.metrics.write_text(metrics_text)
     run(Context(project, params))
-    content = json.loads(project.gate.read_text())
+    content = read_json(project.gate)
     names = [check["name"] for check in content["checks"] if not check["passed"]]
     assert content["passed"] == (not names)
     return names
@@ -243,14 +235,12 @@ def gated(root: Path, params: Params, metrics_text: str | None, index: Any) -> l
 def test_the_stage_writes_and_prints_the_verdict_either_way(
     tmp_path: Path, params: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert not gated(tmp_path, params, json.dumps(metrics()), {"leaks": 0})
-    printed = capsys.readouterr().out
-    assert printed.startswith("Gate: passed\n")
-    assert "passed  accuracy 0.9700, limit 0.8500" in printed
-    assert gated(tmp_path, params, json.dumps(metrics(accuracy=0.1)), {"leaks": 0})
-    printed = capsys.readouterr().out
-    assert printed.startswith("Gate: failed\n")
-    assert "FAILED  accuracy 0.1000, limit 0.8500" in printed
+    for accuracy, result, word in ((0.97, "passed", "passed"), (0.1, "failed", "FAILED")):
+        content = json.dumps(metrics(accuracy=accuracy))
+        assert bool(gated(tmp_path, params, content, {"leaks": 0})) == (result == "failed")
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"Gate: {result}\n")
+        assert f"{word}  accuracy {accuracy:.4f}, limit 0.8500" in printed
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "NaN", '{"accuracy": NaN}'])

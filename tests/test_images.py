@@ -68,9 +68,9 @@ MPO = saved(RED, "MPO", save_all=True, append_images=[BLUE])
         (saved(picture_in("RGB"), "JPEG", progressive=True), ".jpg"),
     ],
 )
-@pytest.mark.parametrize("name", ["IMG_1.JPG", "upload", "photo.png"])
-def test_plain_photo_keeps_its_bytes_whatever_its_name(data: bytes, suffix: str, name: str) -> None:
-    assert normalize(data, name) == (hashlib.sha256(data).hexdigest()[:32] + suffix, data)
+def test_plain_photo_keeps_its_bytes_whatever_its_name(data: bytes, suffix: str) -> None:
+    for name in ("IMG_1.JPG", "upload", "photo.png"):
+        assert normalize(data, name) == (hashlib.sha256(data).hexdigest()[:32] + suffix, data)
     assert decode(data).shape == (48, 48, 3)
     if data == MPO:
         assert decode(data)[..., 0].mean() > 240
@@ -129,15 +129,16 @@ def test_sixteen_bits_are_scaled_to_eight() -> None:
     assert np.array_equal(decode(content), PICTURE)
 
 
-@pytest.mark.parametrize("orientation", range(2, 9))
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_exif_rotation_is_applied(orientation: int, kind: str) -> None:
-    lying = Image.fromarray(PICTURE[:, :32])
-    options: dict[str, Any] = {"exif": turned(orientation)}
-    if kind == "TIFF":
-        options = {"tiffinfo": {274: orientation}}
-    _, content = normalize(saved(lying, kind, **options), "a." + kind.lower())
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_decoding_gives_the_upright_pixels_that_would_be_stored(
+    mode: str, orientation: int
+) -> None:
+    lying = picture_in("L").crop((0, 0, 32, 48))
+    content = saved(lying.convert(mode), "PNG", exif=turned(orientation))
+    name, stored = normalize(content, "a.png")
     upright = {
+        1: lambda p: p,
         2: lambda p: p[:, ::-1],
         3: lambda p: p[::-1, ::-1],
         4: lambda p: p[::-1],
@@ -145,30 +146,26 @@ def test_exif_rotation_is_applied(orientation: int, kind: str) -> None:
         6: lambda p: np.rot90(p, -1),
         7: lambda p: np.rot90(p, 2).swapaxes(0, 1),
         8: lambda p: np.rot90(p),
-    }[orientation](PICTURE[:, :32])
+    }[orientation](np.asarray(lying.convert("RGB")))
     assert np.array_equal(decode(content), upright)
-
-
-@pytest.mark.parametrize("turn", [1, 3, 6])
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
-def test_decoding_gives_the_pixels_that_would_be_stored(mode: str, turn: int) -> None:
-    content = saved(picture_in(mode), "PNG", exif=turned(turn))
-    name, stored = normalize(content, "a.png")
-    assert np.array_equal(decode(content), decode(stored))
+    assert np.array_equal(decode(stored), upright)
     assert normalize(stored, name) == (name, stored)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("kind", ["RGB JPEG", "CMYK JPEG", "P PNG", "L TIFF"])
 def test_a_large_photo_is_reduced_while_it_is_decoded(kind: str) -> None:
     side = int(LARGE_PIXELS**0.5)
-    image = Image.fromarray(photo(2, 1)).resize((side + 8, side))
-    data = saved(image, kind, exif=turned(6), **({"compress_level": 1} if kind == "PNG" else {}))
+    mode, name = kind.split()
+    image = Image.fromarray(photo(2, 1)).resize((side + 8, side)).convert(mode)
+    options = {"PNG": {"compress_level": 1}, "TIFF": {"tiffinfo": {274: 6}}}.get(name, {})
+    data = saved(image, name, **({} if name == "TIFF" else {"exif": turned(6)}), **options)
     assert is_large(data)
     assert not is_large(JPEG)
     small = decode(data, min_side=256)
     assert 256 <= min(small.shape[:2]) < 512
-    wanted = image.transpose(Image.Transpose.ROTATE_270).resize(small.shape[1::-1])
-    assert np.abs(small.astype(int) - np.asarray(wanted)).mean() < 3
+    wanted = image.convert("RGB").transpose(Image.Transpose.ROTATE_270)
+    wanted = wanted.resize(small.shape[1::-1])
+    assert np.abs(small.astype(int) - np.asarray(wanted)).mean() < 4
 
 
 FRAMES = {"save_all": True, "append_images": [Image.fromarray(photo(1, 1, 48))]}
@@ -207,7 +204,7 @@ SEEDS += [saved(picture_in("RGB"), kind) for kind in ("GIF", "WEBP", "BMP")]
 SEEDS += [saved(picture_in("CMYK"), "TIFF")]
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(
     st.sampled_from(SEEDS),
     st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=6)), max_size=8),

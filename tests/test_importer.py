@@ -1,6 +1,5 @@
 """An import is complete or has no effect, and never harms what data/ has."""
 
-import errno
 import json
 import os
 import re
@@ -10,19 +9,18 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tasks.data.directory import Quarantine, restore_data
+from tasks.data.directory import restore_data
 from tasks.data.images import encode
 from tasks.data.importer import (
     ALREADY_THERE,
@@ -31,7 +29,8 @@ from tasks.data.importer import (
     apply_import_rules,
     import_photos,
 )
-from tasks.errors import BusyError, DataError, SourceError
+from tasks.errors import DataError, SourceError
+from tasks.io import read_json
 from tasks.model.inference import Classifier, classify_files
 from tasks.params import load_params
 from tasks.project import Project
@@ -39,7 +38,7 @@ from tests.fixtures.checkouts import make_checkout
 from tests.fixtures.photos import CHECKOUT, LABELS, photo, with_params
 
 PNG = [encode(photo(label, 9, 32)) for label in range(6)]
-EVERY = [("train", label) for label in "012345"]
+EVERY = [("train", label) for label in LABELS]
 
 
 @pytest.fixture
@@ -47,26 +46,10 @@ def project(tmp_path: Path) -> Project:
     return with_params(tmp_path / "checkout")
 
 
-@pytest.fixture
-def filled(project: Project, photos: Callable[..., Path]) -> Iterator[Project]:
-    """A checkout that holds six photos, and must still hold them afterwards."""
-    import_photos(project, photos("held", 1))
-    before = tree(project.data)
-    yield project
-    assert tree(project.data) == before
-    assert not project.staging.is_dir()
-
-
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its content."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-def listed(project: Project) -> dict[str, dict[str, str]]:
-    """Kind of reason by origin, for each source in the quarantine's list."""
-    found = Quarantine(project).listed()
-    return {name: {file.origin: file.kind for file in files} for name, files in found.items()}
 
 
 def source(folder: Path, files: dict[str, bytes]) -> Path:
@@ -85,7 +68,6 @@ def test_photos_are_stored_under_their_content_and_added_to_what_is_there(
     assert report.imported == dict.fromkeys(EVERY, 2)
     assert sorted(tree(project.data).values()) == sorted(tree(photos("a", 2)).values())
     assert not project.staging.exists()
-    assert not project.quarantine.exists()
 
     def state() -> dict[Path, tuple[int, int]]:
         found = {path: path.stat() for path in project.data.rglob("*.png")}
@@ -94,24 +76,17 @@ def test_photos_are_stored_under_their_content_and_added_to_what_is_there(
     before, folder = state(), project.data.stat().st_ino
     report = import_photos(project, photos("a", 2))
     assert (report.imported, report.already_there) == ({}, dict.fromkeys(EVERY, 2))
-    assert state() == before
-    assert project.data.stat().st_ino == folder
+    assert (state(), project.data.stat().st_ino) == (before, folder)
+    linked = next(project.data.rglob("*.png"))
+    cached = linked.rename(project.root / "cached")
+    linked.symlink_to(os.path.relpath(cached, linked.parent))
     report = import_photos(project, photos("b", 1, seed=1), photos("c", 1, seed=2))
-    assert report.imported == dict.fromkeys([*EVERY, *(("test", label) for _, label in EVERY)], 1)
+    assert report.imported == dict.fromkeys([*EVERY, *(("test", label) for label in LABELS)], 1)
     assert len(tree(project.data)) == 24
+    assert linked.is_symlink()  # as DVC may link photos into its cache
+    assert linked.resolve() == cached
+    del before[linked]
     assert before.items() <= state().items()
-
-
-def test_links_into_a_cache_stay_links(project: Project, photos: Callable[..., Path]) -> None:
-    import_photos(project, photos("a", 1))
-    path = next(project.data.rglob("*.png"))
-    cached = path.rename(project.root / "cached")
-    cached.chmod(0o444)
-    path.symlink_to(os.path.relpath(cached, path.parent))
-    import_photos(project, photos("b", 1, seed=1))
-    assert path.is_symlink()
-    assert path.resolve() == cached
-    assert len(tree(project.data)) == 12
 
 
 def test_replace_keeps_the_new_photos_alone(project: Project, photos: Callable[..., Path]) -> None:
@@ -125,63 +100,45 @@ def test_replace_keeps_the_new_photos_alone(project: Project, photos: Callable[.
     moved = photos("b", 1, seed=1)
     (moved / "4/0000.png").rename(moved / "5/moved.png")
     report = import_photos(project, moved, replace=True)
-    assert report.imported == {("train", "5"): 1}
-    assert report.removed == 1
+    assert (report.imported, report.removed) == ({("train", "5"): 1}, 1)
 
 
-@pytest.mark.parametrize("replace", [False, True])
-def test_source_with_nothing_usable_is_refused_and_listed(
-    replace: bool, project: Project, tmp_path: Path, photos: Callable[..., Path]
-) -> None:
-    import_photos(project, source(photos("a", 1), {"0/b.png": b"text"}))
-    before = tree(project.data)
-    bad = source(tmp_path / "bad", {"0/a.png": b"text", "1/b.png": b"", "2/c.png": b"t"})
-    with pytest.raises(SourceError, match="no usable photo: 2 not an image, 1 zero bytes"):
-        import_photos(project, bad, replace=replace)
-    assert tree(project.data) == before
-    assert set(listed(project)) == {str(bad), str(tmp_path / "a")}
-
-
-A, B = ({"0/a.png": PNG[0]}, {"1/b.png": PNG[1]})
-IN_TEST = "same photo in train and test: it stays in test"
-IN_TRAIN = "same photo in train and test: it stays in train"
-RULES = [
-    (
+LABELLED = "same photo under two labels: 0 and 3"
+TESTED = "same photo in train and test: it stays in test"
+TRAINED = "same photo in train and test: it stays in train"
+RULES = {
+    "two labels": (
         {},
-        {"0/a.png": PNG[0], "1/b.png": PNG[0], "2/c.png": PNG[2]},
-        dict.fromkeys(["0/a.png", "1/b.png"], "same photo under two labels: 0 and 1"),
+        {"0/a": PNG[0], "3/b": PNG[0], "2/c": PNG[2]},
+        {"0/a": LABELLED, "3/b": LABELLED},
         {"train/2"},
     ),
-    (
-        {"3/a.png": PNG[0]},
-        {"0/a.png": PNG[0], "3/a.png": PNG[0]},
-        {"0/a.png": "same photo under two labels: data/ has it as 3"},
+    "known label": (
+        {"3/a": PNG[0]},
+        {"0/a": PNG[0], "3/a": PNG[0]},
+        {"0/a": LABELLED},
         {"train/3"},
     ),
-    (
+    "two splits": (
         {},
-        {"train/0/a.png": PNG[0], "test/0/b.png": PNG[0], "train/1/c.png": PNG[1]},
-        {"train/0/a.png": IN_TEST},
+        {"train/0/a": PNG[0], "test/0/b": PNG[0], "train/1/c": PNG[1]},
+        {"train/0/a": TESTED},
         {"test/0", "train/1"},
     ),
-    (
-        {"train/0/a.png": PNG[0]},
-        {"test/0/a.png": PNG[0], "1/b.png": PNG[1]},
-        {"test/0/a.png": IN_TRAIN},
+    "known split": (
+        {"train/0/a": PNG[0]},
+        {"test/0/a": PNG[0], "1/b": PNG[1]},
+        {"test/0/a": TRAINED},
         {"train/0", "train/1"},
     ),
-]
+}
 
 
-@pytest.mark.parametrize(("there", "new", "rejected", "places"), RULES)
+@pytest.mark.parametrize("case", RULES)
 def test_the_same_photo_twice_is_decided_alike_however_often_it_comes(
-    there: dict[str, bytes],
-    new: dict[str, bytes],
-    rejected: dict[str, str],
-    places: set[str],
-    project: Project,
-    tmp_path: Path,
+    case: str, project: Project, tmp_path: Path
 ) -> None:
+    there, new, rejected, places = RULES[case]
     if there:
         import_photos(project, source(tmp_path / "a", there))
     for _ in range(2):
@@ -202,7 +159,7 @@ PLACES = st.tuples(st.sampled_from(["train", "test"]), st.sampled_from("012"))
 def test_what_is_imported_does_not_depend_on_the_order_of_files(
     wanted: list[tuple[str, tuple[str, str]]], stored: dict[str, tuple[str, str]], random: object
 ) -> None:
-    def settle(order: list[tuple[str, tuple[str, str]]]) -> set[tuple[str, tuple[str, str]]]:
+    def decide(order: list[tuple[str, tuple[str, str]]]) -> set[tuple[str, tuple[str, str]]]:
         candidates = [Candidate("", name, place) for name, place in order]
         decided = apply_import_rules(candidates, stored)
         imported = [pair for pair, why in zip(order, decided, strict=True) if why == IMPORTED]
@@ -217,11 +174,11 @@ def test_what_is_imported_does_not_depend_on_the_order_of_files(
 
     shuffled = wanted.copy()
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert settle(wanted) == settle(shuffled)
+    assert decide(wanted) == decide(shuffled)
 
 
-def test_bad_files_are_copied_and_listed_until_they_are_repaired(
-    project: Project, tmp_path: Path
+def test_the_quarantine_holds_what_the_last_import_rejected_with_reasons(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {"0/a.png": PNG[0], "0/b.png": b"text", "7/c.png": PNG[1], "1/d.png": b""}
     folder = source(tmp_path / "s", files)
@@ -232,69 +189,76 @@ def test_bad_files_are_copied_and_listed_until_they_are_repaired(
     for _ in range(2):
         report = import_photos(project, folder)
         assert {file.origin: file.kind for file in report.quarantined} == expected
-        assert listed(project) == {str(folder): expected}
         assert report.kinds() == {"not an image": 2, "unknown label folder": 1, "zero bytes": 1}
         copies = tree(project.quarantine)
-        del copies["quarantine.json"]
-        assert sorted(copies.values()) == sorted([b"text", b"hostile", PNG[1]])
+        listed = json.loads(copies.pop("quarantine.json"))
+        assert listed["files"] == [asdict(file) for file in report.quarantined]
+        assert sorted(copies.values()) == sorted([b"text", b"hostile"])
         assert set(copies) == {file.copy for file in report.quarantined if file.copy}
         assert all(re.fullmatch(r"[a-z_]+/[0-9a-f]{12}-[A-Za-z0-9._-]+", one) for one in copies)
     shown = json.loads(json.dumps(report.to_json()))
     assert shown["already_there"] == {"train": {"0": 1}, "test": {}}
     assert shown["quarantined"] == [asdict(file) for file in report.quarantined]
-    shutil.rmtree(folder)
-    import_photos(project, source(tmp_path / "other", {"0/a.png": PNG[2], "0/b.png": b"text"}))
-    import_photos(project, source(folder, {"0/a.png": PNG[0], "0/b.png": PNG[1]}))
-    assert listed(project) == {str(tmp_path / "other"): {"other/0/b.png": "not an image"}}
-    assert next(iter(tree(project.quarantine).values())) == b"text"
-    assert len(tree(project.quarantine)) == 2
+    monkeypatch.setattr("tasks.data.importer.MAX_COPIES", 11)
+    report = import_photos(project, folder)
+    assert [bool(file.copy) for file in report.quarantined] == [True, True, False, False]
+    monkeypatch.setattr("tasks.data.importer.MAX_COPIES", 10)
+    assert len(tree(project.quarantine)) == 3
+    assert sum(bool(file.copy) for file in import_photos(project, folder).quarantined) == 1
+    import_photos(project, source(tmp_path / "good", {"0/a.png": PNG[2]}))
+    assert [*tree(project.quarantine)] == ["quarantine.json"]
 
 
-@pytest.mark.parametrize("damaged", ["", "[]", "3", "{}", '{"sources": [3]}', '{"sources": 3}'])
-def test_a_list_that_cannot_be_read_is_written_again_and_costs_no_copy(
-    project: Project, tmp_path: Path, damaged: str
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_source_with_nothing_usable_is_refused_and_listed(
+    replace: bool, project: Project, tmp_path: Path, photos: Callable[..., Path]
 ) -> None:
-    (bad,) = import_photos(
-        project, source(tmp_path / "a", {**A, "0/b.png": b"the only copy"})
-    ).quarantined
-    (project.quarantine / "quarantine.json").write_text(damaged)
-    assert listed(project) == {}
-    for name in ("b", "c"):
-        import_photos(project, source(tmp_path / name, {**B, "1/b.png": b"another"} | A))
-    assert set(listed(project)) == {str(tmp_path / "b"), str(tmp_path / "c")}
-    assert bad.copy is not None
-    assert (project.quarantine / bad.copy).read_bytes() == b"the only copy"
+    import_photos(project, photos("a", 1))
+    before = tree(project.data)
+    bad = source(tmp_path / "bad", {"0/a.png": b"text", "1/b.png": b"", "2/c.png": b"t"})
+    with pytest.raises(SourceError, match="no usable photo: 2 not an image, 1 zero bytes"):
+        import_photos(project, bad, replace=replace)
+    assert tree(project.data) == before
+    listed = read_json(project.quarantine / "quarantine.json")
+    assert (listed["source"], len(listed["files"])) == (str(bad), 3)
 
 
-def test_a_failing_replacement_forgets_nothing(
-    filled: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_refused_interrupted_or_has_no_room_changes_nothing(
+    project: Project, tmp_path: Path, photos: Callable[..., Path]
 ) -> None:
-    import_photos(filled, source(tmp_path / "a", {**tree(filled.data / "train"), "0/b": b"text"}))
-    before = tree(filled.quarantine)
-
-    def full() -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "sync", full)
-    with pytest.raises(DataError, match=r"\(No space left on device, ENOSPC\)"):
-        import_photos(filled, source(tmp_path / "b", B), replace=True)
-    assert tree(filled.quarantine) == before
-
-
-def test_refused_source_leaves_no_trace(filled: Project, tmp_path: Path) -> None:
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    import_photos(project, source(photos("old", 1), {"0/bad.png": b"text"}))
+    before = tree(project.data), tree(project.quarantine)
     both = source(tmp_path / "both", {"train/0/a.png": PNG[0], "test/0/b.png": PNG[1]})
+    one = source(tmp_path / "one", {"0/a.png": PNG[3]})
     for sources, reason in (
-        ((tmp_path / "nothing",), "does not exist"),
-        ((tmp_path / "loop",), "cannot be read"),
-        ((both, source(tmp_path / "more", A)), "test set of its own"),
+        ((tmp_path / "nothing",), "No such file"),
+        ((both, one), "must be one set of photos"),
+        ((one, both), "must be one set of photos"),
     ):
         with pytest.raises(SourceError, match=reason):
-            import_photos(filled, *sources)
-    assert not filled.artifacts.exists()
+            import_photos(project, *sources)
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if (what, done) == ("swap", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_photos(project, one, replace=True, progress=interrupt)
+    code, said = import_in_a_process(project, photos("new", 1, seed=1), "limit", 2000)
+    assert (code, said.count("\n")) == (1, 1)
+    assert said.startswith(f"DataError: Import failed at '{project.staging}' (File too large, EFB")
+    assert (tree(project.data), tree(project.quarantine)) == before
+    shutil.rmtree(project.quarantine)
+    project.quarantine.write_text("a file where a folder must be")
+    project.staging.write_text("a file where a folder must be")
+    with pytest.raises(DataError, match=r"Import failed at '.*import' \(.*EEXIST\)"):
+        import_photos(project, one)
+    with pytest.raises(DataError, match=r"Import failed at '/proc/1/"):
+        import_photos(Project(Path("/proc/1")), one)
+    assert tree(project.data) == before[0]
 
 
-# Killed, starved and locked out: each time in a process of its own.
+# Killed, limited and at once: each time in a process of its own.
 
 CHILD = """
     import os, resource, signal, sys
@@ -329,22 +293,20 @@ def import_in_a_process(project: Project, folder: Path, *arguments: object) -> t
     return child.returncode, child.stderr
 
 
-@pytest.mark.parametrize(
-    ("what", "done"), [("read", 1), ("read", 7), ("swap", 0), ("swap", 1), ("swap", 2)]
-)
 @pytest.mark.parametrize("first", [False, True])
-def test_killed_import_leaves_the_old_or_the_new_data(
-    what: str, done: int, first: bool, project: Project, photos: Callable[..., Path]
+@pytest.mark.parametrize("point", ["read 7", "swap 0", "swap 1", "swap 2"])
+def test_a_killed_import_leaves_the_old_or_the_new_data(
+    point: str, first: bool, project: Project, photos: Callable[..., Path]
 ) -> None:
     if not first:
         import_photos(project, photos("old", 1))
     old = tree(project.data)
     more = source(photos("new", 1, seed=1), {"0/bad.png": b"text"})
-    code, _ = import_in_a_process(project, more, what, done)
+    code, _ = import_in_a_process(project, more, *point.split())
     assert code == -signal.SIGKILL
     interrupted = shutil.copytree(project.root, project.root.parent / "copy", symlinks=True)
     restore_data(project)
-    assert len(tree(project.data)) == len(old) + 6 * ((what, done) == ("swap", 2))
+    assert len(tree(project.data)) == len(old) + 6 * (point == "swap 2")
     assert old.items() <= tree(project.data).items()
     # The next import repairs it, with or without that.
     for repaired in (project, Project(interrupted)):
@@ -355,48 +317,12 @@ def test_killed_import_leaves_the_old_or_the_new_data(
         assert not repaired.staging.exists()
 
 
-def test_interrupted_swap_is_undone_at_once(filled: Project, photos: Callable[..., Path]) -> None:
-    def interrupt(what: str, done: int, total: int) -> None:
-        if (what, done) == ("swap", 1):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        import_photos(filled, photos("new", 1, seed=1), progress=interrupt)
-
-
 def test_imports_at_once_take_turns(project: Project, photos: Callable[..., Path]) -> None:
-    folders = [photos(f"s{seed}", 1, seed=seed) for seed in range(3)]
-    with ThreadPoolExecutor(3) as pool:
-        codes = pool.map(lambda folder: import_in_a_process(project, folder, "never", 0), folders)
-    for code, said in codes:
-        assert code == 0
-        assert said in ("", "A retrain or an import uses data/. Waiting up to 600 s for it.\n")
-    assert len(tree(project.data)) == 18
-
-
-def test_full_disk_is_one_line(filled: Project, photos: Callable[..., Path]) -> None:
-    code, said = import_in_a_process(filled, photos("new", 1, seed=1), "limit", 2000)
-    assert code == 1
-    assert said.startswith("DataError: Import failed at")
-    assert str(filled.staging / "incoming") in said
-    assert said.count("\n") == 1
-
-
-def test_place_that_cannot_be_written_is_named(filled: Project, tmp_path: Path) -> None:
-    bad = source(tmp_path / "s", {"0/a.png": PNG[0], "0/b.png": b"text"})
-    filled.artifacts.write_text("a file where a folder must be")
-    with pytest.raises(DataError, match=r"Import failed at .*ENOTDIR\)"):
-        import_photos(filled, bad)
-    filled.staging.write_text("a file where a folder must be")
-    with pytest.raises(DataError, match=r"Import failed at '.*import' \(.*EEXIST\)"):
-        import_photos(filled, bad)
-    with pytest.raises(DataError, match=r"Import failed at '/proc/1/"):
-        import_photos(Project(Path("/proc/1")), bad)
-
-
-def test_second_import_gives_up_after_its_wait(filled: Project, tmp_path: Path) -> None:
-    with FileLock(filled.data_lock), pytest.raises(BusyError, match=r"more than 0\.1 seconds"):
-        import_photos(filled, source(tmp_path / "s", B), wait=0.1)
+    folders = [photos(f"s{seed}", 1, seed=seed) for seed in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda folder: import_in_a_process(project, folder, "never", 0), folders)
+    assert [code for code, _ in found] == [0, 0]
+    assert len(tree(project.data)) == 12
 
 
 def test_unknown_folders_and_classes_with_too_few_photos_end_the_command_with_1(
@@ -416,18 +342,16 @@ def test_unknown_folders_and_classes_with_too_few_photos_end_the_command_with_1(
     shutil.rmtree(folder / "four")
     source(folder, {"4/a.png": PNG[4]})
     assert "4 (1)" in checkout.run("handsigns", "import", folder, code=1).stderr
-    source(folder, {"4/b.png": PNG[3], "4/c.png": PNG[2]})
-    checkout.run("handsigns", "import", folder)
 
 
 def test_a_webp_named_jpg_is_read_by_import_and_predict(project: Project, tmp_path: Path) -> None:
-    folder = tmp_path / "s" / "3"
-    folder.mkdir(parents=True)
-    Image.fromarray(photo(3, 1)).save(folder / "a.jpg", "WEBP", lossless=True)
+    (tmp_path / "s" / "3").mkdir(parents=True)
+    path = tmp_path / "s/3/a.jpg"
+    Image.fromarray(photo(3, 1)).save(path, "WEBP", lossless=True)
     assert import_photos(project, tmp_path / "s").imported == {("train", "3"): 1}
     preprocess = load_params(CHECKOUT.params).preprocess
     even = lambda images: np.full((len(images), 6), 1 / 6, np.float32)  # noqa: E731
-    (found,) = classify_files(Classifier(even, preprocess, LABELS, 64), [folder / "a.jpg"])
+    (found,) = classify_files(Classifier(even, preprocess, LABELS, 64), [path])
     assert found.error is None
 
 

@@ -22,8 +22,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from tasks.data.directory import data_lock, stored_photos
-from tasks.data.images import decode, normalize
-from tasks.data.near_duplicates import perceptual_hash
+from tasks.data.images import decode, normalize, perceptual_hash
 from tasks.data.sources import REVIEWED
 from tasks.data.stores import Store
 from tasks.errors import DataError, HandsignsError

@@ -23,9 +23,6 @@ INDEX = "index.json"
 Groups = Sequence[int] | NDArray[np.int64]
 """Number of the group of near-duplicates of each photo; its photos have one class."""
 
-_SMALL_GROUPS = 0.1
-"""Quantile of the group sizes that the limits of the split are computed for."""
-
 
 @dataclass(frozen=True, order=True)
 class Photo:
@@ -67,8 +64,7 @@ def find_photos(data: Path) -> list[Photo]:
 def name_photos(photos: Sequence[Photo]) -> dict[str, str]:
     """The unique name by which a dataset knows each photo's key.
 
-    Imported photos are named by their content, wherever they are. Photos that were put
-    into `data/` by hand may share a name, and are named by their keys.
+    Photos that were put into `data/` by hand may share a name, and are named by their keys.
     """
     shared = Counter(photo.name for photo in photos)
     return {photo.key: photo.name if shared[photo.name] == 1 else photo.key for photo in photos}
@@ -96,8 +92,8 @@ def count_classes(photos: Sequence[Photo], labels: Sequence[str]) -> dict[str, d
 def check_trainable(photos: Sequence[Photo], labels: Sequence[str]) -> None:
     """Raise `DataError` if a class has too few photos for all splits."""
     held_out = ["val"] if "test" in count_classes(photos, labels) else ["test", "val"]
-    rows = [(number, photo.label) for number, photo in enumerate(photos) if photo.folder == TRAIN]
-    groups_by_class([label for _, label in rows], [number for number, _ in rows], held_out, labels)
+    trained = [photo.label for photo in photos if photo.folder == TRAIN]
+    groups_by_class(trained, range(len(trained)), held_out, labels)
 
 
 def stratified_group_split(
@@ -110,27 +106,24 @@ def stratified_group_split(
 ) -> list[str]:
     """Hash-based split of each class, with each group in one split.
 
-    Every choice depends on a SHA-256 of the seed and a photo's name, and not on which other
-    photos there are, so that photos that are added hardly change it. The rank of a group is
-    the highest rank of its photos, and the lowest ranks are held out. A photo that is added
-    can only raise the rank of its group, so it moves no photo from training to the test.
-    Hence large groups are mostly trained on. If nearly all groups have m photos or more, the
-    limits take it into account that all m ranks lie below a limit with probability limit**m.
+    Each photo has a rank that depends on the seed and its name alone. That of a group is the
+    highest of its photos' ranks, and the lowest are held out, so a photo that is added moves
+    none from training to the test. If nearly all groups have m photos or more, the limits
+    take into account that all m ranks lie below a limit with probability limit**m.
 
     Args:
         names: unique name of each photo.
         shares: share of each split but `train`, the test first; met on average.
-        classes: what `labels` may be.
-
-    Returns:
-        The split of each photo. Every class is in every split.
+        classes: what `labels` may be; each is in every split.
     """
     splits = [TRAIN] * len(names)
     by_class = groups_by_class(labels, groups, tuple(shares), classes)
     sizes = [len(rows) for found in by_class.values() for rows in found]
-    size = np.quantile(sizes, _SMALL_GROUPS, method="lower")
+    size = np.quantile(sizes, 0.1, method="lower")
     for found in by_class.values():
-        ranked = sorted((max(_rank(seed, names[row]) for row in rows), rows) for rows in found)
+        ranked = sorted(
+            (max(_rank("split", seed, names[row]) for row in rows), rows) for rows in found
+        )
         ranks = [rank for rank, _ in ranked]
         start, held_out = 0, 0.0
         for number, (split, share) in enumerate(shares.items()):
@@ -178,18 +171,15 @@ def stratified_sample(
         classes[label].append(row)
     chosen: list[int] = []
     for rows in classes.values():
-        ranked = sorted(rows, key=lambda row: _digest("subset", seed, names[row]))
+        ranked = sorted(rows, key=lambda row: _rank("subset", seed, names[row]))
         chosen += ranked[: max(1, int(fraction * len(rows) + 0.5))]
     return np.array(sorted(chosen), dtype=np.int64)
 
 
-def _rank(seed: int, name: str) -> float:
+def _rank(purpose: str, seed: int, name: str) -> float:
     """Pseudo-random number in [0, 1)."""
-    return int.from_bytes(_digest("split", seed, name)[:6]) / 2**48
-
-
-def _digest(purpose: str, seed: int, name: str) -> bytes:
-    return hashlib.sha256(f"{purpose}/{seed}/{name}".encode()).digest()
+    digest = hashlib.sha256(f"{purpose}/{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:6]) / 2**48
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,22 +1,17 @@
-"""The data directory: its lock, atomic changes, its photos from DVC, and the quarantine."""
+"""The data directory: its lock, atomic changes, and its photos from DVC or the renderer."""
 
 import errno
-import hashlib
-import json
 import logging
 import os
-import re
 import shutil
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from tasks.errors import BusyError, DataError, ServiceError
-from tasks.io import atomic_write, write_json
 from tasks.params import list_labels, load_params
 from tasks.project import FOLDERS, Project
 from tasks.stage import Progress, silent
@@ -26,8 +21,6 @@ if TYPE_CHECKING:
 
 WAIT = 600.0
 """Seconds to wait for the data lock."""
-MAX_COPIES = 2**30
-"""Bytes that one import may copy into the quarantine; beyond it files are only listed."""
 
 Place = tuple[str, str]
 """Split and label."""
@@ -70,7 +63,7 @@ def file_errors(path: Path) -> Iterator[None]:
         reason = f"{error.strerror}, {code}" if code else error
         raise DataError(
             f"Import failed at '{error.filename or path}' ({reason}). Make room or give "
-            "permission and import again; data/ is unchanged."
+            "permission and import again."
         ) from error
 
 
@@ -85,16 +78,16 @@ def stored_photos(project: Project) -> dict[str, Place]:
 
 @contextmanager
 def staging(project: Project) -> Iterator[Path]:
-    """Yield an empty folder on the file system of `data/`; the caller holds the data lock."""
-    restore_data(project)
-    with file_errors(project.staging):
-        shutil.rmtree(project.staging, ignore_errors=True)
-        project.staging.mkdir(parents=True)
-    try:
-        yield project.staging
-    finally:
+    """Hold the data lock and an empty folder on the file system of `data/`."""
+    with data_lock(project), file_errors(project.staging):
         restore_data(project)
         shutil.rmtree(project.staging, ignore_errors=True)
+        project.staging.mkdir(parents=True)
+        try:
+            yield project.staging
+        finally:
+            restore_data(project)
+            shutil.rmtree(project.staging, ignore_errors=True)
 
 
 def restore_data(project: Project) -> None:
@@ -120,26 +113,25 @@ def change_data(
         replace: leave out all photos that are not accepted.
     """
     new = project.staging / "new"
-    with file_errors(project.data):
-        if replace or not project.data.exists():
-            new.mkdir()
-        else:
-            shutil.copytree(project.data, new, symlinks=True, copy_function=_link)
-        for name, place in accepted.items():
-            target = new.joinpath(*place, name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if (incoming / name).exists():
-                (incoming / name).rename(target)
-            elif not os.path.lexists(target):
-                _link(str(project.data.joinpath(*place, name)), str(target))
-        # Content must reach the disk before names do, for the case of a power failure.
-        os.sync()
-        progress("swap", 0, 2)
-        if project.data.exists():
-            project.data.rename(project.staging / "old")
-        progress("swap", 1, 2)
-        new.rename(project.data)
-        progress("swap", 2, 2)
+    if replace or not project.data.exists():
+        new.mkdir()
+    else:
+        shutil.copytree(project.data, new, symlinks=True, copy_function=_link)
+    for name, place in accepted.items():
+        target = new.joinpath(*place, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (incoming / name).exists():
+            (incoming / name).rename(target)
+        elif not os.path.lexists(target):
+            _link(str(project.data.joinpath(*place, name)), str(target))
+    # Content must reach the disk before names do, for the case of a power failure.
+    os.sync()
+    progress("swap", 0, 2)
+    if project.data.exists():
+        project.data.rename(project.staging / "old")
+    progress("swap", 1, 2)
+    new.rename(project.data)
+    progress("swap", 2, 2)
 
 
 def _link(path: str, target: str) -> None:
@@ -198,84 +190,3 @@ def render(project: Project, pipeline: "Pipeline", progress: Progress = silent) 
         f"The sample set was rendered, but this machine's arithmetic gave other bytes: "
         f"data/ {version} instead of {expected}. It is versioned as such."
     )
-
-
-@dataclass(frozen=True)
-class QuarantinedFile:
-    """A file that was not imported: its path in the source, and `kind: detail`.
-
-    `copy` is its path below `artifacts/quarantine/`, if it was copied.
-    """
-
-    origin: str
-    reason: str
-    copy: str | None = None
-
-    @property
-    def kind(self) -> str:
-        return self.reason.split(":")[0]
-
-
-class Quarantine:
-    """Copies of the files that were not imported, by kind, and a list with their reasons."""
-
-    def __init__(self, project: Project) -> None:
-        self._folder = project.quarantine
-        self._list = project.quarantine / "quarantine.json"
-        self._room = MAX_COPIES
-
-    def add(self, origin: str, reason: str, content: bytes) -> QuarantinedFile:
-        """Copy one file, if it could be read."""
-        file = QuarantinedFile(origin, reason)
-        if not content or len(content) > self._room:
-            return file
-        self._room -= len(content)
-        digest = hashlib.sha256(content).hexdigest()[:12]
-        copy = f"{_safe_name(file.kind)}/{digest}-{_safe_name(origin.split('/')[-1])}"
-        path = self._folder / copy
-        with file_errors(path):
-            if not path.exists():
-                with atomic_write(path) as temporary:
-                    temporary.write_bytes(content)
-        return QuarantinedFile(origin, reason, copy)
-
-    def listed(self) -> dict[str, list[QuarantinedFile]]:
-        """The files by source; empty if the list cannot be read."""
-        try:
-            sources = json.loads(self._list.read_text(encoding="utf-8"))["sources"]
-            return {
-                str(name): [QuarantinedFile(**file) for file in files]
-                for name, files in sources.items()
-            }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}
-
-    def update(
-        self,
-        source: str,
-        files: Sequence[QuarantinedFile],
-        only: bool,
-        unchanged: Container[str] = (),
-    ) -> None:
-        """Replace the entries of a source, and remove copies that are no longer listed.
-
-        Entries of `unchanged` origins stay. With `only`, other sources are forgotten.
-        """
-        before = self.listed()
-        kept = [file for file in before.get(source, []) if file.origin in unchanged]
-        after = {**({} if only else before), source: [*kept, *files]}
-        after = {name: listed for name, listed in after.items() if listed}
-        if after == before:
-            return
-        listed = {name: [asdict(file) for file in files] for name, files in after.items()}
-        copies = {file.copy for files in after.values() for file in files}
-        with file_errors(self._folder):
-            write_json(self._list, {"sources": listed})
-            for file in (file for files in before.values() for file in files):
-                if file.copy and file.copy not in copies:
-                    (self._folder / file.copy).unlink(missing_ok=True)
-
-
-def _safe_name(name: str) -> str:
-    """Letters, digits, dot, dash and underscore; never hidden, never a parent folder."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[-80:].lstrip(".") or "_"

@@ -1,4 +1,4 @@
-"""Decode, normalize and resize photos from untrusted files."""
+"""Decode, normalize, resize and hash photos from untrusted files."""
 
 import hashlib
 import io
@@ -38,17 +38,14 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 ORIENTATION = int(ExifTags.Base.Orientation)
 
 _HEIF = re.compile(rb"....ftyp.{0,1016}?(hei[cxms]|hev[cxms]|mif[12]|msf1|miaf|avi[fs])", re.S)
-_PNG_DEPTH = 24  # offset of the bit depth in the first chunk
 
 
 def normalize(data: bytes, name: str) -> tuple[str, bytes]:
     """Check an untrusted file; its name and content in `data/`.
 
-    An upright 8-bit RGB JPEG or PNG keeps its bytes. Everything else becomes an 8-bit RGB
-    PNG without metadata: EXIF rotation is applied, transparent parts become white, 16-bit
-    grey is scaled, CMYK and palettes are converted. Color profiles are not applied. The
-    first picture of a multi-picture JPEG is the photo. The name is 32 hexadecimal digits of
-    the content's SHA-256, with the suffix of its format.
+    An upright 8-bit RGB JPEG or PNG keeps its bytes. Everything else becomes an upright 8-bit
+    RGB PNG without metadata, on white; color profiles are not applied. The name is 32
+    hexadecimal digits of the content's SHA-256, with the suffix of its format.
     """
     with _decoder_errors(name):
         image = _open(data)
@@ -60,14 +57,14 @@ def normalize(data: bytes, name: str) -> tuple[str, bytes]:
 
 
 def decode(data: bytes, name: str = "", min_side: int | None = None) -> Pixels:
-    """Check and decode an untrusted file to the pixels that `normalize` stores.
+    """Decode an untrusted file to the pixels that `normalize` stores.
 
     With `min_side`, a large photo is reduced to sides of at least as many pixels, which
     takes a fraction of the memory.
     """
     with _decoder_errors(name):
         image: Image.Image = _open(data)
-        if min_side is not None and _is_large(image):
+        if min_side is not None and image.width * image.height > LARGE_PIXELS:
             image = _reduced(image, min_side)
         return np.array(_upright_rgb(image), dtype=np.uint8)
 
@@ -75,7 +72,8 @@ def decode(data: bytes, name: str = "", min_side: int | None = None) -> Pixels:
 def is_large(data: bytes) -> bool:
     """Whether decoding a file takes much memory; reads only its header."""
     with _decoder_errors(""):
-        return _is_large(_open(data))
+        image = _open(data)
+        return image.width * image.height > LARGE_PIXELS
 
 
 def encode(pixels: Pixels) -> bytes:
@@ -106,8 +104,7 @@ def each_photo(
 def resize(picture: Pixels, params: PreprocessParams) -> Pixels:
     """Resize a photo to (image_size, image_size, 3) for training or prediction.
 
-    With `blur_sigma`, a photo that was larger is blurred; the blur grows from none at
-    `image_size` with the photo's size.
+    With `blur_sigma`, the blur grows from none at `image_size` with the photo's size.
     """
     small = resize_square(picture, params.image_size)
     ratio = params.image_size / min(picture.shape[:2])
@@ -126,6 +123,13 @@ def resize_square(picture: Pixels, size: int) -> Pixels:
     square = Image.fromarray(picture[top : top + side, left : left + side])
     # Beyond three times the size, areas are averaged first, which is faster.
     return np.array(square.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0))
+
+
+def perceptual_hash(picture: Pixels) -> int:
+    """64-bit `imagehash.phash`."""
+    import imagehash
+
+    return int.from_bytes(np.packbits(imagehash.phash(Image.fromarray(picture)).hash).tobytes())
 
 
 def printable(text: str) -> str:
@@ -151,9 +155,8 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ImageError(
-            f"too many pixels: {width}x{height}, more than {MAX_PIXELS // 10**6} megapixels"
-        )
+        limit = MAX_PIXELS // 10**6
+        raise ImageError(f"too many pixels: {width}x{height}, more than {limit} megapixels")
     if min(width, height) < MIN_SIDE:
         raise ImageError(f"too small: {width}x{height} pixels, less than {MIN_SIDE} a side")
     if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
@@ -167,32 +170,22 @@ def _open(data: bytes) -> ImageFile.ImageFile:
 
 
 def _keeps_its_bytes(image: Image.Image, data: bytes) -> bool:
-    if image.mode != "RGB" or image.has_transparency_data:
-        return False
-    # Pillow opens 16 bits a channel as plain RGB; only the header tells.
-    if image.format == "PNG" and data[_PNG_DEPTH] != 8:
-        return False
-    turned = image.getexif().get(ORIENTATION, 1) in range(2, 9)
-    return image.format in ("JPEG", "MPO", "PNG") and not turned
-
-
-def _is_large(image: Image.Image) -> bool:
-    return image.width * image.height > LARGE_PIXELS
+    # Pillow opens a PNG of 16 bits a channel as plain RGB; only its header has the depth.
+    plain = image.format in ("JPEG", "MPO") or (image.format == "PNG" and data[24] == 8)
+    plain = plain and image.mode == "RGB" and not image.has_transparency_data
+    return plain and image.getexif().get(ORIENTATION, 1) not in range(2, 9)
 
 
 def _reduced(image: Image.Image, min_side: int) -> Image.Image:
-    """Average a photo down in bands, so that only one copy of its full size exists."""
-    factor = max(1, min(image.size) // min_side)
+    """Average a photo down while it is decoded, or before its colors are converted."""
+    factor = min(image.size) // min_side
     image.draft("RGB", (image.width // factor, image.height // factor))  # JPEG only
-    image.load()
-    factor = max(1, min(image.size) // min_side)
-    width, height = image.width // factor, image.height // factor
-    small = Image.new("RGB", (width, height))
-    small.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
-    for top in range(0, height, 64):
-        bottom = min(top + 64, height)
-        band = image.crop((0, top * factor, width * factor, bottom * factor))
-        small.paste(_to_rgb(band).reduce(factor), (0, top))
+    image.load()  # which turns a TIFF
+    turn = image.getexif().get(ORIENTATION, 1)
+    if image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
+        image = _to_rgb(image)
+    small = image.reduce(max(1, min(image.size) // min_side))
+    small.getexif()[ORIENTATION] = turn
     return small
 
 
@@ -225,11 +218,9 @@ def _decoder_errors(name: str) -> Iterator[None]:
         except ImageError as error:
             raise ImageError(error.reason, shown) from error
         except Image.DecompressionBombError as error:
-            limit = MAX_PIXELS // 10**6
-            raise ImageError(f"too many pixels: more than {limit} megapixels", shown) from error
+            raise ImageError("too many pixels for any photo", shown) from error
         except UnidentifiedImageError as error:
-            kinds = ", ".join(FORMATS)
-            raise ImageError(f"not an image: none of {kinds}", shown) from error
+            raise ImageError(f"not an image: none of {', '.join(FORMATS)}", shown) from error
         except Exception as error:  # decoders raise anything on damaged files
             detail = " ".join(printable(str(error)).split()) or type(error).__name__
             kind = "truncated" if "truncated" in detail.lower() else "damaged"

@@ -1,44 +1,36 @@
 """Import photos into `data/`, from a source that somebody names or from the inbox.
 
 The inbox is a folder or bucket whose new photos are imported before each retrain. Files
-stay there. A file that was imported is remembered in `.local/inbox.json` by its name and its
-size and time (or etag), and is not read again while it stays the same and `data/` is the
-version that it went into. Forgetting costs only time: `data/` knows photos by their content.
+stay there. What was imported is remembered in `.local/inbox.json` by name and size and time
+(or etag), and is not read again while it stays the same and `data/` is the version that it
+went into. Forgetting costs only time: `data/` knows photos by their content.
 """
 
+import hashlib
 import os
+import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from dataclasses import replace as changed
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tasks.data.directory import (
-    Place,
-    Quarantine,
-    QuarantinedFile,
-    change_data,
-    data_lock,
-    file_errors,
-    staging,
-    stored_photos,
-)
+from tasks.data.directory import Place, change_data, staging, stored_photos
 from tasks.data.images import MAX_BYTES, normalize, printable
 from tasks.data.sources import (
     UNKNOWN_FOLDER,
-    UNREADABLE,
     Source,
     SourceFile,
     arrange,
-    as_test,
     folder_files,
     is_clutter,
     open_source,
 )
 from tasks.errors import ImageError, SourceError
-from tasks.io import atomic_write, read_json, write_json
+from tasks.io import atomic_directory, atomic_write, read_json, write_json
 from tasks.params import load_params, replace_labels
 from tasks.project import FOLDERS, Project
 from tasks.services.s3 import MissingObjectError, Storage
@@ -46,6 +38,8 @@ from tasks.stage import Progress, silent
 
 IMPORTED = "imported"
 ALREADY_THERE = "already there"
+MAX_COPIES = 2**30
+"""Bytes that one import may copy into the quarantine; beyond it files are only listed."""
 MAX_FILES = 200_000
 """In an inbox."""
 
@@ -60,6 +54,22 @@ class Candidate:
     origin: str
     name: str
     place: Place
+
+
+@dataclass(frozen=True)
+class QuarantinedFile:
+    """A file that was not imported: its path in the source, and `kind: detail`.
+
+    `copy` is its path below `artifacts/quarantine/`, if it was copied.
+    """
+
+    origin: str
+    reason: str
+    copy: str | None = None
+
+    @property
+    def kind(self) -> str:
+        return self.reason.split(":")[0]
 
 
 @dataclass(frozen=True)
@@ -99,48 +109,34 @@ class ImportReport:
 
 
 def _by_split(counts: dict[Place, int]) -> dict[str, dict[str, int]]:
-    return {
-        split: {label: n for (s, label), n in sorted(counts.items()) if s == split}
-        for split in FOLDERS
-    }
+    found = sorted(counts.items())
+    return {split: {label: n for (s, label), n in found if s == split} for split in FOLDERS}
 
 
-def apply_import_rules(candidates: Iterable[Candidate], stored: Mapping[str, Place]) -> list[str]:
+def apply_import_rules(candidates: Sequence[Candidate], stored: Mapping[str, Place]) -> list[str]:
     """`IMPORTED`, `ALREADY_THERE` or a reason for each photo, independent of their order.
 
     A photo that `data/` has stays where it is; the same photo under another label or in the
     other split is rejected. In one import, the same photo under two labels is rejected
     everywhere, and the same photo in both splits stays in the test only.
     """
-    candidates = list(candidates)
     wanted: dict[str, set[Place]] = {}
-    for candidate in candidates:
-        wanted.setdefault(candidate.name, set()).add(candidate.place)
-    imported: set[str] = set()
+    for one in candidates:
+        wanted.setdefault(one.name, set()).add(one.place)
+    there = set(stored)
     decisions = []
-    for candidate in candidates:
-        decision = _decide(candidate.place, wanted[candidate.name], stored.get(candidate.name))
-        if decision == IMPORTED and candidate.name in imported:
-            decision = ALREADY_THERE
-        if decision == IMPORTED:
-            imported.add(candidate.name)
-        decisions.append(decision)
+    for one in candidates:
+        places = {stored[one.name]} if one.name in stored else wanted[one.name]
+        labels = sorted({label for _, label in places | {one.place}})
+        split = min(places)[0]  # the test before train
+        if len(labels) > 1:
+            decisions.append(f"same photo under two labels: {' and '.join(labels)}")
+        elif split != one.place[0]:
+            decisions.append(f"same photo in train and test: it stays in {split}")
+        else:
+            decisions.append(ALREADY_THERE if one.name in there else IMPORTED)
+            there.add(one.name)
     return decisions
-
-
-def _decide(place: Place, wanted: set[Place], stored: Place | None) -> str:
-    if stored == place:
-        return ALREADY_THERE
-    split, label = place
-    labels = sorted({label for _, label in wanted})
-    if stored and stored[1] != label:
-        return f"same photo under two labels: data/ has it as {stored[1]}"
-    if not stored and len(labels) > 1:
-        return f"same photo under two labels: {' and '.join(labels)}"
-    keeper = stored or (("test", label) if ("test", label) in wanted else place)
-    if keeper[0] != split:
-        return f"same photo in train and test: it stays in {keeper[0]}"
-    return IMPORTED
 
 
 def import_photos(
@@ -149,7 +145,6 @@ def import_photos(
     test: Path | None = None,
     replace: bool = False,
     progress: Progress = silent,
-    wait: float | None = None,
     set_labels: bool = False,
 ) -> ImportReport:
     """Add the photos of a source to `data/`.
@@ -162,21 +157,21 @@ def import_photos(
     also if nothing was imported: an import that was killed was not versioned.
     """
     name = printable(os.path.realpath(source))
-    with data_lock(project, wait), staging(project):
+    with staging(project):
         known = None if set_labels else load_params(project.params).labels
         with _open_both(source, test, known) as opened:
             labels = known or opened.labels
             params = replace_labels(project.params, labels) if set_labels else None
             report = _import(project, opened, name, labels, replace, progress)
+        if params and report.usable:
+            with atomic_write(project.params) as temporary:
+                temporary.write_text(params, encoding="utf-8")
     if not report.usable:
         kinds = ", ".join(f"{count} {kind}" for kind, count in report.kinds().items())
         raise SourceError(
             f"Source '{name}' has no usable photo: {kinds}. data/ is unchanged; see "
             "artifacts/quarantine/quarantine.json."
         )
-    if params is not None:
-        with file_errors(project.params), atomic_write(project.params) as temporary:
-            temporary.write_text(params, encoding="utf-8")
     return report
 
 
@@ -186,14 +181,15 @@ def _open_both(source: Path, test: Path | None, labels: Sequence[str] | None) ->
         if test is None:
             yield train
             return
-        if any(file.split == "test" for file in train.files):
-            raise SourceError(
-                f"Source '{printable(str(source))}' has a test set of its own. Leave out "
-                f"--test '{printable(str(test))}', or name only its train folder."
-            )
         with open_source(test, labels) as opened:
-            files = (*train.files, *as_test(opened, test).files)
-            yield Source(files, train.ignored + opened.ignored)
+            splits = {file.split for file in opened.files}
+            if any(file.split == "test" for file in train.files) or len(splits) > 1:
+                raise SourceError(
+                    f"With --test '{printable(str(test))}' each of both must be one set of photos, "
+                    "and one has a train and a test folder. Leave --test out, or name one folder."
+                )
+            tested = (changed(file, split="test") for file in opened.files)
+            yield Source((*train.files, *tested), train.ignored + opened.ignored)
 
 
 def _import(
@@ -203,56 +199,68 @@ def _import(
     labels: Sequence[str],
     replace: bool,
     progress: Progress,
-    unchanged: Container[str] = (),
 ) -> ImportReport:
-    """Import the files of a source; `unchanged` are origins of files that were seen before."""
-    quarantine = Quarantine(project)
-    incoming = project.staging / "incoming"
-    with file_errors(project.data):
-        stored = stored_photos(project)
-        incoming.mkdir()
+    """Import the files of a source; the quarantine holds what it rejects, and nothing else."""
+    stored, incoming = stored_photos(project), project.staging / "incoming"
+    incoming.mkdir()
     candidates: list[Candidate] = []
     rejected: list[QuarantinedFile] = []
-    for done, file in enumerate(source.files, start=1):
-        content = b""
-        try:
-            content = b"" if file.read is None else file.read(MAX_BYTES + 1)
-            if file.fault or file.label is None:
-                raise ImageError(file.fault or "no label: it is in no label folder")
-            stored_name, stored_content = normalize(content, file.origin)
-            path, place = incoming / stored_name, (file.split, file.label)
-            with file_errors(path):
+    copied = 0
+    with atomic_directory(project.quarantine) as quarantine:
+        for done, file in enumerate(source.files, start=1):
+            content = b""
+            try:
+                if file.fault or file.read is None or file.label is None:
+                    raise ImageError(file.fault or "no label: it is in no label folder")
+                content = file.read(MAX_BYTES + 1)
+                stored_name, stored_content = normalize(content, file.origin)
+                path, place = incoming / stored_name, (file.split, file.label)
                 if stored.get(stored_name) != place and not path.exists():
                     path.write_bytes(stored_content)
-            candidates.append(Candidate(file.origin, stored_name, place))
-        except ImageError as error:
-            reason = file.fault or error.reason
-            rejected.append(quarantine.add(file.origin, reason, content[:MAX_BYTES]))
-        progress("read", done, len(source.files))
+                candidates.append(Candidate(file.origin, stored_name, place))
+            except ImageError as error:
+                copied += len(content)
+                kept = content and copied <= MAX_COPIES
+                copy = _copy(quarantine, file, error.reason, content) if kept else None
+                rejected.append(QuarantinedFile(file.origin, error.reason, copy))
+            progress("read", done, len(source.files))
 
-    imported: Counter[Place] = Counter()
-    there: Counter[Place] = Counter()
-    accepted: dict[str, Place] = {}
-    decisions = apply_import_rules(candidates, {} if replace else stored)
-    for one, decision in zip(candidates, decisions, strict=True):
-        if decision not in (IMPORTED, ALREADY_THERE):
-            content = (incoming / one.name).read_bytes()
-            rejected.append(quarantine.add(one.origin, decision, content))
-            continue
-        accepted[one.name] = one.place
-        new = decision == IMPORTED and stored.get(one.name) != one.place
-        (imported if new else there)[one.place] += 1
-    replace = replace and bool(accepted)  # nothing usable replaces nothing
-    removed = len(stored.items() - accepted.items()) if replace else 0
-    rejected.sort(key=lambda file: (file.origin, file.reason))
-    report = ImportReport(
-        dict(imported), dict(there), tuple(rejected), source.ignored, removed, tuple(labels)
+        counts: dict[str, Counter[Place]] = {IMPORTED: Counter(), ALREADY_THERE: Counter()}
+        accepted: dict[str, Place] = {}
+        decisions = apply_import_rules(candidates, {} if replace else stored)
+        for one, decision in zip(candidates, decisions, strict=True):
+            if decision not in counts:
+                rejected.append(QuarantinedFile(one.origin, decision))
+                continue
+            accepted[one.name] = one.place
+            there = stored.get(one.name) == one.place
+            counts[ALREADY_THERE if there else decision][one.place] += 1
+        replace = replace and bool(accepted)  # nothing usable replaces nothing
+        removed = len(stored.items() - accepted.items()) if replace else 0
+        rejected.sort(key=lambda file: (file.origin, file.reason))
+        files = [asdict(file) for file in rejected]
+        write_json(quarantine / "quarantine.json", {"source": name, "files": files})
+        if counts[IMPORTED] or removed:
+            change_data(project, incoming, accepted, replace, progress)
+    imported, already_there = map(dict, counts.values())
+    return ImportReport(
+        imported, already_there, tuple(rejected), source.ignored, removed, tuple(labels)
     )
-    if imported or removed:
-        change_data(project, incoming, accepted, replace, progress)
-    # Last: a replacement forgets the quarantined files of other sources.
-    quarantine.update(name, report.quarantined, replace, unchanged)
-    return report
+
+
+def _copy(quarantine: Path, file: SourceFile, reason: str, content: bytes) -> str:
+    """Copy a file into the quarantine, by kind of reason; returns its path there."""
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    kind, name = (_safe_name(part) for part in (reason.split(":")[0], file.parts[-1]))
+    path = quarantine / kind / f"{digest}-{name}"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content[:MAX_BYTES])
+    return f"{kind}/{path.name}"
+
+
+def _safe_name(name: str) -> str:
+    """Letters, digits, dot, dash and underscore; never hidden, never a parent folder."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[-80:].lstrip(".") or "_"
 
 
 class Inbox:
@@ -265,17 +273,15 @@ class Inbox:
                 f"Inbox '{self.name}' has more than {MAX_FILES} files. Name a smaller folder."
             )
         self._project = project
-        self._stamps = {file.origin: stamp for file, stamp in listing}
-        visible = [file for file, _ in listing if not any(map(is_clutter, file.parts))]
         self._labels = load_params(project.params).labels
+        self._stamps = {file.origin: stamp for file, stamp in listing}
+        visible = [file for file, _ in listing if not is_clutter(file)]
         files = arrange(visible, name, self._labels).files if visible else ()
         last = read_json(project.inbox)
         known = isinstance(last, dict) and (last.get("inbox"), last.get("data"))
         seen = last.get("seen") if known == (self.name, version) else None
         seen = seen if isinstance(seen, dict) else {}
         self.new = tuple(f for f in files if seen.get(f.origin) != self._stamps[f.origin])
-        self._already_seen = {f.origin for f in files} - {f.origin for f in self.new}
-        self._unread: set[str] = set()
 
     def import_new(self, replace: bool = False, progress: Progress = silent) -> ImportReport:
         """Import the new files, in place of all other photos with `replace`.
@@ -283,23 +289,16 @@ class Inbox:
         No usable photo is no error, and replaces nothing.
         """
         source = Source(self.new)
-        with data_lock(self._project), staging(self._project):
-            report = _import(
-                self._project,
-                source,
-                self.name,
-                self._labels,
-                replace,
-                progress,
-                self._already_seen,
-            )
-        self._unread = {file.origin for file in report.quarantined if file.kind == UNREADABLE}
+        with staging(self._project):
+            report = _import(self._project, source, self.name, self._labels, replace, progress)
+        for file in report.quarantined:
+            self._stamps.pop(file.origin, None)
         return report
 
     def remember(self, version: str) -> None:
-        """Remember that all readable files are part of this version of `data/`."""
-        seen = {name: stamp for name, stamp in self._stamps.items() if name not in self._unread}
-        write_json(self._project.inbox, {"inbox": self.name, "data": version, "seen": seen})
+        """Remember that all files but the quarantined ones are part of this version of `data/`."""
+        content = {"inbox": self.name, "data": version, "seen": self._stamps}
+        write_json(self._project.inbox, content)
 
 
 def list_folder(folder: Path) -> Listing:
@@ -340,4 +339,4 @@ def _read_object(storage: Storage, key: str, limit: int) -> bytes:
     try:
         return storage.read_start(key, limit)
     except MissingObjectError:
-        raise ImageError(f"{UNREADABLE}: it was removed meanwhile") from None
+        raise ImageError("cannot be read: it was removed meanwhile") from None

@@ -25,8 +25,6 @@ from tasks.project import FOLDERS
 if TYPE_CHECKING:
     import h5py
 
-UNREADABLE = "cannot be read"
-"""Kind of fault of a file that may be readable another time."""
 UNKNOWN_FOLDER = "unknown label folder"
 
 SPLITS = {"train": "train", "training": "train", "val": "train", "valid": "train"}
@@ -44,8 +42,11 @@ MAX_ROWS = 1_000_000
 _CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
 _H5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _ZIP_SIGNATURE = b"PK\x03\x04"
-_PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _H5_CACHE = 64 * 2**20  # of unpacked chunks, which may have many rows
+
+
+Folder = tuple[str, ...]
+"""Names of the folders that lead to it, and its own."""
 
 
 @dataclass(frozen=True)
@@ -86,36 +87,32 @@ def open_source(path: Path, labels: Sequence[str] | None) -> Iterator[Source]:
     with ExitStack() as stack:
         try:
             source = _recognize(path, labels, stack)
-        except FileNotFoundError as error:
-            raise _refused(path, "does not exist. Check the path") from error
         except (OSError, ValueError) as error:
             fault = getattr(error, "strerror", None) or printable(str(error))
-            raise _refused(path, f"cannot be read ({fault}). Check its permissions") from error
+            raise _refused(path, f"cannot be read ({fault}). Check path and permissions") from error
         name = path.resolve().name
         files = (replace(file, parts=(name, *file.parts)) for file in source.files)
         yield replace(source, files=tuple(files))
 
 
-def as_test(source: Source, path: Path) -> Source:
-    """Put all files of a source into the test split."""
-    if {file.split for file in source.files} == set(FOLDERS):
-        raise _refused(path, "has training photos too. Name only its test folder with --test")
-    return replace(source, files=tuple(replace(file, split="test") for file in source.files))
-
-
 def arrange(files: list[SourceFile], where: str, labels: Sequence[str] | None) -> Source:
     """Find the split and label of each file by the folders above it.
 
-    Folders above those of labels (of a split, a day, an export) are passed through, each by
-    itself. Beside label folders, any other folder is an unknown label, a split, or photos
-    that people labelled. Folders below a label's belong to the label. Without
-    `labels` the first folders that are not the only one, nor a split, are those of labels.
+    Folders above those of labels (of a split, a day, an export) are passed through. Beside
+    label folders, any other folder is an unknown label, a split, or photos that people
+    labelled. Folders below a label's belong to the label. Without `labels` the first folders
+    that are not the only one, nor a split, are those of labels.
     """
-    visible = [file for file in files if not any(map(is_clutter, file.parts))]
+    visible = [file for file in files if not is_clutter(file)]
     if not visible:
         raise SourceError(f"'{printable(where)}' is empty. Name a folder with photos.")
-    known = sorted(_label_folders(visible, 0)) if labels is None else labels
-    found = sorted(_place(visible, 0, known), key=lambda file: file.parts)
+    # Composed as labels are.
+    above = [tuple(unicodedata.normalize("NFC", n) for n in file.parts[:-1]) for file in visible]
+    folders = {names[:depth] for names in above for depth in range(1, len(names) + 1)}
+    known = sorted(_label_folders(folders)) if labels is None else labels
+    parents = {folder[:-1] for folder in folders if folder[-1] in known}
+    pairs = zip(visible, above, strict=True)
+    found = sorted((_place(*pair, known, parents) for pair in pairs), key=lambda f: f.parts)
     if not any(file.label for file in found):
         raise SourceError(
             f"'{printable(where)}' has no folder named {list_labels(known) or 'as a label'}. Name "
@@ -125,9 +122,9 @@ def arrange(files: list[SourceFile], where: str, labels: Sequence[str] | None) -
     return Source(tuple(found), len(files) - len(visible))
 
 
-def is_clutter(name: str) -> bool:
+def is_clutter(file: SourceFile) -> bool:
     """Whether a file is hidden, or left behind by an operating system."""
-    return name.startswith(".") or name in _CLUTTER
+    return any(name.startswith(".") or name in _CLUTTER for name in file.parts)
 
 
 def folder_files(folder: Path) -> list[SourceFile]:
@@ -144,11 +141,11 @@ def _recognize(path: Path, labels: Sequence[str] | None, stack: ExitStack) -> So
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         files = folder_files(path)
-        names = sorted(file.parts[0] for file in files if file.parts[0].endswith(".h5"))
-        names = [name for name in names if not is_clutter(name)]
+        names = [file.parts[0] for file in files if not is_clutter(file)]
+        names = [name for name in names if name.endswith(".h5")]
         if names and all(len(file.parts) == 1 for file in files):
-            listed = [row for name in names for row in _h5_rows(path / name, labels, stack)]
-            return Source(tuple(listed))
+            rows = ((name, row) for name in names for row in _h5_rows(path / name, labels, stack))
+            return Source(tuple(replace(row, parts=(name, *row.parts)) for name, row in rows))
         return arrange(files, str(path), labels)
     # Only regular files are opened: opening a pipe would wait for its writer.
     start = b""
@@ -156,68 +153,44 @@ def _recognize(path: Path, labels: Sequence[str] | None, stack: ExitStack) -> So
         with path.open("rb") as file:
             start = file.read(len(_H5_SIGNATURE))
     if start == _H5_SIGNATURE:
-        rows = _h5_rows(path, labels, stack)
-        return Source(tuple(replace(row, parts=row.parts[1:]) for row in rows))
-    if start and (start.startswith(_ZIP_SIGNATURE) or path.suffix.lower() == ".zip"):
+        return Source(tuple(_h5_rows(path, labels, stack)))
+    if start.startswith(_ZIP_SIGNATURE):
         return arrange(_zip_members(path, stack), str(path), labels)
     raise _refused(path, "is neither a folder nor a .zip nor an .h5 file. Name one of these")
 
 
 def _place(
-    files: list[SourceFile], depth: int, labels: Sequence[str], split: str | None = None
-) -> Iterator[SourceFile]:
-    for file in files:
-        if len(file.parts) == depth + 1:
-            fault = file.fault or _no_label(file, labels)
-            yield replace(file, split=split or "train", fault=fault)
-    below = _by_folder(files, depth)
-    labelled = not below.keys().isdisjoint(labels)
-    for name, inside in below.items():
+    file: SourceFile, folders: Folder, labels: Sequence[str], parents: set[Folder]
+) -> SourceFile:
+    """Find one file's place; `parents` are the folders that hold label folders."""
+    split = None
+    for depth, name in enumerate(folders):
         named_split = None if split else SPLITS.get(name.lower())
         # A class may be called like a split: trains, say.
-        holds_labels = named_split and not _by_folder(inside, depth + 1).keys().isdisjoint(labels)
-        if name in labels and not holds_labels:
-            yield from (replace(f, split=split or "train", label=name) for f in inside)
-        elif labelled and not named_split and not name.startswith(REVIEWED):
-            fault = _unknown(name, labels)
-            yield from (replace(f, split=split or "train", fault=fault) for f in inside)
-        else:
-            yield from _place(inside, depth + 1, labels, split or named_split)
+        if name in labels and not (named_split and folders[: depth + 1] in parents):
+            return replace(file, split=split or "train", label=name)
+        split = split or named_split
+        if folders[:depth] in parents and not named_split and not name.startswith(REVIEWED):
+            return replace(file, split=split or "train", fault=_unknown(name, labels))
+    others = [name for name in folders if name.lower() not in SPLITS]
+    fault = _unknown(others[0], labels) if others else "no label: it is in no label folder"
+    return replace(file, split=split or "train", fault=file.fault or fault)
 
 
-def _label_folders(files: list[SourceFile], depth: int) -> set[str]:
+def _label_folders(folders: set[Folder], at: Folder = ()) -> set[str]:
     """Names of the folders that photos are sorted into."""
-    below = _by_folder(files, depth)
-    splits = [
-        inside
-        for name, inside in below.items()
-        if name.lower() in SPLITS and _by_folder(inside, depth + 1)
-    ]
-    if splits:
-        return {name for inside in splits for name in _label_folders(inside, depth + 1)}
-    if len(below) == 1 and (deeper := _label_folders(next(iter(below.values())), depth + 1)):
-        return deeper
-    return set(below)
-
-
-def _by_folder(files: list[SourceFile], depth: int) -> dict[str, list[SourceFile]]:
-    """The files in folders below by the name of the folder, composed as labels are."""
-    below: dict[str, list[SourceFile]] = {}
-    for file in files:
-        if len(file.parts) > depth + 1:
-            below.setdefault(unicodedata.normalize("NFC", file.parts[depth]), []).append(file)
-    return below
+    below = [folder for folder in folders if folder[:-1] == at]
+    above = {folder[:-1] for folder in folders}
+    splits = [folder for folder in below if folder[-1].lower() in SPLITS and folder in above]
+    deeper = splits or (below if len(below) == 1 else [])
+    found = {name for folder in deeper for name in _label_folders(folders, folder)}
+    return found or {folder[-1] for folder in below}
 
 
 def _by_value(label: str) -> list[tuple[int, str]]:
     """Sorts numbers in labels by value."""
     parts = re.split(r"(\d+)", label)
     return [(int(part) if part.isdecimal() else 0, part) for part in parts]
-
-
-def _no_label(file: SourceFile, labels: Sequence[str]) -> str:
-    folders = [name for name in file.parts[:-1] if name.lower() not in SPLITS]
-    return _unknown(folders[0], labels) if folders else "no label: it is in no label folder"
 
 
 def _unknown(name: str, labels: Sequence[str]) -> str:
@@ -265,7 +238,7 @@ def _read_file(path: Path, limit: int) -> bytes:
                 raise ImageError("not a file: a pipe, socket or device")
             return file.read(limit)
     except OSError as error:
-        raise ImageError(f"{UNREADABLE}: {error.strerror}") from error
+        raise ImageError(f"cannot be read: {error.strerror}") from error
 
 
 def _zip_members(path: Path, stack: ExitStack) -> list[SourceFile]:
@@ -274,13 +247,9 @@ def _zip_members(path: Path, stack: ExitStack) -> list[SourceFile]:
         archive = stack.enter_context(zipfile.ZipFile(path))
     except Exception as error:  # zipfile raises anything on damaged archives
         raise _refused(path, f"is damaged ({printable(str(error))}). Pack it again") from error
-    # Windows tools write backslashes.
-    members = [(m.filename.replace("\\", "/"), m) for m in archive.infolist()]
+    members = [(member.filename.replace("\\", "/"), member) for member in archive.infolist()]
     if sum(member.file_size for _, member in members) > MAX_TOTAL:
         raise _refused(path, f"unpacks to more than {MAX_TOTAL // 2**30} GiB. Import it in parts")
-    if any(member.compress_type not in _PACKED for _, member in members):
-        # With other methods the archive chooses how much memory unpacking takes.
-        raise _refused(path, "has members that are neither stored nor deflated. Pack it again")
     return [
         SourceFile(tuple(name.strip("/").split("/")), partial(_read_member, archive, member))
         for name, member in members
@@ -292,7 +261,7 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) 
     try:
         with archive.open(member) as stream:
             return stream.read(limit)
-    except Exception as error:  # zipfile and zlib raise anything on damaged members
+    except Exception as error:  # anything, on damaged members
         raise ImageError(f"damaged in the archive: {printable(str(error))[:120]}") from error
 
 
@@ -306,8 +275,6 @@ def _h5_rows(path: Path, known: Sequence[str] | None, stack: ExitStack) -> Itera
 
     try:
         file = stack.enter_context(h5py.File(path, "r", locking=False, rdcc_nbytes=_H5_CACHE))
-        if any(not isinstance(file.get(name, getlink=True), h5py.HardLink) for name in file):
-            raise ValueError("has a link that may lead out of it")
         splits = [split for split in FOLDERS if f"{split}_set_x" in file]
         if not splits:
             raise ValueError("has neither train_set_x nor test_set_x")
@@ -319,8 +286,7 @@ def _h5_rows(path: Path, known: Sequence[str] | None, stack: ExitStack) -> Itera
         raise _refused(path, f"{fault}. Give the data set's own train.h5 or test.h5") from error
     for split, photos, labels in arrays:
         for row, label in enumerate(map(str, labels)):
-            parts = (path.name, f"{split}_set_x", str(row))
-            read = partial(_read_row, photos, row)
+            parts, read = (f"{split}_set_x", str(row)), partial(_read_row, photos, row)
             if known is None or label in known:
                 yield SourceFile(parts, read, None, split, label)
             else:
@@ -330,29 +296,25 @@ def _h5_rows(path: Path, known: Sequence[str] | None, stack: ExitStack) -> Itera
 
 def _h5_arrays(file: "h5py.File", split: str, limit: int) -> tuple[Any, list[int]]:
     photos, labels = _h5_array(file, f"{split}_set_x"), _h5_array(file, f"{split}_set_y")
-    if photos.dtype != np.uint8 or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"holds {photos.dtype} photos and {labels.dtype} labels, not uint8 and integers"
-        )
-    if photos.ndim != 4 or photos.shape[3] != 3 or 0 in photos.shape:
-        raise ValueError(f"holds photos of shape {photos.shape}, not (n, height, width, 3)")
-    count, height, width, _ = photos.shape
+    found = f"{photos.dtype} {photos.shape} photos and {labels.dtype} {labels.shape} labels"
     chunk = np.prod(photos.chunks or (1,), dtype=np.int64)
-    if count > MAX_ROWS or height * width > MAX_PIXELS or max(photos.size, chunk) > limit:
-        raise ValueError(f"holds too much: photos of shape {photos.shape}")
-    if labels.shape not in ((count,), (1, count)):
-        raise ValueError(f"holds labels of shape {labels.shape}, not ({count},)")
+    if photos.dtype != np.uint8 or photos.ndim != 4 or photos.shape[3] != 3 or not photos.size:
+        raise ValueError(f"has {found}, not uint8 (n, height, width, 3) photos")
+    count = len(photos)
+    if labels.dtype.kind not in "iu" or labels.shape not in ((count,), (1, count)):
+        raise ValueError(f"has {found}, not integer ({count},) labels")
+    large = count > MAX_ROWS or photos.size // count > 3 * MAX_PIXELS
+    if large or max(photos.size, chunk) > limit:
+        raise ValueError(f"has too much: {found}")
     return photos, np.asarray(labels[...]).reshape(-1).tolist()
 
 
 def _h5_array(file: "h5py.File", name: str) -> Any:
     import h5py
 
-    found = file.get(name)
-    if not isinstance(found, h5py.Dataset):
-        raise ValueError(f"has no data set '{name}'")
-    if found.external or found.is_virtual:
-        raise ValueError(f"keeps '{name}' in another file")
+    found = file.get(name) if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+    if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
+        raise ValueError(f"has no data set '{name}' of its own")
     return found
 
 
