@@ -155,7 +155,8 @@ def test_objects_are_imported_by_name_and_etag(
 
 def test_a_key_that_leads_elsewhere_is_never_asked_for(s3: S3Address) -> None:
     keys = ("in/3/fine.png", "in/../3/dots.png", "in//3/empty.png", "in/3/")
-    rows = "".join(f"<Contents><Key>{key}</Key><Size>0</Size></Contents>" for key in keys)
+    facts = "<Size>0</Size><LastModified>2026-11-29T00:00:00Z</LastModified>"
+    rows = "".join(f"<Contents><Key>{key}</Key>{facts}</Contents>" for key in keys)
 
     class Lister(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
