@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from benchmarks.training import ROOT, markdown_table
 from tasks.model.inference import Engine
-from tasks.rendering.sample import draw, encode
+from tasks.rendering.scene import draw
+from tasks.synthetic import encode
 
 HANDSIGNS = Path(sys.executable).with_name("handsigns")
 SIZE = 224

@@ -22,7 +22,8 @@ import httpx
 import numpy as np
 import typer
 
-from tasks.rendering.sample import draw, encode
+from tasks.rendering.scene import draw
+from tasks.synthetic import encode
 
 BAD_SHARE = 0.1
 SEED = 22

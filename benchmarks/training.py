@@ -31,9 +31,9 @@ from tasks.io import read_json, write_json
 from tasks.model.inference import load_classifier
 from tasks.params import load_params
 from tasks.project import Project
-from tasks.rendering.sample import render_sample
 from tasks.scoring.metrics import score
 from tasks.stage import Context, collect_rarely
+from tasks.synthetic import render_sample
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = {

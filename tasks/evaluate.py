@@ -20,8 +20,7 @@ from tasks.model.augment import enlarge as enlarge_photos
 from tasks.model.inference import Classifier, Engine, load_classifier
 from tasks.params import PHASES, PreprocessParams
 from tasks.project import Project
-from tasks.rendering.pixels import develop, enlarge
-from tasks.rendering.surface import wall
+from tasks.rendering.appearance import develop, enlarge, wall
 from tasks.scoring import plots
 from tasks.scoring.drift import confidence_histogram
 from tasks.scoring.metrics import DIGITS, checked, score, standard_errors, wilson_interval

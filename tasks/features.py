@@ -15,59 +15,47 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 
 from tasks.data.dataset import SYNTHETIC, Dataset, open_dataset
 from tasks.errors import BackboneError, DataError
 from tasks.io import sha256, write_json
-from tasks.model.augment import INPUT_SIZE
-from tasks.model.feature_store import (
-    DTYPE,
+from tasks.model.activations import (
+    SHARD_ROWS,
     CacheKey,
     Features,
     Key,
     Row,
+    cut,
     open_features,
+    runner,
     write_features,
 )
+from tasks.model.augment import INPUT_SIZE
 from tasks.model.files import TRUNK_FILE
 from tasks.model.inference import engine_version
-from tasks.model.shards import SHARD_ROWS, Runner, cut, runner
 from tasks.params import BACKBONE, Params
 from tasks.scoring.photo_sheets import draw_augmentation
 from tasks.stage import Context, stage_main
 from tasks.training.plan import training_rows
 
-CODE = ("augment.py", "inference.py", "shards.py")
+CODE = ("activations.py", "augment.py", "inference.py")
 _log = logging.getLogger(__name__)
 
 
 def run(context: Context, item: str | None = None) -> None:
     """Write `artifacts/features/`, `plots/views.png`, and a report to `.local/features.json`."""
     project, params = context.project, context.params
-    try:
-        report = extract(context)
-        copies = params.features.augmented_copies if params.training.mode == "cached" else 0
-        dataset, path = open_dataset(project.dataset), project.plots / "views.png"
-        draw_augmentation(path, dataset, copies, params.seed, params.augmentation)
-    except OSError as error:
-        raise DataError(
-            f"The features cannot be written to '{project.features}' ({error.strerror}). Make "
-            "room, or correct its permissions, and run again: what was computed is kept."
-        ) from error
+    report = extract(context)
+    draw_augmentation(project.plots / "views.png", open_dataset(project.dataset), params)
     write_json(project.features_report, report)
 
 
 def extract(
-    context: Context,
-    size: int = INPUT_SIZE,
-    run_shards: Runner | None = None,
-    shard_rows: int = SHARD_ROWS,
+    context: Context, size: int = INPUT_SIZE, shard_rows: int = SHARD_ROWS
 ) -> dict[str, Any]:
     """Bring the stored activations up to date; rows computed and reused, and the speed.
 
-    `run_shards` computes the missing rows, the context variable `runner` by default, and
-    `shard_rows` of them are saved together.
+    Every `shard_rows` that are computed are saved, so that a run that is killed resumes.
     """
     project, params = context.project, context.params
     trunk = project.weights(BACKBONE) / TRUNK_FILE
@@ -76,32 +64,28 @@ def extract(
     dataset = open_dataset(project.dataset)
     cached = params.training.mode == "cached"
     wanted = dict(sorted(_wanted_rows(dataset, params))) if cached else {}
-    cache_key = _cache_key(params, trunk)
-    shape = size // 32, size // 32, 192
-    stored = _open_if_valid(project.features, cache_key)
-    rows: dict[Key, Row] = dict(zip(stored.keys, stored.rows, strict=True)) if stored else {}
-    partial = project.features_partial
-    for folder in partial.glob("*"):
-        if part := _open_if_valid(folder, cache_key):
+    cache_key, shape = _cache_key(params, trunk), (size // 32, size // 32, 192)
+    stored, partial = _open_if_valid(project.features, cache_key), project.features_partial
+    rows: dict[Key, Row] = {}
+    for part in (stored, *(_open_if_valid(one, cache_key) for one in partial.glob("*"))):
+        if part:
             rows |= zip(part.keys, part.rows, strict=True)
-
     missing = [key for key in wanted if key not in rows]
     speed = 0.0
     if missing:
-        _check_space(project.artifacts, len(wanted), len(missing), shape)
+        _log.info("Features: %d of %d rows to compute.", len(missing), len(wanted))
         pictures = ((key, dataset.images[wanted[key]]) for key in missing)
         shards = cut(pictures, params.seed, params.augmentation, shard_rows)
-        made = _counted((run_shards or runner.get())(shards, trunk), context, len(missing))
+        made = _counted(runner.get()(shards, trunk), context, len(missing))
         start = time.perf_counter()
         while chunk := list(islice(made, shard_rows)):
-            keys, values = zip(*chunk, strict=True)
             folder = partial / f"{len(list(partial.glob('*'))):06d}"
-            write_features(folder, cache_key, shape, list(keys), values)
-            rows |= zip(keys, open_features(folder).rows, strict=True)
+            write_features(folder, cache_key, shape, chunk)
+            saved = open_features(folder)
+            rows |= zip(saved.keys, saved.rows, strict=True)
         speed = len(missing) / (time.perf_counter() - start)
     if missing or stored is None or stored.keys != list(wanted):
-        every = (rows[key] for key in wanted)
-        write_features(project.features, cache_key, shape, list(wanted), every)
+        write_features(project.features, cache_key, shape, [(key, rows[key]) for key in wanted])
     shutil.rmtree(partial, ignore_errors=True)
     return {
         "computed": len(missing),
@@ -144,22 +128,6 @@ def _open_if_valid(folder: Path, cache_key: CacheKey) -> Features | None:
     except DataError:
         return None
     return features if features.cache_key == cache_key else None
-
-
-def _check_space(folder: Path, wanted: int, missing: int, shape: tuple[int, ...]) -> None:
-    """Raise DataError if the disk has no room for the store and the partial files."""
-    row = int(np.prod(shape)) * DTYPE.itemsize / 1e6
-    folder.mkdir(parents=True, exist_ok=True)
-    free, needed = shutil.disk_usage(folder).free / 1e6, (wanted + missing) * row
-    if needed > free:
-        raise DataError(
-            f"The features need {needed:.1f} MB of disk, but '{folder}' has {free:.1f} MB free. "
-            "Free the rest, or lower features.augmented_copies in params.yaml."
-        )
-    _log.info(
-        "Features: %d of %d rows to compute; %.1f MB on disk, %.1f MB while they are written.",
-        *(missing, wanted, wanted * row, needed),
-    )
 
 
 def _counted(

@@ -36,12 +36,23 @@ def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
     """Do `run`'s work for an input of `size` pixels."""
     import tensorflow as tf
 
+    from tasks.model.network import FULL, usable_precision
+
     # Costs no measurable time; without it results would depend on thread timing.
     tf.config.experimental.enable_op_determinism()
     dataset = open_dataset(context.project.dataset)
-    plan = _with_usable_precision(plan_phase(context.params, name, dataset))
-    fit = _fit_cached if plan.training.mode == "cached" else _fit_end_to_end
-    weights, curve, logits = fit(context, plan, dataset, size)
+    plan = plan_phase(context.params, name, dataset)
+    wanted, cached = plan.training.precision, plan.training.mode == "cached"
+    usable = usable_precision(wanted) if cached else FULL
+    if cached and usable != wanted:
+        _log.info("Phase %s trains in %s: %s would be emulated here.", plan.name, usable, wanted)
+    plan = replace(plan, training=plan.training.model_copy(update={"precision": usable}))
+    start = read_phase(context.project, plan.phase.init_from)
+    weights, curve, logits = (
+        _fit_cached(context, plan, dataset, start)
+        if cached
+        else _fit_end_to_end(context, plan, dataset, start, size)
+    )
     for epoch in curve:
         if not (math.isfinite(epoch.loss) and math.isfinite(epoch.val_loss)):
             raise StageError(
@@ -52,7 +63,7 @@ def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
     history: dict[str, Any] = {
         "phase": plan.name,
         "images": len(plan.train),
-        "precision": plan.training.precision,
+        "precision": usable,
         "epochs": [asdict(epoch) for epoch in curve],
         "val_accuracy": curve[-1].val_accuracy,
         "val_loss": curve[-1].val_loss,
@@ -63,34 +74,24 @@ def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
         history["val_loss"] = score_logits(scaled, plan.val_labels)[0]
     with atomic_directory(context.project.weights(plan.name)) as folder:
         write_weights(folder / WEIGHTS_FILE, weights)
-        write_json(folder / context.project.history(plan.name).name, history)
+        write_json(folder / "history.json", history)
 
 
-def _with_usable_precision(plan: Plan) -> Plan:
-    from tasks.model.network import FULL, usable_precision
-
-    wanted, cached = plan.training.precision, plan.training.mode == "cached"
-    usable = usable_precision(wanted) if cached else FULL
-    if cached and usable != wanted:
-        _log.info("Phase %s trains in %s: %s would be emulated here.", plan.name, usable, wanted)
-    return replace(plan, training=plan.training.model_copy(update={"precision": usable}))
-
-
-def _fit_cached(context: Context, plan: Plan, dataset: Dataset, size: int) -> Trained:
-    from tasks.model.feature_store import open_features
+def _fit_cached(context: Context, plan: Plan, dataset: Dataset, start: Weights) -> Trained:
+    from tasks.model.activations import open_features
     from tasks.model.network import Tail
     from tasks.training.cached import fit_cached
 
-    weights = read_phase(context.project, plan.phase.init_from)
-    tail = Tail(
-        weights, plan.classes, plan.phase.trainable_layers, plan.training.dropout, plan.seed
-    )
+    layers, dropout = plan.phase.trainable_layers, plan.training.dropout
+    tail = Tail(start, plan.classes, layers, dropout, plan.seed)
     features = open_features(context.project.features)
     curve, logits = fit_cached(tail, plan, dataset.names, features, context.progress)
     return tail.weights(), curve, logits
 
 
-def _fit_end_to_end(context: Context, plan: Plan, dataset: Dataset, size: int) -> Trained:
+def _fit_end_to_end(
+    context: Context, plan: Plan, dataset: Dataset, start: Weights, size: int
+) -> Trained:
     from tasks.model.network import build_model, freeze, get_tail, reset_names, set_tail
     from tasks.training.end_to_end import find_strategy, fit_end_to_end
 
@@ -104,7 +105,7 @@ def _fit_end_to_end(context: Context, plan: Plan, dataset: Dataset, size: int) -
             backbone_weights=context.project.weights(BACKBONE) / BACKBONE_FILE,
             seed=plan.seed,
         )
-        set_tail(model, read_phase(context.project, plan.phase.init_from))
+        set_tail(model, start)
         freeze(model, plan.phase.trainable_layers)
     curve, logits = fit_end_to_end(model, plan, dataset.images, context.progress)
     return get_tail(model), curve, logits

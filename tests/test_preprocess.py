@@ -25,7 +25,7 @@ from tasks.io import read_json, write_json
 from tasks.params import AuditParams, Params, PreprocessParams, SplitParams, load_params
 from tasks.preprocess import count_cross_split_duplicates, split_photos
 from tasks.project import Project
-from tasks.rendering.sample import draw
+from tasks.rendering.scene import draw
 from tasks.stage import Context
 from tasks.training.plan import training_rows
 from tests.fixtures.photos import CHECKOUT, LABELS, photo, write_photos

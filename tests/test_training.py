@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tasks.data.dataset import open_dataset
 from tasks.errors import ModelError, ParamsError, StageError
-from tasks.model.feature_store import Features, open_features
+from tasks.model.activations import Features, open_features
 from tasks.model.files import BACKBONE_FILE, Weights, read_phase
 from tasks.model.network import (
     FULL,

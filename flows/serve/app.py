@@ -214,7 +214,7 @@ def make_app(
     @app.get("/examples/{label}.png", response_class=Response, include_in_schema=False)
     def example(label: str) -> Response:
         """A rendered hand, not a photograph."""
-        from tasks.rendering.sample import SIGNS
+        from tasks.synthetic import SIGNS
 
         if label not in SIGNS:
             raise HTTPException(404)
@@ -312,7 +312,8 @@ def _age(model: LoadedModel | None) -> float | None:
 
 @lru_cache(maxsize=16)
 def _example(label: int) -> bytes:
-    from tasks.rendering.sample import draw, encode
+    from tasks.rendering.scene import draw
+    from tasks.synthetic import encode
 
     return encode(draw((EXAMPLE_SEED, label, 0)))
 

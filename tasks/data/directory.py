@@ -172,7 +172,7 @@ def fetch_data(project: Project, pipeline: "Pipeline", progress: Progress = sile
 
 def render(project: Project, pipeline: "Pipeline", progress: Progress = silent) -> str:
     """Render the sample set into `data/` and version it; returns what was done."""
-    from tasks.rendering.sample import SIGNS, render_sample
+    from tasks.synthetic import SIGNS, render_sample
 
     labels = load_params(project.params).labels
     if labels != SIGNS:

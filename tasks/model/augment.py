@@ -41,7 +41,8 @@ def augment(
     """
     if copy == 0:
         return _warp(image, _affine(len(image), size), size)
-    random = np.random.default_rng([seed, copy, _name_seed(name)])
+    digest = hashlib.blake2b(name.encode(), digest_size=16).digest()
+    random = np.random.default_rng([seed, copy, int.from_bytes(digest, "little")])
     flip = bool(random.random() < 0.5) and params.horizontal_flip
     angle, zoom, right, down, brightness, contrast, *channels = random.uniform(-1, 1, 9)
     recolored = _recolor(
@@ -50,12 +51,14 @@ def augment(
         contrast=1 + params.contrast * contrast,
         gains=1 + params.color_jitter * np.array(channels),
     )
+    # The lowest `zoom_out_prob` of the range zoom out.
+    scales = params.zoom_out_min, 1 - params.zoom, 1 + params.zoom
     transform = _affine(
         len(image),
         size,
         flip=flip,
         angle=np.deg2rad(params.rotation * angle),
-        scale=_scale((zoom + 1) / 2, params),
+        scale=float(np.interp((zoom + 1) / 2, (0, params.zoom_out_prob, 1), scales)),
         shift=(params.shift * right, params.shift * down),
     )
     return _warp(recolored, transform, size)
@@ -70,16 +73,6 @@ def single_threaded_opencv() -> Iterator[None]:
         yield
     finally:
         cv2.setNumThreads(before)
-
-
-def _scale(drawn: float, params: AugmentationParams) -> float:
-    """Scale for a number drawn from [0, 1); the lowest `zoom_out_prob` of it zoom out."""
-    scales = params.zoom_out_min, 1 - params.zoom, 1 + params.zoom
-    return float(np.interp(drawn, (0, params.zoom_out_prob, 1), scales))
-
-
-def _name_seed(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "little")
 
 
 def _recolor(

@@ -22,8 +22,7 @@ BACKBONE_FILE = "backbone.safetensors"
 TRUNK_FILE = "trunk.pb"
 WEIGHTS_FILE = "weights.safetensors"
 INPUT = "photos"
-ZIP_DATE = (1980, 1, 1, 0, 0, 0)
-"""The earliest date of a zip entry."""
+EARLIEST_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
 def read_weights(path: Path) -> Weights:
@@ -78,10 +77,9 @@ def set_weights(layers: Iterable[Any], weights: Mapping[str, np.ndarray]) -> Non
 
 
 def export_graph(model: Any) -> bytes:
-    """Serialize a Keras model as a `GraphDef` with constant weights.
+    """Serialize a Keras model as a `GraphDef` for uint8 (n, size, size, 3), RGB.
 
-    Its input is uint8 (n, size, size, 3), RGB, called `INPUT`. It runs without TensorFlow,
-    whose import alone takes longer than running the graph.
+    It runs without TensorFlow, whose import alone takes longer than running the graph.
     """
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import (
@@ -112,11 +110,11 @@ def save_model(model: Any, path: Path) -> None:
                     fields = _renumbered(json.loads(content), {})
                     fields.pop("date_saved", None)
                     content = json.dumps(fields, sort_keys=True).encode()
-                target.writestr(zipfile.ZipInfo(name, ZIP_DATE), content)
+                target.writestr(zipfile.ZipInfo(name, EARLIEST_ZIP_DATE), content)
 
 
 def load_model(path: Path) -> Any:
-    """Load a `.keras` file of `save_model`; keras.Model, for inference."""
+    """Load a `.keras` file for inference."""
     import keras
 
     return keras.saving.load_model(path, compile=False)

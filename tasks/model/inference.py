@@ -1,7 +1,7 @@
 """Load a model and classify photos, without TensorFlow.
 
-`python -m tasks.model.inference FILE SIZE` checks a model file from an unknown source; it
-runs in a sandbox, see `load_classifier`.
+`python -m tasks.model.inference FILE` is the sandbox for files from unknown sources, see
+`load_classifier`.
 """
 
 import os
@@ -28,16 +28,10 @@ from tasks.stage import Progress, silent
 
 QUEUE = 4
 """Pictures for each core that `Engine.stream` holds at a time."""
-
 BATCH = 32
-
-# Limits of the sandbox.
 MAX_FILE = 256 << 20
 MEMORY = 4 << 30
 SECONDS = 60
-REFUSED = 3
-"""Exit code of the sandbox for a rejected file; its last line says why."""
-
 CERTAIN_ABOVE = 0.6
 """Of releases that were made before `evaluate` chose it."""
 
@@ -45,8 +39,8 @@ CERTAIN_ABOVE = 0.6
 class Engine:
     """Run a graph of `tasks.model.files` with OpenVINO; safe to use from several threads.
 
-    `cores` pictures are processed at a time; all usable cores by default. With `embeddings`
-    it computes what the head's dense layer reads instead of the probabilities.
+    `cores` pictures are processed at a time, by default as many as there are usable cores.
+    With `embeddings` it computes what the head's dense layer reads.
     """
 
     def __init__(self, graph: Path, cores: int | None = None, embeddings: bool = False) -> None:
@@ -129,10 +123,7 @@ def usable_cores() -> int:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Probabilities for one file, in the order of `labels`, or why there are none.
-
-    It is not certain where the photo may show no clear hand.
-    """
+    """Probabilities for one file, in the order of `labels`, or why there are none."""
 
     path: Path
     probabilities: tuple[float, ...] | None = None
@@ -148,15 +139,16 @@ class Prediction:
         return self.labels[int(np.argmax(self.probabilities))]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: file, label, certainty and probabilities, or file and error."""
+        """File, label, certainty and probabilities, or file and error."""
+        file = {"file": printable(str(self.path))}
         if self.probabilities is None:
-            return {"file": printable(str(self.path)), "error": self.error}
+            return file | {"error": self.error}
         shares = (round(value, 6) for value in self.probabilities)
-        return {
-            "file": printable(str(self.path)),
+        probabilities = dict(zip(self.labels, shares, strict=True))
+        return file | {
             "label": self.label,
             "certain": self.certain,
-            "probabilities": dict(zip(self.labels, shares, strict=True)),
+            "probabilities": probabilities,
         }
 
 
@@ -164,12 +156,8 @@ class Prediction:
 class Classifier:
     """A model for photos of any size.
 
-    Args:
-        forward: uint8 (n, size, size, 3), RGB -> float32 (n, labels).
-        preprocess: how photos are resized first, as those that it was trained with.
-        labels: names of the classes, in the order of the columns.
-        size: side of the model's input in pixels.
-        certain_above: probability from which on an answer is certain.
+    `forward` maps uint8 (n, size, size, 3), RGB, to float32 (n, labels); below `certain_above`
+    a photo may show no clear hand.
     """
 
     forward: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
@@ -186,10 +174,7 @@ class Classifier:
     def probabilities(
         self, images: NDArray[np.uint8], progress: Progress = silent
     ) -> NDArray[np.float32]:
-        """Score photos as the dataset stores them; uint8 (n, d, d, 3) -> float32 (n, labels).
-
-        Rows sum to one, column i is `labels[i]`.
-        """
+        """Score photos as the dataset stores them; uint8 (n, d, d, 3) -> float32 (n, labels)."""
         result = np.empty((len(images), len(self.labels)), np.float32)
         for start in range(0, len(images), BATCH):
             batch = slice(start, start + BATCH)
@@ -211,12 +196,11 @@ def load_classifier(
     *,
     trusted: bool = False,
 ) -> Classifier:
-    """Load a `.pb` file of the assemble stage or of a release; the parameters belong to it.
+    """Load a `.pb` file; only a verified release's or a stage's own is trusted.
 
-    A file that is not trusted, as of a verified release or a stage here, is first run in a
-    process with limited memory and time, without secrets.
+    Others are first run in a process with limited memory and time, without secrets.
     """
-    if not trusted and (fault := _sandboxed_fault(path, size)):
+    if not trusted and (fault := _sandboxed_fault(path)):
         raise ModelError(
             f"Model file '{path}' {fault}. Name a .pb file that the assemble stage wrote, or a "
             "release."
@@ -238,7 +222,7 @@ def load_classifier(
 def classify_files(
     classifier: Classifier, paths: Sequence[Path], progress: Progress = silent
 ) -> list[Prediction]:
-    """Classify image files from anywhere; see `classify`."""
+    """Classify image files; see `classify`."""
     return classify(classifier, [(path, partial(_read_file, path)) for path in paths], progress)
 
 
@@ -279,7 +263,7 @@ def _read_file(path: Path, limit: int) -> bytes:
         raise ImageError(f"cannot be read: {error.strerror}") from error
 
 
-def _sandboxed_fault(path: Path, size: int) -> str | None:
+def _sandboxed_fault(path: Path) -> str | None:
     """Run a model file once in a sandbox; what is wrong with it, or None."""
     if path.suffix != ".pb":
         return "is not a .pb file"
@@ -292,46 +276,28 @@ def _sandboxed_fault(path: Path, size: int) -> str | None:
     root = Path(__file__).resolve().parents[2]
     try:
         child = subprocess.run(  # noqa: S603, our own interpreter and module
-            [sys.executable, "-P", "-m", __name__, str(path.resolve()), str(size)],
+            [sys.executable, "-P", "-m", __name__, str(path.resolve())],
             env=environment | {"PYTHONPATH": str(root)},
             capture_output=True,
             timeout=SECONDS,
         )
     except subprocess.TimeoutExpired:
         return f"takes more than {SECONDS} s to run"
-    if child.returncode == REFUSED:
-        # OpenVINO may have written lines of its own before.
-        return child.stderr.decode(errors="replace").strip().splitlines()[-1]
-    if child.returncode:
-        code = child.returncode
-        return f"is damaged, or needs more than {MEMORY >> 30} GiB (its reader exited with {code})"
-    return None
+    if child.returncode == 0:
+        return None
+    lines = child.stderr.decode(errors="replace").split("\n")
+    said = next((line for line in reversed(lines) if line.strip()), f"exit {child.returncode}")
+    return f"is damaged, or needs more than {MEMORY >> 30} GiB ({said[:200]})"
 
 
-def _check_in_sandbox(path: Path, size: int) -> None:
-    """Limit this process, run a model file once, and exit with `REFUSED` if it is no good."""
+def _run_in_sandbox(path: Path) -> None:
+    """Limit this process, and run a model file once; whatever it raises ends the process."""
     limits = {"AS": MEMORY, "CPU": SECONDS, "FSIZE": MAX_FILE}
-    for name, wanted in limits.items():
-        kind = getattr(resource, f"RLIMIT_{name}")
-        present, _ = resource.getrlimit(kind)
-        limit = wanted if present == resource.RLIM_INFINITY else min(wanted, present)
-        with suppress(OSError, ValueError):
-            resource.setrlimit(kind, (limit, limit))
-    try:
-        engine = Engine(path, cores=1)
-        if engine.size != size:
-            fault = f"takes photos of {engine.size} pixels, not of {size}"
-        elif np.isfinite(engine(np.full((size, size, 3), 128, np.uint8))).all():
-            return
-        else:
-            fault = "holds numbers that are not finite"
-    except MemoryError:
-        fault = f"needs more than {MEMORY >> 30} GiB"
-    except Exception as error:  # a damaged file raises anything
-        fault = f"is damaged ({str(error)[:200]})"
-    print(" ".join(fault.split()), file=sys.stderr)
-    sys.exit(REFUSED)
+    for name, limit in limits.items():
+        with suppress(OSError, ValueError):  # a lower limit is in force
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+    Engine(path, cores=1)
 
 
 if __name__ == "__main__":
-    _check_in_sandbox(Path(sys.argv[1]), int(sys.argv[2]))
+    _run_in_sandbox(Path(sys.argv[1]))

@@ -39,9 +39,7 @@ BATCH_NORM_EPSILON = 1e-3
 """Keras's default, which EfficientNetB0 uses."""
 MIXED = "mixed_bfloat16"
 FULL = "float32"
-
 MatMul = Callable[[Any, Any], Any]
-"""Multiplies two float32 matrices."""
 
 
 def reset_names() -> None:
@@ -64,8 +62,7 @@ def build_model(
 ) -> Any:
     """Build the classifier, with random weights unless `backbone_weights` names a file.
 
-    It maps float32 (batch, size, size, 3) in [0, 255] to probabilities, float32 (batch,
-    classes).
+    It maps float32 (n, size, size, 3) in [0, 255] to probabilities, float32 (n, classes).
     """
     reset_names()
     photo = keras.Input((size, size, 3), name="photo")
@@ -93,10 +90,7 @@ def build_backbone(size: int = INPUT_SIZE, include_top: bool = False) -> Any:
 
 
 def build_trunk(backbone_weights: Path, size: int = INPUT_SIZE) -> Any:
-    """Build the part of the backbone that never trains, up to `CUT`.
-
-    It maps float32 (batch, size, size, 3) in [0, 255] to float32 (batch, h, w, 192).
-    """
+    """Build the part of the backbone that never trains, up to `CUT`; float32 (n, h, w, 192)."""
     backbone = build_backbone(size)
     set_weights(backbone.layers, read_weights(backbone_weights))
     return keras.Model(backbone.input, backbone.get_layer(CUT).output, name="trunk")
@@ -120,7 +114,6 @@ def freeze(model: Any, trainable_layers: int) -> None:
 
 
 def get_tail(model: Any) -> Weights:
-    """Copy the weights of the tail."""
     return get_weights([*map(backbone_of(model).get_layer, LAYERS), model.get_layer(HEAD)])
 
 
@@ -146,34 +139,30 @@ def _efficientnet(size: int, include_top: bool = False) -> Any:
 def _augmentation(params: AugmentationParams, size: int, seed: int) -> Any:
     """`params` as Keras's own layers, but for `zoom_out_prob`, for which there is none."""
     layers = keras.layers
-    geometry: list[Any] = [
+    steps: list[Any] = [
         layers.RandomRotation(params.rotation / 360, fill_mode="reflect", seed=seed),
         layers.RandomZoom(params.zoom, fill_mode="reflect", seed=seed + 1),
         layers.RandomTranslation(params.shift, params.shift, fill_mode="reflect", seed=seed + 2),
     ]
     if params.horizontal_flip:
-        geometry.append(layers.RandomFlip("horizontal", seed=seed + 3))
-    color = [
-        layers.RandomBrightness(params.brightness, seed=seed + 4),
-        layers.RandomContrast(params.contrast, seed=seed + 5),
-    ]
+        steps.append(layers.RandomFlip("horizontal", seed=seed + 3))
+    steps.append(layers.RandomBrightness(params.brightness, seed=seed + 4))
+    steps.append(layers.RandomContrast(params.contrast, seed=seed + 5))
     picture = keras.Input((size, size, 3))
-    channels = [
-        layers.RandomBrightness(params.color_jitter, seed=seed + 6 + channel)(
-            picture[..., channel : channel + 1]
-        )
-        for channel in range(3)
-    ]
-    color.append(keras.Model(picture, layers.Concatenate()(channels), name="channels"))
-    return keras.Sequential([keras.Input((size, size, 3)), *geometry, *color], name="augmentation")
+    channels = []
+    for number in range(3):
+        jitter = layers.RandomBrightness(params.color_jitter, seed=seed + 6 + number)
+        channels.append(jitter(picture[..., number : number + 1]))
+    steps.append(keras.Model(picture, layers.Concatenate()(channels), name="channels"))
+    return keras.Sequential([keras.Input((size, size, 3)), *steps], name="augmentation")
 
 
 class Tail:
     """Block 7a, the top and the head, with variables of its own; BatchNorm never trains.
 
-    The weights are those of a phase, or of the backbone, which gets a fresh head. `dropout`
-    acts on the pooled features. Logits come before the head's softmax, so that loss and
-    temperature stay exact for confident predictions.
+    The weights are those of a phase, or of the backbone, which gets a fresh head. Logits come
+    before the head's softmax, so that loss and temperature stay exact for confident
+    predictions.
     """
 
     def __init__(
@@ -203,14 +192,10 @@ class Tail:
         return [variable for variable in self._variables.values() if variable.trainable]
 
     def weights(self) -> Weights:
-        """Copy all weights, by layer."""
         return {name: variable.numpy() for name, variable in self._variables.items()}
 
     def pooled(self, features: Any, matmul: MatMul = tf.matmul) -> Any:
-        """Run block 7a and the top; float32 (batch, h, w, 192) -> float32 (batch, 1280).
-
-        `matmul` is the product of the three large convolutions.
-        """
+        """Run block 7a and the top; float32 (n, h, w, 192) -> float32 (n, 1280)."""
         x = _pointwise(features, *self._fused("block7a_expand_conv", "block7a_expand_bn"), matmul)
         x = _swish(x)
         kernel, bias = self._fused("block7a_dwconv", "block7a_bn")
@@ -226,7 +211,7 @@ class Tail:
         return _mean_swish(_pointwise(x, *self._fused("top_conv", "top_bn"), matmul))
 
     def logits(self, pooled: Any, update: Any = None) -> Any:
-        """Run the head without its softmax; float32 (batch, 1280) -> float32 (batch, labels).
+        """Run the head without its softmax; float32 (n, 1280) -> float32 (n, labels).
 
         `update` is the number of the update, which seeds the dropout; None for inference.
         """
@@ -254,10 +239,9 @@ class Tail:
 
 
 def usable_precision(wanted: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Fall back to float32 where TensorFlow would emulate bfloat16.
+    """Fall back to float32 where TensorFlow would emulate bfloat16, which takes longer.
 
-    That is without oneDNN, or without the processor's instructions for it. Emulated, the
-    tail's products took 1.1 to 2.8 times as long as in float32.
+    That is without oneDNN, or without the processor's instructions for it.
     """
     if os.environ.get("TF_ENABLE_ONEDNN_OPTS") == "0" or not cpuinfo.is_file():
         return FULL

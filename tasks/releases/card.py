@@ -6,7 +6,7 @@ from typing import Any
 from tasks.data.dataset import SYNTHETIC
 from tasks.gate import shown, shown_interval
 from tasks.params import list_labels
-from tasks.rendering.sample import SIGNS
+from tasks.synthetic import SIGNS
 
 Content = Mapping[str, Any]
 

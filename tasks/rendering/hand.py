@@ -1,9 +1,7 @@
-"""A hand of capsules that makes the six signs.
+"""A right hand of capsules that makes the six signs.
 
-Lengths are centimetres. A right hand lies with its wrist in the origin: x points
-to the thumb's side, y to the fingertips, z out of the palm. A left hand is the
-mirrored picture of a right one. Bone lengths and joint limits are those of a
-middling adult hand, rounded.
+Lengths are centimetres, as of an average adult hand. The wrist is the origin: x points to the
+thumb's side, y to the fingertips, z out of the palm.
 """
 
 import math
@@ -46,7 +44,7 @@ SPREAD = (0.0, 7.0, 0.0, -7.0, -15.0)  # degrees away from the middle finger
 
 
 class Part(IntEnum):
-    """What a capsule belongs to, as far as its skin looks different."""
+    """What a capsule belongs to."""
 
     PALM = 0
     FINGER = 1
@@ -59,9 +57,9 @@ class Hand:
     """Joints of a posed hand.
 
     Args:
-        joints: float64, (5, 4, 3); thumb to little finger, base to tip, in cm.
-        dorsal: float64, (5, 3, 3); unit vectors out of the back of each bone.
-        arm: float64, (3,); unit vector from the wrist to the elbow.
+        joints: (5, 4, 3); thumb to little finger, base to tip.
+        dorsal: (5, 3, 3); unit vectors out of the back of each bone.
+        arm: (3,); unit vector from the wrist to the elbow.
         girth: factor on every radius.
     """
 
@@ -73,15 +71,7 @@ class Hand:
 
 @dataclass(frozen=True)
 class Capsules:
-    """Spheres swept along segments, their radius changing evenly.
-
-    Args:
-        starts: float64, (n, 3), in cm.
-        ends: float64, (n, 3), in cm.
-        radii: float64, (n, 2), at start and end, in cm.
-        dorsal: float64, (n, 3); unit vectors out of the back of the hand.
-        parts: int64, (n,); see `Part`.
-    """
+    """Spheres swept along n segments, with a radius at each end; see `Part` for `parts`."""
 
     starts: Floats
     ends: Floats
@@ -103,17 +93,12 @@ def length(vector: Floats) -> float:
 
 
 def unit(vector: Floats) -> Floats:
-    """`vector`, (3,), scaled to length 1."""
+    """Scale (3,) to length 1."""
     return vector / length(vector)
 
 
 def pose(label: int, random: np.random.Generator) -> Hand:
-    """Draw one natural pose of a sign, of a right hand.
-
-    Args:
-        label: the sign, 0 to 5.
-        random: source of the pose's variety.
-    """
+    """Draw a natural pose of a sign, 0 to 5."""
     bones = BONES * random.uniform(0.92, 1.08) * random.uniform(0.95, 1.05, (5, 1))
     bases = BASES * np.array([random.uniform(0.94, 1.1), random.uniform(0.94, 1.06), 1.0])
     joints = np.zeros((5, 4, 3))
@@ -137,15 +122,14 @@ def pose(label: int, random: np.random.Generator) -> Hand:
 
 def _spreads(label: int, random: np.random.Generator) -> Floats:
     """Degrees by which each finger leans towards the thumb's side, (5,)."""
-    # Below zero the tips of neighbours touch.
-    opening = random.uniform(-0.4, 1.7)
+    opening = random.uniform(-0.4, 1.7)  # below zero the tips of neighbours touch
     leans = np.array(SPREAD)
     if label in (2, 3):
         apart = 7.0 if label == 2 else 4.0
         leans = leans + np.array([0.0, apart, -apart, 0.0, 0.0])
     if label in (4, 5) and random.uniform() < 0.15:
         leans = leans + random.uniform(3.0, 9.0) * np.array([0.0, 1.0, 1.0, -1.0, -1.0])
-    if random.uniform() < 0.3:  # the little finger stands far off
+    if random.uniform() < 0.3:
         leans[LITTLE] -= random.uniform(0.0, 18.0)
     raised = np.isin(np.arange(5), RAISED[label])
     # The fingertips of the ring meet; those of a fist just lie close.
@@ -192,7 +176,7 @@ def _finger(base: Floats, bones: Floats, spread: float, bends: Floats) -> tuple[
 
 @dataclass(frozen=True)
 class _Thumb:
-    """Where a thumb goes: all float64, (3,).
+    """Where a thumb goes; (3,) each.
 
     Args:
         first: direction of the bone in the ball of the thumb.
@@ -209,7 +193,7 @@ class _Thumb:
 
 
 def _straight_thumb(label: int, random: np.random.Generator) -> _Thumb:
-    """A thumb that is shown: from square to the fingers to beside them, or forward."""
+    """A thumb that is shown: square to the fingers, beside them, or forward."""
     angle = random.uniform(28.0, 84.0)
     forward = random.uniform(-0.05, 0.3)
     if label == 5 and random.uniform() < 0.25:
@@ -254,12 +238,7 @@ def _bent_thumb(label: int, joints: Floats, random: np.random.Generator) -> _Thu
 
 
 def _thumb_on_palm(kind: float, jitter: Floats) -> _Thumb:
-    """The thumb of sign 4, which people fold in many ways.
-
-    Args:
-        kind: 0 to 1; which way.
-        jitter: float64, (3,); -1 to 1.
-    """
+    """The thumb of sign 4, which people fold in many ways; `kind` is 0 to 1."""
     pole = np.array([0.5, 0.35, 0.6])
     # How far it stands off the palm; a thumb that lies flat shows little of itself.
     flat = 0.5 * (1.0 + jitter[2])
@@ -293,7 +272,7 @@ def _place_thumb(thumb: _Thumb, base: Floats, bones: Floats) -> tuple[Floats, Fl
 
 
 def _across(vector: Floats, axis: Floats) -> Floats:
-    """The part of `vector` that is square to `axis`, as a unit vector."""
+    """Unit vector of the part of `vector` that is square to `axis`."""
     along = unit(axis)
     x, y, z = (float(part) for part in vector * along)
     return unit(vector - (x + y + z) * along)
@@ -312,12 +291,11 @@ def _reach(
 
 
 def capsules(hand: Hand) -> Capsules:
-    """Clothe the bones of a hand: fingers, palm, webs and forearm."""
+    """Shape fingers, palm, webs and forearm about the bones of a hand."""
     rows: list[tuple[Floats, Floats, float, float, Floats, Part]] = []
     behind = np.array([0.0, 0.0, -1.0])
     for finger in range(5):
-        for bone in range(3):
-            part = Part.TIP if bone == 2 else Part.FINGER
+        for bone, part in enumerate((Part.FINGER, Part.FINGER, Part.TIP)):
             if finger == THUMB and bone == 0:
                 part = Part.PALM
             start, end = hand.joints[finger, bone : bone + 2]

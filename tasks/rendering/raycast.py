@@ -1,9 +1,8 @@
 """Where the rays of a pinhole camera meet capsules.
 
-Every pixel's value comes of additions, multiplications, divisions and square
-roots of single elements only. IEEE 754 rounds these correctly, so they give the
-same bits on every processor; a matrix product, a sum over an array or a
-transcendental function would not.
+Every value comes of additions, multiplications, divisions and square roots of single elements
+only: IEEE 754 rounds these alike on every processor, unlike matrix products, sums over arrays
+and transcendental functions.
 """
 
 import math
@@ -20,13 +19,10 @@ BLEND = 0.55
 
 @dataclass(frozen=True)
 class Camera:
-    """Looks from (0, 0, distance) along -z; the picture's x is right and its y is down.
+    """Looks from (0, 0, distance) along -z; a picture of `size` pixels, its y down.
 
-    Args:
-        distance: from the eye to the plane z = 0, in cm.
-        focal: pixels; a length at z = 0 appears `focal / distance` times as large.
-        centre: x and y in cm at z = 0 that the picture's middle shows.
-        size: pixels of a side.
+    A length at z = 0 appears `focal / distance` times as large, in pixels; the middle shows
+    `centre`, in cm.
     """
 
     distance: float
@@ -37,14 +33,14 @@ class Camera:
 
 @dataclass(frozen=True)
 class Hits:
-    """What the pixels see that see anything; m of them, row by row.
+    """The m pixels that see anything, row by row.
 
     Args:
-        seen: bool, (size, size); the pixels where a ray meets a capsule.
-        owners: int64, (m,); nearest capsule.
-        along: float64, (m,); 0 at the capsule's start, 1 at its end.
-        points: float64, (3, m); where the surface is, in cm.
-        normals: float64, (3, m); unit vectors out of it.
+        seen: (size, size); where they are.
+        owners: (m,); the nearest capsule.
+        along: (m,); 0 at the capsule's start, 1 at its end.
+        points: (3, m); where the surface is, in cm.
+        normals: (3, m); unit vectors out of it.
     """
 
     seen: NDArray[np.bool_]
@@ -56,7 +52,7 @@ class Hits:
 
 @dataclass(frozen=True)
 class _Patch:
-    """The k pixels that see one capsule, if nothing else is in the way."""
+    """The pixels that see one capsule, if nothing else is in the way."""
 
     pixels: NDArray[np.int64]
     distance: Floats
@@ -65,16 +61,11 @@ class _Patch:
 
 
 def cast(shapes: Capsules, camera: Camera) -> Hits:
-    """Intersect every pixel's ray with every capsule.
-
-    Args:
-        shapes: the capsules, all in front of the camera.
-        camera: the view.
-
-    Returns:
-        The nearest hits, with normals blended where capsules run into each other.
-    """
-    rays = _rays(camera)
+    """Find what each pixel sees first, with normals blended where capsules meet."""
+    steps = (np.arange(camera.size) + 0.5 - camera.size / 2) / camera.focal
+    rays = np.empty((3, camera.size, camera.size))
+    rays[0], rays[1], rays[2] = steps[None, :], -steps[:, None], -1.0
+    rays = _normalise(rays.reshape(3, -1))
     eye = np.array([*camera.centre, camera.distance])
     patches = [_patch(shapes, index, rays, eye, camera) for index in range(len(shapes.starts))]
     nearest = np.full(camera.size**2, np.inf)
@@ -92,21 +83,16 @@ def cast(shapes: Capsules, camera: Camera) -> Hits:
         normals[:, patch.pixels] += weight * weight * patch.normals
     seen = owners >= 0
     points = eye[:, None] + nearest[seen] * rays[:, seen]
+    shape = camera.size, camera.size
     return Hits(
-        seen.reshape(camera.size, camera.size),
-        owners[seen],
-        along[seen],
-        points,
-        _normalise(normals[:, seen]),
+        seen.reshape(shape), owners[seen], along[seen], points, _normalise(normals[:, seen])
     )
 
 
-def _rays(camera: Camera) -> Floats:
-    """Unit vectors, (3, size * size)."""
-    steps = (np.arange(camera.size) + 0.5 - camera.size / 2) / camera.focal
-    rays = np.empty((3, camera.size, camera.size))
-    rays[0], rays[1], rays[2] = steps[None, :], -steps[:, None], -1.0
-    return _normalise(rays.reshape(3, -1))
+def inner(left: Floats, right: Floats) -> Floats:
+    """Inner product over the first axis, added up in a fixed order."""
+    product: Floats = left[0] * right[0] + left[1] * right[1] + left[2] * right[2]
+    return product
 
 
 def _normalise(vectors: Floats) -> Floats:
@@ -168,9 +154,3 @@ def _ball(centre: Floats, radius: float, ray: Floats) -> Floats:
     middle = inner(centre, ray)
     root = middle * middle - (float(inner(centre, centre)) - radius * radius)
     return np.where(root >= 0.0, -middle - np.sqrt(np.maximum(root, 0.0)), np.inf)
-
-
-def inner(left: Floats, right: Floats) -> Floats:
-    """Inner product over the first axis, added up in a fixed order."""
-    product: Floats = left[0] * right[0] + left[1] * right[1] + left[2] * right[2]
-    return product

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.rendering import appearance as look
+from tasks.rendering.appearance import FRAME
 from tasks.rendering.hand import (
     CARPALS,
     INDEX,
@@ -19,19 +21,19 @@ from tasks.rendering.hand import (
     circle,
     pose,
 )
-from tasks.rendering.light import draw_light, gloss, light_on_hand, light_on_wall
-from tasks.rendering.pixels import FRAME, develop, enlarge
 from tasks.rendering.raycast import Camera, cast
-from tasks.rendering.surface import skin, wall
+
+Place = tuple[int, int, int]
+"""Seed, label and number of a photo; together they are the seed of its drawing."""
 
 MAX_TRIES = 20
+# What a camera must see, in cm.
 MIN_SPAN = 3.5
-"""Least length of a raised finger as the camera sees it, in cm."""
+"""Least length of a raised finger."""
 MIN_GAP = 1.1
-"""Least distance of its tip from the bones of other fingers as the camera sees them, in cm."""
+"""Least distance of its tip from the bones of other fingers."""
 BESIDE, BEFORE = 1.9, 1.5
-"""Distance in cm of a thumb's tip from the middle of other bones: least of one that is shown,
-and largest of one that is not."""
+"""Distance of a thumb's tip from other bones: least if it is shown, largest if it is not."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,9 @@ def _spin(points: Floats, degrees: float, first: int, second: int) -> Floats:
     return turned
 
 
-def photograph(label: int, random: np.random.Generator) -> NDArray[np.uint8]:
-    """Render one photo of a hand that shows a sign, 0 to 5.
-
-    Args:
-        random: source of pose, view, light, skin, wall and noise.
-
-    Returns:
-        uint8, (64, 64, 3), RGB.
-    """
+def draw(place: Place) -> NDArray[np.uint8]:
+    """Render one photo; uint8, (64, 64, 3), RGB."""
+    label, random = place[1], np.random.default_rng(place)
     for _ in range(MAX_TRIES):
         hand, turn = pose(label, random), _draw_turn(label, random)
         if is_legible(label, hand, turn):
@@ -75,20 +71,20 @@ def photograph(label: int, random: np.random.Generator) -> NDArray[np.uint8]:
     shapes = turned(capsules(hand), turn)
     camera = frame_hand(shapes, random)
     hits = cast(shapes, camera)
-    light = draw_light(random)
+    light = look.draw_light(random)
     lowest = float(shapes.starts[shapes.parts != Part.ARM, 2].min())
     gap = random.uniform(1.0, 7.0)
     depth = np.full((FRAME, FRAME), lowest - 1.0 - gap)
     depth[hits.seen] = np.maximum(hits.points[2], lowest - 1.0 - gap)
-    behind = wall(random) * light_on_wall(hits, light, camera, gap + 2.5, random)
-    picture = enlarge(behind)
-    lit = skin(hits, shapes, turn.undo(hits.points), random) * light_on_hand(
-        depth, hits, light, camera
-    )
-    picture[:, hits.seen] = lit + gloss(hits, light, random)
+    reflected = look.wall(random)
+    behind = reflected * look.light_on_wall(hits, light, camera, gap + 2.5, random)
+    picture = look.enlarge(behind)
+    skin = look.skin(hits, shapes, turn.undo(hits.points), random)
+    lit = skin * look.light_on_hand(depth, hits, light, camera)
+    picture[:, hits.seen] = lit + look.gloss(hits, light, random)
     if random.integers(2):
         picture = picture[:, :, ::-1]
-    return develop(picture, random)
+    return look.develop(picture, random)
 
 
 def _draw_turn(label: int, random: np.random.Generator) -> Turn:
@@ -112,8 +108,7 @@ def is_legible(label: int, hand: Hand, turn: Turn) -> bool:
     """Whether a view shows the sign, and not another one because something is hidden.
 
     The camera must see raised fingers from the side and each beside the others, a raised
-    thumb beside hand and fingers, and a folded one before or behind them. The ring always
-    counts as shown.
+    thumb beside hand and fingers, and a folded one before or behind them.
     """
     if label == 0:
         return True

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 BINS = 10
 """Equal bins of the confidence histogram, from 0 to 1."""
@@ -27,12 +27,8 @@ COMPONENTS = 32
 class Drift:
     """One comparison with the reference.
 
-    Args:
-        name: what was compared.
-        value: population stability index or AUC; None with too few samples.
-        limit: value above which it counts as drift.
-        samples: number of samples in the window.
-        interval: of the AUC at `LEVEL`.
+    `value` is a population stability index or an AUC, with its `interval` at `LEVEL`; None
+    with too few samples.
     """
 
     name: str
@@ -50,13 +46,11 @@ class Drift:
         return "drift" if self.value > self.limit and surely else "no drift"
 
     def describe(self) -> str:
-        """The comparison in one phrase."""
         if self.value is None:
             return f"{self.name}: too few samples ({self.samples} of {MIN_SAMPLES})"
         return f"{self.name}: {self.verdict}, {self.value:.3f} (limit {self.limit:.3f})"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, with the verdict."""
         return {**asdict(self), "verdict": self.verdict}
 
 
@@ -69,9 +63,9 @@ def confidence_histogram(confidences: ArrayLike) -> list[int]:
 def compare_counts(name: str, reference: Sequence[int], window: Sequence[int]) -> Drift:
     """Compare two histograms by the population stability index.
 
-    The limit is raised to what noise reaches with so few samples: the index is
-    distributed like (1/n + 1/m) chi-squared with one degree of freedom less than there are
-    bins (Yurdakul, "Statistical properties of population stability index", 2018).
+    The limit is raised to what noise reaches: the index is distributed like (1/n + 1/m)
+    chi-squared with one degree of freedom less than there are bins (Yurdakul, "Statistical
+    properties of population stability index", 2018).
     """
     from scipy.stats import chi2
 
@@ -87,16 +81,10 @@ def compare_counts(name: str, reference: Sequence[int], window: Sequence[int]) -
 
 
 def compare_embeddings(reference: ArrayLike, window: ArrayLike, seed: int = 0) -> Drift:
-    """Train a classifier to tell window from reference, and report its AUC.
+    """Train a classifier to tell window, (m, d), from reference, (n, d); report its AUC.
 
     A classifier two-sample test (Lopez-Paz and Oquab, "Revisiting classifier two-sample
-    tests", 2017) with cross-validated logistic regression. The interval of the AUC is
-    that of Hanley and McNeil (1982).
-
-    Args:
-        reference: float (n, d); embeddings of validation photos.
-        window: float (m, d); embeddings of photos from production.
-        seed: of the folds.
+    tests", 2017) with cross-validated logistic regression.
     """
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression
@@ -111,20 +99,16 @@ def compare_embeddings(reference: ArrayLike, window: ArrayLike, seed: int = 0) -
         return Drift("embeddings", None, AUC_LIMIT, m)
     rows, production = np.concatenate([first, second]), np.repeat([0, 1], [n, m])
     components = min(COMPONENTS, rows.shape[1], MIN_SAMPLES // 2)
-    model = make_pipeline(
-        PCA(components, random_state=seed),
-        StandardScaler(),
-        LogisticRegression(class_weight="balanced", max_iter=1000),
-    )
+    regression = LogisticRegression(class_weight="balanced", max_iter=1000)
+    model = make_pipeline(PCA(components, random_state=seed), StandardScaler(), regression)
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
-    scores: NDArray[np.float64] = cross_val_predict(
-        model, rows, production, cv=folds, method="predict_proba"
-    )[:, 1]
-    auc = float(roc_auc_score(production, scores))
+    scores = cross_val_predict(model, rows, production, cv=folds, method="predict_proba")
+    auc = float(roc_auc_score(production, scores[:, 1]))
     return Drift("embeddings", auc, AUC_LIMIT, m, _auc_interval(auc, n, m))
 
 
 def _auc_interval(auc: float, n: int, m: int) -> tuple[float, float]:
+    """Interval of Hanley and McNeil (1982)."""
     from scipy.stats import norm
 
     better, worse = auc / (2 - auc), 2 * auc**2 / (1 + auc)

@@ -15,7 +15,7 @@ DIGITS = 6
 """Decimals in JSON: far below one photo's weight, above float32 noise."""
 ROW_SUM_TOLERANCE = 1e-4
 KERAS_EPSILON = 1e-7
-"""`keras.config.epsilon()`, the clip of `keras.losses.CategoricalCrossentropy`."""
+"""The clip of `keras.losses.CategoricalCrossentropy`."""
 CALIBRATION_BINS = 15
 """As in Guo et al., On Calibration of Modern Neural Networks, 2017."""
 RESAMPLES = 300
@@ -45,13 +45,12 @@ class Scores(FrozenModel):
 
     Args:
         loss: mean categorical cross-entropy in nats, clipped as Keras clips it.
-        log_loss: the same without the clip, by scikit-learn.
+        log_loss: the same without the clip.
         accuracy_interval: 95 % Wilson interval.
-        auc: area under the ROC curve, one against the rest, macro average.
+        auc: one against the rest, macro average; null if a class has no photo.
         ece: expected calibration error.
+        worst_recall: null if a class has no photo.
         confusion_matrix: counts; rows are true classes, columns predicted ones.
-
-    `auc` and `worst_recall` are null when a class has no photo.
     """
 
     n: int
@@ -67,7 +66,6 @@ class Scores(FrozenModel):
     confusion_matrix: tuple[tuple[int, ...], ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values with floats rounded to `DIGITS` decimals."""
         content: dict[str, Any] = rounded(self.model_dump(mode="json"))
         if self.auc_note is None:
             del content["auc_note"]
@@ -75,27 +73,17 @@ class Scores(FrozenModel):
 
 
 def score(probabilities: ArrayLike, labels: ArrayLike, names: Sequence[str]) -> Scores:
-    """Score probabilities in float64.
-
-    Args:
-        probabilities: float, (n, classes).
-        labels: true classes; integer, (n,).
-        names: of the classes.
-    """
+    """Score probabilities, float (n, classes), against true classes, integer (n,)."""
     p, y = checked(probabilities, labels, names)
     classes, predicted = range(len(names)), p.argmax(axis=1)
     right = int((predicted == y).sum())
     columns = sk.precision_recall_fscore_support(y, predicted, labels=classes, zero_division=np.nan)
-    per_class = tuple(
-        ClassScores(
-            label=label,
-            precision=_defined(precision),
-            recall=_defined(recall),
-            f1=_defined(f1),
-            support=int(support),
+    per_class = []
+    for label, *ratios, support in zip(names, *columns, strict=True):
+        precision, recall, f1 = (None if np.isnan(one) else float(one) for one in ratios)
+        per_class.append(
+            ClassScores(label=label, precision=precision, recall=recall, f1=f1, support=support)
         )
-        for label, precision, recall, f1, support in zip(names, *columns, strict=True)
-    )
     missing = ", ".join(one.label for one in per_class if not one.support)
     auc = None if missing else sk.roc_auc_score(y, p, multi_class="ovr", average="macro")
     return Scores(
@@ -108,7 +96,7 @@ def score(probabilities: ArrayLike, labels: ArrayLike, names: Sequence[str]) -> 
         auc_note=f"not defined: no photo of class {missing}" if missing else None,
         ece=calibration_error(p, y),
         worst_recall=None if missing else min(columns[1]),
-        per_class=per_class,
+        per_class=tuple(per_class),
         confusion_matrix=sk.confusion_matrix(y, predicted, labels=classes).tolist(),
     )
 
@@ -117,16 +105,11 @@ def checked(
     probabilities: ArrayLike, labels: ArrayLike, names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reject what cannot be scored; normalize rows. float64, (n, classes) and int64, (n,)."""
-    p, y, count = np.asarray(probabilities), np.asarray(labels), len(names)
-    if p.ndim != 2 or p.shape[1] != count or not np.issubdtype(p.dtype, np.floating):
-        raise DataError(
-            f"Probabilities must be floats of shape (n, {count}), not {p.dtype} {p.shape}."
-        )
-    if y.shape != (len(p),) or not np.issubdtype(y.dtype, np.integer):
-        raise DataError(f"Labels must be integers of shape ({len(p)},), not {y.dtype} {y.shape}.")
+    p, y, count = np.asarray(probabilities, np.float64), np.asarray(labels, np.int64), len(names)
+    if p.shape != (len(y), count) or ((y < 0) | (y >= count)).any():
+        raise DataError(f"The probabilities, {p.shape}, are not those of {len(y)} labels.")
     if not len(p):
         raise DataError("There are no photos to score. Add photos to the split.")
-    p = p.astype(np.float64)
     with np.errstate(invalid="ignore"):
         valid = (p >= 0).all(axis=1) & (np.abs(p.sum(axis=1) - 1) <= ROW_SUM_TOLERANCE)
     if not valid.all():
@@ -135,23 +118,17 @@ def checked(
             f"Probabilities must be between 0 and 1 and sum to one, but row {row} is "
             f"{p[row].tolist()}. Retrain, or pass the softmax output instead of logits."
         )
-    if ((y < 0) | (y >= count)).any():
-        raise DataError(f"Labels must be 0 to {count - 1}, not {y.min()} to {y.max()}.")
-    return p / p.sum(axis=1, keepdims=True), y.astype(np.int64)
+    return p / p.sum(axis=1, keepdims=True), y
 
 
 def photo_losses(p: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Cross-entropy of each photo in nats, clipped as Keras clips it; float64, (n,)."""
+    """Cross-entropy of each photo in nats, clipped as Keras clips it; (n,)."""
     true_class = p[np.arange(len(y)), y]
     return np.asarray(-np.log(np.clip(true_class, KERAS_EPSILON, 1 - KERAS_EPSILON)))
 
 
 def calibration_error(p: np.ndarray, y: np.ndarray) -> float:
-    """Expected calibration error: mean gap between confidence and accuracy.
-
-    15 bins of equal width over the top probability, weighted by their photos; equation 3
-    of Guo et al., On Calibration of Modern Neural Networks, 2017.
-    """
+    """Expected calibration error: equation 3 of Guo et al., 2017, with bins of equal width."""
     confidence = p.max(axis=1)
     bins = np.ceil(confidence * CALIBRATION_BINS).astype(np.int64) - 1
     bins = np.clip(bins, 0, CALIBRATION_BINS - 1)
@@ -175,11 +152,8 @@ def standard_errors(p: np.ndarray, y: np.ndarray) -> dict[str, float | None]:
     loss = photo_losses(p, y).std(ddof=1) / np.sqrt(len(y))
     random = np.random.default_rng(0)
     draws = (random.integers(0, len(y), len(y)) for _ in range(RESAMPLES))
-    errors = [calibration_error(p[rows], y[rows]) for rows in draws]
-    return {
-        "loss": round(float(loss), DIGITS),
-        "ece": round(float(np.std(errors, ddof=1)), DIGITS),
-    }
+    ece = np.std([calibration_error(p[rows], y[rows]) for rows in draws], ddof=1)
+    return {"loss": round(float(loss), DIGITS), "ece": round(float(ece), DIGITS)}
 
 
 def rounded(value: Any) -> Any:
@@ -191,7 +165,3 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(item) for item in value]
     return value
-
-
-def _defined(ratio: float) -> float | None:
-    return None if np.isnan(ratio) else float(ratio)

@@ -11,22 +11,17 @@ from PIL import Image
 from tasks.data.dataset import Dataset, Photo
 from tasks.io import atomic_write
 from tasks.model.augment import augment
-from tasks.params import AugmentationParams
-
-Pictures = Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
+from tasks.params import Params
 
 SAMPLES = 12
-"""Photos of each class that the audit shows."""
-PAIRS = 12
-"""Near-duplicate pairs that the audit shows."""
+"""Photos of each class, and near-duplicate pairs, that the audit shows."""
 PHOTOS, COPIES = 2, 5
 """Photos of each class, and augmented copies of each, that are shown at most."""
 MAX_CLASSES = 40
-"""Classes that are shown."""
 SIDE = 96
 
 
-def tile(pictures: Pictures, columns: int, gap: int = 3) -> NDArray[np.uint8]:
+def tile(pictures: Sequence[NDArray[np.uint8]], columns: int, gap: int = 3) -> NDArray[np.uint8]:
     """Lay out pictures of one size row by row on white."""
     side = pictures[0].shape[0]
     rows = -(-len(pictures) // columns)
@@ -38,21 +33,22 @@ def tile(pictures: Pictures, columns: int, gap: int = 3) -> NDArray[np.uint8]:
     return sheet
 
 
-def draw_augmentation(
-    path: Path, dataset: Dataset, copies: int, seed: int, params: AugmentationParams
-) -> None:
+def draw_augmentation(path: Path, dataset: Dataset, params: Params) -> None:
     """Draw the first training photos of each class, one class a row, each with its copies."""
+    copies = params.features.augmented_copies if params.training.mode == "cached" else 0
     numbers = range(min(copies, COPIES) + 1)
     train = dataset.rows("train")
-    blank = np.full((SIDE, SIDE, 3), 255, np.uint8)
     pictures = []
     for label in range(len(dataset.classes))[:MAX_CLASSES]:
         rows = train[dataset.labels[train] == label][:PHOTOS]
         pictures += [
-            augment(np.asarray(dataset.images[row]), dataset.names[row], n, seed, params, SIDE)
+            augment(
+                dataset.images[row], dataset.names[row], n, params.seed, params.augmentation, SIDE
+            )
             for row in rows
             for n in numbers
         ]
+        blank = np.full((SIDE, SIDE, 3), 255, np.uint8)
         pictures += [blank] * ((PHOTOS - len(rows)) * len(numbers))
     _save(path, tile(pictures, PHOTOS * len(numbers)))
 
@@ -70,7 +66,7 @@ def draw_audit(
         samples += [pictures[rows[n * len(rows) // SAMPLES]] for n in range(SAMPLES)]
     sheets = [tile(samples, SAMPLES)]
     described = [*report["conflicts"], *report["across"], *report["closest"]]
-    pairs = list(dict.fromkeys(tuple(pair["photos"]) for pair in described))[:PAIRS]
+    pairs = list(dict.fromkeys(tuple(pair["photos"]) for pair in described))[:SAMPLES]
     if pairs:
         rows_by_key = {photo.key: row for row, photo in enumerate(photos)}
         shown = [pictures[rows_by_key[key]] for pair in pairs for key in pair]

@@ -42,11 +42,9 @@ def curves(histories: Sequence[Mapping[str, Any]]) -> Figure:
     epochs = [epoch for history in histories for epoch in history["epochs"]]
     x = range(1, len(epochs) + 1)
     for axes, measure in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for key, label, color in (
-            (measure, "train", BLUE),
-            (f"val_{measure}", "validation", ORANGE),
-        ):
-            axes.plot(x, [epoch[key] for epoch in epochs], "o-", color=color, label=label)
+        train, val = ([epoch[prefix + measure] for epoch in epochs] for prefix in ("", "val_"))
+        axes.plot(x, train, "o-", color=BLUE, label="train")
+        axes.plot(x, val, "o-", color=ORANGE, label="validation")
         start = 0.5
         for history in histories:
             name = f"{history['phase']}\n{history['images']:,} photos"
@@ -62,14 +60,15 @@ def curves(histories: Sequence[Mapping[str, Any]]) -> Figure:
 def shares(pairs: Mapping[str, tuple[Sequence[str], Any, Any]]) -> Figure:
     """Draw histograms of validation beside production: names, and both counts, by title."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
-    for axes, (title, (names, *both)) in zip(
-        np.atleast_1d(figure.subplots(1, len(pairs))), pairs.items(), strict=True
-    ):
+    grid = figure.subplots(1, len(pairs), squeeze=False)[0]
+    for axes, (title, (names, old, new)) in zip(grid, pairs.items(), strict=True):
         x = np.arange(len(names))
-        kinds = (("validation", BLUE), ("production", ORANGE))
-        for (kind, color), counts, shift in zip(kinds, both, (-0.2, 0.2), strict=True):
-            total = max(1, np.sum(counts))
-            axes.bar(x + shift, np.divide(counts, total), 0.4, color=color, label=kind)
+        for x_shift, counts, color, kind in (
+            (-0.2, old, BLUE, "validation"),
+            (0.2, new, ORANGE, "production"),
+        ):
+            heights = np.divide(counts, max(1, np.sum(counts)))
+            axes.bar(x + x_shift, heights, 0.4, color=color, label=kind)
         axes.set(xlabel=title, ylabel="share", xticks=x, xticklabels=names)
         axes.legend()
     return figure
@@ -82,14 +81,12 @@ def confusion(scores: Scores) -> Figure:
     side = min(max(0.0, 0.4 * (count - 6)), 16.0)
     figure = Figure(figsize=(6 + side, 5.6 + side), layout="constrained")
     axes = figure.subplots()
-    display = ConfusionMatrixDisplay(np.array(scores.confusion_matrix), display_labels=names)
-    turned = "vertical" if max(map(len, names)) > 2 else "horizontal"
-    display.plot(
+    ConfusionMatrixDisplay(np.array(scores.confusion_matrix), display_labels=names).plot(
         ax=axes,
         cmap="Blues",
         colorbar=False,
         include_values=count <= MAX_NUMBERS,
-        xticks_rotation=turned,
+        xticks_rotation="vertical" if max(map(len, names)) > 2 else "horizontal",
     )
     if count > 2 * MAX_NUMBERS:  # names would overlap
         axes.set(xticks=[], yticks=[])
@@ -104,8 +101,7 @@ def confusion(scores: Scores) -> Figure:
 def roc_pr(p: np.ndarray, y: np.ndarray, names: Sequence[str]) -> Figure:
     """Draw ROC and precision-recall curves, each class against the rest.
 
-    Here and below `p` is float64, (n, classes), and `y` int64, (n,). A class without photos
-    has no curve.
+    Here and below `p` is float64, (n, classes), and `y` int64, (n,).
     """
     figure = Figure(figsize=(11, 5), layout="constrained")
     roc, pr = figure.subplots(1, 2)
@@ -168,11 +164,6 @@ def mistakes(images: np.ndarray, p: np.ndarray, y: np.ndarray, names: Sequence[s
         axes.set_axis_off()
     for axes, row in zip(grid, rows, strict=False):
         axes.imshow(images[row], interpolation="bicubic")
-        right = predicted[row] == y[row]
-        verdict = (
-            f"{names[y[row]]}, correct"
-            if right
-            else (f"{names[y[row]]} as {names[predicted[row]]}")
-        )
-        axes.set_title(f"{verdict} ({confidence[row]:.0%})", fontsize=10)
+        verdict = f" as {names[predicted[row]]}" if len(wrong) else ", correct"
+        axes.set_title(f"{names[y[row]]}{verdict} ({confidence[row]:.0%})", fontsize=10)
     return figure

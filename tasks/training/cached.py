@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from tasks.model.feature_store import Features
+from tasks.model.activations import Features
 from tasks.model.network import Tail, matmul_in
 from tasks.stage import Progress
 from tasks.training.plan import Epoch, Plan, score_logits
@@ -39,22 +39,30 @@ def fit_cached(
         pairs = zip(photos, copies, strict=True)
         return np.array([features.row(names[photo], int(copy)) for photo, copy in pairs], np.int64)
 
-    average = WeightAverage(tail.trainable_variables, plan.updates, plan.phase.swa_fraction)
     epochs = [list(plan.batches(epoch)) for epoch in range(plan.phase.epochs)]
     batches = [rows_of(plan.train[at], copies) for epoch in epochs for at, copies in epoch]
     val = rows_of(plan.val, np.zeros_like(plan.val))
     read: Read = features.batch
-    if plan.phase.trainable_layers == 0:
+    pooled = plan.phase.trainable_layers == 0
+    if pooled:
         read = _pooled_once(tail, read, np.unique(np.concatenate([*batches, val])))
-        inputs = _read_ahead(read, batches, None)
-    else:
-        inputs = _read_ahead(read, batches, plan)
+    inputs = _read_ahead(read, batches, None if pooled else plan)
     example = tf.constant(read(val[:1]))
     matmul = matmul_in(plan.training.precision)
-    pooled = example.shape.rank == 2
-    learn = _learner(
-        tail, plan, average, example, lambda x: x if pooled else tail.pooled(x, matmul)
-    )
+    variables = tail.trainable_variables
+    average = WeightAverage(variables, plan.updates, plan.phase.swa_fraction)
+    optimizer = Adam(variables, plan.phase.learning_rate)
+
+    def learn(batch: Any, targets: Any, update: Any) -> Any:
+        with tf.GradientTape() as tape:
+            logits = tail.logits(batch if pooled else tail.pooled(batch, matmul), update)
+            losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+            loss = tf.reduce_mean(losses)
+        optimizer.apply(tape.gradient(loss, variables))
+        average.update()
+        return loss, logits
+
+    learn = traced(learn, example, tf.zeros((1, plan.classes)), tf.constant(0))
     infer = traced(lambda x: tail.logits(x if pooled else tail.pooled(x)), example)
     curve, update = [], 0
     for number, epoch in enumerate(epochs, 1):
@@ -83,24 +91,6 @@ def traced(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
     ]
     graph: Callable[..., Any] = tf.function(function, autograph=False).get_concrete_function(*specs)
     return graph
-
-
-def _learner(
-    tail: Tail, plan: Plan, average: "WeightAverage", example: Any, pool: Callable[[Any], Any]
-) -> Callable[..., Any]:
-    variables = tail.trainable_variables
-    optimizer = Adam(variables, plan.phase.learning_rate)
-
-    def learn(batch: Any, targets: Any, update: Any) -> Any:
-        with tf.GradientTape() as tape:
-            logits = tail.logits(pool(batch), update)
-            losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
-            loss = tf.reduce_mean(losses)
-        optimizer.apply(tape.gradient(loss, variables))
-        average.update()
-        return loss, logits
-
-    return traced(learn, example, tf.zeros((1, plan.classes)), tf.constant(0))
 
 
 def _read_ahead(read: Read, batches: list[Rows], plan: Plan | None) -> Iterator[Any]:
@@ -138,10 +128,9 @@ def _in_batches(function: Callable[[Any], Any], read: Read, rows: Rows) -> NDArr
 
 
 class Adam:
-    """Adam as one fused operation per variable, which is faster than Keras's.
+    """Adam with Keras's defaults, as one fused operation per variable, which is faster.
 
-    Kingma and Ba, Adam: A Method for Stochastic Optimization, 2015, in the form at the end
-    of section 2; with Keras's defaults.
+    Kingma and Ba, Adam: A Method for Stochastic Optimization, 2015, end of section 2.
     """
 
     def __init__(self, variables: Sequence[Any], learning_rate: float) -> None:
@@ -171,10 +160,9 @@ class Adam:
 
 
 class WeightAverage:
-    """Mean of variables over the last updates; before these, their present values.
+    """Mean of variables over the last `fraction` of all `updates`; 0 keeps the final values.
 
     Izmailov et al., Averaging Weights Leads to Wider Optima and Better Generalization, 2018.
-    `fraction` of all `updates`, the last ones, are averaged; 0 keeps the final values.
     """
 
     def __init__(self, variables: Sequence[Any], updates: int, fraction: float) -> None:
@@ -211,9 +199,9 @@ class WeightAverage:
 def mixstyle(
     features: NDArray[np.float32], random: np.random.Generator, probability: float
 ) -> NDArray[np.float32]:
-    """Mix each photo's channel statistics with another's; float32, (batch, h, w, channels).
+    """Mix each photo's channel statistics with another's, with a probability for the batch.
 
-    Zhou et al., Domain Generalization with MixStyle, 2021. `probability` is that of the batch.
+    float32, (n, h, w, channels). Zhou et al., Domain Generalization with MixStyle, 2021.
     """
     if random.random() >= probability:
         return features
@@ -221,24 +209,23 @@ def mixstyle(
     partners = random.permutation(count)
     weights = random.beta(MIXSTYLE_ALPHA, MIXSTYLE_ALPHA, (count, 1, 1, 1)).astype(np.float32)
 
-    def mix(values: NDArray[np.float32]) -> NDArray[np.float32]:
-        mixed: NDArray[np.float32] = weights * values + (1 - weights) * values[partners]
-        return mixed
-
     mean = features.mean(axis=(1, 2), keepdims=True)
     deviation = features.std(axis=(1, 2), keepdims=True) + np.float32(1e-6)
-    result: NDArray[np.float32] = (features - mean) / deviation * mix(deviation)
-    result += mix(mean)
+    mixed_mean, mixed_deviation = (
+        weights * values + (1 - weights) * values[partners] for values in (mean, deviation)
+    )
+    result: NDArray[np.float32] = (features - mean) / deviation * mixed_deviation
+    result += mixed_mean
     return result
 
 
 def random_erasing(
     features: NDArray[np.float32], random: np.random.Generator, probability: float
 ) -> NDArray[np.float32]:
-    """Set a rectangle of some photos' feature maps to zero; float32, (batch, h, w, channels).
+    """Set a rectangle of a feature map to zero, with a probability for each photo.
 
-    Zhong et al., Random Erasing Data Augmentation, 2020. `probability` is that of a photo.
-    Maps of a single place stay as they are.
+    float32, (n, h, w, channels). Zhong et al., Random Erasing Data Augmentation, 2020. Maps
+    of a single place stay as they are.
     """
     count, height, width, _ = features.shape
     if probability == 0 or min(height, width) < 2:

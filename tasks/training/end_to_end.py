@@ -1,11 +1,12 @@
 """Train end to end with Keras, on one or more devices or workers."""
 
 import functools
+import itertools
 import json
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -36,7 +37,7 @@ def named_workers() -> list[str]:
 
 @functools.cache
 def find_strategy() -> Any:
-    """tf.distribute.Strategy over the workers in `TF_CONFIG`, or this process's devices."""
+    """Strategy over the workers in `TF_CONFIG`, or this process's devices."""
     if os.environ.get("TF_CONFIG"):
         if len(workers := named_workers()) > 1:
             _log.warning(
@@ -77,14 +78,37 @@ def fit_end_to_end(
         optimizer.build(model.trainable_variables)
         variables = [variable.value for variable in model.trainable_variables]
         average = WeightAverage(variables, plan.updates, plan.phase.swa_fraction)
-    recorder = _Recorder(model, plan, images, average, progress)
+    curve, updates, size = list[Epoch](), itertools.count(1), model.input_shape[1]
+    logits = np.empty((0, 0), np.float32)
+    photos = tf.TensorSpec((None, size, size, 3), tf.float32)
+    infer = tf.function(lambda batch: model(batch, training=False), [photos])
+
+    def end_update(batch: int, logs: Any = None) -> None:
+        average.update()
+        progress(f"train {plan.name}", next(updates), plan.updates)
+
+    def end_epoch(epoch: int, logs: Any) -> None:
+        """Validate the average."""
+        nonlocal logits
+        step = plan.training.batch_size
+        parts = [plan.val[start : start + step] for start in range(0, len(plan.val), step)]
+        with average.applied():
+            found = [infer(tf.constant(enlarge(images[at], size), tf.float32)) for at in parts]
+        probabilities = np.concatenate([batch.numpy() for batch in found])
+        logits = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
+        validation = score_logits(logits, plan.val_labels)
+        curve.append(Epoch(epoch + 1, float(logs["loss"]), float(logs["accuracy"]), *validation))
+
     if strategy.num_replicas_in_sync > 1:
-        _fit_replicas(strategy, model, optimizer, plan, images, recorder)
+        _fit_replicas(strategy, model, optimizer, plan, images, end_update, end_epoch)
     else:
         loss = keras.losses.CategoricalCrossentropy()
         model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
+        recorder = keras.callbacks.LambdaCallback(
+            on_train_batch_end=end_update, on_epoch_end=end_epoch
+        )
         model.fit(
-            _batches(plan, images, model.input_shape[1]),
+            _batches(plan, images, size),
             epochs=plan.phase.epochs,
             steps_per_epoch=plan.updates_per_epoch,
             shuffle=False,  # the plan's batches are shuffled
@@ -92,47 +116,7 @@ def fit_end_to_end(
             verbose=0,
         )
     average.keep()
-    return recorder.curve, recorder.logits
-
-
-class _Recorder(keras.callbacks.Callback):  # type: ignore[misc]
-    """Average the weights after each update; validate the average after each epoch."""
-
-    def __init__(
-        self,
-        model: Any,
-        plan: Plan,
-        images: NDArray[np.uint8],
-        average: WeightAverage,
-        progress: Progress,
-    ) -> None:
-        super().__init__()
-        self.curve: list[Epoch] = []
-        self.logits = np.empty((0, 0), np.float32)
-        self._plan = plan
-        self._average = average
-        self._progress = progress
-        self._updates = 0
-        self._images = images
-        self._size = model.input_shape[1]
-        photos = tf.TensorSpec((None, self._size, self._size, 3), tf.float32)
-        self._infer = tf.function(lambda batch: model(batch, training=False), [photos])
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._average.update()
-        self._updates += 1
-        self._progress(f"train {self._plan.name}", self._updates, self._plan.updates)
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        rows, step = self._plan.val, self._plan.training.batch_size
-        parts = [rows[start : start + step] for start in range(0, len(rows), step)]
-        photos = (tf.constant(enlarge(self._images[at], self._size), tf.float32) for at in parts)
-        with self._average.applied():
-            probabilities = np.concatenate([self._infer(batch).numpy() for batch in photos])
-        self.logits = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
-        loss, accuracy = float(logs["loss"]), float(logs["accuracy"])
-        validation = score_logits(self.logits, self._plan.val_labels)
-        self.curve.append(Epoch(epoch + 1, loss, accuracy, *validation))
+    return curve, logits
 
 
 def _batches(plan: Plan, images: NDArray[np.uint8], size: int) -> Any:
@@ -162,7 +146,8 @@ def _fit_replicas(
     optimizer: Any,
     plan: Plan,
     images: NDArray[np.uint8],
-    recorder: _Recorder,
+    end_update: Callable[[int], None],
+    end_epoch: Callable[[int, Any], None],
 ) -> None:
     """Split each batch over the replicas; their gradients add up to those of one device."""
     size, replicas = model.input_shape[1], strategy.num_replicas_in_sync
@@ -195,7 +180,7 @@ def _fit_replicas(
             shares = (np.arange(len(padded)) < len(chosen)) / np.float32(len(chosen))
             photos = tf.constant(enlarge(images[plan.train[padded]], size), tf.float32)
             now = step(photos, tf.constant(plan.targets(padded)), tf.constant(shares, tf.float32))
-            recorder.on_train_batch_end(number)
+            end_update(number)
             loss += float(now[0]) * len(chosen)
             right += float(now[1])
-        recorder.on_epoch_end(epoch, {"loss": loss / count, "accuracy": right / count})
+        end_epoch(epoch, {"loss": loss / count, "accuracy": right / count})

@@ -29,7 +29,7 @@ class Epoch:
 class Plan:
     """One phase, decided before its first update; `train` and `val` are dataset rows.
 
-    `copies` are augmented copies of each training photo; a synthetic hand has none.
+    Each training photo has so many augmented `copies`; a synthetic hand has none.
     """
 
     name: str
@@ -53,10 +53,10 @@ class Plan:
         return self.updates_per_epoch * self.phase.epochs
 
     def batches(self, epoch: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield one epoch, counted from 0: each photo once, as itself or as one of its copies.
+        """Yield positions in `train` and copy numbers of one epoch, counted from 0.
 
-        Each photo goes through all of its copies, in an order of its own, before one
-        comes again. Yields positions in `train` and copy numbers, int64 (batch,) each.
+        Each photo comes once an epoch, and goes through all of its copies, in an order of its
+        own, before one comes again.
         """
         cycle, place = divmod(epoch, self.copies + 1)
         every = np.tile(np.arange(self.copies + 1), (len(self.train), 1))
@@ -71,7 +71,7 @@ class Plan:
         return np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), purpose, number])
 
     def targets(self, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
-        """One-hot labels of positions in `train`; float32, (batch, labels)."""
+        """One-hot labels of positions in `train`; float32, (n, labels)."""
         return np.eye(self.classes, dtype=np.float32)[self.train_labels[chosen]]
 
 
@@ -82,9 +82,8 @@ def plan_phase(params: Params, name: str | None, dataset: Dataset) -> Plan:
             f"There is no phase {name!r}, only {', '.join(params.phases)}. "
             "Name one: python -m tasks.train <phase>."
         )
-    phase = params.phases[name]
+    phase, val = params.phases[name], dataset.rows("val")
     train = training_rows(dataset, phase.data_fraction, params.seed)
-    val = dataset.rows("val")
     return Plan(
         name=name,
         phase=phase,
@@ -101,7 +100,7 @@ def plan_phase(params: Params, name: str | None, dataset: Dataset) -> Plan:
 
 
 def training_rows(dataset: Dataset, fraction: float, seed: int) -> NDArray[np.int64]:
-    """Choose a fraction of each class of photos and synthetic hands; int64, (n,) ascending.
+    """Choose a fraction of each class of photos and synthetic hands, in ascending order.
 
     Smaller fractions are nested in larger ones.
     """

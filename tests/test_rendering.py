@@ -1,0 +1,226 @@
+"""Rendered hands: the sign that a pose shows, what rays meet, the photo, and the sample's files."""
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+from tasks.errors import DataError
+from tasks.rendering.appearance import FRAME, SIDE, Light, light_on_wall
+from tasks.rendering.hand import (
+    BONES,
+    INDEX,
+    MIDDLE,
+    RAISED,
+    THUMB,
+    Capsules,
+    Hand,
+    Part,
+    capsules,
+    pose,
+    unit,
+)
+from tasks.rendering.raycast import Camera, cast
+from tasks.rendering.scene import Turn, draw, frame_hand, is_legible, turned
+from tasks.synthetic import encode, render_sample
+from tests.fixtures.photos import LABELS
+
+labels = st.integers(0, 5)
+seeds = st.integers(0, 2**32 - 1)
+CAMERA = Camera(distance=50.0, focal=200.0, centre=(0.0, 0.0), size=64)
+FRONT = Turn(0.0, 0.0, 0.0)
+
+
+def drawn(label: int, seed: int) -> Hand:
+    return pose(label, np.random.default_rng(seed))
+
+
+def raised(hand: Hand) -> set[int]:
+    """Fingers that are nearly straight; of thumbs, those that stand off the palm."""
+    bones = np.linalg.norm(np.diff(hand.joints, axis=1), axis=2).sum(axis=1)
+    spans = np.linalg.norm(hand.joints[:, 3] - hand.joints[:, 0], axis=1)
+    straight = {int(finger) for finger in np.flatnonzero(spans > 0.8 * bones)}
+    if hand.joints[THUMB, 3, 0] < hand.joints[INDEX, 0, 0] + 0.5:
+        straight.discard(THUMB)
+    return straight
+
+
+@settings(deadline=None)
+@given(labels, seeds)
+def test_a_pose_shows_its_sign_with_human_bones(label: int, seed: int) -> None:
+    hand = drawn(label, seed)
+    bones = np.diff(hand.joints, axis=1)
+    assert (np.abs(np.linalg.norm(bones, axis=2) / BONES - 1.0) < 0.15).all()
+    np.testing.assert_allclose((bones * hand.dorsal).sum(axis=2), 0.0, atol=1e-6)
+    shapes = capsules(hand)
+    lengths = np.linalg.norm(shapes.ends - shapes.starts, axis=1)
+    assert (lengths > np.abs(shapes.radii[:, 0] - shapes.radii[:, 1])).all()
+    if label == 0:  # a ring, open inside
+        tips = hand.joints[:, 3]
+        assert np.linalg.norm(tips[THUMB] - tips[INDEX]) < 3.0
+        assert np.linalg.norm(tips[THUMB] - tips[MIDDLE]) < 4.5
+        assert np.linalg.norm(hand.joints[INDEX, 1] - hand.joints[THUMB, 1]) > 5.0
+    else:
+        assume(is_legible(label, hand, FRONT))  # no photo shows another one
+        assert raised(hand) == set(RAISED[label])
+
+
+def test_poses_vary_as_those_of_people() -> None:
+    x, y, z = np.stack([drawn(4, seed).joints[THUMB, 3] for seed in range(200)]).T
+    assert (x < -1.0).mean() > 0.1, "thumb across, to the ring finger"
+    assert ((x > 1.0) & (y > 8.0)).mean() > 0.1, "thumb upright, beside the index finger"
+    assert (z > 3.5).mean() > 0.03, "thumb towards the camera"
+    for label in (2, 3, 4, 5):
+        tips = np.stack([drawn(label, seed).joints[[INDEX, MIDDLE], 3] for seed in range(200)])
+        apart = np.linalg.norm(tips[:, 0] - tips[:, 1], axis=1)
+        assert min((apart < 2.4).mean(), (apart > 3.2).mean()) > 0.1, "fingers closed and spread"
+
+
+def test_a_view_that_hides_a_finger_or_shows_a_folded_thumb_is_not_legible() -> None:
+    for label in range(1, 6):
+        hands = [drawn(label, seed) for seed in range(40)]
+        front, side, top = (
+            np.mean([is_legible(label, hand, turn) for hand in hands])
+            for turn in (Turn(0.0, 0.0, 30.0), Turn(88.0, 0.0, 30.0), Turn(0.0, 85.0, 0.0))
+        )
+        assert front > 0.7
+        assert side < (1.1 if label == 1 else 0.4), "fingers are behind each other"
+        assert top < 0.2, "fingers point at the camera"
+    assert is_legible(4, drawn(4, 0), FRONT)
+    assert not is_legible(5, drawn(4, 0), FRONT)
+
+
+def shapes(*rows: tuple[list[float], list[float], float, float]) -> Capsules:
+    starts, ends, first, second = (np.array(column, float) for column in zip(*rows, strict=True))
+    out = np.tile([0.0, 0.0, -1.0], (len(rows), 1))
+    return Capsules(starts, ends, np.array([first, second]).T, out, np.zeros(len(rows), np.int64))
+
+
+@pytest.mark.parametrize("end", [[4.0, 1.0, 2.0], [0.0, -5.0, 0.0], [0.3, 0.1, 3.0]])
+@pytest.mark.parametrize("radius", [1.5, 0.9])
+def test_hits_touch_the_largest_of_a_capsules_spheres(end: list[float], radius: float) -> None:
+    hits = cast(shapes(([0.0, 0.0, 0.0], end, 1.5, radius)), CAMERA)
+    assert hits.seen.sum() > 50
+    share = np.linspace(0.0, 1.0, 2001)[:, None]
+    for out, points in ((0.0, hits.points), (0.1, hits.points + 0.1 * hits.normals)):
+        centres = share[:, :, None] * np.array(end)
+        depth = np.linalg.norm(points.T - centres, axis=2) - (1.5 + share * (radius - 1.5))
+        np.testing.assert_allclose(depth.min(axis=0), out, atol=1e-5)
+
+
+def test_rays_see_what_is_nearest_where_it_is() -> None:
+    sphere = cast(shapes(([-0.01, 0, 0], [0.01, 0, 0], 4.0, 4.0)), CAMERA)
+    radius = np.sqrt(sphere.seen.sum() / np.pi)
+    assert radius == pytest.approx(4.0 * 200.0 / np.sqrt(50.0**2 - 4.0**2), rel=0.01)
+    rows, columns = np.nonzero(cast(shapes(([3.0, 4.0, 0], [3.1, 4.0, 0], 1, 1)), CAMERA).seen)
+    assert rows.mean() < 32 < columns.mean(), "up is up and right is right"
+    across, near = ([-5.0, 0, 0], [5.0, 0, 0], 1.0, 1.0), ([0, -5.0, 6.0], [0, 5.0, 6.0], 1.0, 1.0)
+    hits = cast(shapes(across, near), CAMERA)
+    owners = np.full(hits.seen.shape, -1)
+    owners[hits.seen] = hits.owners
+    assert (owners[32, 32], owners[32, 16]) == (1, 0)
+    outside = cast(shapes(([40.0, 0, 0], [45.0, 0, 0], 1.0, 1.0)), CAMERA)
+    assert outside.points.shape == (3, 0)
+    left, right = ([-0.6, -4, 0], [-0.6, 4, 0], 1.5, 1.5), ([0.6, -4, 0], [0.6, 4, 0], 1.5, 1.5)
+    sideways = np.zeros((64, 64))
+    hits = cast(shapes(left, right), CAMERA)
+    sideways[hits.seen] = hits.normals[0]
+    assert np.abs(np.diff(sideways[32, 28:36])).max() < 0.3, "normals blend where capsules meet"
+
+
+@settings(deadline=None, max_examples=25)
+@given(labels, seeds)
+def test_hardly_any_of_the_hand_is_cut_off(label: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    upright = capsules(pose(label, random))
+    turn = Turn(0.0, 10.0, random.uniform(-40, 40))
+    hand = turned(upright, turn)
+    np.testing.assert_allclose(turn.undo(hand.starts.T).T, upright.starts, atol=1e-9)
+    camera = frame_hand(hand, random)
+    ends = np.concatenate([hand.starts, hand.ends])[np.tile(hand.parts != Part.ARM, 2)]
+    scale = camera.focal / (camera.distance - ends[:, 2:])
+    inside = (np.abs((ends[:, :2] - camera.centre) * scale) <= FRAME / 2).all(axis=1)
+    assert inside.mean() > 0.75
+    assert 0.02 < cast(hand, camera).seen.mean() < 0.85
+
+
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_the_shadow_falls_on_the_side_away_from_the_lamp(side: float) -> None:
+    camera = Camera(60.0, 60.0 * FRAME / 40.0, (0.0, 5.0), FRAME)
+    hits = cast(capsules(drawn(5, 3)), camera)
+    beside, front = (
+        light_on_wall(hits, lamp, camera, 8.0, np.random.default_rng(1))[0]
+        for towards in ([side, 0.0, 1.0], [0.0, 0.0, 1.0])
+        for lamp in [Light(unit(np.array(towards)), np.ones(3), np.zeros(3))]
+    )
+    lost = np.maximum(front - beside, 0.0).sum(axis=0)
+    assert ((lost * np.arange(SIDE)).sum() / lost.sum() - SIDE / 2) * side < -2.5
+
+
+def test_the_bytes_of_a_photo_are_the_same_on_every_machine() -> None:
+    photos = [draw((20, label, number)) for label in range(6) for number in range(2)]
+    for photo in photos:
+        assert (photo.shape, photo.dtype) == ((64, 64, 3), np.uint8)
+        assert photo.std() > 5
+        assert max((photo == 255).mean(), (photo == 0).mean()) < 0.7
+    content = b"".join(photo.tobytes() for photo in photos)
+    assert hashlib.sha256(content).hexdigest()[:16] == "ba290de966d110f7"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@settings(max_examples=25, deadline=None)
+@given(arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20), st.just(3))))
+def test_encoded_pictures_decode_to_themselves(picture: np.ndarray) -> None:
+    with Image.open(io.BytesIO(encode(picture))) as decoded:
+        assert (decoded.format, decoded.mode) == ("PNG", "RGB")
+        assert np.array_equal(np.asarray(decoded), picture)
+
+
+def test_a_sample_is_named_by_its_bytes_and_completed_where_it_is_damaged(tmp_path: Path) -> None:
+    folder, progress = tmp_path / "data", list[tuple[int, int, bool]]()
+    render_sample(folder, lambda _, *done: progress.append((*done, folder.exists())), per_class=7)
+    assert progress == [(done, 42, False) for done in range(1, 43)]
+    expected = {}  # rendered in one process, where the sample took several
+    for label in range(len(LABELS)):
+        for number in range(7):
+            content = encode(draw((20, label, number)))
+            name = hashlib.sha256(content).hexdigest()[:32]
+            expected[f"train/{label}/{name}.png"] = content
+    assert contents(folder) == expected
+    first, second = sorted(folder.rglob("*.png"))[:2]
+    first.unlink()
+    second.write_bytes(b"half")
+    render_sample(folder, per_class=7)
+    assert contents(folder) == expected
+    render_sample(tmp_path / "other", per_class=1, seed=21)
+    assert not contents(tmp_path / "other").keys() & expected.keys()
+
+
+@pytest.mark.parametrize("per_class", [2, 10], ids=["one process", "several"])
+def test_interrupted_rendering_leaves_nothing(tmp_path: Path, per_class: int) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        render_sample(tmp_path / "data", stop, per_class=per_class)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_photos_are_never_replaced(tmp_path: Path) -> None:
+    mine = tmp_path / "data" / "train" / "0" / "mine.jpg"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"a photo")
+    with pytest.raises(DataError, match=r"1 of 1 files in .*Move the folder away"):
+        render_sample(tmp_path / "data", per_class=1)
+    assert contents(tmp_path / "data") == {"train/0/mine.jpg": b"a photo"}
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
