@@ -1,4 +1,4 @@
-"""The verbs of the `handsigns` command."""
+"""The `handsigns` command: its errors and exit codes, photos, training, models and services."""
 
 import sys
 import traceback
@@ -8,14 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from flows import output
-from flows.keys import keys_app
-from flows.local.clients import (
-    HEARTBEAT_SECONDS,
-    point_prefect_at,
-    prepare_environment,
-    traffic_store,
-)
-from flows.look import Named, look_app
+from flows.local.clients import HEARTBEAT_SECONDS, prepare_environment, traffic_store
 from flows.output import (
     Json,
     echo,
@@ -25,6 +18,7 @@ from flows.output import (
     show_messages,
     shown_progress,
 )
+from flows.versions import keys_app, versions_app
 from tasks.errors import HandsignsError, SettingsError
 from tasks.stage import collect_rarely
 
@@ -37,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(look_app)
+app.add_typer(versions_app)
 app.add_typer(keys_app, name="keys")
 
 
@@ -68,20 +62,6 @@ def _fail(reason: str, code: int = 1) -> NoReturn:
     sys.exit(code)
 
 
-def _utf_8(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise typer.BadParameter(f"must be UTF-8 (received {text!a})") from None
-    return text
-
-
-def _version_number(text: str) -> int:
-    if not text.isdecimal():
-        raise typer.BadParameter(f"{text!r} is not a number. `handsigns versions` lists them.")
-    return int(text)
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
@@ -94,8 +74,6 @@ Model = Annotated[
     str,
     typer.Option(help="champion, challenger, a version's number, or the path of a release."),
 ]
-Number = Annotated[int, typer.Argument(help="A version's number.", parser=_version_number)]
-Reason = Annotated[str, typer.Option(help="Why; kept in the champion's history.", callback=_utf_8)]
 Version = Annotated[
     bool, typer.Option("--version", help="Print it.", callback=_print_version, is_eager=True)
 ]
@@ -190,8 +168,7 @@ def evaluate(
         classifier, name = workspace.classifier(model)
         from tasks.scoring.folder import evaluate_folder
 
-        report = evaluate_folder(classifier, folder, progress)
-    result = {"model": name, **report}
+        result = {"model": name, **evaluate_folder(classifier, folder, progress)}
     echo(json_, result, output.scores_listing(result))
 
 
@@ -221,81 +198,6 @@ def _photos_in(path: Path) -> list[Path]:
     if not found:
         raise HandsignsError(f"The folder '{path}' holds no photos. Name one that does.")
     return found
-
-
-@app.command()
-def reproduce(version: Named, json_: Json = False) -> None:
-    """Rebuild a release from its recorded code, data and parameters, and compare."""
-    with open_workspace() as workspace, shown_progress() as progress:
-        from flows.reproduce import reproduce as rebuild
-
-        found = rebuild(workspace, version, progress)
-    echo(json_, found.to_json(), found.describe())
-    if not found.identical:
-        raise typer.Exit(1)
-
-
-@app.command()
-def promote(
-    version: Number,
-    reason: Reason = "",
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Overrule failed checks; needs --reason, and is kept."),
-    ] = False,
-    json_: Json = False,
-) -> None:
-    """Make a version the champion."""
-    with open_workspace() as workspace:
-        from flows.run import show_move
-
-        move = workspace.promote(version, reason or ("" if force else "promoted by hand"), force)
-        show_move(workspace, move)
-    echo(json_, move.model_dump(mode="json"), move.describe())
-
-
-@app.command()
-def rollback(
-    reason: Reason = "rolled back by hand",
-    from_: Annotated[
-        str | None,
-        typer.Option("--from", help="Version to roll back from; another champion stays."),
-    ] = None,
-    json_: Json = False,
-) -> None:
-    """Return to the champion before the present one."""
-    with open_workspace() as workspace:
-        from flows.run import show_move
-
-        move = workspace.rollback(reason, expected=from_)
-        show_move(workspace, move)
-    echo(json_, move.model_dump(mode="json"), move.describe())
-
-
-@app.command("rebuild-registry")
-def rebuild_registry(json_: Json = False) -> None:
-    """Register the releases in storage that the registry lost."""
-    with open_workspace() as workspace:
-        added = workspace.rebuild_registry()
-    lines = [f"Version {one['version']} is release {one['release']}." for one in added]
-    echo(json_, {"added": added}, "\n".join(lines) or "The registry has every release.")
-
-
-@app.command()
-def prune(
-    keep: Annotated[int, typer.Option(min=0, help="Champions before the present one.")] = 5,
-    days: Annotated[float, typer.Option(min=0, help="Keep what is younger.")] = 30.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report.")] = False,
-    json_: Json = False,
-) -> None:
-    """Remove releases, cached photos and records of runs that nothing needs any more."""
-    with open_workspace() as workspace, shown_progress() as progress:
-        if api := workspace.services.prefect_named():
-            point_prefect_at(api, workspace.services.folder, workspace.settings)
-        from flows.prune import describe, remove_unneeded
-
-        found = remove_unneeded(workspace, keep, days, dry_run, progress)
-    echo(json_, found, describe(found))
 
 
 @app.command()
@@ -365,18 +267,16 @@ def deploy(
     json_: Json = False,
 ) -> None:
     """Register work pools, deployments and the crash automations with Prefect."""
-    workspace = open_workspace()
-    from flows.deploy import POOLS
-    from flows.deploy import deploy as register
-    from flows.local.stack import Services
+    with open_workspace() as workspace:
+        from flows.deploy import POOLS
+        from flows.deploy import deploy as register
 
-    project, settings = workspace.project, workspace.settings
-    if pool not in POOLS:
-        raise SettingsError(f"There is no work pool {pool!r}. Take one of {', '.join(POOLS)}.")
-    api = Services(settings, project.local.resolve()).prefect_named()
-    if api is None:
-        raise SettingsError(
-            "No Prefect server is known. Set PREFECT_API_URL, or run `handsigns up` first."
-        )
-    names = register(project, settings, api, pool, silence)
+        if pool not in POOLS:
+            raise SettingsError(f"There is no work pool {pool!r}. Take one of {', '.join(POOLS)}.")
+        api = workspace.services.prefect_named()
+        if api is None:
+            raise SettingsError(
+                "No Prefect server is known. Set PREFECT_API_URL, or run `handsigns up` first."
+            )
+        names = register(workspace.project, workspace.settings, api, pool, silence)
     echo(json_, {"api": api, "pool": pool, "deployments": names}, f"{', '.join(names)} on {pool}")

@@ -4,7 +4,6 @@ Prefect reads its address once, when it is imported; until `point_prefect_at` no
 """
 
 import asyncio
-import hashlib
 import json
 import os
 import socket
@@ -15,14 +14,12 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import yaml
-from pydantic import BaseModel
 
-from flows.local.clients import HEARTBEAT_SECONDS, TAG, local_credentials, point_prefect_at
+from flows.local.clients import HEARTBEAT_SECONDS, TAG, point_prefect_at
 from flows.local.servers import POOL
 from flows.settings import Settings
 from tasks.errors import BusyError, ServiceError, SettingsError, first_fault
@@ -49,45 +46,31 @@ LOST = (
 )
 
 
-def declared_deployments(project: Project) -> dict[str, Any]:
-    """Read `prefect.yaml`, and check what is used of it; `SettingsError` if it is wrong."""
-
-    class Deployment(BaseModel):
-        name: str
-        entrypoint: str
-        work_pool: dict[str, Any]
-
-    class PrefectFile(BaseModel):
-        deployments: list[Deployment]
-
-    path = project.root / FILE
-    with _readable(path):
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        PrefectFile.model_validate(content)
-    return dict(content)
+def declared_deployments(project: Project, pool: str = POOL) -> tuple[list[str], dict[str, Any]]:
+    """Names, `<flow>/<deployment>`, and content of `prefect.yaml` for this work pool."""
+    path, names = project.root / FILE, []
+    try:
+        content = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        for one in content["deployments"]:
+            names.append(f"{one['entrypoint'].rpartition(':')[2]}/{one['name']}")
+            one["work_pool"] = {**one["work_pool"], "name": pool}
+    except (OSError, ValueError, yaml.YAMLError, TypeError, LookupError) as error:
+        raise SettingsError(
+            f"'{path}' cannot be read ({first_fault(error)}). Correct it, or restore it from git."
+        ) from error
+    return names, content
 
 
 def pool_template(project: Project, kind: str) -> dict[str, Any]:
     """Return the base job template of a `process`, `docker` or `kubernetes` pool."""
     if kind != "process":
         path = project.root / "docker/pools" / f"{kind}.json"
-        with _readable(path):
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     from prefect.workers.process import ProcessWorker
 
     template = ProcessWorker.get_default_base_job_template()
     template["variables"]["properties"]["working_dir"]["default"] = str(project.root.resolve())
     return template
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, yaml.YAMLError, TypeError) as error:
-        raise SettingsError(
-            f"'{path}' cannot be read ({first_fault(error)}). Correct it, or restore it from git."
-        ) from error
 
 
 def deploy(
@@ -97,25 +80,18 @@ def deploy(
     pool: str = POOL,
     silence: float = SILENCE_SECONDS,
 ) -> list[str]:
-    """Register pools, deployments and automations, or bring them up to date.
+    """Register pools, deployments and automations; return the names of the deployments.
 
     `silence` is how many seconds without an event make a run count as crashed.
-
-    Returns:
-        Names of the deployments, `<flow>/<deployment>`.
     """
-    declared = declared_deployments(project)
-    for one in declared["deployments"]:
-        one["work_pool"] = {**one["work_pool"], "name": pool}
+    names, declared = declared_deployments(project, pool)
     point_prefect_at(api, project.local.resolve(), settings)
     templates = {name: pool_template(project, kind) for name, kind in POOLS.items()}
     with asking(api):
         asyncio.run(_register_pools(templates, _owner(project)))
         _deploy_flows(project, yaml.safe_dump(declared))
         asyncio.run(_register_automations(silence))
-    return [
-        f"{one['entrypoint'].rpartition(':')[2]}/{one['name']}" for one in declared["deployments"]
-    ]
+    return names
 
 
 @contextmanager
@@ -133,7 +109,7 @@ def asking(api: str) -> Iterator[None]:
 
 
 def check_owner(project: Project, settings: Settings, api: str) -> None:
-    """Raise `SettingsError` if another checkout's worker serves the work pool."""
+    """Refuse a work pool that another checkout has and serves: its runs would start there."""
     point_prefect_at(api, project.local.resolve(), settings)
     with asking(api):
         owner, served = asyncio.run(_pool_owner())
@@ -146,13 +122,11 @@ def check_owner(project: Project, settings: Settings, api: str) -> None:
 
 
 def _owner(project: Project) -> str:
-    """Describe a checkout so that its pool is not taken for another's."""
-    key = local_credentials(project.local.resolve()).access_key_id
-    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    return f"{project.root.resolve()} on {socket.gethostname()}, checkout {digest}"
+    return f"{project.root.resolve()} on {socket.gethostname()}"
 
 
 async def _pool_owner() -> tuple[str | None, bool]:
+    """The checkout that registered the process pool, and whether a worker serves it."""
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 
@@ -194,12 +168,12 @@ async def _register_pools(templates: dict[str, dict[str, Any]], owner: str) -> N
 
 
 def _deploy_flows(project: Project, declared: str) -> None:
-    with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary) / FILE
-        file.write_text(declared, encoding="utf-8")
+    with tempfile.NamedTemporaryFile("w", suffix=f"-{FILE}", encoding="utf-8") as file:
+        file.write(declared)
+        file.flush()
         command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
         done = subprocess.run(  # noqa: S603, the command is ours
-            [*command, "--prefect-file", str(file)],
+            [*command, "--prefect-file", file.name],
             cwd=project.root,
             env={**os.environ, "NO_COLOR": "1"},
             capture_output=True,
@@ -216,7 +190,7 @@ async def _register_automations(silence: float) -> None:
     from prefect.client.orchestration import get_client
     from prefect.events import AutomationCore
 
-    from flows.notify import UNHEARD
+    from flows.ui import UNHEARD
 
     kinds = (
         ("Mark silent runs as crashed", ["Running", "heartbeat", "Cancelling"], silence),
@@ -262,12 +236,11 @@ async def _register_automations(silence: float) -> None:
 def mark_lost_runs(project: Project, without_pool: bool) -> None:
     """Mark runs that a fresh local server shows as under way as crashed, and notify people.
 
-    Nothing is marked where a retrain of the checkout is under way; the automations see to it
-    then. With `without_pool` also those that a command line started, which on a database that
-    others use may be theirs.
+    Nothing is marked where a retrain of the checkout is under way. With `without_pool` also
+    those that a command line started, which on a database that others use may be theirs.
     """
-    from flows.notify import notify_bad_end
     from flows.run import retrain_lock
+    from flows.ui import notify_bad_end
 
     lost = []
     with suppress(BusyError), retrain_lock(project):

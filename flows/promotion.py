@@ -2,10 +2,8 @@
 
 import logging
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 from uuid import UUID
 
@@ -17,15 +15,12 @@ from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed
+from prefect.states import Completed
 from pydantic import Field
 
 from flows import ui
-from flows.notify import notify_people
-from flows.settings import Settings, load_settings
+from flows.settings import Settings
 from flows.workspace import Workspace
-from tasks.errors import HandsignsError
-from tasks.project import Project
 from tasks.releases.champion import Move
 from tasks.releases.comparison import PromotionDecision
 from tasks.services.mlflow import Version
@@ -75,7 +70,7 @@ def ask(settings: Settings, version: Version, decision: PromotionDecision) -> An
     question = f"{title}. Release `{version.content_id}`.\n\n{ui.comparison_text(decision)}"
     _log.info("Waiting for approval in the Prefect UI, %d s at most.", seconds)
     ui.rename_run(f"v{version.number} waits for approval")
-    notify_people(settings, f"handsigns: {title}", "It waits for approval.", ui.run_address())
+    ui.notify_people(settings, f"handsigns: {title}", "It waits for approval.", ui.run_address())
     ended, expired = threading.Event(), threading.Event()
     end = threading.Thread(
         target=_give_up, args=(UUID(str(flow_run.id)), seconds, ended, expired), daemon=True
@@ -120,7 +115,7 @@ def promote(version: int, reason: str, force: bool = False, by: str = "") -> Sta
         force: Promote it against the gate or a lost comparison; that is kept too.
         by: Who decides; the worker's user when left empty.
     """
-    return _move(lambda workspace: workspace.promote(version, reason, force, by or None))
+    return ui.state_of(lambda w: _moved(w, w.promote(version, reason, force, by or None)))
 
 
 @flow(name="rollback", flow_run_name="rollback")
@@ -132,16 +127,7 @@ def rollback(reason: str, by: str = "", expected: str = "") -> State[Any]:
         by: Who decides; the worker's user when left empty.
         expected: Version or release to roll back from; any other champion stays.
     """
-    return _move(lambda workspace: workspace.rollback(reason, by or None, expected or None))
-
-
-def _move(move: Callable[[Workspace], Move]) -> State[Any]:
-    ui.log_to_prefect()
-    try:
-        with Workspace(Project(Path.cwd()), load_settings()) as workspace:
-            return _moved(workspace, move(workspace))
-    except HandsignsError as error:
-        return Failed(name="Refused", message=str(error))
+    return ui.state_of(lambda w: _moved(w, w.rollback(reason, by or None, expected or None)))
 
 
 def _moved(workspace: Workspace, move: Move) -> State[Any]:

@@ -18,10 +18,7 @@ from tasks.releases.release import DATASET_INDEX, Release, publish
 from tasks.services.git import read_revision
 from tasks.services.mlflow import CHALLENGER, RunRecord, Version
 
-SOURCES = {
-    "sample": "The photos are the rendered sample set: drawn hands, not photographs.",
-    "photos": "The photos were imported.",
-}
+SPLITS = {"train", "val", "test", "synthetic"}
 
 _log = logging.getLogger(__name__)
 
@@ -30,17 +27,20 @@ def publish_release(run: Run) -> Release:
     """Upload the release of what the stages made, or find it there."""
     workspace, report = run.workspace, run.report
     project, params = workspace.project, load_params(workspace.project.params)
+    source = workspace.pipeline.data_source()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_json(folder / "labels.json", open_dataset(project.dataset).classes)
         card = model_card(
             metrics=read_json(project.metrics),
             gate=read_json(project.gate),
-            counts=report.data.model_dump(include={"train", "val", "test", "synthetic"}),
+            counts=report.data.model_dump(include=SPLITS),
             params=params.model_dump(),
             histories=histories(project, params),
             data_version=report.data.version,
-            data_note=SOURCES[workspace.pipeline.data_source() or "photos"],
+            data_note="The photos are the rendered sample set: drawn hands, not photographs."
+            if source == "sample"
+            else "The photos were imported.",
         )
         (folder / "model_card.md").write_text(card, encoding="utf-8")
         root = project.root
@@ -58,9 +58,8 @@ def register_release(run: Run, release: Release) -> Version:
     """Record the run in MLflow and register the model of its release as challenger."""
     from tasks.model.files import load_model
 
-    report, registry, project = run.report, run.workspace.registry, run.workspace.project
-    record = _record(run, release)
-    dataset = open_dataset(project.dataset)
+    registry, project = run.workspace.registry, run.workspace.project
+    record, dataset = _record(run, release), open_dataset(project.dataset)
     example = enlarge(dataset.images[dataset.rows("test")[:1]]).astype("float32")
     recorded = registry.record_run(
         record, project.model, lambda: load_model(project.model), example
@@ -68,7 +67,8 @@ def register_release(run: Run, release: Release) -> Version:
     tags = {"release_uri": release.uri}
     version = registry.register(recorded, release.id, tags, record.description)
     registry.set_alias(CHALLENGER, version.number)
-    report.model = ModelReport(name=registry.model_name, version=version.number, alias=CHALLENGER)
+    name = registry.model_name
+    run.report.model = ModelReport(name=name, version=version.number, alias=CHALLENGER)
     run.record = recorded.run_id
     return version
 
@@ -81,24 +81,10 @@ def record_rejected(run: Run) -> None:
         _log.warning("The rejected run is not in MLflow: %s", error)
 
 
-def name_run(run: Run) -> None:
-    """Name the run in MLflow by its outcome; log, don't raise, if that fails."""
-    if run.record is None:
-        return
-    try:
-        run.workspace.registry.name_run(run.record, run.report.headline())
-    except HandsignsError as error:
-        _log.warning("The run in MLflow is not named by its outcome: %s", error)
-
-
 def _record(run: Run, release: Release | None) -> RunRecord:
     report, project = run.report, run.workspace.project
-    params = load_params(project.params)
-    counts = report.data.model_dump(include={"train", "val", "test", "synthetic"})
-    described = (
-        f"Accuracy {report.test.accuracy}, loss {report.test.loss}, {report.data.describe()}."
-    )
-    failed = "; ".join(report.gate.failures())
+    params, failed = load_params(project.params), "; ".join(report.gate.failures())
+    scores = f"Accuracy {report.test.accuracy}, loss {report.test.loss}, {report.data.describe()}."
     tags = {
         "data_version": report.data.version,
         "git_revision": read_revision(project.root).commit,
@@ -110,9 +96,9 @@ def _record(run: Run, release: Release | None) -> RunRecord:
         content_id=release.id if release else None,
         params=params.model_dump(),
         name=f"retrain on data {report.data.version[:8]}",
-        description=described if release else f"Rejected: {failed}. {described}",
+        description=scores if release else f"Rejected: {failed}. {scores}",
         data_version=report.data.version,
-        photos=counts,
+        photos=report.data.model_dump(include=SPLITS),
         started=run.started,
         histories=histories(project, params),
         metrics={"test": read_json(project.metrics)},
@@ -120,3 +106,12 @@ def _record(run: Run, release: Release | None) -> RunRecord:
         files=[project.lock, project.params, project.data_file],
         tags={name: text for name, text in tags.items() if text},
     )
+
+
+def name_record(run: Run) -> None:
+    """Name the run in MLflow by its outcome; log, don't raise, if that fails."""
+    try:
+        if run.record:
+            run.workspace.registry.name_run(run.record, run.report.headline())
+    except HandsignsError as error:
+        _log.warning("The run in MLflow is not named by its outcome: %s", error)

@@ -11,10 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.provenance import RebuildComparison, compare_builds, environment
 from tasks.services.dvc import Pipeline, Remote, read_record
+from tasks.services.git import worktree
 from tasks.stage import Progress
 
 RECORDED = ("data.dvc", "dvc.lock", "params.yaml")
@@ -43,25 +43,6 @@ def reproduce(workspace: Workspace, name: str, progress: Progress) -> RebuildCom
         progress("check out", 1, 1)
         found = rebuild(workspace, folder, built, facts.get("environment"), progress)
     return found.of(release, revision, time.monotonic() - began)
-
-
-def rebuild(
-    workspace: Workspace, folder: Path, built: Project, then: Any, progress: Progress
-) -> RebuildComparison:
-    """Run every stage in a worktree and compare the results with the release in `folder`."""
-    for file in RECORDED:
-        shutil.copy(folder / file, built.root / file)
-    try:
-        stages = len(yaml.safe_load(built.lock.read_text(encoding="utf-8"))["stages"])
-    except (ValueError, LookupError, TypeError, yaml.YAMLError) as error:
-        raise ReleaseError(
-            f"The release's dvc.lock cannot be read ({type(error).__name__}). Check the release "
-            "with `handsigns verify`, or reproduce another version."
-        ) from error
-    _fetch_data(workspace, built)
-    built.lock.unlink()
-    _run_stages(built, stages, progress)
-    return compare_builds(folder, built, then, environment())
 
 
 def recorded_revision(facts: Mapping[str, Any], release: str) -> str:
@@ -85,20 +66,27 @@ def recorded_revision(facts: Mapping[str, Any], release: str) -> str:
 @contextmanager
 def checkout(project: Project, revision: str) -> Iterator[Project]:
     """Check a commit out into a temporary worktree, removed after the block."""
-    folder = Path(tempfile.mkdtemp(prefix="handsigns-reproduce-"))
-    tree = folder / "checkout"
-    git = ["git", "-C", str(project.root), "worktree"]
-    try:
-        done = _run([*git, "add", "--quiet", "--detach", str(tree), revision], project.root)
-        if done.returncode:
+    with ExitStack() as stack:
+        try:
+            tree = stack.enter_context(worktree(project.root, revision))
+        except HandsignsError as error:
             raise ReleaseError(
-                f"Git cannot check out revision {revision} ({_last_line(done.stdout)}). "
-                "Fetch it first: `git fetch --all`."
-            )
+                f"Revision {revision} cannot be checked out: run `git fetch --all` first. {error}"
+            ) from error
         yield Project(tree)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _run([*git, "prune"], project.root)
+
+
+def rebuild(
+    workspace: Workspace, folder: Path, built: Project, then: Any, progress: Progress
+) -> RebuildComparison:
+    """Run every stage in a worktree and compare the results with the release in `folder`."""
+    for file in RECORDED:
+        shutil.copy(folder / file, built.root / file)
+    _fetch_data(workspace, built)
+    stages = yaml.safe_load(built.lock.read_text(encoding="utf-8"))["stages"]
+    built.lock.unlink()
+    _run_stages(built, len(stages), progress)
+    return compare_builds(folder, built, then, environment())
 
 
 def _fetch_data(workspace: Workspace, built: Project) -> None:
@@ -115,11 +103,11 @@ def _fetch_data(workspace: Workspace, built: Project) -> None:
                     break
         else:
             sample = [str(Path(sys.executable).with_name("handsigns")), "sample"]
-            if not record or record.source != "sample" or _run(sample, built.root).returncode:
-                version = record and record.version
+            rendered = record and record.source == "sample"
+            if not rendered or subprocess.run(sample, env=_environment(built.root)).returncode:  # noqa: S603
                 raise ServiceError(
-                    f"Photos of version {version} are not available ({reason}). Set "
-                    "HANDSIGNS_DVC_REMOTE_URL to where they were pushed."
+                    f"Photos of version {record and record.version} are not available ({reason}). "
+                    "Set HANDSIGNS_DVC_REMOTE_URL to where they were pushed."
                 )
     downloaded = workspace.project.local / "backbone"
     if downloaded.is_dir():  # the npm package, whose digest is pinned
@@ -128,7 +116,7 @@ def _fetch_data(workspace: Workspace, built: Project) -> None:
 
 def _run_stages(built: Project, count: int, progress: Progress) -> None:
     """Run every stage in a process of its own."""
-    lines: list[str] = []
+    last, done = "no output", 0
     with subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro", "--force", "--no-run-cache"],
         cwd=built.root,
@@ -140,9 +128,8 @@ def _run_stages(built: Project, count: int, progress: Progress) -> None:
         start_new_session=True,
     ) as process:
         try:
-            done = 0
             for line in process.stdout or ():
-                lines = [*lines[-30:], line]
+                last = line.strip() or last
                 if line.startswith("Running stage"):
                     progress(f"rebuild {line.split(chr(39))[1]}", done, count)
                     done += 1
@@ -152,23 +139,10 @@ def _run_stages(built: Project, count: int, progress: Progress) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         raise StageError(
-            f"The release cannot be rebuilt ({_last_line(''.join(lines))}). See whether the "
+            f"The release cannot be rebuilt ({last[:300].rstrip('.')}). See whether the "
             "libraries of its revision are installed."
         )
     progress("rebuilt", count, count)
-
-
-def _run(command: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(  # noqa: S603, git and our own interpreter
-        command,
-        cwd=folder,
-        env=_environment(folder),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        check=False,
-    )
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -180,8 +154,3 @@ def _environment(folder: Path) -> dict[str, str]:
         "DVC_NO_ANALYTICS": "1",
         "DVC_GLOBAL_CONFIG_DIR": str(folder / ".dvc" / "tmp"),
     }
-
-
-def _last_line(said: str) -> str:
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return lines[-1][:300].rstrip(".") if lines else "no output"

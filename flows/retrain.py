@@ -17,16 +17,9 @@ from prefect.states import Cancelled, Completed, Failed
 
 from flows import publish, ui
 from flows.dask import shard_runner
-from flows.notify import notify_bad_end
 from flows.output import progress_lines
 from flows.promotion import ask
-from flows.report import (
-    data_changes,
-    log_run,
-    quarantined,
-    read_stages,
-    write_report,
-)
+from flows.report import data_changes, log_run, quarantined, read_stages, write_report
 from flows.run import Run, command, find_unchanged, preflight, retrain_lock, save_last_run
 from flows.settings import load_settings
 from flows.workspace import Workspace
@@ -83,8 +76,8 @@ def step(name: str) -> Callable[[Step[P, T]], Task[Concatenate[Run, P], T]]:
 @flow(
     name="retrain",
     flow_run_name=lambda: f"retrain {date.today().isoformat()}",
-    on_failure=[notify_bad_end],
-    on_crashed=[notify_bad_end],
+    on_failure=[ui.notify_bad_end],
+    on_crashed=[ui.notify_bad_end],
 )
 def retrain(force: bool = False) -> State[Any]:
     """Bring the model up to date and promote it if it is sound and no worse.
@@ -135,7 +128,7 @@ def _conduct(run: Run) -> State[Any]:
             log_run(report, project)
         bad = report.status in ("failed", "rejected")
         _log.log(logging.ERROR if bad else logging.INFO, "%s: %s", report.status, report.reason)
-        publish.name_run(run)
+        publish.name_record(run)
         ui.show_summary(project, report)
         ui.rename_run(report.headline())
     if report.status == "cancelled":
@@ -183,9 +176,7 @@ def _train(run: Run) -> None:
         outcomes[name] = stage(run, name)
         if name == "preprocess":
             report.data.changes = data_changes(project, former, since)
-            ui.show_photos(project, report.data.changes)
     read_stages(project, load_params(project.params), report, outcomes.get("features") == "ran")
-    ui.show_gate(report)
     check_trained_on(project, report.data.version)
     if branch := workspace.settings.git_push:
         commit_versions(run, branch)

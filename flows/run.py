@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,7 +20,7 @@ from flows.report import ModelReport, RunReport, Status, log_run, quarantined, w
 from flows.workspace import Workspace
 from tasks.errors import BusyError, HandsignsError, ServiceError, SettingsError
 from tasks.io import read_json, sha256, write_json
-from tasks.params import Params, load_params
+from tasks.params import load_params
 from tasks.project import Project
 from tasks.releases.champion import Move
 from tasks.services.git import read_revision
@@ -77,7 +76,7 @@ def retrain(workspace: Workspace, force: bool, progress: Progress) -> RunReport:
 
 def _fail(run: Run, reason: str) -> None:
     """Report what failed outside of the flow; an outcome of the flow stands."""
-    from flows.notify import notify_people
+    from flows.ui import notify_people
 
     title = "retrain failed before it began"
     if run.report.reason:
@@ -127,62 +126,29 @@ def signals_interrupt() -> Iterator[None]:
 
 def preflight(workspace: Workspace) -> None:
     """Refuse a retrain that cannot end well, before anything is started or changed."""
-    check_one_worker(load_params(workspace.project.params))
+    load_params(workspace.project.params)
     workspace.trust.check_signer()
     _check_approval(workspace)
     check_reachable(workspace.settings)
-    _has_registry(workspace)
     workspace.pipeline.stages()
     if problem := read_revision(workspace.project.root).problem:
         _log.warning("Releases of this run name no commit and cannot be rebuilt: %s.", problem)
 
 
-def check_one_worker(params: Params) -> None:
-    """Reject a multi-worker TF_CONFIG; a retrain uses one worker."""
-    if params.training.mode != "end_to_end":
-        return
-    from tasks.training.end_to_end import named_workers
-
-    workers = named_workers()
-    if len(workers) > 1:
-        raise SettingsError(
-            f"A retrain trains in one process, and TF_CONFIG names {len(workers)} workers "
-            f"({', '.join(workers)}). Run `dvc repro` on each of them, then unset TF_CONFIG and "
-            "retrain on one: it finds the stages done."
-        )
-
-
 def _check_approval(workspace: Workspace) -> None:
     """Approval needs services that outlive the run, or nobody could answer."""
-    settings = workspace.settings
-    if settings.promotion != "approval":
-        return
-    running = find_running(workspace.services.folder)
+    settings, running = workspace.settings, find_running(workspace.services.folder)
     addresses = {
         "PREFECT_API_URL": workspace.services.prefect_named(),
         "HANDSIGNS_S3_ENDPOINT_URL": settings.s3_endpoint_url or (running and running.s3),
     }
     missing = [name for name, address in addresses.items() if address is None]
-    if missing:
+    if settings.promotion == "approval" and missing:
         raise SettingsError(
             f"HANDSIGNS_PROMOTION=approval cannot be used without {' and '.join(missing)}: "
             "a run that waits for approval needs services that others can reach meanwhile. Set "
             "them, start the service with `handsigns up`, or use HANDSIGNS_PROMOTION=auto."
         )
-
-
-def _has_registry(workspace: Workspace) -> bool:
-    """Whether there is a registry; `ServiceError` if its local file is no database."""
-    if workspace.settings.mlflow_tracking_uri or workspace.settings.database_url:
-        return True
-    path = workspace.project.local / SQLITE["mlflow"]
-    head = path.read_bytes()[: len(MAGIC)] if path.exists() else b""
-    if head not in (b"", MAGIC):
-        raise ServiceError(
-            f"'{path}' is damaged: it is no SQLite database. Move it away and run `handsigns "
-            "rebuild-registry`, which registers the releases in storage anew."
-        )
-    return bool(head)
 
 
 def find_unchanged(workspace: Workspace) -> RunReport | None:
@@ -192,20 +158,18 @@ def find_unchanged(workspace: Workspace) -> RunReport | None:
     """
     project, pipeline = workspace.project, workspace.pipeline
     version, report = pipeline.data_version(), last_run(project)
-    if report is None:
-        return None
-    before = read_json(_last_run(project)).get("inputs") or {}
-    if any(before.get(name) != value for name, value in _inputs(workspace).items()):
+    if report is None or read_json(_last_run(project)).get("inputs") != _inputs(workspace):
         return None
     if report.data.version != version or not project.data.is_dir() or pipeline.changed():
         return None
     if (inbox := workspace.inbox()) and inbox.new:
         return None
-    if report.status != "rejected" and not _is_registered(workspace):
-        return None
-    outcome = f"data, parameters and code are those of version {report.model.version}."
     if report.status == "rejected":
         outcome = f"the last run was rejected: {report.reason}"
+    elif _is_registered(workspace):
+        outcome = f"data, parameters and code are those of version {report.model.version}."
+    else:
+        return None
     report.data.quarantined = quarantined(project)
     changes = {"status": "unchanged", "reason": f"Nothing changed; {outcome}", "seconds": {}}
     return report.model_copy(update=changes)
@@ -213,21 +177,26 @@ def find_unchanged(workspace: Workspace) -> RunReport | None:
 
 def _is_registered(workspace: Workspace) -> bool:
     """Whether champion and registry still are what the last run left, or were repaired."""
-    if not _has_registry(workspace):
-        return False
-    if workspace.settings.s3_endpoint_url is None and not workspace.alias_pending.exists():
-        return True
+    settings, registry = workspace.settings, workspace.project.local / SQLITE["mlflow"]
+    if not (settings.mlflow_tracking_uri or settings.database_url):
+        head = registry.read_bytes()[: len(MAGIC)] if registry.exists() else b""
+        if head != MAGIC:
+            return False
+    if settings.s3_endpoint_url is None:
+        if not _store_mark(workspace.project).exists():
+            return False
+        if not workspace.alias_pending.exists():
+            return True
     return workspace.champion() is not None and workspace.repair_alias()
 
 
 def save_last_run(workspace: Workspace, report: RunReport) -> None:
     """Remember how a run ended, for `find_unchanged`; log, don't raise, if that fails."""
-    store = _store_id(workspace.project)
+    content = {"inputs": _inputs(workspace), "report": report.model_dump(mode="json")}
+    mark = _store_mark(workspace.project)
     try:
-        if workspace.settings.s3_endpoint_url is None and not store.exists():
-            store.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            store.write_text(uuid.uuid4().hex, encoding="utf-8")
-        content = {"inputs": _inputs(workspace), "report": report.model_dump(mode="json")}
+        mark.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        mark.touch()
         write_json(_last_run(workspace.project), content)
     except OSError as error:
         _log.warning("The next run will not know that nothing changed (%s).", error)
@@ -244,33 +213,24 @@ def last_run(project: Project) -> RunReport | None:
 
 def _inputs(workspace: Workspace) -> dict[str, Any]:
     """What a run is made of and where its results go, without any secret."""
-    project, settings = workspace.project, workspace.settings
-    store = _store_id(project)
-    registry = settings.mlflow_tracking_uri
-    if registry is None:
-        running = find_running(project.local.resolve())
-        if running and running.mlflow:  # its worker's runs do not know the database
-            registry = running.database
-        elif settings.database_url:
-            registry = settings.database_url.get_secret_value()
+    settings, running = workspace.settings, find_running(workspace.project.local.resolve())
+    # Runs of the worker of `up` do not know the database; both name the same one.
+    database = settings.database_url and settings.database_url.get_secret_value()
+    registry = settings.mlflow_tracking_uri or (running and running.database) or database
     keys = [*settings.public_keys, *filter(None, [settings.signing_key])]
-    targets = {"dvc_remote": redact_url(settings.dvc_remote_url or ""), "branch": settings.git_push}
+    files = [workspace.project.lock, *keys]
     return {
-        **{name: target for name, target in targets.items() if target},  # one less needs no run
-        "lock": _digest(project.lock),
-        "storage": settings.s3_endpoint_url or (store.read_bytes().hex() if store.exists() else ""),
+        "files": [sha256(path) if path.is_file() else None for path in files],
+        "storage": settings.s3_endpoint_url,
         "bucket": settings.bucket,
         "registry": redact_url(registry or ""),
         "model": settings.model_name,
-        "keys": [_digest(key) for key in keys],
+        "dvc_remote": redact_url(settings.dvc_remote_url or ""),
+        "branch": settings.git_push,
     }
 
 
-def _digest(path: Path) -> str | None:
-    return sha256(path) if path.is_file() else None
-
-
-def _store_id(project: Project) -> Path:
+def _store_mark(project: Project) -> Path:
     """Lies among the local storage's files, so that it is removed with them."""
     return project.local / "seaweedfs" / "handsigns.id"
 
@@ -331,10 +291,8 @@ def show_move(workspace: Workspace, move: Move) -> None:
     except Exception as error:  # of many kinds, all of Prefect's client
         status = getattr(getattr(error, "response", None), "status_code", type(error).__name__)
         _log.warning(
-            "Prefect at %s cannot be used (%s); its UI lacks this move. %s.",
-            redact_url(api),
-            status,
-            advice(error),
+            f"Prefect at {redact_url(api)} cannot be used ({status}); its UI lacks this move. "
+            f"{advice(error)}."
         )
 
 

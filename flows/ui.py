@@ -1,22 +1,28 @@
-"""What the Prefect UI shows of a run: its name and artifacts.
+"""What people see of a run in Prefect: its name, state and artifacts; and notifications.
 
-Everything here is best effort: an error of Prefect's is logged once and fails no run.
+Artifacts are best effort: an error of Prefect's is logged once and fails no run.
 """
 
 import base64
 import html
 import logging
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
+from prefect.states import Failed
 
-from flows.report import DataChanges, RunReport
+from flows.report import RunReport
+from flows.settings import Settings, load_settings
 from flows.workspace import Workspace
+from tasks.errors import HandsignsError, SettingsError
 from tasks.gate import shown, shown_interval
 from tasks.io import read_json
 from tasks.project import Project
@@ -24,9 +30,17 @@ from tasks.releases.card import table
 from tasks.releases.champion import METRICS
 from tasks.releases.comparison import PromotionDecision
 from tasks.scoring.drift import Drift
+from tasks.services.notify import notify
+
+if TYPE_CHECKING:
+    from prefect import Flow
+    from prefect.client.schemas.objects import Flow as KnownFlow
+    from prefect.client.schemas.objects import FlowRun
 
 MOST_PHOTOS = 50
 """Photos in the comparison that the two models read differently."""
+UNHEARD = "Nothing was heard of this run"
+"""Start of the message of a state that the crash automations set."""
 
 _log = logging.getLogger(__name__)
 _failed = False
@@ -50,6 +64,16 @@ def log_to_prefect() -> None:
         logging.getLogger(name).setLevel(logging.INFO)
 
 
+def state_of(act: Callable[[Workspace], State[Any]]) -> State[Any]:
+    """Act in the checkout of this folder; a refusal is a state with its reason."""
+    log_to_prefect()
+    try:
+        with Workspace(Project(Path.cwd()), load_settings()) as workspace:
+            return act(workspace)
+    except HandsignsError as error:
+        return Failed(name="Refused", message=str(error))
+
+
 def rename_run(name: str) -> None:
     """Rename the present flow run."""
 
@@ -66,57 +90,87 @@ def run_address() -> str | None:
     return str(flow_run.ui_url) if flow_run.get_id() else None
 
 
+def notify_people(settings: Settings, title: str, reason: str, link: str | None = None) -> bool:
+    """Send a message to the addresses in `HANDSIGNS_NOTIFY_URLS`; whether all of them took it."""
+    if settings.notify_urls is None:
+        return False
+    where = link or f"Look at artifacts/run.json on {socket.gethostname()}."
+    return notify(settings.notify_urls.get_secret_value(), title, f"{reason}\n{where}")
+
+
+def notify_bad_end(
+    flow: "Flow[..., Any] | KnownFlow", flow_run: "FlowRun", state: "State[Any]"
+) -> None:
+    """Prefect's hook for a run that failed, was rejected, or crashed.
+
+    The run's own process calls it, the worker if that process was killed, or
+    `notify_crash` if the worker is gone too.
+    """
+    from prefect.utilities.urls import url_for
+
+    try:
+        settings = load_settings()
+    except SettingsError as error:
+        _log.warning("No notification was sent: %s", error)
+        return
+    ended = (state.name or state.type.value).lower()
+    reason = state.message or "No reason was given."
+    notify_people(settings, f"handsigns: {flow.name} {ended}", reason, url_for(flow_run))
+
+
+@flow(name="notify-crash", flow_run_name="notify of {run}")
+def notify_crash(run: str) -> None:
+    """Send the notification for a run that is marked as crashed.
+
+    Args:
+        run: The run's resource, `prefect.flow-run.<id>`.
+    """
+    with get_client(sync_client=True) as client:
+        crashed = client.read_flow_run(UUID(run.rpartition(".")[2]))
+        silent = client.read_flow(crashed.flow_id)
+    # A heartbeat that overtakes a run's last state sets the automations off as well; such a
+    # run has said itself how it ended.
+    state = crashed.state
+    if state and state.is_crashed() and (state.message or "").startswith(UNHEARD):
+        notify_bad_end(silent, crashed, state)
+
+
 def show_summary(project: Project, report: RunReport) -> None:
-    """The outcome at a glance: verdict, scores, phases, and the plots of this run."""
-    text = f"## {html.escape(report.headline())}\n\n{_table(('', ''), report.facts())}"
+    """The outcome at a glance: verdict, gate, photos that changed, phases, labels and plots."""
+    text = [f"## {html.escape(report.headline())}\n", _table(("", ""), report.facts())]
+    if report.gate.checks:
+        checks = [
+            (
+                check["name"],
+                check["value"],
+                check["limit"],
+                shown_interval(check.get("interval")),
+                "passed" if check["passed"] else f"FAILED {check.get('detail') or ''}",
+            )
+            for check in sorted(report.gate.checks, key=lambda check: bool(check["passed"]))
+        ]
+        heads = ("check", "value", "limit", "interval", "verdict")
+        text += ["\n### Gate\n", _table(heads, checks)]
+    if changes := report.data.changes:
+        since = f"version {changes.since}" if changes.since else "the beginning: no champion yet"
+        changed = [[label, *numbers.values()] for label, numbers in changes.per_class.items()]
+        text += [
+            f"\n### Photos since {since}\n",
+            _table(("sign", "before", "added", "removed", "now"), changed),
+            f"\n{changes.relabelled} photos got another label.",
+        ]
+        warnings = (read_json(project.audit) or {}).get("warnings", ())
+        text += [f"- **{html.escape(warning)}**" for warning in warnings]
     if report.phases:
         names = ("name", "images", "epochs", "seconds", "val_accuracy", "val_loss")
         phases = [[getattr(phase, name) for name in names] for phase in report.phases]
         scores = ("label", "precision", "recall", "f1", "support")
         classes = [[row.get(name) for name in scores] for row in report.test.per_class]
-        text += f"\n\n{_table(('phase', *names[1:]), phases)}\n\n{_table(scores, classes)}"
-        plots = ("curves", "confusion", "mistakes")
-        text += "".join(_picture(project.plots / f"{name}.png") for name in plots)
-    _markdown("summary", report.headline(), text)
-
-
-def show_photos(project: Project, changes: DataChanges) -> None:
-    """The photos: counts, exclusions, warnings, and what changed since the champion."""
-    audit = read_json(project.audit)
-    counts = audit["counts"]
-    labels = sorted(next(iter(counts.values())))
-    rows = [[folder, *(by_label[label] for label in labels)] for folder, by_label in counts.items()]
-    since = f"version {changes.since}" if changes.since else "the beginning: no champion yet"
-    changed = [[label, *numbers.values()] for label, numbers in changes.per_class.items()]
-    lines = [
-        f"## Photos\n\n{_table(('folder', *labels), rows)}\n",
-        f"- {audit['photos']} photos, {audit['duplicates']} of them near-duplicates of another",
-        f"- {len(audit['excluded'])} excluded from training",
-        *(f"- **{html.escape(warning)}**" for warning in audit["warnings"]),
-        f"\n## What changed since {since}\n",
-        _table(("sign", "before", "added", "removed", "now"), changed),
-        f"\n{changes.relabelled} photos got another label.",
-        _picture(project.plots / "audit.png"),
-    ]
-    what = f"The photos: {changes.added} added, {changes.removed} removed."
-    _markdown("audit", what, "\n".join(lines))
-
-
-def show_gate(report: RunReport) -> None:
-    """Each check with value, limit and verdict, failures first."""
-    rows = [
-        (
-            check["name"],
-            check["value"],
-            check["limit"],
-            shown_interval(check.get("interval")),
-            "passed" if check["passed"] else f"FAILED {check.get('detail') or ''}",
-        )
-        for check in sorted(report.gate.checks, key=lambda check: bool(check["passed"]))
-    ]
-    verdict = "The gate passed." if report.gate.passed else "The gate rejected this model."
-    heads = ("check", "value", "limit", "interval", "verdict")
-    _markdown("gate", verdict, _table(heads, rows))
+        text += ["\n### Training\n", _table(("phase", *names[1:]), phases)]
+        text += ["\n### Test\n", _table(scores, classes)]
+        plots = ("curves", "confusion", "mistakes", "audit")
+        text += [_picture(project.plots / f"{name}.png") for name in plots]
+    _markdown("summary", report.headline(), "\n".join(text))
 
 
 def show_comparison(decision: PromotionDecision) -> None:
@@ -124,11 +178,11 @@ def show_comparison(decision: PromotionDecision) -> None:
     _markdown("comparison", "Champion and challenger.", comparison_text(decision))
 
 
-def show_drift(found: Sequence[Drift], said: str, picture: Path) -> None:
+def show_drift(found: Sequence[Drift], said: str) -> None:
     """What production sees beside what the champion was validated on."""
     heads = ("compared", "verdict", "value", "limit", "samples")
     rows = [(one.name, one.verdict, one.value, one.limit, one.samples) for one in found]
-    _markdown("drift", said, _table(heads, rows) + _picture(picture))
+    _markdown("drift", said, _table(heads, rows))
 
 
 def show_history(workspace: Workspace) -> None:
@@ -156,9 +210,9 @@ def show_history(workspace: Workspace) -> None:
 
 def comparison_text(decision: PromotionDecision) -> str:
     """The comparison in Markdown, for the UI and for the request for approval."""
-    lines = ["## Challenger and champion", "", html.escape(decision.reason)]
+    text = f"## Challenger and champion\n\n{html.escape(decision.reason)}"
     if decision.comparison is None:
-        return "\n".join(lines)
+        return text
     found = decision.comparison.to_json()
     before, after = found["champion"], found["challenger"]
     names = ("label", "support", "champion", "challenger", "change")
@@ -166,23 +220,20 @@ def comparison_text(decision: PromotionDecision) -> str:
     names = ("name", "label", "champion", "challenger", "now")
     photos = [[row[name] for name in names] for row in found["changed"][:MOST_PHOTOS]]
     more = len(found["changed"]) - len(photos)
-    lines += [
-        "",
-        f"McNemar's exact test: {found['won']} photos only the challenger has right, "
-        f"{found['lost']} only the champion, p = {found['p_value']:.3g}: "
-        f"**{found['verdict']}**.",
-        "",
-        _table(
-            (f"{before['n']} photos", "champion", "challenger"),
-            [(name, before[name], after[name]) for name in METRICS],
-        ),
-        "\n### Recall of each sign\n",
-        _table(("sign", "photos", "champion", "challenger", "change"), recalls),
-        f"\n### {len(found['changed'])} photos changed verdict\n",
-        _table(("photo", "sign", "champion read", "challenger reads", "now"), photos),
-        f"\nand {more} more." if more else "",
-    ]
-    return "\n".join(lines)
+    scores = [(name, before[name], after[name]) for name in METRICS]
+    return "\n".join(
+        [
+            f"{text}\n\nMcNemar's exact test: {found['won']} photos only the challenger has right, "
+            f"{found['lost']} only the champion, p = {found['p_value']:.3g}: "
+            f"**{found['verdict']}**.\n",
+            _table((f"{before['n']} photos", "champion", "challenger"), scores),
+            "\n### Recall of each sign\n",
+            _table(("sign", "photos", "champion", "challenger", "change"), recalls),
+            f"\n### {len(found['changed'])} photos changed verdict\n",
+            _table(("photo", "sign", "champion read", "challenger reads", "now"), photos),
+            f"\nand {more} more." if more else "",
+        ]
+    )
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -224,7 +224,7 @@ def test_prefect_and_mlflow_show_a_run_and_its_version(
     log_in(browser, address, prefect_api.login)
     open_run(browser, address, run["id"])
     shown = text(browser)
-    for name in (run["name"], "Promoted", "summary", "audit", "gate", "comparison"):
+    for name in (run["name"], "Promoted", "summary", "comparison"):
         assert name in shown
 
     open_version(browser, mlflow_server.url, mlflow_server.login, "seen", version)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from flows.local.processes import choose_ports
-from tasks.errors import SettingsError
 from tasks.model.files import read_weights
 from tasks.project import Project
 from tasks.stage import Context
@@ -94,19 +93,6 @@ def test_a_config_that_names_nobody_has_no_workers(
 ) -> None:
     monkeypatch.setenv("TF_CONFIG", broken)
     assert named_workers() == []
-
-
-def test_a_retrain_does_not_wait_for_workers_that_only_a_stage_can_join(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from flows.run import check_one_worker
-
-    params = plain_context(Path()).params
-    monkeypatch.setenv("TF_CONFIG", config(["127.0.0.1:1", "127.0.0.1:2"], 0))
-    with pytest.raises(SettingsError, match=r"names 2 workers \(127.0.0.1:1, 127.0.0.1:2\)"):
-        check_one_worker(params)
-    cached = params.training.model_copy(update={"mode": "cached"})
-    check_one_worker(params.model_copy(update={"training": cached}))
 
 
 def config(addresses: list[str], number: int) -> str:

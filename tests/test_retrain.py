@@ -1,38 +1,44 @@
-"""The whole workflow as a person runs it: real DVC, Prefect, MLflow and S3 on loopback."""
+"""The workflow as a person runs it: real DVC, Prefect, MLflow and S3 on loopback."""
 
 import json
+import shutil
+import signal
 import sqlite3
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from flows.local.stack import embedded
 from flows.report import RunReport
 from flows.settings import Settings
 from tasks.params import load_params
+from tasks.services.dvc import check_trained_on
 from tasks.services.s3 import Storage
-from tests.fixtures.checkouts import Workshop, make_checkout
+from tests.fixtures.checkouts import BIN, Workshop, make_checkout
 from tests.fixtures.photos import CHECKOUT, write_photos
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.receiver import receiving
 from tests.fixtures.service import Clients, serving
 from tests.fixtures.trained import PER_CLASS, Trained
 
+SECRET = "sentinel-do-not-show"
+REMOTE = {"HANDSIGNS_DVC_REMOTE_URL": "s3://dvc/photos"}
+
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """A checkout with imported photos and a champion of them."""
-    folder = tmp_path_factory.mktemp("retrain")
-    made = make_checkout(folder / "checkout")
-    report = made.handsigns("import", write_photos(folder / "photos", PER_CLASS))
-    assert report["taken"]["train"] == dict.fromkeys("012345", PER_CLASS)
-    first = made.handsigns("retrain", fresh=True, HANDSIGNS_DVC_REMOTE_URL="s3://dvc/photos")
-    assert first["status"] == "promoted", first["reason"]
-    (folder / "first.json").write_text(json.dumps(first))
+def workshop(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """A checkout whose first retrain made a champion, on servers that started for it."""
+    made = trained.checkout(tmp_path_factory.mktemp("retrain") / "checkout")
+    made.handsigns("import", trained.photos)
+    made.handsigns("retrain", fresh=True, **REMOTE)
+    shutil.copy(made.project.run, made.project.root.parent / "first.json")
     return made
 
 
@@ -43,93 +49,84 @@ def first(workshop: Workshop) -> RunReport:
     return RunReport.model_validate_json(path.read_text())
 
 
-@pytest.fixture(scope="module")
-def clients(workshop: Workshop) -> Iterator[Clients]:
-    """A service of the same checkout, as a person starts it, that is asked all the while."""
-    beside = serving(workshop.project.root, HANDSIGNS_SERVE_FOLLOW_SECONDS="")
-    with beside as service, Clients(service).asking() as asked:
-        asked.seconds_until(1)
-        yield asked
+def query(workshop: Workshop, sql: str) -> list[str]:
+    with sqlite3.connect(workshop.project.local / "prefect/prefect.db") as database:
+        return [value for (value,) in database.execute(sql)]
 
 
-def test_the_first_run_is_promoted_and_tells_all(workshop: Workshop, first: RunReport) -> None:
-    assert first.data.train + first.data.val + first.data.test == 120
-    assert [phase.name for phase in first.phases] == ["base", "fine_tune", "full"]
-    assert all(phase.seconds > 0 and phase.epochs == 3 for phase in first.phases)
+def registry(workshop: Workshop) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{workshop.project.local / 'mlflow.db'}")
+
+
+def runs_of(workshop: Workshop) -> dict[str, Any]:
+    client = registry(workshop)
+    experiment = client.get_experiment_by_name("hand-signs")
+    return {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def stored_in(workshop: Workshop, bucket: str = "artifacts") -> dict[str, str]:
+    """The etags of all that a bucket holds, by key."""
+    with embedded(Settings(), workshop.project) as services:
+        storage = Storage(replace(services.s3(), bucket=bucket))
+        return {one.key: one.etag for one in storage.list("")}
+
+
+def test_the_first_run_is_promoted_and_recorded_everywhere(
+    workshop: Workshop, first: RunReport
+) -> None:
+    assert (first.status, first.model.version, first.model.alias) == ("promoted", 1, "champion")
+    assert first.data.train + first.data.val + first.data.test == 6 * PER_CLASS
+    assert [(one.name, one.epochs) for one in first.phases] == [
+        ("base", 3),
+        ("fine_tune", 3),
+        ("full", 3),
+    ]
     assert first.features.computed == first.data.train * 2 + first.data.val + first.data.synthetic
     assert first.gate.passed
-    assert first.model.version == 1
-    assert first.model.alias == "champion"
     assert first.release.uri == f"s3://artifacts/releases/{first.release.id}/"
     stages = {"audit", "preprocess", "backbone", "features", "train@base", "evaluate", "gate"}
-    assert stages | {"fetch", "version", "publish", "register", "promote"} < set(first.seconds)
+    steps = stages | {"fetch", "version", "publish", "register", "promote"}
+    assert steps < set(first.seconds)
     for name in ("audit", "curves", "confusion", "roc_pr", "mistakes"):
         picture = (workshop.project.plots / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
-
-
-def test_local_servers_keep_the_photos_the_tasks_and_what_was_found(workshop: Workshop) -> None:
-    with embedded(Settings(), workshop.project) as services:
-        pushed = Storage(replace(services.s3(), bucket="dvc")).list("photos/files/md5/")
-        assert len(list(pushed)) == 6 * PER_CLASS + 1
-    with sqlite3.connect(workshop.project.local / "prefect/prefect.db") as database:
-        tasks = {name for (name,) in database.execute("select name from task_run")}
-        shown = {key for (key,) in database.execute("select key from artifact")}
-        runs = [name for (name,) in database.execute("select name from flow_run")]
-    assert {"fetch", "version", "audit", "train@full", "gate", "publish", "promote"} <= tasks
-    assert shown == {"summary", "audit", "gate", "comparison", "champion-history"}
-    assert all(name.startswith("v1 promoted: accuracy ") for name in runs)
-
-
-def test_mlflow_keeps_one_run_with_its_curves_files_and_model(
-    workshop: Workshop, first: RunReport
-) -> None:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{workshop.project.local / 'mlflow.db'}")
+    # The DVC remote has the photos, and Prefect tasks, artifacts and a name that says it all.
+    assert len(stored_in(workshop, "dvc")) == 6 * PER_CLASS + 1
+    assert steps < set(query(workshop, "select name from task_run"))
+    shown = set(query(workshop, "select key from artifact"))
+    assert shown == {"summary", "comparison", "champion-history"}
+    (name,) = query(workshop, "select name from flow_run")
+    assert name.startswith("v1 promoted: accuracy ")
+    # MLflow has one run with curves, files and pictures, and the version.
+    client = registry(workshop)
     champion = client.get_model_version_by_alias("hand-signs", "champion")
-    assert int(champion.version) == 1
-    assert champion.tags["content_id"] == first.release.id
-    experiment = client.get_experiment_by_name("hand-signs")
-    (run,) = client.search_runs([experiment.experiment_id])
+    assert (int(champion.version), champion.tags["content_id"]) == (1, first.release.id)
+    ((run_id, run),) = runs_of(workshop).items()
     assert run.data.params["phases.full.epochs"] == "3"
-    curve = client.get_metric_history(run.info.run_id, "full/val_loss")
+    curve = client.get_metric_history(run_id, "full/val_loss")
     assert [point.step for point in curve] == [1, 2, 3]
     assert run.data.metrics["test/accuracy"] == first.test.accuracy
     assert run.data.tags["data_version"] == first.data.version
-    with embedded(Settings(), workshop.project) as services:
-        prefix = f"mlflow/hand-signs/{run.info.run_id}/artifacts/"
-        names = [entry.key.removeprefix(prefix) for entry in Storage(services.s3()).list(prefix)]
-    files = {name for name in names if name.startswith("files/")}
-    assert files == {"files/dvc.lock", "files/params.yaml", "files/data.dvc"}
+    prefix = f"mlflow/hand-signs/{run_id}/artifacts/"
+    names = {key.removeprefix(prefix) for key in stored_in(workshop) if key.startswith(prefix)}
+    assert {name for name in names if name.startswith("files/")} == {
+        "files/dvc.lock",
+        "files/params.yaml",
+        "files/data.dvc",
+    }
     assert any(name.startswith("pictures/") for name in names)
 
 
-def test_nothing_changed_is_told_before_any_server_starts(
-    workshop: Workshop, first: RunReport
-) -> None:
-    prefect = workshop.project.local / "logs/prefect.log"
-    before = prefect.stat().st_mtime_ns
-    again = workshop.handsigns("retrain", fresh=True)
-    assert again["status"] == "unchanged"
-    assert prefect.stat().st_mtime_ns == before
-    assert again["release"]["id"] == first.release.id
+def test_a_run_with_nothing_to_do_starts_no_server(workshop: Workshop, first: RunReport) -> None:
+    log = workshop.project.local / "logs/prefect.log"
+    before, lock = log.stat().st_mtime_ns, workshop.project.lock.read_bytes()
+    again = workshop.handsigns("retrain", fresh=True, **REMOTE)
+    assert (again["status"], again["release"]["id"]) == ("unchanged", first.release.id)
     assert workshop.report()["status"] == "unchanged"
+    assert log.stat().st_mtime_ns == before
     assert not list((workshop.project.local / "logs").glob("*.pid"))
-
-
-def test_repro_finds_nothing_to_do_and_gives_the_same_bits_from_a_clean_cache(
-    workshop: Workshop, trained: Trained
-) -> None:
-    lock = workshop.project.lock.read_bytes()
     assert "Data and pipelines are up to date" in workshop.run("dvc", "repro").stdout
     assert workshop.project.lock.read_bytes() == lock
-    ours, theirs = workshop.project, trained.workshop.project
-    for name in ("metrics.json", "model.keras", "model.pb", "gate.json"):
-        assert (ours.artifacts / name).read_bytes() == (theirs.artifacts / name).read_bytes()
-    # Every stage from the same inputs to the same results, pictures too.
-    locks = [yaml.safe_load((one.root / "dvc.lock").read_text()) for one in (ours, theirs)]
-    assert locks[0] == locks[1]
 
 
 def test_the_champion_predicts_evaluates_and_verifies(
@@ -137,12 +134,10 @@ def test_the_champion_predicts_evaluates_and_verifies(
 ) -> None:
     photos = write_photos(tmp_path / "others", per_class=3, seed=7)
     scores = workshop.handsigns("evaluate", photos)
-    assert scores["n"] == 18
-    assert scores["unreadable"] == []
-    picture = photos / "2/0000.png"
+    assert (scores["n"], scores["unreadable"]) == (18, [])
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    found = workshop.handsigns("predict", picture, tmp_path / "broken.jpg", code=1)
-    seen, broken = found["predictions"]
+    words = (photos / "2/0000.png", tmp_path / "broken.jpg")
+    seen, broken = workshop.handsigns("predict", *words, code=1)["predictions"]
     assert sum(seen["probabilities"].values()) == pytest.approx(1, abs=1e-4)
     assert "not an image" in broken["error"]
     verified = workshop.handsigns("verify", "champion")
@@ -150,118 +145,108 @@ def test_the_champion_predicts_evaluates_and_verifies(
     assert verified["facts"]["data_version"] == first.data.version
 
 
-def runs_of(workshop: Workshop) -> dict[str, Any]:
-    """The runs in MLflow by their ids."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{workshop.project.local / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("hand-signs")
-    return {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
-
-
-def stored_in(workshop: Workshop) -> dict[str, str]:
-    """The etags of all that the bucket of releases holds, by key."""
-    with embedded(Settings(), workshop.project) as services:
-        return {one.key: one.etag for one in Storage(services.s3()).list("")}
-
-
-def test_a_refused_model_leaves_champion_registry_and_storage_alone(
+def test_a_rejected_model_changes_nothing_but_is_recorded_and_reported(
     workshop: Workshop, prefect_api: PrefectApi
 ) -> None:
     before, runs, stored = workshop.handsigns("status"), runs_of(workshop), stored_in(workshop)
     workshop.change("gate", min_test_photos=10_000)
     try:
-        with receiving("secret") as receiver:
+        with receiving(SECRET) as receiver:
             address = {"HANDSIGNS_NOTIFY_URLS": receiver.address, **prefect_api.named}
-            refused = workshop.handsigns("retrain", code=1, **address)
-        (told,) = receiver.messages
-        assert told["title"].endswith(" rejected")
-        assert told["message"].startswith(refused["reason"])
-        assert "/runs/flow-run/" in told["message"]
-        assert refused["status"] == "rejected"
-        assert "test photos" in refused["reason"]
-        assert refused["model"]["version"] is None
-        assert not refused["gate"]["passed"]
+            rejected = workshop.handsigns("retrain", code=1, **address)
     finally:
         workshop.change("gate", min_test_photos=6)
+    (sent,) = receiver.messages
+    assert sent["title"].endswith(" rejected")
+    assert sent["message"].startswith(rejected["reason"])
+    assert "/runs/flow-run/" in sent["message"]
+    assert rejected["status"] == "rejected"
+    assert "test photos" in rejected["reason"]
+    assert rejected["model"]["version"] is None
     after = workshop.handsigns("status")
     for part in ("champion", "challenger", "history"):
         assert after[part] == before[part]
-    # All that is new is a run in MLflow, which stands for no release and is no version.
     (run,) = (run for name, run in runs_of(workshop).items() if name not in runs)
     assert run.info.run_name.startswith("rejected: test photos")
     assert run.data.tags["gate"].startswith("rejected: test photos")
     assert "content_id" not in run.data.tags
     assert [one["version"] for one in workshop.handsigns("versions")["versions"]] == [1]
     files = f"mlflow/hand-signs/{run.info.run_id}/"
-    after = stored_in(workshop)
-    assert {key: etag for key, etag in after.items() if not key.startswith(files)} == stored
+    now = stored_in(workshop)
+    assert {key: etag for key, etag in now.items() if not key.startswith(files)} == stored
 
 
-def test_one_phases_rate_reruns_that_phase_and_what_follows(
-    workshop: Workshop, first: RunReport, clients: Clients, prefect_api: PrefectApi
+def test_a_service_follows_retrain_promote_and_rollback_without_a_gap(
+    workshop: Workshop, prefect_api: PrefectApi
 ) -> None:
-    rate = load_params(workshop.project.params).phases["full"].learning_rate
-    workshop.change("phases.full", learning_rate=1.4 * rate)
-    second = RunReport.model_validate(workshop.handsigns("retrain", **prefect_api.named))
-    assert second.status in ("promoted", "registered")
-    assert second.features.computed == 0
-    assert second.model.version == 2
-    assert second.release.id != first.release.id
-    assert second.seconds["features"] < first.seconds["features"] / 2
-    clients.seconds_until(workshop.handsigns("status")["champion"]["version"])
+    beside = serving(workshop.project.root, HANDSIGNS_SERVE_FOLLOW_SECONDS="")
+    with beside as service, Clients(service).asking() as clients:
+        clients.seconds_until(1)
+        # A release differs by its parameters too, so there is a version without training.
+        workshop.change("gate", max_loss=4.9)
+        second = workshop.handsigns("retrain", **prefect_api.named)
+        assert (second["status"], second["features"]["computed"]) == ("promoted", 0)
+        clients.seconds_until(2)
+        move = workshop.handsigns("promote", "1", "--force", "--reason", "a test of mine")
+        assert (move["previous"], move["version"]) == (2, 1)
+        clients.seconds_until(1)
+        assert workshop.handsigns("promote", "1")["at"] == move["at"]  # already so
+        back = workshop.handsigns("rollback")
+        assert (back["previous"], back["version"]) == (1, 2)
+        clients.seconds_until(2)
+        history = workshop.handsigns("status")["history"]
+        assert [one["reason"] for one in history[-2:]] == ["a test of mine", "rolled back by hand"]
+        assert {status for status, _ in clients.answers} == {200}
+        assert service.health()["state"] == "ready"
+        assert "Traceback" not in service.log.read_text()
 
 
-def test_promote_and_rollback_tell_the_history_and_reach_a_running_service_within_30_s(
-    workshop: Workshop, clients: Clients
-) -> None:
-    present = workshop.handsigns("status")["champion"]["version"]
-    other = 2 if present == 1 else 1
-    move = workshop.handsigns("promote", str(other), "--force", "--reason", "a test of mine")
-    assert (move["previous"], move["version"]) == (present, other)
-    clients.seconds_until(other)
-    assert workshop.handsigns("promote", str(other))["at"] == move["at"]  # already so
-    back = workshop.handsigns("rollback")
-    assert (back["previous"], back["version"]) == (other, present)
-    clients.seconds_until(present)
-    history = workshop.handsigns("status")["history"]
-    assert [one["reason"] for one in history[-2:]] == ["a test of mine", "rolled back by hand"]
-    # Nobody met a gap: not while retrains ran, nor while the champion was moved.
-    assert {status for status, _ in clients.answers} == {200}
-    assert clients.service.health()["state"] == "ready"
-    assert "Traceback" not in clients.service.log.read_text()
-
-
-def test_an_alias_that_did_not_follow_is_repaired_by_the_next_retrain_though_nothing_changed(
+def test_an_alias_that_did_not_follow_is_repaired_though_nothing_changed(
     workshop: Workshop,
 ) -> None:
-    from mlflow import MlflowClient
-
     database = workshop.project.local / "mlflow.db"
     present = workshop.handsigns("status")["champion"]["version"]
-    with sqlite3.connect(database) as registry:
-        registry.execute(
+    with sqlite3.connect(database) as tables:
+        tables.execute(
             "create trigger full before update on registered_model_aliases "
             "begin select raise(abort, 'database or disk is full'); end"
         )
     why = ("--force", "--reason", "MLflow is full")
     moved = workshop.handsigns("promote", str(3 - present), *why)
-    with sqlite3.connect(database) as registry:
-        registry.execute("drop trigger full")
-    mark = workshop.project.local / "alias_pending"
-    for expected, pending in ((present, True), (moved["version"], False)):
-        client = MlflowClient(f"sqlite:///{database}")
-        alias = client.get_model_version_by_alias("hand-signs", "champion").version
-        assert (int(alias), mark.exists()) == (expected, pending)
+    with sqlite3.connect(database) as tables:
+        tables.execute("drop trigger full")
+    for expected in (present, moved["version"]):
+        alias = registry(workshop).get_model_version_by_alias("hand-signs", "champion")
+        assert int(alias.version) == expected
         assert workshop.handsigns("retrain")["status"] == "unchanged"
 
 
 @pytest.mark.slow
-def test_a_full_disk_fails_the_run_in_one_line_and_spoils_nothing(
+def test_one_phases_rate_trains_that_phase_again_from_a_clean_cache_to_the_same_bits(
+    workshop: Workshop, first: RunReport, trained: Trained, prefect_api: PrefectApi, tmp_path: Path
+) -> None:
+    rate = load_params(workshop.project.params).phases["full"].learning_rate
+    workshop.change("phases.full", learning_rate=1.4 * rate)
+    report = RunReport.model_validate(workshop.handsigns("retrain", **prefect_api.named))
+    assert report.status in ("promoted", "registered")
+    assert report.features.computed == 0
+    assert report.release.id != first.release.id
+    assert [one.seconds > 0.5 for one in report.phases] == [False, False, True]
+    clean = make_checkout(tmp_path / "clean")
+    clean.handsigns("import", trained.photos)
+    clean.run("dvc", "repro")
+    ours, theirs = clean.project, trained.workshop.project
+    for name in ("metrics.json", "model.keras", "model.pb", "gate.json"):
+        assert (ours.artifacts / name).read_bytes() == (theirs.artifacts / name).read_bytes()
+    locks = [yaml.safe_load((one.root / "dvc.lock").read_text()) for one in (ours, theirs)]
+    assert locks[0] == locks[1]
+
+
+@pytest.mark.slow
+def test_a_full_disk_fails_the_run_in_one_line_and_changes_nothing(
     workshop: Workshop, first: RunReport, prefect_api: PrefectApi
 ) -> None:
-    before = workshop.handsigns("status")
-    lock = (workshop.project.root / "dvc.lock").read_bytes()
+    before, lock = workshop.handsigns("status"), workshop.project.lock.read_bytes()
     workshop.run_limited(10_000_000, "retrain", "--force")  # the backbone's weights are larger
     report = workshop.report()
     assert report["status"] == "failed"
@@ -270,14 +255,105 @@ def test_a_full_disk_fails_the_run_in_one_line_and_spoils_nothing(
     after = workshop.handsigns("status")
     for part in ("data", "champion", "challenger", "history"):
         assert after[part] == before[part]
-    assert workshop.handsigns("verify", "champion")["id"] == before["champion"]["release"]
-    # With room again it comes to what was there before.
+    # With room again it comes to what was there before, with the first parameters too.
     again = workshop.handsigns("retrain", **prefect_api.named)
     assert again["release"]["id"] in [move["release"] for move in before["history"]]
-    assert (workshop.project.root / "dvc.lock").read_bytes() == lock
-    # With the first parameters too: DVC's cache and the registry know it all.
+    assert workshop.project.lock.read_bytes() == lock
     rate = load_params(CHECKOUT.params).phases["full"].learning_rate
     workshop.change("phases.full", learning_rate=rate)
-    back = RunReport.model_validate(workshop.handsigns("retrain", **prefect_api.named))
-    assert back.release.id == first.release.id
-    assert back.model.version == 1
+    workshop.change("gate", max_loss=5.0)
+    back = workshop.handsigns("retrain", **prefect_api.named)
+    assert (back["release"]["id"], back["model"]["version"]) == (first.release.id, 1)
+
+
+def _git(root: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", root, *words], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_the_inbox_is_trained_on_once_and_its_versions_reach_the_branch(
+    trained: Trained, tmp_path: Path
+) -> None:
+    made = trained.checkout(tmp_path / "checkout")
+    root, inbox = made.project.root, tmp_path / "inbox"
+    shutil.copy(CHECKOUT.root / "data.dvc", root)  # names the rendered sample
+    subprocess.run(["git", "init", "-q", "--bare", tmp_path / "origin"], check=True)
+    _git(root, "remote", "add", "origin", str(tmp_path / "origin"))
+    shutil.copytree(trained.photos, inbox)
+    (inbox / "3/torn.jpg").write_bytes(b"no picture")
+    with receiving(SECRET) as receiver:
+        named = {
+            "HANDSIGNS_INBOX": str(inbox),
+            "HANDSIGNS_GIT_PUSH": "handsigns/data",
+            "HANDSIGNS_DVC_REMOTE_URL": str(tmp_path / "remote"),
+            "HANDSIGNS_NOTIFY_URLS": receiver.address,
+        }
+        report = made.handsigns("retrain", **named)
+        assert report["status"] == "promoted", report["reason"]
+        counts = report["data"]
+        assert counts["quarantined"] == 1
+        assert counts["train"] + counts["val"] + counts["test"] == 120
+        remote = tmp_path / "remote/files/md5"
+        assert len([path for path in remote.rglob("*") if path.is_file()]) == 121
+        for name in ("data.dvc", "dvc.lock"):
+            pushed = _git(tmp_path / "origin", "show", f"handsigns/data:{name}")
+            assert pushed == (root / name).read_text().strip()
+        assert len(list(inbox.rglob("*.*"))) == 121
+        again = made.handsigns("retrain", fresh=True, **named)
+        assert (again["status"], again["data"]["quarantined"]) == ("unchanged", 1)
+        assert receiver.messages == []
+        wrong = {**named, "HANDSIGNS_INBOX": str(tmp_path / "nowhere")}
+        failed = made.handsigns("retrain", code=1, **wrong)
+        assert "is not a folder" in failed["reason"]
+        (message,) = receiver.messages
+        assert message["message"].startswith(failed["reason"])
+    left = [*made.project.local.rglob("*"), *made.project.artifacts.rglob("*")]
+    assert not [path for path in left if path.is_file() and SECRET.encode() in path.read_bytes()]
+
+
+@contextmanager
+def retraining(checkout: Workshop, api: PrefectApi) -> Iterator["subprocess.Popen[str]"]:
+    """A retrain that is past its first stage."""
+    with subprocess.Popen(
+        [BIN / "handsigns", "retrain", "--json"],
+        cwd=checkout.project.root,
+        env=checkout.environment(**api.named),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("Stage audit"):
+                break
+        yield process
+
+
+@pytest.mark.slow
+def test_an_import_waits_for_a_retrain_and_a_lost_terminal_cancels_one(
+    trained: Trained, prefect_alone: PrefectApi, tmp_path: Path
+) -> None:
+    made = trained.checkout(tmp_path / "checkout")
+    made.handsigns("import", trained.photos)
+    before = made.project.data_file.read_bytes()
+    with retraining(made, prefect_alone) as process:
+        process.send_signal(signal.SIGHUP)
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert made.report()["status"] == "cancelled"
+    assert made.handsigns("status")["last_run"]["status"] == "cancelled"
+    run = prefect_alone.runs("retrain")[0]
+    assert (run["state_type"], run["name"]) == ("CANCELLED", "cancelled")
+
+    with retraining(made, prefect_alone) as process:
+        imported = made.handsigns("import", write_photos(tmp_path / "more", per_class=2, seed=9))
+        stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    version = json.loads(stdout)["data"]["version"]
+    assert imported["version"] != version
+    facts = made.handsigns("verify", "champion")["facts"]
+    assert facts["data_version"] == version
+    made.project.data_file.write_bytes(before)
+    check_trained_on(made.project, version)

@@ -18,31 +18,23 @@ REFUSED = [
     ("HANDSIGNS_S3_ENDPOINT_URL", "http://host:99999", "HANDSIGNS_S3_ENDPOINT_URL"),
     ("HANDSIGNS_S3_ENDPOINT_URL", f"http://user:{SECRET}@host:9000", "HANDSIGNS_S3_ENDPOINT_URL"),
     ("HANDSIGNS_S3_ENDPOINT_URL", f"http://host:9000?token={SECRET}", "HANDSIGNS_S3_ENDPOINT_URL"),
-    ("HANDSIGNS_S3_ENDPOINT_URL", "http://a..b:80", "HANDSIGNS_S3_ENDPOINT_URL"),
     ("HANDSIGNS_BUCKET", "Not A Bucket", "must be a bucket's name, .* \\(received 'Not A Bucket'"),
     ("HANDSIGNS_MODEL_NAME", "../model", "HANDSIGNS_MODEL_NAME"),
     ("HANDSIGNS_INBOX", "s3://UPPER/x", "HANDSIGNS_INBOX: must be a folder or s3://bucket/prefix"),
     ("HANDSIGNS_DVC_REMOTE_URL", "relative/folder", "HANDSIGNS_DVC_REMOTE_URL"),
-    ("HANDSIGNS_DVC_REMOTE_URL", "s3:///dvc", "HANDSIGNS_DVC_REMOTE_URL"),
     ("HANDSIGNS_GIT_PUSH", "a..b", "HANDSIGNS_GIT_PUSH: must be the plain name of a branch"),
-    ("HANDSIGNS_GIT_PUSH", "--upload-pack=x", "HANDSIGNS_GIT_PUSH"),
     ("HANDSIGNS_PROMOTION", "never", "HANDSIGNS_PROMOTION.*received 'never'"),
     ("HANDSIGNS_SERVE_RATE", "0/minute", "HANDSIGNS_SERVE_RATE: must be a rate such as"),
     ("HANDSIGNS_SERVE_TOKEN", SECRET[:15], "HANDSIGNS_SERVE_TOKEN: must be 16 characters or more"),
     ("HANDSIGNS_DASK_ADDRESS", "tcp://host", "HANDSIGNS_DASK_ADDRESS: must be a scheduler's"),
     ("HANDSIGNS_DASK_ADDRESS", f"tcp://user:{SECRET}@host:8786", "HANDSIGNS_DASK_ADDRESS"),
-    ("HANDSIGNS_DASK_ADDRESS", "tcp://a..b:8786", "HANDSIGNS_DASK_ADDRESS"),
     ("MLFLOW_TRACKING_URI", "mlflow", "MLFLOW_TRACKING_URI"),
     ("PREFECT_API_URL", "prefect/api", "PREFECT_API_URL"),
     ("PREFECT_SERVER_API_AUTH_STRING", "user:", "AUTH_STRING: must be user:password"),
     ("DATABASE_URL", f"postgresql://user:{SECRET}@one:5432,two:5432/name", "DATABASE_URL"),
-    ("DATABASE_URL", f"postgresql://user:{SECRET}@host:port/name", "DATABASE_URL"),
-    ("DATABASE_URL", f"postgresql://user:{SECRET}@a..b/name", "DATABASE_URL"),
     ("DATABASE_URL", f"mysql://user:{SECRET}@host/name", "DATABASE_URL"),
     ("AWS_REGION", "eu west", r"AWS_REGION: must be a region .*\(received 'eu west'\)"),
-    ("aws_region", "eu west", r"\(received 'eu west'\)"),
     ("AWS_SECRET_ACCESS_KEY", SECRET, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY must be set"),
-    ("HANDSIGNS_NOTIFY_URLS", f"json://a/hook nosuchservice://{SECRET}", "number 2 of 2 is none"),
     ("HANDSIGNS_NOTIFY_URLS", f"json://127.0.0.1/hook, slack://{SECRET}", "number 2 of 2 is none"),
     ("HANDSIGNS_NOTIFY_URLS", " , ", "there is none"),
     # Names that are no setting.
@@ -77,17 +69,11 @@ def test_an_unusable_setting_is_refused_in_one_line_without_secrets(
     assert SECRET[:15] not in message + caplog.text
 
 
-def test_without_variables_everything_has_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defaults_and_the_usual_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HANDSIGNS_S3_ENDPOINT_URL", "")  # counts as not set
     settings = load_settings()
-    assert settings.s3_endpoint_url is None
-    assert settings.mlflow_tracking_uri is None
-    assert settings.prefect_api_url is None
+    assert (settings.s3_endpoint_url, settings.mlflow_tracking_uri) == (None, None)
     assert (settings.bucket, settings.s3_region) == ("artifacts", "us-east-1")
-    assert settings.model_name == "hand-signs"
-
-
-def test_the_usual_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = {
         "HANDSIGNS_S3_ENDPOINT_URL": "https://s3.example.org/",
         "AWS_DEFAULT_REGION": "eu-west-1",
@@ -96,7 +82,6 @@ def test_the_usual_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "MLFLOW_TRACKING_URI": "http://mlflow:5000",
         "PREFECT_API_URL": "http://prefect:4200/api",
         "DATABASE_URL": f"postgresql://user:{SECRET}@/name",
-        "HANDSIGNS_GIT_PUSH": "handsigns/data",
         "HANDSIGNS_PUBLIC_KEYS": "a.pem:b.pem",
     }
     for name, value in usual.items():

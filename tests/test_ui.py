@@ -1,18 +1,32 @@
-"""What the Prefect UI shows: the comparison, changed photos, outcomes in a few words."""
+"""What people see of runs: the comparison, outcomes in a few words, and notifications."""
 
-from pathlib import Path
+import logging
+import uuid
 from typing import Any
 
 import numpy as np
 import pytest
+from prefect.client.schemas.objects import FlowRun
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
+    PREFECT_UI_URL,
+    temporary_settings,
+)
+from prefect.states import Crashed
 
 from flows import ui
-from flows.report import DataChanges, ModelReport, RunReport, data_changes
-from flows.ui import MOST_PHOTOS, comparison_text
-from tasks.io import write_json
-from tasks.project import Project
+from flows.output import retrain_listing
+from flows.report import DataChanges, ModelReport, RunReport
+from flows.retrain import retrain
+from flows.settings import load_settings
+from flows.ui import MOST_PHOTOS, comparison_text, notify_bad_end, notify_people
 from tasks.releases.comparison import PromotionDecision, compare
+from tasks.services.notify import notify
 from tests.fixtures.photos import LABELS
+from tests.fixtures.receiver import receiving
+
+SECRET = "sentinel-do-not-show"
 
 
 def certain(classes: list[int]) -> np.ndarray:
@@ -22,12 +36,9 @@ def certain(classes: list[int]) -> np.ndarray:
 
 def test_the_comparison_shows_scores_recalls_and_the_photos_that_changed() -> None:
     truth = [number % 6 for number in range(60)]
-    before = [0] * 60
     names = [f"<b>{number}|.png" for number in range(60)]
-    found = compare(certain(before), certain(truth), np.array(truth), names, classes=LABELS)
+    found = compare(certain([0] * 60), certain(truth), np.array(truth), names, classes=LABELS)
     text = comparison_text(PromotionDecision(True, found.reason, found))
-    none = comparison_text(PromotionDecision(False, "The champion cannot be scored: <broken>"))
-    assert "cannot be scored: &lt;broken&gt;" in none
     assert "50 photos only the challenger has right, 0 only the champion" in text
     assert "**better**" in text
     assert "| 60 photos | champion | challenger |" in text
@@ -36,60 +47,80 @@ def test_the_comparison_shows_scores_recalls_and_the_photos_that_changed() -> No
     assert "<b>" not in text
     rows = [line for line in text.splitlines() if line.endswith("| right |")]
     assert rows[0] == "| &lt;b&gt;1\\|.png | 1 | 0 | 1 | right |"
-
-
-def index(project: Project, **labels: str) -> dict[str, object]:
-    """Write and return a dataset's list of photos."""
-    photos = [{"name": name, "label": label} for name, label in labels.items()]
-    content: dict[str, object] = {"labels": LABELS, "photos": photos}
-    write_json(project.dataset / "index.json", content)
-    return content
-
-
-def test_photos_that_came_went_and_were_relabelled_are_counted(tmp_path: Path) -> None:
-    project = Project(tmp_path)
-    former = index(project, a="0", b="0", c="1", d="2")
-    index(project, b="0", c="5", d="2", e="3", f="3")
-    found = data_changes(project, former, since=4)
-    assert (found.since, found.added, found.removed, found.relabelled) == (4, 2, 1, 1)
-    assert found.per_class["0"] == {"before": 2, "added": 0, "removed": 1, "now": 1}
-    assert found.per_class["3"] == {"before": 0, "added": 2, "removed": 0, "now": 2}
-    first = data_changes(project, None, since=None)
-    assert (first.since, first.added, first.removed) == (None, 5, 0)
+    none = comparison_text(PromotionDecision(False, "The champion cannot be scored: <broken>"))
+    assert "cannot be scored: &lt;broken&gt;" in none
 
 
 def report(status: Any, **parts: Any) -> RunReport:
     return RunReport(status=status, model=ModelReport(name="signs", version=4), **parts)
 
 
-def test_the_outcome_of_a_run_is_told_in_a_few_words() -> None:
+def test_an_outcome_is_a_few_words_and_a_rejection_says_by_how_much() -> None:
     compared = {"champion": {"accuracy": 0.982}, "challenger": {"accuracy": 0.991}}
     promoted = report("promoted", comparison=compared)
     promoted.data.changes = DataChanges(since=3, added=84)
     assert promoted.headline() == "v4 promoted: 0.982 -> 0.991, +84 photos"
-    check = {"name": "accuracy", "value": 0.963, "limit": 0.99, "passed": False}
-    few = {"name": "test photos", "value": 3, "limit": 60, "passed": False}
-    vague = {"name": "leaks", "value": None, "limit": 0, "passed": False, "detail": "missing"}
-    rejected = report("rejected", gate={"checks": [check, few, vague]})
+    for status in ("unchanged", "cancelled"):
+        assert report(status, reason="Nothing changed.").headline() == status
+    found: list[dict[str, Any]] = [
+        {"name": "accuracy", "value": 0.963, "limit": 0.99},
+        {"name": "test photos", "value": 3, "limit": 60},
+        {"name": "recall of 4", "value": 0.8, "limit": 0.75, "interval": [0.71, 0.9]},
+        {"name": "loss", "value": 0.41, "limit": 0.3},
+        {"name": "ECE", "value": None, "limit": 0.1, "detail": "it is not a number"},
+        {"name": "leaks", "value": 0, "limit": 0, "passed": True},
+    ]
+    checks = [{"passed": False, **check} for check in found]
+    rejected = report("rejected", gate={"checks": checks})
     assert rejected.headline() == "rejected: accuracy 0.963 < 0.990; test photos 3 < 60"
-    assert rejected.gate.failures()[2] == "leaks: missing"
-    assert report("unchanged", reason="Nothing changed.").headline() == "unchanged"
-    assert report("cancelled", reason="Interrupted.").headline() == "cancelled"
+    listing = retrain_listing(rejected)
+    assert dict(listing.rows)["gate"] == (
+        "failed: accuracy 0.963 < 0.990; test photos 3 < 60; recall of 4 0.800, surely only "
+        "0.710 < 0.750; loss 0.410 > 0.300; ECE: it is not a number"
+    )
+    assert "params.yaml" in listing.notes[0]
 
 
 def test_an_error_of_the_ui_is_logged_once_and_fails_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from prefect.settings import (
-        PREFECT_API_URL,
-        PREFECT_CLIENT_MAX_RETRIES,
-        temporary_settings,
-    )
-
     monkeypatch.setattr(ui, "_failed", False)
-    with temporary_settings(
-        {PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}
-    ):
-        ui.show_gate(report("rejected"))
+    nowhere = {PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}
+    with temporary_settings(nowhere):
+        ui.show_drift([], "none")
         ui.show_comparison(PromotionDecision(False, "none"))
     assert len([line for line in caplog.messages if "does not show everything" in line]) == 1
+
+
+def test_people_are_notified_with_title_reason_and_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert retrain.on_crashed_hooks == retrain.on_failure_hooks == [notify_bad_end]
+    assert not retrain.on_cancellation_hooks
+    assert not notify_people(load_settings(), "title", "reason")
+    run = FlowRun(flow_id=uuid.uuid4(), name="dancing-monkey")
+    state = Crashed(message="Process exited with status code: -9.")
+    with receiving(SECRET) as receiver, temporary_settings({PREFECT_UI_URL: "http://ui"}):
+        monkeypatch.setenv("HANDSIGNS_NOTIFY_URLS", receiver.address)
+        settings = load_settings()
+        assert SECRET not in repr(settings)
+        assert notify_people(settings, "failed before it began", "No photos.")
+        notify_bad_end(retrain, run, state)
+        # Settings that cannot be read must not stop what calls the hook.
+        monkeypatch.setenv("HANDSIGNS_NONSENSE", "1")
+        notify_bad_end(retrain, run, state)
+    first, crashed = receiver.messages
+    assert (first["title"], first["type"]) == ("failed before it began", "failure")
+    assert first["message"].startswith("No photos.\nLook at artifacts/run.json on ")
+    assert crashed["title"] == "handsigns: retrain crashed"
+    assert crashed["message"].startswith("Process exited with status code: -9.\nhttp://ui/runs/")
+
+
+def test_an_address_that_fails_keeps_nobody_else_from_it_and_is_not_shown(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    failing = [f"json://user:{SECRET}@127.0.0.1:9/", f"nosuchservice://{SECRET}"]
+    failing += [f"slack://{SECRET}", f"mailto://user:{SECRET}@127.0.0.1:9"]
+    with receiving(SECRET) as receiver, caplog.at_level(logging.DEBUG):
+        assert not notify(" ".join([*failing, receiver.address]), "title", "body")
+    assert [message["title"] for message in receiver.messages] == ["title"]
+    assert "HANDSIGNS_NOTIFY_URLS was refused or did not answer" in caplog.text
+    assert SECRET not in caplog.text + "".join(capfd.readouterr())

@@ -57,23 +57,6 @@ def curves(histories: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def shares(pairs: Mapping[str, tuple[Sequence[str], Any, Any]]) -> Figure:
-    """Draw histograms of validation beside production: names, and both counts, by title."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    grid = figure.subplots(1, len(pairs), squeeze=False)[0]
-    for axes, (title, (names, old, new)) in zip(grid, pairs.items(), strict=True):
-        x = np.arange(len(names))
-        for x_shift, counts, color, kind in (
-            (-0.2, old, BLUE, "validation"),
-            (0.2, new, ORANGE, "production"),
-        ):
-            heights = np.divide(counts, max(1, np.sum(counts)))
-            axes.bar(x + x_shift, heights, 0.4, color=color, label=kind)
-        axes.set(xlabel=title, ylabel="share", xticks=x, xticklabels=names)
-        axes.legend()
-    return figure
-
-
 def confusion(scores: Scores) -> Figure:
     """Draw the confusion matrix."""
     names = [one.label for one in scores.per_class]

@@ -97,7 +97,7 @@ def _push(root: Path, branch: str, paths: Sequence[Path], message: str, remote: 
     exists = bool(_git(root, "ls-remote", remote, theirs))
     if exists:
         _git(root, "fetch", "-q", "--no-tags", "--no-write-fetch-head", remote, f"+{theirs}:{ours}")
-    with _worktree(root, ours if exists else "HEAD") as tree:
+    with worktree(root, ours if exists else "HEAD") as tree:
         below = tree / _git(root, "rev-parse", "--show-prefix")
         for path in paths:
             target = below / path.relative_to(root)
@@ -114,7 +114,7 @@ def _push(root: Path, branch: str, paths: Sequence[Path], message: str, remote: 
 
 
 @contextmanager
-def _worktree(root: Path, commit: str) -> Iterator[Path]:
+def worktree(root: Path, commit: str) -> Iterator[Path]:
     """Check a commit out into a temporary folder, removed after the block."""
     with tempfile.TemporaryDirectory(prefix="handsigns-worktree-") as folder:
         tree = Path(folder) / "checkout"

@@ -1,5 +1,10 @@
-"""The monitor flow: compare what production sees with the champion's reference, every hour."""
+"""The other flows of the schedule: monitor production for drift, and prune what nobody needs.
 
+Prefect reads its address when it is imported, so this module is imported after
+`point_prefect_at`.
+"""
+
+import asyncio
 import json
 import logging
 from datetime import UTC, datetime, timedelta
@@ -9,26 +14,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import State
 from prefect.deployments import run_deployment
-from prefect.states import Completed, Failed
+from prefect.states import Completed
 
 from flows import ui
-from flows.local.clients import traffic_store
-from flows.notify import notify_people
-from flows.settings import load_settings
+from flows.local.clients import TAG, traffic_store
+from flows.run import retrain_lock
 from flows.workspace import Workspace
 from tasks.data.images import decode, resize
 from tasks.data.stores import Store
 from tasks.data.traffic import RESULT, Counts, count_window, read_result
-from tasks.errors import HandsignsError
 from tasks.io import read_json
 from tasks.model.augment import enlarge
 from tasks.model.inference import Engine
-from tasks.project import Project
+from tasks.releases.catalog import prune_releases
 from tasks.releases.release import open_release
-from tasks.scoring import plots
 from tasks.scoring.drift import BINS, Drift, compare_counts, compare_embeddings
+from tasks.stage import Progress, silent
 
 PHOTOS = 500
 """Kept photos of a window at most whose embeddings are compared."""
@@ -44,23 +49,29 @@ def monitor(hours: int = 24, retrain_after: int = 0) -> State[Any]:
         hours: Length of the window.
         retrain_after: Start a retrain once as many new photos wait in the inbox; 0 never does.
     """
-    ui.log_to_prefect()
-    try:
-        with Workspace(Project(Path.cwd()), load_settings()) as workspace:
-            if retrain_after and (waiting := _waiting(workspace)) >= retrain_after:
-                _log.info("%d new photos wait in the inbox; a retrain starts.", waiting)
-                run_deployment("retrain/retrain", timeout=0)
-            return _monitor(workspace, hours)
-    except HandsignsError as error:
-        return Failed(name="Refused", message=str(error))
+    return ui.state_of(lambda workspace: _monitor(workspace, hours, retrain_after))
 
 
-def _waiting(workspace: Workspace) -> int:
-    inbox = workspace.inbox()
-    return len(inbox.new) if inbox else 0
+@flow(name="prune", flow_run_name="prune")
+def prune(keep: int = 5, days: float = 30.0) -> State[Any]:
+    """Remove what no champion, alias, tag or rollback needs.
+
+    Args:
+        keep: Rollback depth; this many champions before the present one stay.
+        days: What is younger stays.
+    """
+
+    def run(workspace: Workspace) -> State[Any]:
+        found = remove_unneeded(workspace, keep, days)
+        return Completed(name="Pruned", message=describe_pruned(found))
+
+    return ui.state_of(run)
 
 
-def _monitor(workspace: Workspace, hours: int) -> State[Any]:
+def _monitor(workspace: Workspace, hours: int, retrain_after: int) -> State[Any]:
+    if retrain_after and (inbox := workspace.inbox()) and len(inbox.new) >= retrain_after:
+        _log.info("%d new photos wait in the inbox; a retrain starts.", len(inbox.new))
+        run_deployment("retrain/retrain", timeout=0)
     if workspace.champion() is None:
         return Completed(name="No champion", message="There is no champion to compare with.")
     release, folder = workspace.release("champion")
@@ -80,12 +91,10 @@ def _monitor(workspace: Workspace, hours: int) -> State[Any]:
     }
     store.put(RESULT, json.dumps(content, indent=2).encode())
     said = "; ".join(one.describe() for one in found)
-    picture = workspace.project.local / "drift.png"
-    _draw(folder, counts, picture)
-    ui.show_drift(found, said, picture)
+    ui.show_drift(found, said)
     if drifted and before.get("drift") != drifted:
         title = f"handsigns: drift of {', '.join(drifted)}"
-        notify_people(workspace.settings, title, said, ui.run_address())
+        ui.notify_people(workspace.settings, title, said, ui.run_address())
     return Completed(name="Drift" if drifted else "No drift", message=said)
 
 
@@ -98,31 +107,14 @@ def compare_with_reference(release: Path, counts: Counts, store: Store, hours: i
         store: where the service keeps photos.
         hours: length of the window.
     """
-    labels = read_json(release / "labels.json")
     with np.load(release / "reference.npz") as reference:
-        window = [counts.labels[label] for label in labels]
+        window = [counts.labels[label] for label in read_json(release / "labels.json")]
         confidences = [counts.confidences[number] for number in range(BINS)]
         return [
             compare_counts("labels", reference["labels"], window),
             compare_counts("confidences", reference["confidences"], confidences),
             compare_embeddings(reference["embeddings"], _embed(release, store, hours)),
         ]
-
-
-def _draw(release: Path, counts: Counts, picture: Path) -> None:
-    labels, bins = read_json(release / "labels.json"), range(BINS)
-    with np.load(release / "reference.npz") as reference:
-        figure = plots.shares(
-            {
-                "label": (labels, reference["labels"], [counts.labels[one] for one in labels]),
-                "confidence": (
-                    [f"{number / BINS:.1f}" for number in bins],
-                    reference["confidences"],
-                    [counts.confidences[number] for number in bins],
-                ),
-            }
-        )
-    plots.save(figure, picture)
 
 
 def _embed(release: Path, store: Store, hours: int) -> NDArray[np.float32]:
@@ -135,3 +127,54 @@ def _embed(release: Path, store: Store, hours: int) -> NDArray[np.float32]:
     photos = (resize(decode(store.get(key)), preprocess) for key in recent)
     rows = [*engine.stream(enlarge(photo[np.newaxis], engine.size)[0] for photo in photos)]
     return np.array(rows, np.float32)
+
+
+def remove_unneeded(
+    workspace: Workspace, keep: int, days: float, dry_run: bool = False, progress: Progress = silent
+) -> dict[str, Any]:
+    """Remove old releases, cached photos that nothing names, and records of old runs.
+
+    Args:
+        workspace: the checkout and its services.
+        keep: rollback depth; this many champions before the present one stay.
+        days: what is younger stays.
+        dry_run: only report; the size of cached photos is not known then.
+        progress: called for each release.
+
+    Returns:
+        `releases`, `kept` with reasons, `bytes`, `local`, `cache_bytes` and `runs`.
+    """
+    project, storage = workspace.project, workspace.storage
+    with retrain_lock(project):
+        found = prune_releases(project, storage, workspace.registry, keep, days, dry_run, progress)
+        versions = [
+            storage.get(f"releases/{one.release}/{project.data_file.name}").decode()
+            for one in found.kept
+        ]
+        freed = workspace.pipeline.remove_unused(versions, dry_run)
+    known = workspace.services.prefect_named()
+    runs = asyncio.run(_remove_runs(days, dry_run)) if known else 0
+    return {**found.to_json(), "cache_bytes": freed, "runs": runs, "dry_run": dry_run}
+
+
+def describe_pruned(found: dict[str, Any]) -> str:
+    """One line of what was removed."""
+    size = (found["bytes"] + found["cache_bytes"]) / 1e6
+    verb = "would be removed" if found["dry_run"] else "removed"
+    return (
+        f"{len(found['releases'])} releases, {len(found['local'])} local copies and "
+        f"{found['runs']} records of runs {verb}, {size:.1f} MB; {len(found['kept'])} releases stay"
+    )
+
+
+async def _remove_runs(days: float, dry_run: bool) -> int:
+    limit = datetime.now(UTC) - timedelta(days=days)
+    old = FlowRunFilter.model_validate({"end_time": {"before_": limit}, "tags": {"all_": [TAG]}})
+    removed = 0
+    async with get_client() as client:
+        while runs := await client.read_flow_runs(flow_run_filter=old, offset=removed * dry_run):
+            for run in runs:
+                removed += 1
+                if not dry_run:
+                    await client.delete_flow_run(run.id)
+    return removed

@@ -1,0 +1,210 @@
+"""Prune removes what nobody needs; monitor compares production with what a release saw."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import cv2
+import keras
+import numpy as np
+import pytest
+
+from flows.upkeep import compare_with_reference
+from tasks.data.capture import Capture
+from tasks.data.stores import FolderStore
+from tasks.data.traffic import Counts, Traffic, count_window, read_result
+from tasks.errors import ServiceError
+from tasks.io import write_json
+from tasks.model.augment import enlarge
+from tasks.model.files import export_graph
+from tasks.model.inference import Engine
+from tasks.project import Project
+from tasks.releases.catalog import prune_releases
+from tasks.releases.champion import read_champion, set_champion
+from tasks.releases.release import list_releases, publish, verify
+from tasks.services.dvc import Pipeline
+from tasks.services.mlflow import CHALLENGER, Registry, RunRecord, Version
+from tasks.services.s3 import Storage
+from tests.fixtures.checkouts import with_stages
+from tests.fixtures.photos import CHECKOUT, LABELS, photo, write_photos
+
+RELEASE = "0123456789abcdef" * 2
+
+
+class Shop:
+    """Releases in storage with versions in a registry, and a checkout's copies of them."""
+
+    def __init__(self, storage: Storage, tracking_uri: str, folder: Path) -> None:
+        self.storage, self.folder = storage, folder
+        self.project = Project(folder / "checkout")
+        self.registry = Registry(tracking_uri, "signs", folder / "mlruns")
+
+    def add(self, created: str = "2020-01-01T00:00:00+00:00", recorded: Any = None) -> Version:
+        number = len(self.registry.versions())
+        file = self.folder / f"{number}.json"
+        file.write_text(json.dumps(number))
+        release = publish(self.storage, {"metrics.json": file}, {"created": created})
+        copy = self.project.releases / release.id
+        copy.mkdir(parents=True)
+        (copy / "metrics.json").write_bytes(file.read_bytes())
+        return self.registry.register(recorded, release.id, {"release_uri": release.uri})
+
+    def prune(self, **options: Any) -> Any:
+        settings = {"keep": 1, "days": 30.0, **options}
+        return prune_releases(self.project, self.storage, self.registry, **settings)
+
+
+@pytest.fixture
+def shop(storage: Storage, tracking_uri: str, tmp_path: Path) -> Shop:
+    return Shop(storage, tracking_uri, tmp_path)
+
+
+def test_only_what_champion_rollback_alias_tag_and_age_need_stays(shop: Shop) -> None:
+    first, second, third = (shop.add() for _ in range(3))
+    for version in (first, second, third):
+        present = read_champion(shop.storage)
+        set_champion(shop.storage, shop.registry, version, present, "better", {})
+    challenger, tagged, lost = (shop.add() for _ in range(3))
+    young = shop.add(created="2999-01-01T00:00:00+00:00")
+    shop.registry.set_alias(CHALLENGER, challenger.number)
+    shop.registry.set_tags(tagged.number, {"customer": "yes"})
+
+    planned = shop.prune(dry_run=True)
+    assert len(list_releases(shop.storage)) == 7
+    found = shop.prune()
+
+    assert found == planned
+    assert set(found.releases) == {first.content_id, lost.content_id}
+    assert found.bytes > 0
+    kept = {one.release: one.reason for one in found.kept}
+    assert kept[third.content_id] == "champion"
+    assert kept[second.content_id] == "champion 1 before the present"
+    assert kept[challenger.content_id] == "alias challenger"
+    assert kept[tagged.content_id] == "tag customer"
+    assert young.content_id in kept
+    assert set(list_releases(shop.storage)) == set(kept)
+    assert {one.content_id for one in shop.registry.versions()} == set(kept)
+    assert {path.name for path in shop.project.releases.iterdir()} == set(kept)
+    assert shop.prune().releases == ()
+
+
+def test_a_prune_that_stops_midway_leaves_complete_releases_and_is_completed_later(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = keras.Input((8, 8, 3))
+    pooled = keras.layers.GlobalAveragePooling2D()(photos)
+    model = keras.Model(photos, keras.layers.Dense(6)(pooled))
+    model.save(shop.folder / "model.keras")
+    example = np.zeros((1, 8, 8, 3), np.uint8)
+    run = RunRecord("0" * 32, {"seed": 1})
+    recorded = shop.registry.record_run(run, shop.folder / "model.keras", lambda: model, example)
+    for one in (recorded, None, None):
+        shop.add(recorded=one)
+    assert [*shop.folder.glob("mlruns/**/model.keras")]
+    removed: list[str] = []
+    remove = Storage.remove
+
+    def break_off(storage: Storage, key: str) -> None:
+        removed.append(key)
+        if len(removed) == 2:
+            raise ServiceError("S3 does not answer.")
+        remove(storage, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "remove", break_off)
+        with pytest.raises(ServiceError):
+            shop.prune(keep=0, days=0)
+    assert removed[0].endswith("/manifest.json")
+    for release in list_releases(shop.storage):
+        verify(shop.storage, release)
+    assert len(list_releases(shop.storage)) == 2
+    shop.prune(keep=0, days=0)
+    assert [*shop.storage.list("releases/")] == [*shop.storage.list("pruning/")] == []
+    assert shop.registry.versions() == []
+    assert not [path for path in shop.folder.glob("mlruns/**/*") if path.is_file()]
+
+
+def test_the_photos_of_kept_releases_stay_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = with_stages(tmp_path / "checkout")
+    monkeypatch.chdir(project.root)
+    pipeline = Pipeline(project)
+    kept = []
+    for seed in (1, 2, 3):
+        write_photos(project.data / "train", per_class=2, seed=seed)
+        pipeline.version_data("photos")
+        kept.append(project.data_file.read_text())
+    assert pipeline.remove_unused(kept[:1], dry_run=True) == 0
+    assert pipeline.remove_unused(kept[:1]) > 0
+    for content, there in zip(kept, (True, False, True), strict=True):
+        project.data_file.write_text(content)
+        assert Pipeline(project).checkout_data() is there
+
+
+def test_answers_are_counted_by_the_hour_and_release_and_removed_in_time(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    first, second = Traffic(store), Traffic(store)
+    for number in range(6):
+        first.add(RELEASE, "3", 0.95)
+        second.add("another" if number % 2 else RELEASE, "0", 1.0)
+    assert count_window(store, RELEASE, hours=2).labels == {}
+    for traffic in (first, second, second):
+        traffic.save()
+    found = count_window(store, RELEASE, hours=2)
+    assert (found.labels, +found.confidences) == ({"3": 6, "0": 3}, {9: 9})
+    first.add(RELEASE, "3", 0.05)
+    first.save()
+    assert count_window(store, RELEASE, hours=2).labels == {"3": 7, "0": 3}
+    for hours in (5, 30, 24 * 31):
+        hour = f"{datetime.now(UTC) - timedelta(hours=hours):%Y-%m-%dT%H}"
+        content = b'{"labels": {"1": 1}, "confidences": [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]}'
+        store.put(f"traffic/{hour}/{RELEASE}-x.json", content)
+    assert count_window(store, RELEASE, hours=24).labels == {"3": 7, "0": 3, "1": 1}
+    assert not [key for key in store.list("traffic") if hour in key]
+    assert read_result(store) == {}
+
+
+def test_usual_photos_are_no_drift_noise_is_and_only_the_random_sample_counts(
+    tmp_path: Path,
+) -> None:
+    from tasks.model.network import build_model
+
+    release = tmp_path / "release"
+    release.mkdir()
+    (release / "model.pb").write_bytes(export_graph(build_model(6, seed=1)))
+    (release / "params.yaml").write_text(CHECKOUT.params.read_text())
+    write_json(release / "labels.json", list(LABELS))
+    engine = Engine(release / "model.pb", embeddings=True)
+    photos = enlarge(np.stack([photo(n % 6, n) for n in range(60)]), engine.size)
+    np.savez(
+        release / "reference.npz",
+        labels=np.full(6, 10),
+        confidences=np.array([0] * 9 + [60]),
+        embeddings=np.array([*engine.stream(photos)], np.float16),
+    )
+
+    def verdicts(name: str, counts: Counts, pictures: list[Any], reason: str) -> dict[str, str]:
+        store = FolderStore(tmp_path / name)
+        for number, picture in enumerate(pictures):
+            values = {"time": datetime.now(UTC), "reason": reason, "label": "0", "version": 1}
+            values |= {"probabilities": {"0": 1.0}, "release": RELEASE}
+            key = Capture.model_validate(values).id(number)
+            content = cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes()
+            store.put(f"photos/{key[:10]}/{key}.jpg", content)
+        found = compare_with_reference(release, counts, store, hours=24)
+        return {one.name: one.verdict for one in found}
+
+    few = verdicts("few", Counts(), [photo(0, n) for n in range(3)], "uncertain")
+    assert set(few.values()) == {"too few samples"}
+    counts = Counts()
+    for number in range(600):
+        counts.add(LABELS[number % 6], 0.97)
+    usual = verdicts("usual", counts, [photo(n % 6, 1000 + n) for n in range(60)], "sample")
+    assert usual == dict.fromkeys(("labels", "confidences", "embeddings"), "no drift")
+    random = np.random.default_rng(1)
+    noise = [random.integers(0, 256, (64, 64, 3), np.uint8) for _ in range(60)]
+    for _ in range(600):
+        counts.add("5", 0.35)
+    assert set(verdicts("other", counts, noise, "sample").values()) == {"drift"}
