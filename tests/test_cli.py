@@ -140,7 +140,7 @@ def test_missing_and_damaged_files_are_named_before_a_server_is_asked_or_started
     changed.project.params.unlink()
     assert "params.yaml' cannot be read" in changed.handsigns("status", code=1)
     logs = {path.stem for path in changed.project.local.glob("logs/*")}
-    assert not logs & {"mlflow", "prefect", "seaweedfs", "worker"}
+    assert not logs & {"mlflow", "prefect", "worker"}
 
 
 def test_open_prints_an_address(workshop: Workshop) -> None:
