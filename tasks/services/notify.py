@@ -46,9 +46,8 @@ def _send(addresses: str, title: str, body: str) -> bool:
         apprise = _apprise()
         people, failure = apprise.Apprise(), apprise.NotifyType.FAILURE
         known = people.add(addresses)
-        return bool(
-            known and people.notify(body, title=title, notify_type=failure, body_format="text")
-        )
+        sent = people.notify(body, title=title, notify_type=failure, body_format="text")
+        return bool(known and sent)
     except Exception:  # a plugin of apprise may raise anything, with the address in it
         return False
 
