@@ -18,11 +18,11 @@ LONGEST = (
     "test_browser",
     "test_serve",
     "test_publish_crashes",
+    "test_dvc",
     "test_registry",
     "test_service_faults",
     "test_training",
     "test_backbone",
-    "test_data_faults",
 )
 """Files in the order of their duration."""
 

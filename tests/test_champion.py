@@ -26,7 +26,6 @@ from tasks.releases.champion import (
 )
 from tasks.releases.comparison import PromotionDecision, record_comparison
 from tasks.releases.release import publish
-from tasks.scoring.metrics import DIGITS
 from tasks.services.mlflow import CHALLENGER, CHAMPION, Registry, Version
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures import faults
@@ -51,34 +50,27 @@ class Models:
     def add(self, accuracy: float, won: bool | None = None, **facts: Any) -> int:
         """Publish and register a model with this test accuracy, compared or not; its number."""
         number = len(self.registry.versions()) + 1
-        content = {"accuracy": round(accuracy, DIGITS), "loss": 0.1, "auc": 1.0, "ece": 0.01}
+        scores = {"accuracy": accuracy, "loss": 0.1, "auc": 1.0, "ece": 0.01}
         files = {
-            "metrics.json": content | {"n": 100, "made": number},
-            "gate.json": judge(content, 0, LIMITS, LABELS).to_json(),
+            "metrics.json": scores | {"n": 100, "made": number},
+            "gate.json": judge(scores, 0, LIMITS, LABELS).to_json(),
             "dataset.json": {"leaks": 0, "photos": []},
             "labels.json": LABELS,
         }
-        for name, value in files.items():
-            write_json(self.folder / str(number) / name, value)
-        paths = {name: self.folder / str(number) / name for name in files}
+        paths = {name: self.folder / f"{number}-{name}" for name in files}
+        for name, content in files.items():
+            write_json(paths[name], content)
         release = publish(self.storage, paths, facts)
         self.registry.register(None, release.id, {"release_uri": release.uri})
         if won is not None:
-            self.compare(number, won)
+            decision = PromotionDecision(won, "no worse" if won else "worse by far")
+            record_comparison(self.registry, number, read_champion(self.storage), decision)
         return number
-
-    def compare(self, number: int, won: bool) -> None:
-        """Record a comparison of a version with the present champion."""
-        decision = PromotionDecision(won, "no worse" if won else "worse by far")
-        record_comparison(self.registry, number, read_champion(self.storage), decision)
 
     def version(self, number: int) -> Version:
         found = self.registry.version(number)
         assert found is not None
         return found
-
-    def release(self, number: int) -> str:
-        return str(self.version(number).content_id)
 
     def promote(self, number: int, reason: str = "a test", **options: Any) -> Move:
         content = yaml.safe_load(CHECKOUT.params.read_text())
@@ -87,13 +79,12 @@ class Models:
         return promote(self.storage, self.registry, Project(self.folder), number, reason, **options)
 
     def rollback(self, expected: int | None = None) -> Move:
-        seen = expected and self.release(expected)
-        return rollback(self.storage, self.registry, "back", by="Ann", expected=seen or None)
+        seen = self.version(expected).release if expected else None
+        return rollback(self.storage, self.registry, "back", by="Ann", expected=seen)
 
     def set_champion(self, number: int, expected: Champion | None) -> Move:
-        return set_champion(
-            self.storage, self.registry, self.version(number), expected, "it won", {"loss": 0.5}
-        )
+        version, scores = self.version(number), {"loss": 0.5}
+        return set_champion(self.storage, self.registry, version, expected, "it won", scores)
 
     def champion(self) -> Champion:
         found = read_champion(self.storage)
@@ -123,8 +114,9 @@ def models(bucket: S3Address, tmp_path: Path, tracking_uri: str) -> Models:
     return made
 
 
-def test_the_history_says_who_when_why_and_with_which_metrics(models: Models) -> None:
-    models.promote(2, "it is better", by="Ben")
+def test_the_history_says_who_when_why_and_a_repeat_changes_nothing(models: Models) -> None:
+    seen = models.champion()
+    models.promote(2, "it is better", by="Ben", force=True)
     first, second = models.champion().pointer.moves
     assert (first.by, first.previous, first.version) == ("Ann", None, 1)
     assert (second.by, second.previous, second.version) == ("Ben", 1, 2)
@@ -133,54 +125,52 @@ def test_the_history_says_who_when_why_and_with_which_metrics(models: Models) ->
     assert "T" in first.at <= second.at
     assert first.describe() == f"{first.at} promote: none -> version 1, by Ann: a test"
     assert second.describe().endswith("version 1 -> version 2, by Ben: it is better")
-    assert models.alias() == 2
-    assert models.rollback().by == "Ann"
-    assert models.promote(2).by
+    after = models.champion()
+    models.registry.set_alias(CHAMPION, 1)  # as a crash between pointer and alias leaves it
+    assert models.promote(2) == models.set_champion(2, seen) == after.pointer
+    assert (models.champion(), models.alias()) == (after, 2)
+    # What was decided against an earlier champion is refused.
+    for expected, words in ((seen, "version 1 was champion"), (None, "there was no champion")):
+        with pytest.raises(OvertakenError, match=f"by another promotion: {words}"):
+            models.set_champion(3, expected)
+    with pytest.raises(OvertakenError, match=r"it is version 2, release .* and not release"):
+        models.rollback(expected=1)
+    assert (models.champion(), models.alias()) == (after, 2)
+    third = models.set_champion(3, after)
+    assert third.metrics["loss"] == 0.5
+    assert third.by
 
 
 def test_failed_checks_need_force_and_are_kept(models: Models) -> None:
     models.add(0.93)
     models.add(0.5)
     before = models.champion()
-    for number, limits, words in (
-        (3, LIMITS, "compared with version 1 it is worse by far"),
-        (4, LIMITS, "not compared with the present champion, version 1"),
-        (5, LIMITS, "its own gate did not pass it"),
-        (2, GateParams(min_accuracy=0.99), r"today's gate refuses it, accuracy: 0\.9700 misses"),
-        (2, GateParams(), "no limit is set"),
-    ):
-        with pytest.raises(PromotionError, match=f"{words}.*--force"):
-            models.promote(number, limits=limits)
-    for call, words in (
-        (lambda: models.promote(5, " ", force=True), "promotion by force needs a reason"),
-        (lambda: models.promote(2, ""), "A promotion needs a reason"),
-        (lambda: rollback(models.storage, models.registry, ""), "A rollback needs a reason"),
-        (lambda: models.promote(9), "no version 9 in the registry, only: 1, 2, 3, 4, 5"),
+    lost = "compared with version 1 it is worse by far"
+    for number, limits, reason, words in (
+        (3, LIMITS, "why", rf"{lost}\. Nothing was moved.*--force"),
+        (4, LIMITS, "why", "not compared with the present champion, version 1.*--force"),
+        (5, LIMITS, "why", "its own gate did not pass it.*--force"),
+        (2, GateParams(min_accuracy=0.99), "why", r"today's gate .*0\.9700 misses.*--force"),
+        (2, GateParams(), "why", "no limit is set.*--force"),
+        (9, LIMITS, "why", "no version 9 in the registry, only: 1, 2, 3, 4, 5"),
+        (2, LIMITS, " ", "A promotion needs a reason"),
     ):
         with pytest.raises(PromotionError, match=words):
-            call()
+            models.promote(number, reason, limits=limits)
+    with pytest.raises(PromotionError, match="promotion by force needs a reason"):
+        models.promote(5, " ", force=True)
+    with pytest.raises(PromotionError, match="A rollback needs a reason"):
+        rollback(models.storage, models.registry, "")
     assert models.champion() == before
     move = models.promote(5, "the boss wants it", force=True, by="Ann")
     assert "(FORCED: " in move.describe()
     assert "accuracy: 0.5000 misses" in "; ".join(move.overruled)
-    assert models.champion().pointer.overruled == move.overruled
     assert models.champion().pointer.model_dump()["forced"]
     models.promote(2, force=True)
     assert models.champion().pointer.moves[-2].overruled == move.overruled
-
-
-def test_force_without_failed_checks_is_no_forced_promotion(models: Models) -> None:
-    assert not models.promote(2, force=True).forced
-
-
-def test_how_a_version_compares_with_the_present_champion_is_said(models: Models) -> None:
-    models.promote(2)
-    with pytest.raises(PromotionError) as lost:
+    # The third lost against another, the fifth lost its place to the present champion.
+    with pytest.raises(PromotionError, match=f"{lost}; it was not compared with the present"):
         models.promote(3)
-    assert "compared with version 1 it is worse by far; it was not compared with the present " in (
-        str(lost.value)
-    )
-    # The champion of before lost its place to the present one.
     with pytest.raises(PromotionError, match=r"champion: version 2 took its place: no worse\."):
         models.promote(1)
 
@@ -192,7 +182,12 @@ def test_rollback_goes_back_one_promotion_at_a_time_and_repeats_change_nothing(
     models.promote(3, "I say so", force=True)
     kept = models.champion().pointer.moves
     assert [move.forced for move in kept] == [False, False, True]
-    first = models.rollback(expected=3)
+    assert "To go back further" not in caplog.text
+    with proxy_to(models.storage.address.endpoint_url) as proxy:
+        through = Storage(replace(models.storage.address, endpoint_url=proxy.url))
+        with proxy.failing(faults.on(f"^PUT .*{KEY}", faults.forgetful)):  # no answer arrives
+            bad = models.version(3).release
+            first = rollback(through, models.registry, "back", by="Ann", expected=bad)
     after = models.champion()
     assert (first.version, first.previous, first.action, first.by) == (2, 3, "rollback", "Ann")
     for again in (models.rollback(expected=3), models.rollback()):
@@ -201,49 +196,12 @@ def test_rollback_goes_back_one_promotion_at_a_time_and_repeats_change_nothing(
     assert "Version 2 is champion already; nothing was moved. To go back further" in caplog.text
     assert "rollback --from 2" in caplog.text
     assert models.rollback(expected=2).version == models.alias() == 1
-    assert models.champion().pointer.release == models.release(1)
+    assert models.champion().pointer.release == models.version(1).release
     with pytest.raises(PromotionError, match="no earlier champion"):
         models.rollback(expected=1)
     with pytest.raises(OvertakenError, match="it is version 1, release"):
         models.rollback(expected=3)
     assert models.champion().pointer.moves[:3] == kept
-
-
-def test_a_rollback_whose_every_answer_was_lost_is_made_once(models: Models) -> None:
-    bad = models.promote(2).release
-    with proxy_to(models.storage.address.endpoint_url) as proxy:
-        through = Storage(replace(models.storage.address, endpoint_url=proxy.url))
-        with proxy.failing(faults.on(f"^PUT .*{KEY}", faults.forgetful)):
-            move = rollback(through, models.registry, "back", expected=bad)
-    assert move.version == models.rollback(expected=2).version == 1
-    assert len(models.champion().pointer.moves) == 3
-
-
-def test_a_repeated_promotion_changes_nothing(
-    models: Models, caplog: pytest.LogCaptureFixture
-) -> None:
-    seen = models.champion()
-    first = models.promote(2)
-    after = models.champion()
-    models.registry.set_alias(CHAMPION, 1)  # as a crash between pointer and alias leaves it
-    assert models.promote(2) == models.set_champion(2, seen) == first
-    assert models.champion() == after
-    assert models.alias() == 2
-    assert "To go back further" not in caplog.text
-
-
-def test_a_promotion_that_was_overtaken_is_refused(models: Models) -> None:
-    seen = models.champion()
-    models.promote(2)
-    before = models.champion()
-    for expected, words in ((seen, "version 1 was champion"), (None, "there was no champion")):
-        with pytest.raises(OvertakenError, match=f"by another promotion: {words}"):
-            models.set_champion(3, expected)
-    with pytest.raises(OvertakenError, match=r"it is version 2, release .* and not release"):
-        models.rollback(expected=1)
-    assert models.champion() == before
-    assert models.alias() == 2
-    assert models.set_champion(3, before).metrics["loss"] == 0.5
 
 
 def test_without_a_champion_there_is_nothing_to_go_back_to(models: Models) -> None:
@@ -258,20 +216,30 @@ def test_without_a_champion_there_is_nothing_to_go_back_to(models: Models) -> No
     assert models.promote(3, force=True).overruled == ()  # nobody to compare with
 
 
-@pytest.mark.parametrize("gone", ["version", "object"])
-def test_what_was_deleted_is_not_returned_to(models: Models, gone: str) -> None:
+@pytest.mark.parametrize("gone", ["version", "object", "alias"])
+def test_a_rollback_needs_its_version_and_every_byte_but_no_alias(
+    models: Models, gone: str, caplog: pytest.LogCaptureFixture
+) -> None:
     models.promote(2)
     before = models.champion()
+    if gone == "alias":
+        with sqlite3.connect(models.folder / "mlflow.db") as database:
+            database.execute(
+                "create trigger full before update on registered_model_aliases "
+                "begin select raise(abort, 'database or disk is full'); end"
+            )
+        assert models.rollback().version == models.champion().pointer.version == 1
+        assert "The alias in the registry could not be updated" in caplog.text
+        assert models.alias() == 2
+        return
     if gone == "version":
         models.client().delete_model_version("hand-signs", "1")
-        words = "version 1, is gone from the registry"
     else:
-        models.storage.remove(f"releases/{models.release(1)}/metrics.json")
-        words = r"metrics\.json"
+        models.storage.remove(f"releases/{models.version(1).release}/metrics.json")
+    words = "version 1, is gone from the registry" if gone == "version" else r"metrics\.json"
     with pytest.raises(HandsignsError, match=words):
         models.rollback()
-    assert models.champion() == before
-    assert models.alias() == 2
+    assert (models.champion(), models.alias()) == (before, 2)
 
 
 def test_releases_are_ordered_by_the_pointers_counter_and_not_by_clocks(models: Models) -> None:
@@ -286,24 +254,6 @@ def test_releases_are_ordered_by_the_pointers_counter_and_not_by_clocks(models: 
     assert models.promote(older, "it is right", force=True).forced
 
 
-@pytest.mark.parametrize("force", [False, True])
-def test_a_registry_that_cannot_follow_does_not_undo_a_move(
-    models: Models, caplog: pytest.LogCaptureFixture, force: bool
-) -> None:
-    models.promote(2)
-    with sqlite3.connect(models.folder / "mlflow.db") as database:
-        for when in ("insert", "update", "delete"):
-            database.execute(
-                f"create trigger full_{when} before {when} on registered_model_aliases "
-                "begin select raise(abort, 'database or disk is full'); end"
-            )
-    move = models.promote(3, "it must", force=True) if force else models.rollback()
-    assert models.champion().pointer.version == move.version == (3 if force else 1)
-    assert len(models.champion().pointer.moves) == 3
-    assert "The alias in the registry could not be updated" in caplog.text
-    assert models.alias() == 2
-
-
 def test_an_alias_left_behind_by_a_crash_follows_again(models: Models) -> None:
     models.registry.set_alias(CHAMPION, 2)
     said = sync_alias(models.storage, models.registry)
@@ -316,13 +266,12 @@ def test_an_alias_left_behind_by_a_crash_follows_again(models: Models) -> None:
 
 def test_a_release_is_found_by_the_names_that_people_use(models: Models) -> None:
     models.registry.set_alias(CHALLENGER, 3)
-    client = models.client()
-    client.create_model_version("hand-signs", str(models.folder), tags={"another": "program"})
-    for name, number in (("champion", 1), ("challenger", 3), ("2", 2), (models.release(3), 3)):
-        found = find_release(models.storage, lambda: models.registry, name)
-        assert found == models.release(number), name
-    digits = "0123456789abcdef" * 2
-    assert find_release(models.storage, lambda: models.registry, digits) == digits
+    models.client().create_model_version("hand-signs", "elsewhere", tags={"another": "program"})
+    ids = {number: models.version(number).release for number in (1, 2, 3)}
+    some = "0123456789abcdef" * 2
+    named = {"champion": ids[1], "challenger": ids[3], "2": ids[2], ids[3]: ids[3], some: some}
+    for name, release in named.items():
+        assert find_release(models.storage, lambda: models.registry, name) == release
     for name, words in (
         ("7", "no model 7 in the registry.*rebuild-registry"),
         ("4", "Version 4 names no release"),
@@ -332,32 +281,27 @@ def test_a_release_is_found_by_the_names_that_people_use(models: Models) -> None
     ):
         with pytest.raises(ReleaseError, match=words):
             find_release(models.storage, lambda: models.registry, name)
-    with pytest.raises(ReleaseError, match="Version 4 names no release"):
-        models.promote(4)
 
 
 def test_a_registry_that_was_lost_is_rebuilt_from_storage(
     storage: Storage, models: Models, caplog: pytest.LogCaptureFixture
 ) -> None:
-    old = Models(storage, replace(models.registry, model_name="old"), models.folder / "old")
+    old = Models(storage, replace(models.registry, model_name="old"), models.folder)
     for moves in (2, 1, 0):
         old.add(0.9 + moves / 100, pointer_moves=moves)
     for number in (3, 2):
         old.set_champion(number, read_champion(storage))
-    new = Models(storage, replace(models.registry, model_name="new"), models.folder / "new")
+    new = Models(storage, replace(models.registry, model_name="new"), models.folder)
     assert "rebuild-registry" in str(sync_alias(storage, new.registry))
-    fresh = new.add(0.99)  # takes the number 1, which the history gives to another release
+    new.add(0.99)  # takes the number 1, which the history gives to another release
     with pytest.raises(PromotionError, match="rebuild-registry"):
         new.rollback()
     storage.put(f"releases/{'0' * 32}/manifest.json", b"damaged")
     added = rebuild_registry(storage, new.registry)
-    assert [version.content_id for version in added] == [old.release(n) for n in (3, 2, 1)]
+    assert [one.release for one in added] == [old.version(n).release for n in (3, 2, 1)]
     assert f"Release {'0' * 32} is left out" in caplog.text
     assert rebuild_registry(storage, new.registry) == []
-    assert new.release(int(str(new.alias()))) == old.release(2)
-    for number in (fresh, *(version.number for version in added)):
-        named = find_release(storage, lambda: new.registry, str(number))
-        assert named == new.release(number)
+    assert new.version(int(str(new.alias()))).release == old.version(2).release
     back = new.rollback()
-    assert back.release == old.release(3) == new.release(back.version)
+    assert back.release == old.version(3).release == new.version(back.version).release
     assert new.alias() == back.version

@@ -1,14 +1,22 @@
-"""Releases in storage: complete or invisible, verified to the last byte, and repaired."""
+"""Releases: complete or invisible in storage, verified to the last byte, repaired, and opened."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import keras
+import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from PIL import Image
 
-from tasks.errors import PromotionError, ReleaseError
+from tasks.errors import ModelError, PromotionError, ReleaseError
+from tasks.model.augment import enlarge
+from tasks.model.files import export_graph
+from tasks.model.inference import classify_files
+from tasks.model.network import backbone_of, build_model
+from tasks.params import Params
 from tasks.releases.champion import KEY, Pointer, move_champion, read_champion
 from tasks.releases.release import (
     MANIFEST,
@@ -17,34 +25,17 @@ from tasks.releases.release import (
     content_id,
     describe,
     fetch,
+    open_release,
     publish,
     verify,
+    verify_folder,
 )
 from tasks.releases.signing import UNSIGNED
 from tasks.services.s3 import S3Address, Storage
+from tests.fixtures.faults import proxy_to
+from tests.fixtures.photos import CHECKOUT, LABELS, photo
 
 OTHER = "0" * 32
-
-
-class Witness(Storage):
-    """The real storage, which also remembers what was written."""
-
-    def __init__(self, address: S3Address) -> None:
-        super().__init__(address)
-        self.written: list[str] = []
-
-    def put(self, key: str, source: Path | bytes) -> None:
-        super().put(key, source)
-        self.written.append(key)
-
-    def put_if_absent(self, key: str, content: bytes) -> str:
-        self.written.append(key)
-        return super().put_if_absent(key, content)
-
-
-@pytest.fixture
-def witness(s3: S3Address) -> Witness:
-    return Witness(s3)
 
 
 @pytest.fixture
@@ -61,65 +52,50 @@ def _key(release: Release, name: str) -> str:
     return f"releases/{release.id}/{name}"
 
 
-digests = st.builds(
-    Digest,
-    sha256=st.binary(min_size=32, max_size=32).map(bytes.hex),
-    bytes=st.integers(0, 2**30),
-)
-
-
-@given(st.dictionaries(st.text("abc.", min_size=1), digests, min_size=1))
-def test_the_id_depends_on_every_file_and_not_on_their_order(files: Mapping[str, Digest]) -> None:
-    wanted = content_id(files)
-    assert content_id(dict(reversed(list(files.items())))) == wanted
-    for name, digest in files.items():
-        larger = Digest(sha256=digest.sha256, bytes=digest.bytes + 1 if digest.bytes < 9 else 0)
-        assert content_id({**files, name: larger}) != wanted
-        assert content_id({other: files[other] for other in files if other != name}) != wanted
-
-
-def test_what_cannot_be_a_release_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
-    assert describe(files, {"git": "abc"}).id == describe(files, {"git": "def"}).id
+def test_the_id_depends_on_every_file_and_on_nothing_else(files: dict[str, Path]) -> None:
+    wanted = describe(files, {"git": "abc"})
+    assert describe(files, {"git": "def"}).id == wanted.id
+    assert content_id(dict(reversed(wanted.files.items()))) == wanted.id
+    for name, digest in wanted.files.items():
+        larger = Digest(sha256=digest.sha256, bytes=digest.bytes + 1)
+        other = Digest(sha256="0" * 64, bytes=digest.bytes)
+        for changed in ({name: larger}, {name: other}, {"a" + name: digest}):
+            assert content_id({**wanted.files, **changed}) != wanted.id
+        assert content_id({one: wanted.files[one] for one in files if one != name}) != wanted.id
     for name in ("../model.keras", "a/b", ".hidden", ""):
         with pytest.raises(ValueError, match="files"):
             describe({name: files["model.keras"]})
 
 
-def test_a_published_release_is_verified_and_fetched(
-    witness: Witness, files: dict[str, Path], tmp_path: Path
+def test_a_release_is_invisible_until_it_is_complete_and_its_manifest_comes_last(
+    s3: S3Address, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    release = publish(witness, files, {"git": "abc"})
-    assert release.uri == f"s3://{witness.address.bucket}/releases/{release.id}/"
-    assert witness.written[-1] == _key(release, MANIFEST)
-    assert verify(witness, release.id) == release
-    folder = fetch(witness, release.id, tmp_path / "cache")
+    with proxy_to(s3.endpoint_url) as proxy:
+        direct, storage = Storage(s3), Storage(replace(s3, endpoint_url=proxy.url))
+
+        def written() -> list[str]:
+            puts = [one.rpartition("/")[2] for one in proxy.requests if one.startswith("PUT")]
+            proxy.requests.clear()
+            return puts
+
+        unfinished = describe(files).id
+        direct.put(f"releases/{unfinished}/labels.json", files["labels.json"])
+        direct.put(f"releases/{unfinished}/model.keras", b"half of it")
+        with pytest.raises(ReleaseError, match="no complete release"):
+            verify(storage, unfinished)
+        with pytest.raises(ReleaseError, match="no complete release"):
+            fetch(storage, unfinished, tmp_path / "cache")
+        release = publish(storage, files, {"git": "abc"})
+        assert written() == ["model.keras", "model_card.md", MANIFEST]
+        assert publish(storage, files, {"git": "def"}) == release
+        assert written() == []
+    assert release.uri == f"s3://{s3.bucket}/releases/{release.id}/"
+    assert verify(direct, release.id) == release
+    folder = fetch(direct, release.id, tmp_path / "cache")
     assert folder == tmp_path / "cache" / release.id
     for name, path in files.items():
         assert (folder / name).read_bytes() == path.read_bytes()
     assert json.loads((folder / MANIFEST).read_bytes())["facts"] == {"git": "abc"}
-    witness.written.clear()
-    assert publish(witness, files, {"git": "def"}) == release
-    assert witness.written == []
-
-
-def test_a_half_uploaded_release_is_invisible_and_then_completed(
-    witness: Witness, files: dict[str, Path], tmp_path: Path
-) -> None:
-    release_id = describe(files).id
-    witness.put(f"releases/{release_id}/labels.json", files["labels.json"])
-    witness.put(f"releases/{release_id}/model.keras", b"half of it")
-    for attempt in (
-        lambda: verify(witness, release_id),
-        lambda: fetch(witness, release_id, tmp_path / "c"),
-    ):
-        with pytest.raises(ReleaseError, match="no complete release"):
-            attempt()
-    witness.written.clear()
-    release = publish(witness, files)
-    assert witness.written == [
-        _key(release, name) for name in ("model.keras", "model_card.md", MANIFEST)
-    ]
-    verify(witness, release.id)
 
 
 def _other_manifest(release: Release, **changes: str) -> bytes:
@@ -128,13 +104,9 @@ def _other_manifest(release: Release, **changes: str) -> bytes:
     return UNSIGNED.sign(MANIFEST, manifest)
 
 
-def _later_format(release: Release) -> bytes:
-    return json.dumps({**release.manifest.model_dump(), "format": 2}).encode()
-
-
 DAMAGES: list[tuple[str, str, Callable[[Release], bytes | None]]] = [
     ("differs from its digest", "labels.json", lambda _: b"{}"),
-    ("has 1 bytes instead of 2", "labels.json", lambda _: b"["),
+    ("labels.json has 1 bytes instead of 2", "labels.json", lambda _: b"["),
     ("labels.json has no bytes instead of 2", "labels.json", lambda _: None),
     ("extra.py has 0 bytes instead of none", "extra.py", lambda _: b""),
     ("belongs to another release", MANIFEST, _other_manifest),
@@ -142,65 +114,57 @@ DAMAGES: list[tuple[str, str, Callable[[Release], bytes | None]]] = [
     ("cannot be understood", MANIFEST, lambda _: b"{not json"),
     ("cannot be understood", MANIFEST, lambda _: b"[" * 100_000),
     ("cannot be understood", MANIFEST, lambda _: b"[1]"),
-    ("format", MANIFEST, _later_format),
+    (
+        "format",
+        MANIFEST,
+        lambda one: json.dumps(one.manifest.model_dump() | {"format": 2}).encode(),
+    ),
 ]
 
 
 def test_each_kind_of_damage_is_refused_in_its_own_words_and_repaired(
     storage: Storage, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    release = publish(storage, files)
-    kept = {name: storage.get(_key(release, name)) for name in ("labels.json", MANIFEST)}
+    release, cache = publish(storage, files), tmp_path / "cache"
+    kept = storage.get(_key(release, MANIFEST))
     for words, name, damage in DAMAGES:
         content = damage(release)
         if content is None:
             storage.remove(_key(release, name))
         else:
             storage.put(_key(release, name), content)
-        for use in (
-            lambda: verify(storage, release.id),
-            lambda: fetch(storage, release.id, tmp_path / "cache"),
-        ):
-            with pytest.raises(ReleaseError, match=words) as caught:
-                use()
-            assert "\n" not in str(caught.value)
-        assert list((tmp_path / "cache").glob("*")) == []
+        with pytest.raises(ReleaseError, match=words) as caught:
+            verify(storage, release.id)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(ReleaseError, match=words):
+            fetch(storage, release.id, cache)
+        assert list(cache.glob("*")) == []
         if name == MANIFEST:
-            storage.put(_key(release, name), kept[name])
-        elif name in files:
-            publish(storage, files)
-        else:
+            storage.put(_key(release, name), kept)
+        elif name not in files:
             with pytest.raises(ReleaseError, match="was added"):
                 publish(storage, files)
             storage.remove(_key(release, name))
+        publish(storage, files)
         verify(storage, release.id)
-
-
-def test_a_damaged_local_copy_is_fetched_again_and_a_good_one_needs_no_storage(
-    storage: Storage, files: dict[str, Path], tmp_path: Path
-) -> None:
-    release = publish(storage, files)
-    folder = fetch(storage, release.id, tmp_path / "cache")
+    # A damaged local copy is fetched again, and a good one needs no storage.
+    folder = fetch(storage, release.id, cache)
     (folder / "labels.json").write_bytes(b"{}")
     (folder / "extra.py").write_bytes(b"")
     (folder / "model_card.md").unlink()
     (folder / "model_card.md").symlink_to(files["model_card.md"])
-    fetch(storage, release.id, tmp_path / "cache")
+    fetch(storage, release.id, cache)
     assert sorted(path.name for path in folder.iterdir()) == sorted([*files, MANIFEST])
     assert (folder / "labels.json").read_bytes() == b"[]"
     assert not (folder / "model_card.md").is_symlink()
     nobody = Storage(S3Address("http://127.0.0.1:9", "artifacts", "us-east-1", "k", "s"))
-    assert fetch(nobody, release.id, tmp_path / "cache") == folder
+    assert fetch(nobody, release.id, cache) == folder
+    for wrong in ("../..", "", "A" * 32, "0" * 31, "0" * 33):
+        with pytest.raises(ReleaseError, match="32 hex digits"):
+            fetch(storage, wrong, cache)
 
 
-def test_a_release_is_named_by_32_hex_digits(storage: Storage, tmp_path: Path) -> None:
-    for release_id in ("../..", "", "A" * 32, "0" * 31, "0" * 33):
-        for call in (fetch, lambda *one: verify(*one[:2])):
-            with pytest.raises(ReleaseError, match="32 hex digits"):
-                call(storage, release_id, tmp_path)
-
-
-def test_the_champion_is_moved_only_by_who_saw_the_present_one(storage: Storage) -> None:
+def test_the_pointer_is_moved_only_by_who_saw_the_present_one(storage: Storage) -> None:
     assert read_champion(storage) is None
     first = move_champion(storage, None, Pointer(release=OTHER, version=1, by="a"))
     assert read_champion(storage) == first
@@ -209,9 +173,6 @@ def test_the_champion_is_moved_only_by_who_saw_the_present_one(storage: Storage)
         with pytest.raises(PromotionError, match="changed meanwhile"):
             move_champion(storage, stale, Pointer(release=OTHER, version=3))
     assert read_champion(storage) == second
-
-
-def test_a_broken_pointer_is_not_followed(storage: Storage) -> None:
     bad = ({"release": "../.."}, {"version": 0}, {"previous": 0}, {"pointer_moves": -1})
     broken = [json.dumps({"release": OTHER, "version": 1} | one).encode() for one in bad]
     for content in (b"", b"[]", b"[" * 100_000, *broken):
@@ -219,3 +180,61 @@ def test_a_broken_pointer_is_not_followed(storage: Storage) -> None:
         with pytest.raises(ReleaseError, match=r"champion\.json cannot be understood") as caught:
             read_champion(storage)
         assert "\n" not in str(caught.value)
+
+
+def write_release(folder: Path, files: dict[str, bytes]) -> str:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    manifest = describe({name: folder / name for name in files})
+    (folder / MANIFEST).write_bytes(UNSIGNED.sign(MANIFEST, manifest))
+    return manifest.id
+
+
+def lively(params: Params) -> Any:
+    """A random model that tells photos apart, as a fresh network would not."""
+    keras.utils.set_random_seed(1)
+    model = build_model(6, params.augmentation, 0.3, seed=1)
+    for layer in backbone_of(model).layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0.0
+    photos = np.stack([photo(label, 1) for label in range(6)])
+    backbone_of(model)(enlarge(photos).astype(np.float32), training=True)
+    head = model.get_layer("predictions")
+    head.kernel.assign(head.kernel * 8)
+    return model
+
+
+def test_a_release_predicts_as_its_model_does(tmp_path: Path, params: Params) -> None:
+    model = lively(params)
+    photos = np.stack([photo(number % 6, number) for number in range(12)])
+    paths = [tmp_path / f"{number}.png" for number in range(12)]
+    for image, path in zip(photos, paths, strict=True):
+        Image.fromarray(image).save(path)
+    folder = tmp_path / "release"
+    folder.mkdir()
+    content = {
+        "model.pb": export_graph(model),
+        "labels.json": json.dumps(LABELS).encode(),
+        "params.yaml": CHECKOUT.params.read_bytes(),
+    }
+    made = write_release(folder, content)
+    assert verify_folder(folder, None, UNSIGNED).id == made
+    found = [one.probabilities for one in classify_files(open_release(folder), paths)]
+    expected = np.asarray(model(enlarge(photos).astype(np.float32), training=False))
+    assert np.abs(np.array(found) - expected).max() < 1e-4
+    assert np.ptp(expected, axis=0).max() > 0.2
+    # What it lacks is named.
+    (folder / "model.pb").write_bytes(b"torn")
+    with pytest.raises(ModelError, match=r"'.*model\.pb' does not hold a graph"):
+        open_release(folder)
+    for text in ("", "[", "[]", "preprocess: 3", "preprocess: {detail: 10000000}"):
+        (folder / "params.yaml").write_text(text)
+        with pytest.raises(PromotionError, match=r"params\.yaml does not say .* in preprocess"):
+            open_release(folder)
+    (folder / "labels.json").write_text(json.dumps([*LABELS[:-1], "0"]))
+    with pytest.raises(PromotionError, match=r"must list different labels, not"):
+        open_release(folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "id": OTHER}))
+    with pytest.raises(ReleaseError, match=f"another release: {OTHER}, with the files"):
+        verify_folder(folder, None, UNSIGNED)

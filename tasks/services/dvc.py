@@ -1,6 +1,6 @@
 """DVC: the pipeline's stages and the versions of the photos.
 
-`dvc.repo.Repo` is not a documented API: the version is pinned, and `tests/test_pipeline.py`
+`dvc.repo.Repo` is not a documented API: the version is pinned, and `tests/test_dvc.py`
 checks what is used of it.
 """
 

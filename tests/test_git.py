@@ -1,4 +1,4 @@
-"""Versions on a branch of a real remote, beside whatever the person here is doing."""
+"""What git says of a checkout, and versions on a branch of a real remote beside a person's work."""
 
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +21,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A clone of a bare remote, where nobody told git who works here."""
     for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
         monkeypatch.setenv(name, "/dev/null")
-    subprocess.run(["git", "init", "-q", "--bare", "-b", "main", tmp_path / "origin"], check=True)
+    git(tmp_path, "init", "-q", "--bare", "-b", "main", "origin")
+    git(tmp_path, "clone", "-q", "origin", "checkout")
     root = tmp_path / "checkout"
-    subprocess.run(["git", "clone", "-q", tmp_path / "origin", root], check=True, text=True)
     (root / "data.dvc").write_text("first\n")
     (root / "code.py").write_text("code\n")
     git(root, "checkout", "-qb", "main")
@@ -33,29 +33,23 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-@pytest.fixture
-def origin(checkout: Path) -> Path:
-    return checkout.parent / "origin"
-
-
 def state(checkout: Path) -> list[object]:
     questions = ("status --porcelain", "rev-parse HEAD", "branch", "stash list", "worktree list")
     said: list[object] = [git(checkout, *words.split()) for words in questions]
     return [*said, (checkout / ".git/index").read_bytes(), (checkout / "code.py").read_text()]
 
 
-def test_files_are_committed_and_what_the_person_is_doing_stays(
-    checkout: Path, origin: Path
-) -> None:
-    (checkout / "data.dvc").write_text("second\n")
+def test_files_are_committed_and_what_the_person_is_doing_stays(checkout: Path) -> None:
+    origin, branch, data = checkout.parent / "origin", "handsigns/data", checkout / "data.dvc"
+    data.write_text("second\n")
     (checkout / "staged.py").write_text("staged\n")
     git(checkout, "add", "staged.py")
     (checkout / "code.py").write_text("being edited\n")
     (checkout / ".git/hooks/pre-push").write_text("#!/bin/sh\nexit 1\n")
     (checkout / ".git/hooks/pre-push").chmod(0o755)
-    before, branch, data = state(checkout), "handsigns/data", [checkout / "data.dvc"]
-    commit = push_to_branch(checkout, branch, data, "Retrain\n\nWhy.")
-    assert push_to_branch(checkout, branch, data, "Again") is None
+    before = state(checkout)
+    commit = push_to_branch(checkout, branch, [data], "Retrain\n\nWhy.")
+    assert push_to_branch(checkout, branch, [data], "Again") is None
     assert state(checkout) == before
     assert git(origin, "rev-parse", branch) == commit
     assert git(origin, "show", f"{branch}:data.dvc") == "second"
@@ -63,34 +57,22 @@ def test_files_are_committed_and_what_the_person_is_doing_stays(
     assert git(origin, "ls-tree", "--name-only", branch).split() == ["code.py", "data.dvc"]
     assert git(origin, "log", "-1", "--format=%an %s", branch) == "handsigns Retrain"
     assert git(origin, "rev-parse", "main") == git(checkout, "rev-parse", "HEAD")
-    (checkout / "data.dvc").write_text("third\n")
-    assert push_to_branch(checkout, branch, data, "Three") == git(origin, "rev-parse", branch)
-    assert git(origin, "log", "--format=%s", branch).split() == ["Three", "Retrain", "Start"]
-
-
-def test_a_checkout_below_the_repositorys_top_keeps_its_paths(checkout: Path, origin: Path) -> None:
+    # Of many at once none is lost: each has a file of its own beside those of the others. And a
+    # checkout below the repository's top keeps its paths.
     below = checkout / "models/signs"
     below.mkdir(parents=True)
-    (below / "data.dvc").write_text("below\n")
-    push_to_branch(below, "data", [below / "data.dvc"], "Below")
-    assert git(origin, "show", "data:models/signs/data.dvc") == "below"
-    assert git(origin, "show", "data:data.dvc") == "first"
-
-
-def test_of_many_at_once_none_is_lost(checkout: Path, origin: Path) -> None:
-    """Each writes a file of its own, so that whoever came later must have kept the others."""
     names = [f"{number}.dvc" for number in range(4)]
     for name in names:
-        (checkout / name).write_text(f"{name}\n")
+        (below / name).write_text(f"{name}\n")
     with ThreadPoolExecutor() as pool:
-        pushed = pool.map(
-            lambda name: push_to_branch(checkout, "data", [checkout / name], name), names
-        )
-        assert all(pushed)
-    assert set(names) < set(git(origin, "ls-tree", "--name-only", "data").split())
+        assert all(pool.map(lambda one: push_to_branch(below, branch, [below / one], one), names))
+    kept = git(origin, "ls-tree", "-r", "--name-only", branch).split()
+    assert kept == ["code.py", "data.dvc", *(f"models/signs/{name}" for name in names)]
+    assert git(origin, "log", "--format=%s", branch).split()[4:] == ["Retrain", "Start"]
 
 
-def test_a_remote_that_refuses_is_one_line_without_its_token(checkout: Path, origin: Path) -> None:
+def test_a_remote_that_refuses_is_one_line_without_its_token(checkout: Path) -> None:
+    origin = checkout.parent / "origin"
     hook = origin / "hooks/pre-receive"
     hook.write_text("#!/bin/sh\necho only by review >&2\nexit 1\n")
     hook.chmod(0o755)

@@ -1,0 +1,332 @@
+"""Stages and photos under DVC: two runners agree, and nothing damaged is trained on."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from filelock import FileLock
+
+from tasks.data.directory import fetch_data, render
+from tasks.errors import BusyError, DataError, HandsignsError, ServiceError, StageError
+from tasks.project import Project
+from tasks.services.dvc import Pipeline, Remote
+from tasks.services.s3 import S3Address, Storage
+from tests.fixtures import faults
+from tests.fixtures.checkouts import BIN, with_stages
+from tests.fixtures.faults import proxy_to
+from tests.fixtures.locks import held
+
+EARLY = ("audit", "synthetic", "preprocess")
+ENVIRONMENT = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout with the product's stages, photos and one version of them."""
+    project = with_stages(tmp_path_factory.mktemp("data") / "checkout")
+    before = Path.cwd()
+    os.chdir(project.root)
+    try:
+        Pipeline(project).version_data("photos")
+    finally:
+        os.chdir(before)
+    return project.root
+
+
+@pytest.fixture
+def checkout(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    shutil.copytree(prepared, tmp_path / "checkout")
+    monkeypatch.chdir(tmp_path / "checkout")
+    return Project(tmp_path / "checkout")
+
+
+def dvc(project: Project, *words: str, code: int = 0) -> str:
+    """What `dvc` prints, run as a person would."""
+    command = [BIN / "dvc", *words]
+    done = subprocess.run(
+        command, cwd=project.root, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == code or code
+    return done.stderr if code else done.stdout
+
+
+def set_image_size(project: Project, size: int) -> None:
+    content = yaml.safe_load(project.params.read_text())
+    content["preprocess"]["image_size"] = size
+    project.params.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def add_photo(project: Project, name: str) -> Path:
+    return Path(
+        shutil.copy(project.data / "train/0/0000.png", project.data / f"train/0/{name}.png")
+    )
+
+
+def photos(project: Project) -> dict[str, str]:
+    return {
+        str(path.relative_to(project.data)): hashlib.md5(path.read_bytes()).hexdigest()
+        for path in project.data.rglob("*.png")
+    }
+
+
+def test_after_one_runner_the_other_has_nothing_to_do(checkout: Project) -> None:
+    order = Pipeline(checkout).stages()
+    chain = ["audit", "preprocess", "features", "train@base", "train@fine_tune", "train@full"]
+    chain += ["assemble", "evaluate", "gate"]
+    assert [name for name in order if name in chain] == chain
+    assert order.index("backbone") < order.index("features")
+
+    def run_early() -> list[str]:
+        pipeline = Pipeline(checkout)
+        return [pipeline.run(name) for name in EARLY]
+
+    dvc(checkout, "repro", *EARLY)
+    assert run_early() == ["unchanged"] * 3
+    assert not {"audit", "preprocess"} & set(Pipeline(checkout).changed())
+    first = (checkout.dataset / "images.npy").read_bytes()
+    # A changed parameter runs its stage and no earlier one.
+    set_image_size(checkout, 32)
+    assert run_early() == ["unchanged", "unchanged", "ran"]
+    assert json.loads((checkout.dataset / "index.json").read_text())["image_size"] == 32
+    lock = checkout.lock.read_bytes()
+    said = dvc(checkout, "repro", *EARLY)
+    assert "Stage 'audit' didn't change" in said
+    assert "Stage 'preprocess' didn't change" in said
+    assert checkout.lock.read_bytes() == lock
+    # A result that was there before is restored.
+    set_image_size(checkout, 64)
+    assert Pipeline(checkout).run("preprocess") == "restored"
+    assert (checkout.dataset / "images.npy").read_bytes() == first
+
+
+def test_two_runners_never_work_on_one_stage(checkout: Project) -> None:
+    pipeline, refused = Pipeline(checkout, lock_timeout=1.0), list[str]()
+    with held(checkout) as holder, pytest.raises(BusyError, match="run again"):
+        pipeline.run("audit")
+    with held(checkout) as holder:
+        holder.send_signal(signal.SIGKILL)
+    # The locks of the dead are no obstacle.
+    dead = {"pid": holder.pid, "cmd": "dvc repro"}
+    entry = {"write": {str(checkout.root / "artifacts/audit.json"): dead}}
+    (checkout.root / ".dvc/tmp/rwlock").write_text(json.dumps(entry))
+
+    def progress(what: str, done: int, total: int) -> None:
+        if not refused:
+            refused.append(dvc(checkout, "repro", "audit", code=1))
+
+    assert pipeline.run("audit", progress=progress) == "ran"
+    assert "lock" in refused[0]
+    assert pipeline.run("audit") == "unchanged"
+    # And the other way round: a flow waits, and then finds its work done.
+    add_photo(checkout, "new")
+    command = [BIN / "dvc", "repro", "audit"]
+    with subprocess.Popen(
+        command, cwd=checkout.root, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        while "Running stage" not in other.stdout.readline():
+            assert other.poll() is None
+        assert Pipeline(checkout, lock_timeout=120).run("audit") == "unchanged"
+        other.stdout.read()
+    assert other.returncode == 0
+
+
+def test_what_changes_while_a_stage_runs_is_an_error_and_so_is_the_stages_own(
+    checkout: Project,
+) -> None:
+    def progress(what: str, done: int, total: int) -> None:
+        if not (checkout.data / "train/0/new.png").exists():
+            add_photo(checkout, "new")  # the stage is reading the others at this moment
+
+    with pytest.raises(StageError, match=r"data.* changed while stage audit ran"):
+        Pipeline(checkout).run("audit", progress=progress)
+    assert "audit" in Pipeline(checkout).changed()
+    pipeline = Pipeline(checkout)
+    with (checkout.root / "tasks/audit.py").open("a") as source:
+        source.write("# edited\n")
+    with pytest.raises(StageError, match="edited since this run began"):
+        pipeline.run("audit")
+    shutil.rmtree(checkout.data / "train/3")
+    with pytest.raises(DataError, match="train/3"):
+        Pipeline(checkout).run("audit")
+
+
+def test_a_damaged_file_of_dvc_is_one_line_with_advice(checkout: Project) -> None:
+    Pipeline(checkout).run("audit")
+    written = checkout.lock.read_bytes()
+    digest = written.split(b"md5: ")[-1][:32]
+    lock, lost = "Take dvc.lock back from git", "data.dvc is not what DVC writes"
+
+    def use_dvc() -> None:
+        Pipeline(checkout).changed()
+        Pipeline(checkout).run("audit", force=True)
+
+    for name, content, words in (
+        ("data.dvc", b"", lost),
+        ("data.dvc", b"outs: 7\n", lost),
+        ("dvc.yaml", b"", "dvc.yaml names no stage"),
+        ("dvc.lock", b"stages: [", lock),
+        ("dvc.lock", b"schema: '2.0'\nstages: 7\n", lock),
+        ("dvc.lock", b"\xff\xfe", lock),
+        ("dvc.lock", written.replace(digest, b"0" * 32), lock),
+        *((".dvc/tmp/rwlock", content, "rwlock, is damaged. Remove it")
+          for content in (b"", b'{"write": {"/a/b": {"pi', b"[1]", b"\xff\xfe")),
+    ):  # fmt: skip
+        path = checkout.root / name
+        kept = path.read_bytes() if path.exists() else b"{}"
+        path.write_bytes(content)
+        with pytest.raises(HandsignsError, match=words) as caught:
+            use_dvc()
+        assert "\n" not in str(caught.value)
+        path.write_bytes(kept)
+    # What a person may have edited or removed there is made again.
+    checkout.lock.write_bytes(written.replace(digest, b"f" * 32))
+    assert Pipeline(checkout).run("audit") in ("ran", "restored")
+    checkout.lock.unlink()
+    assert Pipeline(checkout).run("audit") in ("ran", "restored")
+    assert checkout.lock.read_bytes() == written
+
+
+def test_of_data_and_its_record_the_one_that_changed_wins(checkout: Project) -> None:
+    older = checkout.data_file.read_bytes()
+    pipeline = Pipeline(checkout)
+    assert pipeline.data_state() == "clean"
+    theirs = add_photo(checkout, "theirs")
+    assert pipeline.data_state() == "edited"
+    newer = pipeline.version_data("photos")
+    record = checkout.data_file.read_bytes()
+    checkout.data_file.write_bytes(older)  # as `git pull` does
+    fetch_data(checkout, Pipeline(checkout))
+    assert not theirs.exists()
+    checkout.data_file.write_bytes(record)
+    # Photos that nobody changed must not win over a data.dvc that somebody did.
+    assert Pipeline(checkout).data_state() == "outdated"
+    fetch_data(checkout, Pipeline(checkout))
+    assert theirs.exists()
+    assert Pipeline(checkout).data_version() == newer
+    # Going back to an earlier state by hand is an edit, though the cache knows it.
+    theirs.unlink()
+    assert Pipeline(checkout).data_state() == "edited"
+    # Both changed: refused, with both ways out.
+    ours = add_photo(checkout, "ours")
+    checkout.data_file.write_bytes(older)
+    for call in (pipeline.data_state, lambda: fetch_data(checkout, pipeline)):
+        with pytest.raises(DataError, match=r"dvc add data.*dvc pull --force data\.dvc") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert ours.exists()
+    assert checkout.data_file.read_bytes() == older
+    dvc(checkout, "add", "-q", "data")
+    assert Pipeline(checkout).data_state() == "clean"
+
+
+def test_the_version_remembers_where_the_photos_came_from(
+    checkout: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = Pipeline(checkout)
+    assert pipeline.data_source() == "photos"
+    record = yaml.safe_load(checkout.data_file.read_text())
+    checkout.data_file.write_text(yaml.safe_dump({**record, "meta": {"camera": "hall"}}))
+    assert pipeline.data_source() == "photos"
+    assert pipeline.version_data("sample") == record["outs"][0]["md5"]
+    assert pipeline.data_source() == "sample"
+    # What a team notes there stays.
+    kept = yaml.safe_load(checkout.data_file.read_text())["meta"]
+    assert kept == {"camera": "hall", "source": "sample"}
+    monkeypatch.setattr("tasks.data.directory.WAIT", 0.2)
+    before = photos(checkout)
+    checkout.local.mkdir(exist_ok=True)
+    with FileLock(checkout.data_lock), pytest.raises(BusyError, match="data/ is in use"):
+        render(checkout, pipeline)
+    assert photos(checkout) == before
+
+
+def test_only_a_remote_of_the_repository_or_of_our_setting_counts(
+    checkout: Project,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    anybody = f"[core]\n    remote = anybody\n['remote \"anybody\"']\n    url = {tmp_path}/theirs\n"
+    (tmp_path / "home/config").write_text(anybody)
+    assert Pipeline(checkout).remote_url() is None
+    ours = anybody.replace("anybody", "team").replace("theirs", "ours")
+    (checkout.root / ".dvc/config").write_text(ours)
+    secret = "['remote \"team\"']\n    verify = true\n"  # such as keys: what is not for git
+    (checkout.root / ".dvc/config.local").write_text(secret)
+    assert Pipeline(checkout).remote_url() == f"{tmp_path}/ours"
+    assert Pipeline(checkout).push_data() > 0
+    assert f"data/ is pushed to {tmp_path}/ours" in caplog.text
+    set_by_us = Pipeline(checkout, Remote("s3://user:secret@bucket/photos", {}))
+    assert set_by_us.remote_url() == "s3://bucket/photos"
+    assert not (tmp_path / "theirs").exists()
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for url, words in (
+        ("s3://bucket/photos", r"could not be pushed to s3://bucket/photos \(.*credentials"),
+        ("ssh://h/photos", r"could not be pushed to ssh://h/photos \(.*dvc-ssh"),
+        ("foo://x", "HANDSIGNS_DVC_REMOTE_URL"),
+    ):
+        with pytest.raises((ServiceError, DataError), match=words) as caught:
+            Pipeline(checkout, Remote(url, {})).push_data()
+        assert "\n" not in str(caught.value)
+
+
+def test_push_repairs_the_remote_and_a_failing_one_lays_out_nothing(
+    checkout: Project, s3: S3Address
+) -> None:
+    def at(url: str, key: str = str(s3.secret_access_key)) -> Remote:
+        options = {"region": s3.region, "access_key_id": str(s3.access_key_id)}
+        options |= {"endpointurl": url, "secret_access_key": key}
+        return Remote(f"s3://{s3.bucket}/photos", options)
+
+    before, storage = photos(checkout), Storage(s3)
+    assert Pipeline(checkout, at(s3.endpoint_url)).push_data() == len(before) + 1
+    keys = [entry.key for entry in storage.list("photos/") if not entry.key.endswith(".dir")]
+    storage.put(keys[0], b"damaged")
+    storage.remove(keys[2])
+    kept = Path(*keys[2].split("/")[1:])
+    (checkout.root / ".dvc/cache" / kept).unlink()  # it is taken from data/ again
+    pipeline = Pipeline(checkout, at(s3.endpoint_url))
+    assert (pipeline.push_data(), pipeline.push_data()) == (2, 0)
+    for key in keys:
+        digest = hashlib.md5(storage.get(key)).hexdigest()
+        assert key.endswith(f"{digest[:2]}/{digest[2:]}")
+
+    shutil.rmtree(checkout.data)
+    shutil.rmtree(checkout.root / ".dvc/cache")
+    assert not Pipeline(checkout).checkout_data()
+    content, refusing = storage.get(keys[0]), faults.answering(500, "InternalError")
+    with proxy_to(s3.endpoint_url) as proxy:
+        cases: list[tuple[str, Remote, Callable[[], object]]] = [
+            ("down", at("http://127.0.0.1:9"), lambda: None),
+            ("wrong key", at(proxy.url, "sentinel"), lambda: None),
+            ("object damaged", at(proxy.url), lambda: storage.put(keys[0], b"damaged")),
+            ("object missing", at(proxy.url), lambda: storage.remove(keys[0])),
+            ("500", at(proxy.url), lambda: setattr(proxy, "fault", refusing)),
+        ]
+        for name, remote, damage in cases:
+            damage()
+            began = time.monotonic()
+            with pytest.raises(ServiceError, match="could not be pulled") as caught:
+                fetch_data(checkout, Pipeline(checkout, remote))
+            assert time.monotonic() - began < 60, name
+            assert "\n" not in str(caught.value), name
+            assert "sentinel" not in str(caught.value)
+            assert not any(checkout.data.glob("*/*/*")), name
+    storage.put(keys[0], content)
+    fetch_data(checkout, Pipeline(checkout, at(s3.endpoint_url)))
+    assert photos(checkout) == before
+    assert Pipeline(checkout).data_state() == "clean"
