@@ -24,8 +24,8 @@ from flows import ui
 from flows.local.clients import TAG, traffic_store
 from flows.run import retrain_lock
 from flows.workspace import Workspace
+from tasks.data.capture import Store
 from tasks.data.images import decode, resize
-from tasks.data.stores import Store
 from tasks.data.traffic import RESULT, Counts, count_window, read_result
 from tasks.io import read_json
 from tasks.model.augment import enlarge

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks.load import drive, resident
+from tasks.releases.champion import KEY
 from tasks.releases.release import Release
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.checkouts import BIN
@@ -29,14 +30,7 @@ from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.servers import new_bucket
 from tests.fixtures.service import Service, grey, named, point, publish_graph, serving
 
-JSON = {"content-type": "application/json"}
 TOKEN = "a token of sixteen or more"
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for this file's checkouts."""
-    return tmp_path_factory.mktemp("serve")
 
 
 @pytest.fixture(scope="module")
@@ -46,34 +40,39 @@ def bucket(s3_server: S3Address) -> S3Address:
 
 
 @pytest.fixture(scope="module")
-def first(bucket: S3Address, graphs: tuple[bytes, bytes], place: Path) -> Release:
+def first(bucket: S3Address, graphs: Any, tmp_path_factory: pytest.TempPathFactory) -> Release:
     """A champion in the shared bucket."""
-    storage = Storage(bucket)
-    release = publish_graph(storage, place / "first", graphs[0])
-    point(storage, release.id, 1)
+    release = publish_graph(Storage(bucket), tmp_path_factory.mktemp("release") / "a", graphs[0])
+    point(Storage(bucket), release.id, 1)
     return release
 
 
 @pytest.fixture(scope="module")
-def service(bucket: S3Address, first: Release, place: Path) -> Iterator[Service]:
+def service(
+    bucket: S3Address, first: Release, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
     """A service without a limit that a test could meet."""
-    rate = {"HANDSIGNS_SERVE_RATE": "1000000/minute"}
-    with serving(place / "service", **named(bucket), **rate) as running:
+    root, rate = tmp_path_factory.mktemp("serve"), {"HANDSIGNS_SERVE_RATE": "1000000/minute"}
+    with serving(root, **named(bucket), **rate) as running:
         yield running
 
 
-@pytest.fixture
-def line(service: Service) -> Iterator[socket.socket]:
+def connect(service: Service) -> socket.socket:
     """A bare connection to the service."""
-    address = (str(service.client.base_url.host), service.client.base_url.port or 0)
-    with socket.create_connection(address) as connection:
-        yield connection
+    return socket.create_connection(("127.0.0.1", service.client.base_url.port or 0))
 
 
-def head(*headers: str, request: str = "POST /predict") -> bytes:
+def head(*headers: str) -> bytes:
     """The head of a request with a JSON body."""
-    lines = [f"{request} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *headers]
-    return "\r\n".join([*lines, "", ""]).encode()
+    lines = ["POST /predict HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    return "\r\n".join([*lines, *headers, "", ""]).encode()
+
+
+def soon(seen: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not seen():
+        assert time.monotonic() < deadline, "it did not happen within 20 s"
+        time.sleep(0.1)
 
 
 def test_every_form_of_a_request_gets_the_same_reading(service: Service, first: Release) -> None:
@@ -95,32 +94,22 @@ def test_every_form_of_a_request_gets_the_same_reading(service: Service, first: 
         assert service.predict(grey(2, kind)).json()["label"] == "2"
     for headers in ({"Host": "LOCALHOST:8000"}, {"Origin": "http://127.0.0.1:8000"}):
         assert service.predict(grey(1), headers=headers).status_code == 200
-    assert service.client.get("/health", headers={"Host": "evil.example"}).status_code == 403
+    file = BytesIO()
+    Image.new("RGB", (64, 64), (25, 25, 26)).save(file, "PNG")  # between two signs
+    assert service.predict(file.getvalue()).json()["certain"] is False
 
 
 def test_several_photos_in_one_request_are_answered_in_their_order(service: Service) -> None:
-    photos = [grey(sign) for sign in range(6)] + [b"no photo", grey(0)]
+    photos = [*map(grey, range(6)), b"no photo", grey(0)]
     form = service.client.post("/predict", files=[("file", ("a", photo)) for photo in photos])
     images = [base64.b64encode(photo).decode() for photo in photos]
-    plain = service.client.post("/predict", json={"image": images})
-    assert form.status_code == plain.status_code == 200
-    readings = form.json()["readings"]
-    assert readings == plain.json()["readings"]
+    readings = service.client.post("/predict", json={"image": images}).json()["readings"]
+    assert form.json()["readings"] == readings
     assert [one.get("label") for one in readings] == ["0", "1", "2", "3", "4", "5", None, "0"]
     assert "not an image" in readings[6]["error"]
-    alone = service.client.post("/predict", json={"image": images[:1]})
-    assert alone.json() == {"readings": readings[:1]}
 
 
-def test_a_photo_between_two_signs_is_not_certain(service: Service) -> None:
-    file = BytesIO()
-    Image.new("RGB", (64, 64), (25, 25, 26)).save(file, "PNG")
-    answer = service.predict(file.getvalue()).json()
-    assert answer["certain"] is False
-    assert 0.4 < max(answer["probabilities"].values()) < 0.6
-
-
-def test_health_reports_version_release_age_and_state(service: Service, first: Release) -> None:
+def test_health_and_metrics_name_the_model_and_count(service: Service, first: Release) -> None:
     health = service.health()
     assert (health["state"], health["problem"]) == ("ready", None)
     assert health["model"]["release"] == first.id
@@ -128,6 +117,15 @@ def test_health_reports_version_release_age_and_state(service: Service, first: R
     assert health["age_seconds"] > 0
     answer = service.client.head("/health")
     assert (answer.status_code, answer.content) == (200, b"")
+    predicted = 'handsigns_predictions_total{label="4"}'
+    answered = 'handsigns_requests_total{method="POST",path="/predict",status="200"}'
+    before = service.metric(predicted), service.metric(answered)
+    service.predict(grey(4))
+    assert (service.metric(predicted), service.metric(answered)) == (before[0] + 1, before[1] + 1)
+    assert service.metric(f'handsigns_model_info{{release="{first.id}",version="1"}}') == 1
+    assert service.metric('handsigns_request_seconds_bucket{le="+Inf",path="/predict"}') > 0
+    assert service.metric("handsigns_follow_problem") == 0
+    assert service.metric("process_resident_memory_bytes") > 0
 
 
 def _animation() -> bytes:
@@ -160,7 +158,6 @@ BAD: dict[str, tuple[int, str, dict[str, Any]]] = {
     "animated": (422, "animated", _form(_animation())),
     "a bomb": (422, "too many pixels", _form(_header_of(9000, 9000))),
     "no file": (400, "'file'", _form(grey(1), "photo")),
-    "a field": (400, "'file'", {"data": {"file": "x"}, **_form(b"", "b")}),
     "17 files": (400, "files", {"files": [("file", ("a", b"a"))] * 17}),
     "JSON of 17": (422, "16 or fewer", {"json": {"image": ["AAAA"] * 17}}),
     "JSON of none": (422, "16 or fewer", {"json": {"image": []}}),
@@ -169,10 +166,7 @@ BAD: dict[str, tuple[int, str, dict[str, Any]]] = {
     "nothing": (415, "sent as ''", {}),
     "JSON cut off": (422, "base64", _body(b'{"image": ""')),
     "JSON nested": (422, "nothing else", _body(b"[" * 100_000)),
-    "JSON latin": (422, "base64", _body(b'{"image": "\xe4"}')),
-    "JSON list": (422, "nothing else", {"json": ["image"]}),
     "JSON more": (422, "nothing else", {"json": {"image": "", "label": 2}}),
-    "JSON number": (422, "nothing else", {"json": {"image": 12}}),
     "JSON other": (422, "nothing else", {"json": {"photo": "AAAA"}}),
     "JSON no base64": (422, "base64", {"json": {"image": "%%%%"}}),
     "JSON no photo": (415, "not an image", {"json": {"image": "AAAA"}}),
@@ -181,41 +175,25 @@ BAD: dict[str, tuple[int, str, dict[str, Any]]] = {
     "no host": (403, "SERVE_TOKEN", {"headers": {"Host": "[::1"}}),
     "foreign page": (403, "SERVE_TOKEN", {"headers": {"Origin": "http://evil.example"}}),
     "page of nobody": (403, "SERVE_TOKEN", {"headers": {"Origin": "null"}}),
+    "GET": (405, "Method", {"method": "GET"}),
+    "no sign": (404, "Not Found", {"method": "GET", "path": "/examples/6.png"}),
+    "no page": (404, "Not Found", {"path": "/no/such/page"}),
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_request_gets_a_clear_refusal(service: Service, name: str) -> None:
-    status, reason, request = BAD[name]
-    answer = service.client.post("/predict", **request)
-    assert answer.status_code == status, answer.text
-    assert answer.json().keys() == {"error"}
-    assert re.search(reason, answer.json()["error"])
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status", "allowed"),
-    [
-        ("GET", "/predict", 405, "POST"),
-        ("DELETE", "/predict", 405, "POST"),
-        ("POST", "/metrics", 405, "GET"),
-        ("GET", "/examples/6.png", 404, None),
-        ("GET", "/no/such/page", 404, None),
-    ],
-)
-def test_a_wrong_path_or_method_is_refused_in_json(
-    service: Service, method: str, path: str, status: int, allowed: str | None
-) -> None:
-    answer = service.client.request(method, path)
-    assert (answer.status_code, answer.headers.get("allow")) == (status, allowed)
-    assert answer.json().keys() == {"error"}
+def test_a_bad_request_gets_a_clear_refusal_in_json(service: Service) -> None:
+    for name, (status, reason, request) in BAD.items():
+        sent = {"method": "POST", "path": "/predict"} | request
+        answer = service.client.request(sent.pop("method"), sent.pop("path"), **sent)
+        assert answer.status_code == status, (name, answer.text)
+        assert answer.json().keys() == {"error"}, name
+        assert re.search(reason, answer.json()["error"]), (name, answer.text)
+        assert answer.headers.get("allow") == ("POST" if status == 405 else None)
 
 
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    st.binary(max_size=300), st.sampled_from([b"", grey(1)[:60], b"GIF89a", b"\xff\xd8\xff\xe0"])
-)
+@given(st.binary(max_size=300), st.sampled_from([b"", grey(1)[:60], b"GIF89a", b"\xff\xd8\xff"]))
 def test_whatever_is_uploaded_the_answer_is_a_refusal(
     service: Service, content: bytes, start: bytes
 ) -> None:
@@ -224,55 +202,35 @@ def test_whatever_is_uploaded_the_answer_is_a_refusal(
     assert answer.json().keys() == {"error"}
 
 
-def test_a_body_that_announces_too_much_is_refused_before_it_is_sent(line: socket.socket) -> None:
-    line.sendall(head(f"Content-Length: {2**40}"))
-    answer = line.makefile("rb").read()
-    assert answer.startswith(b"HTTP/1.1 413")
-    assert b"larger than 10 MB" in answer
-
-
-def test_an_endless_body_is_refused_at_the_limit(service: Service, line: socket.socket) -> None:
-    line.sendall(head("Transfer-Encoding: chunked"))
-    for _ in range(161):  # of 64 KB each, and no end
-        line.sendall(b"10000\r\n" + bytes(2**16) + b"\r\n")
-    assert line.recv(100).startswith(b"HTTP/1.1 413")
+def test_bodies_that_are_or_become_too_large_are_refused(service: Service) -> None:
+    with connect(service) as line:
+        line.sendall(head(f"Content-Length: {2**40}"))
+        answer = line.makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 413")
+        assert b"larger than 10 MB" in answer
+    with connect(service) as line:
+        line.sendall(head("Transfer-Encoding: chunked"))
+        for _ in range(161):  # of 64 KB each, and no end
+            line.sendall(b"10000\r\n" + bytes(2**16) + b"\r\n")
+        assert line.recv(100).startswith(b"HTTP/1.1 413")
     assert service.metric('handsigns_requests_total{method="POST",path="/predict",status="413"}')
 
 
-def test_nothing_on_the_page_comes_from_elsewhere(service: Service) -> None:
-    page = service.client.get("/")
-    assert page.headers["content-type"].startswith("text/html")
-    policy = page.headers["content-security-policy"]
+def test_nothing_on_the_pages_comes_from_elsewhere(service: Service) -> None:
+    policy = service.client.get("/").headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
-    for name in ("", "page.css", "page.js", "icon.svg"):
+    for name in ("", "page.css", "page.js", "icon.svg", "review"):
         answer = service.client.get(f"/{name}")
         assert answer.status_code == 200
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert not re.search(r"(src|href|url|import)[^\n]{0,3}[\"'(]\s*(https?:)?//", answer.text)
-    for label in range(6):
-        picture = service.client.get(f"/examples/{label}.png")
-        assert Image.open(BytesIO(picture.content)).size == (64, 64)
-
-
-def test_openapi_names_every_form_of_a_request_and_every_refusal(service: Service) -> None:
-    schema = service.client.get("/openapi.json").json()
-    predict = schema["paths"]["/predict"]["post"]
+    picture = service.client.get("/examples/3.png")
+    assert Image.open(BytesIO(picture.content)).size == (64, 64)
+    predict = service.client.get("/openapi.json").json()["paths"]["/predict"]["post"]
     forms = {"multipart/form-data", "application/json", "image/*"}
     assert set(predict["requestBody"]["content"]) == forms
     assert {"200", "401", "413", "415", "422", "429", "503"} <= set(predict["responses"])
-
-
-def test_metrics_count_requests_and_name_the_model(service: Service, first: Release) -> None:
-    predicted = 'handsigns_predictions_total{label="4"}'
-    answered = 'handsigns_requests_total{method="POST",path="/predict",status="200"}'
-    before = service.metric(predicted), service.metric(answered)
-    service.predict(grey(4))
-    assert (service.metric(predicted), service.metric(answered)) == (before[0] + 1, before[1] + 1)
-    assert service.metric(f'handsigns_model_info{{release="{first.id}",version="1"}}') == 1
-    assert service.metric('handsigns_request_seconds_bucket{le="+Inf",path="/predict"}') > 0
-    assert service.metric("handsigns_follow_problem") == 0
-    assert service.metric("process_resident_memory_bytes") > 0
 
 
 @pytest.mark.slow
@@ -287,33 +245,36 @@ def test_many_clients_with_bad_uploads_among_them_meet_no_failure(service: Servi
     assert resident(url) - before < 60
 
 
-def test_wrong_tokens_are_refused_and_use_up_nothing_of_the_right_ones_rate(
-    bucket: S3Address, first: Release, place: Path
+def test_wrong_tokens_use_up_nothing_of_the_right_ones_rate_and_a_stop_answers_all(
+    bucket: S3Address, first: Release, tmp_path: Path
 ) -> None:
-    limits = {"HANDSIGNS_SERVE_RATE": "3/minute", "HANDSIGNS_SERVE_TOKEN": TOKEN}
-    with serving(place / "limited", "--model", "champion", **named(bucket), **limits) as service:
+    limits = {"HANDSIGNS_SERVE_RATE": "4/minute", "HANDSIGNS_SERVE_TOKEN": TOKEN}
+    with serving(tmp_path / "checkout", **named(bucket), **limits) as service:
         wrong = {"Authorization": f"Bearer {TOKEN}s"}
-        answers = [service.predict(grey(1), headers=sent) for sent in ({}, wrong, wrong, wrong)]
-        assert [answer.status_code for answer in answers] == [401, 401, 401, 429]
+        answers = [service.predict(grey(1), headers=sent) for sent in ({}, *[wrong] * 4)]
+        assert [answer.status_code for answer in answers] == [401] * 4 + [429]
         assert answers[0].headers["www-authenticate"] == "Bearer"
         known = {"Authorization": f"Bearer {TOKEN}"}
         for _ in range(3):
             assert service.predict(grey(1), headers=known).status_code == 200
-        # Another address that the client claims does not help.
-        refused = service.predict(grey(1), headers={**known, "X-Forwarded-For": "192.0.2.7"})
-        assert refused.status_code == 429
-        assert 1 <= int(refused.headers["retry-after"]) <= 60
-        assert service.health()["state"] == "ready"
-        command = Path(f"/proc/{service.process.pid}/cmdline").read_bytes()
-        assert TOKEN.encode() not in command
+        body = json.dumps({"image": base64.b64encode(grey(3)).decode()}).encode()
+        with connect(service) as line:
+            sent = f"Authorization: Bearer {TOKEN}"
+            line.sendall(head(f"Content-Length: {len(body)}", sent) + body[:10])
+            time.sleep(0.3)
+            # Another address that the client claims does not help.
+            claimed = {**known, "X-Forwarded-For": "192.0.2.7"}
+            refused = service.predict(grey(1), headers=claimed)
+            assert refused.status_code == 429
+            assert 1 <= int(refused.headers["retry-after"]) <= 60
+            service.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            line.sendall(body[10:])
+            answer = line.makefile("rb").read()
+        assert b"200 OK" in answer
+        assert b'"label":"3"' in answer
+        assert service.process.wait(15) == 0
         assert TOKEN not in service.log.read_text()
-
-
-def _soon(seen: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not seen():
-        assert time.monotonic() < deadline, "it did not happen within 20 s"
-        time.sleep(0.1)
 
 
 def test_it_waits_for_a_champion_follows_it_and_refuses_a_damaged_one(
@@ -321,32 +282,29 @@ def test_it_waits_for_a_champion_follows_it_and_refuses_a_damaged_one(
 ) -> None:
     with serving(tmp_path / "checkout", **named(s3)) as service:
         assert service.client.get("/health").status_code == 503
-        assert service.health()["state"] == "waiting"
         early = service.predict(grey(1))
         assert early.status_code == 503
         assert "no champion yet" in early.json()["error"]
-        assert service.client.get("/").status_code == 200
 
-        one = publish_graph(storage, tmp_path / "one", graphs[0])
-        point(storage, one.id, 1)
-        _soon(lambda: service.health()["state"] == "ready")
+        releases = [publish_graph(storage, tmp_path / f"{n}", graphs[n]).id for n in (0, 1)]
+        point(storage, releases[0], 1)
+        soon(lambda: service.health()["state"] == "ready")
         assert service.predict(grey(1)).json()["label"] == "1"
-
-        two = publish_graph(storage, tmp_path / "two", graphs[1])
-        point(storage, two.id, 2)
-        labels = []  # requests all the while, and no gap
+        point(storage, releases[1], 2)
+        labels: list[Any] = []  # requests all the while, and no gap
         while not labels or labels[-1] != ("4", 2):
             answer = service.predict(grey(1))
             assert answer.status_code == 200
             labels.append((answer.json()["label"], answer.json()["model"]["version"]))
         assert set(labels) <= {("1", 1), ("4", 2)}
 
-        three = publish_graph(storage, tmp_path / "three", graphs[0] + b"\x0a\x00")
-        torn = bytearray(storage.get(f"releases/{three.id}/model.pb"))
+        damaged = publish_graph(storage, tmp_path / "damaged", graphs[0] + b"\x78\x01").id
+        intact = storage.get(f"releases/{damaged}/model.pb")
+        torn = bytearray(intact)
         torn[100] ^= 1
-        storage.put(f"releases/{three.id}/model.pb", bytes(torn))
-        point(storage, three.id, 3)
-        _soon(lambda: service.health()["state"] == "behind")
+        storage.put(f"releases/{damaged}/model.pb", bytes(torn))
+        point(storage, damaged, 3)
+        soon(lambda: service.health()["state"] == "behind")
         health = service.health()
         assert "differs from its digest" in health["problem"]
         assert health["model"]["version"] == 2
@@ -354,17 +312,18 @@ def test_it_waits_for_a_champion_follows_it_and_refuses_a_damaged_one(
         assert service.metric("handsigns_follow_problem") == 1
         assert service.metric('handsigns_follow_failures_total{kind="release"}') >= 1
         assert "Still serving the champion, version 2" in service.log.read_text()
-
-        point(storage, one.id, 4)
-        _soon(lambda: service.health()["state"] == "ready")
+        storage.put(f"releases/{damaged}/model.pb", intact)
+        soon(lambda: service.health()["state"] == "ready")
+        assert service.health()["model"]["version"] == 3
+        storage.put(KEY, b"no pointer")
+        soon(lambda: "cannot be understood" in str(service.health()["problem"]))
         assert service.predict(grey(1)).json()["label"] == "1"
 
 
 def test_idle_connections_do_not_keep_others_out(service: Service) -> None:
-    port = service.client.base_url.port or 0
     with ExitStack() as stack:
         for number in range(300):
-            line = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            line = stack.enter_context(connect(service))
             if number % 2:
                 line.sendall(b"GET /health HTTP/1.1\r\n")  # and never the rest of it
         assert service.predict(grey(1)).status_code == 200
@@ -377,10 +336,9 @@ def test_a_photo_of_many_pixels_takes_little_memory_and_does_not_hold_up_others(
     Image.new("RGB", (7000, 7000), (4 * 51,) * 3).save(file, "PNG")
     url = str(service.client.base_url)
     service.predict(grey(1))
-    before = resident(url)
+    before, peak, others = resident(url), 0.0, 0
     with ThreadPoolExecutor(3) as clients:
         large = [clients.submit(service.predict, file.getvalue()) for _ in range(3)]
-        peak, others = 0.0, 0
         while not all(one.done() for one in large):
             assert service.predict(grey(2)).json()["label"] == "2"
             others += 1
@@ -397,7 +355,8 @@ def test_json_of_many_elements_does_not_hold_up_others(service: Service, element
     json.loads(content)
     parsing = time.monotonic() - started
     with ThreadPoolExecutor(1) as clients:
-        nested = clients.submit(service.client.post, "/predict", content=content, headers=JSON)
+        kind = {"content-type": "application/json"}
+        nested = clients.submit(service.client.post, "/predict", content=content, headers=kind)
         slowest = 0.0
         while not nested.done():
             started = time.monotonic()
@@ -407,43 +366,16 @@ def test_json_of_many_elements_does_not_hold_up_others(service: Service, element
     assert slowest < max(parsing / 2, 0.3)
 
 
-def test_a_request_in_progress_is_answered_before_it_stops(
-    bucket: S3Address, first: Release, place: Path
-) -> None:
-    with serving(place / "stopped", **named(bucket)) as service:
-        body = json.dumps({"image": base64.b64encode(grey(3)).decode()}).encode()
-        port = service.client.base_url.port
-        with socket.create_connection(("127.0.0.1", port or 0)) as line:
-            line.sendall(head(f"Content-Length: {len(body)}") + body[:10])
-            time.sleep(0.3)
-            service.process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
-            line.sendall(body[10:])
-            answer = line.makefile("rb").read()
-        assert b"200 OK" in answer
-        assert b'"label":"3"' in answer
-        assert service.process.wait(15) == 0
-        assert "Traceback" not in service.log.read_text()
-
-
-@pytest.mark.parametrize(
-    ("words", "reason"),
-    [
-        (["--host", "0.0.0.0"], "HANDSIGNS_SERVE_TOKEN must be set"),
-        (["--host", "::"], "HANDSIGNS_SERVE_TOKEN must be set"),
-        (["--host", "203.0.113.1"], "HANDSIGNS_SERVE_TOKEN must be set"),
-        (["--host", ".bad."], "not a host name"),
-        (["--port", "TAKEN"], "in use"),
-    ],
-)
-def test_an_address_that_cannot_be_served_is_refused_in_one_line(
-    words: list[str], reason: str, tmp_path: Path
-) -> None:
+def test_an_address_that_cannot_be_served_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "dvc.yaml").write_bytes((CHECKOUT.root / "dvc.yaml").read_bytes())
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        command = [BIN / "handsigns", "serve", *(port if one == "TAKEN" else one for one in words)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert reason in done.stderr
+        for words, reason in (
+            (["--host", "0.0.0.0"], "HANDSIGNS_SERVE_TOKEN must be set"),
+            (["--host", ".bad."], "not a host name"),
+            (["--port", str(taken.getsockname()[1])], "in use"),
+        ):
+            command = [BIN / "handsigns", "serve", *words]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 1
+            assert done.stderr.count("\n") == 1
+            assert reason in done.stderr

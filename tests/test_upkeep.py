@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from flows.upkeep import compare_with_reference
-from tasks.data.capture import Capture
-from tasks.data.stores import FolderStore
+from tasks.data.capture import Capture, FolderStore
 from tasks.data.traffic import Counts, Traffic, count_window, read_result
 from tasks.errors import ServiceError
 from tasks.io import write_json

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 from flows.settings import Settings
-from tasks.data.stores import Store, open_store
+from tasks.data.capture import Store, open_store
 from tasks.errors import ServiceError, SettingsError
 from tasks.io import atomic_write
 from tasks.project import Project

@@ -1,36 +1,41 @@
-"""The HTTP service that classifies photos."""
+"""The HTTP service that classifies photos: its routes, its pages and its metrics."""
 
-import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import ClientDisconnect
 
-from flows.serve.follower import LoadedModel, ModelSource
-from flows.serve.limits import Admission, Credentials, Limits, ScoringPool
-from flows.serve.metrics import Metrics
-from flows.serve.review import Recorder, explain, review_routes
-from flows.serve.uploads import BODY, read_upload
-from tasks.data.capture import Captures
-from tasks.data.images import decode, is_large, resize
+from flows.serve.follower import ModelSource
+from flows.serve.limits import Admission, Credentials, Limits
+from flows.serve.predict import BODY, Fault, Model, Predictor, Reading, Readings, unusable
+from flows.serve.review import Recorder, review_routes
+from tasks.data.capture import Captures, DecidedError
 from tasks.data.traffic import Traffic
-from tasks.errors import HandsignsError, ImageError
-from tasks.model.inference import Classifier, Prediction
+from tasks.errors import BusyError, DataError, HandsignsError, ImageError
+from tasks.services.s3 import MissingObjectError
 
 _log = logging.getLogger(__name__)
 
@@ -38,46 +43,9 @@ PAGE = Path(__file__).with_name("page")
 PAGES = {"index.html": "/", "review.html": "/review"}
 EXAMPLE_SEED = 21
 """Seed of the rendered examples; not the seed of the sample data set."""
-SAVE_SECONDS = 60.0
-"""Between two writes of the counts for the drift monitor."""
-
-
-class Model(BaseModel):
-    """The model that answers."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    description: str = Field(description="What it is, in words.")
-    version: int | None = Field(description="Of a champion: its number in the registry.")
-    release: str | None = Field(description="Of a champion: its verified release.")
-    promoted_at: str | None = Field(description="When it became champion, ISO 8601.")
-
-    @computed_field(deprecated=True)  # type: ignore[prop-decorator]
-    @property
-    def told(self) -> str:
-        """The description under its old name."""
-        return self.description
-
-
-class Fault(BaseModel):
-    """Why a request, or one of several photos, was refused."""
-
-    error: str
-
-
-class Reading(BaseModel):
-    """What was read from a photo."""
-
-    label: str = Field(description="The most probable one.")
-    certain: bool = Field(description="False where the photo may show none of them clearly.")
-    probabilities: dict[str, float] = Field(description="Of each label; they add up to one.")
-    model: Model
-
-
-class Readings(BaseModel):
-    """What was read from several photos, in their order."""
-
-    readings: list[Reading | Fault]
+BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+PATHS = ("/predict", "/feedback", "/health", "/metrics", "/openapi.json")
+METHODS = ("GET", "HEAD", "POST", "DELETE")
 
 
 class Health(BaseModel):
@@ -95,58 +63,50 @@ class Health(BaseModel):
     capture: bool = Field(description="Whether photos may be kept to learn from them.")
 
 
-@dataclass(frozen=True)
-class Reader:
-    """Reads the photos of a request with the model that answers at the time."""
+class Metrics:
+    """Prometheus metrics of one service, in a registry of its own."""
 
-    source: ModelSource
-    pool: ScoringPool
-    metrics: Metrics
-    recorder: Recorder
-    traffic: Traffic | None
+    def __init__(self, source: ModelSource) -> None:
+        self._source, self._registry = source, CollectorRegistry()
 
-    async def answer(self, request: Request) -> Reading | Readings:
-        """Read one photo or several, and keep those that may be learned from."""
-        async with self._model() as model:
-            photos, keep = await read_upload(request), self.recorder.may_keep(request)
-            if isinstance(photos, bytes):
-                return await self._read(photos, model, keep)
-            readings = (self._read_or_refuse(photo, model, keep) for photo in photos)
-            return Readings(readings=await asyncio.gather(*readings))
+        def make(kind: Any, name: str, about: str, *labels: str, **more: Any) -> Any:
+            return kind(f"handsigns_{name}", about, labels, registry=self._registry, **more)
 
-    async def read_one(self, request: Request) -> tuple[bytes, Reading]:
-        """Read one photo; the photo as it came, and what was read."""
-        async with self._model() as model:
-            photo = await read_upload(request)
-            if not isinstance(photo, bytes):
-                raise HTTPException(400, "Send one photo at a time.")
-            return photo, await self._read(photo, model, keep=False)
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        self._requests = make(Counter, "requests", "Requests answered.", "method", "path", "status")
+        about = "From a request's headers to the start of its answer."
+        self._seconds = make(Histogram, "request_seconds", about, "path", buckets=BUCKETS)
+        self.predictions = make(Counter, "predictions", "Photos read, by label.", "label")
+        about = "Last result of the drift monitor: population stability index, or AUC."
+        self._drift = make(Gauge, "drift", about, "comparison")
+        about = "Photos offered to be kept, by what became of them."
+        self.captured = make(Counter, "capture", about, "outcome")
+        self._model = make(Info, "model", "The model that answers.")
+        about = "1 while the loaded model is not the champion, or that is unknown."
+        make(Gauge, "follow_problem", about).set_function(lambda: bool(source.problem))
+        about = "When the champion pointer was last read."
+        checked = make(Gauge, "follow_timestamp_seconds", about)
+        checked.set_function(lambda: source.checked_at or 0)
+        self._registry.register(source.failures)
 
-    @asynccontextmanager
-    async def _model(self) -> AsyncIterator[LoadedModel]:
-        if self.source.model is None:
-            raise HTTPException(503, _waiting(self.source), {"Retry-After": "10"})
-        async with self.pool.place():
-            yield self.source.model
+    def observe(self, method: str, path: str, status: int, seconds: float) -> None:
+        """Count one request; unknown paths and methods share one label each."""
+        path = path if path in PATHS else "page"
+        self._requests.labels(method if method in METHODS else "other", path, status).inc()
+        self._seconds.labels(path).observe(seconds)
 
-    async def _read(self, photo: bytes, model: LoadedModel, keep: bool) -> Reading:
-        large = await self.pool.run(partial(is_large, photo))
-        found = await self.pool.run(partial(_score, model.classifier, photo), large)
-        self.metrics.predictions.labels(str(found.label)).inc()
-        reading = Reading(**found.to_json(), model=Model.model_validate(model))
-        if self.traffic and model.release:
-            self.traffic.add(model.release, reading.label, max(reading.probabilities.values()))
-        if keep:
-            self.recorder.offer(photo, reading)
-        return reading
+    def show_drift(self, results: Mapping[str, float]) -> None:
+        """Show what the monitor found last."""
+        self._drift.clear()
+        for comparison, value in results.items():
+            self._drift.labels(comparison).set(value)
 
-    async def _read_or_refuse(
-        self, photo: bytes, model: LoadedModel, keep: bool
-    ) -> Reading | Fault:
-        try:
-            return await self._read(photo, model, keep)
-        except ImageError as error:
-            return Fault(error=_unusable(error))
+    def render(self) -> bytes:
+        """Return the metrics in Prometheus' text format."""
+        if model := self._source.model:
+            self._model.info({"version": str(model.version or ""), "release": model.release or ""})
+        return generate_latest(self._registry)
 
 
 def make_app(
@@ -159,19 +119,14 @@ def make_app(
 
     Without `captures` it keeps no photo, and without `traffic` no counts for the monitor.
     """
-    pool, metrics, admission = ScoringPool(), Metrics(source), Admission(limits)
-    recorder = Recorder(captures, metrics.captured)
-    reader = Reader(source, pool, metrics, recorder, traffic)
+    metrics, admission = Metrics(source), Admission(limits)
+    recorder = Recorder(captures, traffic, metrics.captured, metrics.show_drift)
+    predictor = Predictor(source, recorder, metrics.predictions)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         with recorder:
-            saving = asyncio.create_task(_save_traffic(traffic, metrics)) if traffic else None
             yield
-        if traffic and saving:
-            saving.cancel()
-            await asyncio.to_thread(_save, traffic)
-        pool.close()
 
     app = FastAPI(
         title="handsigns",
@@ -181,7 +136,9 @@ def make_app(
         docs_url=None,  # its pages load scripts from other hosts
         redoc_url=None,
     )
-    _answer_faults_as_json(app, limits)
+    kinds = (AnyHTTPException, RequestValidationError, HandsignsError, ClientDisconnect, Exception)
+    for kind in kinds:
+        app.add_exception_handler(kind, partial(_answer_fault, limits))
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=limits.max_bytes)
     app.middleware("http")(partial(_observe, metrics, limits))
 
@@ -193,9 +150,9 @@ def make_app(
     )
     async def predict(request: Request) -> Reading | Readings:
         """Classify a photo, or each of several."""
-        return await reader.answer(request)
+        return await predictor.answer(request)
 
-    routes = review_routes(recorder, reader.read_one, BODY, lambda: _labels(source))
+    routes = review_routes(recorder, predictor.read_one, lambda: source.labels)
     app.include_router(routes, dependencies=[Depends(admission.check)])
 
     @app.head("/health", include_in_schema=False)  # load balancers ask for no more
@@ -220,24 +177,13 @@ def make_app(
             raise HTTPException(404)
         return Response(_example(int(label)), media_type="image/png")
 
-    _serve_page(app)
+    async def send(file: Path, _: Request) -> Response:
+        return FileResponse(file)
+
+    # A route each: a mounted folder would answer GET /predict with 404 instead of 405.
+    for file in PAGE.iterdir():
+        app.add_route(PAGES.get(file.name, f"/{file.name}"), partial(send, file))
     return app
-
-
-async def _save_traffic(traffic: Traffic, metrics: Metrics) -> None:
-    """Save the counts every minute, and show what the monitor found."""
-    while True:
-        await asyncio.sleep(SAVE_SECONDS)
-        metrics.show_drift(await asyncio.to_thread(_save, traffic))
-
-
-def _save(traffic: Traffic) -> dict[str, float]:
-    try:
-        traffic.save()
-        return traffic.drift()
-    except (HandsignsError, OSError, ValueError) as error:  # predictions must go on
-        _log.warning("The counts for the drift monitor are not saved: %s", error)
-        return {}
 
 
 async def _observe(
@@ -249,10 +195,9 @@ async def _observe(
     began, status = time.perf_counter(), 500
     try:
         # Starlette's limit would answer a body that announces its size in plain text.
-        if int(request.headers.get("Content-Length", "0")) > limits.max_bytes:
-            response = _too_large(limits)
-        else:
-            response = await answer(request)
+        large = int(request.headers.get("Content-Length", "0")) > limits.max_bytes
+        too_large = AnyHTTPException(413)
+        response = await (_answer_fault(limits, request, too_large) if large else answer(request))
         status = response.status_code
     finally:
         seconds = time.perf_counter() - began
@@ -260,25 +205,30 @@ async def _observe(
     return response
 
 
-def _serve_page(app: FastAPI) -> None:
-    async def send(file: Path, _: Request) -> Response:
-        return FileResponse(file)
-
-    # A route each: a mounted folder would answer GET /predict with 404 instead of 405.
-    for file in PAGE.iterdir():
-        path = PAGES.get(file.name, f"/{file.name}")
-        app.add_route(path, partial(send, file))
-
-
-def _score(classifier: Classifier, content: bytes) -> Prediction:
-    params = classifier.preprocess
-    photo = resize(decode(content, min_side=4 * params.image_size), params)
-    (row,) = classifier.probabilities(photo[np.newaxis]).tolist()
-    return classifier.prediction(Path("photo"), row)
-
-
-def _waiting(source: ModelSource) -> str:
-    return source.problem or "There is no champion yet. Once one is promoted, it answers here."
+async def _answer_fault(limits: Limits, request: Request, error: Exception) -> Response:
+    """Answer with the reason in JSON, whatever failed."""
+    status, reason = 500, "The service failed; its log says why."
+    match error:
+        case AnyHTTPException(status_code=413):
+            status, reason = 413, f"The request is larger than {limits.max_bytes // 2**20} MB."
+        case AnyHTTPException():
+            status, reason = error.status_code, str(error.detail)
+        case RequestValidationError():
+            first = error.errors()[0]
+            status, reason = 422, f"{first['loc'][-1]}: {first['msg']}."
+        case ClientDisconnect():
+            status, reason = 400, "The request ended before its body did."
+        case ImageError():
+            kinds = {"not an image": 415, "too large": 413}
+            status, reason = kinds.get(error.reason.partition(":")[0], 422), unusable(error)
+        case MissingObjectError():
+            status, reason = 404, str(error)
+        case HandsignsError():
+            refused = isinstance(error, (DecidedError, DataError, BusyError))
+            status, reason = 409 if refused else 503, str(error)
+        case _:
+            _log.error("%s %s failed.", request.method, request.url.path, exc_info=error)
+    return JSONResponse({"error": reason}, status, getattr(error, "headers", None))
 
 
 def _health(source: ModelSource, detailed: bool, capture: bool) -> Health:
@@ -286,28 +236,20 @@ def _health(source: ModelSource, detailed: bool, capture: bool) -> Health:
     if problem and not detailed:
         problem = "The champion cannot be followed; the service's log says why."
     state: Literal["ready", "behind", "waiting"] = "behind" if problem else "ready"
+    age = None
+    if model and model.promoted_at:
+        promoted = datetime.fromisoformat(model.promoted_at)
+        age = round((datetime.now(UTC) - promoted).total_seconds(), 1)
     checked = source.checked_at and datetime.fromtimestamp(source.checked_at, UTC)
     return Health(
         state=state if model else "waiting",
         model=model and Model.model_validate(model),
-        age_seconds=_age(model),
+        age_seconds=age,
         looked_at=checked.isoformat(timespec="seconds") if checked else None,
-        problem=problem if model or problem else _waiting(source),
-        labels=_labels(source),
+        problem=problem if model or problem else source.waiting,
+        labels=source.labels,
         capture=capture,
     )
-
-
-def _labels(source: ModelSource) -> tuple[str, ...]:
-    return source.model.classifier.labels if source.model else ()
-
-
-def _age(model: LoadedModel | None) -> float | None:
-    try:
-        promoted = datetime.fromisoformat(model.promoted_at or "") if model else None
-    except ValueError:
-        promoted = None
-    return round((datetime.now(UTC) - promoted).total_seconds(), 1) if promoted else None
 
 
 @lru_cache(maxsize=16)
@@ -316,41 +258,3 @@ def _example(label: int) -> bytes:
     from tasks.synthetic import encode
 
     return encode(draw((EXAMPLE_SEED, label, 0)))
-
-
-def _too_large(limits: Limits) -> Response:
-    reason = f"The request is larger than {limits.max_bytes // 2**20} MB. Send less."
-    return JSONResponse({"error": reason}, 413)
-
-
-def _unusable(error: ImageError) -> str:
-    return f"This is not a usable photo: {error.reason.partition(' (')[0]}."
-
-
-def _answer_faults_as_json(app: FastAPI, limits: Limits) -> None:
-    async def refused(_: Request, error: Any) -> Response:
-        if error.status_code == 413:
-            return _too_large(limits)
-        return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
-
-    async def unusable(_: Request, error: Any) -> Response:
-        status = {"not an image": 415, "too large": 413}.get(error.reason.partition(":")[0], 422)
-        return JSONResponse({"error": _unusable(error)}, status)
-
-    async def invalid(_: Request, error: Any) -> Response:
-        first = error.errors()[0]
-        return JSONResponse({"error": f"{first['loc'][-1]}: {first['msg']}."}, 422)
-
-    async def gone(_: Request, error: Exception) -> Response:
-        return JSONResponse({"error": "The request ended before its body did."}, 400)
-
-    async def broken(request: Request, error: Exception) -> Response:
-        _log.error("%s %s failed.", request.method, request.url.path, exc_info=error)
-        return JSONResponse({"error": "The service failed; its log says why."}, 500)
-
-    app.add_exception_handler(AnyHTTPException, refused)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(ImageError, unusable)
-    app.add_exception_handler(HandsignsError, explain)
-    app.add_exception_handler(ClientDisconnect, gone)
-    app.add_exception_handler(Exception, broken)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-MAX_PAUSE = 300.0
-"""Longest back-off in seconds between two tries of a rejected release."""
+RETRY_CHECKS = 12
+"""A rejected release is tried again after as many checks."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class LoadedModel:
     version: int | None = None
     release: str | None = None
     promoted_at: str | None = None
+
+    @property
+    def told(self) -> str:
+        """The description under its old name in the API."""
+        return self.description
 
 
 @dataclass
@@ -54,6 +59,16 @@ class ModelSource:
         )
     )
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What photos may be classified as; empty without a model."""
+        return self.model.classifier.labels if self.model else ()
+
+    @property
+    def waiting(self) -> str:
+        """Why there is no model."""
+        return self.problem or "There is no champion yet. Once one is promoted, it answers here."
+
     def stop(self) -> None:
         """Stop what runs in the background."""
 
@@ -70,16 +85,12 @@ class Follower(ModelSource):
         self._storage, self._releases, self._seconds = storage, releases, seconds
         self._etag: str | None = None
         self._rejected: str | None = None
-        self._pause, self._retry_at = seconds, 0.0
+        self._skip = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
 
     def start(self) -> None:
-        """Check once, then in the background until `stop`.
-
-        Raises:
-            ServiceError: the storage does not answer the first check.
-        """
+        """Check once, which the storage must answer, then in the background until `stop`."""
         if not self.poll():
             raise ServiceError(str(self.problem))
         self._thread.start()
@@ -113,8 +124,10 @@ class Follower(ModelSource):
         if champion is None or champion.etag == self._etag:
             gone = champion is None and self.model
             self.problem = "The champion pointer is gone." if gone else None
-            self._rejected = None
-        elif champion.etag != self._rejected or time.monotonic() >= self._retry_at:
+        elif champion.etag == self._rejected and self._skip:
+            self._skip -= 1
+        else:
+            self._rejected, self._skip = champion.etag, RETRY_CHECKS
             self._load(champion)
 
     def _load(self, champion: Champion) -> None:
@@ -127,20 +140,13 @@ class Follower(ModelSource):
             else:
                 classifier = open_release(fetch(self._storage, pointer.release, self._releases))
         except ServiceError:
-            raise
-        except HandsignsError:
-            self._reject(champion.etag)
+            self._skip = 0
             raise
         description = f"champion, version {pointer.version}, release {pointer.release}"
         found = (pointer.version, pointer.release, pointer.at)
         self.model = LoadedModel(classifier, description, *found)
         self._etag, self._rejected, self.problem = champion.etag, None, None
         _log.info("Serving the %s.", description)
-
-    def _reject(self, what: str) -> None:
-        self._pause = self._pause * 2 if what == self._rejected else self._seconds
-        self._rejected = what
-        self._retry_at = time.monotonic() + min(self._pause, MAX_PAUSE)
 
     def _fail(self, kind: str, reason: str) -> None:
         self.failures.labels(kind).inc()

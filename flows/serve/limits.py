@@ -1,6 +1,5 @@
 """Where the service listens, who may use it, and how much at a time."""
 
-import asyncio
 import ipaddress
 import math
 import os
@@ -9,11 +8,10 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -25,10 +23,7 @@ from limits.strategies import SlidingWindowCounterRateLimiter
 from starlette.types import ASGIApp
 
 from tasks.errors import ServiceError, SettingsError
-from tasks.model.inference import usable_cores
 
-IN_FLIGHT = 128
-"""Photos that may be uploaded, queued or scored at once; bounds the memory they take."""
 CONNECTIONS = 2048
 """Open connections, idle ones included; beyond it requests get 503."""
 HEADERS = {
@@ -49,7 +44,6 @@ Credentials = Annotated[
     HTTPAuthorizationCredentials | None,
     Depends(HTTPBearer(auto_error=False, description="HANDSIGNS_SERVE_TOKEN, where it is set.")),
 ]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -103,13 +97,10 @@ class Admission:
         here; a service without a token would answer it.
         """
         hosts = self._limits.hosts
-        sources = [f"//{request.headers.get('Host', '')}"]
-        sources += request.headers.getlist("Origin")
-        for source in sources if hosts else ():
-            try:
+        for source in (f"//{request.headers.get('Host', '')}", *request.headers.getlist("Origin")):
+            name = None
+            with suppress(ValueError):
                 name = urlsplit(source).hostname
-            except ValueError:
-                name = None
             if hosts and name not in hosts:
                 raise HTTPException(
                     403,
@@ -122,37 +113,6 @@ def _client_network(request: Request) -> str:
     """The client's address; for IPv6 the /64 network that one subscriber has."""
     host = request.client.host if request.client else ""
     return str(ipaddress.ip_network(f"{host}/64", strict=False)) if ":" in host else host
-
-
-class ScoringPool:
-    """Threads that score photos, one per core; large photos share one more thread."""
-
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(usable_cores(), "score")
-        self._large = ThreadPoolExecutor(1, "large")
-        self._in_flight = 0
-
-    @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Hold one of the `IN_FLIGHT` places, or raise 503 with Retry-After."""
-        if self._in_flight >= IN_FLIGHT:
-            reason = "Too many photos are waiting. Try again in a second."
-            raise HTTPException(503, reason, {"Retry-After": "1"})
-        self._in_flight += 1
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
-
-    async def run(self, work: Callable[[], Result], large: bool = False) -> Result:
-        """Call `work` in a thread; large ones run one after the other."""
-        threads = self._large if large else self._threads
-        return await asyncio.get_running_loop().run_in_executor(threads, work)
-
-    def close(self) -> None:
-        """Drop queued work; work in progress finishes."""
-        for threads in (self._threads, self._large):
-            threads.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True)

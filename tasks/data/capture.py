@@ -2,7 +2,7 @@
 
     photos/<date>/<id>.jpg    a photo; the comment in the JPEG is its prediction
     decisions/<id>.json       what a person decided; created only once
-    unfinished/<id>           a decision that still has to reach the inbox, or to leave it
+    unfinished/<id>.txt       a decision that still has to reach the inbox, or to leave it
 
 A photo and its prediction are one object, so neither exists without the other. A decision
 is finished by whoever lists the photos next if its maker was killed or the inbox failed.
@@ -10,40 +10,118 @@ is finished by whoever lists the photos next if its maker was killed or the inbo
 
 import io
 import json
+import os
 import re
+import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict
 
 from tasks.data.directory import data_lock, stored_photos
 from tasks.data.images import decode, normalize, perceptual_hash
 from tasks.data.sources import REVIEWED
-from tasks.data.stores import Store
 from tasks.errors import DataError, HandsignsError
+from tasks.io import atomic_write
 from tasks.project import Project
-from tasks.services.s3 import ChangedError, MissingObjectError
+from tasks.services.s3 import ChangedError, MissingObjectError, Storage
 
 SIDE = 512
 """Longest side of a kept photo, in pixels."""
 QUALITY = 90
 NEAR_BITS = 6
 """Perceptual hashes that differ in as many of their 64 bits belong to near-duplicates."""
-MOST_PROBABLE = 20
-"""Labels whose probabilities are kept; a JPEG comment holds 64 KB."""
 TIDY_SECONDS = 3600.0
 LENT_SECONDS = 300.0
 """For so long nobody else is given the photos of one person's batch."""
-
 ID = r"\d{4}-\d\d-\d\dT\d{6}-(flagged|uncertain|sample)-\d{4}-[0-9a-f]{16}"
 """Time, reason, confidence in thousandths, perceptual hash: a listing alone sorts photos."""
 _STAMP = "%Y-%m-%dT%H%M%S"
-_COMMENT = b"\xff\xfe"
+
+
+@dataclass(frozen=True)
+class FolderStore:
+    """Small files by key, below a folder; every write is atomic."""
+
+    root: Path
+
+    def list(self, folder: str) -> Sequence[str]:
+        """Keys of everything below a folder."""
+        # Hidden files and folders are being written.
+        found = (path.relative_to(self.root) for path in (self.root / folder).rglob("*.*"))
+        return [str(p) for p in found if not any(name.startswith(".") for name in p.parts)]
+
+    def get(self, key: str) -> bytes:
+        """The content, or `MissingObjectError`."""
+        try:
+            return (self.root / key).read_bytes()
+        except FileNotFoundError:
+            raise MissingObjectError(f"'{self.root / key}' does not exist.") from None
+
+    def put(self, key: str, content: bytes) -> None:
+        """Write or replace."""
+        with atomic_write(self.root / key) as temporary:
+            temporary.write_bytes(content)
+
+    def put_if_absent(self, key: str, content: bytes) -> None:
+        """Write, or raise `ChangedError` if the key exists."""
+        path = self.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".") as file:
+            file.write(content)
+            file.flush()
+            try:
+                os.link(file.name, path)
+            except FileExistsError:
+                raise ChangedError(f"'{path}' exists.") from None
+
+    def remove(self, key: str) -> None:
+        """Remove, if it is there."""
+        (self.root / key).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class BucketStore:
+    """The same below a prefix of a bucket, which is empty or ends with a slash."""
+
+    storage: Storage
+    prefix: str
+
+    def list(self, folder: str) -> Sequence[str]:
+        found = self.storage.list(f"{self.prefix}{folder}/")
+        return [one.key.removeprefix(self.prefix) for one in found]
+
+    def get(self, key: str) -> bytes:
+        return self.storage.get(self.prefix + key)
+
+    def put(self, key: str, content: bytes) -> None:
+        self.storage.put(self.prefix + key, content)
+
+    def put_if_absent(self, key: str, content: bytes) -> None:
+        self.storage.put_if_absent(self.prefix + key, content)
+
+    def remove(self, key: str) -> None:
+        self.storage.remove(self.prefix + key)
+
+
+Store = FolderStore | BucketStore
+
+
+def open_store(place: str, bucket: Callable[[str], Storage]) -> Store:
+    """Open a folder or `s3://bucket/prefix`; a bucket must answer."""
+    if not place.startswith("s3://"):
+        return FolderStore(Path(place))
+    name, _, prefix = place.removeprefix("s3://").partition("/")
+    storage = bucket(name)
+    storage.check()
+    return BucketStore(storage, f"{prefix.strip('/')}/".lstrip("/"))
 
 
 @dataclass(frozen=True)
@@ -77,12 +155,6 @@ class Capture(BaseModel):
     version: int | None
     release: str | None
     suggestion: str | None = None
-
-    @field_validator("probabilities")
-    @classmethod
-    def _most_probable(cls, probabilities: dict[str, float]) -> dict[str, float]:
-        ranked = sorted(probabilities, key=lambda label: -probabilities[label])
-        return {label: probabilities[label] for label in ranked[:MOST_PROBABLE]}
 
     def id(self, perceptual: int) -> str:
         """The photo's name."""
@@ -132,18 +204,17 @@ class Captures:
             today = sum(name.startswith(f"{capture.time:%Y-%m-%d}") for name in self._hashes)
             if today >= self.rules.per_day or len(self._hashes) >= self.rules.total:
                 return "full"
-            photo, perceptual = _encode(upload)
-            near = [
-                name
-                for name, other in self._hashes.items()
-                if (other ^ perceptual).bit_count() <= NEAR_BITS
-            ]
+            image = Image.fromarray(decode(upload, min_side=SIDE))
+            image.thumbnail((SIDE, SIDE))
+            new = perceptual_hash(np.asarray(image))
+            near = [name for name, h in self._hashes.items() if (h ^ new).bit_count() <= NEAR_BITS]
             flagged = capture.reason == "flagged"
             if any(not flagged or "-flagged-" in name or self._decision(name) for name in near):
                 return "duplicate"
-            new = capture.id(perceptual)
-            self._store.put(_photo(new), _with_comment(photo, capture.model_dump(mode="json")))
-            self._hashes[new] = perceptual
+            name = capture.id(new)
+            content = _encode(image, capture.model_dump(mode="json"), quality=QUALITY)
+            self._store.put(_photo(name), content)
+            self._hashes[name] = new
             for name in near:
                 self._store.remove(_photo(name))
                 del self._hashes[name]
@@ -157,8 +228,8 @@ class Captures:
             oldest = f"{datetime.now(UTC) - timedelta(days=self.rules.days):{_STAMP}}"
             unfinished = self._names("unfinished")
             for folder, key in (("photos", _photo), ("decisions", _decided)):
-                for name in self._names(folder):
-                    if name < oldest and name not in unfinished:
+                for name in self._names(folder) - unfinished:
+                    if name < oldest:
                         self._store.remove(key(name))
             self._hashes = {name: int(name[-16:], 16) for name in self._names("photos")}
             self._tidied = time.monotonic()
@@ -174,14 +245,12 @@ class Captures:
         lent = {name for name, (to, until) in self._lent.items() if to != by and until > now}
         photos = []
         # Two people get different photos, as long as there are enough.
-        for name in [one for one in waiting if one not in lent] or waiting:
+        for name in ([one for one in waiting if one not in lent] or waiting)[:limit]:
             try:
                 photos.append({"id": name, **_comment(self.photo(name))})
             except MissingObjectError:
                 continue  # it was flagged or grew too old meanwhile
             self._lent[name] = (by, now + LENT_SECONDS)
-            if len(photos) == limit:
-                break
         counts = {"pending": len(waiting), "decided": len(decided)}
         return {**counts, "photos": photos, "problem": problem}
 
@@ -262,7 +331,8 @@ class Captures:
         """The photo as the inbox gets it: its comment also says who labelled it, and when."""
         photo = self.photo(name)
         review = decision.model_dump(mode="json", exclude={"undone"})
-        return _with_comment(photo, {**_comment(photo), "review": review})
+        with Image.open(io.BytesIO(photo)) as image:
+            return _encode(image, {**_comment(photo), "review": review}, quality="keep")
 
     def _decision(self, name: str) -> Decision | None:
         try:
@@ -292,30 +362,13 @@ def _urgency(name: str) -> tuple[bool, str, str]:
     return reason != "flagged", confidence, time_
 
 
-def _encode(upload: bytes) -> tuple[bytes, int]:
-    """Encode an upload anew as a smaller JPEG without metadata; and its perceptual hash."""
-    image = Image.fromarray(decode(upload, min_side=SIDE))
-    image.thumbnail((SIDE, SIDE))
+def _encode(image: Image.Image, content: dict[str, Any], quality: int | str) -> bytes:
+    """Encode a JPEG without metadata but a comment in JSON."""
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=QUALITY)
-    return file.getvalue(), perceptual_hash(np.asarray(image))
-
-
-def _with_comment(jpeg: bytes, content: dict[str, Any]) -> bytes:
-    """Put JSON into a JPEG of `_encode`, in place of what is there."""
-    at, end = _comment_place(jpeg)
-    text = json.dumps(content, ensure_ascii=False).encode()
-    return jpeg[:at] + _COMMENT + (len(text) + 2).to_bytes(2) + text + jpeg[end:]
+    image.save(file, "JPEG", quality=quality, comment=json.dumps(content).encode())
+    return file.getvalue()
 
 
 def _comment(jpeg: bytes) -> dict[str, Any]:
-    at, end = _comment_place(jpeg)
-    found: dict[str, Any] = json.loads(jpeg[at + 4 : end])
-    return found
-
-
-def _comment_place(jpeg: bytes) -> tuple[int, int]:
-    """Start and end of the comment, which follows the first segment."""
-    at = 4 + int.from_bytes(jpeg[4:6])
-    present = jpeg[at : at + 2] == _COMMENT
-    return at, at + 2 + int.from_bytes(jpeg[at + 2 : at + 4]) if present else at
+    with Image.open(io.BytesIO(jpeg)) as image:
+        return dict(json.loads(image.info["comment"]))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from tasks.data.stores import Store
+from tasks.data.capture import Store
 from tasks.scoring.drift import BINS
 from tasks.services.s3 import MissingObjectError
 
