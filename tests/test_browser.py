@@ -1,7 +1,8 @@
-"""What a person sees, in a real browser: the page, a run in Prefect, a version in MLflow."""
+"""What people see in a real browser: the page, the review, Prefect and MLflow."""
 
 import base64
-from collections.abc import Callable, Iterator
+import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from tasks.services.s3 import S3Address, Storage
+from tasks.services.s3 import S3Address
 from tests.fixtures.browser import DESKTOP, PHONE, SMALL, see, shoot
+from tests.fixtures.captures import Place, comment, picture
+from tests.fixtures.photos import photo
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.screens import (
     log_in,
@@ -24,11 +27,12 @@ from tests.fixtures.screens import (
     until,
 )
 from tests.fixtures.servers import MlflowServer, new_bucket
-from tests.fixtures.service import Service, grey, named, point, publish_graph, serving
+from tests.fixtures.service import Service, grey, named, serving
 from tests.fixtures.trained import Trained
 
 pytestmark = pytest.mark.program("chromedriver")
 
+TOKEN = "a token of sixteen or more"
 SHARE = "return [...document.querySelectorAll('.fill')].map(f => parseFloat(f.style.width))"
 CONTRAST = """
 const light = (c) => c.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255)
@@ -48,57 +52,48 @@ return [...document.querySelectorAll("body *")]
   .sort((x, y) => x[0] - y[0])[0];
 """
 """The text that stands out least, after WCAG 2.2's relative luminance."""
+OUTLINE = """
+const active = document.activeElement;
+return getComputedStyle(active.labels?.[0] ?? active).outlineStyle;
+"""
 
 
 @pytest.fixture(scope="module")
-def champion(s3_server: S3Address) -> S3Address:
-    """A bucket of this file's own."""
-    return new_bucket(s3_server)
-
-
-@pytest.fixture(scope="module")
-def service(
-    champion: S3Address, graphs: tuple[bytes, bytes], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Service]:
-    """A service whose champion reads the sign from a photo's brightness."""
-    folder, storage = tmp_path_factory.mktemp("page"), Storage(champion)
-    point(storage, publish_graph(storage, folder / "made", graphs[0]).id, 1)
-    with serving(folder / "checkout", **named(champion)) as running:
+def service(brightness_model: Path, tmp_path_factory: Any) -> Iterator[Service]:
+    """A service that reads the sign from a photo's brightness, and keeps nothing."""
+    place = Place(tmp_path_factory.mktemp("page") / "checkout", brightness_model)
+    with place.serve_apart(CAPTURE="") as running:
         yield running
 
 
 @pytest.fixture
-def photo(tmp_path: Path) -> Callable[[int], Path]:
-    """Writes a photo of one brightness, which is taken for a sign."""
-
-    def write(sign: int) -> Path:
-        (tmp_path / f"{sign}.png").write_bytes(grey(sign))
-        return tmp_path / f"{sign}.png"
-
-    return write
-
-
-@pytest.fixture
 def page(browser: Any, service: Service) -> Any:
-    """The page, freshly loaded on a desktop."""
+    """The page, freshly loaded on a desktop by somebody who has never been here."""
     see(browser, DESKTOP)
     browser.get_log("browser")
+    browser.get(str(service.client.base_url))
+    browser.execute_script("localStorage.clear(); sessionStorage.clear()")
     open_page(browser, str(service.client.base_url))
     yield browser
     complaints = [line["message"] for line in browser.get_log("browser")]
     assert not [line for line in complaints if "Content Security Policy" in line]
 
 
-def choose(page: Any, photo: Path) -> None:
+def choose(page: Any, folder: Path, content: bytes, name: str = "a.png") -> None:
     """Choose a file as a person does."""
-    page.find_element(By.ID, "file").send_keys(str(photo))
+    (folder / name).write_bytes(content)
+    page.find_element(By.ID, "file").send_keys(str(folder / name))
 
 
-def test_a_chosen_photo_shows_its_sign_and_what_else_it_might_be(
-    page: Any, service: Service, photo: Callable[[int], Path]
+def press(driver: Any, *keys: str) -> None:
+    ActionChains(driver).send_keys(*keys).perform()
+
+
+def test_a_chosen_photo_shows_its_sign_or_that_it_has_none(
+    page: Any, service: Service, tmp_path: Path
 ) -> None:
     for sign in (1, 4):
-        choose(page, photo(sign))
+        choose(page, tmp_path, grey(sign))
         until(page, lambda d, sign=sign: text(d, "#sign") == str(sign))
     shares = service.predict(grey(4)).json()["probabilities"]
     assert page.execute_script(SHARE) == pytest.approx([100 * p for p in shares.values()], abs=0.01)
@@ -106,52 +101,46 @@ def test_a_chosen_photo_shows_its_sign_and_what_else_it_might_be(
     assert all("%" in row.text for row in rows)
     assert [row.get_attribute("class") for row in rows].index("best") == 4
     assert not set(text(page).lower().split()) & {"version", "release", "champion"}
-    page.find_element(By.TAG_NAME, "summary").click()
-    assert service.health()["model"]["release"] in text(page, "#model")
-
-
-def test_a_photo_without_a_clear_hand_gets_no_sign(page: Any, tmp_path: Path) -> None:
-    # Between two signs, and larger than what is sent.
-    Image.new("RGB", (4000, 3000), (25, 25, 26)).save(tmp_path / "wall.bmp")
-    choose(page, tmp_path / "wall.bmp")  # 36 MB, where the service takes 10
+    assert "not kept" in text(page, ".lead")
+    assert not page.find_element(By.ID, "wrong").is_displayed()
+    assert not page.find_element(By.ID, "private").is_displayed()
+    # Between two signs, and 36 MB, where the service takes 10.
+    Image.new("RGB", (4000, 3000), (25, 25, 26)).save(file := io.BytesIO(), "BMP")
+    choose(page, tmp_path, file.getvalue(), "wall.bmp")
     until(page, lambda d: "No clear hand" in text(d, "#words"))
     assert text(page, "#sign") == "?"
-    rows = page.find_elements(By.CSS_SELECTOR, "#bars tr")
-    assert "best" not in [row.get_attribute("class") for row in rows]
+    assert not page.find_elements(By.CSS_SELECTOR, "#bars .best")
 
 
 def test_everything_works_from_the_keyboard_and_says_what_it_is(page: Any) -> None:
     names = []
-    outline = "return getComputedStyle(arguments[0].labels?.[0] ?? arguments[0]).outlineStyle"
     for _ in range(9):
-        ActionChains(page).send_keys(Keys.TAB).perform()
-        active = page.switch_to.active_element
-        names.append(active.accessible_name)
-        assert page.execute_script(outline, active) == "solid", active.accessible_name
-        if "sign 3" in active.accessible_name:
-            ActionChains(page).send_keys(Keys.ENTER).perform()
+        press(page, Keys.TAB)
+        names.append(page.switch_to.active_element.accessible_name)
+        assert page.execute_script(OUTLINE) == "solid", names[-1]
+        if "sign 3" in names[-1]:
+            press(page, Keys.ENTER)
             until(page, lambda d: "%" in text(d, "#words"))
     assert names[:2] == ["Choose a photo", "Use the camera"]
-    assert all(name for name in names)
-    status = page.find_element(By.ID, "answer")
-    assert status.get_attribute("aria-live") == "polite"
+    assert all(names)
+    assert page.find_element(By.ID, "answer").get_attribute("aria-live") == "polite"
     assert page.find_element(By.TAG_NAME, "html").get_attribute("lang") == "en"
 
 
+PASTE = """
+const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0));
+const data = new DataTransfer();
+data.items.add(new File([bytes], "a.png", { type: "image/png" }));
+const event = new Event(arguments[1], { bubbles: true, cancelable: true });
+Object.assign(event, { clipboardData: data, dataTransfer: data });
+document.getElementById("words").textContent = "";
+document.body.dispatchEvent(event);
+"""
+
+
 def test_pasted_dropped_and_taken_photos_are_read(page: Any) -> None:
-    content = base64.b64encode(grey(2)).decode()
     for kind in ("paste", "drop"):
-        page.execute_script(
-            "const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0));"
-            "const data = new DataTransfer();"
-            "data.items.add(new File([bytes], 'a.png', { type: 'image/png' }));"
-            "const event = new Event(arguments[1], { bubbles: true, cancelable: true });"
-            "Object.assign(event, { clipboardData: data, dataTransfer: data });"
-            "document.getElementById('words').textContent = '';"
-            "document.body.dispatchEvent(event);",
-            content,
-            kind,
-        )
+        page.execute_script(PASTE, base64.b64encode(grey(2)).decode(), kind)
         until(page, lambda d: "%" in text(d, "#words"))
     page.find_element(By.ID, "camera").click()
     until(page, lambda d: d.find_element(By.ID, "snap").is_displayed())
@@ -161,17 +150,14 @@ def test_pasted_dropped_and_taken_photos_are_read(page: Any) -> None:
     assert page.execute_script("return document.getElementById('preview').naturalWidth") > 100
 
 
-def test_a_file_that_is_no_photo_and_a_lost_connection_are_named(
-    page: Any, photo: Callable[[int], Path], tmp_path: Path
-) -> None:
-    (tmp_path / "note.png").write_text("no picture")
-    choose(page, tmp_path / "note.png")
+def test_a_file_that_is_no_photo_and_a_lost_connection_are_named(page: Any, tmp_path: Path) -> None:
+    choose(page, tmp_path, b"no picture", "note.png")
     until(page, lambda d: "not a usable photo" in text(d, "#words"))
     assert not text(page, "#sign").isdigit()
     page.execute_cdp_cmd("Network.enable", {})
     conditions = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
     page.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": True, **conditions})
-    choose(page, photo(1))
+    choose(page, tmp_path, grey(1))
     until(page, lambda d: "Offline, retrying" in text(d, "#words"))
     until(page, lambda d: text(d, "#chip") == "offline, retrying")
     page.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": False, **conditions})
@@ -180,54 +166,218 @@ def test_a_file_that_is_no_photo_and_a_lost_connection_are_named(
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE, SMALL], ids=["desktop", "phone", "small"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_can_be_read_on_every_screen(
-    browser: Any, service: Service, size: tuple[int, int], scheme: str
+    browser: Any, service: Service, size: tuple[int, int]
 ) -> None:
-    see(browser, size, scheme)
-    open_page(browser, str(service.client.base_url))
-    read_example(browser, 0)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= size[0]
-    track = "return document.querySelector('.track').getBoundingClientRect().width"
-    assert browser.execute_script(track) > 0.25 * min(size[0], 500)
-    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    brightness = sum(int(level) for level in ground[4:-1].split(",")) / 3
-    assert (brightness > 128) == (scheme == "light")
-    least, words = browser.execute_script(CONTRAST)
-    assert least >= 4.5, words
-    narrow = size != DESKTOP
-    assert browser.find_element(By.CSS_SELECTOR, "label[for=shot]").is_displayed() == narrow
-    assert len(shoot(browser)) > 20_000
+    for scheme in ("light", "dark"):
+        see(browser, size, scheme)
+        open_page(browser, str(service.client.base_url))
+        read_example(browser, 0)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= size[0]
+        track = "return document.querySelector('.track').getBoundingClientRect().width"
+        assert browser.execute_script(track) > 0.25 * min(size[0], 500)
+        ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        brightness = sum(int(level) for level in ground[4:-1].split(",")) / 3
+        assert (brightness > 128) == (scheme == "light")
+        least, words = browser.execute_script(CONTRAST)
+        assert least >= 4.5, words
+        phone = browser.find_element(By.CSS_SELECTOR, "label[for=shot]").is_displayed()
+        assert phone == (size != DESKTOP)
+        assert len(shoot(browser)) > 20_000
+
+
+def begin(driver: Any, service: Service, name: str) -> None:
+    """Open the review and say who labels, which the page asks once."""
+    driver.get(str(service.client.base_url.join("/review")))
+    until(driver, lambda d: d.find_element(By.ID, "name").is_displayed())
+    driver.find_element(By.ID, "name").send_keys(name)
+    driver.find_element(By.ID, "token").send_keys(TOKEN, Keys.ENTER)
+    until(driver, shown)
+
+
+def shown(driver: Any) -> Any:
+    """The photo on the screen has arrived and waits for a decision."""
+    return driver.execute_script(
+        "return document.getElementById('photo').naturalWidth > 0"
+        " && !document.querySelector('[aria-current=true]').classList.contains('done')"
+    )
+
+
+def chip(driver: Any, words: str) -> None:
+    until(driver, lambda d: text(d, "#chip") == words)
+
+
+def reviews(place: Place) -> list[tuple[str, str]]:
+    """Who put a photo under which label, in the inbox."""
+    found = [comment(path)["review"] for path in place.inbox]
+    return sorted((review["by"], review["label"]) for review in found)
+
+
+def test_photos_are_labelled_from_the_keyboard_and_a_reload_loses_nothing(
+    page: Any, place: Place
+) -> None:
+    place.fill(27, flagged=3)
+    with place.serve(TOKEN) as running:
+        begin(page, running, "Ana")
+        chip(page, "0 of 27 done")
+        assert "A user says 5" in text(page, "#facts")
+        assert len(page.find_elements(By.CSS_SELECTOR, "#strip li")) == 24
+        press(page, Keys.ENTER)  # what the user says
+        press(page, "2", "x", Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT, "4")
+        chip(page, "4 of 27 done")
+        until(page, lambda _: reviews(place) == [("Ana", "2"), ("Ana", "4"), ("Ana", "5")])
+        press(page, "u")
+        chip(page, "3 of 27 done")
+        until(page, lambda _: reviews(place) == [("Ana", "2"), ("Ana", "5")])
+        page.refresh()  # nothing is asked again
+        until(page, shown)
+        for done in range(4, 28):  # as many as a batch; the next one comes by itself
+            until(page, shown)
+            press(page, "1")
+            chip(page, f"{done} of 27 done")
+        until(page, lambda d: not d.find_element(By.ID, "work").is_displayed())
+        press(page, "u")
+        chip(page, "26 of 27 done")
+        until(page, shown)
+        press(page, "3")
+        until(page, lambda _: len(place.inbox) == 26)
+    labels = [label for _, label in reviews(place)]
+    assert {label: labels.count(label) for label in "1235"} == {"1": 23, "2": 1, "3": 1, "5": 1}
+
+
+def test_the_review_can_be_used_with_thumbs_and_by_those_who_cannot_see_it(
+    page: Any, place: Place
+) -> None:
+    first, *_ = place.fill(3)
+    with place.serve() as running:
+        see(page, SMALL)
+        begin(page, running, "Ben")
+        assert page.execute_script("return document.documentElement.scrollWidth") <= SMALL[0]
+        buttons = page.find_elements(By.CSS_SELECTOR, "#work button")
+        assert all(button.rect["height"] >= 44 and button.accessible_name for button in buttons)
+        assert page.find_element(By.ID, "facts").get_attribute("aria-live") == "polite"
+        assert "read as 3, 30.0 %" in page.find_element(By.ID, "photo").accessible_name
+        page.find_element(By.CSS_SELECTOR, "[data-label='5']").click()
+        chip(page, "1 of 3 done")
+        until(page, lambda _: reviews(place) == [("Ben", "5")])
+        page.find_element(By.ID, "undo").click()
+        chip(page, "0 of 3 done")
+        # Somebody else is faster with the photo that is on the screen.
+        sent = {"label": "2", "by": "Cleo"}
+        assert running.client.post(f"/review/photos/{first}", json=sent).status_code == 200
+        page.find_element(By.ID, "discard").click()
+        until(page, lambda d: "Cleo labelled it 2 before" in text(d, "#problem"))
+        press(page, Keys.TAB)
+        assert page.execute_script(OUTLINE) == "solid"
+    assert reviews(place) == [("Cleo", "2")]
+
+
+def test_what_was_read_wrong_is_put_right_with_one_tap(
+    page: Any, place: Place, tmp_path: Path
+) -> None:
+    def read(seed: int) -> None:
+        choose(page, tmp_path, picture(seed), f"{seed}.jpg")
+        until(page, lambda d: d.find_element(By.ID, "wrong").is_displayed())
+
+    with place.serve() as running:
+        page.get(str(running.client.base_url))
+        until(page, lambda d: "may be kept" in text(d, ".lead"))
+        page.find_element(By.ID, "private").click()
+        read(2)
+        page.find_element(By.ID, "private").click()
+        read(1)
+        until(page, lambda _: len(place.kept) == 1)
+        assert comment(place.kept[0])["suggestion"] is None
+        page.find_element(By.ID, "wrong").click()
+        offered = {one.text: one for one in page.find_elements(By.CSS_SELECTOR, "#right button")}
+        offered["4"].click()
+        until(page, lambda d: "A person will look at it" in text(d, "#thanks"))
+        (kept,) = place.kept
+        assert comment(kept)["suggestion"] == "4"
 
 
 @pytest.mark.slow
 def test_prefect_and_mlflow_show_a_run_and_its_version(
     browser: Any,
-    champion: S3Address,
+    s3: S3Address,
     mlflow_server: MlflowServer,
     prefect_api: PrefectApi,
     trained: Trained,
     tmp_path: Path,
 ) -> None:
-    servers = {**named(new_bucket(champion)), **mlflow_server.named, **prefect_api.named}
+    servers = {**named(s3), **mlflow_server.named, **prefect_api.named}
     servers["HANDSIGNS_MODEL_NAME"] = "seen"
     made = trained.checkout(tmp_path / "checkout")
     made.handsigns("import", trained.photos, **servers)
     report = made.handsigns("retrain", **servers)
     version = report["model"]["version"]
     assert report["status"] == "promoted", report["reason"]
-
     found = prefect_api.ask("flow_runs/filter", {})
     run = next(run for run in found if run["name"].startswith(f"v{version} promoted"))
     see(browser, (1400, 1000))
     address = prefect_api.url.removesuffix("/api")
     log_in(browser, address, prefect_api.login)
     open_run(browser, address, run["id"])
-    shown = text(browser)
-    for name in (run["name"], "Promoted", "summary", "comparison"):
-        assert name in shown
-
+    seen = text(browser)
+    for name in (run["name"], "Promoted", "summary", "audit", "gate", "comparison"):
+        assert name in seen
     open_version(browser, mlflow_server.url, mlflow_server.login, "seen", version)
-    shown = text(browser)
+    seen = text(browser).replace("\n", "")
     for name in (f"Version {version}", "champion", report["release"]["id"]):
-        assert name in shown.replace("\n", "")
+        assert name in seen
+
+
+def night(label: int, seed: int) -> bytes:
+    """A photo as the champion has never seen one: dark bars before a bright wall."""
+    file = io.BytesIO()
+    Image.fromarray(255 - photo(label, seed)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_photos_from_production_make_the_next_champion_better(
+    browser: Any, tmp_path: Path, trained: Trained, s3_server: S3Address
+) -> None:
+    made = trained.checkout(tmp_path / "checkout")
+    place = Place(made.project.root, tmp_path)
+    (made.project.root / "inbox").mkdir()
+    environment = {**named(new_bucket(s3_server)), **place.settings(CAPTURE_SHARE="1")}
+    made.handsigns("import", trained.photos, **environment)
+    assert made.handsigns("retrain", **environment)["status"] == "promoted"
+
+    def right(service: Service) -> int:
+        """How many photos that nobody labels are read right."""
+        private = {"Handsigns-No-Capture": "1"}
+        answers = [
+            service.predict(night(label, seed), headers=private).json()["label"] == str(label)
+            for label in range(6)
+            for seed in range(1000, 1008)
+        ]
+        return sum(answers)
+
+    with serving(made.project.root, **environment) as service:
+        before = right(service)
+        assert not place.kept
+        for seed in range(96):
+            sent = {"file": ("a", night(seed % 6, seed))}
+            assert service.client.post(f"/feedback?label={seed % 6}", files=sent).is_success
+        count = len(place.kept)
+        assert count > 48
+        see(browser, DESKTOP)
+        begin(browser, service, "Ana")
+        for done in range(1, count + 1):
+            until(browser, shown)
+            press(browser, Keys.ENTER)
+            chip(browser, f"{done} of {count} done")
+        until(browser, lambda _: len(place.inbox) == count)
+        made.change("phases.full", epochs=10)
+        second = made.handsigns("retrain", **environment)
+        assert second["status"] == "promoted", second["reason"]
+        new = second["model"]["version"]
+        until(browser, lambda _: service.health()["model"]["version"] == new)
+        after = right(service)
+        refused = service.client.delete(f"/review/photos/{place.inbox[0].stem}")
+        assert (refused.status_code, "imported" in refused.json()["error"]) == (409, True)
+    assert after > before + 6, (before, after)
+    assert made.handsigns("retrain", **environment)["status"] == "unchanged"

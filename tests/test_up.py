@@ -6,7 +6,6 @@ import logging
 import shutil
 import sqlite3
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from mlflow import MlflowClient
 from mlflow.store.tracking.dbmodels.initial_models import Base
 from sqlalchemy import create_engine
 
-from flows.deploy import POOLS, pool_template
+from flows.deploy import POOLS
 from flows.local.clients import CREDENTIALS, ask, local_credentials
 from flows.local.processes import read_state
 from flows.local.servers import migrate, redact_database
@@ -35,7 +34,7 @@ from tasks.errors import ServiceError
 from tasks.services.mlflow import Registry, credentials_of
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.checkouts import Workshop, make_checkout
-from tests.fixtures.photos import CHECKOUT, write_photos
+from tests.fixtures.photos import write_photos
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.publishing import record
 from tests.fixtures.receiver import Receiver, receiving
@@ -333,16 +332,6 @@ def test_the_artifact_store_of_another_project_is_not_used(
     (tmp_path / "model.keras").write_bytes(b"a model")
     record(Registry(tracking_uri, "signs", s3), "0" * 32, tmp_path)
     assert list(Storage(s3).list("mlflow/signs/"))
-
-
-@pytest.mark.parametrize("kind", POOLS.values())
-def test_a_pools_template_is_one_that_prefect_takes(kind: str) -> None:
-    from prefect.server.schemas.actions import DeploymentCreate, WorkPoolCreate
-
-    template = pool_template(CHECKOUT, kind)
-    WorkPoolCreate(name="pool", type=kind, base_job_template=template)
-    deployment = DeploymentCreate(name="retrain", flow_id=uuid.uuid4())
-    deployment.check_valid_configuration(template)
 
 
 def run_sql(file: Path, *statements: str) -> Any:
