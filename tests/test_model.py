@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 
-from tasks.assemble import assemble
 from tasks.data.dataset import open_dataset
 from tasks.errors import ModelError
 from tasks.model.augment import INPUT_SIZE, enlarge
-from tasks.model.files import BACKBONE_FILE, load_model, read_phase, save_model
+from tasks.model.files import BACKBONE_FILE, load_model, read_phase
 from tasks.model.inference import load_classifier
 from tasks.model.network import (
     CUT,
@@ -30,20 +29,13 @@ from tasks.model.network import (
 )
 from tasks.params import MAX_TRAINABLE_LAYERS, Params
 from tasks.stage import Context
-from tests.fixtures.models import SIZE, Workshop, changed, copied
+from tests.fixtures.models import SIZE, copied
 from tests.fixtures.photos import CHECKOUT, LABELS, STILL
 
 
 @pytest.fixture(scope="module")
-def model(workshop: Workshop) -> Any:
-    context = workshop()
-    return build_model(
-        6,
-        context.params.augmentation,
-        context.params.training.dropout,
-        size=SIZE,
-        backbone_weights=context.project.weights("backbone") / BACKBONE_FILE,
-    )
+def model(chain: Context) -> Any:
+    return load_model(chain.project.model)
 
 
 def test_model_is_the_documented_one(model: Any) -> None:
@@ -58,11 +50,11 @@ def test_model_is_the_documented_one(model: Any) -> None:
     layers = [layer.name for layer in backbone_of(model).layers]
     assert tuple(layers[-MAX_TRAINABLE_LAYERS:]) == LAYERS
     assert layers[-MAX_TRAINABLE_LAYERS - 1] == CUT
+    with pytest.raises(ModelError, match=r"'block7a_expand_conv/kernel' of shape .* are missing"):
+        set_tail(model, {})
 
 
-def test_augmentation_runs_only_while_training_and_turns_no_hand_over(
-    model: Any, params: Params
-) -> None:
+def test_augmentation_runs_only_while_training_and_turns_no_hand_over(model: Any) -> None:
     photos = np.random.default_rng(0).uniform(0, 255, (4, SIZE, SIZE, 3)).astype(np.float32)
     layer = model.get_layer("augmentation")
     assert np.array_equal(layer(photos, training=False), photos)
@@ -88,34 +80,24 @@ def test_freeze_opens_the_top_and_never_a_batch_norm(model: Any, opened: int) ->
     assert model.get_layer(HEAD).trainable
 
 
-def test_weights_that_do_not_fit_are_named(model: Any) -> None:
-    with pytest.raises(ModelError, match=r"'block7a_expand_conv/kernel' of shape .* are missing"):
-        set_tail(model, {})
-
-
-@pytest.mark.parametrize("other", [None, 2.5])
-def test_the_model_files_give_the_tails_probabilities(
-    chain: Context, tmp_path: Path, other: float | None
-) -> None:
-    temperature = other or chain.params.training.temperature
-    context = changed(copied(chain, tmp_path), "training", temperature=temperature)
-    project = context.project
-    assemble(context, SIZE)
+def test_the_model_files_give_the_tails_probabilities(chain: Context, params: Params) -> None:
+    project, temperature = chain.project, params.training.temperature
+    assert temperature != 1
     dataset = open_dataset(project.dataset)
     photos = enlarge(dataset.images, SIZE).astype(np.float32)
-    found = np.asarray(load_model(project.model)(photos, training=False))
+    stock = keras.saving.load_model(project.model, safe_mode=True)  # needs nothing of ours
+    found = np.asarray(stock(photos, training=False))
     trunk = build_trunk(project.weights("backbone") / BACKBONE_FILE, SIZE)
     tail = Tail(read_phase(project, "full"), 6)
     logits = np.asarray(tail.logits(tail.pooled(trunk(photos, training=False))))
     np.testing.assert_allclose(found, softmax(logits / temperature, axis=1), atol=1e-4)
     assert np.ptp(found, axis=0).max() > 0.1
-    graph = load_classifier(project.graph, context.params.preprocess, LABELS, SIZE, trusted=True)
+    graph = load_classifier(project.graph, params.preprocess, LABELS, SIZE, trusted=True)
     np.testing.assert_allclose(graph.probabilities(dataset.images), found, atol=1e-4)
-    if other is None:
-        rows = dataset.rows("val")
-        likely = log_softmax(np.log(found[rows]), axis=1)[range(len(rows)), dataset.labels[rows]]
-        history = json.loads(project.history("full").read_text())
-        assert history["val_loss"] == pytest.approx(-likely.mean(), abs=1e-3)
+    rows = dataset.rows("val")
+    likely = log_softmax(np.log(found[rows]), axis=1)[range(len(rows)), dataset.labels[rows]]
+    history = json.loads(project.history("full").read_text())
+    assert history["val_loss"] == pytest.approx(-likely.mean(), abs=1e-3)
 
 
 def test_another_process_writes_the_same_files(chain: Context, tmp_path: Path) -> None:
@@ -133,11 +115,3 @@ def test_another_process_writes_the_same_files(chain: Context, tmp_path: Path) -
     subprocess.run(command, check=True, capture_output=True)
     assert project.model.read_bytes() == chain.project.model.read_bytes()
     assert project.graph.read_bytes() == chain.project.graph.read_bytes()
-
-
-def test_a_saved_model_needs_nothing_of_ours(model: Any, tmp_path: Path) -> None:
-    save_model(model, tmp_path / "model.keras")
-    stock = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
-    photos = np.random.default_rng(0).uniform(0, 255, (4, SIZE, SIZE, 3)).astype(np.float32)
-    expected = np.asarray(model(photos, training=False))
-    np.testing.assert_allclose(stock(photos, training=False), expected, atol=1e-6)

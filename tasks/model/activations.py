@@ -4,7 +4,7 @@ A store is a folder with `features.npy`, float16 (rows, h, w, 192), and `index.j
 names the rows and everything that they depend on.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -84,20 +84,17 @@ def open_features(folder: Path) -> Features:
 
 
 def write_features(
-    folder: Path, cache_key: CacheKey, shape: tuple[int, ...], rows: Iterable[tuple[Key, Row]]
+    folder: Path, cache_key: CacheKey, shape: tuple[int, ...], rows: Sequence[tuple[Key, Row]]
 ) -> None:
     """Write a store atomically; `shape` is that of a row."""
-    pairs = list(rows)
     with atomic_directory(folder) as new:
         # Not a memory map: a full disk would end the process instead of raising OSError.
         with (new / ROWS).open("wb") as file:
-            header = {"descr": DTYPE.str, "fortran_order": False, "shape": (len(pairs), *shape)}
+            header = {"descr": DTYPE.str, "fortran_order": False, "shape": (len(rows), *shape)}
             npy.write_array_header_1_0(file, header)
-            file.writelines(row.tobytes() for _, row in pairs)
-        keys = [key for key, _ in pairs]
-        write_json(
-            new / INDEX, {"cache_key": cache_key, "keys": keys, "sha256": sha256(new / ROWS)}
-        )
+            file.writelines(row.tobytes() for _, row in rows)
+        index = {"cache_key": cache_key, "keys": [key for key, _ in rows]}
+        write_json(new / INDEX, index | {"sha256": sha256(new / ROWS)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,8 +137,7 @@ def compute(shard: Shard, trunk: Engine) -> Iterator[Row]:
             if not np.isfinite(row).all():
                 raise ModelError(
                     f"The trunk's activations, up to {np.abs(activations).max()}, do not fit "
-                    "float16. The backbone's weights are damaged: remove "
-                    "artifacts/weights/backbone and run the backbone stage again."
+                    "float16. Remove artifacts/weights/backbone and run its stage again."
                 )
             yield row
 

@@ -107,13 +107,6 @@ class Engine:
         return result
 
 
-def engine_version() -> str:
-    """Name the inference engine; another version may round differently."""
-    import openvino as ov
-
-    return f"OpenVINO {ov.__version__}"
-
-
 def usable_cores() -> int:
     """Count the cores that this process may use, within its container's quota."""
     import joblib
@@ -140,16 +133,13 @@ class Prediction:
 
     def to_json(self) -> dict[str, Any]:
         """File, label, certainty and probabilities, or file and error."""
-        file = {"file": printable(str(self.path))}
+        file = printable(str(self.path))
         if self.probabilities is None:
-            return file | {"error": self.error}
+            return {"file": file, "error": self.error}
         shares = (round(value, 6) for value in self.probabilities)
         probabilities = dict(zip(self.labels, shares, strict=True))
-        return file | {
-            "label": self.label,
-            "certain": self.certain,
-            "probabilities": probabilities,
-        }
+        found = {"label": self.label, "certain": self.certain, "probabilities": probabilities}
+        return {"file": file, **found}
 
 
 @dataclass(frozen=True)
@@ -181,10 +171,7 @@ class Classifier:
             result[batch] = self.forward(enlarge(images[batch], self.size))
             progress("score photos", min(start + BATCH, len(images)), len(images))
         if not np.isfinite(result).all():
-            raise ModelError(
-                "The model's probabilities are not finite. Its weights are damaged or too "
-                "large; use another one."
-            )
+            raise ModelError("The model's probabilities are not finite. Use another model.")
         return result
 
 
@@ -212,11 +199,9 @@ def load_classifier(
             f"{len(labels)} probabilities for photos of {size}. Name a .pb file that the "
             "assemble stage wrote."
         )
-
-    def forward(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return np.stack(list(engine.stream(photos)))
-
-    return Classifier(forward, preprocess, tuple(labels), size)
+    return Classifier(
+        lambda photos: np.stack(list(engine.stream(photos))), preprocess, tuple(labels), size
+    )
 
 
 def classify_files(
@@ -238,7 +223,7 @@ def classify(
         except ImageError as error:
             return error.reason
 
-    results: list[NDArray[np.uint8] | str] = []
+    results = []
     with ThreadPoolExecutor(min(4, usable_cores())) as pool:
         for number, result in enumerate(pool.map(reduced, sources), start=1):
             results.append(result)

@@ -8,7 +8,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tasks.errors import ModelError
 from tasks.model.augment import INPUT_SIZE
 from tasks.model.files import Weights, get_weights, read_weights, set_weights
 from tasks.params import AugmentationParams
@@ -221,13 +220,7 @@ class Tail:
         return tf.matmul(pooled, self._get(HEAD, "kernel")) + self._get(HEAD, "bias")
 
     def _get(self, layer: str, name: str) -> Any:
-        try:
-            return tf.convert_to_tensor(self._variables[f"{layer}/{name}"])
-        except KeyError:
-            raise ModelError(
-                f"The weights '{layer}/{name}' are missing. "
-                "Run the backbone and training stages again."
-            ) from None
+        return tf.convert_to_tensor(self._variables[f"{layer}/{name}"])
 
     def _fused(self, convolution: str, norm: str) -> tuple[Any, Any]:
         """Kernel and bias of a convolution with its frozen BatchNorm folded in."""

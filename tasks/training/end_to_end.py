@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import logging
 import os
 import signal
@@ -26,25 +25,12 @@ WAIT_SECONDS = 600
 _log = logging.getLogger(__name__)
 
 
-def named_workers() -> list[str]:
-    """Addresses of the workers in `TF_CONFIG`; none where it is not set or is malformed."""
-    try:
-        cluster = json.loads(os.environ.get("TF_CONFIG") or "{}")["cluster"]
-        return [str(one) for job in ("chief", "worker") for one in cluster.get(job, [])]
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return []
-
-
 @functools.cache
 def find_strategy() -> Any:
     """Strategy over the workers in `TF_CONFIG`, or this process's devices."""
     if os.environ.get("TF_CONFIG"):
-        if len(workers := named_workers()) > 1:
-            _log.warning(
-                "Waiting up to %d s for the workers in TF_CONFIG (%s). Run `dvc repro` on each.",
-                *(WAIT_SECONDS, ", ".join(workers)),
-            )
         # TensorFlow waits in native code for as long as it takes; the alarm ends the process.
+        _log.warning("Waiting up to %d s for the workers in TF_CONFIG.", WAIT_SECONDS)
         signal.alarm(WAIT_SECONDS)
         try:
             return tf.distribute.MultiWorkerMirroredStrategy()
@@ -55,10 +41,9 @@ def find_strategy() -> Any:
             ) from error
         finally:
             signal.alarm(0)
-    kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
-    devices = [device.name for device in tf.config.list_logical_devices(kind)]
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
     if len(devices) > 1:
-        return tf.distribute.MirroredStrategy(devices)
+        return tf.distribute.MirroredStrategy([device.name for device in devices])
     return tf.distribute.get_strategy()
 
 
@@ -67,9 +52,8 @@ def fit_end_to_end(
 ) -> tuple[list[Epoch], NDArray[np.float32]]:
     """Train `model`, built in the scope of `find_strategy`, in place, and keep the average.
 
-    `images` are the dataset's photos, uint8 (n, d, d, 3). Returns the learning curve and the
-    validation logits, float32 (m, labels), up to a constant for each photo; the same on
-    every worker.
+    Returns the learning curve and the validation logits, float32 (m, labels), up to a
+    constant for each photo; the same on every worker.
     """
     strategy = find_strategy()
     with strategy.scope():
