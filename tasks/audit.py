@@ -14,17 +14,19 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from tasks.data.dataset import Photo, count_classes, find_photos, groups_by_class
 from tasks.data.images import Pixels, each_photo, perceptual_hash, resize_square
 from tasks.errors import DataError
-from tasks.io import write_json
+from tasks.io import atomic_write, write_json
 from tasks.params import AuditParams
-from tasks.scoring.photo_sheets import draw_audit
 from tasks.stage import Context, Progress, stage_main
 
+SAMPLES, MAX_CLASSES, GAP = 12, 40, 3
+"""Of the picture: photos of a class and pairs, classes, and pixels between photos."""
 COMPARED = 64
 """Side in pixels at which photos are compared."""
 REPRESENTATIVES = 64
@@ -83,7 +85,9 @@ def run(context: Context, item: str | None = None) -> None:
     count_classes(photos, context.params.labels)
     stats = measure(project.data, photos, context.progress)
     report = audit(photos, stats, context.params.audit, context.params.labels)
-    draw_audit(project.plots / "audit.png", report, photos, stats.pictures)
+    with atomic_write(project.plots / "audit.png") as temporary:
+        sheet = draw_audit(report, photos, stats.pictures)
+        Image.fromarray(sheet).save(temporary, format="PNG")
     write_json(project.audit, report)
 
 
@@ -247,6 +251,30 @@ def _coarse_colors(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
     means = cells.mean(axis=(2, 4), dtype=np.float32) - 128
     both: NDArray[np.float32] = (means + means[:, :, ::-1])[:, :, : _GRID // 2] / 2
     return both.reshape(count, both[0].size)
+
+
+def draw_audit(
+    report: dict[str, Any], photos: Sequence[Photo], pictures: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    """Show samples of each class, one class a row, and near-duplicate pairs below.
+
+    `pictures` are the photos', uint8, (n, side, side, 3).
+    """
+    shown = []
+    for label in [*report["counts"]["train"]][:MAX_CLASSES]:
+        rows = [row for row, photo in enumerate(photos) if photo.label == label]
+        shown += [pictures[rows[n * len(rows) // SAMPLES]] for n in range(SAMPLES)]
+    described = [*report["conflicts"], *report["across"], *report["closest"]]
+    pairs = list(dict.fromkeys(tuple(pair["photos"]) for pair in described))[:SAMPLES]
+    row_of = {photo.key: row for row, photo in enumerate(photos)}
+    shown += [np.full_like(pictures[0], 255)] * SAMPLES if pairs else []
+    shown += [pictures[row_of[key]] for pair in pairs for key in pair]
+    side, count = len(pictures[0]) + GAP, -(-len(shown) // SAMPLES)
+    sheet = np.full((count * side - GAP, SAMPLES * side - GAP, 3), 255, np.uint8)
+    for number, picture in enumerate(shown):
+        top, left = (place * side for place in divmod(number, SAMPLES))
+        sheet[top : top + side - GAP, left : left + side - GAP] = picture
+    return sheet
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ from tasks.model.activations import (
 from tasks.model.augment import INPUT_SIZE
 from tasks.model.files import TRUNK_FILE
 from tasks.params import BACKBONE, Params
-from tasks.scoring.photo_sheets import draw_augmentation
 from tasks.stage import Context, stage_main
 from tasks.training.plan import training_rows
 
@@ -42,11 +41,8 @@ _log = logging.getLogger(__name__)
 
 
 def run(context: Context, item: str | None = None) -> None:
-    """Write `artifacts/features/`, `plots/views.png`, and a report to `.local/features.json`."""
-    project, params = context.project, context.params
-    report = extract(context)
-    draw_augmentation(project.plots / "views.png", open_dataset(project.dataset), params)
-    write_json(project.features_report, report)
+    """Write `artifacts/features/`, and a report to `.local/features.json`."""
+    write_json(context.project.features_report, extract(context))
 
 
 def extract(

@@ -13,13 +13,14 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from tasks.errors import DataError, ModelError
 from tasks.io import atomic_directory, read_json, sha256, write_json
-from tasks.model.augment import augment, single_threaded_opencv
+from tasks.model.augment import augment
 from tasks.model.inference import Engine
 from tasks.params import AugmentationParams
 
@@ -130,16 +131,16 @@ def compute(shard: Shard, trunk: Engine) -> Iterator[Row]:
         augment(picture, key.name, key.copy, shard.seed, shard.augmentation, trunk.size)
         for key, picture in zip(shard.keys, shard.pictures, strict=True)
     )
-    with single_threaded_opencv():
-        for activations in trunk.stream(copies):
-            with np.errstate(over="ignore"):
-                row: Row = activations.astype(DTYPE)
-            if not np.isfinite(row).all():
-                raise ModelError(
-                    f"The trunk's activations, up to {np.abs(activations).max()}, do not fit "
-                    "float16. Remove artifacts/weights/backbone and run its stage again."
-                )
-            yield row
+    cv2.setNumThreads(1)  # the cores are busy with the trunk
+    for activations in trunk.stream(copies):
+        with np.errstate(over="ignore"):
+            row: Row = activations.astype(DTYPE)
+        if not np.isfinite(row).all():
+            raise ModelError(
+                f"The trunk's activations, up to {np.abs(activations).max()}, do not fit "
+                "float16. Remove artifacts/weights/backbone and run its stage again."
+            )
+        yield row
 
 
 def compute_anywhere(shard: Shard, graph: bytes) -> NDArray[np.float16]:

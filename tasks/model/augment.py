@@ -1,8 +1,6 @@
 """Augmented copies of photos."""
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import cv2
 import numpy as np
@@ -62,17 +60,6 @@ def augment(
         shift=(params.shift * right, params.shift * down),
     )
     return _warp(recolored, transform, size)
-
-
-@contextmanager
-def single_threaded_opencv() -> Iterator[None]:
-    """Keep OpenCV from using several threads for one picture while the cores are busy."""
-    before = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(before)
 
 
 def _recolor(
