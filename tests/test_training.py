@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.data.dataset import open_dataset
@@ -194,10 +194,10 @@ def test_training_end_to_end_twice_gives_the_same_bits(context: Context) -> None
 @pytest.mark.parametrize(
     ("flags", "onednn", "usable"),
     [
-        ("fpu sse2 avx512f avx512_bf16", "1", MIXED),
-        ("fpu sse2 avx512f amx_bf16 amx_tile", "1", MIXED),
-        ("fpu sse2 avx512f avx512_bf16", "0", FULL),
-        ("fpu sse2 not_avx512_bf16", "1", FULL),
+        ("fpu avx512f avx512_bf16", "1", MIXED),
+        ("fpu avx512f amx_bf16 amx_tile", "1", MIXED),
+        ("fpu avx512f avx512_bf16", "0", FULL),
+        ("fpu not_avx512_bf16", "1", FULL),
         (None, "1", FULL),
     ],
 )
@@ -207,7 +207,7 @@ def test_mixed_precision_is_used_where_the_processor_has_it(
     monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", onednn)
     cpuinfo = tmp_path / "cpuinfo"
     if flags:
-        cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: any\nflags\t\t: {flags}\n")
+        cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
     assert usable_precision(MIXED, cpuinfo) == usable
     assert usable_precision(FULL, cpuinfo) == FULL
 
@@ -251,82 +251,58 @@ def test_training_again_gives_the_same_bytes_and_no_times(chain: Context, tmp_pa
         assert set(history["epochs"][0]) == {"loss", "accuracy", "val_loss", "val_accuracy"}
 
 
-def maps(seed: int, count: int = 8) -> np.ndarray:
-    """Feature maps that differ in the mean and the deviation of their channels."""
-    random = np.random.default_rng(seed)
-    levels = random.uniform(-3, 3, (count, 1, 1, 6)), random.uniform(0.5, 2, (count, 1, 1, 6))
-    return (levels[0] + levels[1] * random.normal(size=(count, 7, 7, 6))).astype(np.float32)
+def statistics(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return maps.mean(axis=(1, 2), keepdims=True), maps.std(axis=(1, 2), keepdims=True)
 
 
-@given(seed=st.integers(0, 500), count=st.integers(1, 12))
-def test_mixstyle_keeps_shapes_and_mixes_statistics_within_the_batch(seed: int, count: int) -> None:
-    before = maps(seed, count)
-    after = mixstyle(before, np.random.default_rng(seed), 1.0)
-    for statistic in (np.mean, np.std):
-        now, was = (statistic(batch, axis=(1, 2)) for batch in (after, before))
-        assert (now >= was.min(axis=0) - 1e-3).all()
-        assert (now <= was.max(axis=0) + 1e-3).all()
-    shapes = [
-        (batch - batch.mean(axis=(1, 2), keepdims=True)) / batch.std(axis=(1, 2), keepdims=True)
-        for batch in (before, after)
-    ]
-    np.testing.assert_allclose(*shapes, atol=1e-3)
-    single = mixstyle(before[:, :1, :1], np.random.default_rng(seed), 1.0)
-    assert np.isfinite(single).all()
-
-
-@given(seed=st.integers(0, 500), count=st.integers(1, 9), side=st.integers(1, 9))
-def test_erasing_removes_one_small_rectangle_in_every_channel(
-    seed: int, count: int, side: int
-) -> None:
-    before = np.random.default_rng(1).uniform(1, 2, (count, side, side, 3)).astype(np.float32)
-    after = random_erasing(before, np.random.default_rng(seed), 1.0)
-    assert np.array_equal(after[after != 0], before[after != 0])
-    if side == 1:
-        assert after is before
-        return
-    for photo in after:
-        gone = photo == 0
-        assert (gone == gone[..., :1]).all()
-        rows, columns = np.nonzero(gone[..., 0])
-        height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
-        assert len(rows) == height * width
-        assert max(height, width) <= max(side * 3 // 7, 1)
-
-
-@pytest.mark.parametrize("regularize", [mixstyle, random_erasing])
-@pytest.mark.parametrize(("probability", "expected"), [(0.0, 0), (0.3, 300), (1.0, 1000)])
-def test_probability_is_the_share_of_batches_or_photos(
-    regularize: Callable[..., np.ndarray], probability: float, expected: int
-) -> None:
+def test_mixstyle_mixes_statistics_within_some_batches() -> None:
     random = np.random.default_rng(0)
-    batch = maps(3, 2)
-    if regularize is mixstyle:
-        count = sum(mixstyle(batch, random, probability) is not batch for _ in range(1000))
-    else:
+    levels = random.uniform(-3, 3, (8, 1, 1, 6)), random.uniform(0.5, 2, (8, 1, 1, 6))
+    maps = (levels[0] + levels[1] * random.normal(size=(8, 7, 7, 6))).astype(np.float32)
+    mixed = [mixstyle(maps, random, 1.0) for _ in range(20)]
+    for after in mixed:
+        for now, was in zip(statistics(after), statistics(maps), strict=True):
+            assert ((now >= was.min(axis=0) - 1e-3) & (now <= was.max(axis=0) + 1e-3)).all()
+        one, other = ((m - statistics(m)[0]) / statistics(m)[1] for m in (maps, after))
+        np.testing.assert_allclose(one, other, atol=1e-3)
+    assert max(np.abs(after - maps).max() for after in mixed) > 1
+    assert np.isfinite(mixstyle(maps[:, :1, :1], random, 1.0)).all()
+    shares = [sum(mixstyle(maps, random, p) is not maps for _ in range(500)) for p in (0, 0.3, 1)]
+    assert shares == [0, pytest.approx(150, abs=40), 500]
+
+
+def test_erasing_removes_one_small_rectangle_in_every_channel_of_some_photos() -> None:
+    random = np.random.default_rng(0)
+    for side in (2, 3, 7, 9):
+        before = random.uniform(1, 2, (30, side, side, 3)).astype(np.float32)
+        after = random_erasing(before, random, 1.0)
+        assert np.array_equal(after[after != 0], before[after != 0])
+        for photo in after == 0:
+            assert (photo == photo[..., :1]).all()
+            rows, columns = np.nonzero(photo[..., 0])
+            height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+            assert len(rows) == height * width
+            assert max(height, width) <= max(side * 3 // 7, 1)
+    assert random_erasing(before[:, :1, :1], random, 1.0).all(), "a single place stays"
+    for probability, expected in ((0.0, 0), (0.3, 300)):
         after = random_erasing(np.ones((1000, 7, 7, 1), np.float32), random, probability)
-        count = int((after == 0).any(axis=(1, 2, 3)).sum())
-    assert count == pytest.approx(expected, abs=50)
-    assert not np.array_equal(mixstyle(maps(3), random, 1.0), maps(3))
+        assert (after == 0).any(axis=(1, 2, 3)).sum() == pytest.approx(expected, abs=50)
 
 
-@settings(deadline=None)
-@given(st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=12), st.floats(0, 1))
-def test_the_last_updates_count_alike_and_the_first_not_at_all(
-    values: list[float], share: float
-) -> None:
-    variable = tf.Variable(np.zeros(2, np.float32))
+@pytest.mark.parametrize(("share", "last"), [(0.0, 1), (0.25, 2), (0.5, 4), (1.0, 8)])
+def test_the_last_updates_count_alike_and_the_first_not_at_all(share: float, last: int) -> None:
+    values = np.random.default_rng(0).normal(size=8).astype(np.float32)
+    variable = tf.Variable(0.0)
     average = WeightAverage([variable], len(values), share)
-    last = values[len(values) - max(round(share * len(values)), 1) :]
     for number, value in enumerate(values):
-        variable.assign(np.full(2, value, np.float32))
+        variable.assign(value)
         average.update()
         with average.applied():
-            if number < len(values) - len(last):
-                np.testing.assert_allclose(variable.numpy(), value, rtol=1e-6, atol=1e-6)
-        assert variable.numpy()[0] == value
+            expected = values[min(number, len(values) - last) : number + 1].mean()
+            assert variable.numpy() == pytest.approx(expected, abs=1e-6)
+        assert variable.numpy() == value
     average.keep()
-    np.testing.assert_allclose(variable.numpy(), np.mean(last), rtol=1e-4, atol=1e-4)
+    assert variable.numpy() == pytest.approx(values[-last:].mean(), abs=1e-6)
 
 
 def test_updates_are_those_of_keras_adam() -> None:
