@@ -1,8 +1,7 @@
-"""Stage: score the assembled model on the test split, once.
+"""Stage: score the assembled model on the test split, which no earlier stage reads, once.
 
-No earlier stage reads the test split. The model is `model.pb`, the file that a release
-serves. Scores come from the rounded probabilities in `predictions.json`, so that anybody
-can recompute them.
+The model is `model.pb`, the file that a release serves. Scores come from the rounded
+probabilities in `predictions.json`, so that anybody can recompute them.
 """
 
 from collections.abc import Callable
@@ -26,18 +25,12 @@ from tasks.scoring.drift import confidence_histogram
 from tasks.scoring.metrics import DIGITS, checked, score, standard_errors, wilson_interval
 from tasks.stage import Context, Progress, silent, stage_main
 
-PREDICTION_DIGITS = 7
-"""Decimals of a stored probability: as fine as the clip of the loss."""
-MAX_PHOTOS = 96
-"""Photos that are corrupted, balanced over the classes; each kind scores all of them."""
-EMBEDDED = 500
-"""Validation photos at most whose embeddings are part of the reference."""
-HANDLESS = 200
-"""Pictures without a hand that `certain_above` is set with."""
-DOUBTED_PHOTOS = 0.01
-"""Share of validation photos that may be called uncertain."""
-DOUBTED_HANDLESS = 0.95
-"""Share of the pictures without a hand that are to be called uncertain."""
+PREDICTION_DIGITS = 7  # decimals of a stored probability: as fine as the clip of the loss
+MAX_PHOTOS = 96  # that are corrupted, balanced over the classes
+EMBEDDED = 500  # validation photos at most whose embeddings are part of the reference
+HANDLESS = 200  # pictures without a hand that `certain_above` is set with
+DOUBTED_PHOTOS = 0.01  # share of validation photos that may be called uncertain
+DOUBTED_HANDLESS = 0.95  # share of the pictures without a hand that are to be called uncertain
 
 Image = NDArray[np.uint8]
 
@@ -63,13 +56,10 @@ def run(context: Context, item: str | None = None) -> None:
     rounded = raw.astype(np.float64).round(PREDICTION_DIGITS)
     probabilities, labels = checked(rounded, dataset.labels[rows], dataset.classes)
     scores = score(rounded, labels, dataset.classes)
+    names = [(dataset.names[row], dataset.classes[dataset.labels[row]]) for row in rows]
     photos = [
-        {
-            "name": dataset.names[row],
-            "label": dataset.classes[dataset.labels[row]],
-            "probabilities": values.tolist(),
-        }
-        for row, values in zip(rows, rounded, strict=True)
+        {"name": name, "label": label, "probabilities": values}
+        for (name, label), values in zip(names, rounded.tolist(), strict=True)
     ]
     write_json(project.predictions, {"labels": dataset.classes, "photos": photos})
     figures = {
@@ -84,13 +74,12 @@ def run(context: Context, item: str | None = None) -> None:
         context.progress("draw plots", number, len(figures))
     seen = classifier.probabilities(dataset.images[val])
     save_reference(project, seen, dataset.images[val])
-    metrics = {
-        **scores.to_json(),
+    more = {
         "standard_errors": standard_errors(probabilities, labels),
         "robustness": robustness(classifier, images, labels, context.progress),
         "certainty": certainty(classifier, seen.max(axis=1, initial=0)),
     }
-    write_json(project.metrics, metrics)
+    write_json(project.metrics, scores.to_json() | more)
 
 
 def save_reference(project: Project, probabilities: NDArray[np.float32], photos: Image) -> None:

@@ -19,10 +19,8 @@ Number = int | float
 
 CORRUPTIONS = ("rotation", "brightness", "blur", "scale", "jpeg")
 """Kinds that the model must have been tested with; see `tasks.evaluate`."""
-LARGEST = 1e12
-"""A loss or a count above this is broken."""
-DEFAULT_CONFIDENCE = 0.95
-"""Level of the intervals that are shown where `gate.confidence` is not set."""
+LARGEST = 1e12  # a loss or a count above this is broken
+DEFAULT_CONFIDENCE = 0.95  # of the intervals that are shown where `gate.confidence` is not set
 
 
 class Check(FrozenModel):
@@ -56,10 +54,8 @@ class Verdict(FrozenModel):
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `detail` only where there is one."""
-        checks = [
-            {key: value for key, value in check.model_dump().items() if key != "detail" or value}
-            for check in self.checks
-        ]
+        rows = [check.model_dump() for check in self.checks]
+        checks = [{k: v for k, v in row.items() if k != "detail" or v} for row in rows]
         return {"passed": self.passed, "checks": checks}
 
 
@@ -76,10 +72,7 @@ def run(context: Context, item: str | None = None) -> None:
 
 
 def judge(metrics: Any, duplicates: Any, limits: GateParams, labels: Sequence[str]) -> Verdict:
-    """Check metrics against the limits; unusable values fail, and so does having no limit.
-
-    `duplicates` is the number of test photos with a near-duplicate in training.
-    """
+    """Check metrics against the limits; unusable values fail, and so does having no limit."""
     checks = tuple(_checks(_mapping(metrics), duplicates, limits, labels))
     if not checks:
         detail = "no limit is set; set at least one under gate in params.yaml"

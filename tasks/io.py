@@ -12,16 +12,11 @@ from pathlib import Path
 from typing import Any
 
 PART = ".part"
-STALE_SECONDS = 86_400
-"""After this long without a change a temporary folder belongs to a killed process."""
+STALE_SECONDS = 86_400  # without a change: a temporary folder of a killed process
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically, with sorted keys; the same content gives the same bytes.
-
-    Raises:
-        ValueError: `content` holds NaN or infinity.
-    """
+    """Write JSON atomically, with sorted keys; `ValueError` if it has NaN or infinity."""
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
     with atomic_write(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")

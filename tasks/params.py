@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -212,18 +213,11 @@ def load_params(path: Path) -> Params:
 
 def replace_labels(path: Path, labels: Sequence[str]) -> str:
     """The text of `params.yaml` with other labels, valid, and otherwise the same to the byte."""
-    from ruamel.yaml import YAML
-
     text = _read(path)
     _parse(text, path.name)
-    root = YAML(typ="safe", pure=True).compose(text)
-    (old,) = (value for key, value in root.value if key.value == "labels")
-    # A block sequence ends where the next key begins, behind comments that belong to that one.
-    end = old if old.flow_style else old.value[-1]
-    new = json.dumps(list(labels), ensure_ascii=False)
-    if not old.start_mark.column:  # block sequences need no indentation, but others do
-        new = f"  {new}"
-    changed = text[: old.start_mark.index] + new + text[end.end_mark.index :]
+    line = f"labels: {json.dumps(list(labels), ensure_ascii=False)}\n"
+    # A list of several lines is indented, or has dashes, or ends with a bracket.
+    changed = re.sub(r"(?m)^labels:.*\n(?:[ \-\]].*\n)*", lambda _: line, text, count=1)
     _parse(changed, f"{path.name} with the labels of these photos")
     return changed
 
@@ -262,23 +256,23 @@ def _parse(text: str, name: str) -> Params:
 
 def _faults(error: ValidationError) -> list[str]:
     """One phrase for each wrong key."""
-    found = {}
-    for fault in error.errors():
-        # Pydantic adds the tag of the union's member, which is not a key of the file.
-        keys = [str(part) for part in fault["loc"] if part not in (ONE, EACH)]
-        found[".".join(keys) or "the file"] = fault
+    # Pydantic adds the tag of the union's member, which is not a key of the file.
+    found = {
+        ".".join(str(part) for part in fault["loc"] if part not in (ONE, EACH)): fault
+        for fault in error.errors()
+    }
     missing = [key for key, fault in found.items() if fault["type"] == "missing"]
     phrases = []
     for key, fault in found.items():
+        text = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             phrase, meant = _explain_unknown(key, missing)
             missing = [one for one in missing if one != meant]
             phrases.append(f"{key} {phrase}")
+        elif not key:  # of all sections together, or no mapping at all
+            phrases.append(text)
         elif fault["type"] != "missing":
-            value = f", not {fault['input']!r}" if fault["loc"] else ""
-            text = fault["msg"].removeprefix("Value error, ")
-            whole = not fault["loc"] and text != fault["msg"]  # names the key itself
-            phrases.append(text if whole else f"{key}: {text}{value}")
+            phrases.append(f"{key}: {text}, not {fault['input']!r}")
     return phrases + [f"{key} is missing" for key in missing]
 
 

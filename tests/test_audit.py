@@ -5,7 +5,6 @@ The search is exact in small groups, and bounded in large ones.
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -314,17 +313,3 @@ def test_a_class_too_small_to_split_fails_also_if_exclusion_makes_it_so(
     remove(context, "0", range(2, 6))
     with pytest.raises(DataError, match=r"needs 3 or more.* have fewer: 0 \(2\)"):
         audit.run(context)
-
-
-def test_the_same_photos_give_the_same_bytes(
-    context: Context, copy: Callable[..., Path], tmp_path: Path
-) -> None:
-    project, other = context.project, Project(tmp_path / "other")
-    copy("train/2/0001.png", "train/2/copy.png", 2)
-    audit.run(context)
-    shutil.copytree(project.data, other.data)
-    audit.run(replace(context, project=other))
-    assert project.audit.read_bytes() == other.audit.read_bytes()
-    picture = (project.plots / "audit.png").read_bytes()
-    assert picture == (other.plots / "audit.png").read_bytes()
-    assert Image.open(project.plots / "audit.png").size > (600, 300)

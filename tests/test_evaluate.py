@@ -101,19 +101,20 @@ def context(tmp_path: Path, params: Params) -> Context:
 
 
 def test_missing_inputs_are_named(context: Context) -> None:
-    project = context.project
-    with pytest.raises(ModelError, match=r"model\.pb"):
-        run(context)
-    project.history("full").write_text("{")
-    with pytest.raises(StageError, match="history of a phase cannot be read"):
-        run(context)
-    index = project.dataset_index.read_text()
-    project.dataset_index.write_text(index.replace('"test"', '"train"'))
-    with pytest.raises(DataError, match="test split holds no photos"):
-        run(context)
-    project.dataset_index.unlink()
-    with pytest.raises(DataError, match="preprocess"):
-        run(context)
+    project, index = context.project, context.project.dataset_index
+    for error, reason, damage in (
+        (ModelError, r"model\.pb", lambda: None),
+        (StageError, "history of a phase", lambda: project.history("full").write_text("{")),
+        (
+            DataError,
+            "test split holds no photos",
+            lambda: index.write_text(index.read_text().replace('"test"', '"train"')),
+        ),
+        (DataError, "preprocess", index.unlink),
+    ):
+        damage()
+        with pytest.raises(error, match=reason):
+            run(context)
     assert not project.metrics.exists()
 
 

@@ -118,19 +118,6 @@ def test_anything_but_a_complete_report_fails_without_an_exception(
     assert not judge(content, duplicates, LIMITS).passed
 
 
-@FEW
-@given(
-    shares, st.lists(shares, min_size=6, max_size=6), st.floats(0, 5), shares, st.integers(0, 99)
-)
-def test_the_verdict_is_the_conjunction_of_the_limits(
-    accuracy: float, recalls: list[float], loss: float, ece: float, n: int
-) -> None:
-    named = {f"recall {label}": recall for label, recall in zip(LABELS, recalls, strict=True)}
-    verdict = judge(metrics(accuracy=accuracy, loss=loss, ece=ece, n=n, **named), 0, LIMITS)
-    expected = accuracy >= 0.9 and min(recalls) >= 0.75 and loss <= 0.5 and ece <= 0.1 and n >= 50
-    assert verdict.passed == expected == (not failed(verdict))
-
-
 def test_a_limit_that_is_left_out_is_not_checked_and_no_limit_at_all_fails() -> None:
     verdict = judge({"accuracy": 0.95}, None, GateParams(min_accuracy=0.9))
     assert (verdict.passed, len(verdict.checks)) == (True, 1)

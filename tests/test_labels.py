@@ -41,20 +41,20 @@ def project(tmp_path: Path) -> Project:
     return with_params(tmp_path / "checkout")
 
 
-@pytest.mark.parametrize("indent", [None, "", "  "])
+@pytest.mark.parametrize(
+    "old",
+    ['["0", "1"]', '[\n  "0",\n  "1",\n]', '\n- "0"  # none\n- "1"', '\n  - "0"\n  - "1"'],
+    ids=["line", "lines", "dashes", "indented"],
+)
 def test_set_labels_changes_nothing_else_in_params(
-    project: Project, tmp_path: Path, indent: str | None
+    project: Project, tmp_path: Path, old: str
 ) -> None:
-    old, new = '["0", "1", "2", "3", "4", "5"]', '["bus", "two words", "ökologisch"]'
-    if indent is not None:  # a block, with comments before, in and after it
-        block = f'{indent}- "0"  # none\n{indent}- "1"'
-        project.params.write_text(TEXT.replace(old, f"  # names\n{block}\n# Of audit:"))
-        old, new = block, f"  {new}"
-    text = project.params.read_text()
+    text = TEXT.replace('["0", "1", "2", "3", "4", "5"]', f"{old}\n# Of audit:")
+    project.params.write_text(text)
     source = write_classes(tmp_path / "source", WORDS, 1)
     report = import_photos(project, source, replace=True, set_labels=True)
     assert report.labels == load_params(project.params).labels == WORDS
-    assert project.params.read_text() == text.replace(old, new)
+    assert project.params.read_text() == text.replace(old, '["bus", "two words", "ökologisch"]')
 
 
 def test_a_limit_for_labels_that_go_is_refused_before_photos_are_replaced(

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import yaml
 
 from tasks.errors import ParamsError
 from tasks.params import load_params
-from tests.fixtures.checkouts import BIN, with_stages
 from tests.fixtures.photos import CHECKOUT
 
 TEXT = CHECKOUT.params.read_text()
@@ -123,20 +123,17 @@ def test_numbers_and_merged_mappings_are_read_as_dvc_reads_them(tmp_path: Path) 
     assert load_params(tmp_path / "params.yaml") == load_params(CHECKOUT.params)
 
 
-def test_a_misspelt_key_ends_dvc_repro_before_any_stage_did_something(tmp_path: Path) -> None:
-    project = with_stages(tmp_path / "checkout")
-    project.params.write_text(project.params.read_text().replace("batch_size:", "batchsize:"))
+def test_a_misspelt_key_ends_a_stage_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(TEXT.replace("batch_size:", "batchsize:"))
     done = subprocess.run(
-        [BIN / "dvc", "repro"],
-        cwd=project.root,
-        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
+        [sys.executable, "-m", "tasks.gate"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT.root)},
         capture_output=True,
         text=True,
     )
     assert done.returncode != 0
-    assert [line for line in done.stderr.splitlines() if "fault(s)" in line] == [
+    assert done.stderr == (
         "ParamsError: params.yaml has 1 fault(s): training.batchsize is unknown (did you mean "
-        "training.batch_size?). Correct these keys."
-    ]
-    assert "Traceback" not in done.stderr
-    assert not project.audit.exists()
+        "training.batch_size?). Correct these keys.\n"
+    )

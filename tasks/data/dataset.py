@@ -111,10 +111,8 @@ def stratified_group_split(
     none from training to the test. If nearly all groups have m photos or more, the limits
     take into account that all m ranks lie below a limit with probability limit**m.
 
-    Args:
-        names: unique name of each photo.
-        shares: share of each split but `train`, the test first; met on average.
-        classes: what `labels` may be; each is in every split.
+    `shares` are those of each split but `train`, the test first; met on average. Each of the
+    `classes` is in every split.
     """
     splits = [TRAIN] * len(names)
     by_class = groups_by_class(labels, groups, tuple(shares), classes)
@@ -152,9 +150,9 @@ def groups_by_class(
     few = [f"{name} ({len(found)})" for name, found in by_class.items() if len(found) < needed]
     if few:
         raise DataError(
-            f"Too few photos to train on: every class needs {needed} or more, one for "
-            f"each of {', '.join([*held_out, TRAIN])} (near-duplicates count once), and these "
-            f"have fewer: {list_labels(few)}. Import more photos of these classes."
+            f"Too few photos to train on: every class needs {needed} or more, one for each of "
+            f"{', '.join([*held_out, TRAIN])} (near-duplicates count once), and these have fewer: "
+            f"{list_labels(few)}. Import more photos of these classes."
         )
     return by_class
 
@@ -162,10 +160,7 @@ def groups_by_class(
 def stratified_sample(
     names: Sequence[str], labels: Sequence[str] | NDArray[np.int64], fraction: float, seed: int
 ) -> NDArray[np.int64]:
-    """Row numbers of a share of each class, ascending, and at least one of each class.
-
-    The sample of a smaller fraction is part of that of a larger one.
-    """
+    """Row numbers of a share of each class, ascending, at least one each; nested by share."""
     classes: dict[object, list[int]] = defaultdict(list)
     for row, label in enumerate(labels):
         classes[label].append(row)
@@ -184,20 +179,13 @@ def _rank(purpose: str, seed: int, name: str) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Preprocessed photos of all splits, one row each; rows are sorted by (split, label, name).
+    """Preprocessed photos of all splits, one row each; rows are sorted by (split, label, name)."""
 
-    Args:
-        images: uint8, (n, size, size, 3), RGB in [0, 255]; memory-mapped, read-only.
-        labels: int64, (n,); index into `classes`.
-        splits: `train`, `val` or `test` for each photo, `synthetic` for a rendered hand.
-        classes: their names, in the order of the model's outputs.
-    """
-
-    images: NDArray[np.uint8]
+    images: NDArray[np.uint8]  # (n, size, size, 3), RGB; memory-mapped, read-only
     names: tuple[str, ...]
-    labels: NDArray[np.int64]
-    splits: tuple[str, ...]
-    classes: tuple[str, ...]
+    labels: NDArray[np.int64]  # (n,); index into `classes`
+    splits: tuple[str, ...]  # train, val, test, or synthetic for a rendered hand
+    classes: tuple[str, ...]  # in the order of the model's outputs
 
     def rows(self, split: str) -> NDArray[np.int64]:
         """Row numbers of one split, ascending."""

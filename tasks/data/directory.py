@@ -1,6 +1,5 @@
 """The data directory: its lock, atomic changes, and its photos from DVC or the renderer."""
 
-import errno
 import logging
 import os
 import shutil
@@ -30,10 +29,7 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def data_lock(project: Project, wait: float | None = None) -> Iterator[None]:
-    """Hold the lock of imports, and of retrains while they need one version of `data/`.
-
-    Re-entrant in one process. The kernel releases it if the process dies.
-    """
+    """Hold the lock of imports and retrains on `data/`; re-entrant in one process."""
     wait = WAIT if wait is None else wait
     with file_errors(project.local):
         project.local.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -59,11 +55,9 @@ def file_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        code = errno.errorcode.get(error.errno or 0)
-        reason = f"{error.strerror}, {code}" if code else error
         raise DataError(
-            f"Import failed at '{error.filename or path}' ({reason}). Make room or give "
-            "permission and import again."
+            f"Import failed at '{error.filename or path}' ({error.strerror or error}). Make room "
+            "or give permission and import again."
         ) from error
 
 
@@ -108,9 +102,8 @@ def change_data(
 ) -> None:
     """Build the next `data/` in staging, of hard links to the present one, and swap the two.
 
-    Args:
-        incoming: folder of the accepted photos that `data/` does not have.
-        replace: leave out all photos that are not accepted.
+    `incoming` is the folder of the accepted photos that `data/` does not have. With `replace`
+    all photos that are not accepted are left out.
     """
     new = project.staging / "new"
     if replace or not project.data.exists():

@@ -27,16 +27,12 @@ Read = Callable[[int], bytes]
 Result = TypeVar("Result")
 
 MAX_BYTES = 64 * 2**20
-MAX_PIXELS = 50_000_000
-"""Checked in the header, before decoding."""
-LARGE_PIXELS = 16_000_000
-"""Above it, `decode` reduces a photo while decoding it, if asked to."""
+MAX_PIXELS = 50_000_000  # checked in the header, before decoding
+LARGE_PIXELS = 16_000_000  # above it, `decode` reduces a photo while decoding it, if asked to
 MIN_SIDE = 16
-MAX_SCANS = 64
-"""A progressive JPEG has about ten; one with thousands is made to keep a decoder busy."""
+MAX_SCANS = 64  # a progressive JPEG has about ten; thousands are made to keep a decoder busy
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 ORIENTATION = int(ExifTags.Base.Orientation)
-
 _HEIF = re.compile(rb"....ftyp.{0,1016}?(hei[cxms]|hev[cxms]|mif[12]|msf1|miaf|avi[fs])", re.S)
 
 
@@ -108,11 +104,10 @@ def resize(picture: Pixels, params: PreprocessParams) -> Pixels:
     """
     small = resize_square(picture, params.image_size)
     ratio = params.image_size / min(picture.shape[:2])
-    if ratio >= 1 or params.blur_sigma == 0:
-        return small
-    sigma = params.blur_sigma * math.sqrt(1 - ratio * ratio)
-    blurred: Pixels = cv2.GaussianBlur(small, (0, 0), sigma)
-    return blurred
+    if params.blur_sigma and ratio < 1:
+        sigma = params.blur_sigma * math.sqrt(1 - ratio * ratio)
+        small = np.asarray(cv2.GaussianBlur(small, (0, 0), sigma), np.uint8)
+    return small
 
 
 def resize_square(picture: Pixels, size: int) -> Pixels:

@@ -149,19 +149,17 @@ def import_photos(
 ) -> ImportReport:
     """Add the photos of a source to `data/`.
 
-    With `set_labels` the source's labels become those of params.yaml; photos of others must
-    not stay, so it needs `replace`.
-
-    `data/` is the former or the new state at every moment, except between two renames;
-    `restore_data` and the next import repair that. The caller versions `data/` with DVC,
-    also if nothing was imported: an import that was killed was not versioned.
+    With `set_labels`, which needs `replace`, the source's labels become those of params.yaml.
+    The caller versions `data/` with DVC, also if nothing was imported: an import that was
+    killed was not versioned.
     """
-    name = printable(os.path.realpath(source))
+    name, params = printable(os.path.realpath(source)), None
     with staging(project):
         known = None if set_labels else load_params(project.params).labels
         with _open_both(source, test, known) as opened:
             labels = known or opened.labels
-            params = replace_labels(project.params, labels) if set_labels else None
+            if set_labels:
+                params = replace_labels(project.params, labels)
             report = _import(project, opened, name, labels, replace, progress)
         if params and report.usable:
             with atomic_write(project.params) as temporary:
@@ -277,17 +275,13 @@ class Inbox:
         self._stamps = {file.origin: stamp for file, stamp in listing}
         visible = [file for file, _ in listing if not is_clutter(file)]
         files = arrange(visible, name, self._labels).files if visible else ()
-        last = read_json(project.inbox)
-        known = isinstance(last, dict) and (last.get("inbox"), last.get("data"))
-        seen = last.get("seen") if known == (self.name, version) else None
-        seen = seen if isinstance(seen, dict) else {}
+        last = read_json(project.inbox) or {}
+        known = (last.get("inbox"), last.get("data")) == (self.name, version)
+        seen = last["seen"] if known else {}
         self.new = tuple(f for f in files if seen.get(f.origin) != self._stamps[f.origin])
 
     def import_new(self, replace: bool = False, progress: Progress = silent) -> ImportReport:
-        """Import the new files, in place of all other photos with `replace`.
-
-        No usable photo is no error, and replaces nothing.
-        """
+        """Import the new files; with `replace` usable ones replace all other photos."""
         source = Source(self.new)
         with staging(self._project):
             report = _import(self._project, source, self.name, self._labels, replace, progress)
@@ -297,8 +291,8 @@ class Inbox:
 
     def remember(self, version: str) -> None:
         """Remember that all files but the quarantined ones are part of this version of `data/`."""
-        content = {"inbox": self.name, "data": version, "seen": self._stamps}
-        write_json(self._project.inbox, content)
+        known = {"inbox": self.name, "data": version, "seen": self._stamps}
+        write_json(self._project.inbox, known)
 
 
 def list_folder(folder: Path) -> Listing:
@@ -308,15 +302,8 @@ def list_folder(folder: Path) -> Listing:
             f"HANDSIGNS_INBOX='{printable(str(folder))}' is not a folder. Create it, or correct "
             "the setting."
         )
-    return [(file, _stamp(folder.joinpath(*file.parts))) for file in folder_files(folder)]
-
-
-def _stamp(path: Path) -> str:
-    try:
-        found = path.stat()
-    except OSError:
-        return "unreadable"
-    return f"{found.st_size}-{found.st_mtime_ns}"
+    files = [(file, folder.joinpath(*file.parts).lstat()) for file in folder_files(folder)]
+    return [(file, f"{found.st_size}-{found.st_mtime_ns}") for file, found in files]
 
 
 def list_bucket(storage: Storage, prefix: str) -> Listing:
