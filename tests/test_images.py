@@ -78,7 +78,10 @@ def test_plain_photo_keeps_its_bytes_whatever_its_name(data: bytes, suffix: str)
 
 @pytest.mark.parametrize(
     "kind",
-    "CMYK JPEG,CMYK TIFF,L JPEG,1 PNG,LA PNG,P PNG,P GIF,RGB BMP,RGB TIFF,RGB WEBP".split(","),
+    [f"{mode} PNG" for mode in ("1", "LA", "P")]
+    + [f"CMYK {kind}" for kind in ("JPEG", "TIFF")]
+    + [f"RGB {kind}" for kind in ("BMP", "TIFF", "WEBP")]
+    + ["L JPEG", "P GIF"],
 )
 def test_other_kinds_become_rgb_png_without_metadata(kind: str) -> None:
     exif, (mode, name) = Image.Exif(), kind.split()

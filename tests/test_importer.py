@@ -10,7 +10,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from tasks.project import Project
 from tests.fixtures.checkouts import make_checkout
 from tests.fixtures.photos import CHECKOUT, LABELS, photo, with_params
 
+Photos = Callable[..., Path]
 PNG = [encode(photo(label, 9, 32)) for label in range(6)]
 EVERY = [("train", label) for label in LABELS]
 
@@ -61,9 +61,7 @@ def source(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def test_photos_are_stored_under_their_content_and_added_to_what_is_there(
-    project: Project, photos: Callable[..., Path]
-) -> None:
+def test_photos_are_stored_under_their_content_and_added(project: Project, photos: Photos) -> None:
     report = import_photos(project, photos("a", 2))
     assert report.imported == dict.fromkeys(EVERY, 2)
     assert sorted(tree(project.data).values()) == sorted(tree(photos("a", 2)).values())
@@ -89,7 +87,7 @@ def test_photos_are_stored_under_their_content_and_added_to_what_is_there(
     assert before.items() <= state().items()
 
 
-def test_replace_keeps_the_new_photos_alone(project: Project, photos: Callable[..., Path]) -> None:
+def test_replace_keeps_the_new_photos_alone(project: Project, photos: Photos) -> None:
     import_photos(project, photos("a", 2))
     shutil.rmtree(photos("a", 1))
     report = import_photos(project, photos("a", 1), replace=True)
@@ -120,7 +118,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("case", RULES)
-def test_the_same_photo_twice_is_decided_alike_however_often_it_comes(
+def test_the_same_photo_twice_is_always_decided_alike(
     case: str, project: Project, tmp_path: Path
 ) -> None:
     there, new, rejected, places = RULES[case]
@@ -163,7 +161,7 @@ def test_what_is_imported_does_not_depend_on_the_order_of_files(
     assert decide(wanted) == decide(shuffled)
 
 
-def test_the_quarantine_holds_what_the_last_import_rejected_with_reasons(
+def test_the_quarantine_has_what_was_rejected_and_why(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {"0/a.png": PNG[0], "0/b.png": b"text", "7/c.png": PNG[1], "1/d.png": b""}
@@ -193,8 +191,8 @@ def test_the_quarantine_holds_what_the_last_import_rejected_with_reasons(
     assert [*tree(project.quarantine)] == ["quarantine.json"]
 
 
-def test_what_is_refused_interrupted_or_has_no_room_changes_nothing(
-    project: Project, tmp_path: Path, photos: Callable[..., Path]
+def test_what_fails_or_is_interrupted_changes_nothing(
+    project: Project, tmp_path: Path, photos: Photos
 ) -> None:
     import_photos(project, source(photos("old", 1), {"0/bad.png": b"text"}))
     before = tree(project.data), tree(project.quarantine)
@@ -255,7 +253,7 @@ def import_in_a_process(project: Project, folder: Path, what: str, done: str) ->
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("point", ["read 7", "swap 0", "swap 1", "swap 2"])
 def test_a_killed_import_leaves_the_old_or_the_new_data(
-    point: str, first: bool, project: Project, photos: Callable[..., Path]
+    point: str, first: bool, project: Project, photos: Photos
 ) -> None:
     if not first:
         import_photos(project, photos("old", 1))
@@ -275,16 +273,8 @@ def test_a_killed_import_leaves_the_old_or_the_new_data(
         assert not repaired.staging.exists()
 
 
-def test_imports_at_once_take_turns(project: Project, photos: Callable[..., Path]) -> None:
-    folders = [photos(f"s{seed}", 1, seed=seed) for seed in range(2)]
-    with ThreadPoolExecutor(2) as pool:
-        codes = pool.map(lambda one: import_in_a_process(project, one, "never", "0"), folders)
-    assert [*codes] == [0, 0]
-    assert len(tree(project.data)) == 12
-
-
 def test_an_unknown_folder_is_one_line_and_a_class_without_photos_ends_the_command_with_1(
-    tmp_path: Path, photos: Callable[..., Path]
+    tmp_path: Path, photos: Photos
 ) -> None:
     checkout = make_checkout(tmp_path / "checkout")
     folder = photos("mine", 3)

@@ -16,6 +16,7 @@ from tasks.services.s3 import Storage, StoredObject
 from tests.fixtures.photos import with_params, write_photos
 
 VERSION = "0123456789abcdef.dir"
+Look = Callable[..., Inbox]
 
 
 @pytest.fixture
@@ -24,14 +25,14 @@ def project(tmp_path: Path) -> Project:
 
 
 @pytest.fixture
-def look(project: Project, tmp_path: Path) -> Callable[..., Inbox]:
+def look(project: Project, tmp_path: Path) -> Look:
     """`look(version)` into the folder `inbox` beside the checkout."""
     folder = tmp_path / "inbox"
     return lambda version=VERSION: Inbox(project, str(folder), list_folder(folder), version)
 
 
-def test_a_file_is_read_once_while_it_and_the_data_stay_the_same(
-    project: Project, look: Callable[..., Inbox], tmp_path: Path
+def test_a_file_is_read_once_while_it_stays_the_same(
+    project: Project, look: Look, tmp_path: Path
 ) -> None:
     folder = write_photos(tmp_path / "inbox", per_class=2)
     first = look(None)
@@ -54,9 +55,7 @@ def test_a_file_is_read_once_while_it_and_the_data_stay_the_same(
     assert len(look().new) == 13
 
 
-def test_bad_files_are_tried_again_until_they_are_repaired_or_gone(
-    project: Project, look: Callable[..., Inbox], tmp_path: Path
-) -> None:
+def test_bad_files_are_tried_again(project: Project, look: Look, tmp_path: Path) -> None:
     folder = write_photos(tmp_path / "inbox", per_class=1)
     for name in ("torn.png", "empty.jpg"):
         (folder / "2" / name).write_bytes(b"no picture" * (name == "torn.png"))
@@ -82,7 +81,7 @@ def test_bad_files_are_tried_again_until_they_are_repaired_or_gone(
 
 
 def test_only_usable_photos_replace_what_is_there(
-    project: Project, look: Callable[..., Inbox], tmp_path: Path
+    project: Project, look: Look, tmp_path: Path
 ) -> None:
     import_photos(project, write_photos(tmp_path / "sample", per_class=1, seed=1))
     before = stored_photos(project)

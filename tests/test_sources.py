@@ -148,32 +148,15 @@ def bomb(path: Path) -> Path:
     return written(path, b"PK\x01\x02".join([parts[0], *sized]))
 
 
-def h5_with(path: Path, make: Callable[[h5py.File], object]) -> Path:
+def h5_with(path: Path, **options: Any) -> Path:
     with h5py.File(h5(path, train_set_x=None), "a") as file:
-        make(file)
+        file.create_dataset("train_set_x", dtype=np.uint8, **options)
     return path
 
 
 def elsewhere(path: Path) -> Path:
     raw = written(path.parent / "raw", H5_PHOTOS.tobytes())
-    external = [(str(raw), 0, H5_PHOTOS.size)]
-    create = ("train_set_x", H5_PHOTOS.shape, np.uint8)
-    return h5_with(path, lambda file: file.create_dataset(*create, external=external))
-
-
-def virtual(path: Path) -> Path:
-    layout = h5py.VirtualLayout(shape=H5_PHOTOS.shape, dtype=np.uint8)
-    layout[...] = h5py.VirtualSource(path.parent / "other.h5", "x", shape=H5_PHOTOS.shape)
-    return h5_with(path, lambda file: file.create_virtual_dataset("train_set_x", layout))
-
-
-def huge(path: Path, *shape: int) -> Path:
-    create = partial(h5py.File.create_dataset, name="train_set_x", shape=shape, dtype=np.uint8)
-    path = h5_with(path, partial(create, chunks=(1, *shape[1:])))
-    with h5py.File(path, "a") as file:
-        del file["train_set_y"]
-        file.create_dataset("train_set_y", (shape[0],), np.uint8)
-    return path
+    return h5_with(path, shape=H5_PHOTOS.shape, external=[(str(raw), 0, H5_PHOTOS.size)])
 
 
 OWN = "no data set '{}' of its own"
@@ -181,29 +164,22 @@ BAD: list[tuple[str, Callable[[Path], Path]]] = [
     ("No such file", lambda p: p),
     ("is empty", lambda p: fill(p, ".hidden", "__MACOSX/a")),
     ("has no folder named 0, 1, 2, 3, 4, 5", lambda p: fill(p, "six/a.png", "seven/b.png")),
-    ("has no folder named 0, 1, 2, 3, 4, 5", lambda p: packed(p, "six/a.png")),
     ("neither a folder nor a .zip", lambda p: written(p, b"label,file\n")),
     ("neither a folder nor a .zip", lambda p: os.mkfifo(p) or p),
-    ("cannot be read", lambda p: p.parent / ("x" * 300)),
     ("Not a directory", lambda p: written(p, b"") / "below"),
     ("more than 8 GiB", bomb),
     ("is damaged", lambda p: written(p, b"PK\x03\x04" + bytes(114) + b"PK\x05\x06" + b"\xff" * 18)),
     (OWN.format("train_set_x"), lambda p: h5(p, train_set_x=h5py.ExternalLink("/etc", "/x"))),
     (OWN.format("train_set_y"), lambda p: h5(p, train_set_y=h5py.SoftLink("/train_set_x"))),
     (OWN.format("train_set_x"), elsewhere),
-    (OWN.format("train_set_x"), virtual),
-    (OWN.format("train_set_x"), lambda p: h5_with(p, lambda f: f.create_group("train_set_x"))),
     (OWN.format("train_set_y"), lambda p: h5(p, train_set_y=None)),
     ("has neither train_set_x nor test_set_x", lambda p: h5(p, train_set_x=None)),
     ("float32 (6, 32, 32, 3) photos", lambda p: h5(p, train_set_x=H5_PHOTOS.astype(np.float32))),
     ("float64 (6,) labels", lambda p: h5(p, train_set_y=np.arange(6.0))),
-    ("(6, 32, 32) photos", lambda p: h5(p, train_set_x=H5_PHOTOS[..., 0])),
     ("(6, 32, 96, 1) photos", lambda p: h5(p, train_set_x=H5_PHOTOS.reshape(6, 32, 96, 1))),
     ("(0, 32, 32, 3) photos", lambda p: h5(p, train_set_x=H5_PHOTOS[:0])),
     ("(5,) labels, not integer (6,)", lambda p: h5(p, train_set_y=np.arange(5))),
-    ("(2, 3) labels", lambda p: h5(p, train_set_y=np.arange(6).reshape(2, 3))),
-    ("has too much", lambda p: huge(p, 400, 512, 512, 3)),
-    ("has too much", lambda p: huge(p, 1, 8000, 8000, 3)),
+    ("has too much", lambda p: h5_with(p, shape=(6, 9000, 9000, 3), chunks=(1, 9, 9, 3))),
     ("is damaged", lambda p: written(p, h5(p).read_bytes()[:2000])),
 ]
 

@@ -97,23 +97,8 @@ def test_nobody_who_was_trained_on_is_tested_after_150_copies_were_added(
     assert split(names, labels * 2, groups + new, SHARES, seed)[:1080] == before
 
 
-@pytest.mark.parametrize("held_out", [("val",), ("test", "val")])
-def test_classes_with_too_few_groups_are_named_with_what_they_have(
-    held_out: tuple[str, ...],
-) -> None:
-    _, labels, groups = grouped([3] * len(held_out))
-    few = len(held_out)
-    with pytest.raises(DataError, match=rf"needs {few + 1} or more, .*: 0 \({few}\), 1 \({few}\)"):
-        groups_by_class(labels, groups, held_out)
-    enough = groups_by_class(labels + list(LABELS), groups + list(range(100, 106)), held_out)
-    assert [len(found) for found in enough.values()] == [few + 1] * 6
-    rows = [row for row, label in enumerate(labels * 3) if label != "4"]
-    with pytest.raises(DataError, match=r"have fewer: 4 \(0\)\. Import"):
-        groups_by_class([(labels * 3)[row] for row in rows], rows, held_out)
-
-
 @pytest.mark.parametrize(("official", "needed"), [(True, 2), (False, 3)])
-def test_photos_are_trainable_if_each_class_can_be_in_each_split(
+def test_classes_with_too_few_groups_are_named_with_what_they_have(
     official: bool, needed: int
 ) -> None:
     photos = [Photo("train", label, str(n)) for label in LABELS for n in range(needed)]
@@ -121,6 +106,15 @@ def test_photos_are_trainable_if_each_class_can_be_in_each_split(
     check_trainable(photos)
     with pytest.raises(DataError, match=rf"needs {needed} or more.*: 0 \({needed - 1}\)\. "):
         check_trainable(photos[1:])
+    held_out = ["val"] if official else ["test", "val"]
+    _, labels, groups = grouped([3] * (needed - 1))
+    few = rf"needs {needed} or more, .*: 0 \({needed - 1}\), 1 \({needed - 1}\)"
+    with pytest.raises(DataError, match=few):
+        groups_by_class(labels, groups, held_out)
+    enough = groups_by_class(labels + list(LABELS), groups + list(range(100, 106)), held_out)
+    assert [len(found) for found in enough.values()] == [needed] * 6
+    with pytest.raises(DataError, match=r"have fewer: 4 \(0\)\. Import"):
+        groups_by_class([label for label in LABELS * 3 if label != "4"], range(15), held_out)
 
 
 @given(st.integers(1, 40), st.floats(0.01, 1.0), st.floats(0.01, 1.0), seeds)
