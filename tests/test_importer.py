@@ -33,7 +33,6 @@ from tasks.io import read_json
 from tasks.model.inference import Classifier, classify_files
 from tasks.params import load_params
 from tasks.project import Project
-from tests.fixtures.checkouts import make_checkout
 from tests.fixtures.photos import CHECKOUT, LABELS, photo, with_params
 
 Photos = Callable[..., Path]
@@ -271,22 +270,6 @@ def test_a_killed_import_leaves_the_old_or_the_new_data(
         new = set(tree(more).values()) - {b"text"}
         assert set(tree(repaired.data).values()) == {*old.values(), *new}
         assert not repaired.staging.exists()
-
-
-def test_an_unknown_folder_is_one_line_and_a_class_without_photos_ends_the_command_with_1(
-    tmp_path: Path, photos: Photos
-) -> None:
-    checkout = make_checkout(tmp_path / "checkout")
-    folder = photos("mine", 3)
-    (folder / "4").rename(folder / "four")
-    done = checkout.run("handsigns", "import", folder, "--replace", "--json", code=1)
-    assert json.loads(done.stdout)["taken"]["train"] == dict.fromkeys("01235", 3)
-    *_, unknown, few = done.stderr.splitlines()
-    assert unknown == (
-        "unknown label folder: 'four' is none of 0, 1, 2, 3, 4, 5; 3 files quarantined. To take a "
-        "source's folders as the labels: --replace --set-labels."
-    )
-    assert "train/4" in few
 
 
 def test_a_webp_named_jpg_is_read_by_import_and_predict(project: Project, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Any classes: labels in params.yaml, taken from folders, and followed by every stage."""
 
+import json
 import unicodedata
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +106,22 @@ def test_hands_are_only_rendered_for_their_own_labels(
     with caplog.at_level("INFO"):
         synthetic.run(Context(project, load_params(project.params)))
     assert "Synthetic hands are off: they show the signs 0 to 5" in caplog.text
+
+
+def test_an_unknown_folder_is_one_line_and_a_class_without_photos_ends_the_command_with_1(
+    tmp_path: Path, photos: Callable[..., Path]
+) -> None:
+    checkout = make_checkout(tmp_path / "checkout")
+    folder = photos("mine", 3)
+    (folder / "4").rename(folder / "four")
+    done = checkout.run("handsigns", "import", folder, "--replace", "--json", code=1)
+    assert json.loads(done.stdout)["taken"]["train"] == dict.fromkeys("01235", 3)
+    *_, unknown, few = done.stderr.splitlines()
+    assert unknown == (
+        "unknown label folder: 'four' is none of 0, 1, 2, 3, 4, 5; 3 files quarantined. To take a "
+        "source's folders as the labels: --replace --set-labels."
+    )
+    assert "train/4" in few
 
 
 @pytest.mark.slow
