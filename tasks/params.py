@@ -24,8 +24,7 @@ from tasks.errors import ParamsError
 
 BACKBONE = "backbone"
 PHASES = ("base", "fine_tune", "full")
-MAX_TRAINABLE_LAYERS = 16
-"""Layers of EfficientNetB0 above `block6d_add`, where the trunk is cut off."""
+MAX_TRAINABLE_LAYERS = 16  # of EfficientNetB0 above `block6d_add`, where the trunk is cut off
 
 RENAMED: dict[str, str | None] = {
     "audit.hash_distance": "audit.max_hash_distance",
@@ -56,8 +55,7 @@ Shares = Annotated[
 ]
 """One share for every class, or one for each."""
 HeldOut = Annotated[float, Field(gt=0.0, lt=0.5)]
-MAX_LABEL_BYTES = 200
-"""In UTF-8; file systems allow a folder 255."""
+MAX_LABEL_BYTES = 200  # in UTF-8; file systems allow a folder 255
 
 
 def check_label(label: str) -> str:
@@ -225,13 +223,11 @@ def replace_labels(path: Path, labels: Sequence[str]) -> str:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ParamsError(
-            f"'{path}' cannot be read ({error.strerror}). Run in the root of the checkout, "
-            "where params.yaml is."
+            f"'{path}' cannot be read ({getattr(error, 'strerror', error)}). Run in the root of "
+            "the checkout, where params.yaml is."
         ) from error
-    except ValueError as error:
-        raise ParamsError(f"{path.name} is not valid YAML: {error}.") from error
 
 
 def _parse(text: str, name: str) -> Params:

@@ -38,21 +38,16 @@ Stage = Callable[[Context, str | None], None]
 
 
 def collect_rarely() -> None:
-    """Keep Python's garbage collector out of the way of large libraries.
+    """Keep the garbage collector from going through the objects of large libraries.
 
-    TensorFlow, Prefect and MLflow make hundreds of thousands of objects that stay. Collecting
-    them again and again is a third of the time of their import, and once more at exit takes
-    two to three seconds.
+    It takes a third of the time of their import, and two to three seconds at exit.
     """
     gc.set_threshold(50_000)
     atexit.register(gc.freeze)
 
 
 def redirect_output(log: Path) -> None:
-    """Let a file take the place of the process's standard output and standard error.
-
-    TensorFlow and its kin write there from C++, whatever `sys.stderr` is.
-    """
+    """Send standard output and standard error to a file, also what C++ libraries write."""
     try:
         log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

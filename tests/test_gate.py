@@ -204,6 +204,9 @@ def test_json_and_reasons_name_value_and_limit() -> None:
         "test photos: 3 misses the limit of 50",
     )
     assert verdict.checks[0].describe() == "accuracy"
+    impossible = judge(metrics(ece=1.5, accuracy=1.5, loss=2 * LARGEST), 0, LIMITS).reasons
+    faults = [f"not a number in range: {value}" for value in (1.5, 2 * LARGEST, 1.5)]
+    assert [reason.partition(": ")[2] for reason in impossible] == faults
 
 
 def gated(root: Path, params: Params, metrics_text: str | None, index: Any) -> list[str]:

@@ -33,17 +33,14 @@ SPLITS |= {"validation": "train", "test": "test", "testing": "test"}
 
 REVIEWED = "review-"
 """Begins the names of folders with photos that people labelled at `/review`."""
-
-MAX_TOTAL = 8 * 2**30
-MAX_RATIO = 100
-"""Of an HDF5 file; photos compress to about 1."""
+MAX_TOTAL = 8 * 2**30  # bytes when unpacked
+MAX_RATIO = 100  # of an HDF5 file; photos compress to about 1
 MAX_ROWS = 1_000_000
 
 _CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
 _H5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _ZIP_SIGNATURE = b"PK\x03\x04"
 _H5_CACHE = 64 * 2**20  # of unpacked chunks, which may have many rows
-
 
 Folder = tuple[str, ...]
 """Names of the folders that lead to it, and its own."""
@@ -134,7 +131,11 @@ def folder_files(folder: Path) -> list[SourceFile]:
     it if they and their target belong to this user.
     """
     root = folder.resolve()
-    return list(_walk(root, (), (root,)))
+    try:
+        return list(_walk(root, (), (root,)))
+    except OSError as error:
+        fault = f"cannot be read ({error.strerror}). Check its permissions"
+        raise _refused(Path(error.filename or folder), fault) from error
 
 
 def _recognize(path: Path, labels: Sequence[str] | None, stack: ExitStack) -> Source:
@@ -199,12 +200,7 @@ def _unknown(name: str, labels: Sequence[str]) -> str:
 
 def _walk(folder: Path, parts: tuple[str, ...], above: tuple[Path, ...]) -> Iterator[SourceFile]:
     """Files below `folder`; `above` are the real folders that lead to it, the root first."""
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror}). Check its permissions"
-        raise _refused(folder, reason) from error
-    for entry in entries:
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         path, inside = Path(entry.path), (*parts, entry.name)
         if entry.is_symlink():
             if fault := _link_fault(path, above):
@@ -268,8 +264,7 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) 
 def _h5_rows(path: Path, known: Sequence[str] | None, stack: ExitStack) -> Iterator[SourceFile]:
     """Rows of `train_set_x` and `train_set_y`, or the same of `test`, or both.
 
-    Photos are uint8 (n, height, width, 3), labels integers (n,) or (1, n). Links, data in
-    other files, other types and huge shapes are refused.
+    Links, data in other files, other types and huge shapes are refused.
     """
     import h5py
 
@@ -286,12 +281,12 @@ def _h5_rows(path: Path, known: Sequence[str] | None, stack: ExitStack) -> Itera
         raise _refused(path, f"{fault}. Give the data set's own train.h5 or test.h5") from error
     for split, photos, labels in arrays:
         for row, label in enumerate(map(str, labels)):
-            parts, read = (f"{split}_set_x", str(row)), partial(_read_row, photos, row)
+            file = SourceFile((f"{split}_set_x", str(row)), partial(_read_row, photos, row))
             if known is None or label in known:
-                yield SourceFile(parts, read, None, split, label)
+                yield replace(file, split=split, label=label)
             else:
                 fault = f"unknown label: {label} is none of {list_labels(known)}"
-                yield SourceFile(parts, read, fault, split)
+                yield replace(file, split=split, fault=fault)
 
 
 def _h5_arrays(file: "h5py.File", split: str, limit: int) -> tuple[Any, list[int]]:
