@@ -212,8 +212,9 @@ def find_near_duplicates(stats: ImageStats, kinds: Rows, params: AuditParams) ->
         active = active[brightness[active] >= brightness[block[0]] - reach]
         others = np.concatenate([active, block])
         # |a - b|^2, as one matrix product; only with those before a row.
-        apart = squares[block, None] + squares[others] - 2 * colors[block] @ colors[others].T
-        near = apart <= colors.shape[1] * reach**2
+        product = colors[block] @ colors[others].T
+        apart = squares[block, None] + squares[others] - product - product
+        near = apart <= colors.shape[1] * reach * reach
         rows, columns = np.nonzero(np.tril(near, k=len(active) - 1))
         left, right = block[rows], others[columns]
         plain = np.bitwise_count(hashes[left] ^ hashes[right])
@@ -245,12 +246,12 @@ def find_near_duplicates(stats: ImageStats, kinds: Rows, params: AuditParams) ->
 
 
 def _coarse_colors(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Mean colors, less 128, of a 4x4 grid's cells and their mirror images, float32 (n, 24)."""
+    """Mean colors of a 4x4 grid's cells and their mirror images, float32 (n, 24)."""
     count, side = pictures.shape[:2]
     cells = pictures.reshape(count, _GRID, side // _GRID, _GRID, side // _GRID, 3)
-    means = cells.mean(axis=(2, 4), dtype=np.float32) - 128
+    means = cells.mean(axis=(2, 4), dtype=np.float32)
     both: NDArray[np.float32] = (means + means[:, :, ::-1])[:, :, : _GRID // 2] / 2
-    return both.reshape(count, both[0].size)
+    return both.reshape(count, -1)
 
 
 def draw_audit(

@@ -134,7 +134,7 @@ def _shares(
         # A label that occurs twice counts as missing.
         found = [row for row in rows if row.get("label") == label]
         row = found[0] if len(found) == 1 else {}
-        # An older release may have a label that no limit is named for today: it fails.
+        # An older release may have a label that no limit is named for today.
         limit = least.get(label, 1.0) if isinstance(least, dict) else least
         yield f"recall of {label}", row.get("recall"), row.get("support"), limit
     tested = _mapping(metrics.get("robustness"))

@@ -39,8 +39,8 @@ LIBRARIES += ("pytest", "sqlalchemy", "scipy.stats", "sklearn.metrics", "stamina
 EQUIVALENT: dict[str, str] = {
     "tasks/audit.py: brightness[active] >= brightness[block[0]] - reach -> "
     "brightness[active] > brightness[block[0]] - reach": "reach is longer than it must be",
-    "tasks/audit.py: apart <= colors.shape[1] * reach ** 2 -> "
-    "apart < colors.shape[1] * reach ** 2": "reach is longer than it must be",
+    "tasks/audit.py: apart <= colors.shape[1] * reach * reach -> "
+    "apart < colors.shape[1] * reach * reach": "reach is longer than it must be",
     "tasks/audit.py: True -> False": "strict: both lists are of one mask",
 }
 """Changes that no test can notice, by `module: before -> after`, and why; never made."""

@@ -130,6 +130,7 @@ def test_a_limit_that_is_left_out_is_not_checked_and_no_limit_at_all_fails() -> 
     assert failed(verdict) == ["recall of 0", "recall of 3"]
     del own["1"]  # as in the limits of a model with other labels
     assert "recall of 1" in failed(judge(metrics(), 0, of_each))
+    assert "recall of 1" not in failed(judge(metrics(**{"recall 1": 1.0}), 0, of_each))
 
 
 def test_with_a_confidence_the_lower_bound_must_reach_the_limit() -> None:
