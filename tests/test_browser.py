@@ -297,6 +297,18 @@ def test_what_was_read_wrong_is_put_right_with_one_tap(
 
 
 @pytest.mark.slow
+def test_the_docs_page_describes_the_api_without_other_hosts(
+    browser: Any, service: Service
+) -> None:
+    browser.get(str(service.client.base_url.join("/docs")))
+    until(browser, lambda d: "/predict" in text(d, "#swagger-ui"))
+    loaded = browser.execute_script(
+        "return performance.getEntriesByType('resource').map(e => e.name)"
+    )
+    assert all(name.startswith(str(service.client.base_url)) for name in loaded)
+    assert "FAILED" not in text(browser, "body")
+
+
 def test_prefect_and_mlflow_show_a_run_and_its_version(
     browser: Any,
     s3: S3Address,

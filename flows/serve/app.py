@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import lru_cache, partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +41,8 @@ from tasks.services.s3 import MissingObjectError
 _log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("page")
-PAGES = {"index.html": "/", "review.html": "/review"}
+PAGES = {"index.html": "/", "review.html": "/review", "docs.html": "/docs"}
+SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css")
 EXAMPLE_SEED = 21
 """Seed of the rendered examples; not the seed of the sample data set."""
 BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -133,7 +135,7 @@ def make_app(
         description="Classifies photos; by default the sign, 0 to 5, that a hand shows.",
         lifespan=lifespan,
         dependencies=[Depends(admission.check_site)],
-        docs_url=None,  # its pages load scripts from other hosts
+        docs_url=None,  # its page loads scripts from other hosts; page/docs.html does not
         redoc_url=None,
     )
     kinds = (AnyHTTPException, RequestValidationError, HandsignsError, ClientDisconnect, Exception)
@@ -181,7 +183,8 @@ def make_app(
         return FileResponse(file)
 
     # A route each: a mounted folder would answer GET /predict with 404 instead of 405.
-    for file in PAGE.iterdir():
+    resources = Path(str(files("fastapi_swagger"))) / "resources"
+    for file in (*PAGE.iterdir(), *(resources / name for name in SWAGGER)):
         app.add_route(PAGES.get(file.name, f"/{file.name}"), partial(send, file))
     return app
 
