@@ -31,12 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 def find_release(storage: Storage, registry: Callable[[], Registry], name: str) -> str:
-    """Id of the release that a person means.
-
-    Args:
-        registry: opened only when the pointer does not answer the question.
-        name: `champion`, `challenger`, a version's number, or a release's id.
-    """
+    """Id of the release that a person means; the registry is opened only if it must be."""
     if name == CHAMPION:
         champion = read_champion(storage)
         if champion is None:
@@ -90,14 +85,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was removed, or would be.
-
-    Args:
-        releases: ids of releases.
-        kept: releases that stay.
-        bytes: size of the removed objects and local copies.
-        local: local copies of releases that storage does not have or loses.
-    """
+    """What was removed, or would be: releases, and `local` copies of those that storage loses."""
 
     releases: tuple[str, ...]
     kept: tuple[Kept, ...]
@@ -123,11 +111,6 @@ def prune_releases(
     A release stays if it is or was one of the last `keep` champions before the present one,
     has an alias, was tagged by somebody, or is younger than `days`. An incomplete one is as
     old as its last upload. To be called under the retrain lock.
-
-    Args:
-        keep: rollback depth.
-        days: age in days below which nothing is removed.
-        dry_run: only report.
     """
     versions = {one.content_id: one for one in registry.versions() if one.content_id}
     objects: dict[str, list[StoredObject]] = {}

@@ -35,13 +35,10 @@ class Move(BaseModel):
 
     Args:
         release: id of the release that became champion.
-        version: its number in the registry on that day.
-        previous: number of the champion before.
-        metrics: its scores on the test split.
+        version: its number in the registry on that day; `previous` is that of the one before.
         overruled: failed checks of a forced promotion.
         created: when the release was made.
-        pointer_moves: how many moves there were then; None for releases of earlier
-            program versions.
+        pointer_moves: how many moves there were then; None in an earlier program's releases.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -189,12 +186,7 @@ def promote(
     force: bool = False,
     by: str | None = None,
 ) -> Move:
-    """Make a registered version the champion; nothing happens if it already is.
-
-    Args:
-        force: promote in spite of failed checks, which are kept in the history.
-        by: who decided; None is the user of this process.
-    """
+    """Make a registered version the champion; force overrules failed checks, and keeps them."""
     _need_reason(f"A promotion{' by force' if force else ''}", reason)
     check_conditional_writes(storage)
     found = registry.version(version)
@@ -217,10 +209,8 @@ def promote(
             f"Version {version} should not be champion: {'; '.join(blockers)}. Nothing was moved. "
             "To overrule that, promote it with --force and a --reason."
         )
-    metrics = read_json(folder / "metrics.json") or {}
-    return set_champion(
-        storage, registry, found, present, reason, metrics, by=by, overruled=blockers
-    )
+    scores = read_json(folder / "metrics.json") or {}
+    return set_champion(storage, registry, found, present, reason, scores, by, blockers)
 
 
 def rollback(
@@ -234,10 +224,7 @@ def rollback(
     """Undo the promotion of the present champion.
 
     A repeated call changes nothing: without `expected`, a champion that is there by a
-    rollback stays; with it, only that champion is rolled back.
-
-    Args:
-        expected: release of the champion to roll back.
+    rollback stays; with it, only the champion of that release is rolled back.
     """
     _need_reason("A rollback", reason)
     check_conditional_writes(storage)
@@ -274,7 +261,6 @@ def set_champion(
     expected: Champion | None,
     reason: str,
     metrics: Mapping[str, float | None],
-    *,
     by: str | None = None,
     overruled: Sequence[str] = (),
 ) -> Move:
@@ -282,7 +268,6 @@ def set_champion(
 
     Args:
         expected: the champion that the decision was made against.
-        overruled: checks that failed; with any, the promotion is a forced one.
     """
     release = verify(storage, version.release)
     facts = release.manifest.facts

@@ -40,14 +40,11 @@ class Comparison(FrozenModel):
     """A challenger and the champion, scored on the same photos.
 
     Args:
-        recalls: by class `label`, `support`, the recall of `champion` and `challenger` and its
-            `change`; null where the class has no photo.
-        changed: photos that got another label: `name`, `label`, what `champion` and
-            `challenger` say, and whether they are `now` right, wrong or still wrong.
-        won: photos that only the challenger classifies correctly.
-        lost: photos that only the champion classifies correctly.
+        recalls: of each class; null where it has no photo.
+        changed: photos that got another label, and whether they are `now` right, wrong or
+            still wrong.
+        won: photos that only the challenger classifies correctly; `lost` only the champion.
         p_value: McNemar's exact test, two-sided.
-        verdict: what the test says about the accuracy.
         no_worse: whether the challenger may become champion.
     """
 
@@ -85,13 +82,7 @@ def compare(
     names: Sequence[str],
     classes: Sequence[str],
 ) -> Comparison:
-    """Compare two models' probabilities, float (n, classes), for the same photos.
-
-    Args:
-        labels: integer, (n,).
-        names: of the photos.
-        classes: names of the classes.
-    """
+    """Compare two models' probabilities, float (n, classes), for photos with integer labels."""
     old, y = checked(champion, labels, classes)
     new, _ = checked(challenger, labels, classes)
     was, now = old.argmax(axis=1), new.argmax(axis=1)
@@ -158,10 +149,7 @@ def mcnemar(won: int, lost: int) -> float:
 def compare_with_champion(
     project: Project, storage: Storage, champion: Champion | None, progress: Progress = silent
 ) -> PromotionDecision:
-    """Score the champion again on the test photos and compare the new model with it.
-
-    Args:
-        project: its `predictions.json` holds the challenger's probabilities.
+    """Score the champion on the test photos; the challenger's are in `predictions.json`.
 
     Raises:
         PromotionError: the champion cannot be loaded, or has seen every test photo.
@@ -223,13 +211,10 @@ def record_comparison(
 def compare_releases(
     project: Project, releases: Mapping[str, Path], progress: Progress = silent
 ) -> tuple[Comparison, Path | None]:
-    """Score two releases on the same photos, and draw those that they read differently.
+    """Score two releases on the same photos, and draw those that they read differently, if any.
 
     Args:
         releases: the older one first; their names, and their verified folders.
-
-    Returns:
-        The comparison, and the picture; None where the releases read all photos alike.
     """
     first, second = (open_release(folder) for folder in releases.values())
     if fault := differing_labels(first.labels, second.labels, *releases):
@@ -256,10 +241,7 @@ def compare_releases(
 
 
 def seen_photos(project: Project, release: Path) -> set[str]:
-    """Names and paths of photos that a release was trained on, with their near-duplicates.
-
-    A photo is named by its file's name alone, or by its path where another has that name.
-    """
+    """Names and paths of photos that a release was trained on, with their near-duplicates."""
     index = read_json(release / DATASET_INDEX) or {"photos": []}
     seen = {photo["name"] for photo in index["photos"] if photo["split"] != "test"}
     groups = (read_json(project.audit) or {}).get("groups", [])

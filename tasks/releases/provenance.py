@@ -32,7 +32,6 @@ LIBRARIES = (
     "dvc",
 )
 """Those whose arithmetic, decoding or formats a release's bytes come from."""
-PLOTS = "artifacts/plots/"
 INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
 """By which libraries choose other kernels, which round differently."""
 
@@ -82,13 +81,7 @@ def _processor() -> tuple[str, list[str]]:
 
 
 def write_bill(lock: Path, project: Path, target: Path) -> None:
-    """Write a CycloneDX bill of materials of a lock file; the same lock gives the same bytes.
-
-    Args:
-        lock: `requirements.lock`, with hashes.
-        project: `pyproject.toml`, which names the root component.
-        target: the JSON file to write.
-    """
+    """Write a CycloneDX bill of materials of a lock file; the same lock gives the same bytes."""
     command = [sys.executable, "-P", "-m", "cyclonedx_py", "requirements", "--output-reproducible"]
     # What this tool writes is known to be valid, and looking again takes 7 s.
     command += ["--no-validate", "--output-format", "JSON", "--pyproject", str(project)]
@@ -108,16 +101,7 @@ def write_bill(lock: Path, project: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class RebuildComparison:
-    """A release and what was rebuilt from its record.
-
-    Args:
-        identical: weights and metrics are the same bytes.
-        difference: the first thing that differs.
-        cause: its likely cause.
-        metrics: values in the release and in the rebuilt model, by name.
-        release: id of the release.
-        revision: commit that it was rebuilt from.
-    """
+    """A release and what was rebuilt from its record, with the first difference and its cause."""
 
     identical: bool
     difference: str | None = None
@@ -146,14 +130,7 @@ class RebuildComparison:
 def compare_builds(
     release: Path, built: Project, then: Mapping[str, Any] | None, now: Mapping[str, Any]
 ) -> RebuildComparison:
-    """Compare a rebuilt model with the release's, stage by stage.
-
-    Args:
-        release: folder of the verified release.
-        built: checkout in which every stage ran again.
-        then: the environment in which the release was made, if recorded.
-        now: the same today.
-    """
+    """Compare a rebuilt model, and the environment of then and now, with the release's folder."""
     files = {"model.keras": built.model, "model.pb": built.graph}
     files |= {"metrics.json": built.metrics, "gate.json": built.gate}
     same = all((release / name).read_bytes() == path.read_bytes() for name, path in files.items())
@@ -162,37 +139,17 @@ def compare_builds(
     if same:
         return RebuildComparison(True, metrics=metrics)
     locks = (yaml.safe_load(path.read_bytes()) for path in (release / "dvc.lock", built.lock))
-    difference, by_code = _first_difference(*(lock["stages"] for lock in locks))
-    return RebuildComparison(False, difference, by_code or _cause(then, now), metrics)
+    difference = _first_difference(*(lock["stages"] for lock in locks))
+    return RebuildComparison(False, difference, _cause(then, now), metrics)
 
 
-def _first_difference(
-    released: Mapping[str, Any], rebuilt: Mapping[str, Any]
-) -> tuple[str, str | None]:
-    """The stage whose results differ although its inputs do not; the cause if `dvc.lock` has it."""
+def _first_difference(released: Mapping[str, Any], rebuilt: Mapping[str, Any]) -> str:
+    """What differs first in `dvc.lock`, whose stages come in the order in which they ran."""
     for name, stage in released.items():
-        other = rebuilt.get(name)
-        if other is None:
-            return f"stage {name} is gone.", "another dvc.yaml than the release's."
-        if stage.get("params") != other.get("params"):
-            return f"stage {name} has other parameters.", "another params.yaml."
-        for path in _differing(stage, other, "deps"):
-            if path == "data":
-                return "the photos differ.", "they were rendered on other arithmetic, or replaced."
-            if not path.startswith("artifacts/"):
-                return f"{path} is not what {name} ran.", "code that was not in the commit."
-    for name, stage in released.items():
-        other = rebuilt[name]
-        results = [p for p in _differing(stage, other, "outs") if not p.startswith(PLOTS)]
-        if results and not _differing(stage, other, "deps"):
-            return f"stage {name} gave another {results[0]} from the same inputs.", None
-    return "files outside of the pipeline differ.", None
-
-
-def _differing(stage: Mapping[str, Any], other: Mapping[str, Any], part: str) -> list[str]:
-    """Paths whose digest differs."""
-    found = {entry["path"]: entry.get("md5") for entry in other.get(part, ())}
-    return [e["path"] for e in stage.get(part, ()) if found.get(e["path"]) != e.get("md5")]
+        for part in ("params", "deps", "outs"):
+            if stage.get(part) != rebuilt.get(name, {}).get(part):
+                return f"the {part} of stage {name} differ."
+    return "files outside of the pipeline differ."
 
 
 def _cause(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:

@@ -77,11 +77,7 @@ class Trust:
             )
 
     def sign(self, name: str, content: BaseModel) -> bytes:
-        """Return the JSON of `content` with its signature; without one where none is required.
-
-        Args:
-            name: what the content is; a signature for one name is none for another.
-        """
+        """Return the JSON of `content`, signed, where that is required, under this very name."""
         fields = content.model_dump(mode="json")
         self.check_signer()
         if self.signing_key:
@@ -97,12 +93,7 @@ class Trust:
         return canonical(fields) + b"\n"
 
     def read(self, kind: type[_Model], name: str, content: bytes, where: str) -> _Model:
-        """Parse what `sign` returned; `ReleaseError` unless it is signed as required.
-
-        Args:
-            name: what the content must be.
-            where: its place, for messages.
-        """
+        """Parse what `sign` returned; `ReleaseError` unless it is signed as required."""
         try:
             fields = json.loads(content)
             signature = fields.pop(SIGNATURE, None) if isinstance(fields, dict) else None
@@ -138,11 +129,7 @@ class Trust:
         return parsed
 
     def check_newest(self, place: str, moves: int) -> None:
-        """Refuse a champion pointer with fewer moves than one seen before.
-
-        A signature cannot tell an old pointer from the present one; the count of its moves,
-        which only grows, can.
-        """
+        """Refuse a pointer with fewer moves than one seen before; its signature is still valid."""
         if not self.known or self.seen_pointers is None:
             return
         newest = _read_seen(self.seen_pointers).get(place, 0)

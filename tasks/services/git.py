@@ -13,31 +13,25 @@ from pathlib import Path
 
 import stamina
 
-from tasks.errors import HandsignsError, ServiceError
+from tasks.errors import ServiceError
 
 ATTEMPTS = 5
 SECONDS = 60
 """Longest wait for one answer of git; a silent remote is given up."""
-RACES = ("[rejected]", "cannot lock ref", "failed to update ref", "Unable to create")
+RACES = ("[rejected]", "cannot lock ref", "failed to update ref", "Unable to create", "bad object")
 """What git says where another push was faster."""
 MISLEADING = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
 """Set where a git hook starts us; they name another checkout."""
 AUTHOR = ("-c", "user.name=handsigns", "-c", "user.email=handsigns@localhost")
 
 
-class _MovedError(HandsignsError):
+class _MovedError(ServiceError):
     """Another push moved the branch in between."""
 
 
 @dataclass(frozen=True)
 class Revision:
-    """The commit of a checkout.
-
-    Args:
-        commit: with `-dirty` if tracked files differ; `unknown` where git does not say.
-        changed: tracked files that differ.
-        problem: why the commit is unknown, and what to do about it.
-    """
+    """The commit of a checkout, with `-dirty` if tracked files differ, or why it is unknown."""
 
     commit: str
     changed: tuple[str, ...] = ()
@@ -69,27 +63,16 @@ def read_revision(root: Path) -> Revision:
 def push_to_branch(
     root: Path, branch: str, paths: Sequence[Path], message: str, remote: str = "origin"
 ) -> str | None:
-    """Commit files as they are now onto a branch of the remote, from a temporary worktree.
+    """Commit files as they are now onto a branch of the remote, made from HEAD where it is new.
 
     The checkout's own branch, index and files stay as they are.
-
-    Args:
-        root: folder of the checkout, or one below it.
-        branch: made from HEAD where the remote has none.
-        paths: files below `root`.
 
     Returns:
         The commit, or None where the branch holds these very files already.
     """
     logging.getLogger("stamina").setLevel(logging.ERROR)
     patient = stamina.retry(on=_MovedError, attempts=ATTEMPTS, timeout=None, wait_max=3.0)
-    try:
-        return patient(_push)(root, branch, paths, message, remote)
-    except _MovedError as error:
-        raise ServiceError(
-            f"Branch {branch} of {remote} was moved by others {ATTEMPTS} times in a row ({error}). "
-            "Run again."
-        ) from None
+    return patient(_push)(root, branch, paths, message, remote)
 
 
 def _push(root: Path, branch: str, paths: Sequence[Path], message: str, remote: str) -> str | None:
@@ -132,7 +115,7 @@ def _git(root: Path, *words: str) -> str:
     said = _one_line(done.stderr)
     verb = next(word for word in words if word not in AUTHOR)
     if verb in ("push", "fetch", "worktree") and any(race in done.stderr for race in RACES):
-        raise _MovedError(said)
+        raise _MovedError(f"Others kept moving the branch ({said}). Run again.")
     raise ServiceError(
         f"git {verb} failed ({said}). Check HANDSIGNS_GIT_PUSH, the remote and the right to "
         "push there."
@@ -157,10 +140,7 @@ def _run(root: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     except FileNotFoundError:
         raise ServiceError("There is no git here. Install it.") from None
     except subprocess.TimeoutExpired:
-        raise ServiceError(
-            f"git {' '.join(words[:2])} did not end within {SECONDS} s. Check the remote, then run "
-            "again."
-        ) from None
+        raise ServiceError(f"git {words[0]} did not end within {SECONDS} s. Run again.") from None
 
 
 def _one_line(said: str) -> str:

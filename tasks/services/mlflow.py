@@ -121,7 +121,6 @@ class Registry:
 
         Args:
             model_file: the `.keras` file; its very bytes become the logged model.
-            load: returns the `keras.Model` of that file; called when a run is made.
             example: float32 or uint8, (1, height, width, 3); a photo in [0, 255].
         """
         with self._connection() as client:
@@ -260,10 +259,7 @@ def load_mlflow() -> None:
 
 @contextmanager
 def credentials_of(artifacts: Path | S3Address | None, login: str | None = None) -> Iterator[None]:
-    """Put a bucket's keys and the `user:password` of MLflow's server into the environment.
-
-    MLflow looks for them there only; DVC, in the same process, may have other keys.
-    """
+    """Put credentials where MLflow looks for them; DVC, in the same process, may have others."""
     ours = artifacts.environment() if isinstance(artifacts, S3Address) else {}
     if login:
         user, password = login.split(":", 1)
@@ -395,6 +391,4 @@ def _advice(uri: str, reason: str) -> str:
         return f"Back the database up and run `mlflow db upgrade {redact_url(uri)}`"
     if uri.startswith("sqlite:"):
         return "Repair that file; or move it away, run `handsigns rebuild-registry`"
-    if uri.startswith("postgresql"):
-        return "Check DATABASE_URL and the database"
-    return "Check MLFLOW_TRACKING_URI and the service"
+    return "Check MLFLOW_TRACKING_URI, or DATABASE_URL, and the service"

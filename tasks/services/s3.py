@@ -229,10 +229,9 @@ class Storage:
 
 
 def check_conditional_writes(storage: Storage) -> None:
-    """Raise `ServiceError` unless the endpoint honours conditional writes.
+    """Raise `ServiceError` unless the endpoint honours conditional writes, by a probe object.
 
-    Some S3-compatible services accept `If-None-Match` and `If-Match` and write all the
-    same: the champion would be whoever wrote last. A probe object is used and removed.
+    Some S3-compatible services write all the same: the champion would be whoever wrote last.
     """
     probe = f"probes/{uuid.uuid4().hex}"
     first = storage.put_if_absent(probe, b"first")
@@ -250,9 +249,8 @@ def check_conditional_writes(storage: Storage) -> None:
             storage.remove(probe)
     if ignored:
         raise ServiceError(
-            f"S3 at {redact_url(storage.address.endpoint_url)} ignores {' and '.join(ignored)}: "
-            "it does not honour conditional writes, so two promotions at once could undo each "
-            "other. Use a service, or a version of it, that does."
+            f"S3 at {redact_url(storage.address.endpoint_url)} ignores {' and '.join(ignored)}: it "
+            "does not honour conditional writes, which promotions need. Use a service that does."
         )
 
 
