@@ -2,12 +2,13 @@
 
 import shutil
 import signal
-import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -17,18 +18,18 @@ from tasks.services.mlflow import CHAMPION, Registry
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures import publishing
 from tests.fixtures.faults import Kill, Proxy, proxy_to
-from tests.fixtures.publishing import FILES, Publisher, started, write_files
+from tests.fixtures.publishing import FILES, Publisher, write_files
 from tests.fixtures.servers import MlflowServer
 
 Point = tuple[str, str, int]
 """A request, whether to kill before, during or after it, and which one of those alike."""
 
-UPLOADS = ("labels.json", "model.keras", "manifest.json", "champion.json")
 ALIAS = "POST .*/registered-models/alias$"
 POINTER = "PUT .*/champion.json$"
+NAMES = ("labels.json", "model.keras", "manifest.json", "champion.json")
 PUBLISHING: list[Point] = [
     ("GET .*list-type", "before", 1),
-    *((f"PUT .*/{name}$", when, 1) for name in UPLOADS for when in ("before", "during", "after")),
+    *((f"PUT .*/{name}$", when, 1) for name in NAMES for when in ("before", "during", "after")),
     ("PUT .*/model_card.md$", "after", 1),
     # Reading back what was uploaded, and reading all of it once more before the pointer.
     *(("GET .*/model.keras$", "before", nth) for nth in (2, 3)),
@@ -43,43 +44,40 @@ QUICKLY: list[Point] = [
     (ALIAS, "before", 2),
 ]
 """One of each consequence: half a release, a complete one that nobody names, no alias."""
-PARTS = ("outputs", "update")
 RECORDING: list[Point] = [
     ("POST .*/runs/create$", "after", 1),
     ("POST .*/logged-models$", "after", 1),
     ("PUT .*/data/model.keras$", "during", 1),
     ("PATCH .*/logged-models/m-[0-9a-f]+$", "before", 1),
-    *((f"POST .*/runs/{part}$", when, 1) for part in PARTS for when in ("before", "after")),
+    *(
+        (f"POST .*/runs/{part}$", when, 1)
+        for part in ("outputs", "update")
+        for when in ("before", "after")
+    ),
 ]
 
 
 @contextmanager
 def reading(storage: Storage, folder: Path) -> Iterator[list[str]]:
-    """Ask again and again who is champion, and fetch it; which were seen, in order.
-
-    `fetch` compares every byte; an error in it fails the block's end.
-    """
+    """Ask again and again who is champion, and fetch it, with every byte compared."""
     seen: list[str] = []
-    faults: list[BaseException] = []
-    stopped = threading.Event()
+    stopped = Event()
 
     def read() -> None:
-        try:
-            while not stopped.wait(0.05):
-                champion = read_champion(storage)
-                assert champion is not None
-                found = fetch(storage, champion.pointer.release, folder)
-                seen.append((found / "labels.json").read_text().split()[0])
-                shutil.rmtree(found)
-        except BaseException as error:
-            faults.append(error)
+        while not stopped.wait(0.05):
+            champion = read_champion(storage)
+            assert champion is not None
+            found = fetch(storage, champion.pointer.release, folder)
+            seen.append((found / "labels.json").read_text().split()[0])
+            shutil.rmtree(found)
 
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    yield seen
-    stopped.set()
-    thread.join()
-    assert not faults
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(read)
+        try:
+            yield seen
+        finally:
+            stopped.set()
+    reader.result()
 
 
 @dataclass
@@ -91,22 +89,22 @@ class Services:
     proxies: tuple[Proxy, Proxy]
     publisher: Publisher
 
-    def killed(self, folder: Path, point: Point) -> None:
+    def kill(self, folder: Path, point: Point) -> None:
         """Publish, and be killed at a point."""
         kill = Kill(*point)
         for proxy in self.proxies:
             proxy.fault = kill
         with self.proxies[0].counting, self.proxies[1].counting:
-            process = started(self.publisher, folder)
+            process = self.publisher.start(folder)
             kill.pid = process.pid
         code = process.wait(60)
         for proxy in self.proxies:
             proxy.fault = None
         assert code == -signal.SIGKILL, f"{point}: {code}"
 
-    def published(self, folder: Path) -> Champion:
+    def publish(self, folder: Path) -> Champion:
         """Publish to the end and return the champion, which the alias names."""
-        assert started(self.publisher, folder).wait(60) == 0
+        assert self.publisher.start(folder).wait(60) == 0
         champion, alias = read_champion(self.direct), self.registry.version_by_alias(CHAMPION)
         assert champion is not None
         assert alias is not None
@@ -136,13 +134,13 @@ def test_killed_anywhere_between_upload_and_alias_nothing_is_lost_or_half_seen(
 ) -> None:
     names = [f"{number:03d}" for number in range(len(points) + 1)]
     folders = [write_files(tmp_path / name, name) for name in names]
-    champions = [services.published(folders[0])]
+    champions = [services.publish(folders[0])]
     recorded = publishing.record(services.registry, champions[0].pointer.release, folders[0])
     services.publisher = replace(services.publisher, run=recorded)
     with reading(Storage(services.direct.address), tmp_path / "reader") as seen:
         for folder, point in zip(folders[1:], points, strict=True):
-            services.killed(folder, point)
-            champions.append(services.published(folder))
+            services.kill(folder, point)
+            champions.append(services.publish(folder))
     assert seen == sorted(seen)
     assert len(seen) > len(points)
     # One release, one version and one move each, however often it was tried.
@@ -167,9 +165,9 @@ def test_killed_anywhere_in_recording_one_finished_run_is_left(
 
     folder = write_files(tmp_path / "only", "only")
     for point in RECORDING:
-        services.killed(folder, point)
+        services.kill(folder, point)
         assert read_champion(services.direct) is None
-    champion = services.published(folder)
+    champion = services.publish(folder)
     assert [one.content_id for one in services.registry.versions()] == [champion.pointer.release]
     client = MlflowClient(services.registry.tracking_uri)
     experiment = client.get_experiment_by_name(services.registry.model_name)

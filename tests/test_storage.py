@@ -156,7 +156,7 @@ def test_a_body_that_breaks_off_late_is_read_again(
     """The first attempt takes longer than all of them together once were allowed."""
     content = bytes(1 << 20)
     Storage(s3).put("old", content)
-    with proxy.failing(faults.on("^GET", faults.slowing(9, breaking_off=True), times=1)):
+    with proxy.failing(faults.on("^GET", faults.hanging_in_the_body(9, parts=30), times=1)):
         storage = Storage(replace(s3, endpoint_url=proxy.url))
         assert storage.download("old", tmp_path / "copy")[1] == len(content)
     assert len(proxy.requests) == 2
