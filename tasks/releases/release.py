@@ -13,11 +13,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.errors import PromotionError, ReleaseError
-from tasks.io import atomic_directory, read_json, sha256
+from tasks.io import atomic_directory, read_json
 from tasks.model.inference import Classifier, load_classifier
 from tasks.params import PreprocessParams
 from tasks.releases.signing import Trust, canonical
-from tasks.services.s3 import ChangedError, MissingObjectError, Storage
+from tasks.services.s3 import ChangedError, Storage
 
 MANIFEST = "manifest.json"
 DATASET_INDEX = "dataset.json"
@@ -65,7 +65,7 @@ def content_id(files: Mapping[str, Digest]) -> str:
 
 def describe(files: Mapping[str, Path], facts: Mapping[str, Any] | None = None) -> Manifest:
     """Make the manifest of local files by the names they get; not signed yet."""
-    digests = {name: _file_digest(path) for name, path in files.items()}
+    digests = {name: _digest(path.read_bytes()) for name, path in files.items()}
     return Manifest(id=content_id(digests), files=digests, facts=dict(facts or {}))
 
 
@@ -86,8 +86,16 @@ def publish(
     stored, where = _stored(storage, manifest.id), _uri(storage, manifest.id)
     if foreign := sorted(stored.keys() - manifest.files.keys() - {MANIFEST}):
         raise ReleaseError(f"A file of the release {where}, {foreign[0]}, was added. Remove it.")
-    for name in sorted(files):
-        _upload(storage, _key(manifest.id, name), files[name], manifest.files[name])
+    for name, wanted in sorted(manifest.files.items()):
+        key = _key(manifest.id, name)
+        if stored.get(name) == wanted.bytes and _digest(storage.get(key)) == wanted:
+            continue
+        storage.put(key, files[name])
+        if _digest(storage.get(key)) != wanted:
+            raise ReleaseError(
+                f"The upload of {files[name]} came back different from {storage.uri(key)}. Let "
+                "nothing write to the file, check the storage, then run again."
+            )
     key = _key(manifest.id, MANIFEST)
     with contextlib.suppress(ChangedError):  # another run may write the same
         if MANIFEST not in stored:
@@ -106,7 +114,7 @@ def verify(storage: Storage, release_id: str) -> Release:
     manifest = read_manifest(storage, release_id)
     for name, wanted in manifest.files.items():
         key = _key(release_id, name)
-        if _digest(storage, key) != wanted:
+        if _digest(storage.get(key)) != wanted:
             raise _damaged(storage.uri(key))
     return Release(release_id, _uri(storage, release_id), manifest)
 
@@ -121,15 +129,10 @@ def fetch(storage: Storage, release_id: str, cache: Path) -> Path:
         except ReleaseError:
             shutil.rmtree(target)
     manifest = read_manifest(storage, release_id)
-    try:
-        with atomic_directory(target) as folder:
-            for name in (*manifest.files, MANIFEST):
-                storage.download(_key(release_id, name), folder / name)
-            verify_folder(folder, release_id, storage.trust)
-    except OSError:  # another process may have fetched the same
-        if not target.exists():
-            raise
-        verify_folder(target, release_id, storage.trust)
+    with atomic_directory(target) as folder:
+        for name in (*manifest.files, MANIFEST):
+            (folder / name).write_bytes(storage.get(_key(release_id, name)))
+        verify_folder(folder, release_id, storage.trust)
     return target
 
 
@@ -144,7 +147,7 @@ def verify_folder(folder: Path, release_id: str | None, trust: Trust) -> Manifes
     _compare_sizes(manifest, sizes, str(folder))
     for name, wanted in manifest.files.items():
         path = folder / name
-        if path.is_symlink() or not path.is_file() or _file_digest(path) != wanted:
+        if path.is_symlink() or not path.is_file() or _digest(path.read_bytes()) != wanted:
             raise _damaged(str(path))
     return manifest
 
@@ -186,9 +189,8 @@ def open_release(folder: Path) -> Classifier:
         )
     preprocess = _preprocess(folder / "params.yaml")
     found = load_classifier(folder / "model.pb", preprocess, labels, trusted=True)
-    chosen = ((read_json(folder / "metrics.json") or {}).get("certainty") or {}).get(
-        "certain_above"
-    )
+    certainty = (read_json(folder / "metrics.json") or {}).get("certainty") or {}
+    chosen = certainty.get("certain_above")
     return found if chosen is None else replace(found, certain_above=float(chosen))
 
 
@@ -244,32 +246,13 @@ def _damaged(place: str) -> ReleaseError:
     return ReleaseError(f"{place} differs from its digest in the manifest. {AGAIN}")
 
 
-def _upload(storage: Storage, key: str, source: Path, wanted: Digest) -> None:
-    if _digest(storage, key) == wanted:
-        return
-    storage.put(key, source)
-    if _digest(storage, key) != wanted:
-        raise ReleaseError(
-            f"The upload of {source} came back different from {storage.uri(key)}. Let nothing "
-            "write to the file, check the storage, then run again."
-        )
-
-
 def _stored(storage: Storage, release_id: str) -> dict[str, int]:
     prefix = _key(release_id, "")
     return {found.key.removeprefix(prefix): found.size for found in storage.list(prefix)}
 
 
-def _digest(storage: Storage, key: str) -> Digest | None:
-    try:
-        digest, size = storage.digest(key)
-    except MissingObjectError:
-        return None
-    return Digest(sha256=digest, bytes=size)
-
-
-def _file_digest(path: Path) -> Digest:
-    return Digest(sha256=sha256(path), bytes=path.stat().st_size)
+def _digest(content: bytes) -> Digest:
+    return Digest(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
 
 
 def _key(release_id: str, name: str) -> str:

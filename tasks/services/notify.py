@@ -1,29 +1,27 @@
 """Notifications through apprise, to addresses that are secrets and appear in no message or log."""
 
 import logging
-import threading
 from typing import Any
-
-SECONDS = 30
-"""Longest wait for all addresses together."""
 
 _log = logging.getLogger(__name__)
 
 
 def notify(addresses: str, title: str, body: str) -> bool:
-    """Send a message to apprise's addresses; whether all took it within 30 s. Never raises."""
-    outcome: list[bool] = []
-    # A daemon, so that an address that never answers cannot delay the end of a run.
-    thread = threading.Thread(
-        target=lambda: outcome.append(_send(addresses, title, body)), daemon=True
-    )
-    thread.start()
-    thread.join(SECONDS)
-    if outcome == [True]:
-        return True
-    what = "was refused or did not answer" if outcome else f"took more than {SECONDS} s"
-    _log.warning("Not everybody was notified: an address in HANDSIGNS_NOTIFY_URLS %s.", what)
-    return False
+    """Send a message to apprise's addresses; whether all of them took it. Never raises."""
+    try:
+        apprise = _apprise()
+        people, failure = apprise.Apprise(), apprise.NotifyType.FAILURE
+        known = people.add(addresses)
+        sent = people.notify(body, title=title, notify_type=failure, body_format="text")
+        delivered = bool(known and sent)
+    except Exception:  # a plugin of apprise may raise anything, with the address in it
+        delivered = False
+    if not delivered:
+        _log.warning(
+            "Not everybody was notified: an address in HANDSIGNS_NOTIFY_URLS was refused or did "
+            "not answer."
+        )
+    return delivered
 
 
 def check_addresses(addresses: str) -> None:
@@ -39,17 +37,6 @@ def check_addresses(addresses: str) -> None:
             f"must be addresses such as json://host/path or mailto://…, and {which} that apprise "
             "can use"
         )
-
-
-def _send(addresses: str, title: str, body: str) -> bool:
-    try:
-        apprise = _apprise()
-        people, failure = apprise.Apprise(), apprise.NotifyType.FAILURE
-        known = people.add(addresses)
-        sent = people.notify(body, title=title, notify_type=failure, body_format="text")
-        return bool(known and sent)
-    except Exception:  # a plugin of apprise may raise anything, with the address in it
-        return False
 
 
 def _apprise() -> Any:

@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 import stamina
 
 from tasks.errors import HandsignsError, ServiceError, SettingsError
-from tasks.io import atomic_write
 from tasks.releases.signing import UNSIGNED, Trust
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ ATTEMPTS = 3
 CONNECT_SECONDS = 2
 READ_SECONDS = 7
 """Three attempts that hang, and the pauses between them, take less than 30 s."""
-CHUNK = 256 << 10
 
 _KEY = re.compile(r"[^/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*(/[^/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*)*")
 
@@ -153,31 +151,10 @@ class Storage:
         at: Any = {"Bucket": self.address.bucket, "Key": key}
         return self._call(lambda: self._read(at, limit)[0], key)
 
-    def digest(self, key: str) -> tuple[str, int]:
-        """Read an object to its end; its SHA-256 in hex and its size in bytes."""
-        return self._call(lambda: self._copy(key, None), key)
-
-    def download(self, key: str, target: Path) -> tuple[str, int]:
-        """Write an object to `target` atomically; SHA-256 in hex and size in bytes."""
-        with atomic_write(target) as temporary:
-            return self._call(lambda: self._copy(key, temporary), key)
-
     def _read(self, at: Any, limit: int | None = None) -> tuple[bytes, str]:
         answer = self._client.get_object(**at)
         etag = _etag(answer)
         return answer["Body"].read(limit), etag
-
-    def _copy(self, key: str, target: Path | None) -> tuple[str, int]:
-        digest, size = hashlib.sha256(), 0
-        answer = self._client.get_object(**self._at(key))
-        _etag(answer)
-        with target.open("wb") if target else contextlib.nullcontext() as file:
-            for chunk in answer["Body"].iter_chunks(CHUNK):
-                digest.update(chunk)
-                size += len(chunk)
-                if file:
-                    file.write(chunk)
-        return digest.hexdigest(), size
 
     def _put(self, key: str, body: Path | bytes, **condition: Any) -> str:
         at, repeated = self._at(key), False
