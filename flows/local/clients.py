@@ -44,11 +44,7 @@ class Credentials:
 
 
 def local_credentials(folder: Path) -> Credentials:
-    """Return the credentials of the local servers, generated on first use.
-
-    Raises:
-        SettingsError: others may read the file, or it does not hold all of them.
-    """
+    """Return the credentials of the local servers, generated on first use."""
     file = folder / CREDENTIALS
     try:
         if not file.exists():
@@ -115,11 +111,7 @@ def prepare_environment(folder: Path, environment: MutableMapping[str, str] = os
 def point_prefect_at(
     api: str, folder: Path, settings: Settings, environment: MutableMapping[str, str] = os.environ
 ) -> None:
-    """Let a process, by default this one, talk to the Prefect server with this API.
-
-    Raises:
-        SettingsError: a proxy is named that Prefect's client cannot use.
-    """
+    """Let a process, by default this one, talk to the Prefect server with this API."""
     prepare_environment(folder, environment)
     for name in (*PROXIES, *map(str.upper, PROXIES)):
         if (url := environment.get(name)) and urlsplit(url).scheme not in PROXY_SCHEMES:

@@ -54,12 +54,8 @@ NEWER = re.compile("Can't locate revision|No such revision")
 class Program:
     """A program that runs for as long as somebody uses it.
 
-    Args:
-        command: no secrets, since process lists show them.
-        environment: all of it.
-        ready: whether it does its work; must not raise.
-        variant: users share it only if this is equal.
-        about: what others can read in its state while it runs.
+    Process lists show its command, which holds no secrets. Users share it only if `variant` is
+    equal, and can read `about` in its state while it runs.
     """
 
     name: str
@@ -71,6 +67,11 @@ class Program:
     variant: str = ""
     cwd: Path | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Of the variant, which may hold a password."""
+        return hashlib.sha256(self.variant.encode()).hexdigest()
 
 
 class LocalStack:
@@ -89,7 +90,7 @@ class LocalStack:
         with self._changing():
             if state := read_state(self.folder, name):
                 program = describe(tuple(state["ports"]))
-                if _digest(program.variant) == state["variant"]:
+                if program.digest == state["variant"]:
                     return program
                 raise BusyError(
                     f"The local {name} server runs with other settings. Let the command that "
@@ -157,7 +158,14 @@ class LocalStack:
 
 def _spawn(program: Program, folder: Path) -> "subprocess.Popen[bytes]":
     """Start a program, which inherits the lock of its state and so holds it while it lives."""
-    _require_open_files()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < OPEN_FILES:
+        raise SettingsError(
+            f"The local servers need {OPEN_FILES} open files, and only {hard} are allowed here. "
+            f"Allow more with `ulimit -n {OPEN_FILES}`, then run again."
+        )
+    if 0 <= soft < OPEN_FILES:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
     log = folder / "logs" / f"{program.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     if log.exists():
@@ -181,7 +189,7 @@ def _spawn(program: Program, folder: Path) -> "subprocess.Popen[bytes]":
                 pass_fds=(lock,),
             )
         state = {"pid": process.pid, "began": time.time(), "ports": program.ports}
-        state |= {"variant": _digest(program.variant), "about": dict(program.about)}
+        state |= {"variant": program.digest, "about": dict(program.about)}
         os.pwrite(lock, json.dumps(state).encode(), 0)
     finally:
         os.close(lock)
@@ -195,8 +203,9 @@ def stop_programs(folder: Path, names: Sequence[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         for name, pid in pids.items():
             # The number of a program that is gone may be another's by now.
-            if read_state(folder, name) or _has_ended(pid):
-                with suppress(ProcessLookupError, PermissionError):
+            with suppress(ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+                left = not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie"
+                if left or read_state(folder, name):
                     os.killpg(pid, number)
         deadline = time.monotonic() + GRACE_SECONDS
         while any(read_state(folder, name) for name in pids) and time.monotonic() < deadline:
@@ -204,13 +213,6 @@ def stop_programs(folder: Path, names: Sequence[str]) -> None:
     for name in pids:
         if read_state(folder, name):
             raise BusyError(f"The local {name} server, process {pids[name]}, does not stop.")
-
-
-def _has_ended(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
 
 
 def read_state(folder: Path, name: str) -> dict[str, Any] | None:
@@ -243,11 +245,6 @@ def _try_lock(lock: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _digest(variant: str) -> str:
-    """It may hold a password."""
-    return hashlib.sha256(variant.encode()).hexdigest()
 
 
 def first_error(log: Path) -> str:
@@ -284,14 +281,3 @@ def _is_free(port: int) -> bool:
             except OSError:
                 return False
     return True
-
-
-def _require_open_files() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= hard < OPEN_FILES:
-        raise SettingsError(
-            f"The local servers need {OPEN_FILES} open files, and only {hard} are allowed here. "
-            f"Allow more with `ulimit -n {OPEN_FILES}`, then run again."
-        )
-    if 0 <= soft < OPEN_FILES:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))

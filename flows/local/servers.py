@@ -24,7 +24,7 @@ from flows.settings import Settings
 from tasks.errors import ServiceError, SettingsError
 from tasks.io import atomic_write, read_json, write_json
 from tasks.services.mlflow import PREFIX
-from tasks.services.s3 import S3Address, Storage
+from tasks.services.s3 import S3Address, Storage, redact_url
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -107,7 +107,9 @@ def seaweedfs(folder: Path, bucket: str, ports: tuple[int, ...]) -> Program:
 def prefect(folder: Path, settings: Settings, ports: tuple[int, ...]) -> Program:
     """Describe a Prefect server with its UI; `url` is that of its API."""
     host = settings.host
-    url = f"http://{_reachable(host)}:{ports[0]}/api"
+    # This machine's own way to a server that listens everywhere.
+    reached = HOST if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host  # noqa: S104
+    url = f"http://{reached}:{ports[0]}/api"
     command = [*_module("prefect"), "server", "start", "--host", host, "--port", str(ports[0])]
     environment = _without_foreign() | {
         "PREFECT_HOME": str(folder / "prefect"),
@@ -204,13 +206,6 @@ def _healthy(url: str) -> Callable[[], bool]:
     return lambda: ask(f"{url}/health") is not None
 
 
-def _reachable(host: str) -> str:
-    """Return the address at which this machine reaches a server that listens on `host`."""
-    if host in ("0.0.0.0", "::"):  # noqa: S104, compared only
-        return HOST
-    return f"[{host}]" if ":" in host else host
-
-
 def _without_foreign(of_aws: bool = False) -> dict[str, str]:
     """This environment without secrets, and without another server's address or database."""
     foreign = ("MLFLOW_", "HANDSIGNS_", "PREFECT_", "DATABASE_URL", *(() if of_aws else ("AWS_",)))
@@ -245,15 +240,6 @@ def database_url(url: str, name: str) -> str:
     return known.render_as_string(hide_password=False)
 
 
-def redact_database(url: str) -> str:
-    """Return the address without user, password and options."""
-    from sqlalchemy.engine import URL
-
-    known = _parse(url)
-    shown = URL.create("postgresql", host=known.host, port=known.port, database=known.database)
-    return shown.render_as_string()
-
-
 def _parse(url: str, name: str = "") -> "URL":
     from sqlalchemy.engine import make_url  # which takes half a second to import
 
@@ -282,7 +268,7 @@ def make_databases(url: str) -> None:
     except psycopg2.Error as error:
         reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
         raise ServiceError(
-            f"PostgreSQL at {redact_database(url)} cannot be used ({reason}). Check DATABASE_URL, "
+            f"PostgreSQL at {redact_url(url)} cannot be used ({reason}). Check DATABASE_URL, "
             f"and that its user may create the databases {' and '.join(names)}, or create them "
             "yourself."
         ) from None

@@ -18,7 +18,7 @@ from flows.local.servers import PORTS, local_s3
 from flows.settings import Settings, load_settings
 from tasks.errors import HandsignsError
 from tasks.project import Project
-from tasks.services.s3 import S3Address
+from tasks.services.s3 import S3Address, redact_url
 
 WORKER_SECONDS = 300.0
 RUN_SECONDS = 15.0
@@ -34,12 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 class Running(BaseModel):
-    """Addresses of a service that `handsigns up` started; None where the settings name one.
-
-    Args:
-        pid: the process that keeps it up.
-        database: PostgreSQL's address without user and password; None with SQLite.
-    """
+    """Addresses of a service that `handsigns up` started; None where the settings name one."""
 
     pid: int = 0
     s3: str | None = None
@@ -57,12 +52,8 @@ def find_running(folder: Path) -> Running | None:
 class Services:
     """Addresses of S3, MLflow and Prefect; asking for one starts it if need be.
 
-    Args:
-        settings: what they name is used as it is.
-        folder: the checkout's `.local/`; local servers keep their state here.
-
-    Every method raises `ServiceError` for a local server that does not start or answer, and
-    `BusyError` for one that does not stop or runs with other settings.
+    What the settings name is used as it is. Local servers keep their state in `folder`, the
+    checkout's `.local/`.
     """
 
     def __init__(self, settings: Settings, folder: Path) -> None:
@@ -116,7 +107,7 @@ class Services:
             s3=url.get("seaweedfs"),
             mlflow=url.get("mlflow"),
             prefect=url.get("prefect"),
-            database=database and servers.redact_database(database.get_secret_value()),
+            database=database and redact_url(database.get_secret_value()),
         )
 
     def start_keeper(self, running: Running) -> None:
@@ -229,30 +220,22 @@ def keep_up() -> None:
 
 
 def down(project: Project) -> bool:
-    """Stop the service; what another command still uses stops with that.
-
-    Flow runs are stopped first: a worker that is stopped kills them, and they could not
-    notify anybody. Returns whether anything ran.
-    """
+    """Stop the service, and tell whether anything ran; what a command still uses stops with it."""
     if not project.local.is_dir():
         return False
     folder = project.local.resolve()
     before = [name for name in PROGRAMS if read_state(folder, name)]
     if worker := read_state(folder, "worker"):
-        _stop_runs(worker["pid"])
+        # Runs first: a worker that is stopped kills them, and they could not notify anybody.
+        with suppress(psutil.NoSuchProcess):
+            children = psutil.Process(worker["pid"]).children()
+            runs = [one for one in children if "prefect.engine" in one.cmdline()]
+            for one in runs:
+                one.terminate()
+            psutil.wait_procs(runs, RUN_SECONDS)
     stop_programs(folder, [KEEPER])
     stop_programs(folder, ["worker"])
     stack = LocalStack(folder)
     stack.join()
     stack.close()
     return before != [name for name in PROGRAMS if read_state(folder, name)]
-
-
-def _stop_runs(worker: int) -> None:
-    """Let a worker's flow runs end by themselves."""
-    with suppress(psutil.NoSuchProcess):
-        children = psutil.Process(worker).children()
-        runs = [one for one in children if "prefect.engine" in one.cmdline()]
-        for one in runs:
-            one.terminate()
-        psutil.wait_procs(runs, RUN_SECONDS)

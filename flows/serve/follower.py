@@ -41,14 +41,7 @@ class LoadedModel:
 
 @dataclass
 class ModelSource:
-    """The model that answers; by itself one that never changes.
-
-    Args:
-        model: replaced, never changed.
-        problem: why it is not the champion, or why that is unknown.
-        checked_at: when the pointer was last read, as a Unix time.
-        failures: failed checks by kind.
-    """
+    """The model that answers, and why it is not the champion; by itself it never changes."""
 
     model: LoadedModel | None = None
     problem: str | None = None

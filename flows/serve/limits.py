@@ -48,14 +48,7 @@ Credentials = Annotated[
 
 @dataclass(frozen=True)
 class Limits:
-    """How the service treats its clients.
-
-    Args:
-        rate: such as `600/minute`, for each client address.
-        max_bytes: of a request's body.
-        token: expected of every client that wants a prediction; None for none.
-        hosts: names under which the service may be addressed; None for any.
-    """
+    """Limits for each client: its rate, largest body, token, and the names it may use for us."""
 
     rate: str = "600/minute"
     max_bytes: int = 10 * 2**20
@@ -74,7 +67,7 @@ class Admission:
         """Let a client in, or raise 401, or 429 with Retry-After."""
         # Wrong tokens are counted apart, so that they cannot use up the right client's rate.
         known = self.accepts(credentials)
-        bucket = (_client_network(request), "known" if known else "unknown")
+        bucket = (request.client.host if request.client else "", "known" if known else "unknown")
         if not self._limiter.hit(self._rate, *bucket):
             free_at = self._limiter.get_window_stats(self._rate, *bucket).reset_time
             wait = max(1, math.ceil(free_at - time.time()))
@@ -109,12 +102,6 @@ class Admission:
                 )
 
 
-def _client_network(request: Request) -> str:
-    """The client's address; for IPv6 the /64 network that one subscriber has."""
-    host = request.client.host if request.client else ""
-    return str(ipaddress.ip_network(f"{host}/64", strict=False)) if ":" in host else host
-
-
 @dataclass(frozen=True)
 class Listening:
     """A bound socket, its URL, and the hosts that it answers to; None for any."""
@@ -126,12 +113,7 @@ class Listening:
 
 @contextmanager
 def listen(host: str, port: int, token: bool) -> Iterator[Listening]:
-    """Bind an address for as long as the block lasts; port 0 takes a free one.
-
-    Raises:
-        SettingsError: others could reach the address, and there is no token.
-        ServiceError: the address cannot be bound.
-    """
+    """Bind an address for as long as the block lasts; port 0 takes a free one."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -155,12 +137,7 @@ def listen(host: str, port: int, token: bool) -> Iterator[Listening]:
 
 
 def run_service(service: ASGIApp, listening: Listening) -> None:
-    """Serve until SIGTERM or Ctrl-C; requests in progress get 10 s to finish.
-
-    Uvicorn limits neither how long a client takes to send a request's head nor how many
-    connections one client opens, and answers malformed HTTP in plain text. A reverse proxy
-    does better; use one beyond loopback.
-    """
+    """Serve until SIGTERM or Ctrl-C; requests in progress get 10 s to finish."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     config = uvicorn.Config(

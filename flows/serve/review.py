@@ -44,11 +44,7 @@ Reviewer = Annotated[str, Field(min_length=1, max_length=80)]
 class Recorder:
     """Keeps photos and counts in a thread, so that no prediction waits or fails because of it.
 
-    Args:
-        captures: where photos go; None keeps none.
-        traffic: counts for the drift monitor; None keeps none.
-        outcomes: counts what became of a photo: kept, duplicate, full, dropped or failed.
-        show_drift: is given what the monitor found last.
+    `outcomes` counts what became of a photo: kept, duplicate, full, dropped or failed.
     """
 
     def __init__(

@@ -126,15 +126,7 @@ def open_store(place: str, bucket: Callable[[str], Storage]) -> Store:
 
 @dataclass(frozen=True)
 class CaptureRules:
-    """What is kept, how much of it, and for how long.
-
-    Args:
-        below: confidence under which a prediction is kept.
-        share: probability with which any other one is kept.
-        per_day: most photos of one day, UTC.
-        total: most photos at a time.
-        days: after which a photo and its decision are removed.
-    """
+    """What is kept: below a confidence, a share of the rest; how much, and for how many days."""
 
     below: float
     share: float
@@ -176,12 +168,7 @@ class DecidedError(HandsignsError):
 
 
 class Captures:
-    """Kept photos and the decisions on them; safe to use from several threads.
-
-    Args:
-        inbox: where accepted photos go; without one, decisions wait.
-        project: the checkout that imports them.
-    """
+    """Kept photos and the decisions on them, which wait without an inbox; thread-safe."""
 
     def __init__(
         self, store: Store, inbox: Store | None, project: Project, rules: CaptureRules
@@ -194,11 +181,7 @@ class Captures:
         self._lent: dict[str, tuple[str, float]] = {}
 
     def keep(self, upload: bytes, capture: Capture) -> str:
-        """Keep a photo: `kept`, or `full` or `duplicate` if it is not.
-
-        What a user flags takes the place of the same photo kept for another reason, unless
-        somebody decided on that.
-        """
+        """Keep a photo: `kept`, or `full` or `duplicate` if it is not."""
         with self._lock:
             self.tidy()
             today = sum(name.startswith(f"{capture.time:%Y-%m-%d}") for name in self._hashes)
@@ -208,6 +191,7 @@ class Captures:
             image.thumbnail((SIDE, SIDE))
             new = perceptual_hash(np.asarray(image))
             near = [name for name, h in self._hashes.items() if (h ^ new).bit_count() <= NEAR_BITS]
+            # What a user flags takes the place of the same photo kept for another reason.
             flagged = capture.reason == "flagged"
             if any(not flagged or "-flagged-" in name or self._decision(name) for name in near):
                 return "duplicate"
@@ -235,10 +219,7 @@ class Captures:
             self._tidied = time.monotonic()
 
     def batch(self, by: str, limit: int) -> dict[str, Any]:
-        """Photos for one person, and how far all have come.
-
-        Those that users flagged come first, then the least certain.
-        """
+        """Photos for one person, flagged ones first, then uncertain; and how far all have come."""
         problem = self._finish_all()
         decided, now = self._names("decisions"), time.monotonic()
         waiting = sorted(self._names("photos") - decided, key=_urgency)
@@ -259,12 +240,7 @@ class Captures:
         return self._store.get(_photo(name))
 
     def decide(self, name: str, label: str | None, by: str) -> str | None:
-        """Accept a photo under a label, or discard it; says why it cannot reach the inbox yet.
-
-        Raises:
-            DecidedError: somebody else was first.
-            MissingObjectError: there is no such photo.
-        """
+        """Accept a photo under a label, or discard it; says why it cannot reach the inbox yet."""
         self.photo(name)
         decision = Decision(label=label, by=by, at=datetime.now(UTC))
         with self._lock:
@@ -281,13 +257,7 @@ class Captures:
         return problem
 
     def undo(self, name: str) -> None:
-        """Take a decision back, and the photo out of the inbox.
-
-        Raises:
-            MissingObjectError: there is no decision.
-            DataError: the photo was imported.
-            BusyError: a retrain or an import is running.
-        """
+        """Take a decision back, and the photo out of the inbox, unless it was imported."""
         with self._lock, data_lock(self._project, wait=0):
             decision = self._decision(name)
             if decision is None:

@@ -31,33 +31,28 @@ class Counts:
         self.labels[label] += 1
         self.confidences[min(int(confidence * BINS), BINS - 1)] += 1
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"labels": self.labels, "confidences": [self.confidences[n] for n in range(BINS)]}
-
 
 class Traffic:
     """Counts of one service process; safe to use from several threads."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
-        self._process = uuid.uuid4().hex[:12]
+        self._store, self._process = store, uuid.uuid4().hex[:12]
         self._lock = threading.Lock()
         self._counts: dict[str, Counts] = {}
-        self._changed: set[str] = set()
 
     def add(self, release: str, label: str, confidence: float) -> None:
         """Count one answer of a release."""
         key = f"{FOLDER}/{datetime.now(UTC):{_HOUR}}/{release}-{self._process}.json"
         with self._lock:
             self._counts.setdefault(key, Counts()).add(label, confidence)
-            self._changed.add(key)
 
     def save(self) -> None:
-        """Write what changed; hours that are over are forgotten."""
+        """Write all counts; those of hours that are over are forgotten."""
         with self._lock:
-            content = {key: json.dumps(self._counts[key].to_json()) for key in self._changed}
-            self._changed.clear()
+            content = {}
+            for key, one in self._counts.items():
+                bins = [one.confidences[number] for number in range(BINS)]
+                content[key] = json.dumps({"labels": one.labels, "confidences": bins})
             now = f"{FOLDER}/{datetime.now(UTC):{_HOUR}}/"
             self._counts = {key: one for key, one in self._counts.items() if key.startswith(now)}
         for key, text in content.items():
@@ -65,25 +60,20 @@ class Traffic:
 
     def drift(self) -> dict[str, float]:
         """The values of the monitor's last result, by what was compared."""
-        result = read_result(self._store)
-        values = {one["name"]: one["value"] for one in result.get("comparisons", [])}
-        return {name: value for name, value in values.items() if value is not None}
+        comparisons = read_result(self._store).get("comparisons", [])
+        return {one["name"]: one["value"] for one in comparisons if one["value"] is not None}
 
 
 def read_result(store: Store) -> dict[str, Any]:
     """What the monitor wrote last; empty before its first run."""
     try:
-        found: dict[str, Any] = json.loads(store.get(RESULT))
+        return dict(json.loads(store.get(RESULT)))
     except MissingObjectError:
         return {}
-    return found
 
 
 def count_window(store: Store, release: str, hours: int) -> Counts:
-    """Add up what all services counted of a release in the last hours, the present one included.
-
-    What is older than `KEEP_DAYS` is removed.
-    """
+    """Add up what all services counted of a release in the last hours; remove what is too old."""
     now, total = datetime.now(UTC), Counts()
     since, oldest = (f"{now - timedelta(hours=span):{_HOUR}}" for span in (hours, 24 * KEEP_DAYS))
     for key in store.list(FOLDER):

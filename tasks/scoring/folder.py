@@ -15,11 +15,7 @@ from tasks.stage import Progress, silent
 def evaluate_folder(
     classifier: Classifier, folder: Path, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Score a model on photos in folders named after their label, as `import` takes them.
-
-    Returns the scores over the readable files, the `misread` ones, and the `unreadable` ones
-    with those outside of class folders.
-    """
+    """Scores over photos in class folders, with the `misread` and the `unreadable` ones."""
     if not folder.is_dir():
         fault = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"'{folder}' {fault}. Name a folder of class folders.")
@@ -29,25 +25,22 @@ def evaluate_folder(
             f"'{folder}' holds photos inside and outside of test/, but only one set of photos is "
             "scored at a time. Name the folder that holds the class folders."
         )
-    labelled = [(item, item.label, item.read) for item in items if item.label and item.read]
-    sources = [(Path(item.origin), read) for item, _, read in labelled]
+    labelled = [(item.label, Path(item.origin), item.read) for item in items if item.label]
+    sources = [(origin, read) for _, origin, read in labelled if read]
     found = classify(classifier, sources, progress)
-    pairs = [(one, label) for one, (_, label, _) in zip(found, labelled, strict=True)]
-    labels = classifier.labels
-    known = [(one.probabilities, labels.index(label)) for one, label in pairs if not one.error]
-    if not known:
+    truths = [label for label, _, read in labelled if read]
+    read = [(one, label) for one, label in zip(found, truths, strict=True) if not one.error]
+    if not read:
         raise DataError(
             f"None of the {len(found)} files below '{folder}' is a usable photo; the first, "
             f"'{found[0].path}', is refused: {found[0].error}."
         )
-    probabilities, classes = (np.array(column) for column in zip(*known, strict=True))
+    labels = classifier.labels
+    rows = np.array([one.probabilities for one, _ in read])
+    scores = score(rows, np.array([labels.index(label) for _, label in read]), labels)
     outside = [Prediction(Path(one.origin), error=one.fault) for one in items if not one.label]
     return {
-        **score(probabilities, classes, labels).to_json(),
-        "misread": [
-            {"truth": label, **one.to_json()}
-            for one, label in pairs
-            if not one.error and one.label != label
-        ],
+        **scores.to_json(),
+        "misread": [{"truth": label, **one.to_json()} for one, label in read if one.label != label],
         "unreadable": [one.to_json() for one in (*found, *outside) if one.error],
     }
