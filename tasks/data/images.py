@@ -31,9 +31,11 @@ MAX_PIXELS = 50_000_000  # checked in the header, before decoding
 LARGE_PIXELS = 16_000_000  # above it, `decode` reduces a photo while decoding it, if asked to
 MIN_SIDE = 16
 MAX_SCANS = 64  # a progressive JPEG has about ten; thousands are made to keep a decoder busy
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
 ORIENTATION = int(ExifTags.Base.Orientation)
-_HEIF = re.compile(rb"....ftyp.{0,1016}?(hei[cxms]|hev[cxms]|mif[12]|msf1|miaf|avi[fs])", re.S)
+_HEIC = re.compile(
+    rb"....ftyp(?!.{0,60}avi[fs]).{0,1016}?(hei[cxms]|hev[cxms]|mif[12]|miaf|msf1)", re.S
+)
 
 
 def normalize(data: bytes, name: str) -> tuple[str, bytes]:
@@ -145,8 +147,8 @@ def _open(data: bytes) -> ImageFile.ImageFile:
         raise ImageError("zero bytes: the file is empty")
     if len(data) > MAX_BYTES:
         raise ImageError(f"too large: more than {MAX_BYTES // 2**20} MB")
-    if _HEIF.match(data):
-        raise ImageError("HEIC or AVIF, as phones save photos: not supported; export it as JPEG")
+    if _HEIC.match(data):  # its decoders are patented, and not permissively licensed
+        raise ImageError("HEIC, as some phones save photos: not supported; export it as JPEG")
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
