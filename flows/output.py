@@ -181,26 +181,20 @@ def progress_lines() -> "Progress":
 
 
 def import_listing(report: "ImportReport", version: str) -> Listing:
-    """Photos by split and label, and the files that were set aside."""
-    labels, rows = _columns(report.labels), []
+    """Photos by split, and the files that were set aside."""
+    rows = []
     for title, counts in (("taken", report.imported), ("already there", report.already_there)):
         for split in sorted({split for split, _ in counts}):
-            row = [counts.get((split, label), 0) for label in labels]
-            total = sum(number for (place, _), number in counts.items() if place == split)
-            rows.append([title, split, *map(str, [*row, total])])
-    others = {("set aside", kind): number for kind, number in report.kinds().items()}
-    others |= {("removed", ""): report.removed} if report.removed else {}
-    rows += [[*what, *[""] * len(labels), str(number)] for what, number in others.items()]
+            labels = {label: number for (place, label), number in counts.items() if place == split}
+            each = ", ".join(f"{label}: {number}" for label, number in sorted(labels.items()))
+            rows.append([title, split, str(sum(labels.values())), each])
+    rows += [["set aside", kind, str(number), ""] for kind, number in report.kinds().items()]
+    rows += [["removed", "", str(report.removed), ""]] if report.removed else []
     notes = [f"{file.origin}: {file.reason}" for file in report.quarantined[:MAX_FILES]]
     if len(report.quarantined) > MAX_FILES:
         notes.append("The others: artifacts/quarantine/quarantine.json")
     notes.append(f"data/ is version {version}.")
-    return Listing("Photos", rows, ("import", "", *labels, "all"), notes)
-
-
-def _columns(labels: Sequence[str]) -> Sequence[str]:
-    """Labels that get a column each: all or none."""
-    return labels if len(labels) <= MAX_COLUMNS else ()
+    return Listing("Photos", rows, ("import", "", "photos", "by label"), notes)
 
 
 def service_listing(running: "Running", fresh: bool) -> Listing:
@@ -243,29 +237,27 @@ def status_listing(found: Mapping[str, Any], verbose: bool) -> Listing:
         ("out of date", ", ".join(found["stale"]) or "nothing"),
     ]
     for role in ("champion", "challenger"):
+        text = "none"
         if held := found[role]:
             scores = "accuracy {}, loss {}, {} photos, made {}".format(*_scores(held))
             text = f"version {held['version']}: {scores}"
             text += ", FORCED" if held.get("overruled") else ""
             text += f", {held['uri']}" if verbose else ""
-        rows.append((role, text if held else "none"))
+        rows.append((role, text))
     if last := found["last_run"]:
         rows.append(("last run", f"{last['status']}: {last['reason']}"))
     up = found["service"] and f"up; Prefect {found['service']['prefect']}"
     rows.append(("service", up or "not up; handsigns up starts it, with the schedule"))
     rows.append(("signatures", found["signatures"]))
-    rows += [("moved", move["told"]) for move in found["history"][-5:]]
-    return Listing("Status", rows)
+    return Listing("Status", [*rows, *(("moved", one["told"]) for one in found["history"][-5:])])
 
 
 def versions_listing(versions: Sequence[Mapping[str, Any]]) -> Listing:
     """Every registered version, with its scores and its part in the champion's history."""
     rows = []
     for one in versions:
-        state = [*one["aliases"]]
-        if one["promoted"]:
-            state.append(f"promoted {one['promoted'][-1][:10]}")
-        state += ["FORCED"] if one["forced"] else []
+        promoted = [f"promoted {at[:10]}" for at in one["promoted"][-1:]]
+        state = [*one["aliases"], *promoted, *(["FORCED"] if one["forced"] else [])]
         rows.append([str(one["version"]), *_scores(one), ", ".join(state)])
     header = ("version", "accuracy", "loss", "photos", "made", "state")
     return Listing("Versions" if rows else "There are no versions yet.", rows, header)
@@ -273,10 +265,14 @@ def versions_listing(versions: Sequence[Mapping[str, Any]]) -> Listing:
 
 def runs_listing(found: Sequence[Mapping[str, str]]) -> Listing:
     """What happened lately, the newest last."""
-    rows = []
-    for one in found:
-        known = one["reason"] in one["what"] or not one["reason"]
-        rows.append([one["at"][:16].replace("T", " "), one["what"], "" if known else one["reason"]])
+    rows = [
+        [
+            one["at"][:16].replace("T", " "),
+            one["what"],
+            "" if one["reason"] in one["what"] else one["reason"],
+        ]
+        for one in found
+    ]
     title = "Runs, the newest last" if rows else "There was no run yet."
     return Listing(title, rows, ("at", "what", "why") if rows else ())
 
@@ -317,15 +313,14 @@ def scores_listing(result: Mapping[str, Any]) -> Listing:
     names = ("precision", "recall", "f1", "support")
     rows = [[row["label"], *(_shown(row[name]) for name in names)] for row in result["per_class"]]
     unread = [f"{file['file']}: {file['error']}" for file in result["unreadable"]]
-    rest = [f"and {len(unread) - MAX_FILES} more"] if len(unread) > MAX_FILES else []
-    header = ("label", "precision", "recall", "F1", "photos")
-    return Listing(title, rows, header, [*unread[:MAX_FILES], *rest])
+    return Listing(title, rows, ("label", "precision", "recall", "F1", "photos"), unread)
 
 
 def predictions_listing(predictions: Sequence[Mapping[str, Any]], model: str) -> Listing:
     """The label read in each photo, and the probability of each, or of this one only."""
     read = [found for found in predictions if "error" not in found]
-    labels = _columns([*read[0]["probabilities"]] if read else ())
+    labels = [*read[0]["probabilities"]] if read else []
+    labels = labels if len(labels) <= MAX_COLUMNS else []
     rows = [
         [
             found["file"],
@@ -334,8 +329,7 @@ def predictions_listing(predictions: Sequence[Mapping[str, Any]], model: str) ->
         ]
         for found in read
     ]
-    if any(row[1] == "?" for row in rows):
-        model += "; ? means that none is clear"
+    model += "; ? means that none is clear" if any(row[1] == "?" for row in rows) else ""
     errors = [f"{found['file']}: {found['error']}" for found in predictions if "error" in found]
     return Listing(model, rows, ("photo", "label", *(labels or ["probability"])), errors)
 

@@ -41,7 +41,7 @@ def status(
         from tasks.io import read_json
         from tasks.params import load_params
 
-        project, pipeline = workspace.project, workspace.pipeline
+        project = workspace.project
         load_params(project.params)  # DVC would blame dvc.yaml for a fault in it
         moves, last = _moves(workspace), read_json(project.run) or {}
         roles = {role: one for one in _versions(workspace, moves) for role in one["aliases"]}
@@ -49,7 +49,7 @@ def status(
         if moves and (champion is None or champion["release"] != moves[-1].release):
             # The pointer decides; the registry may lack its version, or number it anew.
             champion = _scored(workspace, moves[-1].version, moves[-1].release)
-        running = find_running(workspace.services.folder)
+        running, pipeline = find_running(workspace.services.folder), workspace.pipeline
         found = {
             "data": {"version": pipeline.data_version(), "source": pipeline.data_source()},
             "signatures": workspace.trust.describe(),

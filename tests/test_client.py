@@ -3,23 +3,19 @@
 import re
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from urllib.request import proxy_bypass_environment
 
 import pytest
 import trustme
 
 from flows.local import clients
-from flows.local.clients import (
-    check_reachable,
-    point_prefect_at,
-    prepare_environment,
-)
+from flows.local.clients import check_reachable, point_prefect_at, prepare_environment
 from flows.settings import Settings, load_settings
 from tasks.errors import ServiceError, SettingsError
 from tasks.services.s3 import S3Address
@@ -31,44 +27,32 @@ SETTINGS = Settings()
 SERVERS = ("s3_endpoint_url", "mlflow_tracking_uri", "prefect_api_url")
 
 
-@pytest.mark.parametrize(
-    "known",
-    [{}, {"no_proxy": "corp.example"}, {"NO_PROXY": "corp.example, b"}, {"NO_PROXY": "*"}],
-)
+@pytest.mark.parametrize("known", [{}, {"NO_PROXY": "corp.example, b"}, {"NO_PROXY": "*"}])
 def test_a_proxy_is_not_asked_for_loopback(known: dict[str, str]) -> None:
     environment = {**known, "http_proxy": "http://127.0.0.1:9"}
     prepare_environment(Path("/nonexistent"), environment)
     assert environment["no_proxy"] == environment["NO_PROXY"]
     for host in ("127.0.0.1", "localhost", *("corp.example" for _ in known)):
         assert proxy_bypass_environment(host, {"no": environment["no_proxy"]})
-    everywhere = known.get("NO_PROXY") == "*"
-    spared = proxy_bypass_environment("elsewhere.example", {"no": environment["no_proxy"]})
-    assert bool(spared) == everywhere
-    once = dict(environment)
-    prepare_environment(Path("/nonexistent"), environment)
-    assert environment == once
+    elsewhere = proxy_bypass_environment("elsewhere.example", {"no": environment["no_proxy"]})
+    assert bool(elsewhere) == (known.get("NO_PROXY") == "*")
 
 
-@pytest.mark.parametrize("variable", ["all_proxy", "HTTPS_PROXY"])
-def test_a_proxy_that_no_client_can_use_is_named(tmp_path: Path, variable: str) -> None:
-    environment = {variable: "socks://user:secret@127.0.0.1:1080/"}
-    with pytest.raises(SettingsError, match=rf"^{variable} must be .*socks5://") as caught:
-        point_prefect_at("http://127.0.0.1:1/api", tmp_path, SETTINGS, environment)
-    assert "secret" not in str(caught.value)
-
-
-def test_the_local_servers_password_is_for_the_local_server_only(
+def test_logins_go_to_the_local_server_only_and_an_unusable_proxy_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    environment = {"HTTPS_PROXY": "socks://user:secret@127.0.0.1:1080/"}
+    with pytest.raises(SettingsError, match=r"^HTTPS_PROXY must be .*socks5://") as caught:
+        point_prefect_at("http://127.0.0.1:1/api", tmp_path, SETTINGS, environment)
+    assert "secret" not in str(caught.value)
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "admin:ours")
+    ours: dict[str, str] = {}
+    point_prefect_at("http://127.0.0.1:1/api", tmp_path, load_settings(), ours)
+    assert ours["PREFECT_API_AUTH_STRING"] == "admin:ours"
     monkeypatch.setenv("PREFECT_API_URL", "http://theirs/api")
     theirs: dict[str, str] = {}
     point_prefect_at("http://theirs/api", tmp_path, load_settings(), theirs)
     assert "PREFECT_API_AUTH_STRING" not in theirs
-    monkeypatch.delenv("PREFECT_API_URL")
-    ours: dict[str, str] = {}
-    point_prefect_at("http://127.0.0.1:1/api", tmp_path, load_settings(), ours)
-    assert ours["PREFECT_API_AUTH_STRING"] == "admin:ours"
 
 
 class Healthy(BaseHTTPRequestHandler):
@@ -114,7 +98,7 @@ def private(s3_server: S3Address, tmp_path_factory: pytest.TempPathFactory) -> I
     ):
         for one in (server, proxy):
             one.socket = context.wrap_socket(one.socket, server_side=True)
-        Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"https://127.0.0.1:{server.server_port}"
         s3 = named(replace(s3_server, endpoint_url=f"https://127.0.0.1:{proxy.server_port}"))
         services = [{"MLFLOW_TRACKING_URI": url}, {"PREFECT_API_URL": f"{url}/api"}, s3]
@@ -123,30 +107,28 @@ def private(s3_server: S3Address, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 @pytest.mark.parametrize(
-    ("service", "trusting"),
+    ("service", "trusting", "value"),
     [
-        ("MLFLOW_TRACKING_URI", {"MLFLOW_TRACKING_SERVER_CERT_PATH": "FILE"}),
-        ("MLFLOW_TRACKING_URI", {"MLFLOW_TRACKING_INSECURE_TLS": "true"}),
-        ("MLFLOW_TRACKING_URI", {"REQUESTS_CA_BUNDLE": "FILE"}),
-        ("PREFECT_API_URL", {"PREFECT_API_SSL_CERT_FILE": "FILE"}),
-        ("PREFECT_API_URL", {"PREFECT_API_TLS_INSECURE_SKIP_VERIFY": "true"}),
-        ("PREFECT_API_URL", {"SSL_CERT_FILE": "FILE"}),
-        ("HANDSIGNS_S3_ENDPOINT_URL", {"AWS_CA_BUNDLE": "FILE"}),
-        ("MLFLOW_TRACKING_URI", {}),
-        ("PREFECT_API_URL", {}),
-        ("HANDSIGNS_S3_ENDPOINT_URL", {}),
+        ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_SERVER_CERT_PATH", "FILE"),
+        ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_INSECURE_TLS", "true"),
+        ("MLFLOW_TRACKING_URI", "REQUESTS_CA_BUNDLE", "FILE"),
+        ("PREFECT_API_URL", "PREFECT_API_SSL_CERT_FILE", "FILE"),
+        ("PREFECT_API_URL", "PREFECT_API_TLS_INSECURE_SKIP_VERIFY", "true"),
+        ("PREFECT_API_URL", "SSL_CERT_FILE", "FILE"),
+        ("HANDSIGNS_S3_ENDPOINT_URL", "AWS_CA_BUNDLE", "FILE"),
     ],
 )
 def test_a_private_authority_is_trusted_as_the_services_own_client_does(
-    private: Private, service: str, trusting: dict[str, str]
+    private: Private, service: str, trusting: str, value: str
 ) -> None:
-    environment = {name: text.replace("FILE", private.authority) for name, text in trusting.items()}
-    environment |= private.named[service]
-    reason = private.checkout.handsigns("retrain", code=1, **environment)["reason"]
-    if trusting:
-        assert "dvc.yaml" in reason
-    else:
-        assert private.named[service][service] in reason
+    environment = {trusting: value.replace("FILE", private.authority)} | private.named[service]
+    assert "dvc.yaml" in private.checkout.handsigns("retrain", code=1, **environment)["reason"]
+
+
+def test_an_unknown_authority_is_named(private: Private) -> None:
+    for service, environment in private.named.items():
+        reason = private.checkout.handsigns("retrain", code=1, **environment)["reason"]
+        assert environment[service] in reason
         assert re.search(r"certificate.verify.failed|SSLError", reason, re.IGNORECASE)
         assert service in reason
 
@@ -162,20 +144,15 @@ def refused(*fields: str, url: str) -> str:
     return str(caught.value)
 
 
-def test_a_service_that_does_not_answer_is_named() -> None:
+def test_what_does_not_answer_or_speaks_another_protocol_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
         for field in SERVERS:
-            refused(field, url=f"http://127.0.0.1:{port}")
-        said = refused("dask_address", url=f"tcp://127.0.0.1:{port}")
-        assert "No Dask scheduler answers" in said
-
-
-def test_what_speaks_another_protocol_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+            refused(field, url=f"http://127.0.0.1:{taken.getsockname()[1]}")
     monkeypatch.setattr(clients, "CHECK_SECONDS", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
 
         def greet() -> None:
             connection, _ = listening.accept()
@@ -183,14 +160,12 @@ def test_what_speaks_another_protocol_is_named(monkeypatch: pytest.MonkeyPatch) 
                 connection.recv(1024)
                 connection.sendall(b"SSH-2.0-nobody\r\n")
 
-        thread = Thread(target=greet)
+        thread = threading.Thread(target=greet)
         thread.start()
-        said = refused("mlflow_tracking_uri", url=f"http://127.0.0.1:{port}")
+        said = refused("mlflow_tracking_uri", url=f"http://127.0.0.1:{listening.getsockname()[1]}")
         thread.join()
         assert "SSH-2.0" in said
         assert "MLFLOW_TRACKING_URI" in said
-        said = refused("dask_address", url=f"tcp://127.0.0.1:{port}")
-        assert "No Dask scheduler answers" in said
 
 
 @pytest.mark.slow

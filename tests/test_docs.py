@@ -26,17 +26,13 @@ def test_every_file_and_link_that_a_page_names_exists(page: Path) -> None:
     assert [path for path in named if not path.exists()] == []
 
 
-def test_settings_are_documented_and_documented_settings_exist() -> None:
+def test_settings_parameters_verbs_tests_and_pictures_are_named_as_they_are() -> None:
     page = (ROOT / "docs/settings.md").read_text()
     known = {f"HANDSIGNS_{name.upper()}" for name in Settings.model_fields}
-    documented = set(re.findall(r"^\| `(HANDSIGNS_\w+)`", page, flags=re.M))
-    assert documented <= known
+    assert set(re.findall(r"^\| `(HANDSIGNS_\w+)`", page, flags=re.M)) <= known
     for name, field in Settings.model_fields.items():
         names = {f"HANDSIGNS_{name.upper()}", str(field.validation_alias)}
         assert any(spelling in page for spelling in names), name
-
-
-def test_parameters_verbs_and_tests_are_named_as_they_are() -> None:
     page = (ROOT / "docs/parameters.md").read_text()
     for section in yaml.safe_load((ROOT / "params.yaml").read_text()):
         assert f"`{section}`" in page, section
@@ -47,9 +43,6 @@ def test_parameters_verbs_and_tests_are_named_as_they_are() -> None:
     named = re.findall(r"`(test_\w+)`", (ROOT / "docs/reliability.md").read_text())
     assert len(named) > 30
     assert [name for name in named if not (ROOT / f"tests/{name}.py").is_file()] == []
-
-
-def test_every_picture_is_shown_somewhere() -> None:
     shown = "".join(page.read_text() for page in PAGES)
     pictures = (ROOT / "docs/pictures").iterdir()
     assert [path.name for path in pictures if path.name not in shown] == []

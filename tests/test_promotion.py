@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,10 @@ from tasks.releases.champion import Champion, read_champion, set_champion
 from tasks.releases.release import publish
 from tasks.services.mlflow import CHAMPION, Registry
 from tasks.services.s3 import S3Address, Storage
+from tests.fixtures import faults
 from tests.fixtures.checkouts import Workshop
 from tests.fixtures.earlier import COMMIT, Earlier
+from tests.fixtures.faults import Answer, Exchange, proxy_to
 from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.service import named as storage_named
@@ -31,38 +31,27 @@ RELEASES = {"1": "646b9a4d37e1b222c8639efc5ee8c0b8", "2": "5640018f52a3ccefbca53
 ROUNDS = 12
 
 
-@dataclass(frozen=True)
-class Api:
-    """What the UI shows of runs and lets a person answer."""
-
-    prefect: PrefectApi
-
-    def paused(self, seconds: float = 500) -> tuple[Any, str]:
-        """Wait until a retrain asks for approval; the run, and the question."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            for run in self.prefect.runs("retrain"):
-                keys = run["state"]["state_details"].get("run_input_keyset")
-                if run["state_type"] == "PAUSED" and keys:
-                    path = f"flow_runs/{run['id']}/input/filter"
-                    if asked := self.prefect.ask(path, {"prefix": keys["description"]}):
-                        return run, str(asked[0]["value"])
-            time.sleep(0.3)
-        raise TimeoutError
-
-    def resume(self, run: Any, **answer: str) -> str:
-        done = self.prefect.ask(f"flow_runs/{run['id']}/resume", {"run_input": answer})
-        return str(done["status"])
-
-    def artifact(self, key: str) -> Any:
-        """The latest artifact with a key."""
-        wanted = {"artifacts": {"key": {"any_": [key]}}}
-        return self.prefect.ask("artifacts/latest/filter", wanted)[0]
+def paused(api: PrefectApi, seconds: float = 500) -> tuple[Any, str]:
+    """Wait until a retrain asks for approval; the run, and the question."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for run in api.runs("retrain"):
+            keys = run["state"]["state_details"].get("run_input_keyset")
+            if run["state_type"] == "PAUSED" and keys:
+                path = f"flow_runs/{run['id']}/input/filter"
+                if asked := api.ask(path, {"prefix": keys["description"]}):
+                    return run, str(asked[0]["value"])
+        time.sleep(0.3)
+    raise TimeoutError
 
 
-@pytest.fixture(scope="module")
-def api(prefect_alone: PrefectApi) -> Api:
-    return Api(prefect_alone)
+def resume(api: PrefectApi, run: Any, **answer: str) -> str:
+    return str(api.ask(f"flow_runs/{run['id']}/resume", {"run_input": answer})["status"])
+
+
+def artifact(api: PrefectApi, run: Any, key: str) -> Any:
+    of_run = {"flow_run_id": {"any_": [run["id"]]}, "key": {"any_": [key]}}
+    return api.ask("artifacts/filter", {"artifacts": of_run})[0]
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +62,9 @@ def workshop(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Work
 
 
 @pytest.fixture(scope="module")
-def named(workshop: Workshop, earlier: Earlier, prefect_alone: PrefectApi) -> dict[str, str]:
+def named(workshop: Workshop, earlier: Earlier, prefect_api: PrefectApi) -> dict[str, str]:
     """Services that outlive a run; an earlier version's release is champion there."""
-    return {**earlier.adopt(workshop), **prefect_alone.named}
+    return {**earlier.adopt(workshop), **prefect_api.named}
 
 
 @contextmanager
@@ -100,23 +89,22 @@ def test_an_earlier_release_verifies_and_predicts_as_it_did_then(
 
 
 def test_a_better_model_waits_for_a_person_and_then_is_champion(
-    workshop: Workshop, api: Api, named: dict[str, str]
+    workshop: Workshop, prefect_api: PrefectApi, named: dict[str, str]
 ) -> None:
-    told = workshop.handsigns("retrain", "--force", code=1, HANDSIGNS_PROMOTION="approval")
-    assert "without PREFECT_API_URL and HANDSIGNS_S3_ENDPOINT_URL" in told["reason"]
+    refused = workshop.handsigns("retrain", "--force", code=1, HANDSIGNS_PROMOTION="approval")
+    assert "without PREFECT_API_URL and HANDSIGNS_S3_ENDPOINT_URL" in refused["reason"]
     with retraining(workshop, 200, named) as started:
-        run, question = api.paused()
+        run, question = paused(prefect_api)
         for words in ("Version 3", "McNemar", "Recall of each sign", "changed verdict"):
             assert words in question
-        assert api.prefect.runs("retrain")[0]["name"] == "v3 waits for approval"
+        assert run["name"] == "v3 waits for approval"
         # Nothing is locked meanwhile, and the champion still is the old one.
         workshop.run("dvc", "status", "gate")
         assert workshop.handsigns("status", **named)["champion"]["release"] == RELEASES["2"]
-        assert api.resume(run) == "REJECT"
-        assert api.resume(run, name="Ann") == "REJECT"
-        assert api.resume(run, name="", decision="approve") == "REJECT"
-        answer = {"name": "Ann", "decision": "approve", "comment": "looks right"}
-        assert api.resume(run, **answer) == "ACCEPT"
+        for answer in ({}, {"name": "Ann"}, {"name": "", "decision": "approve"}):
+            assert resume(prefect_api, run, **answer) == "REJECT"
+        given = {"name": "Ann", "decision": "approve", "comment": "looks right"}
+        assert resume(prefect_api, run, **given) == "ACCEPT"
     report = started.result()
     assert report["status"] == "promoted", report["reason"]
     assert "approved by Ann: looks right" in report["reason"]
@@ -125,113 +113,77 @@ def test_a_better_model_waits_for_a_person_and_then_is_champion(
     assert found["champion"]["accuracy"] < found["challenger"]["accuracy"]
     assert found["won"] == sum(photo["now"] == "right" for photo in found["changed"])
     assert [row["label"] for row in found["recalls"]] == list("012345")
-    assert report["data"]["changes"]["since"] == 2
-    assert report["data"]["synthetic"] == 12
+    assert (report["data"]["changes"]["since"], report["data"]["synthetic"]) == (2, 12)
     move = workshop.handsigns("status", **named)["history"][-1]
     assert (move["by"], move["previous"], move["version"]) == ("Ann", 2, 3)
-    assert "Ann" in api.artifact("champion-history")["data"]
-    assert "McNemar" in api.artifact("comparison")["data"]
-    summary = api.artifact("summary")
-    assert "Photos since version 2" in summary["data"]
-    assert "| accuracy |" in summary["data"]
-    assert summary["description"].startswith("v3 promoted: 0.")
-    assert api.prefect.runs("retrain")[0]["name"].startswith("v3 promoted: ")
+    for key, words in (
+        ("champion-history", "Ann"),
+        ("comparison", "McNemar"),
+        ("summary", "Photos since version 2"),
+        ("summary", "| accuracy |"),
+    ):
+        assert words in artifact(prefect_api, run, key)["data"]
+    assert prefect_api.ask(f"flow_runs/{run['id']}")["name"].startswith("v3 promoted: 0.")
 
 
-def test_the_champion_is_moved_by_hand_in_flow_runs_that_say_what_they_are(
-    workshop: Workshop, api: Api, named: dict[str, str]
+def test_the_champion_is_moved_by_hand_with_or_without_a_prefect_that_works(
+    workshop: Workshop, prefect_api: PrefectApi, named: dict[str, str]
 ) -> None:
     refused = workshop.handsigns("promote", "2", code=1, **named)
     assert "should not be champion: version 3 took its place: " in refused
     why = ("--force", "--reason", "the new one dazzles")
     assert workshop.handsigns("promote", "2", *why, **named)["forced"]
-    status = workshop.handsigns("status", **named)
-    assert "FORCED" in status["history"][-1]["told"]
-    assert workshop.handsigns("verify", "2", **named)["forced"] == [status["history"][-1]["told"]]
-    assert "promote, FORCED" in api.artifact("champion-history")["data"]
-    # Without Prefect the same is done.
-    apart = {name: text for name, text in named.items() if name != "PREFECT_API_URL"}
-    assert workshop.handsigns("rollback", **apart)["version"] == 3
-    assert workshop.handsigns("rollback", "--from", "3", **named)["version"] == 2
-    moves = api.prefect.runs("promote") + api.prefect.runs("rollback")
-    runs = {(run["name"], run["state_name"]) for run in moves}
-    assert {("promote version 2", "Promoted"), ("rollback version 2", "Rolled back")} <= runs
+    told = workshop.handsigns("status", **named)["history"][-1]["told"]
+    assert "FORCED" in told
+    assert workshop.handsigns("verify", "2", **named)["forced"] == [told]
+    (run,) = [one for one in prefect_api.runs("promote") if told == one["state"]["message"]]
+    assert (run["name"], run["state_name"]) == ("promote version 2", "Promoted")
+    assert "promote, FORCED" in artifact(prefect_api, run, "champion-history")["data"]
 
+    def rollback(*words: str, **environment: str) -> str:
+        return workshop.run("handsigns", "rollback", *words, **{**named, **environment}).stderr
 
-@contextmanager
-def sick_prefect(version: str) -> Iterator[str]:
-    """A server that says it is well, and which version of Prefect it is, and fails all else."""
+    def other_version(exchange: Exchange) -> None:
+        exchange.send(Answer(200, "OK", [("content-type", "application/json")], b'"2.20.0"'))
 
-    class Sick(BaseHTTPRequestHandler):
-        def _answer(self) -> None:
-            self.rfile.read(int(self.headers.get("content-length", 0)))
-            known = {"/api/health": b"true", "/api/admin/version": f'"{version}"'.encode()}
-            content = known.get(self.path, b"{}")
-            self.send_response(200 if self.path in known else 500)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_GET = do_POST = _answer  # noqa: N815
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Sick) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/api"
-        server.shutdown()
-
-
-def test_a_move_does_not_depend_on_a_prefect_that_fails(
-    workshop: Workshop, named: dict[str, str], prefect_alone: PrefectApi
-) -> None:
-    def rollback(**environment: str) -> str:
-        return workshop.run("handsigns", "rollback", **{**named, **environment}).stderr
-
-    for version in ("3.6.0", "2.20.0"):
-        with sick_prefect(version) as url:
-            assert f"Prefect at {url} cannot be used (" in rollback(PREFECT_API_URL=url)
-    said = rollback(PREFECT_API_AUTH_STRING="some:body")
-    assert f"Prefect at {prefect_alone.url} cannot be used (401)" in said
+    with proxy_to(prefect_api.url.removesuffix("/api")) as prefect:
+        for fault in (faults.answering(500, "Down"), other_version):
+            with prefect.failing(faults.on("/api/(?!health)", fault)):
+                said = rollback("--from", "2", PREFECT_API_URL=f"{prefect.url}/api")
+            assert f"Prefect at {prefect.url}/api cannot be used (" in said
+    said = rollback("--from", "2", PREFECT_API_AUTH_STRING="some:body")
+    assert "cannot be used (401)" in said
     assert "set PREFECT_API_AUTH_STRING to user:password" in said
+    assert workshop.handsigns("status", **named)["champion"]["version"] == 3
 
 
 @pytest.mark.slow
 def test_a_promotion_meanwhile_a_rejection_and_silence_leave_the_champion(
-    workshop: Workshop, api: Api, named: dict[str, str]
+    workshop: Workshop, prefect_api: PrefectApi, named: dict[str, str]
 ) -> None:
-    # A release differs by its parameters too, so there is a version without training.
-    workshop.change("gate", max_loss=4.9)
-    with retraining(workshop, 200, named) as started:
-        run, _ = api.paused()
-        assert workshop.handsigns("promote", "3", **named)["version"] == 3
-        assert api.resume(run, name="Ann", decision="approve") == "ACCEPT"
-    overtaken, before = started.result(), workshop.handsigns("status", **named)
-    workshop.change("gate", max_loss=4.8)
-    with retraining(workshop, 200, named) as started:
-        run, _ = api.paused()
-        answer = {"name": "Ben", "decision": "reject", "comment": "too early"}
-        assert api.resume(run, **answer) == "ACCEPT"
-    rejected = started.result()
-    workshop.change("gate", max_loss=4.7)
-    with retraining(workshop, 3, named) as started:
-        silent = started.result()
-    for number, report, told in (
-        (4, overtaken, "Version 4 stays challenger: The champion was changed meanwhile"),
-        (5, rejected, "Version 5 stays challenger: rejected by Ben: too early."),
-        (6, silent, "Version 6 stays challenger: nobody approved it within 3 s."),
+    number, before = 4, None
+    for seconds, answer, reason in (
+        (200, {"name": "Ann", "decision": "approve"}, "The champion was changed meanwhile"),
+        (200, {"name": "Ben", "decision": "reject", "comment": "no"}, "rejected by Ben: no."),
+        (3, {}, "nobody approved it within 3 s."),
     ):
+        # A release differs by its parameters too, so there is a version without training.
+        workshop.change("gate", max_loss=5 - number / 10)
+        with retraining(workshop, seconds, named) as started:
+            run, _ = paused(prefect_api)
+            if number == 4:
+                workshop.handsigns("promote", "1", "--force", "--reason", "first", **named)
+            assert not answer or resume(prefect_api, run, **answer) == "ACCEPT"
+        report = started.result()
         assert report["status"] == "registered"
-        assert report["reason"].startswith(told)
+        assert report["reason"].startswith(f"Version {number} stays challenger: {reason}")
         assert (report["model"]["version"], report["model"]["alias"]) == (number, "challenger")
-    after = workshop.handsigns("status", **named)
-    assert after["champion"]["version"] == 3
-    assert (after["champion"], after["history"]) == (before["champion"], before["history"])
-    # A run that was not answered ends as what it is: done.
-    ended = [(run["state_type"], run["state_name"]) for run in api.prefect.runs("retrain")[:2]]
-    assert ended == [("COMPLETED", "Registered")] * 2
+        run = prefect_api.ask(f"flow_runs/{run['id']}")
+        assert (run["state_type"], run["state_name"]) == ("COMPLETED", "Registered")
+        status = workshop.handsigns("status", **named)
+        assert status["champion"]["version"] == 1
+        assert before in (None, status["history"])
+        number, before = number + 1, status["history"]
 
 
 @pytest.mark.slow

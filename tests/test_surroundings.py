@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,6 @@ NOBODY = 54321
 """A user id without a name."""
 NOWHERE = "http://127.0.0.1:9"
 STATUS, PREDICT = ("status",), ("predict", "{photo}")
-SECONDS = 120
 QUOTA = Path("/sys/fs/cgroup/cpu")
 """Where cgroup v1 keeps processor quotas; `joblib.cpu_count` reads them there, or v2's."""
 
@@ -36,7 +36,6 @@ class Variant:
     """One kind of surroundings, and what a command does there.
 
     Args:
-        name: of the test.
         words: the command; here and below the names of `Place` stand in braces.
         says: pattern that the one line of a refusal contains; empty where it works.
         environment: changes; an empty value removes the variable.
@@ -46,7 +45,6 @@ class Variant:
         root: the checkout.
     """
 
-    name: str
     words: tuple[str, ...] = STATUS
     says: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -56,74 +54,73 @@ class Variant:
     root: str = "{checkout}"
 
 
-def named(name: str, words: tuple[str, ...] = STATUS, says: str = "", **names: str) -> Variant:
-    return Variant(name, words, says, names)
+def named(words: tuple[str, ...] = STATUS, says: str = "", **environment: str) -> Variant:
+    return Variant(words, says, environment)
 
 
-VARIANTS = [
+STORAGE = {"HANDSIGNS_S3_ENDPOINT_URL": "{page}", "AWS_ACCESS_KEY_ID": "a"}
+NEWER = "revision.* newer version: install that version"
+VARIANTS = {
     # What belongs to services that are not used is ignored.
-    named("storage of another project", MLFLOW_S3_ENDPOINT_URL=NOWHERE),
-    named("AWS profile that is not there", AWS_PROFILE="of-another-project"),
-    named("AWS configuration that is none", AWS_CONFIG_FILE="{folder}/aws"),
-    named("AWS bundle that is not there", AWS_CA_BUNDLE="/nowhere.pem"),
-    named("proxy that does not answer", HTTP_PROXY=NOWHERE, http_proxy=NOWHERE),
-    named("SOCKS proxy", ALL_PROXY="socks5://127.0.0.1:9"),
-    named("authorities that are not there", PREDICT, SSL_CERT_FILE="/nowhere.pem"),
-    named("authorities of requests", REQUESTS_CA_BUNDLE="/nowhere.pem"),
-    named("another backend of Keras", PREDICT, KERAS_BACKEND="torch"),
-    named("settings of Keras", PREDICT, KERAS_HOME="{folder}/keras"),
-    named("foreign modules before ours", PREDICT, PYTHONPATH="{folder}/foreign:{checkout}"),
+    "storage of another project": named(MLFLOW_S3_ENDPOINT_URL=NOWHERE),
+    "AWS profile that is not there": named(AWS_PROFILE="of-another-project"),
+    "AWS configuration that is none": named(AWS_CONFIG_FILE="{folder}/aws"),
+    "AWS bundle that is not there": named(AWS_CA_BUNDLE="/nowhere.pem"),
+    "proxy that does not answer": named(HTTP_PROXY=NOWHERE, http_proxy=NOWHERE),
+    "SOCKS proxy": named(ALL_PROXY="socks5://127.0.0.1:9"),
+    "authorities that are not there": named(PREDICT, SSL_CERT_FILE="/nowhere.pem"),
+    "authorities of requests": named(REQUESTS_CA_BUNDLE="/nowhere.pem"),
+    "another backend of Keras": named(PREDICT, KERAS_BACKEND="torch"),
+    "settings of Keras": named(PREDICT, KERAS_HOME="{folder}/keras"),
+    "foreign modules before ours": named(PREDICT, PYTHONPATH="{folder}/foreign:{checkout}"),
     # Users, homes, languages, places.
-    named("no HOME", PREDICT, HOME=""),
-    named("a HOME that is not there", HOME="/nowhere"),
-    named("plain C locale", LC_ALL="C", PYTHONIOENCODING="ascii"),
-    named("a time zone that is none", PREDICT, TZ="Nowhere/Land"),
-    named("no git", GIT_DIR="/nowhere"),
-    named("a narrow terminal without features", TERM="dumb", COLUMNS="20", NO_COLOR="1"),
-    named("a log level that is none", PREDICT, PREFECT_LOGGING_LEVEL="LOUD"),
-    Variant("a private umask", PREDICT, shell="umask 077"),
-    Variant("one core", PREDICT, shell="taskset -cp 0 $$ >/dev/null"),
-    Variant("a folder of the checkout", says="checkout", root="{checkout}/docs"),
-    Variant("a path with a question mark", says="question mark.*Rename", root="{folder}/what?"),
+    "no HOME": named(PREDICT, HOME=""),
+    "a HOME that is not there": named(HOME="/nowhere"),
+    "plain C locale": named(LC_ALL="C", PYTHONIOENCODING="ascii"),
+    "a time zone that is none": named(PREDICT, TZ="Nowhere/Land"),
+    "no git": named(GIT_DIR="/nowhere"),
+    "a narrow terminal without features": named(TERM="dumb", COLUMNS="20", NO_COLOR="1"),
+    "a log level that is none": named(PREDICT, PREFECT_LOGGING_LEVEL="LOUD"),
+    "a private umask": Variant(PREDICT, shell="umask 077"),
+    "one core": Variant(PREDICT, shell="taskset -cp 0 $$ >/dev/null"),
+    "a folder of the checkout": Variant(says="checkout", root="{checkout}/docs"),
+    "a path with a question mark": Variant(says="question mark.*Rename", root="{folder}/what?"),
     # Limits and read-only places.
-    Variant("few open files", PREDICT, "open files.*ulimit", shell="ulimit -n 64", root="{idle}"),
-    Variant("no room in any file", ("retrain",), "File too large", shell="ulimit -f 0"),
-    Variant("read-only /tmp", PREDICT, "/tmp", read_only=("/tmp", "/var/tmp"), root="{idle}"),
-    Variant(
-        "read-only /usr and a TMPDIR",
+    "few open files": Variant(PREDICT, "open files.*ulimit", shell="ulimit -n 64", root="{idle}"),
+    "no room in any file": Variant(("retrain",), "File too large", shell="ulimit -f 0"),
+    "read-only /tmp": Variant(PREDICT, "/tmp", read_only=("/tmp", "/var/tmp"), root="{idle}"),
+    "read-only /usr and a TMPDIR": Variant(
         PREDICT,
         environment={"TMPDIR": "{folder}"},
         read_only=("/var/tmp", "/usr"),
         root="{idle}",
     ),
-    Variant("a read-only checkout", PREDICT, "(?i)read-only", read_only=("{checkout}",)),
-    Variant("a user without a name", PREDICT, "(?i)permission|another user", user=NOBODY),
-    Variant("output onto a full disk", says="No space left", shell="exec >/dev/full"),
+    "a read-only checkout": Variant(PREDICT, "(?i)read-only", read_only=("{checkout}",)),
+    "a user without a name": Variant(PREDICT, "(?i)permission|another user", user=NOBODY),
+    "output onto a full disk": Variant(says="No space left", shell="exec >/dev/full"),
     # Services that are not as they should be.
-    named("registry in a folder", says="_TRACKING_URI", MLFLOW_TRACKING_URI="file:///tmp/mlruns"),
-    named(
-        "storage that answers nonsense",
-        says=r"127\.0\.0\.1",
-        HANDSIGNS_S3_ENDPOINT_URL="{page}",
-        AWS_ACCESS_KEY_ID="a",
-        AWS_SECRET_ACCESS_KEY="b",
+    "registry in a folder": named(says="_TRACKING_URI", MLFLOW_TRACKING_URI="file:///tmp/mlruns"),
+    "storage that answers nonsense": named(
+        says=r"127\.0\.0\.1", **STORAGE, AWS_SECRET_ACCESS_KEY="b"
     ),
-    named("registry that answers nonsense", says=r"127\.0\.0\.1", MLFLOW_TRACKING_URI="{page}"),
-    named(
-        "orchestrator that answers nonsense",
-        ("retrain", "--force"),
-        r"127\.0\.0\.1",
-        PREFECT_API_URL="{page}/api",
+    "registry that answers nonsense": named(says=r"127\.0\.0\.1", MLFLOW_TRACKING_URI="{page}"),
+    "orchestrator that answers nonsense": named(
+        ("retrain", "--force"), r"127\.0\.0\.1", PREFECT_API_URL="{page}/api"
     ),
-    Variant(
-        "orchestrator of a newer version",
-        ("retrain", "--force"),
-        "revision.* newer version: install that version",
-        root="{idle}",
-    ),
-    named("a setting that is none", says="HANDSIGNS_BUCKET", HANDSIGNS_BUKET="a"),
-    named("a bucket that is none", says="Not A Bucket", HANDSIGNS_BUCKET="Not A Bucket"),
-]
+    "orchestrator of a newer version": Variant(("retrain", "--force"), NEWER, root="{idle}"),
+    "a setting that is none": named(says="HANDSIGNS_BUCKET", HANDSIGNS_BUKET="a"),
+    "a bucket that is none": named(says="Not A Bucket", HANDSIGNS_BUCKET="Not A Bucket"),
+}
+# One or two of each kind for each change; `make test-all` runs all.
+QUICK = (
+    "storage of another project",
+    "foreign modules before ours",
+    "no git",
+    "a path with a question mark",
+    "no room in any file",
+    "a read-only checkout",
+    "storage that answers nonsense",
+)
 
 
 @dataclass(frozen=True)
@@ -164,7 +161,7 @@ class Place:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=SECONDS,
+            timeout=120,
         )
 
 
@@ -193,7 +190,6 @@ def place(graphs: tuple[bytes, bytes], tmp_path_factory: pytest.TempPathFactory)
         point(storage, publish_graph(storage, folder / "release", graphs[0]).id, 1)
         made.handsigns("status")
     _write_files(folder)
-    _newer_prefect(folder / "idle/.local/prefect/prefect.db")
     with (
         embedded(Settings(), made.project) as services,
         http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Page) as server,
@@ -221,11 +217,9 @@ def _write_files(folder: Path) -> None:
     (folder / "what?").mkdir()
     for name in ("dvc.yaml", "params.yaml"):
         shutil.copy(folder / "checkout" / name, folder / "what?")
-
-
-def _newer_prefect(file: Path) -> None:
-    file.parent.mkdir()
-    with closing(sqlite3.connect(file)) as database:
+    newer = folder / "idle/.local/prefect/prefect.db"
+    newer.parent.mkdir()
+    with closing(sqlite3.connect(newer)) as database:
         database.execute("create table alembic_version (version_num text)")
         database.execute("insert into alembic_version values ('of-the-future')")
         database.commit()
@@ -238,7 +232,20 @@ def may_mount() -> bool:
     return os.geteuid() == 0 and tried.returncode == 0
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=[one.name for one in VARIANTS])
+def contents(checkout: Workshop) -> Any:
+    """What must never be lost: photos' names, their version, parameters."""
+    project = checkout.project
+    photos = sorted(str(path) for path in project.data.rglob("*"))
+    return photos, project.data_file.read_bytes(), project.params.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(one, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, one in VARIANTS.items()
+    ],
+)
 def test_each_surrounding_works_or_is_named_in_one_line(variant: Variant, place: Place) -> None:
     if (variant.read_only or variant.user) and not may_mount():
         pytest.skip("this user may not mount")
@@ -255,6 +262,7 @@ def test_each_surrounding_works_or_is_named_in_one_line(variant: Variant, place:
     assert contents(place.workshop) == before
 
 
+@pytest.mark.slow
 def test_a_processor_quota_counts_like_cores(place: Place) -> None:
     if not (may_mount() and os.access(QUOTA / "cpu.cfs_quota_us", os.W_OK)):
         pytest.skip("this user may not set a quota here")
@@ -262,8 +270,7 @@ def test_a_processor_quota_counts_like_cores(place: Place) -> None:
     group.mkdir()
     (group / "cpu.cfs_quota_us").write_text("50000")
     # As in a container, whose own group is the root of what it sees.
-    enter = f"echo $$ > {group}/cgroup.procs && mount --bind {group} {QUOTA}"
-    variant = Variant("half a core", shell=enter)
+    variant = Variant(shell=f"echo $$ > {group}/cgroup.procs && mount --bind {group} {QUOTA}")
     try:
         done = place.run(variant, "handsigns", *PREDICT)
         assert done.returncode == 0, done.stderr
@@ -271,13 +278,3 @@ def test_a_processor_quota_counts_like_cores(place: Place) -> None:
         assert place.run(variant, "python", "-c", code).stdout == "1\n"
     finally:
         group.rmdir()
-
-
-def contents(checkout: Workshop) -> dict[str, bytes]:
-    """What must never be lost: photos' names, their version, parameters."""
-    project = checkout.project
-    photos = sorted(str(path) for path in project.data.rglob("*"))
-    names = ("data.dvc", "params.yaml")
-    return {"photos": "\n".join(photos).encode()} | {
-        name: (project.root / name).read_bytes() for name in names
-    }

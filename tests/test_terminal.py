@@ -7,12 +7,10 @@ import re
 import struct
 import termios
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-from flows.output import retrain_listing
-from flows.report import GateReport, ModelReport, RunReport
 from tasks.services.s3 import S3Address
 from tests.fixtures.checkouts import BIN, Workshop
 from tests.fixtures.prefect_api import PrefectApi
@@ -64,9 +62,9 @@ def test_a_terminal_shows_results_and_bars_and_nothing_of_libraries(
     s3: S3Address,
     mlflow_server: MlflowServer,
     prefect_api: PrefectApi,
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
 ) -> None:
-    workshop = trained.checkout(tmp_path_factory.mktemp("terminal") / "checkout")
+    workshop = trained.checkout(tmp_path / "checkout")
     services = {**named(s3), **mlflow_server.named, **prefect_api.named}
     services["HANDSIGNS_MODEL_NAME"] = "terminal"  # its first version is number 1
 
@@ -83,7 +81,7 @@ def test_a_terminal_shows_results_and_bars_and_nothing_of_libraries(
     assert "Retrain: unchanged" in again
     status = handsigns("status")
     scores = r"accuracy [01]\.\d{4}, loss \d+\.\d{4}, \d+ photos, made 20"
-    assert any(re.match(rf" champion +version 1: {scores}", line) for line in status)
+    assert any(re.match(rf" champion +version 1: {scores}", line) for line in status), status
     assert not re.search("[0-9a-f]{32}", "".join(status))
     row = r" +1 +[01]\.\d{4} +\d+\.\d{4} +\d+ +20[-0-9]+ [0-9:]+ +cha"
     assert any(re.match(row, line) for line in handsigns("versions"))
@@ -92,29 +90,6 @@ def test_a_terminal_shows_results_and_bars_and_nothing_of_libraries(
     assert len(repeated) <= 40
     assert "Running stage 'train@base':" in repeated
     # In a file each photo has one line, whatever its length.
-    deep = trained.photos / "1/.." / "1/../1" / "../1/../1/../1/../1/../1/../1/../1/0000.png"
+    deep = trained.photos / "/".join(["1/.."] * 20) / "1/0000.png"
     said = workshop.run("handsigns", "predict", deep, **services).stdout
     assert re.search(rf"^ *{re.escape(str(deep))} +[0-5]( +[01]\.\d{{3}}){{6}} *$", said, re.M)
-
-
-def test_a_refusal_says_by_how_much_and_what_to_do_next() -> None:
-    found: list[dict[str, Any]] = [
-        {"name": "accuracy", "value": 0.963, "limit": 0.99},
-        {"name": "recall of 4", "value": 0.8, "limit": 0.75, "interval": [0.71, 0.9]},
-        {"name": "loss", "value": 0.41, "limit": 0.3},
-        {"name": "ECE", "value": None, "limit": 0.1, "detail": "it is not a number"},
-        {"name": "test photos", "value": 120, "limit": 60, "passed": True},
-    ]
-    checks = [{"passed": False, **check} for check in found]
-    report = RunReport(
-        status="rejected",
-        reason="The gate refused it.",
-        model=ModelReport(name="hand-signs"),
-        gate=GateReport(passed=False, checks=checks),
-    )
-    listing = retrain_listing(report)
-    assert dict(listing.rows)["gate"] == (
-        "failed: accuracy 0.963 < 0.990; recall of 4 0.800, surely only 0.710 < 0.750; "
-        "loss 0.410 > 0.300; ECE: it is not a number"
-    )
-    assert "params.yaml" in listing.notes[0]

@@ -13,16 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from filelock import FileLock
 
 from flows.settings import Settings
-from tasks.data.capture import Store, open_store
 from tasks.errors import ServiceError, SettingsError
 from tasks.io import atomic_write
 from tasks.project import Project
 from tasks.services.s3 import S3Address, Storage, check_conditional_writes, redact_url
+
+if TYPE_CHECKING:
+    from tasks.data.capture import Store
 
 CHECK_SECONDS = 10.0
 TAG = "handsigns"
@@ -221,8 +224,9 @@ def _unreachable(service: str, url: str, variable: str, reason: BaseException) -
     )
 
 
-def open_place(settings: Settings, place: str) -> Store:
+def open_place(settings: Settings, place: str) -> "Store":
     """Open a folder, or a bucket of the S3 service that the settings name."""
+    from tasks.data.capture import open_store  # OpenCV takes a while to load
 
     def bucket(name: str) -> Storage:
         if settings.s3_endpoint_url is None:
@@ -235,6 +239,6 @@ def open_place(settings: Settings, place: str) -> Store:
     return open_store(place, bucket)
 
 
-def traffic_store(settings: Settings, project: Project) -> Store:
+def traffic_store(settings: Settings, project: Project) -> "Store":
     """Where the service counts its answers: with the kept photos, or in this checkout."""
     return open_place(settings, settings.capture or str(project.local / "traffic"))
