@@ -41,29 +41,16 @@ EQUIVALENT: dict[str, str] = {
     "brightness[active] > brightness[block[0]] - reach": "reach is longer than it must be",
     "tasks/audit.py: apart <= colors.shape[1] * reach * reach -> "
     "apart < colors.shape[1] * reach * reach": "reach is longer than it must be",
+    "tasks/releases/comparison.py: won > lost -> won >= lost": "as many of each is within noise",
     "tasks/audit.py: True -> False": "strict: both lists are of one mask",
 }
 """Changes that no test can notice, by `module: before -> after`, and why; never made."""
 CPU_SECONDS = 90
 WAIT_SECONDS = 1800
 """A change that makes tests compute, or wait, longer than this was noticed."""
-SWAPS: dict[type[ast.AST], type[ast.AST]] = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-    ast.And: ast.Or,
-    ast.Or: ast.And,
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Add,
-}
+PAIRS = ((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot))
+PAIRS += ((ast.In, ast.NotIn), (ast.And, ast.Or), (ast.Add, ast.Sub))
+SWAPS = {ast.Mult: ast.Add, **dict(PAIRS), **{one: other for other, one in PAIRS}}
 
 
 @dataclass(frozen=True)
@@ -134,9 +121,8 @@ def run(mutant: Mutant, tree: Path) -> int:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("tasks", "flows")]:
-        del sys.modules[name]
-    for name in [name for name in sys.modules if name.startswith("tests")]:
+    ours = ("tasks", "flows", "tests")
+    for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
         del sys.modules[name]
     sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(session.ROOT)))]
     pytest = importlib.import_module("pytest")

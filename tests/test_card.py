@@ -44,12 +44,12 @@ def test_the_card_carries_data_phases_scores_and_verdict(params: Params) -> None
         "used 60 synthetic (rendered) hands",
         "mirrored at random",
         "does not read sign language",
-        "Failed.",
+        "Failed: ",
+        "test photos",
         "Apache-2.0",
     ):
         assert words in text
     full = params.phases["full"]
-    averaged = f"{full.swa_fraction:.0%}" if full.swa_fraction else "-"
     layers, rate = str(full.trainable_layers), f"{full.learning_rate:g}"
     blocks = [
         [[cell.strip() for cell in line.strip("|").split(" | ")] for line in block.splitlines()]
@@ -60,11 +60,10 @@ def test_the_card_carries_data_phases_scores_and_verdict(params: Params) -> None
     rows = [row for block in blocks for row in block]
     for row in (
         ["train", "100"],
-        ["full", "10", layers, rate, "3", averaged, "0.2500", "0.9000"],
+        ["full", "10", layers, rate, "3", "0.2500", "0.9000"],
         ["accuracy", "0.8333 (95% Wilson: 0.5520 to 0.9530)"],
         ["1", "1.0000", "1.0000", "1.0000", "2"],
         ["3", "-", "0.0000", "0.0000", "2"],
-        ["test photos", "12", "50", "-", "failed"],
     ):
         assert row in rows
 

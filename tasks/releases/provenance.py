@@ -32,8 +32,6 @@ LIBRARIES = (
     "dvc",
 )
 """Those whose arithmetic, decoding or formats a release's bytes come from."""
-INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
-"""By which libraries choose other kernels, which round differently."""
 
 
 def release_facts(root: Path, data_version: str, champion: Champion | None) -> dict[str, Any]:
@@ -56,28 +54,24 @@ def release_facts(root: Path, data_version: str, champion: Champion | None) -> d
 
 def environment() -> dict[str, Any]:
     """Name the interpreter, the libraries and the processor of this process."""
-    processor, flags = _processor()
     known = {one.name: one.version for one in distributions()}
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "libraries": {name: known[name] for name in LIBRARIES if name in known},
-        "processor": processor,
+        "processor": _processor(),
         "cores": usable_cores(),
-        "instructions": [name for name in INSTRUCTIONS if name in flags],
     }
 
 
-def _processor() -> tuple[str, list[str]]:
-    """Its name and instructions; where the system does not say, only its kind."""
+def _processor() -> str:
+    """Its name, by which libraries choose kernels, or its kind where the system does not say."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return platform.processor() or platform.machine(), []
-    lines = (line.partition(":") for line in text.splitlines())
-    fields = {name.strip(): value.strip() for name, _, value in lines}
-    name = fields.get("model name") or platform.machine()
-    return name, (fields.get("flags") or fields.get("Features") or "").split()
+        lines = []
+    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def write_bill(lock: Path, project: Path, target: Path) -> None:
