@@ -41,6 +41,7 @@ def test_objects_are_written_listed_read_and_removed(
     assert storage.get("b/empty") == b""
     listed = [StoredObject("b/10", 1), StoredObject("b/2", 1), StoredObject("b/empty", 0)]
     assert list(storage.list("b/")) == listed
+    assert list(storage.list("b/", most=1)) == listed[:1]
     for _ in range(2):
         storage.remove("b/2")
     with pytest.raises(MissingObjectError, match="b/2 does not exist"):

@@ -30,10 +30,8 @@ from tasks.stage import Progress, silent
 SIGNIFICANCE = 0.05
 LOSS_MARGIN = 0.01
 """Rise in mean loss (nats) that no user notices."""
-SHOWN = 24
-"""Photos in the picture at most."""
-COLUMNS = 6
-SIDE = 160
+SHOWN, COLUMNS, SIDE = 24, 6, 160
+"""Photos in the picture at most, in a row, and their width in pixels."""
 
 
 class Comparison(FrozenModel):
@@ -92,8 +90,8 @@ def compare(
     p_value, rise = mcnemar(won, lost), after.loss - before.loss
     verdict: Literal["better", "worse", "no significant difference"]
     if p_value < SIGNIFICANCE:
-        verdict = "better" if won > lost else "worse"
         no_worse = won > lost
+        verdict = "better" if no_worse else "worse"
         rule = f"right on significantly {'more' if no_worse else 'fewer'} photos than the champion"
     else:
         verdict, no_worse = "no significant difference", rise <= LOSS_MARGIN
@@ -291,11 +289,8 @@ def _draw(picture: Path, project: Project, names: Sequence[str], result: Compari
     for axes, one in zip(grid, changed, strict=False):
         pixels = decode((project.data / one["name"]).read_bytes(), one["name"])
         axes.imshow(resize_square(pixels, SIDE))
-        axes.set_title(
-            f"{one['label']}\n{names[0]}: {one['champion']}   {names[1]}: {one['challenger']}",
-            fontsize=9,
-            color="darkgreen" if one["now"] == "right" else "darkred",
-        )
+        said = f"{names[0]}: {one['champion']}   {names[1]}: {one['challenger']}"
+        axes.set_title(f"{one['label']}\n{said}", fontsize=9)
     picture.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=100)

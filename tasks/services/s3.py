@@ -107,10 +107,12 @@ class Storage:
         """Raise `ServiceError` unless the bucket answers to the credentials."""
         self._call(lambda: self._client.head_bucket(Bucket=self.address.bucket), "")
 
-    def list(self, prefix: str) -> Iterator[StoredObject]:
-        """Yield the objects whose key starts with `prefix`, sorted by key."""
-        listing = self._client.get_paginator("list_objects_v2")
-        pages = listing.paginate(Bucket=self.address.bucket, Prefix=prefix)
+    def list(self, prefix: str, most: int | None = None) -> Iterator[StoredObject]:
+        """Yield the objects whose key starts with `prefix`, sorted by key, `most` at most."""
+        some: Any = {"MaxItems": most} if most else {}
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.address.bucket, Prefix=prefix, PaginationConfig=some
+        )
         for page in self._call(lambda: [*pages], prefix):
             for found in page.get("Contents", []):
                 etag, modified = found.get("ETag", ""), found["LastModified"]
