@@ -124,9 +124,9 @@ def test_a_lost_answer_is_distinguished_from_a_rival(s3: S3Address, proxy: Proxy
 def test_every_call_has_three_attempts_and_no_part_passes_for_an_answer(
     s3: S3Address, proxy: Proxy
 ) -> None:
-    storage = Storage(replace(s3, endpoint_url=proxy.url), read_seconds=0.5)
+    storage = Storage(replace(s3, endpoint_url=proxy.url), read_seconds=2)
     storage.put("old", b"x" * 1000)
-    for broken in (faults.halving, faults.halving_the_head, faults.hanging_in_the_body(1)):
+    for broken in (faults.halving, faults.halving_the_head, faults.hanging_in_the_body(3)):
         proxy.requests.clear()
         with proxy.failing(faults.on("^GET", broken, times=2)):
             assert storage.get("old") == b"x" * 1000
