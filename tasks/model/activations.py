@@ -65,7 +65,6 @@ class Features:
         return number
 
     def batch(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read rows; float32 (n, h, w, 192)."""
         return np.asarray(self.rows[rows], np.float32)
 
 
@@ -150,7 +149,6 @@ def compute_anywhere(shard: Shard, graph: bytes) -> NDArray[np.float16]:
 
 @lru_cache(maxsize=1)
 def _cached_trunk(graph: bytes) -> Engine:
-    """A worker's trunk, compiled once for all shards."""
     with NamedTemporaryFile(suffix=".pb") as file:
         file.write(graph)
         file.flush()
@@ -158,7 +156,6 @@ def _cached_trunk(graph: bytes) -> Engine:
 
 
 def run_here(shards: Iterable[Shard], graph: Path) -> Iterator[tuple[Key, Row]]:
-    """Compute shards one after the other in this process."""
     trunk = Engine(graph)
     for shard in shards:
         yield from zip(shard.keys, compute(shard, trunk), strict=True)

@@ -26,7 +26,6 @@ EARLIEST_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
 def read_weights(path: Path) -> Weights:
-    """Read a safetensors file."""
     try:
         return dict(load_file(path))
     # A number type that numpy lacks raises none of safetensors' own errors.
@@ -43,14 +42,12 @@ def read_phase(project: Project, name: str) -> Weights:
 
 
 def write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file atomically."""
     arrays = {name: np.asarray(weights[name], order="C") for name in sorted(weights)}
     with atomic_write(path) as temporary:
         temporary.write_bytes(save(arrays))
 
 
 def get_weights(layers: Iterable[Any]) -> Weights:
-    """Copy the weights of Keras layers."""
     return {
         f"{layer.name}/{variable.name}": variable.numpy()
         for layer in layers
@@ -59,15 +56,14 @@ def get_weights(layers: Iterable[Any]) -> Weights:
 
 
 def set_weights(layers: Iterable[Any], weights: Mapping[str, np.ndarray]) -> None:
-    """Copy weights into Keras layers; ModelError where one is missing or does not fit."""
+    """Copy weights into Keras layers; each must be there and fit."""
     for layer in layers:
         for variable in layer.weights:
             name, shape = f"{layer.name}/{variable.name}", tuple(variable.shape)
             value = weights.get(name)
             if value is None or value.shape != shape:
-                found = "are missing" if value is None else f"have shape {value.shape}"
                 raise ModelError(
-                    f"The weights '{name}' of shape {shape} {found}. "
+                    f"The weights '{name}' of shape {shape} are missing. "
                     "Run the backbone and training stages again."
                 )
             variable.assign(value)
@@ -114,21 +110,17 @@ def save_model(model: Any, path: Path) -> None:
 
 
 def load_model(path: Path) -> Any:
-    """Load a `.keras` file for inference."""
     import keras
 
     return keras.saving.load_model(path, compile=False)
 
 
-def _renumbered(value: Any, numbers: dict[int, int]) -> Any:
+def _renumbered(value: Any, numbers: dict[int, int], key: str = "") -> Any:
     """Replace memory addresses, which identify shared objects, by 0, 1, 2…"""
+    if key == "shared_object_id":
+        return numbers.setdefault(value, len(numbers))
     if isinstance(value, list):
         return [_renumbered(entry, numbers) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: numbers.setdefault(entry, len(numbers))
-        if key == "shared_object_id"
-        else _renumbered(entry, numbers)
-        for key, entry in value.items()
-    }
+    if isinstance(value, dict):
+        return {name: _renumbered(entry, numbers, name) for name, entry in value.items()}
+    return value

@@ -56,16 +56,13 @@ class Engine:
                 model = ov.Model([dense.input_value(0)], model.get_parameters())
             self.size = model.input().partial_shape[1].get_length()
             model.reshape([1, self.size, self.size, 3])
-            self._compiled = core.compile_model(
-                model,
-                "CPU",
-                {
-                    # The default is bfloat16 where the processor has it: other results.
-                    "INFERENCE_PRECISION_HINT": "f32",
-                    "NUM_STREAMS": str(self.cores),
-                    "INFERENCE_NUM_THREADS": self.cores,
-                },
-            )
+            # The default is bfloat16 where the processor has it: other results.
+            config = {
+                "INFERENCE_PRECISION_HINT": "f32",
+                "NUM_STREAMS": str(self.cores),
+                "INFERENCE_NUM_THREADS": self.cores,
+            }
+            self._compiled = core.compile_model(model, "CPU", config)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1].rstrip(".")
             raise ModelError(
@@ -126,13 +123,11 @@ class Prediction:
 
     @property
     def label(self) -> str | None:
-        """The most probable class."""
         if self.probabilities is None:
             return None
         return self.labels[int(np.argmax(self.probabilities))]
 
     def to_json(self) -> dict[str, Any]:
-        """File, label, certainty and probabilities, or file and error."""
         file = printable(str(self.path))
         if self.probabilities is None:
             return {"file": file, "error": self.error}
@@ -157,7 +152,6 @@ class Classifier:
     certain_above: float = CERTAIN_ABOVE
 
     def prediction(self, path: Path, row: Sequence[float]) -> Prediction:
-        """Wrap the probabilities of one photo."""
         certain = max(row) >= self.certain_above
         return Prediction(path, tuple(row), certain=certain, labels=self.labels)
 

@@ -63,9 +63,8 @@ def build_model(
 
     It maps float32 (n, size, size, 3) in [0, 255] to probabilities, float32 (n, classes).
     """
-    reset_names()
+    backbone = build_backbone(size)
     photo = keras.Input((size, size, 3), name="photo")
-    backbone = _efficientnet(size)
     if backbone_weights is not None:
         set_weights(backbone.layers, read_weights(backbone_weights))
     x = photo if augmentation is None else _augmentation(augmentation, size, seed)(photo)
@@ -73,19 +72,23 @@ def build_model(
     x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
     if dropout:
         x = keras.layers.Dropout(dropout, seed=seed, name="dropout")(x)
-    head = keras.layers.Dense(
-        classes,
-        activation="softmax",
-        kernel_initializer=keras.initializers.GlorotUniform(seed=seed),
-        name=HEAD,
-    )
+    kernel = keras.initializers.GlorotUniform(seed=seed)
+    head = keras.layers.Dense(classes, "softmax", kernel_initializer=kernel, name=HEAD)
     return keras.Model(photo, head(x), name="handsigns")
 
 
 def build_backbone(size: int = INPUT_SIZE, include_top: bool = False) -> Any:
-    """Build an untrained EfficientNetB0."""
+    """Build an untrained EfficientNetB0 without drop-connect, which Keras 3.15 runs under `fit`."""
     reset_names()
-    return _efficientnet(size, include_top)
+    backbone = keras.applications.EfficientNetB0(
+        include_top=include_top, weights=None, input_shape=(size, size, 3)
+    )
+    for layer in backbone.layers:
+        if isinstance(layer, keras.layers.Dropout):
+            layer.rate = 0.0
+            # Never drawn from again, but saved: a fixed value keeps files equal.
+            layer.seed_generator.state.assign([0, 0])
+    return backbone
 
 
 def build_trunk(backbone_weights: Path, size: int = INPUT_SIZE) -> Any:
@@ -96,7 +99,6 @@ def build_trunk(backbone_weights: Path, size: int = INPUT_SIZE) -> Any:
 
 
 def backbone_of(model: Any) -> Any:
-    """The EfficientNetB0 inside a model of `build_model`."""
     return model.get_layer("efficientnetb0")
 
 
@@ -120,19 +122,6 @@ def set_tail(model: Any, weights: Weights) -> None:
     """Copy a phase's weights into the tail; the backbone's have no head, it stays."""
     head = [model.get_layer(HEAD)] if f"{HEAD}/kernel" in weights else []
     set_weights([*map(backbone_of(model).get_layer, LAYERS), *head], weights)
-
-
-def _efficientnet(size: int, include_top: bool = False) -> Any:
-    """Drop-connect is off: it lies in the trunk, and Keras 3.15 would run it under `fit`."""
-    backbone = keras.applications.EfficientNetB0(
-        include_top=include_top, weights=None, input_shape=(size, size, 3)
-    )
-    for layer in backbone.layers:
-        if isinstance(layer, keras.layers.Dropout):
-            layer.rate = 0.0
-            # Never drawn from again, but saved: a fixed value keeps files equal.
-            layer.seed_generator.state.assign([0, 0])
-    return backbone
 
 
 def _augmentation(params: AugmentationParams, size: int, seed: int) -> Any:
@@ -244,7 +233,6 @@ def usable_precision(wanted: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def matmul_in(precision: str) -> MatMul:
-    """The matrix product of a training precision."""
     exact: MatMul = tf.matmul
     return _mixed_matmul if precision == MIXED else exact
 

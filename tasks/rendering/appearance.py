@@ -114,7 +114,6 @@ def wall(random: np.random.Generator) -> Floats:
 
 
 def _clutter(picture: Floats, random: np.random.Generator) -> Floats:
-    """Put boxes and discs of any colour onto `picture`, out of focus."""
     for _ in range(int(random.integers(2, 9))):
         across, along = _grid(random.uniform(0, 180))
         x, y = random.uniform(-34, 34, 2)
@@ -137,14 +136,7 @@ def _grid(degrees: float) -> tuple[Floats, Floats]:
 
 @dataclass(frozen=True)
 class Light:
-    """A lamp and the room; (3,) each.
-
-    Args:
-        towards: unit vector to the lamp.
-        key: the lamp's red, green and blue.
-        ambient: the room's.
-        depth: 0 to 1; how dark shadows and hollows of the hand are.
-    """
+    """A lamp (`key`) and the room (`ambient`), red, green and blue; darker shadows with `depth`."""
 
     towards: Floats
     key: Floats

@@ -54,13 +54,10 @@ class Part(IntEnum):
 
 @dataclass(frozen=True)
 class Hand:
-    """Joints of a posed hand.
+    """Joints of a posed hand, (5, 4, 3): thumb to little finger, base to tip.
 
-    Args:
-        joints: (5, 4, 3); thumb to little finger, base to tip.
-        dorsal: (5, 3, 3); unit vectors out of the back of each bone.
-        arm: (3,); unit vector from the wrist to the elbow.
-        girth: factor on every radius.
+    `dorsal`, (5, 3, 3), points out of the back of each bone, `arm` from wrist to elbow; `girth`
+    is a factor on every radius.
     """
 
     joints: Floats
@@ -93,7 +90,6 @@ def length(vector: Floats) -> float:
 
 
 def unit(vector: Floats) -> Floats:
-    """Scale (3,) to length 1."""
     return vector / length(vector)
 
 
@@ -178,11 +174,8 @@ def _finger(base: Floats, bones: Floats, spread: float, bends: Floats) -> tuple[
 class _Thumb:
     """Where a thumb goes; (3,) each.
 
-    Args:
-        first: direction of the bone in the ball of the thumb.
-        reach: of the tip, from the knuckle if `free`, else from the wrist.
-        pole: where the middle joint points.
-        back: out of the nail.
+    `first` is the direction of the bone in the ball of the thumb, `reach` that of the tip, from
+    the knuckle if `free`, else from the wrist; the middle joint points to `pole`.
     """
 
     first: Floats

@@ -33,14 +33,10 @@ class Camera:
 
 @dataclass(frozen=True)
 class Hits:
-    """The m pixels that see anything, row by row.
+    """The m pixels that see anything, row by row; `seen` tells where they are, (size, size).
 
-    Args:
-        seen: (size, size); where they are.
-        owners: (m,); the nearest capsule.
-        along: (m,); 0 at the capsule's start, 1 at its end.
-        points: (3, m); where the surface is, in cm.
-        normals: (3, m); unit vectors out of it.
+    `owners`, (m,), are the nearest capsules, and `along` is 0 at their start and 1 at their
+    end; `points`, (3, m), are on the surface, in cm, and `normals` point out of it.
     """
 
     seen: NDArray[np.bool_]
@@ -50,14 +46,8 @@ class Hits:
     normals: Floats
 
 
-@dataclass(frozen=True)
-class _Patch:
-    """The pixels that see one capsule, if nothing else is in the way."""
-
-    pixels: NDArray[np.int64]
-    distance: Floats
-    normals: Floats
-    along: Floats
+_Patch = tuple[NDArray[np.int64], Floats, Floats, Floats]
+"""Pixels that see one capsule, if nothing else is in the way; distance, normals and `along`."""
 
 
 def cast(shapes: Capsules, camera: Camera) -> Hits:
@@ -71,16 +61,14 @@ def cast(shapes: Capsules, camera: Camera) -> Hits:
     nearest = np.full(camera.size**2, np.inf)
     owners = np.full(camera.size**2, -1, dtype=np.int64)
     along = np.zeros(camera.size**2)
-    for index, patch in enumerate(patches):
-        closer = patch.distance < nearest[patch.pixels]
-        pixels = patch.pixels[closer]
-        nearest[pixels], along[pixels] = patch.distance[closer], patch.along[closer]
-        owners[pixels] = index
+    for index, (pixels, distance, _, share) in enumerate(patches):
+        closer = distance < nearest[pixels]
+        pixels = pixels[closer]
+        nearest[pixels], along[pixels], owners[pixels] = distance[closer], share[closer], index
     normals = np.zeros_like(rays)
-    for patch in patches:
-        gap = (patch.distance - nearest[patch.pixels]) / BLEND
-        weight = np.maximum(1.0 - gap, 0.0)
-        normals[:, patch.pixels] += weight * weight * patch.normals
+    for pixels, distance, normal, _ in patches:
+        weight = np.maximum(1.0 - (distance - nearest[pixels]) / BLEND, 0.0)
+        normals[:, pixels] += weight * weight * normal
     seen = owners >= 0
     points = eye[:, None] + nearest[seen] * rays[:, seen]
     shape = camera.size, camera.size
@@ -146,7 +134,7 @@ def _patch(shapes: Capsules, index: int, rays: Floats, eye: Floats, camera: Came
     height = inner(axis, point)
     foot = np.clip(height - first * slope, 0.0, side2) / side2
     normals = _normalise(point - axis[:, None] * foot)
-    return _Patch(pixels[hit], distance, normals, np.clip(height / length2, 0.0, 1.0))
+    return pixels[hit], distance, normals, np.clip(height / length2, 0.0, 1.0)
 
 
 def _ball(centre: Floats, radius: float, ray: Floats) -> Floats:

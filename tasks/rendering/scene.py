@@ -45,11 +45,9 @@ class Turn:
     roll: float
 
     def apply(self, points: Floats) -> Floats:
-        """Turn vectors, (3, ...)."""
         return _spin(_spin(_spin(points, self.yaw, 2, 0), self.pitch, 1, 2), self.roll, 0, 1)
 
     def undo(self, points: Floats) -> Floats:
-        """Turn vectors, (3, ...), back."""
         return _spin(_spin(_spin(points, -self.roll, 0, 1), -self.pitch, 1, 2), -self.yaw, 2, 0)
 
 
@@ -140,7 +138,6 @@ def _squares(vectors: Floats) -> Floats:
 
 
 def turned(shapes: Capsules, turn: Turn) -> Capsules:
-    """The same capsules, turned about the wrist."""
     starts, ends, dorsal = (
         turn.apply(points.T).T for points in (shapes.starts, shapes.ends, shapes.dorsal)
     )

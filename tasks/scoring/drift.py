@@ -39,7 +39,6 @@ class Drift:
 
     @property
     def verdict(self) -> str:
-        """`drift`, `no drift` or `too few samples`."""
         if self.value is None:
             return "too few samples"
         surely = self.interval is None or self.interval[0] > 0.5
@@ -55,7 +54,6 @@ class Drift:
 
 
 def confidence_histogram(confidences: ArrayLike) -> list[int]:
-    """Count confidences, 0 to 1, in `BINS` equal bins."""
     counts, _ = np.histogram(np.asarray(confidences, float), bins=BINS, range=(0, 1))
     return [int(count) for count in counts]
 

@@ -140,7 +140,6 @@ def calibration_error(p: np.ndarray, y: np.ndarray) -> float:
 
 
 def wilson_interval(right: int, n: int, level: float = 0.95) -> Interval:
-    """Wilson score interval of a proportion."""
     bounds = binomtest(right, n).proportion_ci(level, method="wilson")
     return float(bounds.low), float(bounds.high)
 

@@ -58,7 +58,6 @@ def curves(histories: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def confusion(scores: Scores) -> Figure:
-    """Draw the confusion matrix."""
     names = [one.label for one in scores.per_class]
     count = len(names)
     side = min(max(0.0, 0.4 * (count - 6)), 16.0)

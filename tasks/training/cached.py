@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +18,8 @@ from tasks.training.plan import Epoch, Plan, score_logits
 BATCH = 64
 """Rows of a batch without gradients."""
 MIXSTYLE_ALPHA = 0.1
-"""Of the beta distribution of the mixing weights, as in the paper."""
 LARGEST_PATCH = 3 / 7
 """Of a side of the feature map, for random erasing."""
-
 Rows = NDArray[np.int64]
 Read = Callable[[Rows], NDArray[np.float32]]
 
@@ -75,10 +73,8 @@ def fit_cached(
             progress(f"train {plan.name}", update, plan.updates)
         with average.applied():
             logits = _in_batches(infer, read, val)
-        count = len(plan.train)
-        curve.append(
-            Epoch(number, loss / count, right / count, *score_logits(logits, plan.val_labels))
-        )
+        count, validation = len(plan.train), score_logits(logits, plan.val_labels)
+        curve.append(Epoch(number, loss / count, right / count, *validation))
     average.keep()
     return curve, logits
 
@@ -104,13 +100,11 @@ def _read_ahead(read: Read, batches: list[Rows], plan: Plan | None) -> Iterator[
             batch = random_erasing(batch, random, plan.training.random_erasing_prob)
         return tf.constant(batch)
 
-    pending: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(1) as pool:
-        for update in range(len(batches)):
-            pending.append(pool.submit(prepare, update))
-            if len(pending) > 2:
-                yield pending.popleft().result()
-        while pending:
+        pending = deque(pool.submit(prepare, update) for update in range(min(3, len(batches))))
+        for update in range(3, len(batches) + 3):
+            if update < len(batches):
+                pending.append(pool.submit(prepare, update))
             yield pending.popleft().result()
 
 
@@ -121,10 +115,8 @@ def _pooled_once(tail: Tail, read: Read, rows: Rows) -> Read:
 
 
 def _in_batches(function: Callable[[Any], Any], read: Read, rows: Rows) -> NDArray[np.float32]:
-    starts = range(0, len(rows), BATCH)
-    return np.concatenate(
-        [function(tf.constant(read(rows[at : at + BATCH]))).numpy() for at in starts]
-    )
+    parts = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
+    return np.concatenate([function(tf.constant(read(part))).numpy() for part in parts])
 
 
 class Adam:
@@ -142,7 +134,6 @@ class Adam:
         ]
 
     def apply(self, gradients: Sequence[Any]) -> None:
-        """Update the variables; callable inside a tf.function."""
         updates = self._updates.assign_add(1.0)
         for (variable, m, v), gradient in zip(self._slots, gradients, strict=True):
             tf.raw_ops.ResourceApplyAdam(
@@ -172,7 +163,6 @@ class WeightAverage:
         self._before = updates - round(fraction * updates)
 
     def update(self) -> None:
-        """Take in the present values; callable inside a tf.function."""
         if not self._variables:
             return
         share = 1.0 / tf.maximum(self._updates.assign_add(1.0) - self._before, 1.0)
@@ -180,7 +170,6 @@ class WeightAverage:
             average.assign_add(share * (variable - average))
 
     def keep(self) -> None:
-        """Set the variables to their average."""
         for average, variable in zip(self._averages, self._variables, strict=True):
             variable.assign(average)
 

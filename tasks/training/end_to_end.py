@@ -72,7 +72,6 @@ def fit_end_to_end(
         progress(f"train {plan.name}", next(updates), plan.updates)
 
     def end_epoch(epoch: int, logs: Any) -> None:
-        """Validate the average."""
         nonlocal logits
         step = plan.training.batch_size
         parts = [plan.val[start : start + step] for start in range(0, len(plan.val), step)]

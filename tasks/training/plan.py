@@ -27,10 +27,7 @@ class Epoch:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """One phase, decided before its first update; `train` and `val` are dataset rows.
-
-    Each training photo has so many augmented `copies`; a synthetic hand has none.
-    """
+    """One phase, decided before its first update; `train` and `val` are dataset rows."""
 
     name: str
     phase: PhaseParams
@@ -67,7 +64,7 @@ class Plan:
             yield chosen, np.where(self.synthetic[chosen], 0, orders[chosen, place])
 
     def random(self, purpose: int, number: int) -> np.random.Generator:
-        """Random numbers for one purpose in one epoch or update of this phase."""
+        """Random numbers for one purpose in one epoch or update."""
         return np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), purpose, number])
 
     def targets(self, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -76,7 +73,6 @@ class Plan:
 
 
 def plan_phase(params: Params, name: str | None, dataset: Dataset) -> Plan:
-    """Plan the phase called `name`."""
     if name not in params.phases:
         raise ParamsError(
             f"There is no phase {name!r}, only {', '.join(params.phases)}. "
