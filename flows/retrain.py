@@ -30,7 +30,7 @@ from tasks.io import read_json
 from tasks.model.activations import runner
 from tasks.params import load_params
 from tasks.project import Project
-from tasks.releases.champion import METRICS, Champion, set_champion
+from tasks.releases.champion import METRICS, SAME_PHOTOS, Champion, set_champion
 from tasks.releases.comparison import PromotionDecision, compare_with_champion, record_comparison
 from tasks.releases.release import DATASET_INDEX, Release, fetch
 from tasks.services.dvc import check_trained_on
@@ -317,6 +317,9 @@ def promote(
     """Move the champion."""
     workspace = run.workspace
     scores = run.report.test.model_dump(include=set(METRICS))
+    if found := run.report.comparison:
+        sides = (found["champion"]["accuracy"], found["challenger"]["accuracy"])
+        scores |= dict(zip(SAME_PHOTOS, sides, strict=True))
     with workspace.alias_follows():
         set_champion(
             workspace.storage, workspace.registry, version, champion, reason, scores, by=by

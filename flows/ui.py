@@ -27,7 +27,7 @@ from tasks.gate import shown, shown_interval
 from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.card import table
-from tasks.releases.champion import METRICS
+from tasks.releases.champion import METRICS, draw_quality
 from tasks.releases.comparison import PromotionDecision
 from tasks.scoring.drift import Drift
 from tasks.services.notify import notify
@@ -206,6 +206,9 @@ def show_history(workspace: Workspace) -> None:
     ]
     what = f"Version {moves[-1].version} is champion: {moves[-1].reason}"
     _try(create_table_artifact, rows, key="champion-history", description=what)
+    picture = workspace.project.plots / "quality.png"
+    _try(draw_quality, moves, picture)
+    _markdown("quality", "Scores of each champion.", f"## Quality over time\n{_picture(picture)}")
 
 
 def comparison_text(decision: PromotionDecision) -> str:

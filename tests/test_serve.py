@@ -1,6 +1,7 @@
 """`handsigns serve` as a process, with real releases in real storage."""
 
 import base64
+import io
 import json
 import re
 import signal
@@ -123,6 +124,16 @@ def test_health_and_metrics_name_the_model_and_count(service: Service, first: Re
     assert service.metric('handsigns_request_seconds_bucket{le="+Inf",path="/predict"}') > 0
     assert service.metric("handsigns_follow_problem") == 0
     assert service.metric("process_resident_memory_bytes") > 0
+
+
+def test_the_model_page_shows_card_and_quality_over_time(service: Service) -> None:
+    page = service.client.get("/model").text
+    assert "<h1>Card</h1>" in page
+    assert "<td>2</td>" in page
+    assert "<script>" not in page
+    picture = service.client.get("/model/quality.png")
+    assert picture.headers["Content-Type"] == "image/png"
+    assert Image.open(io.BytesIO(picture.content)).width > 1000
 
 
 def _animation() -> bytes:

@@ -31,6 +31,7 @@ from starlette.requests import ClientDisconnect
 
 from flows.serve.follower import ModelSource
 from flows.serve.limits import Admission, Credentials, Limits
+from flows.serve.model_page import model_routes
 from flows.serve.predict import BODY, Fault, Model, Predictor, Reading, Readings, unusable
 from flows.serve.review import Recorder, review_routes
 from tasks.data.capture import Captures, DecidedError
@@ -154,6 +155,7 @@ def make_app(
         """Classify a photo, or each of several."""
         return await predictor.answer(request)
 
+    app.include_router(model_routes(source))
     routes = review_routes(recorder, predictor.read_one, lambda: source.labels)
     app.include_router(routes, dependencies=[Depends(admission.check)])
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import Counter
 
 from tasks.errors import HandsignsError, ServiceError
-from tasks.releases.champion import Champion, read_champion
+from tasks.releases.champion import Champion, Move, read_champion
 from tasks.services.s3 import Storage
 
 if TYPE_CHECKING:
@@ -25,13 +25,18 @@ RETRY_CHECKS = 12
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that answers; what follows its description is only known of a champion."""
+    """A model that answers; what follows its description is only known of a champion.
+
+    `folder` is that of its release, and `moves` are those of the champion pointer.
+    """
 
     classifier: "Classifier"
     description: str
     version: int | None = None
     release: str | None = None
     promoted_at: str | None = None
+    folder: Path | None = None
+    moves: tuple[Move, ...] = ()
 
     @property
     def told(self) -> str:
@@ -128,15 +133,16 @@ class Follower(ModelSource):
 
         pointer = champion.pointer
         try:
+            folder = fetch(self._storage, pointer.release, self._releases)
             if self.model and self.model.release == pointer.release:
                 classifier = self.model.classifier
             else:
-                classifier = open_release(fetch(self._storage, pointer.release, self._releases))
+                classifier = open_release(folder)
         except ServiceError:
             self._skip = 0
             raise
         description = f"champion, version {pointer.version}, release {pointer.release}"
-        found = (pointer.version, pointer.release, pointer.at)
+        found = (pointer.version, pointer.release, pointer.at, folder, pointer.moves)
         self.model = LoadedModel(classifier, description, *found)
         self._etag, self._rejected, self.problem = champion.etag, None, None
         _log.info("Serving the %s.", description)
