@@ -1,8 +1,7 @@
 """Stage: compute the frozen trunk's activations once for each photo and augmented copy.
 
-A row is cached under its photo, copy and everything else that it depends on; the next run
-computes only what is missing. What is written depends on photos and parameters alone, not on
-what was cached. With `training.mode: end_to_end` the store is empty.
+Only what is missing is computed, and what is written does not depend on what was cached. With
+`training.mode: end_to_end` the store is empty.
 """
 
 import hashlib
@@ -94,10 +93,7 @@ def extract(
 
 
 def _wanted_rows(dataset: Dataset, params: Params) -> Iterator[tuple[Key, int]]:
-    """Every row that a phase reads, and the dataset row of its photo.
-
-    Test photos are scored by the assembled model and need no row.
-    """
+    """Every row that a phase reads, and the dataset row of its photo."""
     largest = max(phase.data_fraction for phase in params.phases.values())
     train = training_rows(dataset, largest, params.seed)
     copies = params.features.augmented_copies

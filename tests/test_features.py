@@ -32,7 +32,6 @@ from tasks.model.activations import (
 )
 from tasks.model.augment import enlarge
 from tasks.model.files import BACKBONE_FILE, TRUNK_FILE
-from tasks.model.inference import QUEUE, Engine
 from tasks.model.network import build_trunk
 from tasks.project import Project
 from tasks.stage import Context
@@ -200,24 +199,6 @@ def test_weights_that_are_damaged_or_missing_are_named(context: Context) -> None
     (context.project.weights("backbone") / TRUNK_FILE).unlink()
     with pytest.raises(BackboneError, match="Run the backbone stage"):
         extract(context)
-
-
-def test_a_stream_gives_each_pictures_result_and_reads_few_ahead(graph: Path) -> None:
-    one, two = (Engine(graph, cores) for cores in (1, 2))
-    pictures = np.random.default_rng(0).integers(0, 256, (40, SIZE, SIZE, 3), np.uint8)
-    taken = 0
-
-    def coming() -> Iterator[np.ndarray]:
-        nonlocal taken
-        for picture in pictures:
-            taken += 1
-            yield picture
-
-    for done, row in enumerate(two.stream(coming())):
-        assert np.array_equal(row, one(pictures[done]))
-        assert taken <= done + 1 + 2 * QUEUE
-    assert taken == done + 1 == len(pictures)
-    assert list(two.stream([])) == []
 
 
 Shards = Callable[[], Iterator[Shard]]

@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from tasks.errors import DataError
-from tasks.rendering.appearance import FRAME, SIDE, Light, light_on_wall
+from tasks.rendering.appearance import FRAME
 from tasks.rendering.hand import (
     BONES,
     INDEX,
@@ -24,7 +24,6 @@ from tasks.rendering.hand import (
     Part,
     capsules,
     pose,
-    unit,
 )
 from tasks.rendering.raycast import Camera, cast
 from tasks.rendering.scene import Turn, draw, frame_hand, is_legible, turned
@@ -148,19 +147,6 @@ def test_hardly_any_of_the_hand_is_cut_off(label: int, seed: int) -> None:
     inside = (np.abs((ends[:, :2] - camera.centre) * scale) <= FRAME / 2).all(axis=1)
     assert inside.mean() > 0.75
     assert 0.02 < cast(hand, camera).seen.mean() < 0.85
-
-
-@pytest.mark.parametrize("side", [-1.0, 1.0])
-def test_the_shadow_falls_on_the_side_away_from_the_lamp(side: float) -> None:
-    camera = Camera(60.0, 60.0 * FRAME / 40.0, (0.0, 5.0), FRAME)
-    hits = cast(capsules(drawn(5, 3)), camera)
-    beside, front = (
-        light_on_wall(hits, lamp, camera, 8.0, np.random.default_rng(1))[0]
-        for towards in ([side, 0.0, 1.0], [0.0, 0.0, 1.0])
-        for lamp in [Light(unit(np.array(towards)), np.ones(3), np.zeros(3))]
-    )
-    lost = np.maximum(front - beside, 0.0).sum(axis=0)
-    assert ((lost * np.arange(SIDE)).sum() / lost.sum() - SIDE / 2) * side < -2.5
 
 
 def test_the_bytes_of_a_photo_are_the_same_on_every_machine() -> None:

@@ -34,7 +34,7 @@ from tasks.stage import Context, silent
 from tasks.train import run as train
 from tasks.training.cached import Adam, WeightAverage, mixstyle, random_erasing
 from tasks.training.end_to_end import fit_end_to_end
-from tasks.training.plan import Plan, plan_phase, score_logits
+from tasks.training.plan import Plan, plan_phase
 from tests.fixtures.models import SIZE, Workshop, changed, copied, with_phases
 from tests.fixtures.photos import STILL
 
@@ -96,12 +96,6 @@ def test_a_phase_plans_its_own_order_of_the_shared_photos(workshop: Workshop) ->
     assert first not in (later, others)
     with pytest.raises(ParamsError, match="no phase 'head', only base, fine_tune, full"):
         plan_phase(context.params, "head", dataset)
-
-
-def test_loss_of_logits_is_the_cross_entropy_and_stays_finite() -> None:
-    assert score_logits(np.zeros((12, 6)), np.arange(12) % 6) == pytest.approx((np.log(6), 1 / 6))
-    logits = np.array([[1e4, 0, 0, 0, 0, 0]], np.float32)
-    assert score_logits(logits, np.array([1]))[0] == pytest.approx(1e4)
 
 
 @pytest.fixture

@@ -13,10 +13,7 @@ INPUT_SIZE = 224
 
 
 def enlarge(images: NDArray[np.uint8], size: int = INPUT_SIZE) -> NDArray[np.uint8]:
-    """Enlarge photos to the model's input; uint8 (n, d, d, 3) -> uint8 (n, size, size, 3).
-
-    Bilinear with half-pixel centers, as `tf.image.resize` does by default.
-    """
+    """Enlarge photos as `tf.image.resize`; uint8 (n, d, d, 3) -> uint8 (n, size, size, 3)."""
     enlarged = np.empty((len(images), size, size, 3), np.uint8)
     transform = _affine(images.shape[1], size)
     for image, result in zip(images, enlarged, strict=True):
@@ -82,10 +79,7 @@ def _affine(
     scale: float = 1.0,
     shift: tuple[float, float] = (0.0, 0.0),
 ) -> NDArray[np.float64]:
-    """Matrix that maps pixel centers of a picture with side `source` to side `size`.
-
-    Flips first; the angle is in radians, the shift in shares of the side.
-    """
+    """Matrix that maps pixel centers of a picture with side `source` to side `size`."""
     factor = scale * size / source
     cosine, sine = factor * np.cos(angle), factor * np.sin(angle)
     linear = np.array([[cosine, -sine], [sine, cosine]])

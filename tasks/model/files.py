@@ -73,10 +73,7 @@ def set_weights(layers: Iterable[Any], weights: Mapping[str, np.ndarray]) -> Non
 
 
 def export_graph(model: Any) -> bytes:
-    """Serialize a Keras model as a `GraphDef` for uint8 (n, size, size, 3), RGB.
-
-    It runs without TensorFlow, whose import alone takes longer than running the graph.
-    """
+    """Serialize a Keras model as a `GraphDef` for uint8 (n, size, size, 3), RGB."""
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import (
         convert_variables_to_constants_v2,

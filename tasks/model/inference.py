@@ -37,9 +37,8 @@ CERTAIN_ABOVE = 0.6
 
 
 class Engine:
-    """Run a graph of `tasks.model.files` with OpenVINO; safe to use from several threads.
+    """Run a graph with OpenVINO, `cores` pictures at a time; safe to use from several threads.
 
-    `cores` pictures are processed at a time, by default as many as there are usable cores.
     With `embeddings` it computes what the head's dense layer reads.
     """
 

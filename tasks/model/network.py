@@ -42,10 +42,7 @@ MatMul = Callable[[Any, Any], Any]
 
 
 def reset_names() -> None:
-    """Number layers from the start, or names in files depend on the models built before.
-
-    It would end the scope of a distribution strategy: call it before that begins.
-    """
+    """Number layers from the start, or names in files depend on the models built before."""
     if not tf.distribute.has_strategy():
         keras.backend.clear_session(free_memory=False)
 
@@ -103,10 +100,10 @@ def backbone_of(model: Any) -> Any:
 
 
 def freeze(model: Any, trainable_layers: int) -> None:
-    """Unfreeze the top N layers of the backbone and the head; BatchNorm stays frozen.
+    """Unfreeze the top N layers of the backbone and the head.
 
     BatchNorm is frozen as layers: under `fit` Keras 3.15 passes `training=True` to nested
-    models even where they were called with False, and their statistics would move.
+    models, and its statistics would move.
     """
     layers = backbone_of(model).layers
     for index, layer in enumerate(layers):
@@ -148,9 +145,7 @@ def _augmentation(params: AugmentationParams, size: int, seed: int) -> Any:
 class Tail:
     """Block 7a, the top and the head, with variables of its own; BatchNorm never trains.
 
-    The weights are those of a phase, or of the backbone, which gets a fresh head. Logits come
-    before the head's softmax, so that loss and temperature stay exact for confident
-    predictions.
+    The weights are those of a phase, or of the backbone, which gets a fresh head.
     """
 
     def __init__(
@@ -221,10 +216,7 @@ class Tail:
 
 
 def usable_precision(wanted: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Fall back to float32 where TensorFlow would emulate bfloat16, which takes longer.
-
-    That is without oneDNN, or without the processor's instructions for it.
-    """
+    """Fall back to float32 where TensorFlow would emulate bfloat16, which takes longer."""
     if os.environ.get("TF_ENABLE_ONEDNN_OPTS") == "0" or not cpuinfo.is_file():
         return FULL
     lines = cpuinfo.read_text().splitlines()

@@ -19,11 +19,7 @@ BLEND = 0.55
 
 @dataclass(frozen=True)
 class Camera:
-    """Looks from (0, 0, distance) along -z; a picture of `size` pixels, its y down.
-
-    A length at z = 0 appears `focal / distance` times as large, in pixels; the middle shows
-    `centre`, in cm.
-    """
+    """Looks from (0, 0, distance) along -z; the middle of its `size` pixels shows `centre`."""
 
     distance: float
     focal: float

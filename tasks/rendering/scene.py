@@ -103,11 +103,7 @@ def _draw_turn(label: int, random: np.random.Generator) -> Turn:
 
 
 def is_legible(label: int, hand: Hand, turn: Turn) -> bool:
-    """Whether a view shows the sign, and not another one because something is hidden.
-
-    The camera must see raised fingers from the side and each beside the others, a raised
-    thumb beside hand and fingers, and a folded one before or behind them.
-    """
+    """Whether a view shows raised fingers from the side and apart, and the thumb where it is."""
     if label == 0:
         return True
     x, y, _ = turn.apply(hand.joints.transpose(2, 0, 1))

@@ -25,11 +25,7 @@ COMPONENTS = 32
 
 @dataclass(frozen=True)
 class Drift:
-    """One comparison with the reference.
-
-    `value` is a population stability index or an AUC, with its `interval` at `LEVEL`; None
-    with too few samples.
-    """
+    """A population stability index or an AUC; no `value` with too few samples."""
 
     name: str
     value: float | None

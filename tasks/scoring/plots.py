@@ -83,10 +83,7 @@ def confusion(scores: Scores) -> Figure:
 
 
 def roc_pr(p: np.ndarray, y: np.ndarray, names: Sequence[str]) -> Figure:
-    """Draw ROC and precision-recall curves, each class against the rest.
-
-    Here and below `p` is float64, (n, classes), and `y` int64, (n,).
-    """
+    """Draw ROC and precision-recall curves, each class against the rest."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     roc, pr = figure.subplots(1, 2)
     shown = [*range(len(names))]

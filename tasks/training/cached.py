@@ -29,8 +29,7 @@ def fit_cached(
 ) -> tuple[list[Epoch], NDArray[np.float32]]:
     """Train `tail` in place and keep the averaged weights; curve and validation logits.
 
-    Where only the head trains, each row is pooled once and the epochs run on the pooled
-    vectors. `names` are those of the dataset's rows; logits are float32 (m, labels).
+    Where only the head trains, each row is pooled once. `names` are those of dataset rows.
     """
 
     def rows_of(photos: Rows, copies: Rows) -> Rows:

@@ -52,8 +52,7 @@ def fit_end_to_end(
 ) -> tuple[list[Epoch], NDArray[np.float32]]:
     """Train `model`, built in the scope of `find_strategy`, in place, and keep the average.
 
-    Returns the learning curve and the validation logits, float32 (m, labels), up to a
-    constant for each photo; the same on every worker.
+    Returns the learning curve and the validation logits, up to a constant for each photo.
     """
     strategy = find_strategy()
     with strategy.scope():

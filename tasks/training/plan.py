@@ -52,8 +52,7 @@ class Plan:
     def batches(self, epoch: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Yield positions in `train` and copy numbers of one epoch, counted from 0.
 
-        Each photo comes once an epoch, and goes through all of its copies, in an order of its
-        own, before one comes again.
+        Each photo goes through all of its copies before one comes again.
         """
         cycle, place = divmod(epoch, self.copies + 1)
         every = np.tile(np.arange(self.copies + 1), (len(self.train), 1))
@@ -96,10 +95,7 @@ def plan_phase(params: Params, name: str | None, dataset: Dataset) -> Plan:
 
 
 def training_rows(dataset: Dataset, fraction: float, seed: int) -> NDArray[np.int64]:
-    """Choose a fraction of each class of photos and synthetic hands, in ascending order.
-
-    Smaller fractions are nested in larger ones.
-    """
+    """Choose a fraction of each class; smaller fractions are nested in larger ones."""
     rows = np.concatenate([dataset.rows("train"), dataset.rows(SYNTHETIC)])
     names = [dataset.names[row] for row in rows]
     return rows[stratified_sample(names, dataset.labels[rows], fraction, seed)]
