@@ -1,6 +1,5 @@
 """Features on a Dask cluster."""
 
-import asyncio
 import logging
 import warnings
 from collections import deque
@@ -56,29 +55,7 @@ def _on_dask(
                 submit(1)
                 yield from zip(shard.keys, rows, strict=True)
     except (OSError, TimeoutError, CancelledError) as error:
-        raise _unreachable(address, type(error).__name__) from error
-
-
-def check_scheduler(address: str, seconds: float) -> None:
-    """Raise `ServiceError` unless a Dask scheduler answers at an address in time."""
-    from distributed.core import rpc
-    from distributed.security import Security
-
-    async def ask() -> Any:
-        security = Security().get_connection_args("client")  # type: ignore[no-untyped-call]
-        async with rpc(address, timeout=seconds, connection_args=security) as scheduler:  # type: ignore[no-untyped-call]
-            return await scheduler.identity()
-
-    try:
-        kind = asyncio.run(asyncio.wait_for(ask(), seconds))["type"]
-    except Exception as error:  # whatever another program's answer leads to
-        kind = str(error) or type(error).__name__
-    if kind != "Scheduler":
-        raise _unreachable(address, kind)
-
-
-def _unreachable(address: str, reason: str) -> ServiceError:
-    return ServiceError(
-        f"No Dask scheduler answers at {address} ({reason}). "
-        "Check HANDSIGNS_DASK_ADDRESS and the scheduler, or unset it to compute here."
-    )
+        raise ServiceError(
+            f"No Dask scheduler answers at {address} ({type(error).__name__}). "
+            "Check HANDSIGNS_DASK_ADDRESS and the scheduler, or unset it to compute here."
+        ) from error

@@ -80,10 +80,7 @@ def deploy(
     pool: str = POOL,
     silence: float = SILENCE_SECONDS,
 ) -> list[str]:
-    """Register pools, deployments and automations; return the names of the deployments.
-
-    `silence` is how many seconds without an event make a run count as crashed.
-    """
+    """Register pools, deployments and automations; return the names of the deployments."""
     names, declared = declared_deployments(project, pool)
     point_prefect_at(api, project.local.resolve(), settings)
     templates = {name: pool_template(project, kind) for name, kind in POOLS.items()}

@@ -139,23 +139,21 @@ class RunReport(_Part):
 
     def facts(self) -> list[tuple[str, str]]:
         """What happened, how good it is and compared with what, for terminal and UI."""
-        rows, new = [("why", self.reason)], self.status != "unchanged"
+        rows, test, new = [("why", self.reason)], self.test, self.status != "unchanged"
         if self.phases and new:
             spent = [f"{one.name} {one.seconds:.0f} s" for one in self.phases if one.seconds]
-            trained = ", ".join(spent) or "restored; nothing changed for training"
-            rows += [("photos", self.data.describe()), ("trained", trained)]
-        test = self.test
+            rows.append(("photos", self.data.describe()))
+            rows.append(("trained", ", ".join(spent) or "restored; nothing changed for training"))
         if test.accuracy is not None:
             low, high = test.accuracy_interval or (0.0, 1.0)
-            scores = [("loss", test.loss), ("AUC", test.auc), ("ECE", test.ece)]
-            more = [f"{name} {value:.4f}" for name, value in scores if value is not None]
+            scores = {"loss": test.loss, "AUC": test.auc, "ECE": test.ece}
+            more = [f", {name} {value:.4f}" for name, value in scores.items() if value is not None]
             accuracy = f"accuracy {test.accuracy:.4f} ({low:.3f} to {high:.3f})"
-            rows.append(("test", ", ".join([accuracy, *more])))
-        if checks := self.gate.checks:
+            rows.append(("test", accuracy + "".join(more)))
+        if self.gate.checks:
             failed = "; ".join(self.gate.failures())
-            rows.append(
-                ("gate", f"failed: {failed}" if failed else f"passed, {len(checks)} checks")
-            )
+            passed = f"passed, {len(self.gate.checks)} checks"
+            rows.append(("gate", f"failed: {failed}" if failed else passed))
         if found := self.comparison:
             before, after = found["champion"], found["challenger"]
             moved = [f"{k} {before[k]:.4f} -> {after[k]:.4f}" for k in ("accuracy", "loss")]
@@ -241,7 +239,6 @@ def data_changes(project: Project, former: Any, since: int | None) -> DataChange
         {photo["name"]: photo["label"] for photo in one["photos"]}
         for one in (former or {"photos": []}, index)
     )
-    labels = dict.fromkeys([*index["labels"], *sorted(before.values())])
     added, removed = now.keys() - before.keys(), before.keys() - now.keys()
     counts = {
         "before": Counter(before.values()),
@@ -249,14 +246,15 @@ def data_changes(project: Project, former: Any, since: int | None) -> DataChange
         "removed": Counter(before[name] for name in removed),
         "now": Counter(now.values()),
     }
+    labels = dict.fromkeys([*index["labels"], *sorted(before.values())])
+    each = {label: {name: count[label] for name, count in counts.items()} for label in labels}
+    kept = before.keys() & now.keys()
     return DataChanges(
         since=since,
         added=len(added),
         removed=len(removed),
-        relabelled=sum(before[name] != now[name] for name in before.keys() & now.keys()),
-        per_class={
-            label: {name: count[label] for name, count in counts.items()} for label in labels
-        },
+        relabelled=sum(before[name] != now[name] for name in kept),
+        per_class=each,
     )
 
 

@@ -99,14 +99,7 @@ def _monitor(workspace: Workspace, hours: int, retrain_after: int) -> State[Any]
 
 
 def compare_with_reference(release: Path, counts: Counts, store: Store, hours: int) -> list[Drift]:
-    """Compare labels, confidences and embeddings of a window with a release's reference.
-
-    Args:
-        release: folder of the fetched release.
-        counts: what the service answered.
-        store: where the service keeps photos.
-        hours: length of the window.
-    """
+    """Compare answers and kept photos of a window with the reference of a fetched release."""
     with np.load(release / "reference.npz") as reference:
         window = [counts.labels[label] for label in read_json(release / "labels.json")]
         confidences = [counts.confidences[number] for number in range(BINS)]
@@ -132,18 +125,7 @@ def _embed(release: Path, store: Store, hours: int) -> NDArray[np.float32]:
 def remove_unneeded(
     workspace: Workspace, keep: int, days: float, dry_run: bool = False, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Remove old releases, cached photos that nothing names, and records of old runs.
-
-    Args:
-        workspace: the checkout and its services.
-        keep: rollback depth; this many champions before the present one stay.
-        days: what is younger stays.
-        dry_run: only report; the size of cached photos is not known then.
-        progress: called for each release.
-
-    Returns:
-        `releases`, `kept` with reasons, `bytes`, `local`, `cache_bytes` and `runs`.
-    """
+    """Remove old releases, cached photos that nothing names, and records of old runs."""
     project, storage = workspace.project, workspace.storage
     with retrain_lock(project):
         found = prune_releases(project, storage, workspace.registry, keep, days, dry_run, progress)

@@ -143,12 +143,6 @@ def test_missing_and_damaged_files_are_named_before_a_server_is_asked_or_started
     assert not logs & {"mlflow", "prefect", "worker"}
 
 
-def test_open_prints_an_address(workshop: Workshop) -> None:
-    named = {"PREFECT_API_URL": "https://prefect.example/api"}
-    assert workshop.handsigns("open", "prefect", **named)["url"] == "https://prefect.example"
-    assert workshop.handsigns("open", "page")["url"] == "http://127.0.0.1:8000"
-
-
 def test_two_releases_are_compared_on_the_same_photos(
     storage: Storage, graphs: tuple[bytes, bytes], tmp_path: Path
 ) -> None:
@@ -166,20 +160,6 @@ def test_two_releases_are_compared_on_the_same_photos(
     assert picture is not None
     assert Image.open(picture).width >= 1000
     assert compare_releases(project, {"1": releases["1"], "again": releases["1"]})[1] is None
-
-
-def test_an_interrupted_command_says_what_that_means(workshop: Workshop) -> None:
-    code = (
-        "import signal, sys\n"
-        "from flows import cli, versions\n"
-        # A shell has what it starts in the background ignore the signal.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "versions.open_workspace = lambda: signal.raise_signal(signal.SIGINT)\n"
-        "sys.argv = ['handsigns', 'status']\n"
-        "cli.main()\n"
-    )
-    done = workshop.run("python", "-c", code, code=130)
-    assert done.stderr == "Interrupted. Nothing is lost; run again to continue.\n"
 
 
 def test_import_says_what_was_taken_and_what_not_and_why(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
-from flows.dask import check_scheduler, shard_runner
+from flows.dask import shard_runner
 from flows.local.processes import choose_ports
 from tasks import features as stage
 from tasks.data.dataset import open_dataset
@@ -233,7 +233,6 @@ def test_a_cluster_is_waited_for_and_gives_the_same_bytes_whoever_dies(
 ) -> None:
     alone = [(key, row.tobytes()) for key, row in shard_runner(None)(shards(), graph)]
     address = dask_cluster.address
-    check_scheduler(address, 10)
     made = shard_runner(address, patience=5)(shards(), graph)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(next, made)

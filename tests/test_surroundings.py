@@ -206,19 +206,18 @@ def place(graphs: tuple[bytes, bytes], tmp_path_factory: pytest.TempPathFactory)
 def _write_files(folder: Path) -> None:
     kept = shutil.ignore_patterns("cache", "tmp", "prefect", "programs", "tests", "*.sock")
     shutil.copytree(folder / "checkout", folder / "idle", symlinks=True, ignore=kept)
-    for name, content in {
-        "aws": "[default\nregion = ???",
-        "keras/keras.json": '{"image_data_format": "channels_first", "backend": "jax"}',
-        "foreign/flows.py": "raise SystemExit('not yours')",
-        "foreign/tasks/__init__.py": "raise SystemExit('not yours')",
-    }.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(content)
-    (folder / "what?").mkdir()
-    for name in ("dvc.yaml", "params.yaml"):
-        shutil.copy(folder / "checkout" / name, folder / "what?")
     newer = folder / "idle/.local/prefect/prefect.db"
-    newer.parent.mkdir()
+    for path, content in {
+        folder / "aws": "[default\nregion = ???",
+        folder / "keras/keras.json": '{"image_data_format": "channels_first", "backend": "jax"}',
+        folder / "foreign/flows.py": "raise SystemExit('not yours')",
+        folder / "foreign/tasks/__init__.py": "raise SystemExit('not yours')",
+        folder / "what?/dvc.yaml": "",
+        folder / "what?/params.yaml": (folder / "checkout/params.yaml").read_text(),
+        newer: "",
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
     with closing(sqlite3.connect(newer)) as database:
         database.execute("create table alembic_version (version_num text)")
         database.execute("insert into alembic_version values ('of-the-future')")

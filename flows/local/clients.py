@@ -170,10 +170,6 @@ def check_reachable(settings: Settings) -> None:
         import prefect.client.orchestration  # noqa: F401
 
         checks.append(lambda: asyncio.run(_check_prefect(str(settings.prefect_api_url))))
-    if settings.dask_address:
-        from flows.dask import check_scheduler
-
-        checks.append(partial(check_scheduler, settings.dask_address, CHECK_SECONDS))
     with ThreadPoolExecutor() as pool:
         for outcome in [pool.submit(check) for check in checks]:
             outcome.result()
