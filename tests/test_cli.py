@@ -179,6 +179,11 @@ def test_import_says_what_was_taken_and_what_not_and_why(tmp_path: Path) -> None
     again = made.run("handsigns", "import", photos).stdout
     assert "already there" in again
     assert report["version"] in again
+    (photos / "4").rename(photos / "four")
+    said = made.run("handsigns", "import", photos, "--replace", code=1).stderr
+    unknown = "unknown label folder: 'four' is none of 0, 1, 2, 3, 4, 5; 3 files quarantined. To "
+    assert f"{unknown}take a source's folders as the labels: --replace --set-labels." in said
+    assert "there are none in train/4" in said
     # A damaged data.dvc is named before photos are replaced.
     before = sorted(path.name for path in project.data.rglob("*.png"))
     other = write_photos(tmp_path / "other", per_class=3, seed=3)
