@@ -8,39 +8,13 @@ from tasks.stage import collect_rarely
 
 THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
 
-LONGEST = (
-    "test_retrain",
-    "test_up",
-    "test_promotion",
-    "test_trust",
-    "test_surroundings",
-    "test_cli",
-    "test_browser",
-    "test_serve",
-    "test_publish_crashes",
-    "test_dvc",
-    "test_registry",
-    "test_service_faults",
-    "test_training",
-    "test_backbone",
-)
+LONGEST = ("retrain", "up", "promotion", "trust", "surroundings", "cli", "browser", "serve")
+LONGEST += ("publish_crashes", "dvc", "registry", "service_faults", "training", "backbone")
 """Files in the order of their duration."""
 
-pytest_plugins = (
-    "tests.fixtures.session",
-    "tests.fixtures.photos",
-    "tests.fixtures.models",
-    "tests.fixtures.programs",
-    "tests.fixtures.postgresql",
-    "tests.fixtures.servers",
-    "tests.fixtures.prefect_api",
-    "tests.fixtures.service",
-    "tests.fixtures.captures",
-    "tests.fixtures.trained",
-    "tests.fixtures.earlier",
-    "tests.fixtures.browser",
-    "tests.fixtures.dask_cluster",
-)
+FIXTURES = ("session", "photos", "models", "programs", "postgresql", "servers", "prefect_api")
+FIXTURES += ("service", "captures", "trained", "earlier", "browser", "dask_cluster")
+pytest_plugins = [f"tests.fixtures.{name}" for name in FIXTURES]
 
 
 def pytest_configure() -> None:
@@ -55,5 +29,5 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest, so that none of them runs alone at the end."""
-    rank = {name: place for place, name in enumerate(LONGEST)}
+    rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))

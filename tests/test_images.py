@@ -12,14 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tasks.data.images import (
-    LARGE_PIXELS,
-    MAX_BYTES,
-    MAX_SCANS,
-    decode,
-    is_large,
-    normalize,
-)
+from tasks.data.images import LARGE_PIXELS, MAX_BYTES, MAX_SCANS, decode, is_large, normalize
 from tasks.errors import ImageError
 from tests.fixtures.photos import photo
 

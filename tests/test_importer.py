@@ -61,8 +61,11 @@ def source(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def test_photos_are_stored_under_their_content_and_added(project: Project, photos: Photos) -> None:
-    report = import_photos(project, photos("a", 2))
+    news: list[tuple[str, int, int]] = []
+    report = import_photos(project, photos("a", 2), progress=lambda *one: news.append(one))
     assert report.imported == dict.fromkeys(EVERY, 2)
+    assert news[0] == ("read", 1, 12)
+    assert ("read", 12, 12) in news
     assert sorted(tree(project.data).values()) == sorted(tree(photos("a", 2)).values())
     assert not project.staging.exists()
 

@@ -116,7 +116,7 @@ def test_a_mistaken_inbox_is_one_clear_line(
 
 
 def test_objects_are_imported_by_name_and_etag(
-    project: Project, storage: Storage, tmp_path: Path
+    project: Project, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos = write_photos(tmp_path / "photos", per_class=1)
     client = storage._client
@@ -132,6 +132,9 @@ def test_objects_are_imported_by_name_and_etag(
         content = (photos / f"{label}/0000.png").read_bytes()
         put(f"in/train/{label}/my photo ({label}) ü.png", content)
     put("inside/3/other.png", content)
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.data.importer.MAX_FILES", 3)
+        assert len(list_bucket(storage, "in/")) == 4  # one more, to see that there are too many
     first = look()
     client.delete_object(Bucket=storage.address.bucket, Key="in/train/0/my photo (0) ü.png")
     report = first.import_new()
