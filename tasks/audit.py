@@ -38,7 +38,7 @@ CLOSEST = 100
 
 _BLOCK = 256
 _GRID = 4
-_ROUNDING = 0.1  # of float32 sums, as a root-mean-square difference
+_ROUNDING = 0.01  # of the sums below, as a root-mean-square difference
 
 Rows = NDArray[np.int64]
 Report = dict[str, Any]
@@ -201,7 +201,7 @@ def find_near_duplicates(stats: ImageStats, kinds: Rows, params: AuditParams) ->
     """
     pictures, hashes, mirrored = stats.pictures, stats.hashes, stats.mirrored
     colors = _coarse_colors(pictures)
-    brightness = colors.mean(axis=1, dtype=np.float64)
+    brightness = colors.mean(axis=1)
     order = np.argsort(brightness, kind="stable")
     squares, reach = np.square(colors).sum(axis=1), params.max_rms_difference + _ROUNDING
     closest: dict[tuple[int, int], float] = {}
@@ -245,12 +245,12 @@ def find_near_duplicates(stats: ImageStats, kinds: Rows, params: AuditParams) ->
     )
 
 
-def _coarse_colors(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Mean colors of a 4x4 grid's cells and their mirror images, float32 (n, 24)."""
+def _coarse_colors(pictures: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Mean colors of a 4x4 grid's cells and their mirror images, (n, 24)."""
     count, side = pictures.shape[:2]
     cells = pictures.reshape(count, _GRID, side // _GRID, _GRID, side // _GRID, 3)
-    means = cells.mean(axis=(2, 4), dtype=np.float32)
-    both: NDArray[np.float32] = (means + means[:, :, ::-1])[:, :, : _GRID // 2] / 2
+    means = cells.mean(axis=(2, 4))
+    both: NDArray[np.float64] = (means + means[:, :, ::-1])[:, :, : _GRID // 2] / 2
     return both.reshape(count, -1)
 
 
