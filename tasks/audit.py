@@ -103,8 +103,7 @@ def measure(data: Path, photos: Sequence[Photo], progress: Progress) -> ImageSta
 
 def _measure(picture: Pixels) -> tuple[Pixels, int, int]:
     small = resize_square(picture, COMPARED)
-    mirror_image = np.ascontiguousarray(small[:, ::-1])
-    return small, perceptual_hash(small), perceptual_hash(mirror_image)
+    return small, perceptual_hash(small), perceptual_hash(np.fliplr(small))
 
 
 def audit(
@@ -251,7 +250,7 @@ def _coarse_colors(pictures: NDArray[np.uint8]) -> NDArray[np.float64]:
     cells = pictures.reshape(count, _GRID, side // _GRID, _GRID, side // _GRID, 3)
     means = cells.mean(axis=(2, 4))
     both: NDArray[np.float64] = (means + means[:, :, ::-1])[:, :, : _GRID // 2] / 2
-    return both.reshape(count, -1)
+    return both.reshape(count, 6 * _GRID)
 
 
 def draw_audit(

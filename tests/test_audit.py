@@ -310,3 +310,26 @@ def test_a_class_that_exclusion_makes_too_small_is_refused(context: Context, cop
     remove(context, "0", range(2, 6))
     with pytest.raises(DataError, match=r"needs 3 or more.* have fewer: 0 \(2\)"):
         audit.run(context)
+
+
+def test_the_picture_shows_samples_of_each_class_and_pairs_below(
+    context: Context, copy: Copy
+) -> None:
+    copy("train/2/0001.png", "train/2/copy.png")
+    audit.run(context)
+    sheet = np.asarray(Image.open(context.project.plots / "audit.png"))
+    step, last = audit.COMPARED + audit.GAP, audit.SAMPLES - 1
+    assert sheet.shape == (8 * step - audit.GAP, audit.SAMPLES * step - audit.GAP, 3)
+
+    def tile(row: int, column: int) -> np.ndarray:
+        top, left = row * step, column * step
+        return sheet[top : top + audit.COMPARED, left : left + audit.COMPARED]
+
+    def stored(name: str) -> np.ndarray:
+        return np.asarray(Image.open(context.project.data / f"train/{name}.png"))
+
+    number = last * 6 // audit.SAMPLES
+    shown = {(0, 0): "0/0000", (0, last): f"0/{number:04d}", (5, 0): "5/0000"}
+    for place, name in (shown | {(7, 0): "2/0001", (7, 1): "2/copy"}).items():
+        assert np.array_equal(tile(*place), stored(name))
+    assert tile(6, 0).min() == tile(7, 2).min() == sheet[audit.COMPARED].min() == 255

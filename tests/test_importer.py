@@ -185,6 +185,8 @@ def test_the_quarantine_has_what_was_rejected_and_why(
         safe = re.compile(r"[a-z_]+/[0-9a-f]{12}-[A-Za-z0-9._-]{5,80}")
         assert all(map(safe.fullmatch, copies))
         assert any(copy.endswith("-b.png") for copy in copies)
+    unknown = "unknown label folder: '7' is none of 0, 1, 2, 3, 4, 5; 1 files quarantined"
+    assert report.unknown_folders() == [unknown]
     shown = json.loads(json.dumps(report.to_json()))
     assert shown["already_there"] == {"train": {"0": 1}, "test": {}}
     assert shown["quarantined"] == [asdict(file) for file in report.quarantined]
