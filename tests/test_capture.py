@@ -1,8 +1,6 @@
 """Photos of predictions that the service keeps, and what people decide on them."""
 
 import random
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -20,16 +18,9 @@ from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.captures import RULES, Place, capture, comment, picture
 from tests.fixtures.photos import with_params
 from tests.fixtures.servers import new_bucket
-from tests.fixtures.service import Service, named
+from tests.fixtures.service import Service, named, soon
 
 TOKEN = "a token of sixteen or more"
-
-
-def soon(seen: Callable[[], Any]) -> None:
-    ends = time.monotonic() + 20
-    while not seen():
-        assert time.monotonic() < ends, "it did not happen within 20 s"
-        time.sleep(0.05)
 
 
 def outcomes(service: Service) -> dict[str, float]:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from io import BytesIO
@@ -26,7 +26,7 @@ from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.checkouts import BIN
 from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.servers import new_bucket
-from tests.fixtures.service import Service, grey, named, point, publish_graph, serving
+from tests.fixtures.service import Service, grey, named, point, publish_graph, serving, soon
 
 TOKEN = "a token of sixteen or more"
 
@@ -66,23 +66,22 @@ def head(*headers: str) -> bytes:
     return "\r\n".join([*lines, *headers, "", ""]).encode()
 
 
-def soon(seen: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not seen():
-        assert time.monotonic() < deadline, "it did not happen within 20 s"
-        time.sleep(0.1)
+def sent(content: bytes, kind: str = "application/json") -> dict[str, Any]:
+    return {"content": content, "headers": {"content-type": kind}}
+
+
+def image(content: bytes) -> dict[str, Any]:
+    return sent(content, "image/png")
 
 
 def test_every_form_of_a_request_gets_the_same_reading(service: Service, first: Release) -> None:
     for sign in range(6):
         photo = grey(sign)
-        image = base64.b64encode(photo).decode()
-        answers = [
-            service.predict(photo),
-            service.client.post("/predict", json={"image": image}),
-            service.client.post("/predict", json={"image": f"data:image/png;base64,{image}"}),
-            service.client.post("/predict", content=photo, headers={"content-type": "image/png"}),
-        ]
+        text = base64.b64encode(photo).decode()
+        forms = [image(photo), {"json": {"image": text}}]
+        forms += [{"json": {"image": f"data:image/png;base64,{text}"}}]
+        answers = [service.predict(photo)]
+        answers += [service.client.post("/predict", **form) for form in forms]
         found = answers[0].json()
         assert [answer.json() for answer in answers] == [found] * 4
         assert (found["label"], found["certain"]) == (str(sign), True)
@@ -133,52 +132,45 @@ def test_the_model_page_shows_card_and_quality_over_time(service: Service) -> No
     assert "<script>" not in page
     picture = service.client.get("/model/quality.png")
     assert picture.headers["Content-Type"] == "image/png"
-    assert Image.open(io.BytesIO(picture.content)).width > 1000
+    assert Image.open(BytesIO(picture.content)).width > 1000
 
 
-def _animation() -> bytes:
+def animation() -> bytes:
     file = BytesIO()
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
     return file.getvalue()
 
 
-def _header_of(width: int, height: int) -> bytes:
+def bomb() -> bytes:
+    """A PNG whose header claims 81 megapixels."""
     content = bytearray(grey(1))
-    content[16:24] = width.to_bytes(4) + height.to_bytes(4)
+    content[16:24] = (9000).to_bytes(4) * 2
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4)
     return bytes(content)
 
 
-def _form(content: bytes, field: str = "file") -> dict[str, Any]:
-    return {"files": {field: ("a.png", content)}}
-
-
-def _body(content: bytes, kind: str = "application/json") -> dict[str, Any]:
-    return {"content": content, "headers": {"content-type": kind}}
-
-
 BAD: dict[str, tuple[int, str, dict[str, Any]]] = {
-    "text": (415, "not an image", _form(b"just words")),
-    "empty": (422, "zero bytes", _form(b"")),
-    "half": (422, "truncated|damaged", _form(grey(1)[:90])),
-    "small": (422, "too small", _form(grey(1, side=8))),
-    "animated": (422, "animated", _form(_animation())),
-    "a bomb": (422, "too many pixels", _form(_header_of(9000, 9000))),
-    "no file": (400, "'file'", _form(grey(1), "photo")),
+    "text": (415, "not an image", image(b"just words")),
+    "empty": (422, "zero bytes", image(b"")),
+    "half": (422, "truncated|damaged", image(grey(1)[:90])),
+    "small": (422, "too small", image(grey(1, side=8))),
+    "animated": (422, "animated", image(animation())),
+    "a bomb": (422, "too many pixels", image(bomb())),
+    "no file": (400, "'file'", {"files": {"photo": ("a.png", grey(1))}}),
     "17 files": (400, "files", {"files": [("file", ("a", b"a"))] * 17}),
+    "no form": (400, ".", sent(b"--x", "multipart/form-data")),
+    "text body": (415, "text/plain", sent(b"a", "text/plain")),
+    "nothing": (415, "sent as ''", {}),
     "JSON of 17": (422, "16 or fewer", {"json": {"image": ["AAAA"] * 17}}),
     "JSON of none": (422, "16 or fewer", {"json": {"image": []}}),
-    "no form": (400, ".", _body(b"--x", "multipart/form-data")),
-    "text body": (415, "text/plain", _body(b"a", "text/plain")),
-    "nothing": (415, "sent as ''", {}),
-    "JSON cut off": (422, "base64", _body(b'{"image": ""')),
-    "JSON nested": (422, "nothing else", _body(b"[" * 100_000)),
+    "JSON cut off": (422, "base64", sent(b'{"image": ""')),
+    "JSON nested": (422, "nothing else", sent(b"[" * 100_000)),
     "JSON more": (422, "nothing else", {"json": {"image": "", "label": 2}}),
-    "JSON other": (422, "nothing else", {"json": {"photo": "AAAA"}}),
+    "JSON number": (422, "nothing else", {"json": {"image": 12}}),
     "JSON no base64": (422, "base64", {"json": {"image": "%%%%"}}),
     "JSON no photo": (415, "not an image", {"json": {"image": "AAAA"}}),
-    "too large": (413, "larger than 10 MB", _body(bytes(10 * 2**20 + 1))),
+    "too large": (413, "larger than 10 MB", sent(bytes(10 * 2**20 + 1))),
     "foreign host": (403, "SERVE_TOKEN", {"headers": {"Host": "evil.example"}}),
     "no host": (403, "SERVE_TOKEN", {"headers": {"Host": "[::1"}}),
     "foreign page": (403, "SERVE_TOKEN", {"headers": {"Origin": "http://evil.example"}}),
@@ -191,8 +183,8 @@ BAD: dict[str, tuple[int, str, dict[str, Any]]] = {
 
 def test_a_bad_request_gets_a_clear_refusal_in_json(service: Service) -> None:
     for name, (status, reason, request) in BAD.items():
-        sent = {"method": "POST", "path": "/predict"} | request
-        answer = service.client.request(sent.pop("method"), sent.pop("path"), **sent)
+        where = {"method": "POST", "url": request.pop("path", "/predict")}
+        answer = service.client.request(**where | request)
         assert answer.status_code == status, (name, answer.text)
         assert answer.json().keys() == {"error"}, name
         assert re.search(reason, answer.json()["error"]), (name, answer.text)
@@ -236,7 +228,7 @@ def test_wrong_tokens_use_up_nothing_of_the_right_ones_rate_and_a_stop_answers_a
     limits = {"HANDSIGNS_SERVE_RATE": "4/minute", "HANDSIGNS_SERVE_TOKEN": TOKEN}
     with serving(tmp_path / "checkout", **named(bucket), **limits) as service:
         wrong = {"Authorization": f"Bearer {TOKEN}s"}
-        answers = [service.predict(grey(1), headers=sent) for sent in ({}, *[wrong] * 4)]
+        answers = [service.predict(grey(1), headers=tried) for tried in ({}, *[wrong] * 4)]
         assert [answer.status_code for answer in answers] == [401] * 4 + [429]
         assert answers[0].headers["www-authenticate"] == "Bearer"
         known = {"Authorization": f"Bearer {TOKEN}"}
@@ -244,8 +236,8 @@ def test_wrong_tokens_use_up_nothing_of_the_right_ones_rate_and_a_stop_answers_a
             assert service.predict(grey(1), headers=known).status_code == 200
         body = json.dumps({"image": base64.b64encode(grey(3)).decode()}).encode()
         with connect(service) as line:
-            sent = f"Authorization: Bearer {TOKEN}"
-            line.sendall(head(f"Content-Length: {len(body)}", sent) + body[:10])
+            token = f"Authorization: Bearer {TOKEN}"
+            line.sendall(head(f"Content-Length: {len(body)}", token) + body[:10])
             time.sleep(0.3)
             # Another address that the client claims does not help.
             claimed = {**known, "X-Forwarded-For": "192.0.2.7"}
@@ -333,15 +325,14 @@ def test_a_photo_of_many_pixels_takes_little_memory_and_does_not_hold_up_others(
     assert others > 3
 
 
-@pytest.mark.parametrize("element", [b"[[],[]],", b"1,", b'{"a":0},'], ids=["lists", "1", "dicts"])
+@pytest.mark.parametrize("element", [b"[[],[]],", b"1,"], ids=["lists", "numbers"])
 def test_json_of_many_elements_does_not_hold_up_others(service: Service, element: bytes) -> None:
     content = b'{"image": [' + element * (10_000_000 // len(element)) + b"0]}"
     started = time.monotonic()
     json.loads(content)
     parsing = time.monotonic() - started
     with ThreadPoolExecutor(1) as clients:
-        kind = {"content-type": "application/json"}
-        nested = clients.submit(service.client.post, "/predict", content=content, headers=kind)
+        nested = clients.submit(service.client.post, "/predict", **sent(content))
         slowest = 0.0
         while not nested.done():
             started = time.monotonic()
