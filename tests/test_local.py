@@ -64,44 +64,36 @@ def test_configured_services_start_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / ".local").iterdir()) == []
 
 
-def test_data_credentials_and_ports_are_kept_from_one_start_to_the_next(tmp_path: Path) -> None:
-    def use() -> S3Address:
-        with embedded(SETTINGS, Project(tmp_path)) as services:
-            Storage(services.s3()).get("a")
-            return services.s3()
-
-    with embedded(SETTINGS, Project(tmp_path)) as services:
-        address = services.s3()
-        Storage(address).put("a", b"kept")
-    assert use() == address
-    with socket.create_server(("127.0.0.1", int(address.endpoint_url.rpartition(":")[2]))):
-        other = use()
-    assert other.endpoint_url != address.endpoint_url
-    assert other.secret_access_key == address.secret_access_key
-
-
-def test_users_share_a_server_and_the_last_one_stops_it(tmp_path: Path) -> None:
+def test_users_share_a_server_the_last_one_stops_it_and_the_next_finds_all_again(
+    tmp_path: Path,
+) -> None:
     project = Project(tmp_path)
 
-    def use(number: int) -> None:
+    def use(number: int) -> S3Address:
         with embedded(SETTINGS, project) as services:
             Storage(services.s3()).put(str(number), b"content")
             time.sleep(0.1 * (number % 3))
+            Storage(services.s3()).get("a")
+            return services.s3()
 
     with embedded(SETTINGS, project) as last:
         with embedded(SETTINGS, project) as first:
             address = first.s3()
             process = listener(address.endpoint_url)
             assert last.s3() == address
-        Storage(address).check()
+        Storage(address).put("a", b"kept")
         other = SETTINGS.model_copy(update={"bucket": "others"})
         with embedded(other, project) as others, pytest.raises(BusyError, match="other settings"):
             others.s3()
     assert gone(process)
     # Several at once, while it stops and starts: each has a server for as long as it needs it.
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(use, range(8)))
+        assert set(pool.map(use, range(8))) == {address}
     assert not read_state(project.local, "seaweedfs")
+    with socket.create_server(("127.0.0.1", int(address.endpoint_url.rpartition(":")[2]))):
+        moved = use(9)
+    assert moved.endpoint_url != address.endpoint_url
+    assert moved.secret_access_key == address.secret_access_key
 
 
 RUN = """
@@ -145,26 +137,27 @@ time.sleep(600)
 def test_what_a_program_started_is_stopped_with_it_or_after_it(
     tmp_path: Path, stack: LocalStack
 ) -> None:
-    def describe(ports: tuple[int, ...]) -> Program:
-        command = [sys.executable, "-c", PARENT, str(mark)]
-        return Program("parent", command, dict(os.environ), lambda: len(pids()) == 2, ports)
+    mark = tmp_path / "pids"
 
     def pids() -> list[int]:
         return [*map(int, mark.read_text().split())] if mark.exists() else []
 
-    mark = tmp_path / "pids"
-    first = stack.start("parent", 1, describe)
-    stack.wait(first)
+    def start() -> tuple[int, ...]:
+        command = [sys.executable, "-c", PARENT, str(mark)]
+        ready = lambda: len(pids()) == 2  # noqa: E731
+        program = stack.start("a", 1, lambda ports: Program("a", command, {}, ready, ports))
+        stack.wait(program)
+        return program.ports
+
+    ports = start()
     leader, child = pids()
     os.kill(leader, signal.SIGKILL)
-    while read_state(tmp_path, "parent"):
+    while read_state(tmp_path, "a"):
         time.sleep(0.01)
     assert not gone(child)
     mark.unlink()
-    again = stack.start("parent", 1, describe)
-    assert (again.ports, gone(child)) == (first.ports, True)
-    assert (tmp_path / "logs/parent.log.1").exists()
-    stack.wait(again)
+    assert (start(), gone(child)) == (ports, True)
+    assert (tmp_path / "logs/a.log.1").exists()
     stack.close()
     assert all(map(gone, pids()))
 
@@ -216,21 +209,6 @@ def test_credentials_are_generated_once_and_private(tmp_path: Path) -> None:
             local_credentials(file.parent)
 
 
-def test_every_server_listens_on_loopback_only(
-    s3_server: S3Address, prefect_api: PrefectApi, mlflow_server: MlflowServer
-) -> None:
-    ours = set()
-    for name in servers.PORTS:
-        state = read_state(session.stack().folder, name)
-        assert state
-        process = psutil.Process(state["pid"])
-        ours |= {one.pid for one in (process, *process.children(recursive=True))}
-    listening = [one for one in psutil.net_connections("tcp") if one.status == "LISTEN"]
-    addresses = [one.laddr.ip for one in listening if one.pid in ours]
-    assert len(addresses) >= 7  # five of SeaweedFS, one each of Prefect and MLflow
-    assert set(addresses) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-
-
 def status(url: str, content: bytes | None = None, method: str = "", **headers: str) -> int:
     request = Request(url, content, headers, method=method or None)
     try:
@@ -238,6 +216,19 @@ def status(url: str, content: bytes | None = None, method: str = "", **headers: 
             return int(answer.status)
     except HTTPError as error:
         return error.code
+
+
+def test_every_server_listens_on_loopback_only(
+    s3_server: S3Address, prefect_api: PrefectApi, mlflow_server: MlflowServer
+) -> None:
+    states = [read_state(session.stack().folder, name) for name in servers.PORTS]
+    processes = [psutil.Process(state["pid"]) for state in states if state]
+    children = [child for one in processes for child in one.children(recursive=True)]
+    ours = {one.pid for one in (*processes, *children)}
+    listening = [one for one in psutil.net_connections("tcp") if one.status == "LISTEN"]
+    addresses = [one.laddr.ip for one in listening if one.pid in ours]
+    assert len(addresses) >= 7  # five of SeaweedFS, one each of Prefect and MLflow
+    assert set(addresses) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def test_neither_the_store_nor_what_is_behind_it_serves_strangers(storage: Storage) -> None:
