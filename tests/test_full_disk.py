@@ -76,6 +76,7 @@ def test_a_store_on_a_full_disk_takes_nothing_and_keeps_what_it_holds(tmp_path: 
             verify(storage, one)
 
 
+@pytest.mark.slow
 def test_an_import_onto_a_full_disk_leaves_the_photos_as_they_were(tmp_path: Path) -> None:
     workshop = make_checkout(tmp_path / "checkout")
     root = workshop.project.root

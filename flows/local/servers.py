@@ -21,7 +21,7 @@ from filelock import FileLock
 from flows.local.clients import ask, local_credentials, point_prefect_at, prefect_login
 from flows.local.processes import GRPC, Program
 from flows.settings import Settings
-from tasks.errors import ServiceError, SettingsError
+from tasks.errors import ServiceError
 from tasks.io import atomic_write, read_json, write_json
 from tasks.services.mlflow import PREFIX
 from tasks.services.s3 import S3Address, Storage, redact_url
@@ -217,14 +217,9 @@ def _module(name: str) -> list[str]:
 
 
 def registry_url(folder: Path, settings: Settings) -> str:
-    """Return the address of the local registry; `SettingsError` if no address can hold it."""
+    """Return the address of the local registry."""
     if settings.database_url:
         return database_url(settings.database_url.get_secret_value(), "mlflow")
-    if "?" in str(folder):
-        raise SettingsError(
-            f"The path '{folder}' holds a question mark, which database addresses cannot hold. "
-            "Rename the folder."
-        )
     return f"sqlite:///{folder / SQLITE['mlflow']}"
 
 

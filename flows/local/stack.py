@@ -16,7 +16,7 @@ from flows.local.clients import check_reachable, configured_s3, local_credential
 from flows.local.processes import LocalStack, Program, read_state, stop_programs
 from flows.local.servers import PORTS, local_s3
 from flows.settings import Settings, load_settings
-from tasks.errors import HandsignsError
+from tasks.errors import HandsignsError, SettingsError
 from tasks.project import Project
 from tasks.services.s3 import S3Address, redact_url
 
@@ -57,6 +57,11 @@ class Services:
     """
 
     def __init__(self, settings: Settings, folder: Path) -> None:
+        if "?" in str(folder):
+            raise SettingsError(
+                f"The path '{folder}' holds a question mark, which addresses of databases cannot "
+                "hold. Rename the folder."
+            )
         self.settings, self.folder = settings, folder
         self._stack = LocalStack(folder)
         self._programs: dict[str, Program] = {}
@@ -227,12 +232,13 @@ def down(project: Project) -> bool:
     before = [name for name in PROGRAMS if read_state(folder, name)]
     if worker := read_state(folder, "worker"):
         # Runs first: a worker that is stopped kills them, and they could not notify anybody.
-        with suppress(psutil.NoSuchProcess):
-            children = psutil.Process(worker["pid"]).children()
-            runs = [one for one in children if "prefect.engine" in one.cmdline()]
-            for one in runs:
-                one.terminate()
-            psutil.wait_procs(runs, RUN_SECONDS)
+        runs = []
+        for one in psutil.Process(worker["pid"]).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # one that ends meanwhile spares no other
+                if "prefect.engine" in one.cmdline():
+                    one.terminate()
+                    runs.append(one)
+        psutil.wait_procs(runs, RUN_SECONDS)
     stop_programs(folder, [KEEPER])
     stop_programs(folder, ["worker"])
     stack = LocalStack(folder)

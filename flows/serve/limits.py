@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -102,8 +102,7 @@ class Admission:
                 )
 
 
-@dataclass(frozen=True)
-class Listening:
+class Listening(NamedTuple):
     """A bound socket, its URL, and the hosts that it answers to; None for any."""
 
     socket: socket.socket

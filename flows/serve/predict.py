@@ -144,8 +144,9 @@ class Predictor:
             photos, keep = await read_upload(request), self._recorder.may_keep(request)
             if isinstance(photos, bytes):
                 return await self._read(photos, model, keep)
-            readings = (self._read_or_refuse(photo, model, keep) for photo in photos)
-            return Readings(readings=await asyncio.gather(*readings))
+            reads = (self._read(photo, model, keep) for photo in photos)
+            found = await asyncio.gather(*reads, return_exceptions=True)
+            return Readings(readings=[*map(_reading_or_fault, found)])
 
     async def read_one(self, request: Request) -> tuple[bytes, Reading]:
         """Read one photo; the photo as it came, and what was read."""
@@ -178,13 +179,13 @@ class Predictor:
         self._recorder.record(photo, reading, keep)
         return reading
 
-    async def _read_or_refuse(
-        self, photo: bytes, model: LoadedModel, keep: bool
-    ) -> Reading | Fault:
-        try:
-            return await self._read(photo, model, keep)
-        except ImageError as error:
-            return Fault(error=unusable(error))
+
+def _reading_or_fault(found: Reading | BaseException) -> Reading | Fault:
+    if isinstance(found, ImageError):
+        return Fault(error=unusable(found))
+    if isinstance(found, BaseException):
+        raise found
+    return found
 
 
 def _score(classifier: Classifier, content: bytes) -> Prediction:
