@@ -1,7 +1,6 @@
 """`handsigns serve` as a process, with real releases in real storage."""
 
 import base64
-import io
 import json
 import re
 import signal
