@@ -195,8 +195,9 @@ def save_last_run(workspace: Workspace, report: RunReport) -> None:
     content = {"inputs": _inputs(workspace), "report": report.model_dump(mode="json")}
     mark = _store_mark(workspace.project)
     try:
-        mark.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        mark.touch()
+        if workspace.settings.s3_endpoint_url is None:
+            mark.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            mark.touch()
         write_json(_last_run(workspace.project), content)
     except OSError as error:
         _log.warning("The next run will not know that nothing changed (%s).", error)
