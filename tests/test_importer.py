@@ -13,11 +13,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from tasks.data.directory import restore_data
 from tasks.data.images import encode
@@ -30,8 +28,6 @@ from tasks.data.importer import (
 )
 from tasks.errors import DataError, SourceError
 from tasks.io import read_json
-from tasks.model.inference import Classifier, classify_files
-from tasks.params import load_params
 from tasks.project import Project
 from tests.fixtures.photos import CHECKOUT, LABELS, photo, with_params
 
@@ -278,17 +274,6 @@ def test_a_killed_import_leaves_the_old_or_the_new_data(
         new = set(tree(more).values()) - {b"text"}
         assert set(tree(repaired.data).values()) == {*old.values(), *new}
         assert not repaired.staging.exists()
-
-
-def test_a_webp_named_jpg_is_read_by_import_and_predict(project: Project, tmp_path: Path) -> None:
-    (tmp_path / "s" / "3").mkdir(parents=True)
-    path = tmp_path / "s/3/a.jpg"
-    Image.fromarray(photo(3, 1)).save(path, "WEBP", lossless=True)
-    assert import_photos(project, tmp_path / "s").imported == {("train", "3"): 1}
-    preprocess = load_params(CHECKOUT.params).preprocess
-    even = lambda images: np.full((len(images), 6), 1 / 6, np.float32)  # noqa: E731
-    (found,) = classify_files(Classifier(even, preprocess, LABELS, 64), [path])
-    assert found.error is None
 
 
 def test_quarantine_takes_linear_time(project: Project, tmp_path: Path) -> None:

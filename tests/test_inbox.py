@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tasks.data.directory import stored_photos
-from tasks.data.importer import Inbox, import_photos, list_bucket, list_folder
+from tasks.data.importer import Inbox, list_bucket, list_folder
 from tasks.errors import ServiceError, SourceError
 from tasks.io import read_json
 from tasks.project import Project
@@ -80,35 +80,16 @@ def test_bad_files_are_tried_again(project: Project, look: Look, tmp_path: Path)
     assert len(stored_photos(project)) == 7
 
 
-def test_only_usable_photos_replace_what_is_there(
-    project: Project, look: Look, tmp_path: Path
-) -> None:
-    import_photos(project, write_photos(tmp_path / "sample", per_class=1, seed=1))
-    before = stored_photos(project)
-    (tmp_path / "inbox/4").mkdir(parents=True)
-    assert look().new == ()
-    (tmp_path / "inbox/4/bad.png").write_bytes(b"no picture")
-    report = look().import_new(replace=True)
-    assert (report.usable, report.removed, len(report.quarantined)) == (False, 0, 1)
-    assert stored_photos(project) == before
-    write_photos(tmp_path / "inbox", per_class=2, seed=2)
-    assert look().import_new(replace=True).removed == 6
-    assert len(stored_photos(project)) == 12
-
-
 def test_a_mistaken_inbox_is_one_clear_line(
-    tmp_path: Path, project: Project, storage: Storage, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, project: Project, storage: Storage
 ) -> None:
     with pytest.raises(SourceError, match=r"^HANDSIGNS_INBOX='.*is not a folder"):
         list_folder(tmp_path / "nowhere")
     (tmp_path / "wrong/holiday").mkdir(parents=True)
     (tmp_path / "wrong/holiday/beach.jpg").write_bytes(b"sea")
     listing = list_folder(tmp_path / "wrong")
-    monkeypatch.setattr("tasks.data.importer.MAX_FILES", 1)
     with pytest.raises(SourceError, match="no folder named 0, 1, 2, 3, 4, 5"):
         Inbox(project, "wrong", listing, VERSION)
-    with pytest.raises(SourceError, match="Inbox 'wrong' has more than 1 files"):
-        Inbox(project, "wrong", listing * 2, VERSION)
     elsewhere = Storage(replace(storage.address, bucket="no-such-bucket"))
     with pytest.raises(ServiceError, match=r"s3://no-such-bucket/.*does not exist"):
         list_bucket(elsewhere, "in")
@@ -116,7 +97,7 @@ def test_a_mistaken_inbox_is_one_clear_line(
 
 
 def test_objects_are_imported_by_name_and_etag(
-    project: Project, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Project, storage: Storage, tmp_path: Path
 ) -> None:
     photos = write_photos(tmp_path / "photos", per_class=1)
     client = storage._client
@@ -132,9 +113,6 @@ def test_objects_are_imported_by_name_and_etag(
         content = (photos / f"{label}/0000.png").read_bytes()
         put(f"in/train/{label}/my photo ({label}) ü.png", content)
     put("inside/3/other.png", content)
-    with monkeypatch.context() as patch:
-        patch.setattr("tasks.data.importer.MAX_FILES", 3)
-        assert len(list_bucket(storage, "in/")) == 4  # one more, to see that there are too many
     first = look()
     client.delete_object(Bucket=storage.address.bucket, Key="in/train/0/my photo (0) ü.png")
     report = first.import_new()

@@ -26,7 +26,7 @@ from tasks.project import Project
 from tasks.services.dvc import Pipeline
 from tasks.stage import Context
 from tests.fixtures.checkouts import make_checkout, with_stages
-from tests.fixtures.photos import CHECKOUT, LABELS, with_params
+from tests.fixtures.photos import CHECKOUT, with_params
 
 TEXT = CHECKOUT.params.read_text()
 WORDS = ("bus", "two words", "ökologisch")
@@ -186,19 +186,6 @@ def test_set_labels_changes_nothing_else_in_params(
     report = import_photos(project, source, replace=True, set_labels=True)
     assert report.labels == load_params(project.params).labels == WORDS
     assert project.params.read_text() == text.replace(old, '["bus", "two words", "ökologisch"]')
-
-
-def test_a_limit_for_labels_that_go_is_refused_before_photos_are_replaced(
-    project: Project, tmp_path: Path
-) -> None:
-    least = "{" + ", ".join(f'"{label}": 0.5' for label in LABELS) + "}"
-    project.params.write_text(TEXT.replace("min_recall: 0.75", f"min_recall: {least}"))
-    before = project.params.read_bytes()
-    source = write_classes(tmp_path / "s", WORDS, 1)
-    with pytest.raises(ParamsError, match=r"must name each of the labels bus, two words"):
-        import_photos(project, source, replace=True, set_labels=True)
-    assert project.params.read_bytes() == before
-    assert not project.data.exists()
 
 
 @pytest.mark.parametrize(

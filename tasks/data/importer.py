@@ -40,8 +40,6 @@ IMPORTED = "imported"
 ALREADY_THERE = "already there"
 MAX_COPIES = 2**30
 """Bytes that one import may copy into the quarantine; beyond it files are only listed."""
-MAX_FILES = 200_000
-"""In an inbox."""
 
 Listing = list[tuple[SourceFile, str]]
 """Files of an inbox, each with a stamp that changes with the file."""
@@ -266,10 +264,6 @@ class Inbox:
 
     def __init__(self, project: Project, name: str, listing: Listing, version: str | None) -> None:
         self.name = printable(name)
-        if len(listing) > MAX_FILES:
-            raise SourceError(
-                f"Inbox '{self.name}' has more than {MAX_FILES} files. Name a smaller folder."
-            )
         self._project = project
         self._labels = load_params(project.params).labels
         self._stamps = {file.origin: stamp for file, stamp in listing}
@@ -310,7 +304,7 @@ def list_bucket(storage: Storage, prefix: str) -> Listing:
     """List the objects below a prefix with their etags."""
     folder = f"{prefix.strip('/')}/".lstrip("/")
     listing = []
-    for stored in storage.list(folder, MAX_FILES + 1):
+    for stored in storage.list(folder):
         if stored.key.endswith("/") and not stored.size:
             continue  # a folder, as consoles create it
         parts = tuple(stored.key.removeprefix(folder).split("/"))
