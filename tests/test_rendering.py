@@ -192,16 +192,6 @@ def test_a_sample_is_named_by_its_bytes_and_completed_where_it_is_damaged(tmp_pa
     assert not contents(tmp_path / "other").keys() & expected.keys()
 
 
-@pytest.mark.parametrize("per_class", [2, 10], ids=["one process", "several"])
-def test_interrupted_rendering_leaves_nothing(tmp_path: Path, per_class: int) -> None:
-    def stop(what: str, done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        render_sample(tmp_path / "data", stop, per_class=per_class)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_other_photos_are_never_replaced(tmp_path: Path) -> None:
     mine = tmp_path / "data" / "train" / "0" / "mine.jpg"
     mine.parent.mkdir(parents=True)

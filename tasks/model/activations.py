@@ -1,7 +1,6 @@
 """Activations of the frozen trunk: computed in shards, here or on a cluster, and stored.
 
-A store is a folder with `features.npy`, float16 (rows, h, w, 192), and `index.json`, which
-names the rows and everything that they depend on.
+`features.npy` is float16 (rows, h, w, 192); `index.json` names rows and what they depend on.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

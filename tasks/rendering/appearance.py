@@ -1,9 +1,8 @@
 """What a hand and the wall behind it look like: skin, light, shadow, and the camera's own marks.
 
 As in `tasks.rendering.raycast`, only correctly rounded operations on single elements, and
-running totals in one order, so that the bytes do not depend on the processor. Brightness is
-linear until `develop`, whose square root stands for the display's gamma because, unlike a
-power, it is correctly rounded.
+running totals in one order. Brightness is linear until `develop`, whose square root stands for
+the display's gamma because, unlike a power, it is correctly rounded.
 """
 
 from dataclasses import dataclass

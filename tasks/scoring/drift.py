@@ -58,8 +58,7 @@ def compare_counts(name: str, reference: Sequence[int], window: Sequence[int]) -
     """Compare two histograms by the population stability index.
 
     The limit is raised to what noise reaches: the index is distributed like (1/n + 1/m)
-    chi-squared with one degree of freedom less than there are bins (Yurdakul, "Statistical
-    properties of population stability index", 2018).
+    chi-squared (Yurdakul, "Statistical properties of population stability index", 2018).
     """
     from scipy.stats import chi2
 

@@ -41,16 +41,11 @@ class ClassScores(FrozenModel):
 
 
 class Scores(FrozenModel):
-    """Scores of a model on one set of photos.
+    """Scores of a model; `auc` and `worst_recall` are null if a class has no photo.
 
-    Args:
-        loss: mean categorical cross-entropy in nats, clipped as Keras clips it.
-        log_loss: the same without the clip.
-        accuracy_interval: 95 % Wilson interval.
-        auc: one against the rest, macro average; null if a class has no photo.
-        ece: expected calibration error.
-        worst_recall: null if a class has no photo.
-        confusion_matrix: counts; rows are true classes, columns predicted ones.
+    `loss` is clipped as Keras clips it, `log_loss` is not; `auc` is the macro average of one
+    against the rest, `accuracy_interval` that of Wilson, 95 %, `ece` the expected calibration
+    error. Rows of the confusion matrix are true classes.
     """
 
     n: int

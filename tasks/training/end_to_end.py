@@ -110,10 +110,8 @@ def _batches(plan: Plan, images: NDArray[np.uint8], size: int) -> Any:
                 photos = enlarge(images[plan.train[chosen]], size)
                 yield photos.astype(np.float32), plan.targets(chosen)
 
-    signature = (
-        tf.TensorSpec((None, size, size, 3), tf.float32),
-        tf.TensorSpec((None, None), tf.float32),
-    )
+    shapes = (None, size, size, 3), (None, None)
+    signature = tuple(tf.TensorSpec(shape, tf.float32) for shape in shapes)
     options = tf.data.Options()
     # The autotune thread sleeps for up to a minute, and TensorFlow 2.20 lets `fit` return
     # only after it has woken.
