@@ -218,15 +218,6 @@ def test_another_registry_storage_remote_or_branch_is_filled_too(
     assert find_unchanged(released) is None  # this storage has no champion
 
 
-def test_a_remote_in_aws_needs_no_endpoint(tmp_path: Path) -> None:
-    keys = {"AWS_ACCESS_KEY_ID": "one", "AWS_SECRET_ACCESS_KEY": "two"}
-    settings = Settings.model_validate({"dvc_remote_url": "s3://photos/dvc", **keys})
-    remote = Workspace(Project(tmp_path), settings).remote()
-    assert remote is not None
-    known = {"region": "us-east-1", "access_key_id": "one", "secret_access_key": "two"}
-    assert remote.options == known
-
-
 def test_an_s3_inbox_is_another_bucket_and_never_removes_what_a_person_put_there(
     s3_server: S3Address,
     s3: S3Address,

@@ -4,6 +4,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tasks.project import Project
 from tests.fixtures.checkouts import Workshop, make_checkout
 from tests.fixtures.photos import write_photos
@@ -19,6 +21,7 @@ def stored(workshop: Workshop) -> set[str]:
     return {path.name for path in workshop.project.data.rglob("*.*")}
 
 
+@pytest.mark.slow
 def test_photos_that_were_pulled_or_changed_in_both_clones_are_never_lost(
     tmp_path: Path, prefect_api: PrefectApi
 ) -> None:
