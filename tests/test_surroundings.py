@@ -122,13 +122,7 @@ QUICK = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where variants run.
-
-    Args:
-        workshop: a checkout with photos and a champion, whose storage is up.
-        names: of `checkout`; of a copy of it where nothing runs, `idle`; of a `folder` with what
-            variants need; of a `photo`; and of a web `page` that answers every request.
-    """
+    """A checkout with photos and a champion, and the names that variants put in braces."""
 
     workshop: Workshop
     names: dict[str, str]
