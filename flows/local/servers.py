@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from flows.local.clients import ask, local_credentials, point_prefect_at, prefect_login
-from flows.local.processes import GRPC, Program
+from flows.local.processes import GRPC, Program, read_state
 from flows.settings import Settings
 from tasks.errors import ServiceError
 from tasks.io import atomic_write, read_json, write_json
@@ -196,10 +196,14 @@ def worker(folder: Path, settings: Settings, api: str) -> Program:
     return Program("worker", command, environment, cwd=Path.cwd())
 
 
-def keeper(name: str, about: Mapping[str, Any]) -> Program:
-    """Describe the process that keeps the others up after `handsigns up`."""
+def keeper(name: str, folder: Path, about: Mapping[str, Any]) -> Program:
+    """Describe the process that starts a worker and keeps all up after `handsigns up`."""
     command = [sys.executable, "-P", "-c", "from flows.local.stack import keep_up; keep_up()"]
-    return Program(name, command, dict(os.environ), cwd=Path.cwd(), about=about)
+
+    def ready() -> bool:
+        return read_state(folder, "worker") is not None
+
+    return Program(name, command, dict(os.environ), ready, cwd=Path.cwd(), about=about)
 
 
 def _healthy(url: str) -> Callable[[], bool]:

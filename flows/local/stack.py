@@ -118,7 +118,9 @@ class Services:
     def start_keeper(self, running: Running) -> None:
         """Start the process that keeps everything up from here on, and a worker."""
         about = running.model_dump(exclude={"pid"})
-        self._stack.start(KEEPER, 0, lambda _: servers.keeper(KEEPER, about))
+        program = servers.keeper(KEEPER, self.folder, about)
+        # Until it is a user, too, whoever started it would stop everything with itself.
+        self._stack.wait(self._stack.start(KEEPER, 0, lambda _: program))
 
     def keep_up(self) -> None:
         """Start what ended, and a worker."""
