@@ -84,7 +84,7 @@ def test_a_good_model_passes_every_check_and_so_do_values_at_the_limit() -> None
         *[("accuracy", 0.8999), ("accuracy", 1.01), ("loss", 0.5001), ("loss", LARGEST * 2)],
         *[("ece", 0.1001), ("ece", 5.0), ("n", 49), ("n", 120.0), ("n", 2 * int(LARGEST))],
         *[("recall 2", 0.74), ("recall 5", 1.5), ("blur", 0.79), ("jpeg", 1.01)],
-        *[("cross-split duplicates", 1), ("cross-split duplicates", True)],
+        *[("cross-split duplicates", bad) for bad in (1, True, 0.0)],
     ],
 )
 def test_one_value_past_its_limit_fails_that_check_only(field: str, value: float) -> None:

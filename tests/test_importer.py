@@ -182,7 +182,7 @@ def test_the_quarantine_has_what_was_rejected_and_why(
         assert all(map(safe.fullmatch, copies))
         assert any(copy.endswith("-b.png") for copy in copies)
     unknown = "unknown label folder: '7' is none of 0, 1, 2, 3, 4, 5; 1 files quarantined"
-    assert report.unknown_folders() == [unknown]
+    assert (report.unknown_folders(), report.labels) == ([unknown], LABELS)
     shown = json.loads(json.dumps(report.to_json()))
     assert shown["already_there"] == {"train": {"0": 1}, "test": {}}
     assert shown["quarantined"] == [asdict(file) for file in report.quarantined]
