@@ -42,7 +42,7 @@ class Team:
     workshop: Workshop
     settings: dict[str, str]
     storage: Storage
-    seen: list[bytes] = field(default_factory=list)  # output, and the arguments of processes
+    seen: set[bytes] = field(default_factory=set)  # output, and the arguments of processes
 
     def run(self, *words: str | Path, code: int = 0, **changes: str) -> Any:
         """Run `handsigns` as a person would, and read the process list over and over."""
@@ -53,10 +53,10 @@ class Team:
             while not started.done():
                 for path in Path("/proc").glob("[0-9]*/cmdline"):
                     with suppress(OSError):
-                        self.seen.append(path.read_bytes())
+                        self.seen.add(path.read_bytes())
                 time.sleep(0.2)
         done = started.result()
-        self.seen += [done.stdout.encode(), done.stderr.encode()]
+        self.seen |= {done.stdout.encode(), done.stderr.encode()}
         return json.loads(done.stdout)
 
     def leaks(self, databases: Sequence[Path]) -> list[object]:
@@ -197,7 +197,7 @@ def test_a_run_that_fails_leaves_no_secret_anywhere(team: Team, tmp_path: Path) 
     assert len(databases) > 1
     assert team.leaks(databases) == []
     # The search finds a secret where there is one.
-    team.seen.append(b"Basic " + base64.b64encode(SENTINEL.encode()))
+    team.seen.add(b"Basic " + base64.b64encode(SENTINEL.encode()))
     assert len(team.leaks([])) == 1
     assert SENTINEL not in repr(Settings(HANDSIGNS_SIGNING_PASSPHRASE=SecretStr(SENTINEL)))
 
