@@ -127,6 +127,7 @@ class TrainingParams(_Section):
     dropout: float = Field(ge=0.0, lt=1.0)
     mixstyle_prob: Share
     random_erasing_prob: Share
+    synthetic_weight: float = Field(gt=0.0, le=100.0)
     temperature: float = Field(gt=0.0, le=10.0)
 
 

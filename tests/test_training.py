@@ -98,6 +98,15 @@ def test_a_phase_plans_its_own_order_of_the_shared_photos(workshop: Workshop) ->
         plan_phase(context.params, "head", dataset)
 
 
+def test_synthetic_hands_weigh_more_than_photos_in_the_loss(plan: Plan) -> None:
+    training = plan.training.model_copy(update={"synthetic_weight": 3.0})
+    plan = replace(sized(plan, 8, 0, 4), training=training, synthetic=np.arange(8) % 4 == 3)
+    targets = plan.targets(np.array([3, 0]))
+    assert targets.argmax(axis=1).tolist() == [3, 0]
+    assert targets.sum(axis=1) == pytest.approx([2.0, 2 / 3])
+    assert plan.targets(np.arange(8)).sum() == pytest.approx(8)
+
+
 @pytest.fixture
 def context(chain: Context, tmp_path: Path) -> Context:
     """A copy of the chain in which each phase starts from the backbone."""

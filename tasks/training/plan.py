@@ -67,8 +67,14 @@ class Plan:
         return np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), purpose, number])
 
     def targets(self, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
-        """One-hot labels of positions in `train`; float32, (n, labels)."""
-        return np.eye(self.classes, dtype=np.float32)[self.train_labels[chosen]]
+        """Labels of positions in `train`, one-hot, times their weight; float32, (n, labels).
+
+        The weights of photos and synthetic hands have a mean of 1 over `train`.
+        """
+        weights = np.where(self.synthetic, self.training.synthetic_weight, 1.0)
+        weighted = (weights / weights.mean())[chosen, np.newaxis]
+        one_hot = np.eye(self.classes)[self.train_labels[chosen]]
+        return np.asarray(one_hot * weighted, np.float32)
 
 
 def plan_phase(params: Params, name: str | None, dataset: Dataset) -> Plan:
