@@ -224,11 +224,13 @@ def replace_labels(path: Path, labels: Sequence[str]) -> str:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ParamsError(
-            f"'{path}' cannot be read ({getattr(error, 'strerror', error)}). Run in the root of "
-            "the checkout, where params.yaml is."
+            f"'{path}' cannot be read ({error.strerror}). Run in the root of the checkout, where "
+            "params.yaml is."
         ) from error
+    except UnicodeDecodeError as error:
+        raise ParamsError(f"{path.name} is not valid YAML: it is no UTF-8 text.") from error
 
 
 def _parse(text: str, name: str) -> Params:

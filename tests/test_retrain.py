@@ -86,7 +86,7 @@ def test_the_first_run_is_promoted_and_recorded_everywhere(
     assert len(stored_in(workshop, "dvc")) == 6 * PER_CLASS + 1
     assert steps < query(workshop, "select name from task_run")
     shown = query(workshop, "select key from artifact")
-    assert shown == {"summary", "comparison", "champion-history"}
+    assert shown == {"summary", "comparison", "champion-history", "quality"}
     (name,) = query(workshop, "select name from flow_run")
     assert name.startswith("v1 promoted: accuracy ")
     # MLflow has one run with curves, files and pictures, and the version.
