@@ -125,7 +125,9 @@ def _embed(release: Path, store: Store, hours: int) -> NDArray[np.float32]:
 def remove_unneeded(
     workspace: Workspace, keep: int, days: float, dry_run: bool = False, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Remove old releases, cached photos that nothing names, and records of old runs."""
+    """Remove old releases, captured and cached photos, and records of old runs."""
+    from flows.serve.review import open_captures
+
     project, storage = workspace.project, workspace.storage
     with retrain_lock(project):
         found = prune_releases(project, storage, workspace.registry, keep, days, dry_run, progress)
@@ -136,7 +138,10 @@ def remove_unneeded(
         freed = workspace.pipeline.remove_unused(versions, dry_run)
     known = workspace.services.prefect_named()
     runs = asyncio.run(_remove_runs(days, dry_run)) if known else 0
-    return {**found.to_json(), "cache_bytes": freed, "runs": runs, "dry_run": dry_run}
+    captures = open_captures(workspace.settings, project)
+    captured = captures.remove_expired(dry_run) if captures else 0
+    counts = {"cache_bytes": freed, "runs": runs, "captured": captured}
+    return {**found.to_json(), **counts, "dry_run": dry_run}
 
 
 def describe_pruned(found: dict[str, Any]) -> str:
@@ -144,8 +149,8 @@ def describe_pruned(found: dict[str, Any]) -> str:
     size = (found["bytes"] + found["cache_bytes"]) / 1e6
     verb = "would be removed" if found["dry_run"] else "removed"
     return (
-        f"{len(found['releases'])} releases, {len(found['local'])} local copies and "
-        f"{found['runs']} records of runs {verb}, {size:.1f} MB; {len(found['kept'])} releases stay"
+        f"{len(found['releases'])} releases, {len(found['local'])} local copies, "
+        f"{found['captured']} captured photos and {found['runs']} records of runs {verb}, {size:.1f} MB; {len(found['kept'])} releases stay"
     )
 
 

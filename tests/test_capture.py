@@ -106,6 +106,8 @@ def test_caps_hold_and_what_is_too_old_is_removed(place: Place) -> None:
     (_, young) = names = [path.stem for path in place.kept]
     for name in names:
         captures.decide(name, None, "Ana")
+    assert captures.remove_expired(dry_run=True) == 1
+    assert len(place.kept) == 2
     with place.serve(CAPTURE_PER_DAY="2") as service:
         soon(lambda: [path.stem for path in place.kept] == [young])
         assert [path.stem for path in (place.root / "kept/decisions").iterdir()] == [young]

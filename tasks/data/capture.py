@@ -209,14 +209,21 @@ class Captures:
         with self._lock:
             if time.monotonic() - self._tidied < TIDY_SECONDS:
                 return
-            oldest = f"{datetime.now(UTC) - timedelta(days=self.rules.days):{_STAMP}}"
-            unfinished = self._names("unfinished")
-            for folder, key in (("photos", _photo), ("decisions", _decided)):
-                for name in self._names(folder) - unfinished:
-                    if name < oldest:
-                        self._store.remove(key(name))
+            self.remove_expired()
             self._hashes = {name: int(name[-16:], 16) for name in self._names("photos")}
             self._tidied = time.monotonic()
+
+    def remove_expired(self, dry_run: bool = False) -> int:
+        """Remove photos and decisions that are older than the rules keep them; count them."""
+        oldest = f"{datetime.now(UTC) - timedelta(days=self.rules.days):{_STAMP}}"
+        unfinished, removed = self._names("unfinished"), 0
+        for folder, key in (("photos", _photo), ("decisions", _decided)):
+            for name in self._names(folder) - unfinished:
+                if name < oldest:
+                    removed += folder == "photos"
+                    if not dry_run:
+                        self._store.remove(key(name))
+        return removed
 
     def batch(self, by: str, limit: int) -> dict[str, Any]:
         """Photos for one person, flagged ones first, then uncertain; and how far all have come."""
