@@ -148,9 +148,10 @@ def describe_pruned(found: dict[str, Any]) -> str:
     """One line of what was removed."""
     size = (found["bytes"] + found["cache_bytes"]) / 1e6
     verb = "would be removed" if found["dry_run"] else "removed"
+    releases, copies, kept = (len(found[name]) for name in ("releases", "local", "kept"))
     return (
-        f"{len(found['releases'])} releases, {len(found['local'])} local copies, "
-        f"{found['captured']} captured photos and {found['runs']} records of runs {verb}, {size:.1f} MB; {len(found['kept'])} releases stay"
+        f"{releases} releases, {copies} local copies, {found['captured']} captured photos and "
+        f"{found['runs']} records of runs {verb}, {size:.1f} MB; {kept} releases stay"
     )
 
 

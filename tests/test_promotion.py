@@ -1,5 +1,6 @@
 """Promotion as a person meets it: approval, comparison and history, beside an earlier release."""
 
+import json
 import shutil
 import subprocess
 import threading
@@ -161,7 +162,8 @@ def test_the_champion_is_moved_by_hand_with_or_without_a_prefect_that_works(
 def test_a_promotion_meanwhile_a_rejection_and_silence_leave_the_champion(
     workshop: Workshop, prefect_api: PrefectApi, named: dict[str, str]
 ) -> None:
-    number, before = 4, None
+    versions = workshop.handsigns("versions", **named)["versions"]
+    number, before = 1 + max(one["version"] for one in versions), None
     for seconds, answer, reason in (
         (200, {"name": "Ann", "decision": "approve"}, "The champion was changed meanwhile"),
         (200, {"name": "Ben", "decision": "reject", "comment": "no"}, "rejected by Ben: no."),
@@ -171,7 +173,7 @@ def test_a_promotion_meanwhile_a_rejection_and_silence_leave_the_champion(
         workshop.change("gate", max_loss=5 - number / 10)
         with retraining(workshop, seconds, named) as started:
             run, _ = paused(prefect_api)
-            if number == 4:
+            if before is None:
                 workshop.handsigns("promote", "1", "--force", "--reason", "first", **named)
             assert not answer or resume(prefect_api, run, **answer) == "ACCEPT"
         report = started.result()
@@ -205,8 +207,11 @@ def test_an_earlier_release_is_rebuilt_bit_by_bit_with_the_stages_of_its_commit(
     then.change("gate", min_robust_accuracy=0.0, max_loss=9.0, max_calibration_error=1.0)
     for phase in ("base", "fine_tune", "full"):
         then.change(f"phases.{phase}", epochs=1, data_fraction=1.0)
-    then.handsigns("import", "--replace", trained.photos, **environment)
-    assert then.handsigns("retrain", **environment)["status"] == "promoted"
+    # The installed command would run today's code.
+    command = ("python", "-c", "from flows.cli import main; main()")
+    then.run(*command, "import", "--replace", trained.photos, **environment)
+    done = then.run(*command, "retrain", "--json", **environment)
+    assert json.loads(done.stdout)["status"] == "promoted"
     rebuilt = clone("now", "HEAD").handsigns("reproduce", "champion", **environment)
     assert rebuilt["identical"], rebuilt
 
