@@ -149,7 +149,15 @@ def shown_progress() -> Iterator["Progress"]:
     from rich import progress as rich
 
     columns = rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn()
-    with rich.Progress("{task.description}", *columns, console=err, transient=True) as bars:
+    # Rich would take what stages print from the log of this verb to the terminal.
+    with rich.Progress(
+        "{task.description}",
+        *columns,
+        console=err,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    ) as bars:
         bar, shown = bars.add_task("", visible=False), ""
 
         def progress(what: str, done: int, total: int) -> None:

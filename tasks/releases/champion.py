@@ -171,10 +171,10 @@ def sync_alias(storage: Storage, registry: Registry) -> str | None:
     return said
 
 
-def repair_alias(storage: Storage, registry: Registry) -> bool:
+def repair_alias(storage: Storage, registry: Registry, *, moved: bool = False) -> bool:
     """Let MLflow's alias follow; log, don't raise, if that fails: the champion has moved."""
     try:
-        if said := sync_alias(storage, registry):
+        if (said := sync_alias(storage, registry)) and not moved:
             _log.info(said)
     except HandsignsError as error:
         _log.warning(
@@ -364,7 +364,7 @@ def _move(storage: Storage, registry: Registry, before: Champion | None, move: M
         "history": before.pointer.moves if before else (),
     }
     moved = move_champion(storage, before, Pointer.model_validate(fields))
-    repair_alias(storage, registry)
+    repair_alias(storage, registry, moved=True)
     return moved.pointer
 
 
