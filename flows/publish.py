@@ -112,6 +112,8 @@ def name_record(run: Run) -> None:
     """Name the run in MLflow by its outcome; log, don't raise, if that fails."""
     try:
         if run.record:
-            run.workspace.registry.name_run(run.record, run.report.headline())
+            quality = run.workspace.project.plots / "quality.png"
+            drawn = [quality] if run.report.status == "promoted" and quality.is_file() else []
+            run.workspace.registry.name_run(run.record, run.report.headline(), drawn)
     except HandsignsError as error:
         _log.warning("The run in MLflow is not named by its outcome: %s", error)

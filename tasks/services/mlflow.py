@@ -139,10 +139,12 @@ class Registry:
         ):
             return run_id
 
-    def name_run(self, run_id: str, name: str) -> None:
-        """Name a run by its outcome."""
+    def name_run(self, run_id: str, name: str, pictures: Sequence[Path] = ()) -> None:
+        """Name a run by its outcome, and log pictures of it."""
         with self._connection() as client:
             client.update_run(run_id, name=name[:250])
+            for path in pictures:
+                client.log_artifact(run_id, str(path), "pictures")
 
     def register(
         self,
