@@ -45,10 +45,11 @@ def in_terminal(workshop: Workshop, *words: str, **environment: str) -> list[str
     """Run a program in a terminal of 110 columns; the lines that it leaves there."""
     process, terminal = pty.fork()
     if process == 0:
+        # Here, and not in the parent, which may be too late for the program.
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
         os.chdir(workshop.project.root)
         variables = workshop.environment(**environment) | {"TERM": "xterm-256color"}
         os.execve(BIN / words[0], words, variables)
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
     raw = b""
     with suppress(OSError):  # the other side is closed
         while chunk := os.read(terminal, 2**16):
