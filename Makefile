@@ -58,7 +58,7 @@ lint: $(READY) ## Style and types only.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(READY) ## Mend style where a tool can.
+format: $(READY) ## Fix style where a tool can.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -69,7 +69,7 @@ audit: $(READY) ## Look up the locked packages in the database of known weakness
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes --progress-spinner off \
 	  --requirement requirements.lock
 
-lock: $(READY) ## Resolve requirements.lock anew from pyproject.toml, and the images' share of it.
+lock: $(READY) ## Resolve requirements.lock again from pyproject.toml, and the images' share of it.
 	$(UV) compile --quiet --universal --fork-strategy fewest --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header --extra dev --upgrade \
 	  --output-file requirements.lock pyproject.toml

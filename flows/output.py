@@ -246,11 +246,11 @@ def status_listing(found: Mapping[str, Any], verbose: bool) -> Listing:
     ]
     for role in ("champion", "challenger"):
         text = "none"
-        if held := found[role]:
-            scores = "accuracy {}, loss {}, {} photos, made {}".format(*_scores(held))
-            text = f"version {held['version']}: {scores}"
-            text += ", FORCED" if held.get("overruled") else ""
-            text += f", {held['uri']}" if verbose else ""
+        if version := found[role]:
+            scores = "accuracy {}, loss {}, {} photos, made {}".format(*_scores(version))
+            text = f"version {version['version']}: {scores}"
+            text += ", FORCED" if version.get("overruled") else ""
+            text += f", {version['uri']}" if verbose else ""
         rows.append((role, text))
     if last := found["last_run"]:
         rows.append(("last run", f"{last['status']}: {last['reason']}"))

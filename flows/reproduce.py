@@ -90,7 +90,7 @@ def rebuild(
 
 
 def _fetch_data(workspace: Workspace, built: Project) -> None:
-    """Lay out the recorded photos: from our cache, from the remote, or rendered anew."""
+    """Lay out the recorded photos: from our cache, from the remote, or rendered again."""
     record, reason = read_record(built), "no DVC remote is set"
     cache = workspace.project.root.resolve() / ".dvc" / "cache"
     with contextlib.chdir(built.root):

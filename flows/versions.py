@@ -47,7 +47,7 @@ def status(
         roles = {role: one for one in _versions(workspace, moves) for role in one["aliases"]}
         champion = roles.get("champion")
         if moves and (champion is None or champion["release"] != moves[-1].release):
-            # The pointer decides; the registry may lack its version, or number it anew.
+            # The pointer decides; the registry may lack its version, or number it differently.
             champion = _scored(workspace, moves[-1].version, moves[-1].release)
         running, pipeline = find_running(workspace.services.folder), workspace.pipeline
         found = {

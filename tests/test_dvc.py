@@ -21,7 +21,7 @@ from tasks.services.s3 import S3Address, Storage
 from tests.fixtures import faults
 from tests.fixtures.checkouts import BIN, Workshop, with_stages
 from tests.fixtures.faults import proxy_to
-from tests.fixtures.locks import held
+from tests.fixtures.locks import hold
 
 EARLY = ("audit", "synthetic", "preprocess")
 ENVIRONMENT = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
@@ -98,9 +98,9 @@ def test_after_one_runner_the_other_has_nothing_to_do(checkout: Project) -> None
 
 def test_two_runners_never_work_on_one_stage(checkout: Project) -> None:
     pipeline, refused = Pipeline(checkout, lock_timeout=1.0), list[str]()
-    with held(checkout) as holder, pytest.raises(BusyError, match="run again"):
+    with hold(checkout) as holder, pytest.raises(BusyError, match="run again"):
         pipeline.run("audit")
-    with held(checkout) as holder:
+    with hold(checkout) as holder:
         holder.send_signal(signal.SIGKILL)
     # The locks of the dead are no obstacle.
     dead = {"pid": holder.pid, "cmd": "dvc repro"}

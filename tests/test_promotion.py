@@ -134,10 +134,10 @@ def test_the_champion_is_moved_by_hand_with_or_without_a_prefect_that_works(
     assert "should not be champion: version 3 took its place: " in refused
     why = ("--force", "--reason", "the new one dazzles")
     assert workshop.handsigns("promote", "2", *why, **named)["forced"]
-    told = workshop.handsigns("status", **named)["history"][-1]["told"]
-    assert "FORCED" in told
-    assert workshop.handsigns("verify", "2", **named)["forced"] == [told]
-    (run,) = [one for one in prefect_api.runs("promote") if told == one["state"]["message"]]
+    described = workshop.handsigns("status", **named)["history"][-1]["told"]
+    assert "FORCED" in described
+    assert workshop.handsigns("verify", "2", **named)["forced"] == [described]
+    (run,) = [one for one in prefect_api.runs("promote") if described == one["state"]["message"]]
     assert (run["name"], run["state_name"]) == ("promote version 2", "Promoted")
     assert "promote, FORCED" in artifact(prefect_api, run, "champion-history")["data"]
 

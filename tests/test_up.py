@@ -247,11 +247,11 @@ def test_a_run_whose_worker_died_is_marked_crashed_and_reported_by_the_next_work
     assert "Nothing was heard" in state["message"]
     assert service.processes("worker start")
     deadline = time.monotonic() + 90
-    while not (told := [one for one in receiver.messages if "crashed" in one["title"]]):
+    while not (sent := [one for one in receiver.messages if "crashed" in one["title"]]):
         assert time.monotonic() < deadline, receiver.messages
         time.sleep(0.2)
-    assert told[0]["title"] == "handsigns: retrain crashed"
-    assert run in told[0]["message"]
+    assert sent[0]["title"] == "handsigns: retrain crashed"
+    assert run in sent[0]["message"]
     assert service.state(foreign)["type"] == "RUNNING"
 
 
@@ -272,8 +272,8 @@ def test_a_run_ends_with_its_service_as_cancelled_or_crashed(
     service.up(receiver)
     state, why = service.state(run), "The service stopped while this run was under way"
     assert (state["type"], why in state["message"]) == ("CRASHED", True), state
-    told = [one["message"] for one in receiver.messages if run in one["message"]]
-    assert [why in message for message in told] == [True]
+    sent = [one["message"] for one in receiver.messages if run in one["message"]]
+    assert [why in message for message in sent] == [True]
     assert service.state(foreign)["type"] == "RUNNING"
 
 

@@ -22,7 +22,7 @@ from tasks.services.s3 import S3Address, redact_url
 
 WORKER_SECONDS = 300.0
 RUN_SECONDS = 15.0
-"""In which a flow run that is told to stop notifies people."""
+"""In which a flow run that must stop notifies people."""
 PAUSE = 2.0
 """Seconds between two looks at what runs."""
 LOG_BYTES = 20_000_000
@@ -227,7 +227,7 @@ def keep_up() -> None:
 
 
 def down(project: Project) -> bool:
-    """Stop the service, and tell whether anything ran; what a command still uses stops with it."""
+    """Stop the service, and return whether anything ran; what a command uses stops with it."""
     if not project.local.is_dir():
         return False
     folder = project.local.resolve()

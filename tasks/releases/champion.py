@@ -159,8 +159,8 @@ def sync_alias(storage: Storage, registry: Registry) -> str | None:
         version = versions.get(champion.pointer.release)
         if version and CHAMPION in version.aliases:
             break
-        held = next((one for one in versions.values() if CHAMPION in one.aliases), None)
-        was = f"version {held.number}" if held else "nothing"
+        named = next((one for one in versions.values() if CHAMPION in one.aliases), None)
+        was = f"version {named.number}" if named else "nothing"
         if version is None:
             return (
                 f"The champion, release {champion.pointer.release}, is not in the registry, whose "
@@ -322,9 +322,9 @@ def _lost_comparison(registry: Registry, version: Version, now: Pointer) -> Iter
         yield f"compared with version {numbers.get(against, '?')} it is {tags.get(COMPARISON)}"
     if against == now.release:
         return
-    held = registry.find(now.release)
-    if held and held.tags.get(COMPARED_WITH) == version.content_id:
-        yield f"version {now.version} took its place: {held.tags.get(COMPARISON)}"
+    present = registry.find(now.release)
+    if present and present.tags.get(COMPARED_WITH) == version.content_id:
+        yield f"version {now.version} took its place: {present.tags.get(COMPARISON)}"
     else:
         yield f"it was not compared with the present champion, version {now.version}"
 

@@ -352,7 +352,7 @@ def _flat(nested: Mapping[str, Any], separator: str) -> Iterator[tuple[str, Any]
 def _log_model(
     client: Any, experiment: str, run_id: str, model_file: Path, model: Any, example: Any
 ) -> str:
-    """Log the release's own file; `log_model` would save, and load, the model anew."""
+    """Log the release's own file; `log_model` would save, and load, the model once more."""
     import mlflow.tensorflow
     import numpy as np
     from mlflow.entities import LoggedModelOutput
@@ -384,8 +384,8 @@ def _log_model(
 
 def _version(made: Any, aliases: Mapping[str, str]) -> Version:
     number, tags = int(made.version), dict(made.tags)
-    held = tuple(sorted(alias for alias, named in aliases.items() if int(named) == number))
-    return Version(number, tags.get(CONTENT_ID), made.run_id, held, tags)
+    found = tuple(sorted(alias for alias, named in aliases.items() if int(named) == number))
+    return Version(number, tags.get(CONTENT_ID), made.run_id, found, tags)
 
 
 def _advice(uri: str, reason: str) -> str:

@@ -140,7 +140,7 @@ async function send(photo, label) {
   } catch (error) {
     complain(error.message);
     history.splice(history.indexOf(photo), 1);
-    // Somebody else was first (409), or flagged it anew (404): it needs no decision here.
+    // Somebody else was first (409), or flagged it again (404): it needs no decision here.
     if (error.status === 409 || error.status === 404) return;
     takeBack(photo);
   }
