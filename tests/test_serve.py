@@ -190,15 +190,6 @@ def test_a_bad_request_gets_a_clear_refusal_in_json(service: Service) -> None:
         assert answer.headers.get("allow") == ("POST" if status == 405 else None)
 
 
-def test_what_is_no_http_is_refused_in_json(service: Service) -> None:
-    for sent in (b"no http\r\n\r\n", b"POST /predict HTTP/1.1\r\nContent-Length: many\r\n\r\n"):
-        with connect(service) as client:
-            client.sendall(sent)
-            answer, _, body = client.makefile("rb").read().partition(b"\r\n\r\n")
-        assert answer.startswith(b"HTTP/1.1 400 ")
-        assert json.loads(body) == {"error": "Invalid HTTP request received."}
-
-
 def test_bodies_that_are_or_become_too_large_are_refused(service: Service) -> None:
     with connect(service) as line:
         line.sendall(head(f"Content-Length: {2**40}"))

@@ -1,7 +1,6 @@
 """Where the service listens, who may use it, and how much at a time."""
 
 import ipaddress
-import json
 import math
 import os
 import resource
@@ -22,7 +21,6 @@ from limits import parse
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tasks.errors import ServiceError, SettingsError
 
@@ -137,27 +135,13 @@ def listen(host: str, port: int, token: bool) -> Iterator[Listening]:
         yield Listening(bound, f"http://{shown}:{number}", hosts)
 
 
-class JsonH11Protocol(H11Protocol):
-    """Uvicorn's HTTP, which answers malformed requests in JSON too, and not in plain text."""
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, and close the connection."""
-        body = json.dumps({"error": msg}).encode()
-        head = (
-            "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
-        self.transport.close()
-
-
 def run_service(service: ASGIApp, listening: Listening) -> None:
     """Serve until SIGTERM or Ctrl-C; requests in progress get 10 s to finish."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     config = uvicorn.Config(
         service,
-        http=JsonH11Protocol,
+        http="h11",
         ws="none",
         lifespan="on",
         log_config=None,
