@@ -18,7 +18,7 @@ from tasks.project import Project
 from tasks.releases.comparison import compare_releases
 from tasks.releases.release import fetch
 from tasks.services.s3 import Storage
-from tests.fixtures.checkouts import BIN, Workshop, make_checkout
+from tests.fixtures.checkouts import BIN, Repo, make_checkout
 from tests.fixtures.photos import CHECKOUT, write_photos
 from tests.fixtures.service import grey, publish_graph
 
@@ -26,17 +26,17 @@ NOWHERE = {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def repo(tmp_path_factory: pytest.TempPathFactory) -> Repo:
     """A checkout without photos."""
     return make_checkout(tmp_path_factory.mktemp("cli") / "checkout")
 
 
 @pytest.fixture
-def changed(workshop: Workshop) -> Iterator[Workshop]:
+def changed(repo: Repo) -> Iterator[Repo]:
     """The same checkout, whose files are put back afterwards."""
-    paths = (workshop.project.params, workshop.project.root / "prefect.yaml")
+    paths = (repo.project.params, repo.project.root / "prefect.yaml")
     before = {path: path.read_bytes() for path in paths}
-    yield workshop
+    yield repo
     for path, content in before.items():
         path.write_bytes(content)
 
@@ -89,7 +89,7 @@ def test_wrong_usage_exits_with_2(words: str, reason: str) -> None:
     ],
 )
 def test_what_cannot_be_trained_on_is_reported(
-    changed: Workshop, old: bytes, new: bytes, reason: str
+    changed: Repo, old: bytes, new: bytes, reason: str
 ) -> None:
     params = changed.project.params
     params.write_bytes(params.read_bytes().replace(old, new))
@@ -112,15 +112,15 @@ def test_what_cannot_be_trained_on_is_reported(
     ],
 )
 def test_a_refusal_is_one_line(
-    workshop: Workshop, words: str, environment: dict[str, str], reason: str
+    repo: Repo, words: str, environment: dict[str, str], reason: str
 ) -> None:
-    said = workshop.handsigns(*words.split(), code=1, **environment)
+    said = repo.handsigns(*words.split(), code=1, **environment)
     assert reason in said
     assert said.count("\n") == 1
 
 
 def test_missing_and_damaged_files_are_named_before_a_server_is_asked_or_started(
-    changed: Workshop, tmp_path: Path
+    changed: Repo, tmp_path: Path
 ) -> None:
     outside = subprocess.run(
         [BIN / "handsigns", "status"], cwd=tmp_path, capture_output=True, text=True
@@ -204,12 +204,12 @@ def test_the_sample_is_the_one_that_the_committed_version_names(tmp_path: Path) 
     assert "data/ holds the rendered sample beside these photos" in done.stderr
 
 
-def test_a_new_key_pair_is_private_and_replaces_none(workshop: Workshop, tmp_path: Path) -> None:
-    made = workshop.handsigns("keys", "new", "--folder", tmp_path / "keys")
+def test_a_new_key_pair_is_private_and_replaces_none(repo: Repo, tmp_path: Path) -> None:
+    made = repo.handsigns("keys", "new", "--folder", tmp_path / "keys")
     assert stat.S_IMODE(Path(made["private"]).stat().st_mode) == 0o600
     assert len(made["key"]) == 16
     Path(made["private"]).unlink()  # half a pair is not replaced either
-    said = workshop.handsigns("keys", "new", "--folder", tmp_path / "keys", code=1)
+    said = repo.handsigns("keys", "new", "--folder", tmp_path / "keys", code=1)
     assert "must not be replaced" in said
     assert said.count("\n") == 1
     assert [str(path) for path in (tmp_path / "keys").iterdir()] == [made["public"]]

@@ -14,7 +14,7 @@ import pytest
 from flows.local.processes import choose_ports
 from tasks.model.files import read_weights
 from tasks.project import Project
-from tests.fixtures.models import Workshop
+from tests.fixtures.models import Repo
 from tests.fixtures.worker import plain_context
 
 
@@ -33,8 +33,8 @@ def start(root: Path, **environment: str) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.slow
-def test_a_worker_whose_others_do_not_come_ends(workshop: Workshop, tmp_path: Path) -> None:
-    root = Path(shutil.copytree(workshop().project.root, tmp_path / "left"))
+def test_a_worker_whose_others_do_not_come_ends(repo: Repo, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(repo().project.root, tmp_path / "left"))
     worker = start(root, WAIT="5", **config(choose_ports(2), 0))
     _, said = worker.communicate(timeout=120)
     assert worker.returncode == -signal.SIGALRM
@@ -43,7 +43,7 @@ def test_a_worker_whose_others_do_not_come_ends(workshop: Workshop, tmp_path: Pa
 
 @pytest.mark.slow
 def test_two_processes_and_two_devices_train_the_same_weights_as_one(
-    workshop: Workshop, tmp_path: Path
+    repo: Repo, tmp_path: Path
 ) -> None:
     ports = choose_ports(2)
     environments = {
@@ -53,7 +53,7 @@ def test_two_processes_and_two_devices_train_the_same_weights_as_one(
         "mirrored": {"DEVICES": "2"},
     }
     for name in environments:
-        shutil.copytree(workshop().project.root, tmp_path / name)
+        shutil.copytree(repo().project.root, tmp_path / name)
     started = [start(tmp_path / name, **values) for name, values in environments.items()]
     try:
         for process in started:

@@ -19,7 +19,7 @@ from tasks.project import Project
 from tasks.services.dvc import Pipeline, Remote
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures import faults
-from tests.fixtures.checkouts import BIN, Workshop, with_stages
+from tests.fixtures.checkouts import BIN, Repo, with_stages
 from tests.fixtures.faults import proxy_to
 from tests.fixtures.locks import hold
 
@@ -49,7 +49,7 @@ def checkout(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def dvc(project: Project, *words: str, code: int = 0) -> str:
     """What `dvc` prints, run as a person would."""
-    done = Workshop(project).run("dvc", *words, code=code)
+    done = Repo(project).run("dvc", *words, code=code)
     return done.stderr if code else done.stdout
 
 
@@ -82,7 +82,7 @@ def test_after_one_runner_the_other_has_nothing_to_do(checkout: Project) -> None
     assert not {"audit", "preprocess"} & set(Pipeline(checkout).changed())
     first = (checkout.dataset / "images.npy").read_bytes()
     # A changed parameter runs its stage and no earlier one.
-    Workshop(checkout).change("preprocess", image_size=32)
+    Repo(checkout).change("preprocess", image_size=32)
     assert run_early() == ["unchanged", "unchanged", "ran"]
     assert json.loads((checkout.dataset / "index.json").read_text())["image_size"] == 32
     lock = checkout.lock.read_bytes()
@@ -91,7 +91,7 @@ def test_after_one_runner_the_other_has_nothing_to_do(checkout: Project) -> None
     assert "Stage 'preprocess' didn't change" in said
     assert checkout.lock.read_bytes() == lock
     # A result that was there before is restored.
-    Workshop(checkout).change("preprocess", image_size=64)
+    Repo(checkout).change("preprocess", image_size=64)
     assert Pipeline(checkout).run("preprocess") == "restored"
     assert (checkout.dataset / "images.npy").read_bytes() == first
 

@@ -37,7 +37,7 @@ from tasks.project import Project
 from tasks.stage import Context
 from tasks.training.plan import plan_phase
 from tests.fixtures.dask_cluster import DaskCluster
-from tests.fixtures.models import SIZE, Workshop, changed, copied, with_phases
+from tests.fixtures.models import SIZE, Repo, changed, copied, with_phases
 
 COPIES = 2
 EVERY = 24 * (COPIES + 1) + 12
@@ -45,10 +45,10 @@ EVERY = 24 * (COPIES + 1) + 12
 
 
 @pytest.fixture
-def context(workshop: Workshop, tmp_path: Path) -> Iterator[Context]:
-    """A copy of the workshop; engines are built once a backbone."""
+def context(repo: Repo, tmp_path: Path) -> Iterator[Context]:
+    """A copy of the repo; engines are built once a backbone."""
     token = runner.set(_run_with_cached_engine)
-    yield changed(copied(workshop(), tmp_path / "checkout"), "features", augmented_copies=COPIES)
+    yield changed(copied(repo(), tmp_path / "checkout"), "features", augmented_copies=COPIES)
     runner.reset(token)
 
 
@@ -205,14 +205,14 @@ Shards = Callable[[], Iterator[Shard]]
 
 
 @pytest.fixture
-def graph(workshop: Workshop) -> Path:
-    return workshop().project.weights("backbone") / TRUNK_FILE
+def graph(repo: Repo) -> Path:
+    return repo().project.weights("backbone") / TRUNK_FILE
 
 
 @pytest.fixture
-def shards(workshop: Workshop) -> Shards:
+def shards(repo: Repo) -> Shards:
     """Every photo in two copies, in eight shards."""
-    dataset, params = open_dataset(workshop().project.dataset), workshop().params
+    dataset, params = open_dataset(repo().project.dataset), repo().params
     pictures = [
         (Key(name, number, ""), image)
         for name, image in zip(dataset.names, dataset.images, strict=True)

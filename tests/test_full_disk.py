@@ -78,18 +78,18 @@ def test_a_store_on_a_full_disk_takes_nothing_and_keeps_what_it_holds(tmp_path: 
 
 @pytest.mark.slow
 def test_an_import_onto_a_full_disk_leaves_the_photos_as_they_were(tmp_path: Path) -> None:
-    workshop = make_checkout(tmp_path / "checkout")
-    root = workshop.project.root
+    repo = make_checkout(tmp_path / "checkout")
+    root = repo.project.root
 
     def contents() -> dict[Path, bytes]:
         paths = [root / "data.dvc", *(root / "data").rglob("*.*")]
         return {path: path.read_bytes() for path in paths}
 
-    workshop.handsigns("import", write_photos(tmp_path / "first", per_class=3))
+    repo.handsigns("import", write_photos(tmp_path / "first", per_class=3))
     before = contents()
     more = write_photos(tmp_path / "more", per_class=2, size=400, seed=1)
     for size, words in ((100_000, ()), (1_000, ("--replace",))):  # of photos; of DVC's notes
-        refused = workshop.run_limited(size, "import", more, *words).stderr
+        refused = repo.run_limited(size, "import", more, *words).stderr
         assert (refused.count("\n"), contents()) == (1, before), refused
-    taken = workshop.handsigns("import", more)["taken"]["train"]
+    taken = repo.handsigns("import", more)["taken"]["train"]
     assert taken == dict.fromkeys("012345", 2)

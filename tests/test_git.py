@@ -18,7 +18,7 @@ def git(root: Path, *words: str) -> str:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clone of a bare remote, where nobody told git who works here."""
+    """A clone of a bare remote, where git does not know who works here."""
     for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
         monkeypatch.setenv(name, "/dev/null")
     git(tmp_path, "init", "-q", "--bare", "-b", "main", "origin")

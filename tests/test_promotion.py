@@ -20,7 +20,7 @@ from tasks.releases.release import publish
 from tasks.services.mlflow import CHAMPION, Registry
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures import faults
-from tests.fixtures.checkouts import Workshop
+from tests.fixtures.checkouts import Repo
 from tests.fixtures.earlier import COMMIT, Earlier
 from tests.fixtures.faults import Answer, Exchange, proxy_to
 from tests.fixtures.photos import CHECKOUT
@@ -56,52 +56,52 @@ def artifact(api: PrefectApi, run: Any, key: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def workshop(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def repo(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Repo:
     made = trained.checkout(tmp_path_factory.mktemp("promotion") / "checkout")
     made.handsigns("import", trained.photos)
     return made
 
 
 @pytest.fixture(scope="module")
-def named(workshop: Workshop, earlier: Earlier, prefect_api: PrefectApi) -> dict[str, str]:
+def named(repo: Repo, earlier: Earlier, prefect_api: PrefectApi) -> dict[str, str]:
     """Services that outlive a run; an earlier version's release is champion there."""
-    return {**earlier.adopt(workshop), **prefect_api.named}
+    return {**earlier.adopt(repo), **prefect_api.named}
 
 
 @contextmanager
-def retraining(workshop: Workshop, seconds: int, named: dict[str, str]) -> Iterator[Future[Any]]:
+def retraining(repo: Repo, seconds: int, named: dict[str, str]) -> Iterator[Future[Any]]:
     """Run a retrain that waits so long for a person; its report is there after the block."""
     policy = {"HANDSIGNS_PROMOTION": "approval", "HANDSIGNS_APPROVAL_SECONDS": str(seconds)}
     with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(workshop.handsigns, "retrain", **named, **policy)
+        yield pool.submit(repo.handsigns, "retrain", **named, **policy)
 
 
 def test_an_earlier_release_verifies_and_predicts_as_it_did_then(
-    workshop: Workshop, named: dict[str, str], earlier: Earlier
+    repo: Repo, named: dict[str, str], earlier: Earlier
 ) -> None:
     for version, release in RELEASES.items():
-        verified = workshop.handsigns("verify", version, **named)
+        verified = repo.handsigns("verify", version, **named)
         assert verified["id"] == release
         assert verified["facts"]["git_revision"].startswith(COMMIT)
         then = earlier.predictions(version)
-        now = workshop.handsigns("predict", "--model", version, *then, **named)
+        now = repo.handsigns("predict", "--model", version, *then, **named)
         for one in now["predictions"]:
             assert one["probabilities"] == pytest.approx(then[Path(one["file"])], abs=0.02)
 
 
 def test_a_better_model_waits_for_a_person_and_then_is_champion(
-    workshop: Workshop, prefect_api: PrefectApi, named: dict[str, str]
+    repo: Repo, prefect_api: PrefectApi, named: dict[str, str]
 ) -> None:
-    refused = workshop.handsigns("retrain", "--force", code=1, HANDSIGNS_PROMOTION="approval")
+    refused = repo.handsigns("retrain", "--force", code=1, HANDSIGNS_PROMOTION="approval")
     assert "without PREFECT_API_URL and HANDSIGNS_S3_ENDPOINT_URL" in refused["reason"]
-    with retraining(workshop, 200, named) as started:
+    with retraining(repo, 200, named) as started:
         run, question = paused(prefect_api)
         for words in ("Version 3", "McNemar", "Recall of each sign", "changed verdict"):
             assert words in question
         assert run["name"] == "v3 waits for approval"
         # Nothing is locked meanwhile, and the champion still is the old one.
-        workshop.run("dvc", "status", "gate")
-        assert workshop.handsigns("status", **named)["champion"]["release"] == RELEASES["2"]
+        repo.run("dvc", "status", "gate")
+        assert repo.handsigns("status", **named)["champion"]["release"] == RELEASES["2"]
         for answer in ({}, {"name": "Ann"}, {"name": "", "decision": "approve"}):
             assert resume(prefect_api, run, **answer) == "REJECT"
         given = {"name": "Ann", "decision": "approve", "comment": "looks right"}
@@ -115,7 +115,7 @@ def test_a_better_model_waits_for_a_person_and_then_is_champion(
     assert found["won"] == sum(photo["now"] == "right" for photo in found["changed"])
     assert [row["label"] for row in found["recalls"]] == list("012345")
     assert (report["data"]["changes"]["since"], report["data"]["synthetic"]) == (2, 12)
-    move = workshop.handsigns("status", **named)["history"][-1]
+    move = repo.handsigns("status", **named)["history"][-1]
     assert (move["by"], move["previous"], move["version"]) == ("Ann", 2, 3)
     for key, words in (
         ("champion-history", "Ann"),
@@ -128,21 +128,21 @@ def test_a_better_model_waits_for_a_person_and_then_is_champion(
 
 
 def test_the_champion_is_moved_by_hand_with_or_without_a_prefect_that_works(
-    workshop: Workshop, prefect_api: PrefectApi, named: dict[str, str]
+    repo: Repo, prefect_api: PrefectApi, named: dict[str, str]
 ) -> None:
-    refused = workshop.handsigns("promote", "2", code=1, **named)
+    refused = repo.handsigns("promote", "2", code=1, **named)
     assert "should not be champion: version 3 took its place: " in refused
     why = ("--force", "--reason", "the new one dazzles")
-    assert workshop.handsigns("promote", "2", *why, **named)["forced"]
-    described = workshop.handsigns("status", **named)["history"][-1]["told"]
+    assert repo.handsigns("promote", "2", *why, **named)["forced"]
+    described = repo.handsigns("status", **named)["history"][-1]["told"]
     assert "FORCED" in described
-    assert workshop.handsigns("verify", "2", **named)["forced"] == [described]
+    assert repo.handsigns("verify", "2", **named)["forced"] == [described]
     (run,) = [one for one in prefect_api.runs("promote") if described == one["state"]["message"]]
     assert (run["name"], run["state_name"]) == ("promote version 2", "Promoted")
     assert "promote, FORCED" in artifact(prefect_api, run, "champion-history")["data"]
 
     def rollback(*words: str, **environment: str) -> str:
-        return workshop.run("handsigns", "rollback", *words, **{**named, **environment}).stderr
+        return repo.run("handsigns", "rollback", *words, **{**named, **environment}).stderr
 
     def other_version(exchange: Exchange) -> None:
         exchange.send(Answer(200, "OK", [("content-type", "application/json")], b'"2.20.0"'))
@@ -155,14 +155,14 @@ def test_the_champion_is_moved_by_hand_with_or_without_a_prefect_that_works(
     said = rollback("--from", "2", PREFECT_API_AUTH_STRING="some:body")
     assert "cannot be used (401)" in said
     assert "set PREFECT_API_AUTH_STRING to user:password" in said
-    assert workshop.handsigns("status", **named)["champion"]["version"] == 3
+    assert repo.handsigns("status", **named)["champion"]["version"] == 3
 
 
 @pytest.mark.slow
 def test_a_promotion_meanwhile_a_rejection_and_silence_leave_the_champion(
-    workshop: Workshop, prefect_api: PrefectApi, named: dict[str, str]
+    repo: Repo, prefect_api: PrefectApi, named: dict[str, str]
 ) -> None:
-    versions = workshop.handsigns("versions", **named)["versions"]
+    versions = repo.handsigns("versions", **named)["versions"]
     number, before = 1 + max(one["version"] for one in versions), None
     for seconds, answer, reason in (
         (200, {"name": "Ann", "decision": "approve"}, "The champion was changed meanwhile"),
@@ -170,11 +170,11 @@ def test_a_promotion_meanwhile_a_rejection_and_silence_leave_the_champion(
         (3, {}, "nobody approved it within 3 s."),
     ):
         # A release differs by its parameters too, so there is a version without training.
-        workshop.change("gate", max_loss=5 - number / 10)
-        with retraining(workshop, seconds, named) as started:
+        repo.change("gate", max_loss=5 - number / 10)
+        with retraining(repo, seconds, named) as started:
             run, _ = paused(prefect_api)
             if before is None:
-                workshop.handsigns("promote", "1", "--force", "--reason", "first", **named)
+                repo.handsigns("promote", "1", "--force", "--reason", "first", **named)
             assert not answer or resume(prefect_api, run, **answer) == "ACCEPT"
         report = started.result()
         assert report["status"] == "registered"
@@ -182,7 +182,7 @@ def test_a_promotion_meanwhile_a_rejection_and_silence_leave_the_champion(
         assert (report["model"]["version"], report["model"]["alias"]) == (number, "challenger")
         run = prefect_api.ask(f"flow_runs/{run['id']}")
         assert (run["state_type"], run["state_name"]) == ("COMPLETED", "Registered")
-        status = workshop.handsigns("status", **named)
+        status = repo.handsigns("status", **named)
         assert status["champion"]["version"] == 1
         assert before in (None, status["history"])
         number, before = number + 1, status["history"]
@@ -192,16 +192,16 @@ def test_a_promotion_meanwhile_a_rejection_and_silence_leave_the_champion(
 def test_an_earlier_release_is_rebuilt_bit_by_bit_with_the_stages_of_its_commit(
     trained: Trained, s3: S3Address, tmp_path: Path
 ) -> None:
-    def clone(name: str, *revision: str) -> Workshop:
+    def clone(name: str, *revision: str) -> Repo:
         root = tmp_path / name
         subprocess.run(["git", "clone", "-q", CHECKOUT.root, root], check=True)
         subprocess.run(["git", "-C", root, "checkout", "-q", *revision], check=True)
-        return Workshop(Project(root))
+        return Repo(Project(root))
 
     environment = {**storage_named(s3), "HANDSIGNS_DVC_REMOTE_URL": str(tmp_path / "remote")}
     then = clone("then", COMMIT)
     backbone = Path(".local/backbone")
-    shutil.copytree(trained.workshop.project.root / backbone, then.project.root / backbone)
+    shutil.copytree(trained.repo.project.root / backbone, then.project.root / backbone)
     then.change("features", views=1)
     then.change("gate", confidence=None, min_accuracy=0.0, min_recall=0.0, min_test_photos=6)
     then.change("gate", min_robust_accuracy=0.0, max_loss=9.0, max_calibration_error=1.0)

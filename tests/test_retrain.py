@@ -21,7 +21,7 @@ from flows.settings import Settings
 from tasks.params import load_params
 from tasks.services.dvc import check_trained_on
 from tasks.services.s3 import Storage
-from tests.fixtures.checkouts import BIN, Workshop, make_checkout
+from tests.fixtures.checkouts import BIN, Repo, make_checkout
 from tests.fixtures.photos import CHECKOUT, write_photos
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.receiver import receiving
@@ -33,7 +33,7 @@ REMOTE = {"HANDSIGNS_DVC_REMOTE_URL": "s3://dvc/photos"}
 
 
 @pytest.fixture(scope="module")
-def workshop(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def repo(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Repo:
     """A checkout whose first retrain made a champion, on servers that started for it."""
     made = trained.checkout(tmp_path_factory.mktemp("retrain") / "checkout")
     made.handsigns("import", trained.photos)
@@ -43,35 +43,33 @@ def workshop(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Work
 
 
 @pytest.fixture
-def first(workshop: Workshop) -> RunReport:
+def first(repo: Repo) -> RunReport:
     """What the first retrain of the checkout reported."""
-    path = workshop.project.root.parent / "first.json"
+    path = repo.project.root.parent / "first.json"
     return RunReport.model_validate_json(path.read_text())
 
 
-def query(workshop: Workshop, sql: str) -> set[str]:
-    with sqlite3.connect(workshop.project.local / "prefect/prefect.db") as database:
+def query(repo: Repo, sql: str) -> set[str]:
+    with sqlite3.connect(repo.project.local / "prefect/prefect.db") as database:
         return {value for (value,) in database.execute(sql)}
 
 
-def registry(workshop: Workshop) -> tuple[MlflowClient, dict[str, Any]]:
+def registry(repo: Repo) -> tuple[MlflowClient, dict[str, Any]]:
     """MLflow's client, and the runs by their ids."""
-    client = MlflowClient(f"sqlite:///{workshop.project.local / 'mlflow.db'}")
+    client = MlflowClient(f"sqlite:///{repo.project.local / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("hand-signs")
     runs = client.search_runs([experiment.experiment_id])
     return client, {run.info.run_id: run for run in runs}
 
 
-def stored_in(workshop: Workshop, bucket: str = "artifacts") -> dict[str, str]:
+def stored_in(repo: Repo, bucket: str = "artifacts") -> dict[str, str]:
     """The etags of all that a bucket holds, by key."""
-    with embedded(Settings(), workshop.project) as services:
+    with embedded(Settings(), repo.project) as services:
         storage = Storage(replace(services.s3(), bucket=bucket))
         return {one.key: one.etag for one in storage.list("")}
 
 
-def test_the_first_run_is_promoted_and_recorded_everywhere(
-    workshop: Workshop, first: RunReport
-) -> None:
+def test_the_first_run_is_promoted_and_recorded_everywhere(repo: Repo, first: RunReport) -> None:
     assert (first.status, first.model.version, first.model.alias) == ("promoted", 1, "champion")
     assert first.data.train + first.data.val + first.data.test == 6 * PER_CLASS
     assert [one.name for one in first.phases] == ["base", "fine_tune", "full"]
@@ -80,17 +78,17 @@ def test_the_first_run_is_promoted_and_recorded_everywhere(
     assert first.release.uri == f"s3://artifacts/releases/{first.release.id}/"
     steps = {"fetch", "version", "audit", "features", "train@base", "publish", "promote"}
     assert steps < set(first.seconds)
-    plots = {path.stem for path in workshop.project.plots.glob("*.png")}
+    plots = {path.stem for path in repo.project.plots.glob("*.png")}
     assert {"audit", "curves", "confusion", "roc_pr", "mistakes"} <= plots
     # The DVC remote has the photos, and Prefect tasks, artifacts and a name that says it all.
-    assert len(stored_in(workshop, "dvc")) == 6 * PER_CLASS + 1
-    assert steps < query(workshop, "select name from task_run")
-    shown = query(workshop, "select key from artifact")
+    assert len(stored_in(repo, "dvc")) == 6 * PER_CLASS + 1
+    assert steps < query(repo, "select name from task_run")
+    shown = query(repo, "select key from artifact")
     assert shown == {"summary", "comparison", "champion-history", "quality"}
-    (name,) = query(workshop, "select name from flow_run")
+    (name,) = query(repo, "select name from flow_run")
     assert name.startswith("v1 promoted: accuracy ")
     # MLflow has one run with curves, files and pictures, and the version.
-    client, runs = registry(workshop)
+    client, runs = registry(repo)
     champion = client.get_model_version_by_alias("hand-signs", "champion")
     assert (int(champion.version), champion.tags["content_id"]) == (1, first.release.id)
     ((run_id, run),) = runs.items()
@@ -98,51 +96,51 @@ def test_the_first_run_is_promoted_and_recorded_everywhere(
     assert len(client.get_metric_history(run_id, "full/val_loss")) == 3
     assert run.data.metrics["test/accuracy"] == first.test.accuracy
     assert run.data.tags["data_version"] == first.data.version
-    names = {key.partition(f"{run_id}/artifacts/")[2] for key in stored_in(workshop)}
+    names = {key.partition(f"{run_id}/artifacts/")[2] for key in stored_in(repo)}
     assert {"files/dvc.lock", "files/params.yaml", "files/data.dvc"} <= names
     assert {"pictures/curves.png", "pictures/quality.png"} <= names
 
 
-def test_a_run_with_nothing_to_do_starts_no_server(workshop: Workshop, first: RunReport) -> None:
-    log = workshop.project.local / "logs/prefect.log"
-    before, lock = log.stat().st_mtime_ns, workshop.project.lock.read_bytes()
-    again = workshop.handsigns("retrain", fresh=True, **REMOTE)
+def test_a_run_with_nothing_to_do_starts_no_server(repo: Repo, first: RunReport) -> None:
+    log = repo.project.local / "logs/prefect.log"
+    before, lock = log.stat().st_mtime_ns, repo.project.lock.read_bytes()
+    again = repo.handsigns("retrain", fresh=True, **REMOTE)
     assert (again["status"], again["release"]["id"]) == ("unchanged", first.release.id)
-    assert workshop.report()["status"] == "unchanged"
+    assert repo.report()["status"] == "unchanged"
     assert log.stat().st_mtime_ns == before
-    assert not list((workshop.project.local / "logs").glob("*.pid"))
-    assert "Data and pipelines are up to date" in workshop.run("dvc", "repro").stdout
-    assert workshop.project.lock.read_bytes() == lock
+    assert not list((repo.project.local / "logs").glob("*.pid"))
+    assert "Data and pipelines are up to date" in repo.run("dvc", "repro").stdout
+    assert repo.project.lock.read_bytes() == lock
 
 
 def test_the_champion_predicts_evaluates_and_verifies(
-    workshop: Workshop, first: RunReport, tmp_path: Path
+    repo: Repo, first: RunReport, tmp_path: Path
 ) -> None:
     photos = write_photos(tmp_path / "others", per_class=3, seed=7)
-    scores = workshop.handsigns("evaluate", photos)
+    scores = repo.handsigns("evaluate", photos)
     assert (scores["n"], scores["unreadable"]) == (18, [])
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     words = (photos / "2/0000.png", tmp_path / "broken.jpg")
-    seen, broken = workshop.handsigns("predict", *words, code=1)["predictions"]
+    seen, broken = repo.handsigns("predict", *words, code=1)["predictions"]
     assert sum(seen["probabilities"].values()) == pytest.approx(1, abs=1e-4)
     assert "not an image" in broken["error"]
-    verified = workshop.handsigns("verify", "champion")
+    verified = repo.handsigns("verify", "champion")
     assert verified["id"] == first.release.id
     assert verified["facts"]["data_version"] == first.data.version
 
 
 def test_a_rejected_model_changes_nothing_but_is_recorded_and_reported(
-    workshop: Workshop, prefect_api: PrefectApi
+    repo: Repo, prefect_api: PrefectApi
 ) -> None:
-    before, (_, runs) = workshop.handsigns("status"), registry(workshop)
-    stored = stored_in(workshop)
-    workshop.change("gate", min_test_photos=10_000)
+    before, (_, runs) = repo.handsigns("status"), registry(repo)
+    stored = stored_in(repo)
+    repo.change("gate", min_test_photos=10_000)
     try:
         with receiving(SECRET) as receiver:
             address = {"HANDSIGNS_NOTIFY_URLS": receiver.address, **prefect_api.named}
-            rejected = workshop.handsigns("retrain", code=1, **address)
+            rejected = repo.handsigns("retrain", code=1, **address)
     finally:
-        workshop.change("gate", min_test_photos=6)
+        repo.change("gate", min_test_photos=6)
     (sent,) = receiver.messages
     assert sent["title"].endswith(" rejected")
     assert sent["message"].startswith(rejected["reason"])
@@ -150,38 +148,38 @@ def test_a_rejected_model_changes_nothing_but_is_recorded_and_reported(
     assert rejected["status"] == "rejected"
     assert "test photos" in rejected["reason"]
     assert rejected["model"]["version"] is None
-    after = workshop.handsigns("status")
+    after = repo.handsigns("status")
     for part in ("champion", "challenger", "history"):
         assert after[part] == before[part]
-    (run,) = (run for name, run in registry(workshop)[1].items() if name not in runs)
+    (run,) = (run for name, run in registry(repo)[1].items() if name not in runs)
     assert run.info.run_name.startswith("rejected: test photos")
     assert run.data.tags["gate"].startswith("rejected: test photos")
     assert "content_id" not in run.data.tags
-    assert [one["version"] for one in workshop.handsigns("versions")["versions"]] == [1]
+    assert [one["version"] for one in repo.handsigns("versions")["versions"]] == [1]
     files = f"mlflow/hand-signs/{run.info.run_id}/"
-    now = stored_in(workshop)
+    now = stored_in(repo)
     assert {key: etag for key, etag in now.items() if not key.startswith(files)} == stored
 
 
 def test_a_service_follows_retrain_promote_and_rollback_without_a_gap(
-    workshop: Workshop, prefect_api: PrefectApi
+    repo: Repo, prefect_api: PrefectApi
 ) -> None:
-    beside = serving(workshop.project.root, HANDSIGNS_SERVE_FOLLOW_SECONDS="")
+    beside = serving(repo.project.root, HANDSIGNS_SERVE_FOLLOW_SECONDS="")
     with beside as service, Clients(service).asking() as clients:
         clients.seconds_until(1)
         # A release differs by its parameters too, so there is a version without training.
-        workshop.change("gate", max_loss=4.9)
-        second = workshop.handsigns("retrain", **prefect_api.named)
+        repo.change("gate", max_loss=4.9)
+        second = repo.handsigns("retrain", **prefect_api.named)
         assert (second["status"], second["features"]["computed"]) == ("promoted", 0)
         clients.seconds_until(2)
-        move = workshop.handsigns("promote", "1", "--force", "--reason", "a test of mine")
+        move = repo.handsigns("promote", "1", "--force", "--reason", "a test of mine")
         assert (move["previous"], move["version"]) == (2, 1)
         clients.seconds_until(1)
-        assert workshop.handsigns("promote", "1")["at"] == move["at"]  # already so
-        back = workshop.handsigns("rollback")
+        assert repo.handsigns("promote", "1")["at"] == move["at"]  # already so
+        back = repo.handsigns("rollback")
         assert (back["previous"], back["version"]) == (1, 2)
         clients.seconds_until(2)
-        history = workshop.handsigns("status")["history"]
+        history = repo.handsigns("status")["history"]
         assert [one["reason"] for one in history[-2:]] == ["a test of mine", "rolled back by hand"]
         assert {status for status, _ in clients.answers} == {200}
         assert service.health()["state"] == "ready"
@@ -189,32 +187,32 @@ def test_a_service_follows_retrain_promote_and_rollback_without_a_gap(
 
 
 def test_an_alias_that_did_not_follow_is_repaired_though_nothing_changed(
-    workshop: Workshop,
+    repo: Repo,
 ) -> None:
-    database = workshop.project.local / "mlflow.db"
-    present = workshop.handsigns("status")["champion"]["version"]
+    database = repo.project.local / "mlflow.db"
+    present = repo.handsigns("status")["champion"]["version"]
     with sqlite3.connect(database) as tables:
         tables.execute(
             "create trigger full before update on registered_model_aliases "
             "begin select raise(abort, 'database or disk is full'); end"
         )
     why = ("--force", "--reason", "MLflow is full")
-    moved = workshop.handsigns("promote", str(3 - present), *why)
+    moved = repo.handsigns("promote", str(3 - present), *why)
     with sqlite3.connect(database) as tables:
         tables.execute("drop trigger full")
     for expected in (present, moved["version"]):
-        alias = registry(workshop)[0].get_model_version_by_alias("hand-signs", "champion")
+        alias = registry(repo)[0].get_model_version_by_alias("hand-signs", "champion")
         assert int(alias.version) == expected
-        assert workshop.handsigns("retrain")["status"] == "unchanged"
+        assert repo.handsigns("retrain")["status"] == "unchanged"
 
 
 @pytest.mark.slow
 def test_one_phases_rate_trains_that_phase_again_from_a_clean_cache_to_the_same_bits(
-    workshop: Workshop, first: RunReport, trained: Trained, prefect_api: PrefectApi, tmp_path: Path
+    repo: Repo, first: RunReport, trained: Trained, prefect_api: PrefectApi, tmp_path: Path
 ) -> None:
-    rate = load_params(workshop.project.params).phases["full"].learning_rate
-    workshop.change("phases.full", learning_rate=1.4 * rate)
-    report = RunReport.model_validate(workshop.handsigns("retrain", **prefect_api.named))
+    rate = load_params(repo.project.params).phases["full"].learning_rate
+    repo.change("phases.full", learning_rate=1.4 * rate)
+    report = RunReport.model_validate(repo.handsigns("retrain", **prefect_api.named))
     assert report.status in ("promoted", "registered")
     assert report.features.computed == 0
     assert report.release.id != first.release.id
@@ -222,7 +220,7 @@ def test_one_phases_rate_trains_that_phase_again_from_a_clean_cache_to_the_same_
     clean = make_checkout(tmp_path / "clean")
     clean.handsigns("import", trained.photos)
     clean.run("dvc", "repro")
-    ours, theirs = clean.project, trained.workshop.project
+    ours, theirs = clean.project, trained.repo.project
     for name in ("metrics.json", "model.keras", "model.pb", "gate.json"):
         assert (ours.artifacts / name).read_bytes() == (theirs.artifacts / name).read_bytes()
     locks = [yaml.safe_load((one.root / "dvc.lock").read_text()) for one in (ours, theirs)]
@@ -231,26 +229,26 @@ def test_one_phases_rate_trains_that_phase_again_from_a_clean_cache_to_the_same_
 
 @pytest.mark.slow
 def test_a_full_disk_fails_the_run_in_one_line_and_changes_nothing(
-    workshop: Workshop, first: RunReport, prefect_api: PrefectApi
+    repo: Repo, first: RunReport, prefect_api: PrefectApi
 ) -> None:
-    before, lock = workshop.handsigns("status"), workshop.project.lock.read_bytes()
-    workshop.run_limited(10_000_000, "retrain", "--force")  # the backbone's weights are larger
-    report = workshop.report()
+    before, lock = repo.handsigns("status"), repo.project.lock.read_bytes()
+    repo.run_limited(10_000_000, "retrain", "--force")  # the backbone's weights are larger
+    report = repo.report()
     assert report["status"] == "failed"
     assert "File too large" in report["reason"]
     assert "\n" not in report["reason"]
-    after = workshop.handsigns("status")
+    after = repo.handsigns("status")
     for part in ("data", "champion", "challenger", "history"):
         assert after[part] == before[part]
     # With room again it comes to what was there before, with the first parameters too.
-    again = workshop.handsigns("retrain", **prefect_api.named)
+    again = repo.handsigns("retrain", **prefect_api.named)
     known = {move["release"] for move in before["history"]}
     assert again["release"]["id"] in known | {(before["challenger"] or {}).get("release")}
-    assert workshop.project.lock.read_bytes() == lock
+    assert repo.project.lock.read_bytes() == lock
     rate = load_params(CHECKOUT.params).phases["full"].learning_rate
-    workshop.change("phases.full", learning_rate=rate)
-    workshop.change("gate", max_loss=5.0)
-    back = workshop.handsigns("retrain", **prefect_api.named)
+    repo.change("phases.full", learning_rate=rate)
+    repo.change("gate", max_loss=5.0)
+    back = repo.handsigns("retrain", **prefect_api.named)
     assert (back["release"]["id"], back["model"]["version"]) == (first.release.id, 1)
 
 
@@ -301,7 +299,7 @@ def test_the_inbox_is_trained_on_once_and_its_versions_reach_the_branch(
 
 
 @contextmanager
-def retraining(checkout: Workshop, api: PrefectApi) -> Iterator["subprocess.Popen[str]"]:
+def retraining(checkout: Repo, api: PrefectApi) -> Iterator["subprocess.Popen[str]"]:
     """A retrain that is past its first stage."""
     with subprocess.Popen(
         [BIN / "handsigns", "retrain", "--json"],

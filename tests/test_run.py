@@ -26,7 +26,7 @@ from tasks.services.mlflow import CHAMPION
 from tasks.services.s3 import S3Address, Storage
 from tasks.stage import silent
 from tests.fixtures import faults
-from tests.fixtures.checkouts import BIN, Workshop, make_checkout, with_stages
+from tests.fixtures.checkouts import BIN, Repo, make_checkout, with_stages
 from tests.fixtures.faults import Exchange, proxy_to
 from tests.fixtures.photos import CHECKOUT, LABELS, write_photos
 from tests.fixtures.prefect_api import PrefectApi
@@ -34,7 +34,7 @@ from tests.fixtures.receiver import receiving
 
 
 @pytest.fixture
-def checkout(tmp_path: Path) -> Workshop:
+def checkout(tmp_path: Path) -> Repo:
     """A checkout without photos."""
     return make_checkout(tmp_path / "checkout")
 
@@ -44,7 +44,7 @@ def done(status: Any = "promoted") -> RunReport:
 
 
 def test_the_first_cause_is_reported_where_prefect_or_the_disk_fails_too(
-    checkout: Workshop, prefect_api: PrefectApi
+    checkout: Repo, prefect_api: PrefectApi
 ) -> None:
     def gone(exchange: Exchange) -> None:
         (faults.resetting if checkout.project.run.exists() else faults.passed)(exchange)
@@ -69,7 +69,7 @@ def test_the_first_cause_is_reported_where_prefect_or_the_disk_fails_too(
 
 
 def test_a_run_of_the_schedule_logs_what_the_command_says_and_no_traceback(
-    checkout: Workshop, prefect_api: PrefectApi
+    checkout: Repo, prefect_api: PrefectApi
 ) -> None:
     worker = {**prefect_api.named, "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks"}
     code = "from flows.retrain import retrain; state = retrain(return_state=True)"
@@ -87,7 +87,7 @@ def test_a_run_of_the_schedule_logs_what_the_command_says_and_no_traceback(
     assert checkout.handsigns("status")["last_run"]["reason"].startswith(reason)
 
 
-def test_a_signal_in_the_first_seconds_leaves_a_cancelled_run(checkout: Workshop) -> None:
+def test_a_signal_in_the_first_seconds_leaves_a_cancelled_run(checkout: Repo) -> None:
     (checkout.project.data / "train/0").mkdir(parents=True)
     write_report(done("registered"), checkout.project)
     with subprocess.Popen(
@@ -221,7 +221,7 @@ def test_another_registry_storage_remote_or_branch_is_filled_too(
 def test_an_s3_inbox_is_another_bucket_and_never_removes_what_a_person_put_there(
     s3_server: S3Address,
     s3: S3Address,
-    checkout: Workshop,
+    checkout: Repo,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

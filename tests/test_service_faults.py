@@ -136,10 +136,10 @@ def test_a_run_that_a_service_failed_is_resumed_without_training_again(
     mlflow_server: MlflowServer,
     prefect_api: PrefectApi,
 ) -> None:
-    workshop = trained.checkout(tmp_path / "checkout")
-    project = workshop.project
-    workshop.change("training", batch_size=16)  # otherwise nothing would be trained here
-    workshop.handsigns("import", trained.photos)
+    repo = trained.checkout(tmp_path / "checkout")
+    project = repo.project
+    repo.change("training", batch_size=16)  # otherwise nothing would be trained here
+    repo.handsigns("import", trained.photos)
 
     def without_features(exchange: Exchange) -> None:
         (faults.resetting if project.features.exists() else faults.passed)(exchange)
@@ -167,12 +167,12 @@ def test_a_run_that_a_service_failed_is_resumed_without_training_again(
         ]
         for proxy, fault, changes, words in failures:
             with proxy.failing(fault):
-                failed = workshop.handsigns("retrain", code=1, **{**services, **changes})
+                failed = repo.handsigns("retrain", code=1, **{**services, **changes})
             assert failed["status"] == "failed"
             assert words in failed["reason"]
             assert read_champion(Storage(s3)) is None
         lock = project.lock.read_bytes()
-        report = workshop.handsigns("retrain", **services)
+        report = repo.handsigns("retrain", **services)
     assert report["status"] == "promoted", report["reason"]
     assert report["features"]["computed"] == failed["features"]["computed"] == 0
     assert project.lock.read_bytes() == lock

@@ -19,7 +19,7 @@ import pytest
 from flows.local.stack import embedded
 from flows.settings import Settings
 from tasks.services.s3 import Storage
-from tests.fixtures.checkouts import BIN, Workshop, make_checkout
+from tests.fixtures.checkouts import BIN, Repo, make_checkout
 from tests.fixtures.photos import write_photos
 from tests.fixtures.service import point, publish_graph
 
@@ -124,7 +124,7 @@ QUICK = (
 class Place:
     """A checkout with photos and a champion, and the names that variants put in braces."""
 
-    workshop: Workshop
+    repo: Repo
     names: dict[str, str]
 
     def run(self, variant: Variant, *command: str) -> "subprocess.CompletedProcess[str]":
@@ -141,7 +141,7 @@ class Place:
             mounts.insert(0, f"mount --bind '{root}' '{root}'")
         script = " && ".join([*mounts, "cd .", variant.shell, 'exec "$@"'])
         words = ["sh", "-c", script, "sh", *words]
-        given = self.workshop.environment(
+        given = self.repo.environment(
             **{name: text.format(**self.names) for name, text in variant.environment.items()}
         )
         return subprocess.run(
@@ -222,7 +222,7 @@ def may_mount() -> bool:
     return os.geteuid() == 0 and tried.returncode == 0
 
 
-def contents(checkout: Workshop) -> Any:
+def contents(checkout: Repo) -> Any:
     """What must never be lost: photos' names, their version, parameters."""
     project = checkout.project
     photos = sorted(str(path) for path in project.data.rglob("*"))
@@ -239,7 +239,7 @@ def contents(checkout: Workshop) -> Any:
 def test_each_surrounding_works_or_is_named_in_one_line(variant: Variant, place: Place) -> None:
     if (variant.read_only or variant.user) and not may_mount():
         pytest.skip("this user may not mount")
-    before = contents(place.workshop)
+    before = contents(place.repo)
     done = place.run(variant, "handsigns", *variant.words)
     said = done.stdout + done.stderr
     assert "Traceback" not in said, said
@@ -249,7 +249,7 @@ def test_each_surrounding_works_or_is_named_in_one_line(variant: Variant, place:
         lines = "".join(done.stdout.partition("why")[1:]) or done.stderr
         (line,) = [line for line in lines.splitlines() if line.strip()]
         assert re.search(variant.says, line), line
-    assert contents(place.workshop) == before
+    assert contents(place.repo) == before
 
 
 @pytest.mark.slow

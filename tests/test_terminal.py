@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tasks.services.s3 import S3Address
-from tests.fixtures.checkouts import BIN, Workshop
+from tests.fixtures.checkouts import BIN, Repo
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.servers import MlflowServer
 from tests.fixtures.service import named
@@ -41,14 +41,14 @@ def left_behind(text: str) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def in_terminal(workshop: Workshop, *words: str, **environment: str) -> list[str]:
+def in_terminal(repo: Repo, *words: str, **environment: str) -> list[str]:
     """Run a program in a terminal of 110 columns; the lines that it leaves there."""
     process, terminal = pty.fork()
     if process == 0:
         # Here, and not in the parent, which may be too late for the program.
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-        os.chdir(workshop.project.root)
-        variables = workshop.environment(**environment) | {"TERM": "xterm-256color"}
+        os.chdir(repo.project.root)
+        variables = repo.environment(**environment) | {"TERM": "xterm-256color"}
         os.execve(BIN / words[0], words, variables)
     raw = b""
     with suppress(OSError):  # the other side is closed
@@ -80,12 +80,12 @@ def test_a_terminal_shows_results_and_bars_and_nothing_of_libraries(
     prefect_api: PrefectApi,
     tmp_path: Path,
 ) -> None:
-    workshop = trained.checkout(tmp_path / "checkout")
+    repo = trained.checkout(tmp_path / "checkout")
     services = {**named(s3), **mlflow_server.named, **prefect_api.named}
     services["HANDSIGNS_MODEL_NAME"] = "terminal"  # its first version is number 1
 
     def handsigns(*words: str) -> list[str]:
-        return in_terminal(workshop, "handsigns", *words, **services)
+        return in_terminal(repo, "handsigns", *words, **services)
 
     assert len(handsigns("import", str(trained.photos))) <= 15
     first = handsigns("retrain")
@@ -102,10 +102,10 @@ def test_a_terminal_shows_results_and_bars_and_nothing_of_libraries(
     row = r" +1 +[01]\.\d{4} +\d+\.\d{4} +\d+ +20[-0-9]+ [0-9:]+ +cha"
     assert any(re.match(row, line) for line in handsigns("versions"))
     assert len(handsigns("predict", str(trained.photos / "1/0000.png"))) <= 8
-    repeated = in_terminal(workshop, "dvc", "repro", "--force", "--single-item", "train@base")
+    repeated = in_terminal(repo, "dvc", "repro", "--force", "--single-item", "train@base")
     assert len(repeated) <= 40
     assert "Running stage 'train@base':" in repeated
     # In a file each photo has one line, whatever its length.
     deep = trained.photos / "/".join(["1/.."] * 20) / "1/0000.png"
-    said = workshop.run("handsigns", "predict", deep, **services).stdout
+    said = repo.run("handsigns", "predict", deep, **services).stdout
     assert re.search(rf"^ *{re.escape(str(deep))} +[0-5]( +[01]\.\d{{3}}){{6}} *$", said, re.M)

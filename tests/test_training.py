@@ -35,15 +35,15 @@ from tasks.train import run as train
 from tasks.training.cached import Adam, WeightAverage, mixstyle, random_erasing
 from tasks.training.end_to_end import fit_end_to_end
 from tasks.training.plan import Plan, plan_phase
-from tests.fixtures.models import SIZE, Workshop, changed, copied, with_phases
+from tests.fixtures.models import SIZE, Repo, changed, copied, with_phases
 from tests.fixtures.photos import STILL
 
 PHASES = ["base", "fine_tune", "full"]
 
 
 @pytest.fixture(scope="session")
-def plan(workshop: Workshop) -> Plan:
-    context = workshop()
+def plan(repo: Repo) -> Plan:
+    context = repo()
     return plan_phase(context.params, "full", open_dataset(context.project.dataset))
 
 
@@ -78,8 +78,8 @@ def test_each_photo_shows_every_copy_once_before_any_comes_again(
     assert len(seen) == photos * (copies + 1)
 
 
-def test_a_phase_plans_its_own_order_of_the_shared_photos(workshop: Workshop) -> None:
-    context = with_phases(workshop(), data_fraction=0.5)
+def test_a_phase_plans_its_own_order_of_the_shared_photos(repo: Repo) -> None:
+    context = with_phases(repo(), data_fraction=0.5)
     dataset = open_dataset(context.project.dataset)
     base, again, other = (
         plan_phase(context.params, name, dataset) for name in ("base", "base", "fine_tune")

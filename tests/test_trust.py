@@ -22,7 +22,7 @@ from tasks.releases.release import publish
 from tasks.releases.signing import Trust, new_keys
 from tasks.services.mlflow import Registry
 from tasks.services.s3 import S3Address, Storage
-from tests.fixtures.checkouts import Workshop, make_checkout
+from tests.fixtures.checkouts import Repo, make_checkout
 from tests.fixtures.photos import LABELS, write_photos
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.servers import MlflowServer, new_bucket
@@ -39,7 +39,7 @@ BAD_REMOTE = f"http://someone:{SENTINEL}-remote@{NOWHERE}/dvc"
 class Team:
     """A checkout whose settings name a team's services, with a value for every secret."""
 
-    workshop: Workshop
+    repo: Repo
     settings: dict[str, str]
     storage: Storage
     seen: set[bytes] = field(default_factory=set)  # output, and the arguments of processes
@@ -49,7 +49,7 @@ class Team:
         named = {**self.settings, **changes}
         with ThreadPoolExecutor(1) as pool:
             command = ("handsigns", *words, "--json")
-            started = pool.submit(self.workshop.run, *command, code=code, fresh=True, **named)
+            started = pool.submit(self.repo.run, *command, code=code, fresh=True, **named)
             while not started.done():
                 for path in Path("/proc").glob("[0-9]*/cmdline"):
                     with suppress(OSError):
@@ -68,7 +68,7 @@ class Team:
         logins = [login, *(f"someone:{SENTINEL}-{name}" for name in names)]
         wanted = [spelt.encode() for text in plain for spelt in (text, quote(text, safe=""))]
         wanted += [base64.b64encode(text.encode()) for text in [*plain, *logins]]
-        root = self.workshop.project.root
+        root = self.repo.project.root
         files = [path for path in (*root.rglob("*"), *databases) if path.is_file()]
         places: list[tuple[object, bytes]] = [(text, text) for text in self.seen]
         places += [(path, path.read_bytes()) for path in files]
@@ -77,7 +77,7 @@ class Team:
 
 
 def make_team(
-    workshop: Workshop, keys: Path, s3: S3Address, mlflow: MlflowServer, prefect: PrefectApi
+    repo: Repo, keys: Path, s3: S3Address, mlflow: MlflowServer, prefect: PrefectApi
 ) -> Team:
     """A new secret setting without a value here fails."""
     known = {
@@ -107,7 +107,7 @@ def make_team(
         **prefect.named,
     }
     trust = Trust((public,), private, known["HANDSIGNS_SIGNING_PASSPHRASE"])
-    return Team(workshop, settings, Storage(s3, trust))
+    return Team(repo, settings, Storage(s3, trust))
 
 
 @pytest.fixture(scope="module")
@@ -120,15 +120,15 @@ def team(
 ) -> Team:
     """A team with a champion, a signed release of a small model."""
     folder = tmp_path_factory.mktemp("trust")
-    workshop = make_checkout(folder / "checkout")
+    repo = make_checkout(folder / "checkout")
     s3 = new_bucket(s3_server)
-    made = make_team(workshop, folder / "keys", s3, mlflow_server, prefect_api)
+    made = make_team(repo, folder / "keys", s3, mlflow_server, prefect_api)
     contents = {"labels.json": LABELS, "metrics.json": {}, "gate.json": {}, "dataset.json": {}}
     for name, content in contents.items():
         write_json(folder / name, content)
     (folder / "model.pb").write_bytes(graphs[0])
     files = {name: folder / name for name in (*contents, "model.pb")}
-    files["params.yaml"] = workshop.project.params
+    files["params.yaml"] = repo.project.params
     release = publish(made.storage, files, {"git_revision": "abc"})
     registry = Registry(mlflow_server.url, s3.bucket, login=mlflow_server.login)
     version = registry.register(None, release.id, {"release_uri": release.uri})
@@ -142,7 +142,7 @@ def stored(team: Team, content: bytes) -> Iterator[None]:
     (place,) = (one.key for one in team.storage.list("releases/") if "manifest" in one.key)
     good = team.storage.get(place)
     team.storage.put(place, content or json.dumps(json.loads(good) | {"signature": None}).encode())
-    shutil.rmtree(team.workshop.project.releases, ignore_errors=True)
+    shutil.rmtree(team.repo.project.releases, ignore_errors=True)
     try:
         yield
     finally:
@@ -150,7 +150,7 @@ def stored(team: Team, content: bytes) -> Iterator[None]:
 
 
 def test_every_verb_refuses_what_is_not_signed(team: Team, tmp_path: Path) -> None:
-    photos, run = write_photos(tmp_path / "photos", 1), team.workshop.handsigns
+    photos, run = write_photos(tmp_path / "photos", 1), team.repo.handsigns
     # Without Prefect, a promotion is the same and sooner.
     named = {name: text for name, text in team.settings.items() if not name.startswith("PREFECT")}
     with stored(team, b""):
@@ -186,7 +186,7 @@ def test_every_verb_refuses_what_is_not_signed(team: Team, tmp_path: Path) -> No
 
 def test_a_run_that_fails_leaves_no_secret_anywhere(team: Team, tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", 10)
-    team.workshop.handsigns("import", photos)
+    team.repo.handsigns("import", photos)
     database = f"postgresql://someone:{SENTINEL}-database@{NOWHERE}/handsigns"
     bad = {"HANDSIGNS_DVC_REMOTE_URL": BAD_REMOTE, "DATABASE_URL": database}
     failed = team.run("retrain", code=1, **bad)
@@ -210,27 +210,27 @@ def test_a_signed_retrain_leaves_no_secret_and_is_rebuilt_identically(
     mlflow_server: MlflowServer,
     prefect_alone: PrefectApi,
 ) -> None:
-    workshop = trained.checkout(tmp_path / "checkout")
-    team = make_team(workshop, tmp_path / "keys", s3, mlflow_server, prefect_alone)
-    imported = workshop.handsigns("import", trained.photos, **team.settings)
+    repo = trained.checkout(tmp_path / "checkout")
+    team = make_team(repo, tmp_path / "keys", s3, mlflow_server, prefect_alone)
+    imported = repo.handsigns("import", trained.photos, **team.settings)
     report = team.run("retrain")
     release = report["release"]
     assert report["status"] == "promoted", report["reason"]
     assert imported["pushed"] >= 120
     # Configured services take everything, and none starts here.
     for name in ("seaweedfs", "mlflow.db", "prefect/prefect.db"):
-        assert not (workshop.project.local / name).exists()
+        assert not (repo.project.local / name).exists()
     names = {one.key.split("/")[-1] for one in team.storage.list(f"releases/{release['id']}/")}
     assert {"manifest.json", "model.keras", "labels.json", "metrics.json", "sbom.cdx.json"} <= names
     assert "signature" in json.loads(team.storage.get(KEY))
     assert prefect_alone.runs("retrain")[0]["state_name"] == "Promoted"
     databases = [*session_folder().rglob("mlflow.db*"), *tmp_path.parent.rglob("prefect.db*")]
     assert team.leaks(databases) == []
-    found = workshop.handsigns("reproduce", "champion", **team.settings)
+    found = repo.handsigns("reproduce", "champion", **team.settings)
     assert found["identical"], found
     assert found["release"] == release["id"]
     assert found["metrics"]["loss"] == [report["test"]["loss"]] * 2
     other = trained.checkout(tmp_path / "other")  # a colleague's clone
-    shutil.copy(workshop.project.data_file, other.project.root)
+    shutil.copy(repo.project.data_file, other.project.root)
     same = other.handsigns("retrain", **team.settings)
     assert (same["status"], same["release"]["id"]) == ("unchanged", release["id"])

@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 
 from tasks.project import Project
-from tests.fixtures.checkouts import Workshop, make_checkout
+from tests.fixtures.checkouts import Repo, make_checkout
 from tests.fixtures.photos import write_photos
 from tests.fixtures.prefect_api import PrefectApi
 
 
-def git(workshop: Workshop, *words: str | Path) -> None:
+def git(repo: Repo, *words: str | Path) -> None:
     author = ["-c", "user.name=tests", "-c", "user.email=tests@example.invalid"]
-    subprocess.run(["git", "-C", workshop.project.root, *author, *words], check=True)
+    subprocess.run(["git", "-C", repo.project.root, *author, *words], check=True)
 
 
-def stored(workshop: Workshop) -> set[str]:
-    return {path.name for path in workshop.project.data.rglob("*.*")}
+def stored(repo: Repo) -> set[str]:
+    return {path.name for path in repo.project.data.rglob("*.*")}
 
 
 @pytest.mark.slow
@@ -32,7 +32,7 @@ def test_photos_that_were_pulled_or_changed_in_both_clones_are_never_lost(
     git(first, "commit", "-qm", "Import photos")
     git(first, "clone", "-q", ".", tmp_path / "second")
     # The second clone adds photos and pushes them; the first pulls git, and no photos.
-    second = Workshop(Project(tmp_path / "second"))
+    second = Repo(Project(tmp_path / "second"))
     second.run("handsigns", "import", write_photos(tmp_path / "new", 2, seed=1))
     # What ends a retrain as soon as it looks at the photos.
     train = second.project.data / "train"
@@ -55,7 +55,7 @@ def test_photos_that_were_pulled_or_changed_in_both_clones_are_never_lost(
     assert (stored(first), first.project.data_file.read_bytes()) == (before, version)
     sockets = shutil.ignore_patterns("*.sock")
     mine = shutil.copytree(first.project.root, tmp_path / "mine", symlinks=True, ignore=sockets)
-    keeping = Workshop(Project(mine))
+    keeping = Repo(Project(mine))
     keeping.run("dvc", "add", "data")
     keeping.run("handsigns", "import", more)
     assert before < stored(keeping)

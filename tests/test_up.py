@@ -33,7 +33,7 @@ from flows.settings import Settings
 from tasks.errors import ServiceError
 from tasks.services.mlflow import Registry, credentials_of
 from tasks.services.s3 import S3Address, Storage
-from tests.fixtures.checkouts import Workshop, make_checkout
+from tests.fixtures.checkouts import Repo, make_checkout
 from tests.fixtures.photos import write_photos
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.publishing import record
@@ -47,12 +47,12 @@ FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 class Service:
     """A service that is up in a checkout of its own, and Prefect's API as a client sees it."""
 
-    workshop: Workshop
+    repo: Repo
     addresses: dict[str, Any]
 
     @property
     def login(self) -> str:
-        return local_credentials(self.workshop.project.local).login
+        return local_credentials(self.repo.project.local).login
 
     @cached_property
     def prefect(self) -> PrefectApi:
@@ -60,7 +60,7 @@ class Service:
 
     def up(self, receiver: Receiver) -> dict[str, Any]:
         named = {"PREFECT_WORKER_QUERY_SECONDS": "1", "HANDSIGNS_NOTIFY_URLS": receiver.address}
-        return dict(self.workshop.handsigns("up", fresh=True, **named))
+        return dict(self.repo.handsigns("up", fresh=True, **named))
 
     def run(self) -> str:
         found = self.prefect.ask("deployments/name/retrain/retrain")["id"]
@@ -92,7 +92,7 @@ class Service:
 
     def processes(self, word: str = "") -> list[psutil.Process]:
         """What runs in the checkout, or is part of its service, with `word` in its arguments."""
-        root, found = str(self.workshop.project.root), []
+        root, found = str(self.repo.project.root), []
         for one in psutil.process_iter():
             with suppress(psutil.Error):
                 ours = one.cwd() == root or root in " ".join(one.cmdline())
@@ -119,24 +119,24 @@ def receiver() -> Iterator[Receiver]:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iterator[Service]:
     """A service on SQLite, in a checkout that was used before."""
-    workshop = make_checkout(tmp_path_factory.mktemp("up") / "checkout")
-    with embedded(Settings(), workshop.project) as services:
+    repo = make_checkout(tmp_path_factory.mktemp("up") / "checkout")
+    with embedded(Settings(), repo.project) as services:
         MlflowClient(services.mlflow()).create_registered_model("before")
         Storage(services.s3()).put("before", b"kept")
-    made = Service(workshop, {})
+    made = Service(repo, {})
     made.addresses = made.up(receiver)
     try:
         yield made
     finally:
-        workshop.handsigns("down", fresh=True)
+        repo.handsigns("down", fresh=True)
 
 
 @pytest.fixture(scope="module")
 def photos(service: Service, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Photos on which training takes longer than any test."""
     folder = write_photos(tmp_path_factory.mktemp("photos"), 12)
-    service.workshop.handsigns("import", folder)
-    service.workshop.change("phases.base", epochs=1000, trainable_layers=16)
+    service.repo.handsigns("import", folder)
+    service.repo.change("phases.base", epochs=1000, trainable_layers=16)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_up_answers_everywhere_on_the_data_that_was_there_before(
     assert service.up(receiver) == {**found, "started": False}
     with credentials_of(None, service.login):
         assert MlflowClient(found["mlflow"]).get_registered_model("before")
-    with embedded(Settings(), service.workshop.project) as services:
+    with embedded(Settings(), service.repo.project) as services:
         used = services.s3().endpoint_url, services.mlflow(), services.prefect()
         assert used == (found["s3"], found["mlflow"], found["prefect"])
         assert Storage(services.s3()).get("before") == b"kept"
@@ -187,13 +187,13 @@ def test_nothing_listens_beyond_loopback_and_no_secret_is_shown(service: Service
     ours = {one.pid for one in service.processes()}
     listening = [one for one in psutil.net_connections("tcp") if one.status == "LISTEN"]
     assert {one.laddr.ip for one in listening if one.pid in ours} == {"127.0.0.1"}
-    local = service.workshop.project.local
+    local = service.repo.project.local
     known = local_credentials(local)
     secrets = [known.secret_access_key, known.login.partition(":")[2]]
     secrets += [base64.b64encode(known.login.encode()).decode()]
     assert not any(service.processes(secret) for secret in secrets)
     holding = set()
-    for path in service.workshop.project.root.rglob("*"):
+    for path in service.repo.project.root.rglob("*"):
         with suppress(FileNotFoundError, IsADirectoryError, OSError):  # journals come and go
             content = path.read_bytes()
             holding |= {path for secret in secrets if secret.encode() in content}
@@ -212,7 +212,7 @@ def test_of_two_runs_one_trains_and_a_cancelled_one_stops_within_10_s(service: S
     (run,) = [run for run, state in states.items() if state["type"] == "RUNNING"]
     service.training(run)
     (engine,) = service.processes("prefect.engine")
-    busy = service.workshop.handsigns("retrain", code=1)["reason"]
+    busy = service.repo.handsigns("retrain", code=1)["reason"]
     assert "Another retrain" in busy
     assert str(engine.pid) in busy
 
@@ -223,11 +223,11 @@ def test_of_two_runs_one_trains_and_a_cancelled_one_stops_within_10_s(service: S
     while not (stopped := service.training(run)["end_time"]):
         time.sleep(0.2)
     assert (datetime.fromisoformat(stopped) - asked).total_seconds() < 10
-    project = service.workshop.project
+    project = service.repo.project
     assert json.loads((project.root / ".dvc/tmp/rwlock").read_text()) == {}
     assert not project.weights("base").exists()
     assert not list(project.artifacts.rglob(".*"))
-    report = service.workshop.report()
+    report = service.repo.report()
     assert (report["status"], report["reason"].split(".")[0]) == ("cancelled", "Interrupted")
     assert service.prefect.ask(f"flow_runs/{run}")["name"] == "cancelled"
 
@@ -237,7 +237,7 @@ def test_a_run_whose_worker_died_is_marked_crashed_and_reported_by_the_next_work
     service: Service, foreign: str, receiver: Receiver
 ) -> None:
     service.prefect.ask("work_pools/handsigns-docker", {"is_paused": True}, "PATCH")
-    service.workshop.handsigns("deploy", "--silence", str(SILENCE))
+    service.repo.handsigns("deploy", "--silence", str(SILENCE))
     assert service.prefect.ask("work_pools/handsigns-docker")["is_paused"]
     run = service.run()
     service.training(run)
@@ -260,8 +260,8 @@ def test_a_run_ends_with_its_service_as_cancelled_or_crashed(
     service: Service, foreign: str, receiver: Receiver
 ) -> None:
     service.training(run := service.run())
-    service.workshop.handsigns("down", fresh=True)
-    assert service.workshop.report()["status"] == "cancelled"
+    service.repo.handsigns("down", fresh=True)
+    assert service.repo.report()["status"] == "cancelled"
     service.up(receiver)
     assert service.state(run)["type"] == "CANCELLED"
     service.training(run := service.run())
@@ -280,11 +280,11 @@ def test_a_run_ends_with_its_service_as_cancelled_or_crashed(
 def test_down_stops_all_of_it_and_the_data_stays(service: Service) -> None:
     before = service.processes()
     assert len(before) >= 5
-    assert service.workshop.handsigns("down", fresh=True) == {"stopped": True}
+    assert service.repo.handsigns("down", fresh=True) == {"stopped": True}
     assert gone(before, 1)
     assert not service.processes()
-    assert service.workshop.handsigns("down", fresh=True) == {"stopped": False}
-    with embedded(Settings(), service.workshop.project) as services:
+    assert service.repo.handsigns("down", fresh=True) == {"stopped": False}
+    with embedded(Settings(), service.repo.project) as services:
         assert MlflowClient(services.mlflow()).get_registered_model("before")
         assert Storage(services.s3()).get("before") == b"kept"
 
