@@ -100,6 +100,7 @@ def test_the_model_files_give_the_tails_probabilities(chain: Context, params: Pa
     assert history["val_loss"] == pytest.approx(-likely.mean(), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_files(chain: Context, tmp_path: Path) -> None:
     project = copied(chain, tmp_path).project
     for path in (project.model, project.graph):
