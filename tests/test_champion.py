@@ -1,5 +1,6 @@
 """Who may become champion, and what is kept of every move."""
 
+import os
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from tasks.releases.champion import (
     Move,
     promote,
     read_champion,
+    repair_alias,
     rollback,
     set_champion,
     sync_alias,
@@ -262,6 +264,9 @@ def test_an_alias_left_behind_by_a_crash_follows_again(models: Models) -> None:
     assert sync_alias(models.storage, models.registry) is None
     models.client().delete_registered_model_alias("hand-signs", CHAMPION)
     assert "alias named nothing" in str(sync_alias(models.storage, models.registry))
+    assert repair_alias(models.storage, models.registry)
+    gone = Registry(f"sqlite:////proc/{os.getpid()}/none/mlflow.db", "hand-signs")
+    assert not repair_alias(models.storage, gone)
 
 
 def test_a_release_is_found_by_the_names_that_people_use(models: Models) -> None:
