@@ -140,7 +140,7 @@ def measure(project: Project) -> None:
     dataset = open_dataset(project.dataset)
     rows = dataset.rows("test")
     params = context.params.preprocess
-    classifier = load_classifier(project.graph, params, dataset.classes, trusted=True)
+    classifier = load_classifier(project.graph, params, dataset.classes)
     probabilities = classifier.probabilities(dataset.images[rows]).astype(np.float64)
     scores = score(probabilities, dataset.labels[rows], dataset.classes)
     history = read_json(project.history(context.params.last_phase))

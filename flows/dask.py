@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import ServiceError
-from tasks.model.activations import Key, Row, Runner, Shard, compute_anywhere, run_here
+from tasks.features import Key, Row, Runner, Shard, compute_anywhere, run_here
 
 _log = logging.getLogger(__name__)
 

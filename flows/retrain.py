@@ -26,8 +26,8 @@ from flows.workspace import Workspace
 from tasks.data.directory import data_lock, fetch_data
 from tasks.data.importer import Inbox
 from tasks.errors import BusyError, HandsignsError, OvertakenError, PromotionError
+from tasks.features import runner
 from tasks.io import read_json
-from tasks.model.activations import runner
 from tasks.params import load_params
 from tasks.project import Project
 from tasks.releases.champion import METRICS, SAME_PHOTOS, Champion, set_champion

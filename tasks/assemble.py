@@ -4,9 +4,8 @@
 """
 
 from tasks.io import atomic_write
-from tasks.model.augment import INPUT_SIZE
 from tasks.model.files import BACKBONE_FILE, export_graph, read_phase, save_model
-from tasks.params import BACKBONE
+from tasks.params import BACKBONE, INPUT_SIZE
 from tasks.stage import Context, stage_main
 
 

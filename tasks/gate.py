@@ -4,7 +4,8 @@ The stage writes `gate.json` and exits with 0 either way, so that `dvc repro` co
 Whoever would publish the model reads `passed`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from scipy.stats import norm
@@ -12,51 +13,16 @@ from scipy.stats import norm
 from tasks.data.dataset import INDEX
 from tasks.io import read_json, write_json
 from tasks.params import GateParams
-from tasks.scoring.metrics import DIGITS, FrozenModel, Interval, wilson_interval
+from tasks.scoring.metrics import DIGITS, Interval, wilson_interval
 from tasks.stage import Context, stage_main
-
-Number = int | float
 
 CORRUPTIONS = ("rotation", "brightness", "blur", "scale", "jpeg")
 """Kinds that the model must have been tested with; see `tasks.evaluate`."""
 LARGEST = 1e12  # a loss or a count above this is broken
 DEFAULT_CONFIDENCE = 0.95  # of the intervals that are shown where `gate.confidence` is not set
 
-
-class Check(FrozenModel):
-    """One limit and what was measured; value and interval are null where unusable."""
-
-    name: str
-    value: Number | None
-    limit: Number | None
-    interval: Interval | None = None
-    passed: bool
-    detail: str | None = None
-
-    def describe(self) -> str:
-        """The check in words."""
-        if self.passed:
-            return self.name
-        fault = f"{shown(self.value)} misses the limit of {shown(self.limit)}"
-        return f"{self.name}: {self.detail or fault}"
-
-
-class Verdict(FrozenModel):
-    """The gate's answer."""
-
-    passed: bool
-    checks: tuple[Check, ...]
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """One line for each failed check."""
-        return tuple(check.describe() for check in self.checks if not check.passed)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; `detail` only where there is one."""
-        rows = [check.model_dump() for check in self.checks]
-        checks = [{k: v for k, v in row.items() if k != "detail" or v} for row in rows]
-        return {"passed": self.passed, "checks": checks}
+Check = dict[str, Any]
+"""Name, value, limit, interval, passed, and for some a detail; no value where it is unusable."""
 
 
 def run(context: Context, item: str | None = None) -> None:
@@ -64,23 +30,38 @@ def run(context: Context, item: str | None = None) -> None:
     index, metrics = read_json(context.project.dataset / INDEX), read_json(context.project.metrics)
     params = context.params
     verdict = judge(metrics, _mapping(index).get("leaks"), params.gate, params.labels)
-    write_json(context.project.gate, verdict.to_json())
-    print("Gate:", "passed" if verdict.passed else "failed")
-    for check in verdict.checks:
-        numbers = f"{check.name} {shown(check.value)}, limit {shown(check.limit)}"
-        print("  passed " if check.passed else "  FAILED ", numbers, check.detail or "")
+    write_json(context.project.gate, verdict)
+    print("Gate:", "passed" if verdict["passed"] else "failed")
+    for check in verdict["checks"]:
+        numbers = f"{check['name']} {shown(check['value'])}, limit {shown(check['limit'])}"
+        print("  passed " if check["passed"] else "  FAILED ", numbers, check.get("detail", ""))
 
 
-def judge(metrics: Any, duplicates: Any, limits: GateParams, labels: Sequence[str]) -> Verdict:
-    """Check metrics against the limits; unusable values fail, and so does having no limit."""
-    checks = tuple(_checks(_mapping(metrics), duplicates, limits, labels))
+def judge(
+    metrics: Any, duplicates: Any, limits: GateParams, labels: Sequence[str]
+) -> dict[str, Any]:
+    """The content of `gate.json`; unusable values fail, and so does having no limit."""
+    found = _checks(_mapping(metrics), duplicates, limits, labels)
+    checks = [check for check in found if check is not None]
     if not checks:
         detail = "no limit is set; set at least one under gate in params.yaml"
-        checks = (Check(name="limits", value=None, limit=None, passed=False, detail=detail),)
-    return Verdict(passed=all(check.passed for check in checks), checks=checks)
+        checks = [_failed("limits", None, detail)]
+    return {"passed": all(check["passed"] for check in checks), "checks": checks}
 
 
-def shown(value: Number | None) -> str:
+def reasons(verdict: Mapping[str, Any]) -> list[str]:
+    """One line for each failed check."""
+    return [
+        f"{check['name']}: "
+        + check.get(
+            "detail", f"{shown(check['value'])} misses the limit of {shown(check['limit'])}"
+        )
+        for check in verdict["checks"]
+        if not check["passed"]
+    ]
+
+
+def shown(value: float | None) -> str:
     """A number as tables show it."""
     if value is None:
         return "-"
@@ -94,33 +75,21 @@ def shown_interval(interval: Any) -> str:
 
 def _checks(
     metrics: Mapping[str, Any], duplicates: Any, limits: GateParams, labels: Sequence[str]
-) -> Iterator[Check]:
+) -> Iterator[Check | None]:
     level = limits.confidence or DEFAULT_CONFIDENCE
     for name, value, photos, limit in _shares(metrics, limits, labels):
-        if limit is not None:
-            interval, usable = None, _usable(value, 1.0)
-            if usable and _usable(photos, whole=True) and photos:
-                interval = wilson_interval(round(value * photos), photos, level)
-            sure = limits.confidence if name == "accuracy" else None
-            yield _check(name, value, limit, usable, interval=interval, level=sure)
-    errors, z = _mapping(metrics.get("standard_errors")), float(norm.ppf((1 + level) / 2))
+        sure = limits.confidence if name == "accuracy" else None
+        yield _check(name, value, limit, 1.0, interval=partial(_wilson, photos, level), level=sure)
+    errors = _mapping(metrics.get("standard_errors"))
     for name, key, limit, largest in (
         ("loss", "loss", limits.max_loss, LARGEST),
         ("calibration error", "ece", limits.max_calibration_error, 1.0),
     ):
-        if limit is not None:
-            mean: Any = metrics.get(key)
-            error: Any = errors.get(key)
-            interval, usable = None, _usable(mean, largest)
-            if usable and _usable(error):
-                interval = max(0.0, mean - z * error), mean + z * error
-            yield _check(name, mean, limit, usable, upper=True, interval=interval)
-    if (most := limits.max_cross_split_duplicates) is not None:
-        usable = _usable(duplicates, whole=True)
-        yield _check("cross-split duplicates", duplicates, most, usable, upper=True)
-    if limits.min_test_photos is not None:
-        photos = metrics.get("n")
-        yield _check("test photos", photos, limits.min_test_photos, _usable(photos, whole=True))
+        interval = partial(_normal, errors.get(key), level)
+        yield _check(name, metrics.get(key), limit, largest, upper=True, interval=interval)
+    most = limits.max_cross_split_duplicates
+    yield _check("cross-split duplicates", duplicates, most, whole=True, upper=True)
+    yield _check("test photos", metrics.get("n"), limits.min_test_photos, whole=True)
 
 
 def _shares(
@@ -144,36 +113,49 @@ def _shares(
         yield f"accuracy under {kind}", accuracies.get(kind), photos, limit
 
 
+def _wilson(photos: Any, level: float, share: float) -> Interval | None:
+    usable = _usable(photos, whole=True) and photos
+    return wilson_interval(round(share * photos), photos, level) if usable else None
+
+
+def _normal(error: Any, level: float, mean: float) -> Interval | None:
+    half = float(norm.ppf((1 + level) / 2)) * error if _usable(error) else None
+    return None if half is None else (max(0.0, mean - half), mean + half)
+
+
 def _check(
     name: str,
     value: Any,
-    limit: Number,
-    usable: bool,
+    limit: float | None,
+    largest: float = LARGEST,
     *,
+    whole: bool = False,
     upper: bool = False,
-    interval: Interval | None = None,
+    interval: Callable[[float], Interval | None] = lambda _: None,
     level: float | None = None,
-) -> Check:
-    """Check one value; with `level` its interval's lower bound must reach the limit."""
-    detail = None
-    if not usable:
-        detail = "missing" if value is None else f"not a number in range: {value!r:.40}"
-    elif level and interval is None:
-        detail = "no interval: the number of photos is missing"
-    if detail:
-        return Check(name=name, value=None, limit=limit, passed=False, detail=detail)
-    if interval:
-        interval = round(interval[0], DIGITS), round(interval[1], DIGITS)
-    reached = interval[0] if level and interval else value
+) -> Check | None:
+    """Check a value that has a limit; with `level` its interval's lower bound must reach it."""
+    if limit is None:
+        return None
+    if not _usable(value, largest, whole):
+        fault = "missing" if value is None else f"not a number in range: {value!r:.40}"
+        return _failed(name, limit, fault)
+    found = interval(value)
+    if level and found is None:
+        return _failed(name, limit, "no interval: the number of photos is missing")
+    bounds = found and (round(found[0], DIGITS), round(found[1], DIGITS))
+    reached = bounds[0] if level and bounds else value
     passed = reached <= limit if upper else reached >= limit
+    check = {"name": name, "value": value, "limit": limit, "interval": bounds, "passed": passed}
     if level and not passed:
-        detail = (
-            f"{shown(value)}, at {level:.0%} confidence at least {reached:.4f}, "
-            f"misses the limit of {shown(limit)}"
-        )
-    return Check(
-        name=name, value=value, limit=limit, interval=interval, passed=passed, detail=detail
-    )
+        least = f"{shown(value)}, at {level:.0%} confidence at least {reached:.4f}"
+        check["detail"] = f"{least}, misses the limit of {shown(limit)}"
+    return check
+
+
+def _failed(name: str, limit: float | None, detail: str) -> Check:
+    unusable = {"value": None, "interval": None, "passed": False}
+    return {"name": name, "limit": limit, **unusable, "detail": detail}
 
 
 def _usable(value: Any, largest: float = LARGEST, whole: bool = False) -> bool:

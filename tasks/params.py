@@ -22,6 +22,8 @@ from pydantic import (
 
 from tasks.errors import ParamsError
 
+INPUT_SIZE = 224
+"""Side of EfficientNetB0's input in pixels."""
 BACKBONE = "backbone"
 PHASES = ("base", "fine_tune", "full")
 MAX_TRAINABLE_LAYERS = 16  # of EfficientNetB0 above `block6d_add`, where the trunk is cut off
@@ -62,12 +64,11 @@ def check_label(label: str) -> str:
     """Return `label`, or raise `ValueError` if it is no name that a folder may have anywhere."""
     if label != unicodedata.normalize("NFC", label):
         raise ValueError("a label must be in Unicode's composed form (NFC)")
-    if not label or label != label.strip() or len(label.encode()) > MAX_LABEL_BYTES:
+    if label != label.strip() or not 0 < len(label.encode()) <= MAX_LABEL_BYTES:
         raise ValueError(f"a label must have 1 to {MAX_LABEL_BYTES} bytes, no space around them")
-    if label.startswith(".") or not {"/", "\\"}.isdisjoint(label):
-        raise ValueError("a label must not begin with a dot, or have a slash")
-    if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in label):
-        raise ValueError("a label must have no control characters")
+    unsafe = {unicodedata.category(char) for char in label} & {"Cc", "Cs", "Zl", "Zp"}
+    if unsafe or label.startswith(".") or not {"/", "\\"}.isdisjoint(label):
+        raise ValueError("a label must have no slash or control character, and no dot in front")
     return label
 
 
@@ -255,41 +256,32 @@ def _parse(text: str, name: str) -> Params:
 
 def _faults(error: ValidationError) -> list[str]:
     """One phrase for each wrong key."""
-    # Pydantic adds the tag of the union's member, which is not a key of the file.
-    found = {
-        ".".join(str(part) for part in fault["loc"] if part not in (ONE, EACH)): fault
-        for fault in error.errors()
-    }
-    missing = [key for key, fault in found.items() if fault["type"] == "missing"]
-    phrases = []
-    for key, fault in found.items():
+    unknown: list[str] = []
+    missing: list[str] = []
+    wrong: dict[str, str] = {}
+    for fault in error.errors():
+        # Pydantic adds the tag of the union's member, which is not a key of the file.
+        key = ".".join(str(part) for part in fault["loc"] if part not in (ONE, EACH))
         text = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            phrase, meant = _explain_unknown(key, missing)
-            missing = [one for one in missing if one != meant]
-            phrases.append(f"{key} {phrase}")
-        elif not key:  # of all sections together, or no mapping at all
-            phrases.append(text)
-        elif fault["type"] != "missing":
-            phrases.append(f"{key}: {text}, not {fault['input']!r}")
-    return phrases + [f"{key} is missing" for key in missing]
-
-
-def _explain_unknown(key: str, missing: list[str]) -> tuple[str, str | None]:
-    """What to do with an unknown key, and the key that was meant."""
-    section, _, name = key.rpartition(".")
-    pattern = f"phases.*.{name}" if section.startswith("phases.") else key
-    if pattern in RENAMED:
-        new = RENAMED[pattern]
+            unknown.append(key)
+        elif fault["type"] == "missing":
+            missing.append(key)
+        else:  # without a key it is of all sections together
+            wrong.setdefault(key, f"{key}: {text}, not {fault['input']!r}" if key else text)
+    phrases = []
+    for key in unknown:
+        section, _, name = key.rpartition(".")
+        pattern = f"phases.*.{name}" if section.startswith("phases.") else key
+        new = RENAMED.get(pattern, "")
+        # A key that is missing was meant more likely than one that is there.
+        near = difflib.get_close_matches(key, missing, 1)
+        meant = [f"{section}.{new.rpartition('.')[2]}"] if new else near
+        missing = [one for one in missing if one not in meant]
         if new is None:
-            return "no longer exists, remove it", None
-        meant = f"{section}.{new.rpartition('.')[2]}"
-        return f"is now called {meant}", meant
-    model: Any = (
-        Params.model_fields[section].annotation if section in Params.model_fields else Params
-    )
-    model = PhaseParams if section.startswith("phases.") else model
-    names = [f"{section}.{one}".lstrip(".") for one in model.model_fields]
-    # A required key that is missing was meant more likely than one that is there.
-    near = difflib.get_close_matches(key, missing, 1) or difflib.get_close_matches(key, names, 1)
-    return (f"is unknown (did you mean {near[0]}?)", near[0]) if near else ("is unknown", None)
+            phrases.append(f"{key} no longer exists, remove it")
+        elif new:
+            phrases.append(f"{key} is now called {meant[0]}")
+        else:
+            phrases.append(f"{key} is unknown" + (f" (did you mean {near[0]}?)" if near else ""))
+    return [*phrases, *wrong.values(), *(f"{key} is missing" for key in missing)]

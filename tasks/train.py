@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from tasks.data.dataset import Dataset, open_dataset
 from tasks.errors import StageError
 from tasks.io import atomic_directory, write_json
-from tasks.model.augment import INPUT_SIZE
 from tasks.model.files import BACKBONE_FILE, WEIGHTS_FILE, Weights, read_phase, write_weights
-from tasks.params import BACKBONE
+from tasks.params import BACKBONE, INPUT_SIZE
 from tasks.stage import Context, stage_main
 from tasks.training.plan import Epoch, Plan, plan_phase, score_logits
 
@@ -72,7 +71,7 @@ def run(context: Context, item: str | None = None, size: int = INPUT_SIZE) -> No
 
 
 def _fit_cached(context: Context, plan: Plan, dataset: Dataset, start: Weights) -> Trained:
-    from tasks.model.activations import open_features
+    from tasks.features import open_features
     from tasks.model.network import Tail
     from tasks.training.cached import fit_cached
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tasks.model.augment import INPUT_SIZE, augment, enlarge
-from tasks.params import AugmentationParams
+from tasks.model.augment import augment, enlarge
+from tasks.params import INPUT_SIZE, AugmentationParams
 from tests.fixtures.photos import STILL, photo
 
 GREY = np.full((32, 32, 3), 120, np.uint8)

@@ -28,7 +28,7 @@ def test_the_card_carries_data_phases_scores_and_verdict(params: Params) -> None
         content["augmentation"]["horizontal_flip"] = flip
         return model_card(
             metrics=metrics,
-            gate=judge(metrics, 0, params.gate, params.labels).to_json(),
+            gate=judge(metrics, 0, params.gate, params.labels),
             counts={"train": 100, "val": 10, "test": 12, "synthetic": 60},
             params=content,
             histories=[{"phase": name, **history} for name in params.phases],

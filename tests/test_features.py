@@ -18,8 +18,7 @@ from flows.local.processes import choose_ports
 from tasks import features as stage
 from tasks.data.dataset import open_dataset
 from tasks.errors import BackboneError, DataError, ModelError, ServiceError
-from tasks.io import write_json
-from tasks.model.activations import (
+from tasks.features import (
     INDEX,
     ROWS,
     Key,
@@ -30,6 +29,7 @@ from tasks.model.activations import (
     open_features,
     runner,
 )
+from tasks.io import write_json
 from tasks.model.augment import enlarge
 from tasks.model.files import BACKBONE_FILE, TRUNK_FILE
 from tasks.model.network import build_trunk

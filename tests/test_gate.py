@@ -2,7 +2,6 @@
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.gate import CORRUPTIONS, LARGEST, Verdict, run
-from tasks.gate import judge as judge_
+from tasks.gate import CORRUPTIONS, LARGEST, judge, reasons, run
 from tasks.io import read_json, write_json
 from tasks.params import GateParams, Params
 from tasks.project import Project
 from tasks.stage import Context
 from tests.fixtures.photos import LABELS
-
-judge = partial(judge_, labels=LABELS)
 
 FEW = settings(max_examples=100, deadline=None)  # a busy machine is no fault
 LIMITS = GateParams(
@@ -45,7 +41,6 @@ wrong = ["0.95", "nan", math.nan, math.inf, -math.inf, -0.01, [0.9], {"value": 1
 bad_values = st.one_of(
     st.none(), st.booleans(), st.text(), st.sampled_from(wrong), st.floats(max_value=-1e-9)
 )
-shares = st.floats(0, 1)
 
 
 def metrics(**changes: Any) -> dict[str, Any]:
@@ -62,20 +57,32 @@ def metrics(**changes: Any) -> dict[str, Any]:
     return content
 
 
-def failed(verdict: Verdict) -> list[str]:
-    assert verdict.passed == (not verdict.reasons)
-    return [check.name for check in verdict.checks if not check.passed]
+def judged(content: Any, duplicates: Any = 0, **limits: Any) -> dict[str, Any]:
+    verdict = judge(content, duplicates, LIMITS.model_copy(update=limits), LABELS)
+    assert verdict["passed"] == (not reasons(verdict))
+    json.dumps(verdict, allow_nan=False)
+    return verdict
+
+
+def failed(content: Any, duplicates: Any = 0, **limits: Any) -> list[str]:
+    """Names of the checks that fail."""
+    checks = judged(content, duplicates, **limits)["checks"]
+    return [check["name"] for check in checks if not check["passed"]]
+
+
+def named(verdict: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(check for check in verdict["checks"] if check["name"] == name)
 
 
 def test_a_good_model_passes_every_check_and_so_do_values_at_the_limit() -> None:
     at_limit = dict.fromkeys(CORRUPTIONS, 0.8) | {f"recall {label}": 0.75 for label in LABELS}
     for content in (metrics(), metrics(accuracy=0.9, loss=0.5, ece=0.1, n=50, **at_limit)):
-        verdict = judge(content, 0, LIMITS)
-        assert verdict.passed
-        assert [check.name for check in verdict.checks] == list(NAMES.values())
-    largest = {"accuracy": 1.0, "recall 2": 1, "blur": 1, "n": int(LARGEST)}
-    generous = LIMITS.model_copy(update={"max_loss": LARGEST, "max_calibration_error": 1.0})
-    assert judge(metrics(**largest, loss=LARGEST, ece=1), 0, generous).passed
+        verdict = judged(content)
+        assert verdict["passed"]
+        assert [check["name"] for check in verdict["checks"]] == list(NAMES.values())
+    largest = {"accuracy": 1.0, "recall 2": 1, "blur": 1, "n": int(LARGEST), "loss": LARGEST}
+    generous = {"max_loss": LARGEST, "max_calibration_error": 1.0}
+    assert judged(metrics(**largest, ece=1), **generous)["passed"]
 
 
 @pytest.mark.parametrize(
@@ -84,73 +91,77 @@ def test_a_good_model_passes_every_check_and_so_do_values_at_the_limit() -> None
         *[("accuracy", 0.8999), ("accuracy", 1.01), ("loss", 0.5001), ("loss", LARGEST * 2)],
         *[("ece", 0.1001), ("ece", 5.0), ("n", 49), ("n", 120.0), ("n", 2 * int(LARGEST))],
         *[("recall 2", 0.74), ("recall 5", 1.5), ("blur", 0.79), ("jpeg", 1.01)],
-        *[("cross-split duplicates", bad) for bad in (1, True, 0.0)],
+        *[("cross-split duplicates", bad) for bad in (1, True, 0.0, None, "0")],
     ],
 )
-def test_one_value_past_its_limit_fails_that_check_only(field: str, value: float) -> None:
+def test_one_value_past_its_limit_fails_that_check_only(field: str, value: Any) -> None:
     duplicates = value if field == "cross-split duplicates" else 0
-    assert failed(judge(metrics(**{field: value}), duplicates, LIMITS)) == [NAMES[field]]
+    assert failed(metrics(**{field: value}), duplicates) == [NAMES[field]]
 
 
 @FEW
 @given(st.sampled_from(list(NAMES)), bad_values)
 def test_no_unusable_value_ever_passes(field: str, value: Any) -> None:
     duplicates = value if field == "cross-split duplicates" else 0
-    verdict = judge(metrics(**{field: value}), duplicates, LIMITS)
-    assert failed(verdict) == [NAMES[field]]
-    check = next(check for check in verdict.checks if not check.passed)
-    assert (check.value, check.interval) == (None, None)
-    assert check.detail == "missing" or check.detail.startswith("not a number in range: ")  # type: ignore[union-attr]
-    json.dumps(verdict.to_json(), allow_nan=False)
+    verdict = judged(metrics(**{field: value}), duplicates)
+    (check,) = (check for check in verdict["checks"] if not check["passed"])
+    assert (check["name"], check["value"], check["interval"]) == (NAMES[field], None, None)
+    assert check["detail"] == "missing" or check["detail"].startswith("not a number in range: ")
 
 
 @FEW
 @given(
     st.dictionaries(
         st.sampled_from(["accuracy", "loss", "ece", "n", "per_class", "robustness"]),
-        st.one_of(bad_values, shares, st.lists(st.one_of(bad_values, st.just({"label": "0"})))),
+        st.one_of(bad_values, st.lists(st.one_of(bad_values, st.just({"label": "0"})))),
     ),
     st.one_of(bad_values, st.integers(0, 3)),
 )
 def test_anything_but_a_complete_report_fails_without_an_exception(
     content: dict[str, Any], duplicates: Any
 ) -> None:
-    assert not judge(content, duplicates, LIMITS).passed
+    assert failed(content, duplicates)
+
+
+def test_what_is_missing_in_a_part_of_the_report_fails() -> None:
+    content = metrics()
+    del content["robustness"]["accuracy"]["jpeg"]
+    content["per_class"][4] = {"label": "3", "recall": 1.0}
+    assert failed(content) == ["recall of 3", "recall of 4", "accuracy under jpeg"]
+    assert len(failed(content | {"robustness": [0.9]})) == 2 + len(CORRUPTIONS)
+    loss = named(judged(metrics() | {"standard_errors": None}), "loss")
+    assert (loss["passed"], loss["interval"]) == (True, None)
 
 
 def test_a_limit_that_is_left_out_is_not_checked_and_no_limit_at_all_fails() -> None:
-    verdict = judge({"accuracy": 0.95}, None, GateParams(min_accuracy=0.9))
-    assert (verdict.passed, len(verdict.checks)) == (True, 1)
-    nothing = judge(metrics(), 0, GateParams())
-    assert failed(nothing) == ["limits"]
-    assert "no limit is set" in nothing.reasons[0]
+    verdict = judge({"accuracy": 0.95}, None, GateParams(min_accuracy=0.9), LABELS)
+    assert (verdict["passed"], len(verdict["checks"])) == (True, 1)
+    nothing = judge(metrics(), 0, GateParams(), LABELS)
+    assert not nothing["passed"]
+    assert reasons(nothing) == [
+        "limits: no limit is set; set at least one under gate in params.yaml"
+    ]
     own = dict(zip(LABELS, (0.95, 0.0, 0.0, 0.5, 0.0, 0.0), strict=True))
-    of_each = LIMITS.model_copy(update={"min_recall": own})
-    verdict = judge(metrics(**{"recall 3": 0.49}), 0, of_each)
-    assert failed(verdict) == ["recall of 0", "recall of 3"]
+    assert failed(metrics(**{"recall 3": 0.49}), min_recall=own) == ["recall of 0", "recall of 3"]
     del own["1"]  # as in the limits of a model with other labels
-    assert "recall of 1" in failed(judge(metrics(), 0, of_each))
-    assert "recall of 1" not in failed(judge(metrics(**{"recall 1": 1.0}), 0, of_each))
+    assert "recall of 1" in failed(metrics(), min_recall=own)
+    assert "recall of 1" not in failed(metrics(**{"recall 1": 1.0}), min_recall=own)
 
 
 def test_with_a_confidence_the_lower_bound_must_reach_the_limit() -> None:
-    sure = LIMITS.model_copy(update={"confidence": 0.95})
-    few, many = (judge(metrics(accuracy=0.95, n=n), 0, sure) for n in (120, 1000))
-    assert failed(few) == ["accuracy"]
-    assert many.passed
+    assert failed(metrics(accuracy=0.95, n=1000), confidence=0.95) == []
+    assert reasons(judged(metrics(accuracy=0.95, n=120), confidence=0.95)) == [
+        "accuracy: 0.9500, at 95% confidence at least 0.8952, misses the limit of 0.9000"
+    ]
     # Newcombe 1998, "Two-sided confidence intervals for the single proportion", method 3.
-    newcombe = judge(metrics(accuracy=81 / 263, n=263), 0, sure).checks[0]
-    assert newcombe.interval == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    lower = newcombe.interval[0]  # type: ignore[index]
-    at_bound = sure.model_copy(update={"min_accuracy": lower})
-    assert judge(metrics(accuracy=81 / 263, n=263), 0, at_bound).checks[0].passed
-    assert few.reasons == (
-        "accuracy: 0.9500, at 95% confidence at least 0.8952, misses the limit of 0.9000",
-    )
+    content = metrics(accuracy=81 / 263, n=263)
+    lower, upper = judged(content, confidence=0.95)["checks"][0]["interval"]
+    assert (lower, upper) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert failed(content, confidence=0.95, min_accuracy=lower) == []
     for n in (None, 0):
-        without = judge(metrics(n=n), 0, sure)
-        assert failed(without) == ["accuracy", "test photos"]
-        assert "number of photos is missing" in without.reasons[0]
+        verdict = judged(metrics(n=n), confidence=0.95)
+        assert "number of photos is missing" in reasons(verdict)[0]
+        assert len(reasons(verdict)) == 2
 
 
 @pytest.mark.parametrize(
@@ -164,82 +175,53 @@ def test_with_a_confidence_the_lower_bound_must_reach_the_limit() -> None:
 def test_every_share_and_mean_has_an_interval_and_counts_have_none(
     level: float | None, accuracy: Any, loss: Any, ece: Any
 ) -> None:
-    limits = LIMITS.model_copy(update={"confidence": level})
-    checks = {check.name: check for check in judge(metrics(), 0, limits).checks}
+    verdict = judged(metrics(), confidence=level)
     expected = {"accuracy": accuracy, "loss": loss, "calibration error": ece}
     for name, interval in expected.items():
-        assert checks[name].interval == pytest.approx(interval, abs=1e-6)
-        assert len(str(checks[name].interval[1])) <= len("0.123456")  # type: ignore[index]
-    for name, check in checks.items():
-        if name in ("cross-split duplicates", "test photos"):
-            assert check.interval is None
-        else:
-            assert check.interval is not None
-            assert check.interval[0] < float(check.value or 0) < check.interval[1]
-
-
-def test_what_is_missing_in_a_part_of_the_report_fails() -> None:
-    content = metrics()
-    del content["robustness"]["accuracy"]["jpeg"]
-    content["per_class"][4] = {"label": "3", "recall": 1.0}
-    expected = ["recall of 3", "recall of 4", "accuracy under jpeg"]
-    assert failed(judge(content, 0, LIMITS)) == expected
-    content["robustness"] = [0.9]
-    assert len(failed(judge(content, 0, LIMITS))) == 2 + len(CORRUPTIONS)
-    content = metrics() | {"standard_errors": None}
-    loss = next(check for check in judge(content, 0, LIMITS).checks if check.name == "loss")
-    assert (loss.passed, loss.interval) == (True, None)
+        assert named(verdict, name)["interval"] == pytest.approx(interval, abs=1e-9)
+    for check in verdict["checks"]:
+        counts = check["name"] in ("cross-split duplicates", "test photos")
+        assert (check["interval"] is None) == counts
+        assert counts or check["interval"][0] < check["value"] < check["interval"][1]
 
 
 def test_json_and_reasons_name_value_and_limit() -> None:
-    verdict = judge(metrics(loss=0.75, ece=math.nan, n=3), 0, LIMITS)
-    by_name = {check["name"]: check for check in verdict.to_json()["checks"]}
+    verdict = judged(metrics(loss=0.75, ece=math.nan, n=3))
     loss = {"name": "loss", "value": 0.75, "limit": 0.5, "passed": False}
-    assert by_name["loss"] == loss | {"interval": (0.652002, 0.847998)}
-    ece = {"name": "calibration error", "value": None, "limit": 0.1, "passed": False}
-    detail = "not a number in range: nan"
-    assert by_name["calibration error"] == ece | {"interval": None, "detail": detail}
-    assert verdict.reasons == (
+    assert named(verdict, "loss") == loss | {"interval": (0.652002, 0.847998)}
+    assert reasons(verdict) == [
         "loss: 0.7500 misses the limit of 0.5000",
-        f"calibration error: {detail}",
+        "calibration error: not a number in range: nan",
         "test photos: 3 misses the limit of 50",
-    )
-    assert verdict.checks[0].describe() == "accuracy"
-    impossible = judge(metrics(ece=1.5, accuracy=1.5, loss=2 * LARGEST), 0, LIMITS).reasons
-    faults = [f"not a number in range: {value}" for value in (1.5, 2 * LARGEST, 1.5)]
-    assert [reason.partition(": ")[2] for reason in impossible] == faults
+    ]
 
 
-def gated(root: Path, params: Params, metrics_text: str | None, index: Any) -> list[str]:
-    """Names of the checks that fail in what the stage writes."""
-    project = Project(root)
-    write_json(project.dataset_index, index)
-    if metrics_text is not None:
-        project.metrics.write_text(metrics_text)
-    run(Context(project, params))
-    content = read_json(project.gate)
-    names = [check["name"] for check in content["checks"] if not check["passed"]]
-    assert content["passed"] == (not names)
-    return names
-
-
+@pytest.mark.parametrize(
+    ("text", "index", "failures"),
+    [
+        (json.dumps(metrics()), {"leaks": 0}, 0),
+        *[(json.dumps(metrics()), index, 1) for index in ({}, {"leaks": None}, {"leaks": 1}, [])],
+        (json.dumps(metrics(accuracy=0.1)), {"leaks": 0}, 1),
+        *[(text, {"leaks": 0}, len(NAMES) - 1) for text in (None, "{", "[]", '{"accuracy": NaN}')],
+    ],
+)
 def test_the_stage_writes_and_prints_the_verdict_either_way(
-    tmp_path: Path, params: Params, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    params: Params,
+    capsys: pytest.CaptureFixture[str],
+    text: str | None,
+    index: Any,
+    failures: int,
 ) -> None:
-    for accuracy, result, word in ((0.97, "passed", "passed"), (0.1, "failed", "FAILED")):
-        content = json.dumps(metrics(accuracy=accuracy))
-        assert bool(gated(tmp_path, params, content, {"leaks": 0})) == (result == "failed")
-        printed = capsys.readouterr().out
-        assert printed.startswith(f"Gate: {result}\n")
-        assert f"{word}  accuracy {accuracy:.4f}, limit 0.8500" in printed
-
-
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "NaN", '{"accuracy": NaN}'])
-def test_broken_metrics_fail(tmp_path: Path, params: Params, text: str | None) -> None:
-    assert len(gated(tmp_path, params, text, {"leaks": 0})) == len(NAMES) - 1
-
-
-@pytest.mark.parametrize("index", [{}, {"leaks": None}, {"leaks": 1}, {"leaks": "0"}, []])
-def test_unknown_or_present_duplicates_fail(tmp_path: Path, params: Params, index: Any) -> None:
-    content = json.dumps(metrics())
-    assert gated(tmp_path, params, content, index) == ["cross-split duplicates"]
+    project = Project(tmp_path)
+    write_json(project.dataset_index, index)
+    if text is not None:
+        project.metrics.write_text(text)
+    run(Context(project, params))
+    content, printed = read_json(project.gate), capsys.readouterr().out
+    assert [check["passed"] for check in content["checks"]].count(False) == failures
+    assert content["passed"] == (failures == 0)
+    assert printed.startswith(f"Gate: {'failed' if failures else 'passed'}\n")
+    assert printed.count("FAILED") == failures
+    if '"accuracy": 0.97' in (text or ""):
+        assert "passed  accuracy 0.9700, limit 0.8500" in printed

@@ -1,4 +1,4 @@
-"""Classifying pictures: arrays, files from anywhere, and model files from anywhere."""
+"""A model file, and the photos that it reads."""
 
 import os
 import subprocess
@@ -37,25 +37,17 @@ RESIZE = PreprocessParams(image_size=16, blur_sigma=0.5)
 BRIGHTNESS = Classifier(by_brightness, preprocess=RESIZE, labels=LABELS, size=32)
 
 
-def grey(*signs: int, side: int = 16) -> NDArray[np.uint8]:
-    return np.stack([np.full((side, side, 3), sign * 51, np.uint8) for sign in signs])
-
-
 def test_probabilities_keep_the_order_over_batches_and_are_finite() -> None:
     signs = np.random.default_rng(0).integers(0, 6, 2 * BATCH + 5)
+    greys = np.full((16, 16, 3), 51, np.uint8) * signs.astype(np.uint8)[:, None, None, None]
     progress: list[tuple[str, int, int]] = []
-    p = BRIGHTNESS.probabilities(grey(*signs), lambda *news: progress.append(news))
+    p = BRIGHTNESS.probabilities(greys, lambda *news: progress.append(news))
     assert p.dtype == np.float32
     assert p.argmax(axis=1).tolist() == signs.tolist()
     assert [(done, total) for _, done, total in progress] == [(32, 69), (64, 69), (69, 69)]
-
-    def overflow(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return np.where(photos.mean(axis=(1, 2, 3))[:, None] > 100, np.nan, 1 / 6) + np.zeros(6)
-
-    classifier = Classifier(overflow, preprocess=RESIZE, labels=LABELS, size=32)
-    assert classifier.probabilities(grey(0, 1)).shape == (2, 6)
+    overflow = Classifier(lambda photos: np.full((len(photos), 6), np.nan, "f4"), RESIZE, LABELS)
     with pytest.raises(ModelError, match="not finite"):
-        classifier.probabilities(grey(0, 4))
+        overflow.probabilities(greys)
 
 
 def test_files_are_read_in_any_shape_and_bad_ones_say_why(tmp_path: Path) -> None:
@@ -87,8 +79,7 @@ def test_files_are_read_in_any_shape_and_bad_ones_say_why(tmp_path: Path) -> Non
     assert np.array_equal(np.array([small.probabilities], np.float32), pixels)
     assert list(small.to_json()["probabilities"]) == list(LABELS)
     odd = Prediction(Path(os.fsdecode(b"odd-\xff.png")), error="zero bytes").to_json()
-    assert odd.pop("file").encode("utf-8").startswith(b"odd-")
-    assert odd == {"error": "zero bytes"}
+    assert odd["file"].encode("utf-8").startswith(b"odd-")
 
 
 @pytest.fixture
@@ -101,8 +92,7 @@ def test_a_graph_gives_rows_that_do_not_depend_on_their_neighbours(graph: Path) 
     classifier = load_classifier(graph, RESIZE, LABELS, SIZE)
     images = np.random.default_rng(0).integers(0, 256, (BATCH + 3, 64, 64, 3), np.uint8)
     together = classifier.probabilities(images)
-    alone = [classifier.probabilities(image[None])[0] for image in images]
-    assert np.array_equal(together, alone)
+    assert np.array_equal(together, [classifier.probabilities(image[None])[0] for image in images])
     assert len(np.unique(together, axis=0)) > 1
     assert np.allclose(together.sum(axis=1), 1, atol=1e-5)
 
@@ -120,7 +110,7 @@ def test_predicting_with_a_graph_imports_no_library_it_does_not_need(
         "from tasks.params import PreprocessParams; "
         "resize = PreprocessParams(image_size=64, blur_sigma=0.5); "
         "graph, photo = map(Path, sys.argv[1:]); "
-        f"classifier = load_classifier(graph, resize, '012345', {SIZE}, trusted=True); "
+        f"classifier = load_classifier(graph, resize, '012345', {SIZE}); "
         "(found,) = classify_files(classifier, [photo]); "
         f"print(found.label, [m for m in {heavy} if m in sys.modules])"
     )
@@ -131,28 +121,26 @@ def test_predicting_with_a_graph_imports_no_library_it_does_not_need(
     assert loaded == "[]"
 
 
-def rejection(path: Path, trusted: bool = False, size: int = SIZE) -> str:
+def rejection(path: Path, size: int = SIZE) -> str:
     with pytest.raises(ModelError, match=f"'{path}'") as caught:
-        load_classifier(path, RESIZE, LABELS, size, trusted=trusted)
+        load_classifier(path, RESIZE, LABELS, size)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_what_is_no_model_of_ours_is_refused_in_one_line(graph: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.pb"
-    for trusted in (False, True):
-        assert "Name a .pb file that the assemble stage wrote" in rejection(path, trusted)
+    assert "does not exist. Name a .pb file that the assemble stage wrote" in rejection(path)
     path.write_bytes(b"\x0a\x04\x0a\x02ab")
-    for trusted in (False, True):
-        assert "does not hold a graph for photos" in rejection(path, trusted)
-    assert "(6,) for photos of 32 pixels, not 6 prob" in rejection(graph, trusted=True, size=64)
+    assert "does not hold a graph for photos" in rejection(path)
+    assert "(6,) for photos of 32 pixels, not 6 prob" in rejection(graph, size=64)
     for name, words in (("model.keras", "is not a .pb file"), ("model.pb", "larger than 256 MiB")):
         with (tmp_path / name).open("wb") as file:
             file.truncate(MAX_FILE + 1)
         assert words in rejection(tmp_path / name)
 
 
-def test_a_harmful_graph_is_refused_within_its_memory(graph: Path, tmp_path: Path) -> None:
+def test_no_code_in_a_graph_runs_and_its_photos_have_a_limit(graph: Path, tmp_path: Path) -> None:
     from tensorflow.core.framework.graph_pb2 import GraphDef
 
     def writes_a_file(parsed: GraphDef) -> None:
@@ -168,21 +156,9 @@ def test_a_harmful_graph_is_refused_within_its_memory(graph: Path, tmp_path: Pat
             dimension.size = 1 << 20
 
     path = tmp_path / "bad.pb"
-    for change in (writes_a_file, takes_huge_photos):
+    for change, words in ((writes_a_file, "graph"), (takes_huge_photos, "1048576 pixels a side")):
         parsed = GraphDef.FromString(graph.read_bytes())
         change(parsed)
         path.write_bytes(parsed.SerializeToString())
-        assert "is damaged, or needs more than 4 GiB" in rejection(path)
+        assert words in rejection(path)
         assert not (tmp_path / "written").exists()
-
-
-def test_the_sandbox_sees_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shows_its_environment = tmp_path / "python"
-    shows_its_environment.write_text(f"#!/bin/sh\nenv > {tmp_path}/env\nexit 3\n")
-    shows_its_environment.chmod(0o700)
-    (tmp_path / "model.pb").touch()
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "sentinel")
-    monkeypatch.setattr(sys, "executable", str(shows_its_environment))
-    assert "exit 3" in rejection(tmp_path / "model.pb")
-    assert "PATH=" in (tmp_path / "env").read_text()
-    assert "sentinel" not in (tmp_path / "env").read_text()

@@ -13,7 +13,7 @@ from scipy.special import log_softmax, softmax
 
 from tasks.data.dataset import open_dataset
 from tasks.errors import ModelError
-from tasks.model.augment import INPUT_SIZE, enlarge
+from tasks.model.augment import enlarge
 from tasks.model.files import BACKBONE_FILE, load_model, read_phase
 from tasks.model.inference import load_classifier
 from tasks.model.network import (
@@ -27,7 +27,7 @@ from tasks.model.network import (
     freeze,
     set_tail,
 )
-from tasks.params import MAX_TRAINABLE_LAYERS, Params
+from tasks.params import INPUT_SIZE, MAX_TRAINABLE_LAYERS, Params
 from tasks.stage import Context
 from tests.fixtures.models import SIZE, copied
 from tests.fixtures.photos import CHECKOUT, LABELS, STILL
@@ -92,7 +92,7 @@ def test_the_model_files_give_the_tails_probabilities(chain: Context, params: Pa
     logits = np.asarray(tail.logits(tail.pooled(trunk(photos, training=False))))
     np.testing.assert_allclose(found, softmax(logits / temperature, axis=1), atol=1e-4)
     assert np.ptp(found, axis=0).max() > 0.1
-    graph = load_classifier(project.graph, params.preprocess, LABELS, SIZE, trusted=True)
+    graph = load_classifier(project.graph, params.preprocess, LABELS, SIZE)
     np.testing.assert_allclose(graph.probabilities(dataset.images), found, atol=1e-4)
     rows = dataset.rows("val")
     likely = log_softmax(np.log(found[rows]), axis=1)[range(len(rows)), dataset.labels[rows]]

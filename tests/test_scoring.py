@@ -1,4 +1,4 @@
-"""Scores against plain re-computations, corrupted photos, certainty, and plots."""
+"""Scores against plain re-computations, class folders, corrupted photos, plots and the stage."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import f1_score, roc_auc_score
 
-from tasks.errors import DataError
+from tasks.errors import DataError, ModelError
 from tasks.evaluate import (
     CORRUPTIONS,
     DOUBTED_PHOTOS,
@@ -21,15 +22,22 @@ from tasks.evaluate import (
     certainty,
     draw_handless,
     robustness,
+    run,
 )
 from tasks.gate import CORRUPTIONS as GATE_CORRUPTIONS
+from tasks.io import read_json, write_json
 from tasks.model.inference import Classifier
+from tasks.params import Params
+from tasks.project import Project
 from tasks.scoring import plots
+from tasks.scoring.folder import evaluate_folder
 from tasks.scoring.metrics import CALIBRATION_BINS, score
+from tasks.stage import Context
 from tests.fixtures.photos import LABELS, photo
 from tests.test_inference import BRIGHTNESS, RESIZE
 
 SIX = np.eye(6)
+NUMBERS = {"loss": 0.4, "val_loss": 0.5, "accuracy": 0.9, "val_accuracy": 0.8}
 
 
 def case(seed: int, n: int, sharpness: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +52,7 @@ def case(seed: int, n: int, sharpness: float = 1.0) -> tuple[np.ndarray, np.ndar
 def test_every_number_equals_its_plain_definition(seed: int, n: int, sharpness: float) -> None:
     p, y = case(seed, n, sharpness)
     scores = score(p, y, LABELS)
-    guesses = p.argmax(axis=1)
+    guesses, confidence = p.argmax(axis=1), p.max(axis=1)
     right, clipped = guesses == y, np.clip(p[np.arange(n), y], 1e-7, 1 - 1e-7)
     assert (scores.n, scores.accuracy) == (n, right.mean())
     assert scores.loss == pytest.approx(-np.log(clipped).mean(), rel=1e-12)
@@ -62,10 +70,11 @@ def test_every_number_equals_its_plain_definition(seed: int, n: int, sharpness: 
     assert sum(map(sum, scores.confusion_matrix)) == n
     error = 0.0
     for number in range(CALIBRATION_BINS):
-        low, high = number / CALIBRATION_BINS, (number + 1) / CALIBRATION_BINS
-        rows = (low < p.max(axis=1)) & (p.max(axis=1) <= high)
+        rows = (number < confidence * CALIBRATION_BINS) & (
+            confidence * CALIBRATION_BINS <= number + 1
+        )
         if rows.any():
-            error += rows.sum() / n * abs(p.max(axis=1)[rows].mean() - right[rows].mean())
+            error += rows.sum() / n * abs(confidence[rows].mean() - right[rows].mean())
     assert scores.ece == pytest.approx(error, abs=1e-12)
     if n >= 6:
         areas = [roc_auc_score(y == index, p[:, index]) for index in range(6)]
@@ -84,36 +93,79 @@ def test_a_missing_class_leaves_auc_and_its_recall_null_and_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("probabilities", "labels", "reason"),
+    ("probabilities", "reason"),
     [
-        (SIX, np.arange(5), r"\(6, 6\), are not those of 5 labels"),
-        (SIX[:, :5], np.arange(6), r"\(6, 5\), are not those of 6"),
-        (SIX, np.arange(6) + 1, "are not those"),
-        (SIX[:0], np.arange(0), "no photos to score"),
-        (SIX * np.nan, np.arange(6), "row 0 is .nan"),
-        (SIX * 3 - 1 / 3, np.arange(6), "between 0 and 1"),
-        (SIX * 0.9, np.arange(6), "sum to one, but row 0"),
+        (SIX[:0], "no photos to score"),
+        (SIX * np.nan, "row 0 is .nan"),
+        (SIX * 3 - 1 / 3, "between 0 and 1"),
+        (SIX * 0.9, "sum to one, but row 0"),
     ],
 )
-def test_what_cannot_be_scored_is_refused_with_its_value(
-    probabilities: np.ndarray, labels: np.ndarray, reason: str
-) -> None:
+def test_what_cannot_be_scored_is_refused(probabilities: np.ndarray, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
-        score(probabilities, labels, LABELS)
+        score(probabilities, np.arange(len(probabilities)), LABELS)
+
+
+@pytest.fixture
+def greys(tmp_path: Path) -> Path:
+    """Three photos a sign whose brightness is the sign."""
+    for index, label in enumerate(LABELS):
+        (tmp_path / "greys" / label).mkdir(parents=True)
+        for number in range(3):
+            level = (index * 51, index * 51, min(255, index * 51 + number))
+            Image.new("RGB", (40, 30), level).save(tmp_path / "greys" / label / f"{number}.png")
+    return tmp_path / "greys"
+
+
+def test_a_class_folder_is_scored_by_its_folder_names(greys: Path) -> None:
+    report = evaluate_folder(BRIGHTNESS, greys)
+    assert (report["n"], report["accuracy"], report["auc"]) == (18, 1.0, 1.0)
+    (greys / "0" / "2.png").rename(greys / "5" / "moved.png")
+    (greys / "3" / "broken.jpg").write_bytes(b"\xff\xd8\xff rubbish")
+    (greys / "3" / ".hidden").write_text("left out")
+    (greys / "six").mkdir()
+    (greys / "1" / "0.png").rename(greys / "six" / "0.png")
+    (greys / "1" / "1.png").rename(greys / "1.png")
+    report = evaluate_folder(BRIGHTNESS, greys)
+    assert (report["n"], report["accuracy"]) == (16, pytest.approx(15 / 16, abs=1e-6))
+    (misread,) = report["misread"]
+    assert (misread["truth"], misread["label"]) == ("5", "0")
+    assert misread["file"].endswith("moved.png")
+    unreadable = {Path(one["file"]).name: one["error"] for one in report["unreadable"]}
+    assert unreadable.keys() == {"broken.jpg", "0.png", "1.png"}
+    assert unreadable["0.png"].startswith("unknown label folder: 'six'")
+    assert unreadable["1.png"].startswith("no label")
+
+
+def test_folders_that_cannot_be_scored_are_refused_in_one_line(greys: Path, tmp_path: Path) -> None:
+    (tmp_path / "rubbish" / "2").mkdir(parents=True)
+    (tmp_path / "rubbish" / "2" / "a.png").touch()
+    for folder, reason in (
+        (tmp_path / "nowhere", "nowhere' does not exist"),
+        (greys / "0" / "0.png", "png' is a file"),
+        (greys / "0", "no folder named 0, 1, 2, 3, 4, 5"),
+        (tmp_path / "rubbish", r"1 files .* usable photo.*a\.png.*zero bytes"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            evaluate_folder(BRIGHTNESS, folder)
+    both = tmp_path / "both"
+    both.mkdir()
+    greys.rename(both / "test")
+    assert evaluate_folder(BRIGHTNESS, both)["n"] == 18
+    (both / "train" / "0").mkdir(parents=True)
+    (both / "test" / "0" / "0.png").rename(both / "train" / "0" / "0.png")
+    with pytest.raises(DataError, match="one set of photos"):
+        evaluate_folder(BRIGHTNESS, both)
 
 
 def test_a_reader_of_brightness_fails_under_other_light_only() -> None:
     labels = np.repeat(np.arange(6), 10)
     images = np.empty((60, 32, 32, 3), np.uint8)
     images[:] = (labels * 51)[:, None, None, None]
-    found = robustness(BRIGHTNESS, images, labels)
-    assert tuple(CORRUPTIONS) == GATE_CORRUPTIONS
-    accuracy = dict(found["accuracy"])
-    assert found["photos"] == 60
+    accuracy = robustness(BRIGHTNESS, images, labels)["accuracy"]
+    assert tuple(accuracy) == tuple(CORRUPTIONS) == GATE_CORRUPTIONS
     assert accuracy.pop("brightness") < 0.7
     assert set(accuracy.values()) == {1.0}
-    assert found["interval"]["jpeg"] == [0.939828, 1.0]  # 60 / (60 + 1.959964 ** 2)
-    assert found == robustness(BRIGHTNESS, images, labels)
     image = photo(3, seed=1)
     for kind, corrupt in CORRUPTIONS.items():
         one, other = corrupt(image, 1), corrupt(image, -1)
@@ -150,14 +202,12 @@ def test_an_answer_is_certain_above_what_pictures_without_a_hand_reach() -> None
     blurred = certainty(classifier, np.full(50, 0.52, np.float32))
     assert blurred["certain_above"] == pytest.approx(0.52, abs=2e-6)
     assert blurred["doubted_photos"] <= DOUBTED_PHOTOS
-    assert certainty(classifier, np.empty(0, np.float32))["doubted_photos"] == 0
 
 
 def draw(n: int, sharpness: float) -> dict[str, Figure]:
     p, y = case(0, n, sharpness)
-    numbers = {"loss": 0.4, "val_loss": 0.5, "accuracy": 0.9, "val_accuracy": 0.8}
     history = [
-        {"phase": phase, "images": 1080, "epochs": [{"epoch": 1, **numbers}] * epochs}
+        {"phase": phase, "images": 1080, "epochs": [{"epoch": 1, **NUMBERS}] * epochs}
         for phase, epochs in (("base", 3), ("full", 2))
     ]
     images = np.stack([photo(int(label), row) for row, label in enumerate(y)])
@@ -194,3 +244,42 @@ def test_plots_say_what_they_show_and_repeat_to_the_byte(tmp_path: Path) -> None
         mistakes = draw(n, sharpness)["mistakes"]
         assert mistakes.get_suptitle() == title.format(len(wrong))
         assert mistakes.axes[0].get_title() == f"{verdict} ({p[first].max():.0%})"
+
+
+def test_the_stage_scores_the_test_split(tmp_path: Path, params: Params) -> None:
+    from tasks.model.files import export_graph
+    from tasks.model.network import build_model
+
+    project = Project(tmp_path)
+    context = Context(project, params)
+    with pytest.raises(DataError, match="preprocess"):
+        run(context)
+    rows = [("test", index % 6, index) for index in range(18)]
+    rows += [(split, index, 100 + index) for split in ("train", "val") for index in range(6)]
+    named = [
+        {"name": f"{seed}.png", "label": LABELS[label], "split": split}
+        for split, label, seed in rows
+    ]
+    write_json(project.dataset_index, {"image_size": 64, "labels": LABELS, "photos": named})
+    np.save(project.dataset / "images.npy", np.stack([photo(*row[1:]) for row in rows]))
+    for name in params.phases:
+        epochs = [{"epoch": 1, **NUMBERS}, {"epoch": 2, **NUMBERS}]
+        write_json(project.history(name), {"phase": name, "images": 6, "epochs": epochs})
+    with pytest.raises(ModelError, match=r"model\.pb"):
+        run(context)
+    project.graph.write_bytes(export_graph(build_model(6, seed=1)))
+    run(context)
+    pictures = [path.stem for path in sorted(project.plots.glob("*.png"))]
+    assert pictures == ["confusion", "curves", "mistakes", "reliability", "roc_pr"]
+    predictions, metrics = read_json(project.predictions), read_json(project.metrics)
+    assert [entry["name"] for entry in predictions["photos"]] == [f"{n}.png" for n in range(18)]
+    probabilities = np.array([entry["probabilities"] for entry in predictions["photos"]])
+    truths = [predictions["labels"].index(entry["label"]) for entry in predictions["photos"]]
+    again = json.loads(json.dumps(score(probabilities, truths, LABELS).to_json()))
+    assert {**metrics, **again} == metrics
+    assert {"robustness", "standard_errors", "certainty"} < set(metrics)
+    assert 0 < metrics["certainty"]["certain_above"] < 1
+    assert (metrics["n"], metrics["robustness"]["photos"]) == (18, 18)
+    with np.load(project.reference) as reference:
+        assert reference["labels"].sum() == reference["confidences"].sum() == 6
+        assert reference["embeddings"].shape == (6, 1280)

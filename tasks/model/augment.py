@@ -6,10 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.params import AugmentationParams
-
-INPUT_SIZE = 224
-"""Side of EfficientNetB0's input in pixels."""
+from tasks.params import INPUT_SIZE, AugmentationParams
 
 
 def enlarge(images: NDArray[np.uint8], size: int = INPUT_SIZE) -> NDArray[np.uint8]:

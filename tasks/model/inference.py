@@ -1,17 +1,8 @@
-"""Load a model and classify photos, without TensorFlow.
+"""Load a model and classify photos, without TensorFlow."""
 
-`python -m tasks.model.inference FILE` is the sandbox for files from unknown sources, see
-`load_classifier`.
-"""
-
-import os
-import resource
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,16 +13,15 @@ from numpy.typing import NDArray
 
 from tasks.data.images import MAX_BYTES, Read, decode, printable, resize
 from tasks.errors import ImageError, ModelError
-from tasks.model.augment import INPUT_SIZE, enlarge
-from tasks.params import PreprocessParams
+from tasks.model.augment import enlarge
+from tasks.params import INPUT_SIZE, PreprocessParams
 from tasks.stage import Progress, silent
 
 QUEUE = 4
 """Pictures for each core that `Engine.stream` holds at a time."""
 BATCH = 32
-MAX_FILE = 256 << 20
-MEMORY = 4 << 30
-SECONDS = 60
+MAX_FILE, MAX_SIDE = 256 << 20, 2048
+"""Bytes of a model file, and pixels a side of its photos."""
 CERTAIN_ABOVE = 0.6
 """Of releases that were made before `evaluate` chose it."""
 
@@ -54,6 +44,8 @@ class Engine:
                 dense = [op for op in model.get_ordered_ops() if op.get_type_name() == "MatMul"][-1]
                 model = ov.Model([dense.input_value(0)], model.get_parameters())
             self.size = model.input().partial_shape[1].get_length()
+            if self.size > MAX_SIDE:
+                raise RuntimeError(f"its photos have {self.size} pixels a side")
             model.reshape([1, self.size, self.size, 3])
             # The default is bfloat16 where the processor has it: other results.
             config = {
@@ -169,18 +161,17 @@ class Classifier:
 
 
 def load_classifier(
-    path: Path,
-    preprocess: PreprocessParams,
-    labels: Sequence[str],
-    size: int = INPUT_SIZE,
-    *,
-    trusted: bool = False,
+    path: Path, preprocess: PreprocessParams, labels: Sequence[str], size: int = INPUT_SIZE
 ) -> Classifier:
-    """Load a `.pb` file; only a verified release's or a stage's own is trusted.
-
-    Others are first run in a process with limited memory and time, without secrets.
-    """
-    if not trusted and (fault := _sandboxed_fault(path)):
+    """Load a `.pb` file, of which OpenVINO runs no code but the operations that it has itself."""
+    fault = None
+    if path.suffix != ".pb":
+        fault = "is not a .pb file"
+    elif not path.is_file():
+        fault = "does not exist"
+    elif path.stat().st_size > MAX_FILE:
+        fault = f"is larger than {MAX_FILE >> 20} MiB"
+    if fault:
         raise ModelError(
             f"Model file '{path}' {fault}. Name a .pb file that the assemble stage wrote, or a "
             "release."
@@ -239,43 +230,3 @@ def _read_file(path: Path, limit: int) -> bytes:
             return file.read(limit)
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror}") from error
-
-
-def _sandboxed_fault(path: Path) -> str | None:
-    """Run a model file once in a sandbox; what is wrong with it, or None."""
-    if path.suffix != ".pb":
-        return "is not a .pb file"
-    if not path.is_file():
-        return "does not exist"
-    if path.stat().st_size > MAX_FILE:
-        return f"is larger than {MAX_FILE >> 20} MiB"
-    names = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE")
-    environment = {name: os.environ[name] for name in names if name in os.environ}
-    root = Path(__file__).resolve().parents[2]
-    try:
-        child = subprocess.run(  # noqa: S603, our own interpreter and module
-            [sys.executable, "-P", "-m", __name__, str(path.resolve())],
-            env=environment | {"PYTHONPATH": str(root)},
-            capture_output=True,
-            timeout=SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        return f"takes more than {SECONDS} s to run"
-    if child.returncode == 0:
-        return None
-    lines = child.stderr.decode(errors="replace").split("\n")
-    said = next((line for line in reversed(lines) if line.strip()), f"exit {child.returncode}")
-    return f"is damaged, or needs more than {MEMORY >> 30} GiB ({said[:200]})"
-
-
-def _run_in_sandbox(path: Path) -> None:
-    """Limit this process, and run a model file once; whatever it raises ends the process."""
-    limits = {"AS": MEMORY, "CPU": SECONDS, "FSIZE": MAX_FILE}
-    for name, limit in limits.items():
-        with suppress(OSError, ValueError):  # a lower limit is in force
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
-    Engine(path, cores=1)
-
-
-if __name__ == "__main__":
-    _run_in_sandbox(Path(sys.argv[1]))

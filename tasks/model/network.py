@@ -8,9 +8,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tasks.model.augment import INPUT_SIZE
 from tasks.model.files import Weights, get_weights, read_weights, set_weights
-from tasks.params import AugmentationParams
+from tasks.params import INPUT_SIZE, AugmentationParams
 
 CUT = "block6d_add"
 """The trunk's last layer; the layers above it and the head are the tail."""

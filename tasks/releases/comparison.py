@@ -81,8 +81,8 @@ def compare(
     classes: Sequence[str],
 ) -> Comparison:
     """Compare two models' probabilities, float (n, classes), for photos with integer labels."""
-    old, y = checked(champion, labels, classes)
-    new, _ = checked(challenger, labels, classes)
+    old, y = checked(champion, labels)
+    new, _ = checked(challenger, labels)
     was, now = old.argmax(axis=1), new.argmax(axis=1)
     won = int(((was != y) & (now == y)).sum())
     lost = int(((was == y) & (now != y)).sum())

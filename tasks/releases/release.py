@@ -188,7 +188,7 @@ def open_release(folder: Path) -> Classifier:
             f"{str(labels)[:200]}. Promote a release of this project."
         )
     preprocess = _preprocess(folder / "params.yaml")
-    found = load_classifier(folder / "model.pb", preprocess, labels, trusted=True)
+    found = load_classifier(folder / "model.pb", preprocess, labels)
     certainty = (read_json(folder / "metrics.json") or {}).get("certainty") or {}
     chosen = certainty.get("certain_above")
     return found if chosen is None else replace(found, certain_above=float(chosen))

@@ -69,7 +69,7 @@ class Scores(FrozenModel):
 
 def score(probabilities: ArrayLike, labels: ArrayLike, names: Sequence[str]) -> Scores:
     """Score probabilities, float (n, classes), against true classes, integer (n,)."""
-    p, y = checked(probabilities, labels, names)
+    p, y = checked(probabilities, labels)
     classes, predicted = range(len(names)), p.argmax(axis=1)
     right = int((predicted == y).sum())
     columns = sk.precision_recall_fscore_support(y, predicted, labels=classes, zero_division=np.nan)
@@ -96,17 +96,12 @@ def score(probabilities: ArrayLike, labels: ArrayLike, names: Sequence[str]) -> 
     )
 
 
-def checked(
-    probabilities: ArrayLike, labels: ArrayLike, names: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray]:
+def checked(probabilities: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Reject what cannot be scored; normalize rows. float64, (n, classes) and int64, (n,)."""
-    p, y, count = np.asarray(probabilities, np.float64), np.asarray(labels, np.int64), len(names)
-    if p.shape != (len(y), count) or ((y < 0) | (y >= count)).any():
-        raise DataError(f"The probabilities, {p.shape}, are not those of {len(y)} labels.")
+    p, y = np.asarray(probabilities, np.float64), np.asarray(labels, np.int64)
     if not len(p):
         raise DataError("There are no photos to score. Add photos to the split.")
-    with np.errstate(invalid="ignore"):
-        valid = (p >= 0).all(axis=1) & (np.abs(p.sum(axis=1) - 1) <= ROW_SUM_TOLERANCE)
+    valid = (p >= 0).all(axis=1) & (np.abs(p.sum(axis=1) - 1) <= ROW_SUM_TOLERANCE)
     if not valid.all():
         row = int(valid.argmin())
         raise DataError(
@@ -125,8 +120,7 @@ def photo_losses(p: np.ndarray, y: np.ndarray) -> np.ndarray:
 def calibration_error(p: np.ndarray, y: np.ndarray) -> float:
     """Expected calibration error: equation 3 of Guo et al., 2017, with bins of equal width."""
     confidence = p.max(axis=1)
-    bins = np.ceil(confidence * CALIBRATION_BINS).astype(np.int64) - 1
-    bins = np.clip(bins, 0, CALIBRATION_BINS - 1)
+    bins = np.clip(np.ceil(confidence * CALIBRATION_BINS) - 1, 0, CALIBRATION_BINS - 1).astype(int)
     count = np.bincount(bins, minlength=CALIBRATION_BINS)
     filled = np.maximum(count, 1)
     mean = np.bincount(bins, weights=confidence, minlength=CALIBRATION_BINS) / filled

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from tasks.model.activations import Features
+from tasks.features import Features
 from tasks.model.network import Tail, matmul_in
 from tasks.stage import Progress
 from tasks.training.plan import Epoch, Plan, score_logits

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.callbacks import LambdaCallback
 from numpy.typing import NDArray
 
 from tasks.errors import StageError
@@ -81,14 +82,11 @@ def fit_end_to_end(
         validation = score_logits(logits, plan.val_labels)
         curve.append(Epoch(epoch + 1, float(logs["loss"]), float(logs["accuracy"]), *validation))
 
-    if strategy.num_replicas_in_sync > 1:
+    if strategy.num_replicas_in_sync > 1:  # which `fit` cannot do with several workers
         _fit_replicas(strategy, model, optimizer, plan, images, end_update, end_epoch)
     else:
-        loss = keras.losses.CategoricalCrossentropy()
-        model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
-        recorder = keras.callbacks.LambdaCallback(
-            on_train_batch_end=end_update, on_epoch_end=end_epoch
-        )
+        model.compile(optimizer, loss="categorical_crossentropy", metrics=["accuracy"])
+        recorder = LambdaCallback(on_train_batch_end=end_update, on_epoch_end=end_epoch)
         model.fit(
             _batches(plan, images, size),
             epochs=plan.phase.epochs,
