@@ -47,6 +47,7 @@ def publish_release(run: Run) -> Release:
         write_bill(root / "requirements.lock", root / "pyproject.toml", folder / "sbom.cdx.json")
         made = [project.model, project.graph, project.metrics, project.gate, *folder.iterdir()]
         made += [project.params, project.lock, project.data_file, project.reference]
+        made.append(project.predictions)
         files = {DATASET_INDEX: project.dataset_index, **{path.name: path for path in made}}
         facts = release_facts(root, report.data.version, workspace.champion())
         release = publish(workspace.storage, files, facts)
@@ -108,12 +109,15 @@ def _record(run: Run, release: Release | None) -> RunRecord:
     )
 
 
-def name_record(run: Run) -> None:
-    """Name the run in MLflow by its outcome; log, don't raise, if that fails."""
+def name_record(run: Run) -> str | None:
+    """Name the run in MLflow by its outcome, and return its address; log, don't raise."""
     try:
         if run.record:
-            quality = run.workspace.project.plots / "quality.png"
-            drawn = [quality] if run.report.status == "promoted" and quality.is_file() else []
-            run.workspace.registry.name_run(run.record, run.report.headline(), drawn)
+            project, report = run.workspace.project, run.report
+            drawn = [project.changed] if report.comparison else []
+            drawn += [project.quality] if report.status == "promoted" else []
+            drawn = [picture for picture in drawn if picture.is_file()]
+            return run.workspace.registry.name_run(run.record, report.headline(), drawn)
     except HandsignsError as error:
         _log.warning("The run in MLflow is not named by its outcome: %s", error)
+    return None

@@ -30,7 +30,7 @@ from tasks.features import runner
 from tasks.io import read_json
 from tasks.params import load_params
 from tasks.project import Project
-from tasks.releases.champion import METRICS, SAME_PHOTOS, Champion, set_champion
+from tasks.releases.champion import METRICS, PHOTOS, Champion, set_champion
 from tasks.releases.comparison import PromotionDecision, compare_with_champion, record_comparison
 from tasks.releases.release import DATASET_INDEX, Release, fetch
 from tasks.services.dvc import check_trained_on
@@ -128,8 +128,7 @@ def _conduct(run: Run) -> State[Any]:
             log_run(report, project)
         bad = report.status in ("failed", "rejected")
         _log.log(logging.ERROR if bad else logging.INFO, "%s: %s", report.status, report.reason)
-        publish.name_record(run)
-        ui.show_summary(project, report)
+        ui.show_summary(project, report, publish.name_record(run))
         ui.rename_run(report.headline())
     if report.status == "cancelled":
         return Cancelled(message=report.reason)
@@ -317,9 +316,7 @@ def promote(
     """Move the champion."""
     workspace = run.workspace
     scores = run.report.test.model_dump(include=set(METRICS))
-    if found := run.report.comparison:
-        sides = (found["champion"]["accuracy"], found["challenger"]["accuracy"])
-        scores |= dict(zip(SAME_PHOTOS, sides, strict=True))
+    scores[PHOTOS] = run.report.data.train
     with workspace.alias_follows():
         set_champion(
             workspace.storage, workspace.registry, version, champion, reason, scores, by=by

@@ -8,6 +8,7 @@ import html
 import logging
 import socket
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -19,16 +20,19 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Failed
 
+from flows.local.clients import traffic_store
 from flows.report import RunReport
 from flows.settings import Settings, load_settings
 from flows.workspace import Workspace
+from tasks.data.traffic import drift_by_limit
 from tasks.errors import HandsignsError, SettingsError
 from tasks.gate import shown, shown_interval
 from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.card import table
-from tasks.releases.champion import METRICS, draw_quality
+from tasks.releases.champion import METRICS
 from tasks.releases.comparison import PromotionDecision
+from tasks.releases.quality import draw_quality, read_quality
 from tasks.scoring.drift import Drift
 from tasks.services.notify import notify
 
@@ -135,9 +139,14 @@ def notify_crash(run: str) -> None:
         notify_bad_end(silent, crashed, state)
 
 
-def show_summary(project: Project, report: RunReport) -> None:
-    """The outcome at a glance: verdict, gate, photos that changed, phases, labels and plots."""
+def show_summary(project: Project, report: RunReport, record: str | None) -> None:
+    """The outcome at a glance: verdict, gate, photos that changed, phases, labels and plots.
+
+    Args:
+        record: address of the run in MLflow, if it has one.
+    """
     text = [f"## {html.escape(report.headline())}\n", _table(("", ""), report.facts())]
+    text += [f"\n[The run in MLflow]({record})"] if record else []
     if report.gate.checks:
         checks = [
             (
@@ -170,6 +179,7 @@ def show_summary(project: Project, report: RunReport) -> None:
         text += ["\n### Test\n", _table(scores, classes)]
         plots = ("curves", "confusion", "mistakes", "audit")
         text += [_picture(project.plots / f"{name}.png") for name in plots]
+        text += [_picture(project.changed)] if report.comparison else []
     _markdown("summary", report.headline(), "\n".join(text))
 
 
@@ -186,11 +196,18 @@ def show_drift(found: Sequence[Drift], said: str) -> None:
 
 
 def show_history(workspace: Workspace) -> None:
-    """Every move of the champion, the last one first."""
-    champion = _try(workspace.champion)
+    """Every move of the champion, the last one first, and the quality of the last champions."""
+    _try(_show_history, workspace)
+
+
+def _show_history(workspace: Workspace) -> None:
+    champion = workspace.champion()
     if champion is None:
         return
+    store = traffic_store(workspace.settings, workspace.project)
     moves = champion.pointer.moves
+    found = read_quality(workspace.storage, moves, partial(drift_by_limit, store))
+    common = {one.version: one.common.get("accuracy") for one in found.champions}
     rows = [
         {
             "when": move.at,
@@ -201,14 +218,15 @@ def show_history(workspace: Workspace) -> None:
             "why": move.reason,
             "forced over": "; ".join(move.overruled),
             **move.metrics,
+            f"accuracy on {found.common_photos} common photos": common.get(move.version),
         }
         for move in reversed(moves)
     ]
     what = f"Version {moves[-1].version} is champion: {moves[-1].reason}"
-    _try(create_table_artifact, rows, key="champion-history", description=what)
-    picture = workspace.project.plots / "quality.png"
-    _try(draw_quality, moves, picture)
-    _markdown("quality", "Scores of each champion.", f"## Quality over time\n{_picture(picture)}")
+    create_table_artifact(rows, key="champion-history", description=what)
+    draw_quality(found, workspace.project.quality)
+    picture = _picture(workspace.project.quality)
+    _markdown("quality", "Scores of each champion.", f"## Quality over time\n{picture}")
 
 
 def comparison_text(decision: PromotionDecision) -> str:

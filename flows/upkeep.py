@@ -26,7 +26,7 @@ from flows.run import retrain_lock
 from flows.workspace import Workspace
 from tasks.data.capture import Store
 from tasks.data.images import decode, resize
-from tasks.data.traffic import RESULT, Counts, count_window, read_result
+from tasks.data.traffic import RESULTS, Counts, count_window, read_result
 from tasks.io import read_json
 from tasks.model.augment import enlarge
 from tasks.model.inference import Engine
@@ -80,7 +80,7 @@ def _monitor(workspace: Workspace, hours: int, retrain_after: int) -> State[Any]
     store = traffic_store(workspace.settings, workspace.project)
     counts = count_window(store, release, hours)
     found = compare_with_reference(folder, counts, store, hours)
-    before = read_result(store)
+    before = read_result(store, release)
     drifted = sorted(one.name for one in found if one.verdict == "drift")
     content = {
         "release": release,
@@ -89,7 +89,7 @@ def _monitor(workspace: Workspace, hours: int, retrain_after: int) -> State[Any]
         "drift": drifted,
         "comparisons": [one.to_json() for one in found],
     }
-    store.put(RESULT, json.dumps(content, indent=2).encode())
+    store.put(f"{RESULTS}/{release}.json", json.dumps(content, indent=2).encode())
     said = "; ".join(one.describe() for one in found)
     ui.show_drift(found, said)
     if drifted and before.get("drift") != drifted:

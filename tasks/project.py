@@ -30,6 +30,8 @@ class Project:
         self.artifacts = root / "artifacts"
         self.quarantine = self.artifacts / "quarantine"
         self.plots = self.artifacts / "plots"
+        self.changed = self.artifacts / "changed.png"
+        self.quality = self.artifacts / "quality.png"
         self.audit = self.artifacts / "audit.json"
         self.synthetic = self.artifacts / "synthetic.npy"  # rendered hands, for training only
         self.dataset = self.artifacts / "dataset"

@@ -224,7 +224,7 @@ def test_hands_are_only_rendered_for_their_own_labels(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [tuple(f"kind {n}" for n in range(1, 11)), WORDS])
+@pytest.mark.parametrize("names", [tuple(f"kind {n}" for n in range(1, 11)), WORDS, ("no", "yes")])
 def test_any_classes_take_three_commands(tmp_path: Path, names: tuple[str, ...]) -> None:
     source = write_classes(tmp_path / "source", names, 10)
     made = make_checkout(tmp_path / "checkout")

@@ -20,7 +20,8 @@ from tasks.model.files import export_graph
 from tasks.model.inference import Engine
 from tasks.project import Project
 from tasks.releases.catalog import prune_releases
-from tasks.releases.champion import read_champion, set_champion
+from tasks.releases.champion import Move, read_champion, set_champion
+from tasks.releases.quality import draw_quality, read_quality
 from tasks.releases.release import list_releases, publish, verify
 from tasks.services.dvc import Pipeline
 from tasks.services.mlflow import CHALLENGER, Registry, RunRecord, Version
@@ -162,7 +163,41 @@ def test_answers_are_counted_by_the_hour_and_release_and_removed_in_time(tmp_pat
         store.put(f"traffic/{hour}/{RELEASE}-x.json", content)
     assert count_window(store, RELEASE, hours=24).labels == {"3": 7, "0": 3, "1": 1}
     assert not [key for key in store.list("traffic") if hour in key]
-    assert read_result(store) == {}
+    assert read_result(store, RELEASE) == {}
+
+
+def test_champions_are_scored_on_the_photos_that_all_were_tested_on(
+    storage: Storage, tmp_path: Path
+) -> None:
+    def champion(version: int, labels: str, seconds: dict[str, float] | None) -> Move:
+        """A release by its probability of the second label for each photo, named by its label."""
+        file = tmp_path / f"{version}.json"
+        photos = [
+            {"name": name, "label": name[0], "probabilities": [1 - second, second]}
+            for name, second in (seconds or {}).items()
+        ]
+        write_json(file, {"labels": [*labels], "photos": photos})
+        name = "predictions.json" if seconds else "metrics.json"
+        release = publish(storage, {name: file}, {})
+        return Move(release=release.id, version=version, metrics={"accuracy": 0.9, "photos": 80})
+
+    moves = [
+        champion(1, "01", None),  # made by an earlier program
+        champion(2, "ab", {"a1": 0.9, "b1": 0.9}),
+        champion(3, "01", {"01": 0.2, "11": 0.2, "12": 0.9, "02": 0.9}),
+        champion(4, "01", {"01": 0.2, "11": 0.8, "12": 0.9}),
+        champion(5, "01", {"11": 0.3, "12": 0.9, "01": 0.1, "03": 0.9}),
+    ]
+    drift = {"labels": 0.5}
+    found = read_quality(storage, [*moves, moves[3]], lambda _: drift)
+    assert found.common_photos == 3
+    accuracies = [one.common.get("accuracy") for one in found.champions]
+    assert accuracies == [None, None, pytest.approx(2 / 3), 1.0, pytest.approx(2 / 3)]
+    assert [one.version for one in found.champions] == [1, 2, 3, 4, 5]
+    assert found.champions[0].own["photos"] == 80
+    draw_quality(found, tmp_path / "quality.png")
+    assert cv2.imread(str(tmp_path / "quality.png")).shape[1] == 1800
+    assert read_quality(storage, moves[:1], lambda _: {}).common_photos == 0
 
 
 def test_usual_photos_are_no_drift_noise_is_and_only_the_random_sample_counts(

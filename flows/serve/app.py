@@ -155,7 +155,7 @@ def make_app(
         """Classify a photo, or each of several."""
         return await predictor.answer(request)
 
-    app.include_router(model_routes(source))
+    app.include_router(model_routes(source, traffic))
     routes = review_routes(recorder, predictor.read_one, lambda: source.labels)
     app.include_router(routes, dependencies=[Depends(admission.check)])
 

@@ -46,11 +46,15 @@ class LoadedModel:
 
 @dataclass
 class ModelSource:
-    """The model that answers, and why it is not the champion; by itself it never changes."""
+    """The model that answers, and why it is not the champion; by itself it never changes.
+
+    `storage` is where a followed champion's releases are.
+    """
 
     model: LoadedModel | None = None
     problem: str | None = None
     checked_at: float | None = None
+    storage: Storage | None = None
     failures: Counter = field(
         default_factory=lambda: Counter(
             "handsigns_follow_failures", "Failed checks of the champion.", ("kind",), registry=None
@@ -79,7 +83,7 @@ class Follower(ModelSource):
     """
 
     def __init__(self, storage: Storage, releases: Path, seconds: float) -> None:
-        super().__init__()
+        super().__init__(storage=storage)
         self._storage, self._releases, self._seconds = storage, releases, seconds
         self._etag: str | None = None
         self._rejected: str | None = None

@@ -13,8 +13,8 @@ from tasks.scoring.drift import BINS
 from tasks.services.s3 import MissingObjectError
 
 FOLDER = "traffic"
-RESULT = "monitor/drift.json"
-"""The last result of the monitor."""
+RESULTS = "monitor"
+"""Folder with the last result of the monitor for each release."""
 KEEP_DAYS = 30
 _HOUR = "%Y-%m-%dT%H"
 
@@ -36,13 +36,15 @@ class Traffic:
     """Counts of one service process; safe to use from several threads."""
 
     def __init__(self, store: Store) -> None:
-        self._store, self._process = store, uuid.uuid4().hex[:12]
+        self.store, self._process = store, uuid.uuid4().hex[:12]
+        self._release: str | None = None
         self._lock = threading.Lock()
         self._counts: dict[str, Counts] = {}
 
     def add(self, release: str, label: str, confidence: float) -> None:
         """Count one answer of a release."""
         key = f"{FOLDER}/{datetime.now(UTC):{_HOUR}}/{release}-{self._process}.json"
+        self._release = release
         with self._lock:
             self._counts.setdefault(key, Counts()).add(label, confidence)
 
@@ -56,18 +58,28 @@ class Traffic:
             now = f"{FOLDER}/{datetime.now(UTC):{_HOUR}}/"
             self._counts = {key: one for key, one in self._counts.items() if key.startswith(now)}
         for key, text in content.items():
-            self._store.put(key, text.encode())
+            self.store.put(key, text.encode())
 
     def drift(self) -> dict[str, float]:
-        """The values of the monitor's last result, by what was compared."""
-        comparisons = read_result(self._store).get("comparisons", [])
-        return {one["name"]: one["value"] for one in comparisons if one["value"] is not None}
+        """The values that the monitor found last for the release that answers."""
+        found = _comparisons(self.store, self._release) if self._release else ()
+        return {one["name"]: one["value"] for one in found}
 
 
-def read_result(store: Store) -> dict[str, Any]:
-    """What the monitor wrote last; empty before its first run."""
+def drift_by_limit(store: Store, release: str) -> dict[str, float]:
+    """What the monitor found last for a release, as shares of the limits."""
+    return {one["name"]: one["value"] / one["limit"] for one in _comparisons(store, release)}
+
+
+def _comparisons(store: Store, release: str) -> list[dict[str, Any]]:
+    found = read_result(store, release).get("comparisons", [])
+    return [one for one in found if one["value"] is not None]
+
+
+def read_result(store: Store, release: str) -> dict[str, Any]:
+    """What the monitor wrote last about a release; empty before that."""
     try:
-        return dict(json.loads(store.get(RESULT)))
+        return dict(json.loads(store.get(f"{RESULTS}/{release}.json")))
     except MissingObjectError:
         return {}
 

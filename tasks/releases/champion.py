@@ -26,8 +26,8 @@ COMPARISON_WON = "comparison_won"
 """Tags of a version: how it compared with the champion of its day."""
 METRICS = ("accuracy", "loss", "auc", "ece")
 """Scores that the history keeps of each champion, on the test photos of its day."""
-SAME_PHOTOS = ("accuracy_of_previous", "accuracy_beside_previous")
-"""Accuracy of the former and of the new champion on the photos that compared them."""
+PHOTOS = "photos"
+"""Number of training photos, which the history keeps as well."""
 
 _log = logging.getLogger(__name__)
 
@@ -100,14 +100,6 @@ class Champion:
 
     pointer: Pointer
     etag: str
-
-
-def draw_quality(moves: Sequence[Move], path: Path) -> None:
-    """Draw the scores of each champion, in the order of the moves."""
-    from tasks.scoring.plots import quality, save
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(quality([f"v{move.version}" for move in moves], [move.metrics for move in moves]), path)
 
 
 def read_champion(storage: Storage) -> Champion | None:
@@ -219,7 +211,9 @@ def promote(
             f"Version {version} should not be champion: {'; '.join(blockers)}. Nothing was moved. "
             "To overrule that, promote it with --force and a --reason."
         )
+    photos = (read_json(folder / DATASET_INDEX) or {}).get("photos", [])
     scores = read_json(folder / "metrics.json") or {}
+    scores[PHOTOS] = sum(photo["split"] == "train" for photo in photos)
     return set_champion(storage, registry, found, present, reason, scores, by, blockers)
 
 
@@ -286,7 +280,7 @@ def set_champion(
         version=version.number,
         by=by or "",
         reason=reason,
-        metrics={name: metrics.get(name) for name in (*METRICS, *SAME_PHOTOS) if name in metrics},
+        metrics={name: metrics.get(name) for name in (*METRICS, PHOTOS) if name in metrics},
         created=str(facts.get("created", "")),
         pointer_moves=facts.get("pointer_moves"),
         overruled=tuple(overruled),

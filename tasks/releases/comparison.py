@@ -188,9 +188,10 @@ def compare_with_champion(
         _classify(classifier, photos, progress),
         np.array([predicted[names[row]] for row in rows]),
         dataset.labels[rows],
-        [photo.name for photo in photos],
+        [paths[row] for row in rows],
         dataset.classes,
     )
+    _draw(project.changed, project, ("champion", "challenger"), result)
     return PromotionDecision(result.no_worse, result.reason, result)
 
 
@@ -232,10 +233,9 @@ def compare_releases(
     paths = [project.data / photo.key for photo in unseen]
     old, new = (_classify(classifier, paths, progress) for classifier in (first, second))
     result = compare(old, new, labels, [photo.key for photo in unseen], first.labels)
-    picture = project.artifacts / "compare.png" if result.changed else None
-    if picture:
-        _draw(picture, project, [*releases], result)
-    return result, picture
+    picture = project.artifacts / "compare.png"
+    _draw(picture, project, [*releases], result)
+    return result, picture if result.changed else None
 
 
 def seen_photos(project: Project, release: Path) -> set[str]:
@@ -278,9 +278,12 @@ def _classify(classifier: Classifier, paths: Sequence[Path], progress: Progress)
 
 
 def _draw(picture: Path, project: Project, names: Sequence[str], result: Comparison) -> None:
+    """Draw the photos that got another label, or remove the picture if there is none."""
     from matplotlib.figure import Figure
 
-    changed = result.changed[:SHOWN]
+    picture.unlink(missing_ok=True)
+    if not (changed := result.changed[:SHOWN]):
+        return
     height = -(-len(changed) // COLUMNS)
     figure = Figure(figsize=(2 * COLUMNS, 2.6 * height), layout="constrained")
     grid = figure.subplots(height, COLUMNS, squeeze=False).ravel()
@@ -290,7 +293,7 @@ def _draw(picture: Path, project: Project, names: Sequence[str], result: Compari
         pixels = decode((project.data / one["name"]).read_bytes(), one["name"])
         axes.imshow(resize_square(pixels, SIDE))
         said = f"{names[0]}: {one['champion']}   {names[1]}: {one['challenger']}"
-        axes.set_title(f"{one['label']}\n{said}", fontsize=9)
+        axes.set_title(f"{one['label']}\n{said}", fontsize=8)
     picture.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=100)

@@ -80,7 +80,7 @@ def score(probabilities: ArrayLike, labels: ArrayLike, names: Sequence[str]) -> 
             ClassScores(label=label, precision=precision, recall=recall, f1=f1, support=support)
         )
     missing = ", ".join(one.label for one in per_class if not one.support)
-    auc = None if missing else sk.roc_auc_score(y, p, multi_class="ovr", average="macro")
+    auc = None if missing else sk.roc_auc_score(np.eye(len(names))[y], p, average="macro")
     return Scores(
         n=len(y),
         loss=float(photo_losses(p, y).mean()),

@@ -27,8 +27,6 @@ MAX_NUMBERS = 25
 MAX_MISTAKES = 24
 LEAST_CONFIDENT = 12
 COLUMNS = 6
-MAX_VERSIONS = 12
-"""Champions with upright numbers."""
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -120,30 +118,6 @@ def reliability_diagram(p: np.ndarray, y: np.ndarray) -> Figure:
     top.set(xlabel="", ylabel="accuracy")
     bottom.hist(confidence, CALIBRATION_BINS, range=(0, 1), color=BLUE)
     bottom.set(xlabel="confidence", ylabel="photos", xlim=(0, 1))
-    return figure
-
-
-def quality(versions: Sequence[str], scores: Sequence[Mapping[str, float | None]]) -> Figure:
-    """Draw accuracy, loss and calibration error of each champion, the first one first.
-
-    `scores` are those of `Move.metrics`, on the test photos of each one's day. A dashed line
-    leads from the former champion to the new one, where both were scored on the same photos.
-    """
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    x = np.arange(len(versions))
-    names = {"accuracy": "accuracy", "loss": "loss", "ece": "calibration error"}
-    for axes, (name, title) in zip(figure.subplots(1, 3), names.items(), strict=True):
-        values = [np.nan if (one := row.get(name)) is None else one for row in scores]
-        axes.plot(x, values, "o-", color=BLUE)
-        axes.set(title=title, xlabel="version", xticks=x, xlim=(-0.5, len(x) - 0.5))
-        axes.set_xticklabels(versions, rotation="vertical" if len(x) > MAX_VERSIONS else 0)
-    first = figure.axes[0]
-    for place, row in enumerate(scores):
-        before, after = row.get("accuracy_of_previous"), row.get("accuracy_beside_previous")
-        if place and before is not None and after is not None:
-            first.plot([place - 1, place], [before, after], "s--", color=ORANGE, markersize=4)
-    first.plot([], [], "s--", color=ORANGE, markersize=4, label="both on the same photos")
-    first.legend(fontsize=8)
     return figure
 
 

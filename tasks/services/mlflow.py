@@ -139,12 +139,14 @@ class Registry:
         ):
             return run_id
 
-    def name_run(self, run_id: str, name: str, pictures: Sequence[Path] = ()) -> None:
-        """Name a run by its outcome, and log pictures of it."""
+    def name_run(self, run_id: str, name: str, pictures: Sequence[Path] = ()) -> str | None:
+        """Name a run by its outcome, and log pictures of it; its address if a server has it."""
         with self._connection() as client:
             client.update_run(run_id, name=name[:250])
             for path in pictures:
                 client.log_artifact(run_id, str(path), "pictures")
+            uri, experiment = redact_url(self.tracking_uri), self._experiment(client)
+        return f"{uri}/#/experiments/{experiment}/runs/{run_id}" if "http" in uri[:4] else None
 
     def register(
         self,

@@ -1,0 +1,116 @@
+"""Quality over time: every champion on the photos that all of them were tested on."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tasks.releases.champion import PHOTOS, Move
+from tasks.scoring.metrics import score
+from tasks.services.s3 import MissingObjectError, Storage
+
+PREDICTIONS = "predictions.json"
+"""File of a release: its probabilities for each photo of its test split."""
+RECENT = 12
+"""Champions that are compared; the more there are, the fewer photos all of them were tested on."""
+SCORES = {"accuracy": "accuracy", "loss": "loss", "calibration error": "ece"}
+DRIFT = ("labels", "confidences", "embeddings")
+"""What the drift monitor compares."""
+MAX_UPRIGHT = 6
+"""Champions whose numbers fit side by side."""
+
+Scores = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One champion: `own` scores on the test photos of its day, `common` on those of all.
+
+    `drift` is the monitor's last result for it, by what was compared, as a share of the limit.
+    """
+
+    version: int
+    own: Scores
+    common: Scores
+    drift: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class QualityOverTime:
+    """The last champions, oldest first, and the number of photos that all were tested on."""
+
+    champions: Sequence[Quality]
+    common_photos: int
+
+
+def read_quality(
+    storage: Storage, moves: Sequence[Move], read_drift: Callable[[str], Mapping[str, float]]
+) -> QualityOverTime:
+    """Score the champions on the test photos that they have in common.
+
+    Photos keep their split when others are added, so test splits overlap. No model runs: each
+    release holds its predictions. A release without them, or with other labels than the present
+    champion's, has no common scores.
+    """
+    champions = list({move.release: move for move in moves}.values())[-RECENT:]
+    found = {move.release: _read_predictions(storage, move.release) for move in champions}
+    labels = found[champions[-1].release][0] if champions else []
+    tests = {release: photos for release, (names, photos) in found.items() if names == labels}
+    common = sorted(set.intersection(*(set(photos) for photos in tests.values()))) if labels else []
+    rows = []
+    for move in champions:
+        scores: Scores = {}
+        if common and (photos := tests.get(move.release)):
+            probabilities = np.array([photos[photo] for photo in common])
+            truth = np.array([labels.index(label) for _, label in common])
+            result = score(probabilities, truth, labels)
+            scores = {name: getattr(result, name) for name in SCORES.values()}
+        rows.append(Quality(move.version, move.metrics, scores, read_drift(move.release)))
+    return QualityOverTime(rows, len(common))
+
+
+def _read_predictions(
+    storage: Storage, release: str
+) -> tuple[list[str], dict[tuple[str, str], list[float]]]:
+    """Labels, and probabilities by name and label of each test photo."""
+    try:
+        content = json.loads(storage.get(f"releases/{release}/{PREDICTIONS}"))
+    except MissingObjectError:  # made by an earlier version of this program, or pruned
+        return [], {}
+    photos = {(one["name"], one["label"]): one["probabilities"] for one in content["photos"]}
+    return content["labels"], photos
+
+
+def draw_quality(found: QualityOverTime, path: Path) -> None:
+    """Draw the scores, training photos and drift of the champions, by version."""
+    from matplotlib.figure import Figure
+
+    from tasks.scoring.plots import COLORS, save
+
+    rows, figure = found.champions, Figure(figsize=(15, 3.8), layout="constrained")
+    day, common = "test photos of the day", f"{found.common_photos} common test photos"
+    lines: dict[str, dict[str, list[float | None]]] = {
+        title: {
+            day: [one.own.get(key) for one in rows],
+            common: [one.common.get(key) for one in rows],
+        }
+        for title, key in SCORES.items()
+    }
+    lines["training photos"] = {PHOTOS: [one.own.get(PHOTOS) for one in rows]}
+    drift = {name: [one.drift.get(name) for one in rows] for name in DRIFT}
+    lines["drift, as a share of its limit"] = drift
+    x, panels = range(len(rows)), figure.subplots(1, len(lines))
+    for axes, (title, shown) in zip(panels, lines.items(), strict=True):
+        for color, (label, values) in zip(COLORS[3:], shown.items(), strict=False):
+            axes.plot(x, np.array(values, float), "o-", color=color, label=label)
+        axes.set(title=title, xlabel="version", xticks=x, xlim=(-0.5, len(x) - 0.5))
+        versions = [f"v{one.version}" for one in rows]
+        axes.set_xticklabels(versions, rotation="vertical" if len(x) > MAX_UPRIGHT else 0)
+    panels[3].set_ylim(bottom=0)
+    panels[4].axhline(1, color="grey", linestyle=":")
+    for axes in (panels[0], panels[4]):
+        axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(figure, path)
