@@ -226,12 +226,13 @@ def test_hands_are_only_rendered_for_their_own_labels(
 @pytest.mark.slow
 @pytest.mark.parametrize("names", [tuple(f"kind {n}" for n in range(1, 11)), WORDS, ("no", "yes")])
 def test_any_classes_take_three_commands(tmp_path: Path, names: tuple[str, ...]) -> None:
-    source = write_classes(tmp_path / "source", names, 10)
+    each = max(10, 120 // len(names))
+    source = write_classes(tmp_path / "source", names, each)
     made = make_checkout(tmp_path / "checkout")
     assert "--replace --set-labels" in made.handsigns("import", source, "--replace", code=1)
     assert made.run("handsigns", "import", source, "--set-labels", code=2)
     found = made.handsigns("import", source, "--replace", "--set-labels")
-    assert found["taken"]["train"] == dict.fromkeys(sorted(names), 10)
+    assert found["taken"]["train"] == dict.fromkeys(sorted(names), each)
     assert made.handsigns("retrain")["status"] == "promoted"
     (read,) = made.handsigns("predict", source / names[1] / "0.png")["predictions"]
     assert read["label"] == names[1]
