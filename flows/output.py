@@ -39,6 +39,8 @@ SECONDS_BETWEEN_LINES = 10.0
 """How often a long step writes a line where there is no terminal."""
 MAX_COLUMNS = 12
 """Labels that a table has a column for."""
+MAX_LABELS = 30
+"""Labels that are listed with their photos."""
 MAX_FILES = 20
 """Files named one by one; `--json` names all."""
 
@@ -195,6 +197,8 @@ def import_listing(report: "ImportReport", version: str) -> Listing:
         for split in sorted({split for split, _ in counts}):
             labels = {label: number for (place, label), number in counts.items() if place == split}
             each = ", ".join(f"{label}: {number}" for label, number in sorted(labels.items()))
+            if len(labels) > MAX_LABELS:
+                each = f"{min(labels.values())} to {max(labels.values())} for {len(labels)} labels"
             rows.append([title, split, str(sum(labels.values())), each])
     rows += [["set aside", kind, str(number), ""] for kind, number in report.kinds().items()]
     rows += [["removed", "", str(report.removed), ""]] if report.removed else []

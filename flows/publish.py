@@ -84,7 +84,7 @@ def record_rejected(run: Run) -> None:
 
 def _record(run: Run, release: Release | None) -> RunRecord:
     report, project = run.report, run.workspace.project
-    params, failed = load_params(project.params), "; ".join(report.gate.failures())
+    params, failed = load_params(project.params), report.gate.describe_failures()
     scores = f"Accuracy {report.test.accuracy}, loss {report.test.loss}, {report.data.describe()}."
     tags = {
         "data_version": report.data.version,

@@ -83,6 +83,12 @@ class GateReport(_Part):
         """One phrase for each failed check, such as `accuracy 0.963 < 0.990`."""
         return [_failure(check) for check in self.checks if not check["passed"]]
 
+    def describe_failures(self, most: int = 5) -> str:
+        """The failed checks in one line; with many labels not all of them."""
+        failed = self.failures()
+        more = [f"{len(failed) - most} more"] if len(failed) > most else []
+        return "; ".join(failed[:most] + more)
+
 
 class ModelReport(_Part):
     name: str
@@ -122,7 +128,7 @@ class RunReport(_Part):
         if self.status in ("unchanged", "cancelled"):
             return self.status
         if self.status == "rejected":
-            return f"rejected: {'; '.join(self.gate.failures()[:2])}"
+            return f"rejected: {self.gate.describe_failures(2)}"
         if self.status == "failed":
             return f"failed: {self.reason}"
         verb = "promoted" if self.status == "promoted" else "stays challenger"
@@ -151,7 +157,7 @@ class RunReport(_Part):
             accuracy = f"accuracy {test.accuracy:.4f} ({low:.3f} to {high:.3f})"
             rows.append(("test", accuracy + "".join(more)))
         if self.gate.checks:
-            failed = "; ".join(self.gate.failures())
+            failed = self.gate.describe_failures()
             passed = f"passed, {len(self.gate.checks)} checks"
             rows.append(("gate", f"failed: {failed}" if failed else passed))
         if found := self.comparison:
@@ -263,26 +269,28 @@ def histories(project: Project, params: Params) -> list[dict[str, Any]]:
     return [read_output(project.history(name)) for name in params.phases]
 
 
-def read_stages(project: Project, params: Params, report: RunReport, features_ran: bool) -> None:
+def read_stages(
+    project: Project, params: Params, report: RunReport, outcomes: Mapping[str, str]
+) -> None:
     """Fill a report with what the stages found; `report.seconds` has their times already."""
     index, data = read_output(project.dataset_index), report.data
     splits = Counter(photo["split"] for photo in index["photos"])
     data.train, data.val, data.test = (splits[name] for name in ("train", "val", "test"))
     data.synthetic = len(index["labels"]) * index["synthetic"]
     data.duplicates, data.leaks = read_output(project.audit)["duplicates"], index["leaks"]
-    computed = read_json(project.features_report) if features_ran else None
+    computed = read_json(project.features_report) if outcomes["features"] == "ran" else None
     report.features = FeaturesReport(**(computed or {"views": params.features.augmented_copies}))
-    report.phases = [
-        PhaseReport(
+    for history in histories(project, params):
+        stage = f"train@{history['phase']}"
+        phase = PhaseReport(
             name=history["phase"],
             images=history["images"],
             epochs=len(history["epochs"]),
-            seconds=report.seconds.get(f"train@{history['phase']}", 0.0),
+            seconds=report.seconds[stage] if outcomes[stage] == "ran" else 0.0,
             val_accuracy=history["val_accuracy"],
             val_loss=history["val_loss"],
         )
-        for history in histories(project, params)
-    ]
+        report.phases.append(phase)
     metrics = read_output(project.metrics)
     report.test = TestReport(**{name: metrics[name] for name in TestReport.model_fields})
     report.gate = GateReport(**read_output(project.gate))

@@ -152,7 +152,7 @@ def _retrain(run: Run) -> None:
             return
         _train(run)
         if not run.report.gate.passed:
-            failures = "; ".join(run.report.gate.failures())
+            failures = run.report.gate.describe_failures()
             run.end("rejected", f"The gate rejected the model: {failures}.")
             record_rejected(run)
         else:
@@ -175,7 +175,7 @@ def _train(run: Run) -> None:
         outcomes[name] = stage(run, name)
         if name == "preprocess":
             report.data.changes = data_changes(project, former, since)
-    read_stages(project, load_params(project.params), report, outcomes.get("features") == "ran")
+    read_stages(project, load_params(project.params), report, outcomes)
     check_trained_on(project, report.data.version)
     if branch := workspace.settings.git_push:
         commit_versions(run, branch)

@@ -72,7 +72,7 @@ def test_an_outcome_is_a_few_words_and_a_rejection_says_by_how_much() -> None:
     ]
     checks = [{"passed": False, **check} for check in found]
     rejected = report("rejected", gate={"checks": checks})
-    assert rejected.headline() == "rejected: accuracy 0.963 < 0.990; test photos 3 < 60"
+    assert rejected.headline() == "rejected: accuracy 0.963 < 0.990; test photos 3 < 60; 3 more"
     listing = retrain_listing(rejected)
     assert dict(listing.rows)["gate"] == (
         "failed: accuracy 0.963 < 0.990; test photos 3 < 60; recall of 4 0.800, surely only "
