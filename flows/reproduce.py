@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def reproduce(workspace: Workspace, name: str, progress: Progress) -> RebuildCom
     with signals_interrupt(), checkout(workspace.project, revision) as built:
         progress("check out", 1, 1)
         found = rebuild(workspace, folder, built, facts.get("environment"), progress)
-    return found.of(release, revision, time.monotonic() - began)
+    seconds = round(time.monotonic() - began, 1)
+    return replace(found, release=release, revision=revision, seconds=seconds)
 
 
 def recorded_revision(facts: Mapping[str, Any], release: str) -> str:
@@ -94,7 +96,7 @@ def _fetch_data(workspace: Workspace, built: Project) -> None:
     record, reason = read_record(built), "no DVC remote is set"
     cache = workspace.project.root.resolve() / ".dvc" / "cache"
     with contextlib.chdir(built.root):
-        for remote in (Remote(str(cache), {}), workspace.remote()):  # a cache is a local remote
+        for remote in (Remote(str(cache)), workspace.remote()):  # a cache is a local remote
             with contextlib.suppress(HandsignsError):
                 pipeline = Pipeline(built, remote)
                 if pipeline.remote_url():

@@ -318,6 +318,4 @@ def promote(
     scores = run.report.test.model_dump(include=set(METRICS))
     scores[PHOTOS] = run.report.data.train
     with workspace.alias_follows():
-        set_champion(
-            workspace.storage, workspace.registry, version, champion, reason, scores, by=by
-        )
+        set_champion(workspace.storage, version, champion, reason, scores, by=by)

@@ -7,6 +7,7 @@ Prefect reads its address when it is imported, so this module is imported after
 import asyncio
 import json
 import logging
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def _embed(release: Path, store: Store, hours: int) -> NDArray[np.float32]:
     preprocess = open_release(release).preprocess
     engine = Engine(release / "model.pb", embeddings=True)
     since = f"{datetime.now(UTC) - timedelta(hours=hours):%Y-%m-%dT%H%M%S}"
-    keys = [key for key in store.list("photos") if "-sample-" in key]
+    keys = [key for key in store.keys("photos/") if "-sample-" in key]
     recent = sorted(key for key in keys if key.rpartition("/")[2] >= since)[-PHOTOS:]
     photos = (resize(decode(store.get(key)), preprocess) for key in recent)
     rows = [*engine.stream(enlarge(photo[np.newaxis], engine.size)[0] for photo in photos)]
@@ -131,17 +132,16 @@ def remove_unneeded(
     project, storage = workspace.project, workspace.storage
     with retrain_lock(project):
         found = prune_releases(project, storage, workspace.registry, keep, days, dry_run, progress)
-        versions = [
-            storage.get(f"releases/{one.release}/{project.data_file.name}").decode()
-            for one in found.kept
-        ]
+        names = (f"releases/{release}/{project.data_file.name}" for release in found.kept)
+        versions = [storage.get(name).decode() for name in names]
         freed = workspace.pipeline.remove_unused(versions, dry_run)
     known = workspace.services.prefect_named()
     runs = asyncio.run(_remove_runs(days, dry_run)) if known else 0
     captures = open_captures(workspace.settings, project)
     captured = captures.remove_expired(dry_run) if captures else 0
     counts = {"cache_bytes": freed, "runs": runs, "captured": captured}
-    return {**found.to_json(), **counts, "dry_run": dry_run}
+    kept = [{"release": release, "reason": why} for release, why in found.kept.items()]
+    return {**asdict(found), "kept": kept, **counts, "dry_run": dry_run}
 
 
 def describe_pruned(found: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -170,7 +171,7 @@ def reproduce(version: Named, json_: Json = False) -> None:
         from flows.reproduce import reproduce as rebuild
 
         found = rebuild(workspace, version, progress)
-    echo(json_, found.to_json(), found.describe())
+    echo(json_, asdict(found), found.describe())
     if not found.identical:
         raise typer.Exit(1)
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Self
 from flows.local.clients import configured_s3
 from flows.local.stack import Services
 from flows.settings import Settings
+from tasks.errors import HandsignsError
 from tasks.project import Project
 from tasks.releases.catalog import find_release
-from tasks.releases.champion import Champion, Move, read_champion, repair_alias
+from tasks.releases.champion import Champion, Move, read_champion, sync_alias
 from tasks.releases.signing import Trust
 from tasks.services.s3 import S3Address, Storage
 from tasks.stage import Progress
@@ -135,14 +136,23 @@ class Workspace:
         """Move the champion within the block; a crash leaves a mark for the next run."""
         self.alias_pending.touch()
         yield
-        self.repair_alias()
+        self.repair_alias(moved=True)
 
-    def repair_alias(self) -> bool:
+    def repair_alias(self, moved: bool = False) -> bool:
         """Let MLflow's alias name the champion; log, don't raise, if that fails."""
-        repaired = repair_alias(self.storage, self.registry)
-        if repaired:
-            self.alias_pending.unlink(missing_ok=True)
-        return repaired
+        try:
+            said = sync_alias(self.storage, self.registry)
+        except HandsignsError as error:
+            _log.warning(
+                "The alias in the registry could not be updated. It follows with the next retrain "
+                "or promotion. %s",
+                error,
+            )
+            return False
+        if said and not moved:
+            _log.info(said)
+        self.alias_pending.unlink(missing_ok=True)
+        return True
 
     def inbox(self) -> "Inbox | None":
         """List the inbox; None if none is set."""
@@ -151,8 +161,9 @@ class Workspace:
         from tasks.data.importer import Inbox, list_bucket, list_folder
 
         if place.startswith("s3://"):
-            name, _, prefix = place.removeprefix("s3://").partition("/")
-            listing = list_bucket(Storage(replace(self.services.s3(), bucket=name)), prefix)
+            bucket, _, folder = place.removeprefix("s3://").partition("/")
+            address = replace(self.services.s3(), bucket=bucket)
+            listing = list_bucket(Storage(address, folder=folder))
         else:
             listing = list_folder(Path(place))
         return Inbox(self.project, place, listing, self.pipeline.data_version())
@@ -181,13 +192,17 @@ class Workspace:
 
         url, known = self.settings.dvc_remote_url, self.settings
         if url is None or not url.startswith("s3://"):
-            return Remote(url, {}) if url else None
-        if known.s3_endpoint_url or known.aws_access_key_id:
-            options = _dvc_options(configured_s3(known))
+            return Remote(url) if url else None
+
+        def options() -> dict[str, str]:
+            if not (known.s3_endpoint_url or known.aws_access_key_id):
+                return _dvc_options(self.services.s3())
+            found = _dvc_options(configured_s3(known))
             if not known.s3_endpoint_url:  # AWS
-                del options["endpointurl"]
-            return Remote(url, options)
-        return Remote(url, {}, lambda: _dvc_options(self.services.s3()))
+                del found["endpointurl"]
+            return found
+
+        return Remote(url, options)
 
 
 def _dvc_options(address: S3Address) -> dict[str, str]:

@@ -30,7 +30,7 @@ TESTS = {
     "tasks/releases/champion.py": ("test_champion", "test_release", "test_signature"),
     "tasks/data/dataset.py": ("test_splits", "test_preprocess"),
     "tasks/audit.py": ("test_audit",),
-    "tasks/data/importer.py": ("test_importer", "test_inbox"),
+    "tasks/data/importer.py": ("test_importer",),
     "tasks/releases/signing.py": ("test_signature",),
 }
 """The modules that decide, and the tests that must notice."""

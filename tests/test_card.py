@@ -37,7 +37,6 @@ def test_the_card_carries_data_phases_scores_and_verdict(params: Params) -> None
         )
 
     text = card(flip=True)
-    assert text == card(flip=True)
     assert "not mirrored" in card(flip=False)
     for words in (
         "Version `3f2a.dir`. Rendered hands, no photos of people.",

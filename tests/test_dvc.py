@@ -249,7 +249,7 @@ def test_only_a_remote_of_the_repository_or_of_our_setting_counts(
     assert Pipeline(checkout).remote_url() == f"{tmp_path}/ours"
     assert Pipeline(checkout).push_data() > 0
     assert f"data/ is pushed to {tmp_path}/ours" in caplog.text
-    set_by_us = Pipeline(checkout, Remote("s3://user:secret@bucket/photos", {}))
+    set_by_us = Pipeline(checkout, Remote("s3://user:secret@bucket/photos"))
     assert set_by_us.remote_url() == "s3://bucket/photos"
     assert not (tmp_path / "theirs").exists()
     for name in [name for name in os.environ if name.startswith("AWS_")]:
@@ -260,7 +260,7 @@ def test_only_a_remote_of_the_repository_or_of_our_setting_counts(
         ("foo://x", "HANDSIGNS_DVC_REMOTE_URL"),
     ):
         with pytest.raises((ServiceError, DataError), match=words) as caught:
-            Pipeline(checkout, Remote(url, {})).push_data()
+            Pipeline(checkout, Remote(url)).push_data()
         assert "\n" not in str(caught.value)
 
 
@@ -270,7 +270,7 @@ def test_push_repairs_the_remote_and_a_failing_one_lays_out_nothing(
     def at(url: str, key: str = str(s3.secret_access_key)) -> Remote:
         options = {"region": s3.region, "access_key_id": str(s3.access_key_id)}
         options |= {"endpointurl": url, "secret_access_key": key}
-        return Remote(f"s3://{s3.bucket}/photos", options)
+        return Remote(f"s3://{s3.bucket}/photos", lambda: options)
 
     before, storage = photos(checkout), Storage(s3)
     assert Pipeline(checkout, at(s3.endpoint_url)).push_data() == len(before) + 1

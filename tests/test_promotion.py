@@ -15,7 +15,7 @@ import pytest
 
 from tasks.errors import PromotionError
 from tasks.project import Project
-from tasks.releases.champion import Champion, read_champion, set_champion
+from tasks.releases.champion import Champion, read_champion, set_champion, sync_alias
 from tasks.releases.release import publish
 from tasks.services.mlflow import CHAMPION, Registry
 from tasks.services.s3 import S3Address, Storage
@@ -239,7 +239,7 @@ def test_of_two_promotions_at_once_one_wins_and_no_alias_is_left_behind(
         rivals.append(registry.register(None, release.id, {"release_uri": release.uri}))
 
     def leader() -> Champion:
-        champion, alias = read_champion(storage), registry.version_by_alias(CHAMPION)
+        champion, alias = read_champion(storage), registry.find(CHAMPION)
         assert champion is not None
         assert alias is not None
         assert champion.pointer.version == alias.number
@@ -253,7 +253,9 @@ def test_of_two_promotions_at_once_one_wins_and_no_alias_is_left_behind(
             def attempt(version: Any, expected: Any = expected, start: Any = start) -> Any:
                 start.wait()
                 try:
-                    return set_champion(storage, registry, version, expected, "better", {})
+                    move = set_champion(storage, version, expected, "better", {})
+                    sync_alias(storage, registry)
+                    return move
                 except PromotionError as error:
                     return error
 
@@ -267,10 +269,12 @@ def test_of_two_promotions_at_once_one_wins_and_no_alias_is_left_behind(
     late, present = Late(registry), leader()
     first, second = [rival for rival in rivals if rival.content_id != present.pointer.release]
     with ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(set_champion, storage, late, first, present, "slow", {})
+        set_champion(storage, first, present, "slow", {})
+        slow = pool.submit(sync_alias, storage, late)
         assert late.asked.wait(20)
         registry.set_alias(CHAMPION, first.number)  # as the next run repairs it
-        set_champion(storage, registry, second, read_champion(storage), "quick", {})
+        set_champion(storage, second, read_champion(storage), "quick", {})
+        sync_alias(storage, registry)
         late.may.set()
         slow.result(30)
     assert leader().pointer.version == second.number

@@ -105,7 +105,7 @@ class Services:
     def publish(self, folder: Path) -> Champion:
         """Publish to the end and return the champion, which the alias names."""
         assert self.publisher.start(folder).wait(60) == 0
-        champion, alias = read_champion(self.direct), self.registry.version_by_alias(CHAMPION)
+        champion, alias = read_champion(self.direct), self.registry.find(CHAMPION)
         assert champion is not None
         assert alias is not None
         assert alias.number == champion.pointer.version

@@ -101,7 +101,7 @@ def test_one_release_is_one_run_and_one_version(
         uri = request.getfixturevalue("tracking_uri")
         registry = Registry(uri, name, tmp_path / "mlartifacts")
     assert registry.versions() == []
-    assert registry.find(ID) is registry.version_by_alias(CHAMPION) is None
+    assert registry.find(ID) is registry.find(CHAMPION) is None
     run = _record(registry, record, tmp_path)
     assert _record(registry, record, tmp_path) == run
     version = registry.register(run, ID, {"release": "s3://artifacts/releases/x/"})
@@ -111,11 +111,11 @@ def test_one_release_is_one_run_and_one_version(
     for alias in (CHALLENGER, CHAMPION):
         registry.set_alias(alias, 1)
     registry.set_tags(1, {"compared_with": "nobody"})
-    found = registry.version_by_alias(CHAMPION)
+    found = registry.find(CHAMPION)
     assert found is not None
     assert found.aliases == (CHALLENGER, CHAMPION)
     assert found.tags.items() >= {"compared_with": "nobody", "content_id": ID}.items()
-    assert found == registry.version(1) == registry.find(ID)
+    assert found == registry.find(1) == registry.find(ID)
     registry.set_alias(CHALLENGER, 2)
     assert [one.aliases for one in registry.versions()] == [(CHAMPION,), (CHALLENGER,)]
     _check_record(registry.tracking_uri, name, run, tmp_path / "model.keras")

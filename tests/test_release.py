@@ -17,7 +17,6 @@ from tasks.model.files import export_graph
 from tasks.model.inference import classify_files
 from tasks.model.network import backbone_of, build_model
 from tasks.params import Params
-from tasks.releases.champion import KEY, Pointer, move_champion, read_champion
 from tasks.releases.release import (
     MANIFEST,
     Digest,
@@ -81,10 +80,9 @@ def test_a_release_is_invisible_until_it_is_complete_and_its_manifest_comes_last
         unfinished = describe(files).id
         direct.put(f"releases/{unfinished}/labels.json", files["labels.json"])
         direct.put(f"releases/{unfinished}/model.keras", b"half of it")
-        with pytest.raises(ReleaseError, match="no complete release"):
-            verify(storage, unfinished)
-        with pytest.raises(ReleaseError, match="no complete release"):
-            fetch(storage, unfinished, tmp_path / "cache")
+        for use in (verify, lambda *one: fetch(*one, tmp_path / "cache")):
+            with pytest.raises(ReleaseError, match="no complete release"):
+                use(storage, unfinished)
         release = publish(storage, files, {"git": "abc"})
         assert written() == ["model.keras", "model_card.md", MANIFEST]
         assert publish(storage, files, {"git": "def"}) == release
@@ -104,6 +102,10 @@ def _other_manifest(release: Release, **changes: str) -> bytes:
     return UNSIGNED.sign(MANIFEST, manifest)
 
 
+def _of_another_format(release: Release) -> bytes:
+    return json.dumps(release.manifest.model_dump() | {"format": 2}).encode()
+
+
 DAMAGES: list[tuple[str, str, Callable[[Release], bytes | None]]] = [
     ("differs from its digest", "labels.json", lambda _: b"{}"),
     ("labels.json has 1 bytes instead of 2", "labels.json", lambda _: b"["),
@@ -114,11 +116,7 @@ DAMAGES: list[tuple[str, str, Callable[[Release], bytes | None]]] = [
     ("cannot be understood", MANIFEST, lambda _: b"{not json"),
     ("cannot be understood", MANIFEST, lambda _: b"[" * 100_000),
     ("cannot be understood", MANIFEST, lambda _: b"[1]"),
-    (
-        "format",
-        MANIFEST,
-        lambda one: json.dumps(one.manifest.model_dump() | {"format": 2}).encode(),
-    ),
+    ("format", MANIFEST, _of_another_format),
 ]
 
 
@@ -133,11 +131,10 @@ def test_each_kind_of_damage_is_refused_in_its_own_words_and_repaired(
             storage.remove(_key(release, name))
         else:
             storage.put(_key(release, name), content)
-        with pytest.raises(ReleaseError, match=words) as caught:
-            verify(storage, release.id)
-        assert "\n" not in str(caught.value)
-        with pytest.raises(ReleaseError, match=words):
-            fetch(storage, release.id, cache)
+        for use in (verify, lambda *one: fetch(*one, cache)):
+            with pytest.raises(ReleaseError, match=words) as caught:
+                use(storage, release.id)
+            assert "\n" not in str(caught.value)
         assert list(cache.glob("*")) == []
         if name == MANIFEST:
             storage.put(_key(release, name), kept)
@@ -164,32 +161,6 @@ def test_each_kind_of_damage_is_refused_in_its_own_words_and_repaired(
             fetch(storage, wrong, cache)
 
 
-def test_the_pointer_is_moved_only_by_who_saw_the_present_one(storage: Storage) -> None:
-    assert read_champion(storage) is None
-    first = move_champion(storage, None, Pointer(release=OTHER, version=1, by="a"))
-    assert read_champion(storage) == first
-    second = move_champion(storage, first, Pointer(release=OTHER, version=2, previous=1))
-    for stale in (None, first):
-        with pytest.raises(PromotionError, match="changed meanwhile"):
-            move_champion(storage, stale, Pointer(release=OTHER, version=3))
-    assert read_champion(storage) == second
-    bad = ({"release": "../.."}, {"version": 0}, {"previous": 0}, {"pointer_moves": -1})
-    broken = [json.dumps({"release": OTHER, "version": 1} | one).encode() for one in bad]
-    for content in (b"", b"[]", b"[" * 100_000, *broken):
-        storage.put(KEY, content)
-        with pytest.raises(ReleaseError, match=r"champion\.json cannot be understood") as caught:
-            read_champion(storage)
-        assert "\n" not in str(caught.value)
-
-
-def write_release(folder: Path, files: dict[str, bytes]) -> str:
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    manifest = describe({name: folder / name for name in files})
-    (folder / MANIFEST).write_bytes(UNSIGNED.sign(MANIFEST, manifest))
-    return manifest.id
-
-
 def lively(params: Params) -> Any:
     """A random model that tells photos apart, as a fresh network would not."""
     keras.utils.set_random_seed(1)
@@ -205,20 +176,18 @@ def lively(params: Params) -> Any:
 
 
 def test_a_release_predicts_as_its_model_does(tmp_path: Path, params: Params) -> None:
-    model = lively(params)
+    model, folder = lively(params), tmp_path / "release"
     photos = np.stack([photo(number % 6, number) for number in range(12)])
     paths = [tmp_path / f"{number}.png" for number in range(12)]
     for image, path in zip(photos, paths, strict=True):
         Image.fromarray(image).save(path)
-    folder = tmp_path / "release"
     folder.mkdir()
-    content = {
-        "model.pb": export_graph(model),
-        "labels.json": json.dumps(LABELS).encode(),
-        "params.yaml": CHECKOUT.params.read_bytes(),
-    }
-    made = write_release(folder, content)
-    assert verify_folder(folder, None, UNSIGNED).id == made
+    (folder / "model.pb").write_bytes(export_graph(model))
+    (folder / "labels.json").write_text(json.dumps(LABELS))
+    (folder / "params.yaml").write_bytes(CHECKOUT.params.read_bytes())
+    manifest = describe({path.name: path for path in folder.iterdir()})
+    (folder / MANIFEST).write_bytes(UNSIGNED.sign(MANIFEST, manifest))
+    assert verify_folder(folder, None, UNSIGNED).id == manifest.id
     found = [one.probabilities for one in classify_files(open_release(folder), paths)]
     expected = np.asarray(model(enlarge(photos).astype(np.float32), training=False))
     assert np.abs(np.array(found) - expected).max() < 1e-4
@@ -231,10 +200,10 @@ def test_a_release_predicts_as_its_model_does(tmp_path: Path, params: Params) ->
         (folder / "params.yaml").write_text(text)
         with pytest.raises(PromotionError, match=r"params\.yaml does not say .* in preprocess"):
             open_release(folder)
-    (folder / "labels.json").write_text(json.dumps([*LABELS[:-1], "0"]))
-    with pytest.raises(PromotionError, match=r"must list different labels, not"):
-        open_release(folder)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "id": OTHER}))
+    for labels in ([*LABELS[:-1], "0"], 6):
+        (folder / "labels.json").write_text(json.dumps(labels))
+        with pytest.raises(PromotionError, match=r"must list different labels, not"):
+            open_release(folder)
+    (folder / MANIFEST).write_text(manifest.model_copy(update={"id": OTHER}).model_dump_json())
     with pytest.raises(ReleaseError, match=f"another release: {OTHER}, with the files"):
         verify_folder(folder, None, UNSIGNED)

@@ -1,8 +1,10 @@
 """What is said of a rebuilt release: identical, or where it parts and why."""
 
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from tasks.stage import silent
 from tests.fixtures.photos import CHECKOUT
 
 NOW = environment()
-OTHER_KERAS = {**NOW, "libraries": {**NOW["libraries"], "keras": "3.0"}}
+KERAS = {**NOW, "libraries": {**NOW["libraries"], "keras": "3.0"}}
 RECORDED = {
     "audit": {"deps": [{"path": "data", "md5": "d"}], "outs": [{"path": "audit.json", "md5": "a"}]},
     "train@full": {"params": {"seed": 20}, "outs": [{"path": "weights", "md5": "w"}]},
@@ -39,49 +41,27 @@ def write_build(project: Project, loss: float, stage: str = "audit", **changes: 
 
 
 @pytest.mark.parametrize(
-    ("loss", "stage", "changes", "then", "difference", "cause"),
+    ("loss", "stage", "part", "then", "words"),
     [
-        (1.0, "train@full", {"outs": []}, NOW, "None", "None"),
-        (2.0, "audit", {}, NOW, "files outside of the pipeline", "none that is recorded"),
-        (2.0, "audit", {"deps": []}, None, "the deps of stage audit", "unknown: the release does"),
-        (
-            2.0,
-            "train@full",
-            {"params": {}},
-            OTHER_KERAS,
-            "the params of stage train",
-            "keras 3.0 -",
-        ),
-        (
-            2.0,
-            "train@full",
-            {"outs": []},
-            {**NOW, "cores": 96},
-            "the outs of stage",
-            "cores 96 -> ",
-        ),
+        (1.0, "train@full", "outs", NOW, "cccc: identical."),
+        (2.0, "audit", None, NOW, "files outside of the pipeline differ. .* none that is recorded"),
+        (2.0, "audit", "deps", None, "deps of stage audit differ. .* unknown: the release does"),
+        (2.0, "train@full", "params", KERAS, "params of stage train@full differ. .* keras 3.0 ->"),
+        (2.0, "train@full", "outs", {**NOW, "cores": 96}, "outs of stage .* another cores 96 ->"),
     ],
 )
 def test_a_rebuilt_model_is_identical_or_the_first_difference_and_its_cause_are_named(
-    tmp_path: Path,
-    loss: float,
-    stage: str,
-    changes: Any,
-    then: Any,
-    difference: str,
-    cause: str,
+    tmp_path: Path, loss: float, stage: str, part: str | None, then: Any, words: str
 ) -> None:
     first, built, release = Project(tmp_path / "a"), Project(tmp_path / "b"), tmp_path / "release"
     write_build(first, 1.0)
-    write_build(built, loss, stage, **changes)
+    write_build(built, loss, stage, **({part: []} if part else {}))
     shutil.copytree(first.artifacts, release)
     shutil.copy(first.lock, release)
-    found = compare_builds(release, built, then, NOW)
+    found = replace(compare_builds(release, built, then, NOW), release="a" * 32, revision="c" * 40)
     assert found.identical == (loss == 1.0)
     assert found.metrics["loss"] == (1.0, loss)
-    assert difference in str(found.difference)
-    assert cause in str(found.cause)
-    assert "\n" not in found.of("a" * 32, "b" * 40, 2.0).describe()
+    assert re.fullmatch(f"Release a{{32}} was rebuilt from .*{words}.*", found.describe())
 
 
 @pytest.mark.parametrize(

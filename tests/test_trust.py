@@ -132,7 +132,7 @@ def team(
     release = publish(made.storage, files, {"git_revision": "abc"})
     registry = Registry(mlflow_server.url, s3.bucket, login=mlflow_server.login)
     version = registry.register(None, release.id, {"release_uri": release.uri})
-    set_champion(made.storage, registry, version, None, "the first", {})
+    set_champion(made.storage, version, None, "the first", {})
     return made
 
 

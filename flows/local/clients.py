@@ -221,18 +221,20 @@ def _unreachable(service: str, url: str, variable: str, reason: BaseException) -
 
 
 def open_place(settings: Settings, place: str) -> "Store":
-    """Open a folder, or a bucket of the S3 service that the settings name."""
-    from tasks.data.capture import open_store  # OpenCV takes a while to load
+    """Open a folder, or a bucket of the S3 service that the settings name, which must answer."""
+    from tasks.data.capture import FolderStore  # OpenCV takes a while to load
 
-    def bucket(name: str) -> Storage:
-        if settings.s3_endpoint_url is None:
-            raise SettingsError(
-                f"s3://{name} is in no S3 service. Set HANDSIGNS_S3_ENDPOINT_URL, or name a "
-                "folder in HANDSIGNS_CAPTURE and HANDSIGNS_INBOX."
-            )
-        return Storage(replace(configured_s3(settings), bucket=name))
-
-    return open_store(place, bucket)
+    if not place.startswith("s3://"):
+        return FolderStore(Path(place))
+    if settings.s3_endpoint_url is None:
+        raise SettingsError(
+            f"{place} is in no S3 service. Set HANDSIGNS_S3_ENDPOINT_URL, or name a folder in "
+            "HANDSIGNS_CAPTURE and HANDSIGNS_INBOX."
+        )
+    bucket, _, folder = place.removeprefix("s3://").partition("/")
+    storage = Storage(replace(configured_s3(settings), bucket=bucket), folder=folder)
+    storage.check()
+    return storage
 
 
 def traffic_store(settings: Settings, project: Project) -> "Store":

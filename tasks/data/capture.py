@@ -15,7 +15,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -52,7 +52,7 @@ class FolderStore:
 
     root: Path
 
-    def list(self, folder: str) -> Sequence[str]:
+    def keys(self, folder: str) -> Sequence[str]:
         """Keys of everything below a folder."""
         # Hidden files and folders are being written.
         found = (path.relative_to(self.root) for path in (self.root / folder).rglob("*.*"))
@@ -87,41 +87,7 @@ class FolderStore:
         (self.root / key).unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class BucketStore:
-    """The same below a prefix of a bucket, which is empty or ends with a slash."""
-
-    storage: Storage
-    prefix: str
-
-    def list(self, folder: str) -> Sequence[str]:
-        found = self.storage.list(f"{self.prefix}{folder}/")
-        return [one.key.removeprefix(self.prefix) for one in found]
-
-    def get(self, key: str) -> bytes:
-        return self.storage.get(self.prefix + key)
-
-    def put(self, key: str, content: bytes) -> None:
-        self.storage.put(self.prefix + key, content)
-
-    def put_if_absent(self, key: str, content: bytes) -> None:
-        self.storage.put_if_absent(self.prefix + key, content)
-
-    def remove(self, key: str) -> None:
-        self.storage.remove(self.prefix + key)
-
-
-Store = FolderStore | BucketStore
-
-
-def open_store(place: str, bucket: Callable[[str], Storage]) -> Store:
-    """Open a folder or `s3://bucket/prefix`; a bucket must answer."""
-    if not place.startswith("s3://"):
-        return FolderStore(Path(place))
-    name, _, prefix = place.removeprefix("s3://").partition("/")
-    storage = bucket(name)
-    storage.check()
-    return BucketStore(storage, f"{prefix.strip('/')}/".lstrip("/"))
+Store = FolderStore | Storage
 
 
 @dataclass(frozen=True)
@@ -318,7 +284,8 @@ class Captures:
             return None
 
     def _names(self, folder: str) -> set[str]:
-        names = {key.rpartition("/")[2].rpartition(".")[0] for key in self._store.list(folder)}
+        keys = self._store.keys(f"{folder}/")
+        names = {key.rpartition("/")[2].rpartition(".")[0] for key in keys}
         return {name for name in names if re.fullmatch(ID, name)}
 
 

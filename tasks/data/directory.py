@@ -28,9 +28,8 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def data_lock(project: Project, wait: float | None = None) -> Iterator[None]:
+def data_lock(project: Project, wait: float = WAIT) -> Iterator[None]:
     """Hold the lock of imports and retrains on `data/`; re-entrant in one process."""
-    wait = WAIT if wait is None else wait
     with file_errors(project.local):
         project.local.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = FileLock(project.data_lock, thread_local=False, is_singleton=True)
@@ -102,8 +101,7 @@ def change_data(
 ) -> None:
     """Build the next `data/` in staging, of hard links to the present one, and swap the two.
 
-    `incoming` is the folder of the accepted photos that `data/` does not have. With `replace`
-    all photos that are not accepted are left out.
+    `incoming` has the accepted photos that are new; with `replace` no others are kept.
     """
     new = project.staging / "new"
     if replace or not project.data.exists():
@@ -173,13 +171,13 @@ def render(project: Project, pipeline: "Pipeline", progress: Progress = silent) 
             f"The sample set shows the signs 0 to 5, and labels in params.yaml are "
             f"{list_labels(labels)}. Import your own photos with `handsigns import`."
         )
-    expected = pipeline.data_version() if pipeline.data_source() == "sample" else None
+    recorded = pipeline.data_version() if pipeline.data_source() == "sample" else None
     with data_lock(project):
         render_sample(project.data, progress)
         version = pipeline.version_data("sample")
-    if expected in (None, version):
+    if recorded in (None, version):
         return f"The sample set was rendered: data/ {version}."
     return (
         f"The sample set was rendered, but this machine's arithmetic gave other bytes: "
-        f"data/ {version} instead of {expected}. It is versioned as such."
+        f"data/ {version} instead of {recorded}. It is versioned as such."
     )

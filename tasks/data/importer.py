@@ -6,9 +6,7 @@ stay there. What was imported is remembered in `.local/inbox.json` by name and s
 went into. Forgetting costs only time: `data/` knows photos by their content.
 """
 
-import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +28,7 @@ from tasks.data.sources import (
     open_source,
 )
 from tasks.errors import ImageError, SourceError
-from tasks.io import atomic_directory, atomic_write, read_json, write_json
+from tasks.io import atomic_write, read_json, write_json
 from tasks.params import load_params, replace_labels
 from tasks.project import FOLDERS, Project
 from tasks.services.s3 import MissingObjectError, Storage
@@ -38,8 +36,6 @@ from tasks.stage import Progress, silent
 
 IMPORTED = "imported"
 ALREADY_THERE = "already there"
-MAX_COPIES = 2**30
-"""Bytes that one import may copy into the quarantine; beyond it files are only listed."""
 
 Listing = list[tuple[SourceFile, str]]
 """Files of an inbox, each with a stamp that changes with the file."""
@@ -56,14 +52,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class QuarantinedFile:
-    """A file that was not imported: its path in the source, and `kind: detail`.
-
-    `copy` is its path below `artifacts/quarantine/`, if it was copied.
-    """
+    """A file that was not imported: its path in the source, and `kind: detail`."""
 
     origin: str
     reason: str
-    copy: str | None = None
 
     @property
     def kind(self) -> str:
@@ -196,67 +188,45 @@ def _import(
     replace: bool,
     progress: Progress,
 ) -> ImportReport:
-    """Import the files of a source; the quarantine holds what it rejects, and nothing else."""
+    """Import the files of a source; the quarantine lists what it rejects."""
     stored, incoming = stored_photos(project), project.staging / "incoming"
     incoming.mkdir()
     candidates: list[Candidate] = []
     rejected: list[QuarantinedFile] = []
-    copied = 0
-    with atomic_directory(project.quarantine) as quarantine:
-        for done, file in enumerate(source.files, start=1):
-            content = b""
-            try:
-                if file.fault or file.read is None or file.label is None:
-                    raise ImageError(file.fault or "no label: it is in no label folder")
-                content = file.read(MAX_BYTES + 1)
-                stored_name, stored_content = normalize(content, file.origin)
-                path, place = incoming / stored_name, (file.split, file.label)
-                if stored.get(stored_name) != place and not path.exists():
-                    path.write_bytes(stored_content)
-                candidates.append(Candidate(file.origin, stored_name, place))
-            except ImageError as error:
-                copied += len(content)
-                kept = content and copied <= MAX_COPIES
-                copy = _copy(quarantine, file, error.reason, content) if kept else None
-                rejected.append(QuarantinedFile(file.origin, error.reason, copy))
-            progress("read", done, len(source.files))
+    for done, file in enumerate(source.files, start=1):
+        try:
+            if file.fault or file.read is None or file.label is None:
+                raise ImageError(file.fault or "no label: it is in no label folder")
+            stored_name, content = normalize(file.read(MAX_BYTES + 1), file.origin)
+            path, place = incoming / stored_name, (file.split, file.label)
+            if stored.get(stored_name) != place and not path.exists():
+                path.write_bytes(content)
+            candidates.append(Candidate(file.origin, stored_name, place))
+        except ImageError as error:
+            rejected.append(QuarantinedFile(file.origin, error.reason))
+        progress("read", done, len(source.files))
 
-        counts: dict[str, Counter[Place]] = {IMPORTED: Counter(), ALREADY_THERE: Counter()}
-        accepted: dict[str, Place] = {}
-        decisions = apply_import_rules(candidates, {} if replace else stored)
-        for one, decision in zip(candidates, decisions, strict=True):
-            if decision not in counts:
-                rejected.append(QuarantinedFile(one.origin, decision))
-                continue
-            accepted[one.name] = one.place
-            there = stored.get(one.name) == one.place
-            counts[ALREADY_THERE if there else decision][one.place] += 1
-        replace = replace and bool(accepted)  # nothing usable replaces nothing
-        removed = len(stored.items() - accepted.items()) if replace else 0
-        rejected.sort(key=lambda file: (file.origin, file.reason))
-        files = [asdict(file) for file in rejected]
-        write_json(quarantine / "quarantine.json", {"source": name, "files": files})
-        if counts[IMPORTED] or removed:
-            change_data(project, incoming, accepted, replace, progress)
+    counts: dict[str, Counter[Place]] = {IMPORTED: Counter(), ALREADY_THERE: Counter()}
+    accepted: dict[str, Place] = {}
+    decisions = apply_import_rules(candidates, {} if replace else stored)
+    for one, decision in zip(candidates, decisions, strict=True):
+        if decision not in counts:
+            rejected.append(QuarantinedFile(one.origin, decision))
+            continue
+        accepted[one.name] = one.place
+        there = stored.get(one.name) == one.place
+        counts[ALREADY_THERE if there else decision][one.place] += 1
+    replace = replace and bool(accepted)  # nothing usable replaces nothing
+    removed = len(stored.items() - accepted.items()) if replace else 0
+    rejected.sort(key=lambda file: (file.origin, file.reason))
+    files = [asdict(file) for file in rejected]
+    write_json(project.quarantine / "quarantine.json", {"source": name, "files": files})
+    if counts[IMPORTED] or removed:
+        change_data(project, incoming, accepted, replace, progress)
     imported, already_there = map(dict, counts.values())
     return ImportReport(
         imported, already_there, tuple(rejected), source.ignored, removed, tuple(labels)
     )
-
-
-def _copy(quarantine: Path, file: SourceFile, reason: str, content: bytes) -> str:
-    """Copy a file into the quarantine, by kind of reason; returns its path there."""
-    digest = hashlib.sha256(content).hexdigest()[:12]
-    kind, name = (_safe_name(part) for part in (reason.split(":")[0], file.parts[-1]))
-    path = quarantine / kind / f"{digest}-{name}"
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(content[:MAX_BYTES])
-    return f"{kind}/{path.name}"
-
-
-def _safe_name(name: str) -> str:
-    """Letters, digits, dot, dash and underscore; never hidden, never a parent folder."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[-80:].lstrip(".") or "_"
 
 
 class Inbox:
@@ -285,8 +255,8 @@ class Inbox:
 
     def remember(self, version: str) -> None:
         """Remember that all files but the quarantined ones are part of this version of `data/`."""
-        known = {"inbox": self.name, "data": version, "seen": self._stamps}
-        write_json(self._project.inbox, known)
+        seen = {"inbox": self.name, "data": version, "seen": self._stamps}
+        write_json(self._project.inbox, seen)
 
 
 def list_folder(folder: Path) -> Listing:
@@ -300,24 +270,22 @@ def list_folder(folder: Path) -> Listing:
     return [(file, f"{found.st_size}-{found.st_mtime_ns}") for file, found in files]
 
 
-def list_bucket(storage: Storage, prefix: str) -> Listing:
-    """List the objects below a prefix with their etags."""
-    folder = f"{prefix.strip('/')}/".lstrip("/")
-    listing = []
-    for stored in storage.list(folder):
-        if stored.key.endswith("/") and not stored.size:
-            continue  # a folder, as consoles create it
-        parts = tuple(stored.key.removeprefix(folder).split("/"))
-        if {"", ".", ".."}.isdisjoint(parts):
-            file = SourceFile(parts, partial(_read_object, storage, stored.key))
-        else:
-            file = SourceFile(parts, None, "name: it has empty or dotted parts")
-        listing.append((file, f"{stored.size}-{stored.etag}"))
-    return listing
+def list_bucket(storage: Storage) -> Listing:
+    """List the objects of a bucket, or of a folder in it, with their etags."""
+    return [
+        (
+            SourceFile(tuple(one.key.split("/")), partial(_read_object, storage, one.key)),
+            f"{one.size}-{one.etag}",
+        )
+        for one in storage.list("")
+        if one.size or not one.key.endswith("/")  # a folder, as consoles create it
+    ]
 
 
 def _read_object(storage: Storage, key: str, limit: int) -> bytes:
     try:
-        return storage.read_start(key, limit)
+        return storage.get(key, limit)
+    except ValueError:
+        raise ImageError("name: it has empty or dotted parts") from None
     except MissingObjectError:
         raise ImageError("cannot be read: it was removed meanwhile") from None

@@ -77,10 +77,7 @@ class Source:
 
 @contextmanager
 def open_source(path: Path, labels: Sequence[str] | None) -> Iterator[Source]:
-    """List label folders, a .zip of them, an .h5 file, or a folder of .h5 files.
-
-    Without `labels` those that the source has are taken.
-    """
+    """List label folders, a .zip of them, or an .h5 file; without `labels`, by those it has."""
     with ExitStack() as stack:
         try:
             source = _recognize(path, labels, stack)
@@ -96,9 +93,8 @@ def arrange(files: list[SourceFile], where: str, labels: Sequence[str] | None) -
     """Find the split and label of each file by the folders above it.
 
     Folders above those of labels (of a split, a day, an export) are passed through. Beside
-    label folders, any other folder is an unknown label, a split, or photos that people
-    labelled. Folders below a label's belong to the label. Without `labels` the first folders
-    that are not the only one, nor a split, are those of labels.
+    label folders, any other is an unknown label, a split, or photos that people labelled.
+    Without `labels` the first folders that are not the only one, nor a split, are taken.
     """
     visible = [file for file in files if not is_clutter(file)]
     if not visible:
@@ -125,11 +121,7 @@ def is_clutter(file: SourceFile) -> bool:
 
 
 def folder_files(folder: Path) -> list[SourceFile]:
-    """List the files below a folder.
-
-    Links to files are followed inside the folder, and links to folders also outside of
-    it if they and their target belong to this user.
-    """
+    """List the files below a folder; links may leave it to folders of this user's own."""
     root = folder.resolve()
     try:
         return list(_walk(root, (), (root,)))
@@ -141,13 +133,7 @@ def folder_files(folder: Path) -> list[SourceFile]:
 def _recognize(path: Path, labels: Sequence[str] | None, stack: ExitStack) -> Source:
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
-        files = folder_files(path)
-        names = [file.parts[0] for file in files if not is_clutter(file)]
-        names = [name for name in names if name.endswith(".h5")]
-        if names and all(len(file.parts) == 1 for file in files):
-            rows = ((name, row) for name in names for row in _h5_rows(path / name, labels, stack))
-            return Source(tuple(replace(row, parts=(name, *row.parts)) for name, row in rows))
-        return arrange(files, str(path), labels)
+        return arrange(folder_files(path), str(path), labels)
     # Only regular files are opened: opening a pipe would wait for its writer.
     start = b""
     if stat.S_ISREG(mode):
@@ -262,10 +248,7 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) 
 
 
 def _h5_rows(path: Path, known: Sequence[str] | None, stack: ExitStack) -> Iterator[SourceFile]:
-    """Rows of `train_set_x` and `train_set_y`, or the same of `test`, or both.
-
-    Links, data in other files, other types and huge shapes are refused.
-    """
+    """Rows of `train_set_x` and `train_set_y`, or of `test`; what may harm is refused unread."""
     import h5py
 
     try:

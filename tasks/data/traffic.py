@@ -50,12 +50,11 @@ class Traffic:
 
     def save(self) -> None:
         """Write all counts; those of hours that are over are forgotten."""
+        now, content = f"{FOLDER}/{datetime.now(UTC):{_HOUR}}/", {}
         with self._lock:
-            content = {}
             for key, one in self._counts.items():
                 bins = [one.confidences[number] for number in range(BINS)]
                 content[key] = json.dumps({"labels": one.labels, "confidences": bins})
-            now = f"{FOLDER}/{datetime.now(UTC):{_HOUR}}/"
             self._counts = {key: one for key, one in self._counts.items() if key.startswith(now)}
         for key, text in content.items():
             self.store.put(key, text.encode())
@@ -88,7 +87,7 @@ def count_window(store: Store, release: str, hours: int) -> Counts:
     """Add up what all services counted of a release in the last hours; remove what is too old."""
     now, total = datetime.now(UTC), Counts()
     since, oldest = (f"{now - timedelta(hours=span):{_HOUR}}" for span in (hours, 24 * KEEP_DAYS))
-    for key in store.list(FOLDER):
+    for key in store.keys(f"{FOLDER}/"):
         _, hour, name = key.split("/")
         if hour < oldest:
             store.remove(key)

@@ -43,7 +43,7 @@ probability is the only hint.
 
 ## Data
 
-Version `{version}`.{note} Photos that are nearly the same are kept in one split.{synthetic}
+Version `{version}`. {note} Photos that are nearly the same are kept in one split.{synthetic}
 
 {counts}
 
@@ -79,16 +79,11 @@ def model_card(
     params: Content,
     histories: Sequence[Content],
     data_version: str,
-    data_note: str = "",
+    data_note: str,
 ) -> str:
-    """Write the model card in Markdown.
+    """Write the model card in Markdown, from the contents of the files of the same names.
 
-    Args:
-        metrics: content of `metrics.json`; `gate` and `params` are those of their files.
-        counts: photos in each split: `train`, `val`, `test`; and `synthetic` hands.
-        histories: contents of the phases' `history.json`, in order.
-        data_version: DVC's hash of the photos.
-        data_note: one sentence on where the photos come from.
+    `counts` are photos by split, and `synthetic` hands.
     """
     labels, mode = params["labels"], params["training"]["mode"]
     blur, hands = params["preprocess"]["blur_sigma"], counts[SYNTHETIC]
@@ -117,7 +112,7 @@ def model_card(
         size=params["preprocess"]["image_size"],
         blur=f", blurred by up to {blur} of them where they were larger" if blur else "",
         version=data_version,
-        note=f" {data_note}" if data_note else "",
+        note=data_note,
         counts=table(("split", "photos"), [(k, n) for k, n in counts.items() if k != SYNTHETIC]),
         synthetic=f" Training also used {hands} synthetic (rendered) hands." if hands else "",
         seed=params["seed"],

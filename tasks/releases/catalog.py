@@ -3,9 +3,8 @@
 import datetime
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from tasks.errors import HandsignsError, ReleaseError
 from tasks.io import folder_size
@@ -22,11 +21,6 @@ from tasks.services.mlflow import CHALLENGER, CHAMPION, CONTENT_ID, Registry, Ve
 from tasks.services.s3 import Storage, StoredObject
 from tasks.stage import Progress, silent
 
-OUR_TAGS = (CONTENT_ID, "release_uri", COMPARED_WITH, COMPARISON, COMPARISON_WON)
-"""Tags that the workflow sets; a version with any other was tagged by somebody."""
-OUR_PREFIXES = ("mlflow.", "forced_")
-"""Of tags that MLflow and earlier versions of this program set."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -39,15 +33,12 @@ def find_release(storage: Storage, registry: Callable[[], Registry], name: str) 
         return champion.pointer.release
     if ID.fullmatch(name):
         return name
-    if name == CHALLENGER:
-        version = registry().version_by_alias(CHALLENGER)
-    elif name.isdecimal():
-        version = registry().version(int(name))
-    else:
+    if name != CHALLENGER and not name.isdecimal():
         raise ReleaseError(
             f"'{name}' names no model. Use champion, challenger, a version's number, a release's "
             "id, or the path of a release."
         )
+    version = registry().find(name if name == CHALLENGER else int(name))
     if version is None:
         raise ReleaseError(
             f"There is no model {name} in the registry. `handsigns status` shows which there are; "
@@ -76,25 +67,13 @@ def rebuild_registry(storage: Storage, registry: Registry) -> list[Version]:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A release that stays, and why."""
-
-    release: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Pruned:
-    """What was removed, or would be: releases, and `local` copies of those that storage loses."""
+    """What was removed, or would be, why the other releases stay, and the bytes."""
 
     releases: tuple[str, ...]
-    kept: tuple[Kept, ...]
+    kept: dict[str, str]
     bytes: int
-    local: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+    local: tuple[str, ...]  # copies of releases that storage loses
 
 
 def prune_releases(
@@ -116,11 +95,24 @@ def prune_releases(
     objects: dict[str, list[StoredObject]] = {}
     for found in storage.list("releases/"):
         objects.setdefault(found.key.split("/")[1], []).append(found)
-    kept = tuple(_needed(storage, versions, objects, keep, days))
-    stay = {one.release for one in kept}
-    gone = tuple(release for release in objects if release not in stay)
+    champion = read_champion(storage)
+    moves = champion.pointer.moves if champion else ()
+    champions = list(dict.fromkeys(move.release for move in reversed(moves)))[: keep + 1]
+    kept = {}
+    for release, stored in objects.items():
+        version = versions.get(release)
+        if release in champions:
+            rank = champions.index(release)
+            kept[release] = f"champion {rank} before the present" if rank else "champion"
+        elif version and (marks := _marks(version)):
+            kept[release] = marks
+        elif (age := _age(storage, release, stored)) is None:
+            kept[release] = "its age is unknown"
+        elif age < days:
+            kept[release] = f"{age:.0f} days old"
+    gone = tuple(release for release in objects if release not in kept)
     folders = sorted(project.releases.glob("[!.]*"))
-    local = tuple(path.name for path in folders if path.name not in stay)
+    local = tuple(path.name for path in folders if path.name not in kept)
     size = sum(found.size for release in gone for found in objects[release])
     size += sum(folder_size(project.releases / name) for name in local)
     if not dry_run:
@@ -132,35 +124,14 @@ def prune_releases(
     return Pruned(gone, kept, size, local)
 
 
-def _needed(
-    storage: Storage,
-    versions: Mapping[str, Version],
-    objects: Mapping[str, Sequence[StoredObject]],
-    keep: int,
-    days: float,
-) -> Iterator[Kept]:
-    champion = read_champion(storage)
-    moves = champion.pointer.moves if champion else ()
-    champions = list(dict.fromkeys(move.release for move in reversed(moves)))
-    for release, stored in objects.items():
-        version = versions.get(release)
-        rank = champions.index(release) if release in champions else None
-        if rank is not None and rank <= keep:
-            yield Kept(release, "champion" if rank == 0 else f"champion {rank} before the present")
-        elif version and version.aliases:
-            yield Kept(release, f"alias {', '.join(version.aliases)}")
-        elif version and (
-            tags := [
-                one
-                for one in version.tags
-                if one not in OUR_TAGS and not one.startswith(OUR_PREFIXES)
-            ]
-        ):
-            yield Kept(release, f"tag {', '.join(tags)}")
-        elif (age := _age(storage, release, stored)) is None:
-            yield Kept(release, "its age is unknown")
-        elif age < days:
-            yield Kept(release, f"{age:.0f} days old")
+def _marks(version: Version) -> str:
+    """The aliases of a version, or the tags that neither this program nor MLflow sets."""
+    if version.aliases:
+        return f"alias {', '.join(version.aliases)}"
+    ours = (CONTENT_ID, "release_uri", COMPARED_WITH, COMPARISON, COMPARISON_WON)
+    tags = [name for name in version.tags if name not in ours]
+    tags = [name for name in tags if not name.startswith(("mlflow.", "forced_"))]
+    return f"tag {', '.join(tags)}" if tags else ""
 
 
 def _age(storage: Storage, release: str, stored: Sequence[StoredObject]) -> float | None:
@@ -185,6 +156,5 @@ def _remove(storage: Storage, registry: Registry, release: str, version: Version
     if version:
         registry.remove(version)
     prefix = f"releases/{release}/"
-    names = [found.key for found in storage.list(prefix)]
-    for key in sorted(names, key=lambda key: key != prefix + MANIFEST):
+    for key in sorted(storage.keys(prefix), key=lambda key: key != prefix + MANIFEST):
         storage.remove(key)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from tasks.errors import HandsignsError, OvertakenError, PromotionError
+from tasks.errors import OvertakenError, PromotionError
 from tasks.io import read_json
 from tasks.params import GateParams, load_params
 from tasks.project import Project
@@ -33,29 +33,21 @@ _log = logging.getLogger(__name__)
 
 
 class Move(BaseModel):
-    """One move of the champion, kept for good; numbers and times are for display only.
-
-    Args:
-        release: id of the release that became champion.
-        version: its number in the registry on that day; `previous` is that of the one before.
-        overruled: failed checks of a forced promotion.
-        created: when the release was made.
-        pointer_moves: how many moves there were then; None in an earlier program's releases.
-    """
+    """One move of the champion, kept for good; numbers and times are for display only."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     release: str = Field(pattern=r"^[0-9a-f]{32}$")
-    version: int = Field(ge=1)
-    previous: int | None = Field(default=None, ge=1)
+    version: int = Field(ge=1)  # in the registry on that day
+    previous: int | None = Field(default=None, ge=1)  # the version before
     action: Literal["promote", "rollback"] = "promote"
     by: str = ""
     reason: str = ""
     at: str = ""
     metrics: dict[str, float | None] = {}
-    overruled: tuple[str, ...] = ()
-    created: str = ""
-    pointer_moves: int | None = Field(default=None, ge=0)
+    overruled: tuple[str, ...] = ()  # failed checks of a forced promotion
+    created: str = ""  # when the release was made
+    pointer_moves: int | None = Field(default=None, ge=0)  # of that day; an old release has none
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -87,10 +79,7 @@ class Pointer(Move):
         """The promotion before the present one; two rollbacks go back by two."""
         standing: list[Move] = []
         for move in self.moves:
-            if move.action == "rollback":
-                standing[-1:] = []
-            else:
-                standing.append(move)
+            standing = standing[:-1] if move.action == "rollback" else [*standing, move]
         return standing[-2] if len(standing) > 1 else None
 
 
@@ -147,11 +136,9 @@ def sync_alias(storage: Storage, registry: Registry) -> str | None:
         champion = read_champion(storage)
         if champion is None:
             break
-        versions = {one.content_id: one for one in registry.versions()}
-        version = versions.get(champion.pointer.release)
-        if version and CHAMPION in version.aliases:
+        version, named = registry.find(champion.pointer.release), registry.find(CHAMPION)
+        if version and version == named:
             break
-        named = next((one for one in versions.values() if CHAMPION in one.aliases), None)
         was = f"version {named.number}" if named else "nothing"
         if version is None:
             return (
@@ -161,21 +148,6 @@ def sync_alias(storage: Storage, registry: Registry) -> str | None:
         registry.set_alias(CHAMPION, version.number)
         said = f"The alias named {was}; it follows the pointer to version {version.number} again."
     return said
-
-
-def repair_alias(storage: Storage, registry: Registry, *, moved: bool = False) -> bool:
-    """Let MLflow's alias follow; log, don't raise, if that fails: the champion has moved."""
-    try:
-        if (said := sync_alias(storage, registry)) and not moved:
-            _log.info(said)
-    except HandsignsError as error:
-        _log.warning(
-            "The alias in the registry could not be updated. It follows with the next retrain or "
-            "promotion. %s",
-            error,
-        )
-        return False
-    return True
 
 
 def promote(
@@ -191,7 +163,7 @@ def promote(
     """Make a registered version the champion; force overrules failed checks, and keeps them."""
     _need_reason(f"A promotion{' by force' if force else ''}", reason)
     check_conditional_writes(storage)
-    found = registry.version(version)
+    found = registry.find(version)
     if found is None:
         known = ", ".join(str(one.number) for one in registry.versions()) or "none"
         raise PromotionError(
@@ -201,7 +173,7 @@ def promote(
     present = read_champion(storage)
     folder = fetch(storage, found.release, project.releases)
     if present and present.pointer.release == found.content_id:
-        return _already(storage, registry, present)
+        return _already(present)
     blockers = [*_failed_gates(folder, load_params(project.params).gate)]
     if present:
         blockers += _lost_comparison(registry, found, present.pointer)
@@ -214,7 +186,7 @@ def promote(
     photos = (read_json(folder / DATASET_INDEX) or {}).get("photos", [])
     scores = read_json(folder / "metrics.json") or {}
     scores[PHOTOS] = sum(photo["split"] == "train" for photo in photos)
-    return set_champion(storage, registry, found, present, reason, scores, by, blockers)
+    return set_champion(storage, found, present, reason, scores, by, blockers)
 
 
 def rollback(
@@ -237,7 +209,7 @@ def rollback(
     if present and now and now.action == "rollback":
         undone = now.history[-1].release
         if expected is None or expected == undone != now.release:
-            return _already(storage, registry, present)
+            return _already(present)
     if expected is not None and (now is None or now.release != expected):
         who = f"version {now.version}, release {now.release}," if now else "nobody"
         raise OvertakenError(
@@ -255,12 +227,11 @@ def rollback(
         )
     verify(storage, target.release)
     update = {"action": "rollback", "reason": reason, "by": by or "", "version": version.number}
-    return _move(storage, registry, present, target.model_copy(update=update))
+    return _move(storage, present, target.model_copy(update=update))
 
 
 def set_champion(
     storage: Storage,
-    registry: Registry,
     version: Version,
     expected: Champion | None,
     reason: str,
@@ -268,10 +239,9 @@ def set_champion(
     by: str | None = None,
     overruled: Sequence[str] = (),
 ) -> Move:
-    """Move the pointer to a version whose every byte was verified, then the alias.
+    """Move the pointer to a version whose every byte was verified; the caller's alias follows.
 
-    Args:
-        expected: the champion that the decision was made against.
+    `expected` is the champion that the decision was made against.
     """
     release = verify(storage, version.release)
     facts = release.manifest.facts
@@ -286,11 +256,11 @@ def set_champion(
         overruled=tuple(overruled),
     )
     try:
-        return _move(storage, registry, expected, move)
+        return _move(storage, expected, move)
     except OvertakenError:
         present = read_champion(storage)
         if present and present.pointer.release == release.id:
-            return _already(storage, registry, present)
+            return _already(present)
         raise
 
 
@@ -327,10 +297,7 @@ def _lost_comparison(registry: Registry, version: Version, now: Pointer) -> Iter
 
 
 def _made_earlier(release: Path, now: Pointer) -> Iterator[str]:
-    """Whoever can write to the registry could name an old release by a new number.
-
-    The count of pointer moves orders releases; clocks may be wrong.
-    """
+    """The count of pointer moves orders releases; numbers can be chosen, and clocks be wrong."""
     if now.pointer_moves is None:
         return
     made = read_json(release / MANIFEST)["facts"].get("pointer_moves")
@@ -342,17 +309,16 @@ def _made_earlier(release: Path, now: Pointer) -> Iterator[str]:
         )
 
 
-def _already(storage: Storage, registry: Registry, present: Champion) -> Move:
-    """Report a repeated request as done; the alias may have been left behind."""
+def _already(present: Champion) -> Move:
+    """Report a repeated request as done."""
     now = present.pointer
     back = f" To go back further, run `handsigns rollback --from {now.version}`."
     further = back if now.action == "rollback" else ""
     _log.warning("Version %d is champion already; nothing was moved.%s", now.version, further)
-    repair_alias(storage, registry)
     return now
 
 
-def _move(storage: Storage, registry: Registry, before: Champion | None, move: Move) -> Move:
+def _move(storage: Storage, before: Champion | None, move: Move) -> Move:
     fields = {
         **move.model_dump(),
         "by": move.by or _user(),
@@ -360,9 +326,7 @@ def _move(storage: Storage, registry: Registry, before: Champion | None, move: M
         "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "history": before.pointer.moves if before else (),
     }
-    moved = move_champion(storage, before, Pointer.model_validate(fields))
-    repair_alias(storage, registry, moved=True)
-    return moved.pointer
+    return move_champion(storage, before, Pointer.model_validate(fields)).pointer
 
 
 def _need_reason(what: str, reason: str) -> None:

@@ -34,27 +34,21 @@ SHOWN, COLUMNS, SIDE = 24, 6, 160
 """Photos in the picture at most, in a row, and their width in pixels."""
 
 
-class Comparison(FrozenModel):
-    """A challenger and the champion, scored on the same photos.
+Verdict = Literal["better", "worse", "no significant difference"]
 
-    Args:
-        recalls: of each class; null where it has no photo.
-        changed: photos that got another label, and whether they are `now` right, wrong or
-            still wrong.
-        won: photos that only the challenger classifies correctly; `lost` only the champion.
-        p_value: McNemar's exact test, two-sided.
-        no_worse: whether the challenger may become champion.
-    """
+
+class Comparison(FrozenModel):
+    """A challenger and the champion, scored on the same photos."""
 
     champion: Scores
     challenger: Scores
-    recalls: tuple[dict[str, Any], ...]
-    changed: tuple[dict[str, str], ...]
-    won: int
-    lost: int
+    recalls: tuple[dict[str, Any], ...]  # of each class; null where it has no photo
+    changed: tuple[dict[str, str], ...]  # photos that got another label
+    won: int  # photos that only the challenger classifies correctly
+    lost: int  # and only the champion
     p_value: float
-    verdict: Literal["better", "worse", "no significant difference"]
-    no_worse: bool
+    verdict: Verdict
+    no_worse: bool  # whether the challenger may become champion
     reason: str
 
     def to_json(self) -> dict[str, Any]:
@@ -88,14 +82,14 @@ def compare(
     lost = int(((was == y) & (now != y)).sum())
     before, after = score(old, y, classes), score(new, y, classes)
     p_value, rise = mcnemar(won, lost), after.loss - before.loss
-    verdict: Literal["better", "worse", "no significant difference"]
+    verdict: Verdict = "no significant difference"
     if p_value < SIGNIFICANCE:
         no_worse = won > lost
         verdict = "better" if no_worse else "worse"
         rule = f"right on significantly {'more' if no_worse else 'fewer'} photos than the champion"
     else:
-        verdict, no_worse = "no significant difference", rise <= LOSS_MARGIN
-        limit = f"at most {LOSS_MARGIN} higher" if no_worse else f"more than {LOSS_MARGIN} higher"
+        no_worse = rise <= LOSS_MARGIN
+        limit = f"{'at most' if no_worse else 'more than'} {LOSS_MARGIN} higher"
         rule = f"accuracy equals the champion's within noise, and the loss is {limit}"
     recalls = [
         {
@@ -113,7 +107,11 @@ def compare(
             "label": classes[y[row]],
             "champion": classes[was[row]],
             "challenger": classes[now[row]],
-            "now": _change(y[row], was[row], now[row]),
+            "now": "right"
+            if now[row] == y[row]
+            else "wrong"
+            if was[row] == y[row]
+            else "still wrong",
         }
         for row in np.flatnonzero(was != now).tolist()
     ]
@@ -131,12 +129,6 @@ def compare(
         f"loss {before.loss:.4f} -> {after.loss:.4f}, {won} photos won, {lost} lost "
         f"(McNemar p = {p_value:.3g})",
     )
-
-
-def _change(truth: int, was: int, now: int) -> str:
-    if now == truth:
-        return "right"
-    return "wrong" if was == truth else "still wrong"
 
 
 def mcnemar(won: int, lost: int) -> float:
@@ -165,16 +157,15 @@ def compare_with_champion(
             "Promote a version by hand if that is right."
         ) from error
     dataset = open_dataset(project.dataset)
-    if fault := differing_labels(
-        classifier.labels, dataset.classes, "the champion", "the new model"
-    ):
+    fault = differing_labels(classifier.labels, dataset.classes, "the champion", "the new model")
+    if fault:
         return PromotionDecision(False, f"not comparable with the champion, for {fault}")
     keys = {name: key for key, name in name_photos(find_photos(project.data)).items()}
+    tested = {row: dataset.names[row] for row in dataset.rows("test")}
     # A photo that went meanwhile is named by its path.
-    names = {row: dataset.names[row] for row in dataset.rows("test")}
-    paths = {row: keys.get(name, name) for row, name in names.items()}
+    places = {row: keys.get(name, name) for row, name in tested.items()}
     seen = seen_photos(project, release)
-    rows = [row for row, name in names.items() if not seen & _spellings(paths[row], name)]
+    rows = [row for row, name in tested.items() if not seen & _spellings(places[row], name)]
     if not rows:
         raise PromotionError(
             f"The champion, release {release.name}, was trained on every test photo or on a "
@@ -183,10 +174,10 @@ def compare_with_champion(
         )
     predictions = read_json(project.predictions)["photos"]
     predicted = {one["name"]: one["probabilities"] for one in predictions}
-    photos = [project.data / paths[row] for row in rows]
+    photos = [project.data / places[row] for row in rows]
     result = compare(
         _classify(classifier, photos, progress),
-        np.array([predicted[names[row]] for row in rows]),
+        np.array([predicted[tested[row]] for row in rows]),
         dataset.labels[rows],
         [paths[row] for row in rows],
         dataset.classes,
@@ -210,11 +201,7 @@ def record_comparison(
 def compare_releases(
     project: Project, releases: Mapping[str, Path], progress: Progress = silent
 ) -> tuple[Comparison, Path | None]:
-    """Score two releases on the same photos, and draw those that they read differently, if any.
-
-    Args:
-        releases: the older one first; their names, and their verified folders.
-    """
+    """Score two verified releases by name, the older one first, and draw what they read apart."""
     first, second = (open_release(folder) for folder in releases.values())
     if fault := differing_labels(first.labels, second.labels, *releases):
         raise DataError(

@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def environment() -> dict[str, Any]:
 def _processor() -> str:
     """Its name, by which libraries choose kernels, or its kind where the system does not say."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         lines = []
     names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
@@ -86,10 +86,9 @@ def write_bill(lock: Path, project: Path, target: Path) -> None:
         command += ["--output-file", str(temporary), str(lock)]
         done = subprocess.run(command, env=named, capture_output=True, text=True)  # noqa: S603, ours
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.strip()]
+            said = done.stderr.strip().splitlines() or ["no reason"]
             raise StageError(
-                f"No bill of materials could be made of '{lock}' ({(said or ['no reason'])[-1]}). "
-                "Run `make lock`, and look at what it says."
+                f"No bill of materials could be made of '{lock}' ({said[-1]}). Run `make lock`."
             )
 
 
@@ -98,26 +97,17 @@ class RebuildComparison:
     """A release and what was rebuilt from its record, with the first difference and its cause."""
 
     identical: bool
-    difference: str | None = None
-    cause: str | None = None
-    metrics: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    difference: str | None
+    cause: str | None
+    metrics: dict[str, tuple[Any, Any]]
     release: str = ""
     revision: str = ""
     seconds: float = 0.0
 
-    def of(self, release: str, revision: str, seconds: float) -> "RebuildComparison":
-        """The same, with what was rebuilt and how long it took."""
-        return replace(self, release=release, revision=revision, seconds=round(seconds, 1))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
     def describe(self) -> str:
         """The verdict in one line."""
-        verdict = "identical."
-        if not self.identical:
-            verdict = f"{self.difference} Likely cause: {self.cause}"
+        found = f"{self.difference} Likely cause: {self.cause}"
+        verdict = "identical." if self.identical else found
         return f"Release {self.release} was rebuilt from {self.revision[:12]}: {verdict}"
 
 
@@ -131,7 +121,7 @@ def compare_builds(
     before, after = read_json(release / "metrics.json"), read_json(built.metrics)
     metrics = {name: (before.get(name), after.get(name)) for name in METRICS}
     if same:
-        return RebuildComparison(True, metrics=metrics)
+        return RebuildComparison(True, None, None, metrics)
     locks = (yaml.safe_load(path.read_bytes()) for path in (release / "dvc.lock", built.lock))
     difference = _first_difference(*(lock["stages"] for lock in locks))
     return RebuildComparison(False, difference, _cause(then, now), metrics)

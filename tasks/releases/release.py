@@ -72,14 +72,10 @@ def describe(files: Mapping[str, Path], facts: Mapping[str, Any] | None = None) 
 def publish(
     storage: Storage, files: Mapping[str, Path], facts: Mapping[str, Any] | None = None
 ) -> Release:
-    """Upload a release whose manifest appears last, after every byte was read back.
+    """Upload files by name; the manifest appears last, after every byte was read back.
 
-    What is stored already and right stays, so a complete release is found and an
-    incomplete or damaged one is repaired.
-
-    Args:
-        files: path by the plain name that the file gets in the release.
-        facts: JSON values for people; they do not change the id.
+    What is stored already and right stays, so a complete release is found and an incomplete or
+    damaged one is repaired. `facts` are for people and do not change the id.
     """
     manifest = describe(files, facts)
     signed = storage.trust.sign(MANIFEST, manifest)
@@ -166,7 +162,7 @@ def read_manifest(storage: Storage, release_id: str) -> Manifest:
 
 def list_releases(storage: Storage) -> list[str]:
     """Ids of the releases in storage that have a manifest."""
-    keys = (stored.key for stored in storage.list("releases/"))
+    keys = storage.keys("releases/")
     return sorted(key.split("/")[1] for key in keys if key.endswith(f"/{MANIFEST}"))
 
 
@@ -181,8 +177,7 @@ def sign_release(storage: Storage, release_id: str) -> None:
 def open_release(folder: Path) -> Classifier:
     """Load the classifier of a verified release; it resizes photos as in training."""
     labels = read_json(folder / "labels.json")
-    texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-    if not texts or len(set(labels)) != len(labels):
+    if not isinstance(labels, list) or len({str(label) for label in labels}) != len(labels):
         raise PromotionError(
             f"labels.json of release {folder.name} must list different labels, not "
             f"{str(labels)[:200]}. Promote a release of this project."
@@ -197,10 +192,7 @@ def open_release(folder: Path) -> Classifier:
 def check_id(release_id: str) -> str:
     """Return `release_id`, or raise `ReleaseError` if it is not 32 hex digits."""
     if not ID.fullmatch(release_id):
-        raise ReleaseError(
-            f"A release is named by 32 hex digits, not {release_id!r}. Find it with "
-            "`handsigns status --verbose`."
-        )
+        raise ReleaseError(f"A release is named by 32 hex digits, not {release_id!r}.")
     return release_id
 
 

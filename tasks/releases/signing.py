@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,17 +33,12 @@ def canonical(content: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Trust:
-    """Whose signatures are accepted, and the key to sign with; all keys are PEM files.
+    """Whose signatures are accepted, and the key to sign with; all keys are PEM files."""
 
-    Args:
-        public_keys: several while keys are changed; with none, that of the signing key counts.
-        seen_pointers: file with the number of moves of each champion pointer seen here.
-    """
-
-    public_keys: tuple[Path, ...] = ()
+    public_keys: tuple[Path, ...] = ()  # with none, that of the signing key
     signing_key: Path | None = None
     passphrase: str | None = field(default=None, repr=False)
-    seen_pointers: Path | None = None
+    seen_pointers: Path | None = None  # the number of moves of each champion pointer seen here
 
     @cached_property
     def known(self) -> dict[str, bytes]:
@@ -109,19 +104,17 @@ class Trust:
                 f"The signature is missing: {where} is not signed. Sign it with `handsigns keys "
                 "sign` if you know where it comes from."
             )
-        try:
+        key = "unnamed"
+        with suppress(LookupError, TypeError):
             key = str(signature["verificationMaterial"]["publicKey"]["hint"])
-        except (KeyError, TypeError):
-            key = "unnamed"
         if key not in self.known:
             raise ReleaseError(
                 f"{where} is signed by a key that is not accepted: key {short(key)}. Add its "
                 "public key to HANDSIGNS_PUBLIC_KEYS if you know whose it is."
             )
-        faults = (InvalidSignature, ValueError, LookupError, TypeError, AttributeError)
         try:
             _verify(name, fields, signature, self.known[key])
-        except faults as error:
+        except (InvalidSignature, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ReleaseError(
                 f"The signature of {where} is damaged, forged, or of other content "
                 f"({type(error).__name__}). Do not use it."
@@ -213,13 +206,11 @@ def new_keys(folder: Path, passphrase: str | None = None) -> tuple[Path, Path]:
             f"A key must not be replaced: what it signed could not be checked any more. There is "
             f"one in '{folder}'; name another folder."
         )
-    key = ec.generate_private_key(ec.SECP256R1())
-    locked = serialization.BestAvailableEncryption(passphrase.encode()) if passphrase else None
-    secret = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        locked or serialization.NoEncryption(),
-    )
+    key, form = ec.generate_private_key(ec.SECP256R1()), serialization.PrivateFormat.PKCS8
+    locked: Any = serialization.NoEncryption()
+    if passphrase:
+        locked = serialization.BestAvailableEncryption(passphrase.encode())
+    secret = key.private_bytes(serialization.Encoding.PEM, form, locked)
     for path, content, mode in ((private, secret, 0o600), (public, _pem(key.public_key()), 0o644)):
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(content)

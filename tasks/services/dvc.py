@@ -4,13 +4,12 @@
 checks what is used of it.
 """
 
-import itertools
 import json
 import logging
 import sqlite3
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,8 +25,7 @@ from tasks.stage import Progress, run_command, silent
 DataSource = Literal["sample", "photos"]
 Outcome = Literal["unchanged", "restored", "ran"]
 DataState = Literal["missing", "clean", "edited", "outdated"]
-"""Of `data/` beside `data.dvc`: not there; the recorded version; changed by somebody;
-an earlier version that nobody changed, while `data.dvc` names a later one."""
+"""Of `data/`: not there; the recorded version; changed by somebody; an earlier version."""
 
 REMOTE = "handsigns"
 # Without `verify` a damaged remote object is pulled with no complaint, and by default a silent
@@ -43,16 +41,14 @@ class DataRecord:
 
     version: str
     source: DataSource
-    content: dict[str, Any] = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Remote:
-    """Where photos are pushed, instead of the remote in `.dvc/config`; `late` adds options."""
+    """Where photos are pushed, instead of the remote in `.dvc/config`."""
 
     url: str
-    options: dict[str, str] = field(repr=False)
-    late: Callable[[], dict[str, str]] = dict  # called before a transfer, once a server is up
+    options: Callable[[], dict[str, str]] = dict  # called before a transfer, once a server is up
 
 
 class Pipeline:
@@ -75,7 +71,7 @@ class Pipeline:
         config: dict[str, Any] = {}
         if remote is not None:
             ours = S3_OPTIONS if remote.url.startswith("s3://") else {}
-            self._section = {"url": remote.url, **remote.options, **ours}
+            self._section = {"url": remote.url, **ours}
             config = {"core": {"remote": REMOTE}, "remote": {REMOTE: self._section}}
         try:
             self._repo = Repo(str(project.root), config=config)
@@ -116,8 +112,21 @@ class Pipeline:
         ran = []
 
         def run_here(stage: Any, dry: bool = False, run_env: Any = None) -> None:
-            self._run_stage(stage, progress)
             ran.append(stage)
+            before = {str(dep): dep.get_hash() for dep in stage.deps}
+            # What was imported must be what DVC hashes; from here on the deps say so.
+            if _digests(self._project.root) != self._sources:
+                raise StageError(
+                    f"A module of tasks/ was edited since this run began, before {name} ran. Run "
+                    "again, so that the code that ran is the code on record."
+                )
+            run_command(stage.cmd, self._project, progress)
+            for dep in stage.deps:
+                if dep.get_hash() != before[str(dep)]:
+                    raise StageError(
+                        f"'{dep}' changed while stage {name} ran, so its result belongs to "
+                        "neither version. Run again."
+                    )
 
         def reproduce() -> bool:
             original, dvc_run.cmd_run = dvc_run.cmd_run, run_here
@@ -128,22 +137,6 @@ class Pipeline:
 
         done = self._locked(reproduce)
         return "ran" if ran else "restored" if done else "unchanged"
-
-    def _run_stage(self, stage: Any, progress: Progress) -> None:
-        before = {str(dep): dep.get_hash() for dep in stage.deps}
-        # What was imported must be what DVC hashes; from here on the deps say so.
-        if _digests(self._project.root) != self._sources:
-            raise StageError(
-                f"A module of tasks/ was edited since this run began, before {stage.addressing} "
-                "ran. Run again, so that the code that ran is the code on record."
-            )
-        run_command(stage.cmd, self._project, progress)
-        for dep in stage.deps:
-            if dep.get_hash() != before[str(dep)]:
-                raise StageError(
-                    f"'{dep}' changed while stage {stage.addressing} ran, so its result belongs "
-                    "to neither version. Run again."
-                )
 
     def data_version(self) -> str | None:
         """DVC's hash of `data/` as recorded in `data.dvc`; None where there is none."""
@@ -182,18 +175,20 @@ class Pipeline:
         """Record `data/` as it is now (`dvc add`), and where it came from; its hash."""
         if not self._project.data.is_dir():
             raise DataError("There is no data/ to version. Import photos, or render the sample.")
+        file = self._project.data_file
         self._locked(lambda: self._repo.add(str(self._project.data)))
-        record = _parse(self._project.data_file)
-        record.content["meta"]["source"] = source
-        with atomic_write(self._project.data_file) as path:
-            path.write_text(yaml.safe_dump(record.content, sort_keys=False), encoding="utf-8")
-        self._remember_version(record.version)
-        return record.version
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        kept = content.get("meta")  # a team may note any value there
+        content["meta"] = {**(kept if isinstance(kept, dict) else {}), "source": source}
+        with atomic_write(file) as path:
+            path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        version = str(content["outs"][0]["md5"])
+        self._remember_version(version)
+        return version
 
     def remote_url(self) -> str | None:
         """Where photos are pushed, without secrets; None where nothing is set."""
-        _, url = self._target()
-        return redact_url(url) or None
+        return redact_url(self._target()[1]) or None
 
     def push_data(self) -> int:
         """Send the present version of `data/` to the remote; number of files sent."""
@@ -225,36 +220,34 @@ class Pipeline:
         """Lay out the version in `data.dvc` if the local cache has all of it."""
         from dvc.exceptions import CheckoutError
 
-        def checkout() -> bool:
-            try:
-                self._repo.checkout([self._project.data_file.name], force=True)
-            except CheckoutError:
+        target = self._project.data_file.name
+        try:
+            self._locked(lambda: self._repo.checkout([target], force=True))
+        except StageError as error:
+            if isinstance(error.__cause__, CheckoutError):
                 return False
-            self._remember_version(self.data_version())
-            return self._project.data.is_dir()
-
-        return self._locked(checkout)
+            raise
+        self._remember_version(self.data_version())
+        return self._project.data.is_dir()
 
     def remove_unused(self, kept: Sequence[str], dry_run: bool = False) -> int:
         """Remove cached files that no branch, tag, `kept` data.dvc nor `data/` needs; the bytes."""
         from dvc.repo import Repo
 
-        def collect() -> int:
-            cache = Path(self._repo.cache.local.path)
-            before = folder_size(cache)
-            with tempfile.TemporaryDirectory() as temporary:
-                other = Path(temporary)
-                Repo.init(temporary, no_scm=True).close()
-                config = f"[cache]\n    dir = {cache.parent.parent}\n"
-                (other / ".dvc/config.local").write_text(config, encoding="utf-8")
-                for number, content in enumerate(kept):
-                    (other / str(number)).mkdir()
-                    (other / f"{number}/data.dvc").write_text(content, encoding="utf-8")
-                needed = {"workspace": True, "all_branches": True, "all_tags": True}
-                self._repo.gc(**needed, repos=[temporary], force=True, dry=dry_run)
-            return before - folder_size(cache)
-
-        return self._locked(collect)
+        cache = Path(self._repo.cache.local.path)
+        before = folder_size(cache)
+        with tempfile.TemporaryDirectory() as temporary:
+            other = Path(temporary)
+            Repo.init(temporary, no_scm=True).close()
+            config = f"[cache]\n    dir = {cache.parent.parent}\n"
+            (other / ".dvc/config.local").write_text(config, encoding="utf-8")
+            for number, content in enumerate(kept):
+                (other / str(number)).mkdir()
+                (other / f"{number}/data.dvc").write_text(content, encoding="utf-8")
+            needed = {"workspace": True, "all_branches": True, "all_tags": True}
+            needed |= {"force": True, "dry": dry_run}
+            self._locked(lambda: self._repo.gc(**needed, repos=[temporary]))
+        return before - folder_size(cache)
 
     def _target(self) -> tuple[str, str]:
         """Name and URL of the remote of our setting, or of the repository's configuration.
@@ -273,19 +266,19 @@ class Pipeline:
     def _transfer(self, what: str, call: Callable[[str], int]) -> int:
         from dvc.lock import LockError
 
-        name, url = self._target()
+        name, _ = self._target()
 
         def transfer() -> int:
             try:
                 if self._remote:  # DVC reads its configuration for each transfer
-                    self._section.update(self._remote.late())
+                    self._section.update(self._remote.options())
                 return call(name)
             except (LockError, HandsignsError, sqlite3.Error):
                 raise
             except Exception as error:  # of whatever library speaks to that remote
                 raise ServiceError(
-                    f"data/ could not be {what} {redact_url(url)} ({_one_line(error)}). Check the "
-                    "remote's address and credentials, then run again."
+                    f"data/ could not be {what} {self.remote_url()} ({_one_line(error)}). Check "
+                    "the remote's address and credentials, then run again."
                 ) from error
 
         return self._locked(transfer)
@@ -301,19 +294,16 @@ class Pipeline:
         from dvc.lock import LockError
         from dvc.rwlock import RWLockFileCorruptedError, RWLockFileFormatError
 
-        wait, attempts = self._lock_timeout, itertools.count()
-
-        def attempt() -> _Result:
-            if next(attempts) == 1:
-                _log.warning("Another process works on this pipeline; waiting up to %.0f s.", wait)
-            try:
-                return call()
-            except ReproductionError as error:  # DVC's words around what a stage raised
-                raise (error.__cause__ or error) from None
-
+        wait = self._lock_timeout
         try:
-            patient = stamina.retry(on=LockError, attempts=None, timeout=wait, wait_max=5.0)
-            return patient(attempt)()
+            for attempt in stamina.retry_context(LockError, attempts=None, timeout=wait):
+                with attempt:
+                    if attempt.num == 2:
+                        _log.warning("Another process uses DVC; waiting up to %.0f s.", wait)
+                    try:
+                        return call()
+                    except ReproductionError as error:  # DVC's words around what a stage raised
+                        raise (error.__cause__ or error) from None
         except LockError as error:
             raise BusyError(
                 f"Another process held DVC's lock for {wait:.0f} s: {_one_line(error)} Wait for "
@@ -329,16 +319,15 @@ class Pipeline:
         except DvcException as error:
             advice = "" if "dvc.lock" not in str(error) else " Take dvc.lock back from git."
             raise StageError(f"DVC stopped: {_one_line(error)}{advice}") from error
+        raise AssertionError("unreachable")
 
 
 def read_record(project: Project) -> DataRecord | None:
     """Read `data.dvc`; None where there is none, `DataError` if it is not what DVC writes."""
-    return _parse(project.data_file) if project.data_file.is_file() else None
-
-
-def _parse(data_file: Path) -> DataRecord:
+    if not project.data_file.is_file():
+        return None
     try:
-        content = yaml.safe_load(data_file.read_text(encoding="utf-8"))
+        content = yaml.safe_load(project.data_file.read_text(encoding="utf-8"))
         version, meta = content["outs"][0]["md5"], content.get("meta")
         if not isinstance(version, str):
             raise TypeError(version)
@@ -347,9 +336,8 @@ def _parse(data_file: Path) -> DataRecord:
             "data.dvc is not what DVC writes. Take it back from git, "
             "or remove it and import the photos again."
         ) from error
-    content["meta"] = meta if isinstance(meta, dict) else {}  # a team may note any value there
-    source: DataSource = "sample" if content["meta"].get("source") == "sample" else "photos"
-    return DataRecord(version, source, content)
+    rendered = isinstance(meta, dict) and meta.get("source") == "sample"
+    return DataRecord(version, "sample" if rendered else "photos")
 
 
 def check_trained_on(project: Project, version: str) -> None:

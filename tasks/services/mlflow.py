@@ -46,24 +46,17 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything about one retrain besides the model; a rejected one has no `content_id`.
-
-    Args:
-        photos: number of photos by split.
-        started: when training began, as a Unix time.
-        histories: contents of the phases' `history.json`, in order.
-        metrics: nested; only numbers are recorded.
-    """
+    """Everything about one retrain besides the model; a rejected one has no `content_id`."""
 
     content_id: str | None
     params: Mapping[str, Any]
     name: str | None = None
     description: str = ""
     data_version: str = ""
-    photos: Mapping[str, int] = field(default_factory=dict)
-    started: float | None = None
-    histories: Sequence[Mapping[str, Any]] = ()
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    photos: Mapping[str, int] = field(default_factory=dict)  # by split
+    started: float | None = None  # when training began, as a Unix time
+    histories: Sequence[Mapping[str, Any]] = ()  # contents of the phases' `history.json`
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # nested; only numbers are recorded
     pictures: Sequence[Path] = ()
     files: Sequence[Path] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -103,25 +96,20 @@ class Registry:
     """One registered model, and the experiment of the same name.
 
     Every method raises `ServiceError` in one line within 30 s when MLflow does not answer.
-
-    Args:
-        artifacts: where files of runs go; None lets the server decide.
-        login: `user:password` of the server; None takes the environment's.
     """
 
     tracking_uri: str
     model_name: str
-    artifacts: Path | S3Address | None = None
-    login: str | None = field(default=None, repr=False)
+    artifacts: Path | S3Address | None = None  # for files of runs; None lets the server decide
+    login: str | None = field(default=None, repr=False)  # user:password, or the environment's
 
     def record_run(
         self, record: RunRecord, model_file: Path, load: Callable[[], Any], example: Any
     ) -> RecordedRun:
         """Record a retrain as one finished run, or find the one recorded before.
 
-        Args:
-            model_file: the `.keras` file; its very bytes become the logged model.
-            example: float32 or uint8, (1, height, width, 3); a photo in [0, 255].
+        `model_file` is the `.keras` file, whose very bytes become the logged model; `example`
+        is a photo in [0, 255], float32 or uint8, (1, height, width, 3).
         """
         with self._connection() as client:
             experiment = self._experiment(client)
@@ -181,17 +169,10 @@ class Registry:
         versions = (_version(one, models[0].aliases) for one in found)
         return sorted(versions, key=lambda one: one.number)
 
-    def find(self, content_id: str) -> Version | None:
-        """Return the version of a release, or None."""
-        return next((one for one in self.versions() if one.content_id == content_id), None)
-
-    def version(self, number: int) -> Version | None:
-        """Return the version with this number, or None."""
-        return next((one for one in self.versions() if one.number == number), None)
-
-    def version_by_alias(self, alias: str) -> Version | None:
-        """Return the version that `challenger` or `champion` names, or None."""
-        return next((one for one in self.versions() if alias in one.aliases), None)
+    def find(self, name: int | str) -> Version | None:
+        """Return the version with this number, content id or alias, or None."""
+        named = (v for v in self.versions() if name in (v.number, v.content_id, *v.aliases))
+        return next(named, None)
 
     def set_alias(self, alias: str, number: int) -> None:
         """Let an alias name a version; the last writer wins."""
@@ -213,8 +194,10 @@ class Registry:
             places, run = [self._experiment(client)], version.run_id
             models = client.search_logged_models(places, f"source_run_id = '{run}'")
             runs = client.search_runs(places, f"attributes.run_id = '{run}'", ViewType.ALL)
-            uris = [one.artifact_location for one in models]
-            for uri in uris + [one.info.artifact_uri for one in runs]:
+            for uri in (
+                *(m.artifact_location for m in models),
+                *(r.info.artifact_uri for r in runs),
+            ):
                 get_artifact_repository(uri).delete_artifacts()
             for model in models:
                 client.delete_logged_model(model.model_id)
@@ -237,9 +220,13 @@ class Registry:
             first = next(iter(str(error).splitlines()), "")
             # Connection errors quote the whole address; the rest is MLflow's own words.
             quoted = "" if "://" in first else f": {shorten(first, 200, placeholder=' …')}"
+            url, advice = redact_url(self.tracking_uri), "Check MLFLOW_TRACKING_URI"
+            if "out-of-date database schema" in first:
+                advice = f"Back the database up and run `mlflow db upgrade {url}`"
+            elif url.startswith("sqlite:"):
+                advice = "Repair that file; or move it away, run `handsigns rebuild-registry`"
             raise ServiceError(
-                f"MLflow failed at {redact_url(self.tracking_uri)} ({reason}{quoted}). "
-                f"{_advice(self.tracking_uri, first)}, then run again."
+                f"MLflow failed at {url} ({reason}{quoted}). {advice}, then run again."
             ) from None
 
     def _experiment(self, client: Any) -> str:
@@ -268,14 +255,15 @@ def credentials_of(artifacts: Path | S3Address | None, login: str | None = None)
     if login:
         user, password = login.split(":", 1)
         ours |= {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
-    before = {name: os.environ[name] for name in ours if name in os.environ}
+    before = {name: os.environ.pop(name, None) for name in ours}
     os.environ.update(ours)
     try:
         yield
     finally:
-        for name in ours:
-            os.environ.pop(name, None)
-        os.environ.update(before)
+        for name, text in before.items():
+            del os.environ[name]
+            if text is not None:
+                os.environ[name] = text
 
 
 def _earlier_run(client: Any, experiment: str, content_id: str) -> RecordedRun | None:
@@ -386,13 +374,5 @@ def _log_model(
 
 def _version(made: Any, aliases: Mapping[str, str]) -> Version:
     number, tags = int(made.version), dict(made.tags)
-    found = tuple(sorted(alias for alias, named in aliases.items() if int(named) == number))
-    return Version(number, tags.get(CONTENT_ID), made.run_id, found, tags)
-
-
-def _advice(uri: str, reason: str) -> str:
-    if "out-of-date database schema" in reason:
-        return f"Back the database up and run `mlflow db upgrade {redact_url(uri)}`"
-    if uri.startswith("sqlite:"):
-        return "Repair that file; or move it away, run `handsigns rebuild-registry`"
-    return "Check MLFLOW_TRACKING_URI, or DATABASE_URL, and the service"
+    own = tuple(sorted(alias for alias, named in aliases.items() if int(named) == number))
+    return Version(number, tags.get(CONTENT_ID), made.run_id, own, tags)

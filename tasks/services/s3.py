@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,8 +27,6 @@ ATTEMPTS = 3
 CONNECT_SECONDS = 2
 READ_SECONDS = 7
 """Three attempts that hang, and the pauses between them, take less than 30 s."""
-
-_KEY = re.compile(r"[^/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*(/[^/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*)*")
 
 T = TypeVar("T")
 
@@ -72,8 +70,8 @@ class StoredObject:
 
     key: str
     size: int
-    etag: str = field(default="", compare=False)
-    modified: datetime.datetime = field(default=datetime.datetime.max, compare=False)
+    etag: str
+    modified: datetime.datetime
 
 
 class ChangedError(HandsignsError):
@@ -85,38 +83,45 @@ class MissingObjectError(HandsignsError):
 
 
 class Storage:
-    """One bucket, with the keys for reading and writing, so that no reader forgets to verify.
+    """One bucket, or a folder of it, with the keys to sign and verify what is in it.
 
     Every call makes up to three attempts, within 30 s if the service is silent. Every method
     raises `ServiceError` in one line when the service is unreachable, refuses the credentials
-    or has no such bucket, and `ValueError` for a key that is not plain names joined by slashes.
+    or has no such bucket, and `ValueError` for a key that leads to another place.
     """
 
     def __init__(
-        self, address: S3Address, trust: Trust = UNSIGNED, read_seconds: float = READ_SECONDS
+        self,
+        address: S3Address,
+        trust: Trust = UNSIGNED,
+        folder: str = "",
+        read_seconds: float = READ_SECONDS,
     ) -> None:
         self.address = address
         self.trust = trust
+        self._folder = f"{folder.strip('/')}/".lstrip("/")
         self._client = _client(address, read_seconds)
 
     def uri(self, key: str = "") -> str:
         """The `s3://` name of an object or a folder."""
-        return f"s3://{self.address.bucket}/{key}"
+        return f"s3://{self.address.bucket}/{self._folder}{key}"
 
     def check(self) -> None:
         """Raise `ServiceError` unless the bucket answers to the credentials."""
         self._call(lambda: self._client.head_bucket(Bucket=self.address.bucket), "")
 
-    def list(self, prefix: str, most: int | None = None) -> Iterator[StoredObject]:
-        """Yield the objects whose key starts with `prefix`, sorted by key, `most` at most."""
-        some: Any = {"MaxItems": most} if most else {}
-        pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self.address.bucket, Prefix=prefix, PaginationConfig=some
-        )
+    def list(self, prefix: str) -> Iterator[StoredObject]:
+        """Yield the objects whose key starts with `prefix`, sorted by key."""
+        listing = self._client.get_paginator("list_objects_v2")
+        pages = listing.paginate(Bucket=self.address.bucket, Prefix=self._folder + prefix)
         for page in self._call(lambda: [*pages], prefix):
             for found in page.get("Contents", []):
-                etag, modified = found.get("ETag", ""), found["LastModified"]
-                yield StoredObject(found["Key"], found["Size"], etag, modified)
+                key, facts = found["Key"], (found["Size"], found["ETag"], found["LastModified"])
+                yield StoredObject(key.removeprefix(self._folder), *facts)
+
+    def keys(self, prefix: str) -> Sequence[str]:
+        """Return the keys that start with `prefix`, sorted."""
+        return [found.key for found in self.list(prefix)]
 
     def remove(self, key: str) -> None:
         """Remove an object, if it is there."""
@@ -134,21 +139,14 @@ class Storage:
         """Replace the object, or raise `ChangedError` if it changed since `etag`; the new etag."""
         return self._put(key, content, IfMatch=etag)
 
-    def read(self, key: str) -> tuple[bytes, str]:
-        """Return a small object's content and etag."""
-        return self._call(lambda: self._read(self._at(key)), key)
+    def read(self, key: str, limit: int | None = None) -> tuple[bytes, str]:
+        """Return an object's content, or at most `limit` first bytes of it, and its etag."""
+        at = self._at(key)
+        return self._call(lambda: self._read(at, limit), key)
 
-    def get(self, key: str) -> bytes:
-        """Return a small object's content."""
-        return self.read(key)[0]
-
-    def read_start(self, key: str, limit: int) -> bytes:
-        """Return at most `limit` first bytes of an object whose key others chose."""
-        # Such parts would lead to another place on the way to the service.
-        if not {"", ".", ".."}.isdisjoint(key.split("/")):
-            raise ValueError(f"The key {key!r} has empty or dotted parts. Rename the object.")
-        at: Any = {"Bucket": self.address.bucket, "Key": key}
-        return self._call(lambda: self._read(at, limit)[0], key)
+    def get(self, key: str, limit: int | None = None) -> bytes:
+        """Return an object's content, or at most `limit` first bytes of it."""
+        return self.read(key, limit)[0]
 
     def _read(self, at: Any, limit: int | None = None) -> tuple[bytes, str]:
         answer = self._client.get_object(**at)
@@ -199,9 +197,9 @@ class Storage:
             ) from None
 
     def _at(self, key: str) -> Any:
-        if not _KEY.fullmatch(key) or len(key) > 512:
-            raise ValueError(f"An object's key must be plain names joined by slashes, not {key!r}.")
-        return {"Bucket": self.address.bucket, "Key": key}
+        if not {"", ".", ".."}.isdisjoint(key.split("/")):
+            raise ValueError(f"The key {key!r} has empty or dotted parts. Rename the object.")
+        return {"Bucket": self.address.bucket, "Key": self._folder + key}
 
 
 def check_conditional_writes(storage: Storage) -> None:
@@ -278,8 +276,14 @@ def _may_pass(error: Exception) -> bool:
     from urllib3.exceptions import HTTPError
 
     if isinstance(error, exceptions.ClientError):
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status in (408, 429, 500, 502, 503, 504)
+        return error.response["ResponseMetadata"]["HTTPStatusCode"] in (
+            408,
+            429,
+            500,
+            502,
+            503,
+            504,
+        )
     # urllib3's own error comes from an answer that is not streamed and breaks off.
     broken = (exceptions.HTTPClientError, exceptions.IncompleteReadError, HTTPError)
     return isinstance(error, (exceptions.ConnectionError, *broken))
@@ -288,22 +292,19 @@ def _may_pass(error: Exception) -> bool:
 def _explain(response: Any, address: S3Address, key: str) -> HandsignsError:
     """The error that an S3 answer stands for; `key` is empty in questions about the bucket."""
     code = str(response.get("Error", {}).get("Code", ""))
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    uri = f"s3://{address.bucket}/"
+    status, uri = response["ResponseMetadata"]["HTTPStatusCode"], f"s3://{address.bucket}/"
     at = f"{uri} at {redact_url(address.endpoint_url)}"
     if status == 412 or code == "ConditionalRequestConflict":
         return ChangedError(f"{uri}{key} was changed meanwhile. Read it again.")
     if status == 404 and key and code != "NoSuchBucket":
         return MissingObjectError(f"{uri}{key} does not exist.")
     if status == 404:
-        fault = f"The bucket {at} does not exist. Create it, or correct HANDSIGNS_BUCKET or "
-        fault += "HANDSIGNS_INBOX, whichever names it."
+        fault = f"The bucket {at} does not exist. Create it, or correct the setting that names it."
     elif status in (401, 403) or "Token" in code:  # expired ones come with status 400
         fault = f"S3 refuses the credentials for {at} ({code}). Check AWS_ACCESS_KEY_ID, "
         fault += "AWS_SECRET_ACCESS_KEY, their rights and the clock."
     else:
-        fault = f"S3 failed with {status} {code} for {at}. Look at the service, its log and its "
-        fault += "disk, then run again."
+        fault = f"S3 failed with {status} {code} for {at}. Look at the service and its disk."
     return ServiceError(fault)
 
 
