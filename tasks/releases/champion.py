@@ -265,10 +265,7 @@ def set_champion(
 
 
 def _failed_gates(release: Path, limits: GateParams) -> Iterator[str]:
-    from tasks.gate import (
-        judge,
-        reasons,
-    )  # loads SciPy and scikit-learn
+    from tasks.gate import judge, reasons  # loads SciPy and scikit-learn
 
     verdict = read_json(release / "gate.json")
     if not isinstance(verdict, dict) or verdict.get("passed") is not True:

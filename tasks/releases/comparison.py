@@ -179,7 +179,7 @@ def compare_with_champion(
         _classify(classifier, photos, progress),
         np.array([predicted[tested[row]] for row in rows]),
         dataset.labels[rows],
-        [paths[row] for row in rows],
+        [places[row] for row in rows],
         dataset.classes,
     )
     _draw(project.changed, project, ("champion", "challenger"), result)
