@@ -61,7 +61,7 @@ class Models:
         files = {
             "metrics.json": scores | {"n": 100, "made": number},
             "gate.json": judge(scores, 0, LIMITS, LABELS),
-            "dataset.json": {"leaks": 0, "photos": []},
+            "dataset.json": {"leaks": 0, "photos": [{"split": "train"}, {"split": "test"}]},
             "labels.json": LABELS,
         }
         paths = {name: self.folder / f"{number}-{name}" for name in files}
@@ -146,7 +146,8 @@ def test_the_history_says_who_when_why_and_a_repeat_changes_nothing(models: Mode
     assert (first.by, first.previous, first.version) == ("Ann", None, 1)
     assert (second.by, second.previous, second.version) == ("Ben", 1, 2)
     assert (second.action, second.reason, second.forced) == ("promote", "it is better", False)
-    assert second.metrics == {"accuracy": 0.97, "loss": 0.1, "auc": 1.0, "ece": 0.01}
+    scores = {"accuracy": 0.97, "loss": 0.1, "auc": 1.0, "ece": 0.01, "photos": 1}
+    assert second.metrics == scores
     assert "T" in first.at <= second.at
     assert first.describe() == f"{first.at} promote: none -> version 1, by Ann: a test"
     assert second.describe().endswith("version 1 -> version 2, by Ben: it is better")
