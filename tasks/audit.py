@@ -25,20 +25,16 @@ from tasks.io import atomic_write, write_json
 from tasks.params import AuditParams
 from tasks.stage import Context, Progress, stage_main
 
-SAMPLES, MAX_CLASSES, GAP = 12, 40, 3
-"""Of the picture: photos of a class and pairs, classes, and pixels between photos."""
-COMPARED = 64
-"""Side in pixels at which photos are compared."""
+COMPARED = 64  # side in pixels at which photos are compared
 REPRESENTATIVES = 64
 """A photo with this many near-duplicates of its own kind is not compared with later ones."""
-IMBALANCE = 3.0
-"""Ratio of the largest class to the smallest above which the audit warns."""
-CLOSEST = 100
-"""Pairs in the report beside those of two labels, and those of train and test."""
-
-_BLOCK = 256
-_GRID = 4
-_ROUNDING = 0.01  # of the sums below, as a root-mean-square difference
+BLOCK = 256  # photos that are compared with all others at a time
+GRID = 4
+ROUNDING = 0.01  # of the sums below, as a root-mean-square difference
+IMBALANCE = 3.0  # of the largest class to the smallest; above it the audit warns
+CLOSEST = 100  # pairs in the report beside those of two labels, and those of train and test
+SAMPLES, MAX_CLASSES, GAP = 12, 40, 3
+"""Of the picture: photos of a class and pairs, classes, and pixels between photos."""
 
 Rows = NDArray[np.int64]
 Report = dict[str, Any]
@@ -55,34 +51,29 @@ class ImageStats:
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """Pairs of near-duplicates, sorted by row.
+    """Pairs of near-duplicates, sorted by row, the smaller row first.
 
-    Args:
-        pairs: (m, 2); the smaller row first. All pairs, if no photo has more than
-            `REPRESENTATIVES` near-duplicates; else enough to join the groups.
-        rms: (m,); root-mean-square difference of the pixels, 0 to 255.
-        representatives: (n,); the row itself, or the near-duplicate of the same kind that
-            was compared with the other photos instead.
+    All pairs, if no photo has more than `REPRESENTATIVES` near-duplicates; else enough to join
+    the groups.
     """
 
-    pairs: Rows
-    rms: NDArray[np.float64]
-    representatives: Rows
+    pairs: Rows  # (m, 2)
+    rms: NDArray[np.float64]  # (m,); root-mean-square difference of the pixels, 0 to 255
+    representatives: Rows  # (n,); the row itself, or the one that was compared instead
 
     @property
     def groups(self) -> Rows:
         """The group of each row: near-duplicates, and their near-duplicates."""
         count = len(self.representatives)
         graph = coo_array((np.ones(len(self.pairs), bool), self.pairs.T), (count, count))
-        members: Rows = connected_components(graph)[1].astype(np.int64)
-        return members
+        return np.asarray(connected_components(graph)[1], np.int64)
 
 
 def run(context: Context, item: str | None = None) -> None:
     """Write `artifacts/audit.json` and `artifacts/plots/audit.png`."""
     project = context.project
     photos = find_photos(project.data)
-    count_classes(photos, context.params.labels)
+    count_classes(photos, context.params.labels)  # before the photos are read
     stats = measure(project.data, photos, context.progress)
     report = audit(photos, stats, context.params.audit, context.params.labels)
     with atomic_write(project.plots / "audit.png") as temporary:
@@ -93,17 +84,17 @@ def run(context: Context, item: str | None = None) -> None:
 
 def measure(data: Path, photos: Sequence[Photo], progress: Progress) -> ImageStats:
     """Decode every photo once; row i belongs to photo i."""
+
+    def measured(picture: Pixels) -> tuple[Pixels, int, int]:
+        small = resize_square(picture, COMPARED)
+        return small, perceptual_hash(small), perceptual_hash(np.fliplr(small))
+
     pictures = np.empty((len(photos), COMPARED, COMPARED, 3), np.uint8)
     hashes, mirrored = np.empty((2, len(photos)), np.uint64)
     paths = [data / photo.key for photo in photos]
-    for row, stats in enumerate(each_photo(_measure, paths, progress, "audit photos")):
+    for row, stats in enumerate(each_photo(measured, paths, progress, "audit photos")):
         pictures[row], hashes[row], mirrored[row] = stats
     return ImageStats(pictures, hashes, mirrored)
-
-
-def _measure(picture: Pixels) -> tuple[Pixels, int, int]:
-    small = resize_square(picture, COMPARED)
-    return small, perceptual_hash(small), perceptual_hash(np.fliplr(small))
 
 
 def audit(
@@ -134,6 +125,9 @@ def audit(
     excluded = _exclude(photos, found, found.pairs[conflicts])
     # Photos of two labels in one group are near-duplicates of excluded photos only.
     groups = found.groups * len(labels) + label_ids
+    members: dict[int, list[str]] = defaultdict(list)
+    for photo, number in zip(photos, groups.tolist(), strict=True):
+        members[number].append(photo.key)
     kept = [r for r, photo in enumerate(photos) if photo.folder == "train" and r not in excluded]
     held_out = ["val"] if "test" in counts else ["test", "val"]
     groups_by_class([photos[row].label for row in kept], groups[kept], held_out, classes)
@@ -147,7 +141,7 @@ def audit(
         "photos": len(photos),
         "counts": counts,
         "imbalance": imbalance,
-        "groups": _keys_by_group(photos, groups),
+        "groups": [keys for keys in members.values() if len(keys) > 1],
         "duplicates": len(photos) - len(np.unique(found.groups)),
         "conflicts": describe(np.flatnonzero(conflicts)),
         "across": describe(np.flatnonzero(across)),
@@ -169,20 +163,12 @@ def _exclude(
         other = conflicts.get(row, conflicts.get(representative))
         if photos[row].folder != "train":
             continue
-        if twin := in_test.get(groups[row]):
-            excluded[row] = {"reason": "near-duplicate in the official test", "of": twin}
+        if tested := in_test.get(groups[row]):
+            excluded[row] = {"reason": "near-duplicate in the official test", "of": tested}
         elif other is not None:
-            twin = photos[other].key
-            excluded[row] = {"reason": "near-duplicate with another label", "of": twin}
+            reason = "near-duplicate with another label"
+            excluded[row] = {"reason": reason, "of": photos[other].key}
     return excluded
-
-
-def _keys_by_group(photos: Sequence[Photo], groups: Rows) -> list[list[str]]:
-    """Photos of one label that are near-duplicates, and stay in one split."""
-    members: dict[int, list[str]] = defaultdict(list)
-    for photo, number in zip(photos, groups.tolist(), strict=True):
-        members[number].append(photo.key)
-    return [keys for keys in members.values() if len(keys) > 1]
 
 
 def rms_difference(one: Pixels, other: Pixels) -> float:
@@ -193,21 +179,20 @@ def rms_difference(one: Pixels, other: Pixels) -> float:
 def find_near_duplicates(stats: ImageStats, kinds: Rows, params: AuditParams) -> NearDuplicates:
     """Find pairs whose hashes and pixels are close, as they are or mirrored.
 
-    Photos are compared in the order of their brightness, each with representatives that
-    are about as bright, because the root-mean-square difference of two pictures is at
-    least the difference of their brightness, and that of their coarse colors. A photo is
+    Each photo is compared with representatives that are about as bright: the difference of two
+    pictures is at least that of their brightness, and that of their coarse colors. A photo is
     only represented by one of its kind; `kinds` is (n,).
     """
     pictures, hashes, mirrored = stats.pictures, stats.hashes, stats.mirrored
     colors = _coarse_colors(pictures)
     brightness = colors.mean(axis=1)
     order = np.argsort(brightness, kind="stable")
-    squares, reach = np.square(colors).sum(axis=1), params.max_rms_difference + _ROUNDING
+    squares, reach = np.square(colors).sum(axis=1), params.max_rms_difference + ROUNDING
     closest: dict[tuple[int, int], float] = {}
     represented_by = np.arange(len(pictures))
     active = np.empty(0, np.int64)
-    for start in range(0, len(order), _BLOCK):
-        block = order[start : start + _BLOCK]
+    for start in range(0, len(order), BLOCK):
+        block = order[start : start + BLOCK]
         active = active[brightness[active] >= brightness[block[0]] - reach]
         others = np.concatenate([active, block])
         # |a - b|^2, as one matrix product; only with those before a row.
@@ -247,19 +232,16 @@ def find_near_duplicates(stats: ImageStats, kinds: Rows, params: AuditParams) ->
 def _coarse_colors(pictures: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Mean colors of a 4x4 grid's cells and their mirror images, (n, 24)."""
     count, side = pictures.shape[:2]
-    cells = pictures.reshape(count, _GRID, side // _GRID, _GRID, side // _GRID, 3)
+    cells = pictures.reshape(count, GRID, side // GRID, GRID, side // GRID, 3)
     means = cells.mean(axis=(2, 4))
-    both: NDArray[np.float64] = (means + means[:, :, ::-1])[:, :, : _GRID // 2] / 2
-    return both.reshape(count, 6 * _GRID)
+    both: NDArray[np.float64] = (means + means[:, :, ::-1])[:, :, : GRID // 2] / 2
+    return both.reshape(count, 6 * GRID)
 
 
 def draw_audit(
     report: dict[str, Any], photos: Sequence[Photo], pictures: NDArray[np.uint8]
 ) -> NDArray[np.uint8]:
-    """Show samples of each class, one class a row, and near-duplicate pairs below.
-
-    `pictures` are the photos', uint8, (n, side, side, 3).
-    """
+    """Show samples of each class, one class a row, and near-duplicate pairs below."""
     shown = []
     for label in [*report["counts"]["train"]][:MAX_CLASSES]:
         rows = [row for row, photo in enumerate(photos) if photo.label == label]

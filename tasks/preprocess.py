@@ -1,8 +1,7 @@
 """Stage: split the photos, and resize them into one array.
 
-`artifacts/dataset/` holds `images.npy`, uint8 (n, size, size, 3), rows sorted by (split,
-label, name), then the synthetic hands by label, and `index.json`, where `leaks` is the number
-of test photos with a near-duplicate in train or val.
+`images.npy` is uint8 (n, size, size, 3), rows sorted by (split, label, name), then the synthetic
+hands by label; `leaks` in `index.json` counts test photos with a near-duplicate in train or val.
 """
 
 import json

@@ -1,12 +1,8 @@
-"""Stage: train one phase, starting from the previous one.
-
-Writes the layers above the cut and the head, and `history.json`, the learning curve.
-"""
+"""Stage: train one phase, starting from the previous one."""
 
 import logging
 import math
 from dataclasses import asdict, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +22,7 @@ Trained = tuple[Weights, list[Epoch], NDArray[np.float32]]
 
 
 def run(context: Context, item: str | None = None, size: int = INPUT_SIZE) -> None:
-    """Train the phase `item` of params.yaml for an input of `size` pixels."""
+    """Train the phase `item`; write the weights above the cut, and `history.json`, the curve."""
     import tensorflow as tf
 
     from tasks.model.network import FULL, usable_precision
@@ -41,11 +37,8 @@ def run(context: Context, item: str | None = None, size: int = INPUT_SIZE) -> No
         _log.info("Phase %s trains in %s: %s would be emulated here.", plan.name, usable, wanted)
     plan = replace(plan, training=plan.training.model_copy(update={"precision": usable}))
     start = read_phase(context.project, plan.phase.init_from)
-    weights, curve, logits = (
-        _fit_cached(context, plan, dataset, start)
-        if cached
-        else _fit_end_to_end(context, plan, dataset, start, size)
-    )
+    fit = _fit_cached if cached else _fit_end_to_end
+    weights, curve, logits = fit(context, plan, dataset, start, size)
     for epoch in curve:
         if not (math.isfinite(epoch.loss) and math.isfinite(epoch.val_loss)):
             raise StageError(
@@ -53,24 +46,26 @@ def run(context: Context, item: str | None = None, size: int = INPUT_SIZE) -> No
                 f"{epoch.val_loss}). Lower phases.{plan.name}.learning_rate "
                 f"(now {plan.phase.learning_rate}) in params.yaml."
             )
-    history: dict[str, Any] = {
+    val_loss = curve[-1].val_loss
+    if plan.name == context.params.last_phase:
+        # The loss of the model that the assemble stage makes of these weights.
+        val_loss, _ = score_logits(logits / plan.training.temperature, plan.val_labels)
+    history = {
         "phase": plan.name,
         "images": len(plan.train),
         "precision": usable,
         "epochs": [asdict(epoch) for epoch in curve],
         "val_accuracy": curve[-1].val_accuracy,
-        "val_loss": curve[-1].val_loss,
+        "val_loss": val_loss,
     }
-    if plan.name == context.params.last_phase:
-        # The loss of the model that the assemble stage makes of these weights.
-        scaled = logits / plan.training.temperature
-        history["val_loss"] = score_logits(scaled, plan.val_labels)[0]
     with atomic_directory(context.project.weights(plan.name)) as folder:
         write_weights(folder / WEIGHTS_FILE, weights)
         write_json(folder / "history.json", history)
 
 
-def _fit_cached(context: Context, plan: Plan, dataset: Dataset, start: Weights) -> Trained:
+def _fit_cached(
+    context: Context, plan: Plan, dataset: Dataset, start: Weights, size: int
+) -> Trained:
     from tasks.features import open_features
     from tasks.model.network import Tail
     from tasks.training.cached import fit_cached
@@ -85,10 +80,9 @@ def _fit_cached(context: Context, plan: Plan, dataset: Dataset, start: Weights) 
 def _fit_end_to_end(
     context: Context, plan: Plan, dataset: Dataset, start: Weights, size: int
 ) -> Trained:
-    from tasks.model.network import build_model, freeze, get_tail, reset_names, set_tail
+    from tasks.model.network import build_model, freeze, get_tail, set_tail
     from tasks.training.end_to_end import find_strategy, fit_end_to_end
 
-    reset_names()
     with find_strategy().scope():
         model = build_model(
             plan.classes,

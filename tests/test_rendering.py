@@ -14,6 +14,7 @@ from PIL import Image
 from tasks.errors import DataError
 from tasks.rendering.appearance import FRAME
 from tasks.rendering.hand import (
+    ARM,
     BONES,
     INDEX,
     MIDDLE,
@@ -21,7 +22,6 @@ from tasks.rendering.hand import (
     THUMB,
     Capsules,
     Hand,
-    Part,
     capsules,
     pose,
 )
@@ -142,7 +142,7 @@ def test_hardly_any_of_the_hand_is_cut_off(label: int, seed: int) -> None:
     hand = turned(upright, turn)
     np.testing.assert_allclose(turn.undo(hand.starts.T).T, upright.starts, atol=1e-9)
     camera = frame_hand(hand, random)
-    ends = np.concatenate([hand.starts, hand.ends])[np.tile(hand.parts != Part.ARM, 2)]
+    ends = np.concatenate([hand.starts, hand.ends])[np.tile(hand.parts != ARM, 2)]
     scale = camera.focal / (camera.distance - ends[:, 2:])
     inside = (np.abs((ends[:, :2] - camera.centre) * scale) <= FRAME / 2).all(axis=1)
     assert inside.mean() > 0.75

@@ -47,9 +47,7 @@ def find_photos(data: Path) -> list[Photo]:
         )
     found = []
     for folder in FOLDERS:
-        for path in (data / folder).glob("*/*"):
-            if path.name.startswith("."):
-                continue
+        for path in (data / folder).glob("*/[!.]*"):
             photo = Photo(folder, path.parent.name, path.name)
             try:
                 path.name.encode()
@@ -104,15 +102,13 @@ def stratified_group_split(
     seed: int,
     classes: Sequence[str],
 ) -> list[str]:
-    """Hash-based split of each class, with each group in one split.
+    """Hash-based split of each class, with each group in one split and each class in every one.
 
     Each photo has a rank that depends on the seed and its name alone. That of a group is the
     highest of its photos' ranks, and the lowest are held out, so a photo that is added moves
     none from training to the test. If nearly all groups have m photos or more, the limits
     take into account that all m ranks lie below a limit with probability limit**m.
-
-    `shares` are those of each split but `train`, the test first; met on average. Each of the
-    `classes` is in every split.
+    `shares` are those of each split but `train`, the test first; met on average.
     """
     splits = [TRAIN] * len(names)
     by_class = groups_by_class(labels, groups, tuple(shares), classes)

@@ -21,8 +21,6 @@ Weights = dict[str, np.ndarray]
 BACKBONE_FILE = "backbone.safetensors"
 TRUNK_FILE = "trunk.pb"
 WEIGHTS_FILE = "weights.safetensors"
-INPUT = "photos"
-EARLIEST_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
 def read_weights(path: Path) -> Weights:
@@ -80,7 +78,7 @@ def export_graph(model: Any) -> bytes:
     )
 
     function = tf.function(lambda photos: model(tf.cast(photos, tf.float32), training=False))
-    signature = tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8, name=INPUT)
+    signature = tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8, name="photos")
     frozen = convert_variables_to_constants_v2(function.get_concrete_function(signature))
     graph = frozen.graph.as_graph_def()
     for node in graph.node:
@@ -103,7 +101,7 @@ def save_model(model: Any, path: Path) -> None:
                     fields = _renumbered(json.loads(content), {})
                     fields.pop("date_saved", None)
                     content = json.dumps(fields, sort_keys=True).encode()
-                target.writestr(zipfile.ZipInfo(name, EARLIEST_ZIP_DATE), content)
+                target.writestr(zipfile.ZipInfo(name), content)  # of 1980
 
 
 def load_model(path: Path) -> Any:

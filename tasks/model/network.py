@@ -13,37 +13,15 @@ from tasks.params import INPUT_SIZE, AugmentationParams
 
 CUT = "block6d_add"
 """The trunk's last layer; the layers above it and the head are the tail."""
-LAYERS = (
-    "block7a_expand_conv",
-    "block7a_expand_bn",
-    "block7a_expand_activation",
-    "block7a_dwconv",
-    "block7a_bn",
-    "block7a_activation",
-    "block7a_se_squeeze",
-    "block7a_se_reshape",
-    "block7a_se_reduce",
-    "block7a_se_expand",
-    "block7a_se_excite",
-    "block7a_project_conv",
-    "block7a_project_bn",
-    "top_conv",
-    "top_bn",
-    "top_activation",
-)
+BLOCK = "expand_conv expand_bn expand_activation dwconv bn activation se_squeeze se_reshape "
+BLOCK += "se_reduce se_expand se_excite project_conv project_bn"
+LAYERS = tuple(f"block7a_{name}" for name in BLOCK.split())
+LAYERS += ("top_conv", "top_bn", "top_activation")
 """Layers of EfficientNetB0 above the cut, bottom to top; `trainable_layers` counts them."""
 HEAD = "predictions"
-BATCH_NORM_EPSILON = 1e-3
-"""Keras's default, which EfficientNetB0 uses."""
-MIXED = "mixed_bfloat16"
-FULL = "float32"
+BATCH_NORM_EPSILON = 1e-3  # Keras's default, which EfficientNetB0 uses
+MIXED, FULL = "mixed_bfloat16", "float32"
 MatMul = Callable[[Any, Any], Any]
-
-
-def reset_names() -> None:
-    """Number layers from the start, or names in files depend on the models built before."""
-    if not tf.distribute.has_strategy():
-        keras.backend.clear_session(free_memory=False)
 
 
 def build_model(
@@ -75,7 +53,9 @@ def build_model(
 
 def build_backbone(size: int = INPUT_SIZE, include_top: bool = False) -> Any:
     """Build an untrained EfficientNetB0 without drop-connect, which Keras 3.15 runs under `fit`."""
-    reset_names()
+    if not tf.distribute.has_strategy():
+        # Else the numbers in names, and so files, depend on the models that were built before.
+        keras.backend.clear_session(free_memory=False)
     backbone = keras.applications.EfficientNetB0(
         include_top=include_top, weights=None, input_shape=(size, size, 3)
     )
@@ -155,8 +135,7 @@ class Tail:
         dropout: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self._dropout = dropout
-        self._seed = seed
+        self._dropout, self._seed = dropout, seed
         opened = {*LAYERS[len(LAYERS) - trainable_layers :], HEAD}
         if f"{HEAD}/kernel" not in weights:
             kernel = keras.initializers.GlorotUniform(seed=seed)((1280, classes))
@@ -214,18 +193,11 @@ class Tail:
         return kernel * by_channel, self._get(norm, "beta") - self._get(norm, "moving_mean") * scale
 
 
-def usable_precision(wanted: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def usable_precision(wanted: str) -> str:
     """Fall back to float32 where TensorFlow would emulate bfloat16, which takes longer."""
-    if os.environ.get("TF_ENABLE_ONEDNN_OPTS") == "0" or not cpuinfo.is_file():
-        return FULL
-    lines = cpuinfo.read_text().splitlines()
-    flags = next((line for line in lines if line.startswith("flags")), "").split()
-    return wanted if "avx512_bf16" in flags or "amx_bf16" in flags else FULL
-
-
-def matmul_in(precision: str) -> MatMul:
-    exact: MatMul = tf.matmul
-    return _mixed_matmul if precision == MIXED else exact
+    cpuinfo, onednn = Path("/proc/cpuinfo"), os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "0"
+    flags = cpuinfo.read_text().split() if onednn and cpuinfo.is_file() else []
+    return wanted if {"avx512_bf16", "amx_bf16"}.intersection(flags) else FULL
 
 
 def _pointwise(x: Any, kernel: Any, bias: Any, matmul: MatMul = tf.matmul) -> Any:
@@ -236,8 +208,8 @@ def _pointwise(x: Any, kernel: Any, bias: Any, matmul: MatMul = tf.matmul) -> An
 
 
 @tf.custom_gradient  # type: ignore[untyped-decorator]
-def _mixed_matmul(left: Any, right: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """Round both factors once for this product and for the two of its gradient."""
+def mixed_matmul(left: Any, right: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Multiply in bfloat16: round both factors once for this product and its two gradients."""
     low_left, low_right = (tf.cast(factor, tf.bfloat16) for factor in (left, right))
 
     def gradient(upstream: Any) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.rendering.hand import Capsules, Floats, Part, circle, unit
+from tasks.rendering.hand import ARM, FINGER, PALM, TIP, Capsules, Floats, circle, unit
 from tasks.rendering.raycast import Camera, Hits, inner
 
 SIDE = 64
@@ -29,8 +29,8 @@ SKINS = np.array(
         [68, 45, 35],
     ]
 )
-PALM = np.array([232, 176, 150])
-NAIL = np.array([240, 196, 184])
+PALM_COLOUR = np.array([232, 176, 150])
+NAIL_COLOUR = np.array([240, 196, 184])
 
 
 def skin(hits: Hits, shapes: Capsules, places: Floats, random: np.random.Generator) -> Floats:
@@ -39,22 +39,22 @@ def skin(hits: Hits, shapes: Capsules, places: Floats, random: np.random.Generat
     below = int(tone)
     colour = SKINS[below] + (tone - below) * (SKINS[below + 1] - SKINS[below])
     colour = colour * (1.0 + random.uniform(-0.08, 0.08, 3))
-    palm = colour + (0.10 + 0.05 * tone) * (PALM - colour)
+    palm = colour + (0.10 + 0.05 * tone) * (PALM_COLOUR - colour)
     parts = shapes.parts[hits.owners]
     outside = inner(shapes.dorsal.T[:, hits.owners], hits.normals)
     inside = np.clip(0.5 - 1.2 * outside, 0.0, 1.0)
     colours = colour[:, None] + inside * (palm - colour)[:, None]
     colours = colours * (1.0 + 0.07 * (clouds(random, 9, FRAME)[hits.seen] - 0.5))
-    finger = (parts == Part.FINGER) | (parts == Part.TIP)
+    finger = (parts == FINGER) | (parts == TIP)
     fold = np.clip(1.0 - np.abs(hits.along - 0.03) / 0.11, 0.0, 1.0) * finger
     creases = random.uniform(0.1, 1.1)
     colours = colours * (1.0 - 0.12 * creases * fold)
     colours = colours * (1.0 - creases * _lines(places, parts) * inside)
-    red = np.where(parts == Part.TIP, hits.along, 0.0)
+    red = np.where(parts == TIP, hits.along, 0.0)
     colours = colours * (1.0 + red * np.array([[0.03], [-0.05], [-0.04]]))
-    nail = (parts == Part.TIP) & (hits.along > 0.45) & (outside > 0.62)
+    nail = (parts == TIP) & (hits.along > 0.45) & (outside > 0.62)
     varnished = random.uniform() < 0.08
-    paint = random.uniform(20, 220, 3) if varnished else 0.45 * colour + 0.55 * NAIL
+    paint = random.uniform(20, 220, 3) if varnished else 0.45 * colour + 0.55 * NAIL_COLOUR
     colours = np.where(nail, paint[:, None], colours)
     return linear(_dressed(colours, hits, parts, random))
 
@@ -65,7 +65,7 @@ def _dressed(
     """Cover the forearm of some with a sleeve or a band."""
     cloth, cuff = random.uniform(10, 230, 3), random.uniform(0.05, 0.7)
     worn = random.uniform()
-    covered = (parts == Part.ARM) & (hits.along > cuff)
+    covered = (parts == ARM) & (hits.along > cuff)
     if worn < 0.12:  # a bracelet or a watch
         covered &= hits.along < cuff + random.uniform(0.02, 0.1)
     elif worn > 0.5:
@@ -80,7 +80,7 @@ def _lines(places: Floats, parts: NDArray[np.int64]) -> Floats:
     heart = y - 7.2 - 0.28 * x + 0.05 * x * x
     head = y - 5.3 - 0.34 * x
     nearest = np.minimum(np.minimum(np.abs(thumb), np.abs(heart)), np.abs(head))
-    darker: Floats = 0.17 * np.clip(1.0 - nearest / 0.3, 0.0, 1.0) * (parts == Part.PALM)
+    darker: Floats = 0.17 * np.clip(1.0 - nearest / 0.3, 0.0, 1.0) * (parts == PALM)
     return darker
 
 

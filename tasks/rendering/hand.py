@@ -6,7 +6,6 @@ thumb's side, y to the fingertips, z out of the palm.
 
 import math
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,34 +40,23 @@ RADII = np.array(
     ]
 )
 SPREAD = (0.0, 7.0, 0.0, -7.0, -15.0)  # degrees away from the middle finger
-
-
-class Part(IntEnum):
-    """What a capsule belongs to."""
-
-    PALM = 0
-    FINGER = 1
-    TIP = 2
-    ARM = 3
+PALM, FINGER, TIP, ARM = range(4)
+"""What a capsule belongs to."""
 
 
 @dataclass(frozen=True)
 class Hand:
-    """Joints of a posed hand, (5, 4, 3): thumb to little finger, base to tip.
+    """A posed hand: thumb to little finger, base to tip."""
 
-    `dorsal`, (5, 3, 3), points out of the back of each bone, `arm` from wrist to elbow; `girth`
-    is a factor on every radius.
-    """
-
-    joints: Floats
-    dorsal: Floats
-    arm: Floats
-    girth: float
+    joints: Floats  # (5, 4, 3)
+    dorsal: Floats  # (5, 3, 3), out of the back of each bone
+    arm: Floats  # (3,), from wrist to elbow
+    girth: float  # a factor on every radius
 
 
 @dataclass(frozen=True)
 class Capsules:
-    """Spheres swept along n segments, with a radius at each end; see `Part` for `parts`."""
+    """Spheres swept along n segments, with a radius at each end."""
 
     starts: Floats
     ends: Floats
@@ -105,12 +93,15 @@ def pose(label: int, random: np.random.Generator) -> Hand:
         joints[finger], dorsal[finger] = _finger(
             bases[finger], bones[finger], spreads[finger], bends[finger - 1]
         )
-    thumb = (
-        _straight_thumb(label, random)
-        if THUMB in RAISED[label]
-        else _bent_thumb(label, joints, random)
+    straight = THUMB in RAISED[label]
+    first, target, pole, back = (
+        _straight_thumb(label, random) if straight else _bent_thumb(label, joints, random)
     )
-    joints[THUMB], dorsal[THUMB] = _place_thumb(thumb, bases[THUMB], bones[THUMB])
+    knuckle = bases[THUMB] + bones[THUMB, 0] * unit(first)
+    target = knuckle + target if straight else target
+    bent, tip = _reach(knuckle, target, pole, *bones[THUMB, 1:].tolist())
+    joints[THUMB] = bases[THUMB], knuckle, bent, tip
+    dorsal[THUMB] = [_across(back, bone) for bone in np.diff(joints[THUMB], axis=0)]
     sideways, forward = circle(random.uniform(-30, 30)), circle(random.uniform(-22, 22))
     arm = np.array([sideways[1], -sideways[0] * forward[0], sideways[0] * forward[1]])
     return Hand(joints, dorsal, arm, random.uniform(0.9, 1.2))
@@ -170,19 +161,9 @@ def _finger(base: Floats, bones: Floats, spread: float, bends: Floats) -> tuple[
     return np.stack(joints), np.stack(dorsal)
 
 
-@dataclass(frozen=True)
-class _Thumb:
-    """Where a thumb goes; (3,) each.
-
-    `first` is the direction of the bone in the ball of the thumb, `reach` that of the tip, from
-    the knuckle if `free`, else from the wrist; the middle joint points to `pole`.
-    """
-
-    first: Floats
-    reach: Floats
-    pole: Floats
-    back: Floats
-    free: bool = False
+_Thumb = tuple[Floats, Floats, Floats, Floats]
+"""Direction of the bone in the ball of the thumb, where the tip goes, from the wrist or, of a
+straight thumb, from the knuckle, where the middle joint points to, and the back of the thumb."""
 
 
 def _straight_thumb(label: int, random: np.random.Generator) -> _Thumb:
@@ -198,7 +179,7 @@ def _straight_thumb(label: int, random: np.random.Generator) -> _Thumb:
     # At almost full reach a thumb is straight; some bend outwards and some inwards.
     length = random.uniform(5.3, 5.9)
     pole = np.array([0.6, -0.6, -0.2]) * (1.0 if random.uniform() < 0.5 else -1.0)
-    return _Thumb(first, length * away, pole, np.array([0.5, -0.5, -0.7]), free=True)
+    return first, length * away, pole, np.array([0.5, -0.5, -0.7])
 
 
 def _bent_thumb(label: int, joints: Floats, random: np.random.Generator) -> _Thumb:
@@ -207,27 +188,27 @@ def _bent_thumb(label: int, joints: Floats, random: np.random.Generator) -> _Thu
     if label == 0:
         touch = joints[INDEX, 3] * 0.6 + joints[MIDDLE, 3] * 0.4 + np.array([0.0, -1.0, -0.5])
         pole = np.array([0.1, -0.9, 0.5])
-        return _Thumb(np.array([0.25, 0.45, 0.8]), touch + 0.3 * jitter, pole, pole)
+        return np.array([0.25, 0.45, 0.8]), touch + 0.3 * jitter, pole, pole
     kind = random.uniform()
     if label == 4:
         return _thumb_on_palm(kind, jitter)
     if kind < 0.15:  # beside the fist
         touch = np.array([2.4, 8.3, 1.9]) + jitter * np.array([0.5, 0.9, 0.6])
         pole = np.array([0.8, 0.0, 0.3])
-        return _Thumb(np.array([0.35, 0.8, 0.4]), touch, pole, pole)
+        return np.array([0.35, 0.8, 0.4]), touch, pole, pole
     if kind < 0.4:  # tip to tip with the first folded finger
         finger = MIDDLE if label == 1 else RING
         tip, before = joints[finger, 3], joints[finger, 2]
         pole = np.array([0.3, -0.7, 0.6])
         touch = tip + 0.9 * unit(tip - before) + 0.35 * jitter
-        return _Thumb(np.array([0.3, 0.5, 0.8]) + 0.1 * jitter, touch, pole, pole)
+        return np.array([0.3, 0.5, 0.8]) + 0.1 * jitter, touch, pole, pole
     folded = int(random.integers(MIDDLE if label == 1 else RING, LITTLE + 1))
     along = random.uniform(0.3, 1.0)
     touch = joints[folded, 1] * (1.0 - along) + joints[folded, 2] * along
     pole = np.array([0.35, -0.1, 0.9])
     touch = touch + np.array([-0.2, 0.0, 1.35]) + 0.35 * jitter
     first = np.array([0.35, 0.58, 0.8]) + 0.12 * jitter
-    return _Thumb(first, touch, pole, pole)
+    return first, touch, pole, pole
 
 
 def _thumb_on_palm(kind: float, jitter: Floats) -> _Thumb:
@@ -237,31 +218,23 @@ def _thumb_on_palm(kind: float, jitter: Floats) -> _Thumb:
     flat = 0.5 * (1.0 + jitter[2])
     if kind < 0.25:  # across, to the ring or little finger
         touch = np.array([-0.9, 6.2, 1.75 + 0.9 * flat]) + jitter * np.array([1.3, 1.7, 0.0])
-        return _Thumb(np.array([0.4, 0.75, 0.3 + 0.3 * flat]), touch, pole, pole)
+        return np.array([0.4, 0.75, 0.3 + 0.3 * flat]), touch, pole, pole
     if kind < 0.5:  # tip below the index or middle finger
         touch = np.array([1.1, 7.3, 1.75 + 0.7 * flat]) + jitter * np.array([1.1, 1.4, 0.0])
-        return _Thumb(np.array([0.5, 0.75, 0.3 + 0.25 * flat]), touch, pole, pole)
+        return np.array([0.5, 0.75, 0.3 + 0.25 * flat]), touch, pole, pole
     if kind < 0.72:  # bent at the palm's edge
         touch = np.array([1.0, 6.4, 1.8 + 0.7 * flat]) + jitter * np.array([1.0, 1.2, 0.0])
         up = np.array([0.4, 0.8, 0.1 + 0.3 * flat])
-        return _Thumb(np.array([0.65, 0.7, 0.2 + 0.3 * flat]), touch, up, pole)
+        return np.array([0.65, 0.7, 0.2 + 0.3 * flat]), touch, up, pole
     if kind < 0.86:  # upright, beside the index finger's base
         touch = np.array([2.1, 8.7, 1.7 + 0.8 * flat]) + jitter * np.array([0.9, 1.1, 0.0])
         first = np.array([0.25, 0.85, 0.25 + 0.2 * flat])
-        return _Thumb(first, touch, np.array([0.8, 0.0, 0.4]), pole)
+        return first, touch, np.array([0.8, 0.0, 0.4]), pole
     if kind < 0.92:  # towards the camera
         touch = np.array([0.6, 5.0, 4.6]) + jitter * np.array([1.5, 1.2, 1.0])
-        return _Thumb(np.array([0.4, 0.6, 0.7]), touch, pole, pole)
+        return np.array([0.4, 0.6, 0.7]), touch, pole, pole
     touch = np.array([-1.4, 3.8, 2.5]) + jitter * np.array([1.1, 0.9, 0.5])
-    return _Thumb(np.array([0.5, 0.6, 0.6]), touch, pole, pole)
-
-
-def _place_thumb(thumb: _Thumb, base: Floats, bones: Floats) -> tuple[Floats, Floats]:
-    knuckle = base + bones[0] * unit(thumb.first)
-    target = knuckle + thumb.reach if thumb.free else thumb.reach
-    bent, tip = _reach(knuckle, target, thumb.pole, float(bones[1]), float(bones[2]))
-    chain = np.stack([base, knuckle, bent, tip])
-    return chain, np.stack([_across(thumb.back, chain[i + 1] - chain[i]) for i in range(3)])
+    return np.array([0.5, 0.6, 0.6]), touch, pole, pole
 
 
 def _across(vector: Floats, axis: Floats) -> Floats:
@@ -285,34 +258,34 @@ def _reach(
 
 def capsules(hand: Hand) -> Capsules:
     """Shape fingers, palm, webs and forearm about the bones of a hand."""
-    rows: list[tuple[Floats, Floats, float, float, Floats, Part]] = []
+    rows: list[tuple[Floats, Floats, float, float, Floats, int]] = []
     behind = np.array([0.0, 0.0, -1.0])
     for finger in range(5):
-        for bone, part in enumerate((Part.FINGER, Part.FINGER, Part.TIP)):
+        for bone, part in enumerate((FINGER, FINGER, TIP)):
             if finger == THUMB and bone == 0:
-                part = Part.PALM
+                part = PALM
             start, end = hand.joints[finger, bone : bone + 2]
             radii = RADII[finger, bone : bone + 2]
             rows.append((start, end, radii[0], radii[1], hand.dorsal[finger, bone], part))
     bases, thumb = hand.joints[:, 0], hand.joints[THUMB, 1]
     for finger in (INDEX, MIDDLE, RING, LITTLE):
-        rows.append((CARPALS[finger - 1], bases[finger], 1.4, 1.12, behind, Part.PALM))
+        rows.append((CARPALS[finger - 1], bases[finger], 1.4, 1.12, behind, PALM))
         if finger != LITTLE:
             web = (bases[finger] * 0.93, bases[finger + 1] * 0.93)
-            rows.append((*web, 1.1, 1.1, behind, Part.PALM))
+            rows.append((*web, 1.1, 1.1, behind, PALM))
             near, far = hand.joints[finger : finger + 2, :2]
             low, high = near[0] + 0.34 * (near[1] - near[0]), far[0] + 0.34 * (far[1] - far[0])
-            rows.append((low, high, 0.85, 0.8, behind, Part.PALM))
+            rows.append((low, high, 0.85, 0.8, behind, PALM))
     pads = (
         (np.array([1.0, 2.2, 0.5]), bases[THUMB] * 0.35 + thumb * 0.65, 1.45, 1.25),
         (np.array([2.3, 5.6, 0.0]), bases[THUMB] * 0.4 + thumb * 0.6, 1.1, 0.8),
         (np.array([-1.6, 1.6, 0.4]), bases[LITTLE] + np.array([0.15, -1.4, 0.3]), 1.45, 1.15),
     )
-    rows.extend((*pad, behind, Part.PALM) for pad in pads)
+    rows.extend((*pad, behind, PALM) for pad in pads)
     for side in (-1.0, 1.0):
         offset = np.array([side, 0.0, 0.0])
         start = np.array([0.0, 0.6, 0.0]) + 0.95 * offset
-        rows.append((start, start + 26.0 * hand.arm + 0.8 * offset, 1.5, 2.5, behind, Part.ARM))
+        rows.append((start, start + 26.0 * hand.arm + 0.8 * offset, 1.5, 2.5, behind, ARM))
     starts, ends, first, second, dorsal, parts = zip(*rows, strict=True)
     return Capsules(
         np.stack(starts),

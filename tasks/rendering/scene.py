@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from tasks.rendering import appearance as look
 from tasks.rendering.appearance import FRAME
 from tasks.rendering.hand import (
+    ARM,
     CARPALS,
     INDEX,
     LITTLE,
@@ -16,7 +17,6 @@ from tasks.rendering.hand import (
     Capsules,
     Floats,
     Hand,
-    Part,
     capsules,
     circle,
     pose,
@@ -70,7 +70,7 @@ def draw(place: Place) -> NDArray[np.uint8]:
     camera = frame_hand(shapes, random)
     hits = cast(shapes, camera)
     light = look.draw_light(random)
-    lowest = float(shapes.starts[shapes.parts != Part.ARM, 2].min())
+    lowest = float(shapes.starts[shapes.parts != ARM, 2].min())
     gap = random.uniform(1.0, 7.0)
     depth = np.full((FRAME, FRAME), lowest - 1.0 - gap)
     depth[hits.seen] = np.maximum(hits.points[2], lowest - 1.0 - gap)
@@ -142,7 +142,7 @@ def turned(shapes: Capsules, turn: Turn) -> Capsules:
 
 def frame_hand(shapes: Capsules, random: np.random.Generator) -> Camera:
     """Put the whole hand, without the forearm, into the frame."""
-    hand = shapes.parts != Part.ARM
+    hand = shapes.parts != ARM
     ends = np.concatenate([shapes.starts[hand], shapes.ends[hand]])[:, :2]
     low, high = ends.min(axis=0) - 1.0, ends.max(axis=0) + 1.0
     extent = high - low

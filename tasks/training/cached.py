@@ -11,7 +11,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from tasks.features import Features
-from tasks.model.network import Tail, matmul_in
+from tasks.model.network import MIXED, Tail, mixed_matmul
 from tasks.stage import Progress
 from tasks.training.plan import Epoch, Plan, score_logits
 
@@ -45,7 +45,7 @@ def fit_cached(
         read = _pooled_once(tail, read, np.unique(np.concatenate([*batches, val])))
     inputs = _read_ahead(read, batches, None if pooled else plan)
     example = tf.constant(read(val[:1]))
-    matmul = matmul_in(plan.training.precision)
+    matmul = mixed_matmul if plan.training.precision == MIXED else tf.matmul
     variables = tail.trainable_variables
     average = WeightAverage(variables, plan.updates, plan.phase.swa_fraction)
     optimizer = Adam(variables, plan.phase.learning_rate)

@@ -36,10 +36,7 @@ def find_strategy() -> Any:
         try:
             return tf.distribute.MultiWorkerMirroredStrategy()
         except (RuntimeError, ValueError, KeyError) as error:
-            raise StageError(
-                f"TensorFlow cannot join the workers in TF_CONFIG ({error}). Run `dvc repro` on "
-                "every worker, in a checkout of its own."
-            ) from error
+            raise StageError(f"TensorFlow cannot use TF_CONFIG ({error}). Correct it.") from error
         finally:
             signal.alarm(0)
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
