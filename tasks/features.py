@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.data.dataset import INDEX, SYNTHETIC, Dataset, open_dataset
-from tasks.errors import BackboneError, DataError, ModelError
+from tasks.errors import DataError, ModelError
 from tasks.io import atomic_directory, read_json, sha256, write_json
 from tasks.model.augment import augment
 from tasks.model.files import TRUNK_FILE
@@ -108,7 +108,7 @@ def extract(
     project, params = context.project, context.params
     trunk = project.weights(BACKBONE) / TRUNK_FILE
     if not trunk.is_file():
-        raise BackboneError(f"The trunk '{trunk}' does not exist. Run the backbone stage first.")
+        raise ModelError(f"The trunk '{trunk}' does not exist. Run the backbone stage first.")
     dataset = open_dataset(project.dataset)
     cached = params.training.mode == "cached"
     wanted = dict(sorted(_wanted_rows(dataset, params))) if cached else {}

@@ -43,10 +43,7 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` on success.
-
-    A link at `path` is replaced, never written through: DVC links outputs into its cache.
-    """
+    """Yield a temporary path that replaces `path`, be it a link into DVC's cache, on success."""
     with _temporary_folder(path) as folder:
         temporary = folder / path.name
         yield temporary

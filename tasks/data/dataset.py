@@ -60,10 +60,7 @@ def find_photos(data: Path) -> list[Photo]:
 
 
 def name_photos(photos: Sequence[Photo]) -> dict[str, str]:
-    """The unique name by which a dataset knows each photo's key.
-
-    Photos that were put into `data/` by hand may share a name, and are named by their keys.
-    """
+    """The unique name by which a dataset knows each key: of a name that is shared, the key."""
     shared = Counter(photo.name for photo in photos)
     return {photo.key: photo.name if shared[photo.name] == 1 else photo.key for photo in photos}
 

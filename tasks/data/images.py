@@ -39,11 +39,10 @@ _HEIC = re.compile(
 
 
 def normalize(data: bytes, name: str) -> tuple[str, bytes]:
-    """Check an untrusted file; its name and content in `data/`.
+    """Check an untrusted file; its name, of the content's SHA-256, and content in `data/`.
 
     An upright 8-bit RGB JPEG or PNG keeps its bytes. Everything else becomes an upright 8-bit
-    RGB PNG without metadata, on white; color profiles are not applied. The name is 32
-    hexadecimal digits of the content's SHA-256, with the suffix of its format.
+    RGB PNG without metadata, on white; color profiles are not applied.
     """
     with _decoder_errors(name):
         image = _open(data)
@@ -57,8 +56,7 @@ def normalize(data: bytes, name: str) -> tuple[str, bytes]:
 def decode(data: bytes, name: str = "", min_side: int | None = None) -> Pixels:
     """Decode an untrusted file to the pixels that `normalize` stores.
 
-    With `min_side`, a large photo is reduced to sides of at least as many pixels, which
-    takes a fraction of the memory.
+    With `min_side` a large photo is reduced, but not below it, in a fraction of the memory.
     """
     with _decoder_errors(name):
         image: Image.Image = _open(data)
@@ -100,10 +98,7 @@ def each_photo(
 
 
 def resize(picture: Pixels, params: PreprocessParams) -> Pixels:
-    """Resize a photo to (image_size, image_size, 3) for training or prediction.
-
-    With `blur_sigma`, the blur grows from none at `image_size` with the photo's size.
-    """
+    """Resize a photo to (image_size, image_size, 3), and blur it the more the larger it was."""
     small = resize_square(picture, params.image_size)
     ratio = params.image_size / min(picture.shape[:2])
     if params.blur_sigma and ratio < 1:

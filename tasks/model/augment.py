@@ -28,8 +28,7 @@ def augment(
 ) -> NDArray[np.uint8]:
     """Make one copy of a photo; uint8 (d, d, 3) -> uint8 (size, size, 3), RGB.
 
-    Copy 0 is the photo itself. The random numbers depend on `(seed, name, copy)` alone;
-    `params` only scales them.
+    Copy 0 is the photo itself. Random numbers depend on seed, name and copy; `params` scales them.
     """
     if copy == 0:
         return _warp(image, _affine(len(image), size), size)

@@ -1,8 +1,6 @@
 """What a hand and the wall behind it look like: skin, light, shadow, and the camera's own marks.
 
-As in `tasks.rendering.raycast`, only correctly rounded operations on single elements, and
-running totals in one order. Brightness is linear until `develop`, whose square root stands for
-the display's gamma because, unlike a power, it is correctly rounded.
+As in `raycast`, only correctly rounded operations; `develop` takes the square root for a gamma.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
 """Where the rays of a pinhole camera meet capsules.
 
-Every value comes of additions, multiplications, divisions and square roots of single elements
-only: IEEE 754 rounds these alike on every processor, unlike matrix products, sums over arrays
-and transcendental functions.
+Only additions, multiplications, divisions and square roots of single elements: IEEE 754 rounds
+these alike on every processor, unlike matrix products, sums and transcendental functions.
 """
 
 import math
@@ -13,8 +12,7 @@ from numpy.typing import NDArray
 
 from tasks.rendering.hand import Capsules, Floats
 
-BLEND = 0.55
-"""Depth in cm within which two capsules are one smooth surface."""
+BLEND = 0.55  # depth in cm within which two capsules are one smooth surface
 
 
 @dataclass(frozen=True)
@@ -29,17 +27,13 @@ class Camera:
 
 @dataclass(frozen=True)
 class Hits:
-    """The m pixels that see anything, row by row; `seen` tells where they are, (size, size).
+    """The m pixels that see anything, row by row."""
 
-    `owners`, (m,), are the nearest capsules, and `along` is 0 at their start and 1 at their
-    end; `points`, (3, m), are on the surface, in cm, and `normals` point out of it.
-    """
-
-    seen: NDArray[np.bool_]
-    owners: NDArray[np.int64]
-    along: Floats
-    points: Floats
-    normals: Floats
+    seen: NDArray[np.bool_]  # (size, size); where they are
+    owners: NDArray[np.int64]  # (m,); the nearest capsules
+    along: Floats  # (m,); 0 at its start and 1 at its end
+    points: Floats  # (3, m); on the surface, in cm
+    normals: Floats  # (3, m); out of it
 
 
 _Patch = tuple[NDArray[np.int64], Floats, Floats, Floats]

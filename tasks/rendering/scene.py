@@ -27,13 +27,9 @@ Place = tuple[int, int, int]
 """Seed, label and number of a photo; together they are the seed of its drawing."""
 
 MAX_TRIES = 20
-# What a camera must see, in cm.
-MIN_SPAN = 3.5
-"""Least length of a raised finger."""
-MIN_GAP = 1.1
-"""Least distance of its tip from the bones of other fingers."""
-BESIDE, BEFORE = 1.9, 1.5
-"""Distance of a thumb's tip from other bones: least if it is shown, largest if it is not."""
+# What a camera must see, in cm: least length of a raised finger, least distance of its tip from
+# other fingers, and that of a thumb's tip, least if it is shown and largest if it is not.
+MIN_SPAN, MIN_GAP, BESIDE, BEFORE = 3.5, 1.1, 1.9, 1.5
 
 
 @dataclass(frozen=True)

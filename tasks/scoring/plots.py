@@ -20,13 +20,9 @@ DPI = 120
 COLORS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00")
 """Okabe and Ito's palette, distinguishable with all common kinds of color vision."""
 BLUE, ORANGE = COLORS[4:]
-MAX_CURVES = 20
-"""Classes with curves; of more, those that are read worst."""
-MAX_NUMBERS = 25
-"""Classes up to which the confusion matrix shows counts."""
-MAX_MISTAKES = 24
-LEAST_CONFIDENT = 12
-COLUMNS = 6
+MAX_CURVES = 20  # classes with curves; of more, those that are read worst
+MAX_NUMBERS = 25  # classes up to which the confusion matrix shows counts
+MAX_MISTAKES, LEAST_CONFIDENT, COLUMNS = 24, 12, 6
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -42,9 +38,8 @@ def curves(histories: Sequence[Mapping[str, Any]]) -> Figure:
     epochs = [epoch for history in histories for epoch in history["epochs"]]
     x = range(1, len(epochs) + 1)
     for axes, measure in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        train, val = ([epoch[prefix + measure] for epoch in epochs] for prefix in ("", "val_"))
-        axes.plot(x, train, "o-", color=BLUE, label="train")
-        axes.plot(x, val, "o-", color=ORANGE, label="validation")
+        for prefix, color, label in (("", BLUE, "train"), ("val_", ORANGE, "validation")):
+            axes.plot(x, [one[prefix + measure] for one in epochs], "o-", color=color, label=label)
         start = 0.5
         for history in histories:
             name = f"{history['phase']}\n{history['images']:,} photos"
@@ -114,27 +109,24 @@ def reliability_diagram(p: np.ndarray, y: np.ndarray) -> Figure:
     CalibrationDisplay.from_predictions(
         correct, confidence, n_bins=CALIBRATION_BINS, ax=top, color=BLUE, name="model"
     )
-    top.set(title=f"Expected calibration error {calibration_error(p, y):.4f}")
-    top.set(xlabel="", ylabel="accuracy")
+    error = f"Expected calibration error {calibration_error(p, y):.4f}"
+    top.set(title=error, xlabel="", ylabel="accuracy")
     bottom.hist(confidence, CALIBRATION_BINS, range=(0, 1), color=BLUE)
     bottom.set(xlabel="confidence", ylabel="photos", xlim=(0, 1))
     return figure
 
 
 def mistakes(images: np.ndarray, p: np.ndarray, y: np.ndarray, names: Sequence[str]) -> Figure:
-    """Show misclassified photos, the most confident first; without any, the least confident.
-
-    `images` are uint8, (n, side, side, 3), RGB.
-    """
+    """Show misclassified photos, the most confident first; without any, the least confident."""
     predicted, confidence = p.argmax(axis=1), p.max(axis=1)
     wrong = np.flatnonzero(predicted != y)
+    title = f"{len(wrong) or 'None'} of {len(y)} test photos misclassified"
     if len(wrong):
         rows = wrong[np.argsort(-confidence[wrong], kind="stable")][:MAX_MISTAKES]
-        title = f"{len(wrong)} of {len(y)} test photos misclassified"
         title += "" if len(rows) == len(wrong) else f"; the {len(rows)} most confident"
     else:
         rows = np.argsort(confidence, kind="stable")[:LEAST_CONFIDENT]
-        title = f"None of {len(y)} test photos misclassified; the {len(rows)} least confident"
+        title += f"; the {len(rows)} least confident"
     lines = -(-len(rows) // COLUMNS)
     figure = Figure(figsize=(2.0 * COLUMNS, 2.4 * lines + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=13)
