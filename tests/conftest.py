@@ -9,7 +9,7 @@ from tasks.stage import collect_rarely
 THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
 
 LONGEST = ("retrain", "up", "promotion", "trust", "surroundings", "cli", "browser", "serve")
-LONGEST += ("publish_crashes", "dvc", "registry", "service_faults", "training", "model")
+LONGEST += ("publish_crashes", "dvc", "registry", "storage", "training", "model")
 """Files in the order of their duration."""
 
 FIXTURES = ("session", "photos", "models", "programs", "postgresql", "servers", "prefect_api")

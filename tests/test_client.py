@@ -140,13 +140,17 @@ def refused(*fields: str, url: str) -> str:
     return str(caught.value)
 
 
-def test_what_does_not_answer_or_speaks_another_protocol_is_named(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize("hangs", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_services_that_do_not_answer_are_given_up_within_30_s(hangs: bool) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        for field in SERVERS:
-            refused(field, url=f"http://127.0.0.1:{taken.getsockname()[1]}")
+        if hangs:
+            taken.listen()
+        for fields in (SERVERS,) if hangs else ((one,) for one in SERVERS):
+            refused(*fields, url=f"http://127.0.0.1:{taken.getsockname()[1]}")
+
+
+def test_what_speaks_another_protocol_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clients, "CHECK_SECONDS", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
@@ -161,9 +165,3 @@ def test_what_does_not_answer_or_speaks_another_protocol_is_named(
         said = refused("mlflow_tracking_uri", url=f"http://127.0.0.1:{listening.getsockname()[1]}")
         thread.join()
         assert "SSH-2.0" in said
-
-
-@pytest.mark.slow
-def test_services_that_hang_are_given_up_within_30_s() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        refused(*SERVERS, url=f"http://127.0.0.1:{silent.getsockname()[1]}")

@@ -9,16 +9,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from tasks import audit, preprocess
-from tasks.data.dataset import open_dataset
+from tasks.data.dataset import find_photos, open_dataset
 from tasks.errors import DataError, PromotionError, ServiceError
 from tasks.io import read_json, write_json
 from tasks.params import load_params
 from tasks.project import Project
 from tasks.releases import comparison
 from tasks.releases.champion import KEY, Champion, Pointer, move_champion
-from tasks.releases.comparison import LOSS_MARGIN, compare_with_champion, mcnemar
+from tasks.releases.comparison import (
+    LOSS_MARGIN,
+    compare_releases,
+    compare_with_champion,
+    mcnemar,
+)
 from tasks.releases.release import publish
 from tasks.services.s3 import S3Address, Storage
 from tasks.stage import Context
@@ -150,19 +156,26 @@ def held_out(project: Project) -> list[str]:
     return [dataset.names[row] for row in dataset.rows("test")]
 
 
-def make_champion(
-    storage: Storage, folder: Path, model: bytes, labels: Any = LABELS, photos: Any = ()
-) -> Champion:
-    """Make a release champion that holds these labels, photos and this model."""
+def write_release(
+    folder: Path, model: bytes, labels: Any = LABELS, photos: dict[str, str] | None = None
+) -> Path:
+    """Write what is read of a release: these labels, this model, and the splits of photos."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
+    rows = [{"name": name, "split": split} for name, split in (photos or {}).items()]
     write_json(folder / "labels.json", [*labels])
-    write_json(folder / "dataset.json", {"photos": list(photos)})
+    write_json(folder / "dataset.json", {"photos": rows})
     (folder / "params.yaml").write_text("preprocess: {detail: 64}\n")
     (folder / "model.pb").write_bytes(model)
-    release = publish(storage, {path.name: path for path in folder.iterdir()}, {})
+    return folder
+
+
+def make_champion(storage: Storage, *release: Any) -> Champion:
+    """Publish such a release and make it champion."""
+    folder = write_release(*release)
+    made = publish(storage, {path.name: path for path in folder.iterdir()}, {})
     storage.remove(KEY)
-    return move_champion(storage, None, Pointer(release=release.id, version=1))
+    return move_champion(storage, None, Pointer(release=made.id, version=1))
 
 
 def test_a_champion_that_cannot_be_scored_or_has_other_labels_is_not_replaced(
@@ -196,13 +209,11 @@ def test_a_champion_that_cannot_be_scored_or_has_other_labels_is_not_replaced(
 def test_photos_that_the_champion_trained_on_and_their_near_duplicates_are_left_out(
     project: Project, storage: Storage, tmp_path: Path, graphs: tuple[bytes, bytes]
 ) -> None:
-    names = held_out(project)
+    names, made = held_out(project), (storage, tmp_path / "made", graphs[0], LABELS)
     original = "train/0/original.png"  # only the champion's training split had it
     write_json(project.audit, {**read_json(project.audit), "groups": [[original, names[1]]]})
-    in_test = {"name": names[2], "split": "test", "label": "0"}
     for known in ([names[0], original], [names[0], Path(original).name]):
-        photos = [{"name": name, "split": "train", "label": "0"} for name in known]
-        champion = make_champion(storage, tmp_path / "made", graphs[0], LABELS, [*photos, in_test])
+        champion = make_champion(*made, {**dict.fromkeys(known, "train"), names[2]: "test"})
         decision = compare_with_champion(project, storage, champion)
         found = decision.comparison
         assert found is not None
@@ -211,7 +222,33 @@ def test_photos_that_the_champion_trained_on_and_their_near_duplicates_are_left_
     gone.unlink()
     with pytest.raises(DataError, match=rf"1 photos .* cannot .*'{gone.name}' \(no such file\)"):
         compare_with_champion(project, storage, champion)
-    photos = [{"name": name, "split": "val", "label": "0"} for name in names]
-    champion = make_champion(storage, tmp_path / "made", graphs[0], LABELS, photos)
+    champion = make_champion(*made, dict.fromkeys(names, "val"))
     with pytest.raises(PromotionError, match="trained on every test photo"):
         compare_with_champion(project, storage, champion)
+
+
+def test_two_releases_are_compared_on_the_photos_that_neither_was_trained_on(
+    project: Project, tmp_path: Path, graphs: tuple[bytes, bytes]
+) -> None:
+    keys = [photo.key for photo in find_photos(project.data)]
+    first = write_release(tmp_path / "a", graphs[0], LABELS, dict.fromkeys(keys[:3], "train"))
+    splits = {**dict.fromkeys(keys[3:5], "val"), **dict.fromkeys(keys[5:], "test")}
+    second = write_release(tmp_path / "b", graphs[1], LABELS, splits)
+    found, picture = compare_releases(project, {"1": first, "2": second})
+    assert [one["support"] for one in found.recalls] == [3, 8, 8, 8, 8, 8]
+    assert found.champion.n == len(keys) - 5
+    assert {one["name"] for one in found.changed} <= set(keys[5:])
+    assert all(one["label"] == one["name"].split("/")[1] for one in found.changed)
+    assert picture == project.artifacts / "compare.png"
+    with Image.open(picture) as drawn:
+        assert drawn.width == 1200
+    assert compare_releases(project, {"1": first, "same": first})[1] is None
+    assert not picture.exists()
+    other = write_release(tmp_path / "c", graphs[0], [*LABELS[:5], "bus"])
+    with pytest.raises(
+        DataError, match=r"cannot be compared.* only 1 has 5 and only other has bus"
+    ):
+        compare_releases(project, {"1": first, "other": other})
+    seen = write_release(tmp_path / "d", graphs[0], LABELS, dict.fromkeys(keys, "train"))
+    with pytest.raises(DataError, match=r"All 48 photos in data/ .* in the training"):
+        compare_releases(project, {"1": first, "seen": seen})

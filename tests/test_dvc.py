@@ -59,24 +59,18 @@ def add_photo(project: Project, name: str) -> Path:
     )
 
 
-def photos(project: Project) -> dict[str, str]:
-    return {
-        str(path.relative_to(project.data)): hashlib.md5(path.read_bytes()).hexdigest()
-        for path in project.data.rglob("*.png")
-    }
+def photos(project: Project) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in project.data.rglob("*.png")}
 
 
 def test_after_one_runner_the_other_has_nothing_to_do(checkout: Project) -> None:
-    order = Pipeline(checkout).stages()
-    chain = ["audit", "preprocess", "features", "train@base", "train@fine_tune", "train@full"]
-    chain += ["assemble", "evaluate", "gate"]
-    assert [name for name in order if name in chain] == chain
-    assert order.index("backbone") < order.index("features")
-
     def run_early() -> list[str]:
         pipeline = Pipeline(checkout)
         return [pipeline.run(name) for name in EARLY]
 
+    order = Pipeline(checkout).stages()
+    chain = ["audit", "preprocess", "features", "train@base", "assemble", "evaluate", "gate"]
+    assert [name for name in order if name in chain] == chain
     dvc(checkout, "repro", *EARLY)
     assert run_early() == ["unchanged"] * 3
     assert not {"audit", "preprocess"} & set(Pipeline(checkout).changed())
@@ -84,11 +78,9 @@ def test_after_one_runner_the_other_has_nothing_to_do(checkout: Project) -> None
     # A changed parameter runs its stage and no earlier one.
     Repo(checkout).change("preprocess", image_size=32)
     assert run_early() == ["unchanged", "unchanged", "ran"]
-    assert json.loads((checkout.dataset / "index.json").read_text())["image_size"] == 32
     lock = checkout.lock.read_bytes()
     said = dvc(checkout, "repro", *EARLY)
-    assert "Stage 'audit' didn't change" in said
-    assert "Stage 'preprocess' didn't change" in said
+    assert "Data and pipelines are up to date" in said
     assert checkout.lock.read_bytes() == lock
     # A result that was there before is restored.
     Repo(checkout).change("preprocess", image_size=64)
@@ -207,25 +199,19 @@ def test_of_data_and_its_record_the_one_that_changed_wins(checkout: Project) -> 
     # Both changed: refused, with both ways out.
     ours = add_photo(checkout, "ours")
     checkout.data_file.write_bytes(older)
-    for call in (pipeline.data_state, lambda: fetch_data(checkout, pipeline)):
-        with pytest.raises(DataError, match=r"dvc add data.*dvc pull --force data\.dvc") as caught:
-            call()
-        assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=r"dvc add data.*dvc pull --force data\.dvc") as caught:
+        fetch_data(checkout, pipeline)
+    assert "\n" not in str(caught.value)
     assert ours.exists()
     assert checkout.data_file.read_bytes() == older
     dvc(checkout, "add", "-q", "data")
     assert Pipeline(checkout).data_state() == "clean"
-
-
-def test_the_version_remembers_where_the_photos_came_from(checkout: Project) -> None:
-    pipeline = Pipeline(checkout)
+    # Where the photos came from is noted beside what a team notes there.
+    content = yaml.safe_load(checkout.data_file.read_text())
+    checkout.data_file.write_text(yaml.safe_dump({**content, "meta": {"camera": "hall"}}))
     assert pipeline.data_source() == "photos"
-    record = yaml.safe_load(checkout.data_file.read_text())
-    checkout.data_file.write_text(yaml.safe_dump({**record, "meta": {"camera": "hall"}}))
-    assert pipeline.data_source() == "photos"
-    assert pipeline.version_data("sample") == record["outs"][0]["md5"]
+    assert pipeline.version_data("sample") == content["outs"][0]["md5"]
     assert pipeline.data_source() == "sample"
-    # What a team notes there stays.
     kept = yaml.safe_load(checkout.data_file.read_text())["meta"]
     assert kept == {"camera": "hall", "source": "sample"}
 
@@ -252,8 +238,6 @@ def test_only_a_remote_of_the_repository_or_of_our_setting_counts(
     set_by_us = Pipeline(checkout, Remote("s3://user:secret@bucket/photos"))
     assert set_by_us.remote_url() == "s3://bucket/photos"
     assert not (tmp_path / "theirs").exists()
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for url, words in (
         ("s3://bucket/photos", r"could not be pushed to s3://bucket/photos \(.*credentials"),

@@ -1,9 +1,6 @@
 """Runs and versions in MLflow, on a database and on a server."""
 
-import os
 import socket
-import subprocess
-import sys
 import time
 import uuid
 from dataclasses import replace
@@ -15,6 +12,8 @@ import pytest
 
 from tasks.errors import ServiceError
 from tasks.services.mlflow import CHALLENGER, CHAMPION, RecordedRun, Registry, RunRecord
+from tests.fixtures import faults
+from tests.fixtures.faults import proxy_to
 from tests.fixtures.publishing import pooling_model
 from tests.fixtures.servers import MlflowServer
 
@@ -71,8 +70,10 @@ def _check_record(uri: str, name: str, run: RecordedRun, file: Path) -> None:
     folder = Path(mlflow.artifacts.download_artifacts(source, tracking_uri=uri))
     assert (folder / "data/model.keras").read_bytes() == file.read_bytes()
     described = mlflow.models.Model.load(str(folder))
-    assert described.signature.inputs.inputs[0].shape == (-1, 8, 8, 3)
-    assert described.signature.outputs.inputs[0].shape == (-1, 6)
+    shapes = [
+        one.inputs[0].shape for one in (described.signature.inputs, described.signature.outputs)
+    ]
+    assert shapes == [(-1, 8, 8, 3), (-1, 6)]
     assert described.saved_input_example_info["type"] == "ndarray"
     requirements = (folder / "requirements.txt").read_text().split()
     assert {line.partition("==")[0] for line in requirements} >= {"keras", "numpy"}
@@ -119,6 +120,10 @@ def test_one_release_is_one_run_and_one_version(
     registry.set_alias(CHALLENGER, 2)
     assert [one.aliases for one in registry.versions()] == [(CHAMPION,), (CHALLENGER,)]
     _check_record(registry.tracking_uri, name, run, tmp_path / "model.keras")
+    from mlflow.environment_variables import MLFLOW_ALLOW_PICKLE_DESERIALIZATION as PICKLE
+    from mlflow.environment_variables import MLFLOW_DISABLE_TELEMETRY as QUIET
+
+    assert (PICKLE.get(), QUIET.get()) == (False, True)
     # MLflow's default store, a database in the current folder, is never touched.
     assert list(Path.cwd().iterdir()) == []
     assert capsys.readouterr().out == ""
@@ -130,15 +135,9 @@ def test_rejected_and_interrupted_runs_are_recorded_as_what_they_are(
     from mlflow import MlflowClient
 
     registry, client = Registry(tracking_uri, "hands", tmp_path / "ml"), MlflowClient(tracking_uri)
-    rejected = replace(
-        record,
-        content_id=None,
-        name="retrain on data 0123",
-        description="Rejected: recall of 4 0.71 < 0.75.",
-        data_version="0123456789.dir",
-        photos={"train": 900, "test": 180},
-        started=1_700_000_000.0,
-    )
+    facts = {"data_version": "0123456789.dir", "photos": {"train": 900, "test": 180}}
+    facts |= {"description": "Rejected: recall of 4", "started": 1_700_000_000.0}
+    rejected = replace(record, content_id=None, **facts)
     run_id = registry.record_rejected(rejected)
     registry.name_run(run_id, "rejected: recall of 4 0.71 < 0.75")
     run = client.get_run(run_id)
@@ -172,39 +171,27 @@ def test_a_server_that_does_not_answer_is_one_line_within_30_s(hangs: bool) -> N
         if hangs:
             taken.listen()
         host = f"127.0.0.1:{taken.getsockname()[1]}"
-        started = time.monotonic()
-        with pytest.raises(ServiceError, match=f"http://{host}") as caught:
+        began = time.monotonic()
+        with pytest.raises(ServiceError, match=f"MLflow failed at http://{host}") as caught:
             Registry(f"http://user:sentinel-secret@{host}", "hand-signs").set_alias(CHAMPION, 1)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - began < 30
     assert "sentinel" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_fault_of_a_database_is_one_line_that_names_it(tmp_path: Path, tracking_uri: str) -> None:
+def test_a_fault_of_a_server_or_database_is_one_line_that_names_it(
+    tmp_path: Path, tracking_uri: str
+) -> None:
     (tmp_path / "file").write_bytes(b"no database")
-    for uri, words in (
-        (f"sqlite:///{tmp_path}/file/below", "file/below"),
-        (f"sqlite:///{tmp_path}/file", "Repair that file; or move it away"),
-        (tracking_uri, "hand-signs"),  # it knows no version 7
-    ):
-        with pytest.raises(ServiceError, match=words) as caught:
-            Registry(uri, "hand-signs").set_alias(CHAMPION, 7)
-        assert "\n" not in str(caught.value)
-        assert "MLFLOW_TRACKING_URI" not in str(caught.value)
-
-
-def test_mlflow_is_configured_before_it_is_imported(tmp_path: Path) -> None:
-    code = (
-        "import os, sys\n"
-        "from tasks.services.mlflow import Registry\n"
-        "assert 'mlflow' not in sys.modules\n"
-        f"Registry('sqlite:///{tmp_path}/mlflow.db', 'hand-signs').versions()\n"
-        "assert 'mlflow' in sys.modules and 'tensorflow' not in sys.modules\n"
-        "from mlflow.environment_variables import MLFLOW_ALLOW_PICKLE_DESERIALIZATION as pickle\n"
-        "from mlflow.environment_variables import MLFLOW_DISABLE_TELEMETRY as quiet\n"
-        "print(pickle.get(), quiet.get())\n"
-    )
-    environment = {name: text for name, text in os.environ.items() if "MLFLOW" not in name}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert (done.stdout.split(), done.stderr) == (["False", "True"], "")
+    with proxy_to("http://127.0.0.1:9") as proxy:
+        with proxy.failing(faults.answering(500, "INTERNAL_ERROR")):
+            for uri, words in (
+                (proxy.url, "INTERNAL_ERROR.* Check MLFLOW_TRACKING_URI"),
+                (f"sqlite:///{tmp_path}/file/below", "file/below"),
+                (f"sqlite:///{tmp_path}/file", "Repair that file; or move it away"),
+                (tracking_uri, "hand-signs"),  # it knows no version 7
+            ):
+                with pytest.raises(ServiceError, match=words) as caught:
+                    Registry(uri, "hand-signs").set_alias(CHAMPION, 7)
+                assert "\n" not in str(caught.value)
+        assert len(proxy.requests) == 3

@@ -1,25 +1,47 @@
-"""Objects in S3: conditional writes, damaged answers, and services that do not answer."""
+"""Storage: conditional writes, damaged answers, full disks, and services that fail or hang."""
 
 import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tasks.errors import ServiceError
+from flows.local import servers
+from flows.local.clients import ask, check_reachable
+from flows.local.processes import Program
+from flows.settings import Settings
+from tasks.errors import HandsignsError, ServiceError
+from tasks.releases.champion import KEY, Champion, Pointer, move_champion, read_champion
+from tasks.releases.release import publish, verify
+from tasks.services.mlflow import Registry
 from tasks.services.s3 import ChangedError, MissingObjectError, S3Address, Storage
 from tests.fixtures import faults
-from tests.fixtures.faults import Proxy, proxy_to
+from tests.fixtures.checkouts import make_checkout
+from tests.fixtures.faults import Exchange, Proxy, proxy_to
+from tests.fixtures.photos import write_photos
+from tests.fixtures.prefect_api import PrefectApi
+from tests.fixtures.publishing import write_files
+from tests.fixtures.servers import MlflowServer, new_bucket, running
+from tests.fixtures.service import named
+from tests.fixtures.trained import Trained
 
 
 @pytest.fixture
 def proxy(s3: S3Address) -> Iterator[Proxy]:
     with proxy_to(s3.endpoint_url) as made:
         yield made
+
+
+def publish_new(storage: Storage, folder: Path) -> str:
+    """Publish a release like no other; its id."""
+    return publish(
+        storage, {one.name: one for one in write_files(folder, folder.name).iterdir()}
+    ).id
 
 
 def test_objects_are_written_listed_read_and_removed(
@@ -51,11 +73,7 @@ def test_objects_are_written_listed_read_and_removed(
             storage.get(key)
 
 
-def test_a_missing_bucket_and_wrong_credentials_are_named(s3: S3Address) -> None:
-    elsewhere = Storage(replace(s3, bucket="no-such-bucket"))
-    for call in (elsewhere.check, lambda: elsewhere.keys(""), lambda: elsewhere.get("a")):
-        with pytest.raises(ServiceError, match=r"bucket s3://no-such-bucket/.* does not exist"):
-            call()
+def test_wrong_credentials_are_named_without_their_value(s3: S3Address) -> None:
     wrong = replace(s3, secret_access_key="sentinel-secret")
     for address in (wrong, replace(wrong, access_key_id="sentinel-key")):
         with pytest.raises(ServiceError, match="refuses the credentials") as caught:
@@ -139,3 +157,202 @@ def test_a_body_that_breaks_off_late_is_read_again(s3: S3Address, proxy: Proxy) 
     with proxy.failing(faults.on("^GET", faults.hanging_in_the_body(9, parts=30), times=1)):
         assert Storage(replace(s3, endpoint_url=proxy.url)).get("old") == content
     assert len(proxy.requests) == 2
+
+
+@pytest.mark.parametrize("ignored", [("If-None-Match", "If-Match"), ("If-Match",)])
+def test_an_endpoint_that_ignores_conditions_is_refused_at_start(
+    s3: S3Address, proxy: Proxy, ignored: tuple[str, ...]
+) -> None:
+    known = {
+        "s3_endpoint_url": proxy.url,
+        "bucket": s3.bucket,
+        "AWS_ACCESS_KEY_ID": s3.access_key_id,
+        "AWS_SECRET_ACCESS_KEY": s3.secret_access_key,
+    }
+    settings = Settings.model_validate(known)
+    check_reachable(settings)
+    with (
+        proxy.failing(faults.unconditional(Storage(s3), *ignored)),
+        pytest.raises(ServiceError, match="does not honour conditional writes") as caught,
+    ):
+        check_reachable(settings)
+    assert f"ignores {' and '.join(ignored)}:" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert Storage(s3).keys("") == []
+
+
+BODY, PUT, POINTER = "^GET .*keras", "^PUT ", f"^PUT .*{KEY}"
+FAULTS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "500": (faults.answering(500, "InternalError"), "500 InternalError"),
+    "503": (faults.answering(503, "SlowDown"), "503 SlowDown"),
+    "reset": (faults.resetting, "does not answer"),
+    "half a body": (faults.on(BODY, faults.halving), "does not answer"),
+    "hanging body": (faults.on(BODY, faults.hanging_in_the_body(40)), "does not answer"),
+    "changed byte": (faults.on(BODY, faults.flipping), "came back different"),
+    "expired": (faults.answering(400, "ExpiredToken"), "refuses the credentials"),
+    "clock": (faults.answering(403, "RequestTimeTooSkewed"), "and the clock"),
+    "bucket gone": (faults.answering(404, "NoSuchBucket"), "does not exist"),
+    "full": (faults.on(PUT, faults.answering(507, "InsufficientStorage")), "507 InsufficientS"),
+    "pointer only": (faults.on(POINTER, faults.answering(500, "InternalError")), "500 Internal"),
+}
+
+
+def test_a_failing_storage_is_one_line_in_time_and_the_champion_stays(
+    s3: S3Address, tmp_path: Path
+) -> None:
+    direct = Storage(s3)
+    first = publish_new(direct, tmp_path / "first")
+    champion = move_champion(direct, None, Pointer(release=first, version=1))
+
+    def promote(storage: Storage, folder: Path, expected: Champion) -> None:
+        release = verify(storage, publish_new(storage, folder))
+        move_champion(storage, expected, Pointer(release=release.id, version=2))
+
+    def suffer(name: str) -> tuple[str, float, int]:
+        with proxy_to(s3.endpoint_url) as proxy, proxy.failing(FAULTS[name][0]):
+            began, storage = time.monotonic(), Storage(replace(s3, endpoint_url=proxy.url))
+            with pytest.raises(HandsignsError) as caught:
+                promote(storage, tmp_path / name, champion)
+            return str(caught.value), time.monotonic() - began, len(proxy.requests)
+
+    with ThreadPoolExecutor(len(FAULTS)) as pool:
+        for name, (error, seconds, requests) in zip(FAULTS, pool.map(suffer, FAULTS), strict=True):
+            assert FAULTS[name][1] in error, name
+            assert "\n" not in error, name
+            assert seconds < 30, name
+            assert requests < 30, name
+    # SeaweedFS makes a missing bucket on the first put of an administrator.
+    with pytest.raises(ServiceError, match="does not exist"):
+        publish_new(Storage(replace(s3, bucket=f"{s3.bucket}-gone")), tmp_path / "gone")
+    assert read_champion(direct) == champion
+    verify(direct, first)
+    # And none of it stands in the way once the service is well.
+    promote(direct, tmp_path / "well", champion)
+    after = read_champion(direct)
+    assert after is not None
+    assert after.pointer.version == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_a_service_failed_is_resumed_without_training_again(
+    tmp_path: Path,
+    trained: Trained,
+    s3: S3Address,
+    mlflow_server: MlflowServer,
+    prefect_api: PrefectApi,
+) -> None:
+    repo = trained.checkout(tmp_path / "checkout")
+    project = repo.project
+    repo.change("training", batch_size=16)  # otherwise nothing would be trained here
+    repo.handsigns("import", trained.photos)
+
+    def without_features(exchange: Exchange) -> None:
+        (faults.resetting if project.features.exists() else faults.passed)(exchange)
+
+    with (
+        proxy_to(prefect_api.url.removesuffix("/api")) as prefect,
+        proxy_to(s3.endpoint_url) as storage,
+        proxy_to(mlflow_server.url) as registry,
+    ):
+        services = {
+            **named(replace(s3, endpoint_url=storage.url)),
+            **mlflow_server.named,
+            "MLFLOW_TRACKING_URI": registry.url,
+            "HANDSIGNS_MODEL_NAME": "resumed",
+            **prefect_api.named,
+        }
+        gone = {"PREFECT_API_URL": f"{prefect.url}/api", "PREFECT_CLIENT_MAX_RETRIES": "0"}
+        down = faults.on("POST .*/runs/create", faults.answering(503, "DOWN"))
+        # MLflow refuses the record, then storage the very last write, the pointer's.
+        last = faults.on(f"PUT .*/{KEY}", faults.answering(500, "Internal"))
+        failures: list[tuple[Proxy, Callable[[Exchange], None], dict[str, str], str]] = [
+            (prefect, without_features, gone, "Prefect"),
+            (registry, down, {}, "MLflow"),
+            (storage, last, {}, "500 Int"),
+        ]
+        for proxy, fault, changes, words in failures:
+            with proxy.failing(fault):
+                failed = repo.handsigns("retrain", code=1, **{**services, **changes})
+            assert failed["status"] == "failed"
+            assert words in failed["reason"]
+            assert read_champion(Storage(s3)) is None
+        lock = project.lock.read_bytes()
+        report = repo.handsigns("retrain", **services)
+    assert report["status"] == "promoted", report["reason"]
+    assert report["features"]["computed"] == failed["features"]["computed"] == 0
+    assert project.lock.read_bytes() == lock
+    champion = read_champion(Storage(s3))
+    assert champion is not None
+    assert champion.pointer.release == report["release"]["id"]
+    known = Registry(mlflow_server.url, "resumed", login=mlflow_server.login)
+    assert len(known.versions()) == 1
+
+
+@contextmanager
+def seaweedfs(folder: Path, free: int) -> Iterator[S3Address]:
+    """A SeaweedFS whose disk counts as full below so many per cent of free space.
+
+    `weed mini` has no such option, so its parts are started as `weed server`.
+    """
+
+    def describe(ports: tuple[int, ...]) -> Program:
+        program = servers.seaweedfs(folder, "artifacts", ports)
+        weed, _, data, _, *more = program.command
+        command = [weed, "server", data, "-filer", "-s3", "-volume.max=20"]
+        command += ["-master.volumeSizeLimitMB=64", f"-volume.minFreeSpace={free}"]
+        command += [word for word in more if not word.startswith("-admin.")]
+        url = f"{program.url}/healthz"
+        return replace(program, command=command, ready=lambda: ask(url) is not None)
+
+    folder.mkdir(exist_ok=True)
+    with running(folder, "seaweedfs", describe) as program:
+        yield servers.local_s3(folder, "artifacts", program.ports[0])
+
+
+@pytest.mark.slow
+def test_a_store_on_a_full_disk_takes_nothing_and_keeps_what_it_holds(tmp_path: Path) -> None:
+    with seaweedfs(tmp_path / "store", free=1) as address:
+        bucket = new_bucket(address).bucket
+        storage = Storage(replace(address, bucket=bucket))
+        first = publish_new(storage, tmp_path / "first")
+        champion = move_champion(storage, None, Pointer(release=first, version=1))
+        kept = list(storage.list(""))
+
+    with seaweedfs(tmp_path / "store", free=100) as address:
+        storage = Storage(replace(address, bucket=bucket))
+        for write in (
+            lambda: publish_new(storage, tmp_path / "second"),
+            lambda: move_champion(storage, champion, Pointer(release=first, version=2)),
+        ):
+            began = time.monotonic()
+            with pytest.raises(ServiceError, match=r"500 InternalError .* its disk"):
+                write()
+            assert time.monotonic() - began < 30
+        assert read_champion(storage) == champion
+        assert list(storage.list("")) == kept
+
+    with seaweedfs(tmp_path / "store", free=1) as address:
+        storage = Storage(replace(address, bucket=bucket))
+        second = publish_new(storage, tmp_path / "again")
+        move_champion(storage, champion, Pointer(release=second, version=2))
+        for one in (first, second):
+            verify(storage, one)
+
+
+@pytest.mark.slow
+def test_an_import_onto_a_full_disk_leaves_the_photos_as_they_were(tmp_path: Path) -> None:
+    repo = make_checkout(tmp_path / "checkout")
+    root = repo.project.root
+
+    def contents() -> dict[Path, bytes]:
+        paths = [root / "data.dvc", *(root / "data").rglob("*.*")]
+        return {path: path.read_bytes() for path in paths}
+
+    repo.handsigns("import", write_photos(tmp_path / "first", per_class=3))
+    before = contents()
+    more = write_photos(tmp_path / "more", per_class=2, size=400, seed=1)
+    for size, words in ((100_000, ()), (1_000, ("--replace",))):  # of photos; of DVC's notes
+        refused = repo.run_limited(size, "import", more, *words).stderr
+        assert (refused.count("\n"), contents()) == (1, before), refused
+    taken = repo.handsigns("import", more)["taken"]["train"]
+    assert taken == dict.fromkeys("012345", 2)
