@@ -15,7 +15,6 @@ from urllib.request import proxy_bypass_environment
 import pytest
 import trustme
 
-from flows.local import clients
 from flows.local.clients import check_reachable, point_prefect_at, prepare_environment
 from flows.settings import Settings, load_settings
 from tasks.errors import ServiceError, SettingsError
@@ -148,20 +147,3 @@ def test_services_that_do_not_answer_are_given_up_within_30_s(hangs: bool) -> No
             taken.listen()
         for fields in (SERVERS,) if hangs else ((one,) for one in SERVERS):
             refused(*fields, url=f"http://127.0.0.1:{taken.getsockname()[1]}")
-
-
-def test_what_speaks_another_protocol_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients, "CHECK_SECONDS", 2.0)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def greet() -> None:
-            connection, _ = listening.accept()
-            with connection:
-                connection.recv(1024)
-                connection.sendall(b"SSH-2.0-nobody\r\n")
-
-        thread = threading.Thread(target=greet)
-        thread.start()
-        said = refused("mlflow_tracking_uri", url=f"http://127.0.0.1:{listening.getsockname()[1]}")
-        thread.join()
-        assert "SSH-2.0" in said

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -177,15 +176,6 @@ def test_the_quarantine_lists_what_was_rejected_and_why(project: Project, tmp_pa
     assert listed == shown["quarantined"] == [asdict(file) for file in report.quarantined]
     import_photos(project, source(tmp_path / "good", {"0/a.png": PNG[2]}))
     assert read_json(project.quarantine / "quarantine.json")["files"] == []
-
-    def seconds(count: int) -> float:
-        files = {f"0/{count}-{number}.png": b"text %d" % number for number in range(count)}
-        bad = source(tmp_path / str(count), {"0/a.png": PNG[0], **files})
-        began = time.process_time()
-        import_photos(project, bad)
-        return time.process_time() - began
-
-    assert seconds(1800) < 6 * seconds(600) + 0.5
 
 
 def test_what_fails_or_is_interrupted_changes_nothing(
