@@ -3,19 +3,21 @@
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from flows import output
-from flows.local.clients import HEARTBEAT_SECONDS, prepare_environment, traffic_store
+from flows.local.clients import prepare_environment, traffic_store
 from flows.output import (
     Json,
+    Listing,
     echo,
     open_project,
     open_workspace,
+    retrain_listing,
     say,
     show_messages,
+    shown,
     shown_progress,
 )
 from flows.versions import keys_app, versions_app
@@ -24,6 +26,8 @@ from tasks.stage import collect_rarely
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+MAX_FILES = 20
+"""Files named one by one; `--json` names all."""
 
 app = typer.Typer(
     help="Keep an image classifier fresh: import photos, retrain, promote what is better.",
@@ -74,6 +78,7 @@ Model = Annotated[
     str,
     typer.Option(help="champion, challenger, a version's number, or the path of a release."),
 ]
+Pool = Literal["handsigns", "handsigns-docker", "handsigns-kubernetes"]
 Version = Annotated[
     bool, typer.Option("--version", help="Print it.", callback=_print_version, is_eager=True)
 ]
@@ -94,7 +99,7 @@ def retrain(
         from flows.run import retrain as run
 
         report = run(workspace, force, progress)
-    echo(json_, report.model_dump(mode="json"), output.retrain_listing(report))
+    echo(json_, report.model_dump(mode="json"), retrain_listing(report))
     if report.status == "cancelled":
         raise KeyboardInterrupt
     if report.status in ("rejected", "failed"):
@@ -150,8 +155,18 @@ def import_(
             "data/ holds the rendered sample beside these photos. Import them with --replace to "
             "keep them only."
         )
-    result = {**report.to_json(), "version": version, "pushed": pushed}
-    echo(json_, result, output.import_listing(report, version))
+    result: dict[str, Any] = {**report.to_json(), "version": version, "pushed": pushed}
+    facts = {
+        f"{what.replace('_', ' ')}, {split}": counts
+        for what in ("taken", "already_there")
+        for split, counts in result[what].items()
+        if counts
+    }
+    facts |= {"set aside": report.kinds(), "removed": report.removed, "version": version}
+    notes = [f"{file.origin}: {file.reason}" for file in report.quarantined[:MAX_FILES]]
+    if len(report.quarantined) > MAX_FILES:
+        notes.append("The others: artifacts/quarantine/quarantine.json")
+    echo(json_, result, Listing("Photos", facts, notes=notes))
     for line in report.unknown_folders():
         say(f"{line}. To take a source's folders as the labels: --replace --set-labels.")
     check_trainable(find_photos(project.data), report.labels)
@@ -169,7 +184,13 @@ def evaluate(
         from tasks.scoring.folder import evaluate_folder
 
         result = {"model": name, **evaluate_folder(classifier, folder, progress)}
-    echo(json_, result, output.scores_listing(result))
+    low, high = result["accuracy_interval"]
+    title = f"{name}: accuracy {result['accuracy']:.4f} ({low:.3f} to {high:.3f}) on "
+    title += f"{result['n']} photos"
+    title += "".join(f", {score} {shown(result[score])}" for score in ("loss", "auc", "ece"))
+    columns = ("label", "precision", "recall", "f1", "support")
+    unread = [f"{file['file']}: {file['error']}" for file in result["unreadable"]]
+    echo(json_, result, Listing(title, result["per_class"], columns, unread))
 
 
 @app.command()
@@ -178,16 +199,27 @@ def predict(
     model: Model = "champion",
     json_: Json = False,
 ) -> None:
-    """Classify each photo, with the probability of every label."""
+    """Classify each photo; --json has the probability of every label."""
     photos = [photo for file in files for photo in _photos_in(file)]
     with open_workspace() as workspace, shown_progress() as progress:
         classifier, name = workspace.classifier(model)
         from tasks.model.inference import classify_files
 
         predictions = [found.to_json() for found in classify_files(classifier, photos, progress)]
-    result = {"model": name, "predictions": predictions}
-    echo(json_, result, output.predictions_listing(predictions, name))
-    if any("error" in found for found in predictions):
+    errors = [f"{one['file']}: {one['error']}" for one in predictions if "error" in one]
+    rows = [
+        {
+            "photo": one["file"],
+            "read as": one["label"] if one["certain"] else f"? {one['label']}",
+            "probability": one["probabilities"][one["label"]],
+        }
+        for one in predictions
+        if "error" not in one
+    ]
+    title = f"{name}; ? means that no label is clear"
+    listing = Listing(title, rows, ("photo", "read as", "probability"), errors)
+    echo(json_, {"model": name, "predictions": predictions}, listing)
+    if errors:
         raise typer.Exit(1)
 
 
@@ -213,7 +245,7 @@ def serve(
 
         settings = workspace.settings
         token = settings.serve_token.get_secret_value() if settings.serve_token else None
-        with listen(host, port, token is not None) as listening:
+        with listen(host, port, token is not None) as (bound, url, hosts):
             from flows.serve.app import make_app
             from flows.serve.follower import open_source
             from flows.serve.review import open_captures
@@ -222,14 +254,14 @@ def serve(
             captures = open_captures(settings, workspace.project)
             source = open_source(workspace, model)
             max_bytes = settings.serve_max_mb * 2**20
-            limits = Limits(settings.serve_rate, max_bytes, token, listening.hosts)
+            limits = Limits(settings.serve_rate, max_bytes, token, hosts)
             traffic = Traffic(traffic_store(settings, workspace.project))
             service = make_app(source, limits, captures, traffic)
             loaded = source.model.description if source.model else None
-            line = f"Serving on {listening.url} ({loaded or 'no model yet'}). Ctrl-C stops it."
-            echo(json_, {"url": listening.url, "model": loaded, "problem": source.problem}, line)
+            line = f"Serving on {url} ({loaded or 'no model yet'}). Ctrl-C stops it."
+            echo(json_, {"url": url, "model": loaded, "problem": source.problem}, line)
             try:
-                run_service(service, listening)
+                run_service(service, bound)
             finally:
                 source.stop()
 
@@ -241,7 +273,12 @@ def up(json_: Json = False) -> None:
     from flows.local.stack import up as start
 
     running, fresh = start(workspace.project, workspace.settings)
-    echo(json_, {**running.model_dump(), "started": fresh}, output.service_listing(running, fresh))
+    notes = [
+        "-: as the environment says, or in .local/; logs: .local/logs/; login: handsigns open",
+        "handsigns status, predict and retrain use it. To stop it: make down",
+    ]
+    title = "Service" if fresh else "Service, already up"
+    echo(json_, {**running, "started": fresh}, Listing(title, running, notes=notes))
 
 
 @app.command()
@@ -256,27 +293,17 @@ def down(json_: Json = False) -> None:
 
 @app.command()
 def deploy(
-    pool: Annotated[str, typer.Option(help="Work pool that runs the deployments.")] = "handsigns",
-    silence: Annotated[
-        int,
-        typer.Option(
-            min=HEARTBEAT_SECONDS + 1,
-            help="Seconds without a sign of life until a run counts as crashed.",
-        ),
-    ] = 90,
+    pool: Annotated[Pool, typer.Option(help="Runs the deployments.")] = "handsigns",
     json_: Json = False,
 ) -> None:
     """Register work pools, deployments and the crash automations with Prefect."""
     with open_workspace() as workspace:
-        from flows.deploy import POOLS
         from flows.deploy import deploy as register
 
-        if pool not in POOLS:
-            raise SettingsError(f"There is no work pool {pool!r}. Take one of {', '.join(POOLS)}.")
         api = workspace.services.prefect_named()
         if api is None:
             raise SettingsError(
                 "No Prefect server is known. Set PREFECT_API_URL, or run `handsigns up` first."
             )
-        names = register(workspace.project, workspace.settings, api, pool, silence)
+        names = register(workspace.project, workspace.settings, api, pool)
     echo(json_, {"api": api, "pool": pool, "deployments": names}, f"{', '.join(names)} on {pool}")

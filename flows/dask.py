@@ -24,11 +24,7 @@ def shard_runner(dask_address: str | None, patience: float = 30.0) -> Runner:
 def _on_dask(
     address: str, patience: float, shards: Iterable[Shard], graph: Path
 ) -> Iterator[tuple[Key, Row]]:
-    """Keep two shards waiting for each worker, so that memory stays bounded.
-
-    Dask gives the shard of a worker that dies to another one, and a shard that fails two more
-    tries; the trunk is a task too, so that it outlives the workers that hold it.
-    """
+    """Keep two shards waiting for each worker, so that memory stays bounded."""
     from distributed import Client
 
     try:
@@ -37,7 +33,7 @@ def _on_dask(
             _log.info("Computing features on the Dask cluster at %s.", address)
             if not workers:
                 _log.warning("The Dask cluster at %s has no worker; waiting for one.", address)
-            with warnings.catch_warnings():
+            with warnings.catch_warnings():  # a task, so that it outlives the workers that hold it
                 warnings.filterwarnings("ignore", "Sending large graph")
                 trunk = client.submit(bytes, graph.read_bytes())
             waiting = iter(shards)

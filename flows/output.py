@@ -20,12 +20,9 @@ from tasks.errors import HandsignsError
 from tasks.stage import redirect_output
 
 if TYPE_CHECKING:
-    from flows.local.stack import Running
     from flows.report import RunReport
     from flows.workspace import Workspace
-    from tasks.data.importer import ImportReport
     from tasks.project import Project
-    from tasks.releases.comparison import Comparison
     from tasks.stage import Progress
 
 _log = logging.getLogger(__name__)
@@ -37,12 +34,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 SECONDS_BETWEEN_LINES = 10.0
 """How often a long step writes a line where there is no terminal."""
-MAX_COLUMNS = 12
-"""Labels that a table has a column for."""
-MAX_LABELS = 30
-"""Labels that are listed with their photos."""
-MAX_FILES = 20
-"""Files named one by one; `--json` names all."""
+MAX_COUNTS = 30
+"""Counts of labels that are listed one by one."""
+NEXT_STEPS = {
+    "promoted": "Try it: handsigns predict PHOTO, or handsigns serve",
+    "registered": "To promote it anyway: handsigns promote {version} --force --reason WHY",
+    "rejected": "Nothing was published. Add photos of the weak classes, or change gate in "
+    "params.yaml; misread photos are in artifacts/plots/mistakes.png",
+}
 
 
 def open_project() -> "Project":
@@ -101,25 +100,25 @@ def say(message: str) -> None:
 
 @dataclass
 class Listing:
-    """A titled table, with a header where the columns need one, and notes below."""
+    """A titled table, of facts or of these columns of rows, and notes below."""
 
     title: str
-    rows: Sequence[Sequence[str]]
-    header: Sequence[str] = ()
+    rows: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+    columns: Sequence[str] = ()
     notes: Sequence[str] = ()
 
 
-def echo(as_json: bool, content: Any, shown: str | Listing) -> None:
+def echo(as_json: bool, content: Any, text: str | Listing) -> None:
     """Print a result, for a script or for a person."""
     if as_json:
         out.file.write(json.dumps(content, indent=1) + "\n")
         out.file.flush()
-    elif isinstance(shown, str):
-        _print_line(shown)
+    elif isinstance(text, str):
+        _print_line(text)
     else:
-        out.print(Text(shown.title, "bold"), soft_wrap=True)
-        _print_table(shown)
-        for note in shown.notes:
+        out.print(Text(text.title, "bold"), soft_wrap=True)
+        _print_table(text)
+        for note in text.notes:
             _print_line(note)
 
 
@@ -127,15 +126,33 @@ def _print_table(listing: Listing) -> None:
     from rich import box
     from rich.table import Column, Table
 
-    columns = listing.header or [""] * max(map(len, listing.rows), default=0)
+    rows, columns = listing.rows, listing.columns
+    if isinstance(rows, Mapping):
+        columns, rows = ("fact", "value"), [{"fact": k, "value": v} for k, v in rows.items()]
     table = Table(
         *(Column(title, overflow="fold") for title in columns),
-        box=box.SIMPLE_HEAD if listing.header and out.is_terminal else None,
-        show_header=bool(listing.header),
+        box=box.SIMPLE_HEAD if out.is_terminal and listing.columns else None,
+        show_header=bool(listing.columns),
     )
-    for row in listing.rows:
-        table.add_row(*map(Text, row))
+    for row in rows:
+        table.add_row(*(Text(shown(row.get(title))) for title in columns))
     out.print(table)
+
+
+def shown(value: Any) -> str:
+    """The content of a cell."""
+    match value:
+        case None:
+            return "-"
+        case float():
+            return f"{value:.4f}"
+        case dict() if len(value) > MAX_COUNTS:
+            return f"{min(value.values())} to {max(value.values())} for {len(value)} labels"
+        case dict():
+            return ", ".join(f"{name}: {one}" for name, one in value.items())
+        case list():
+            return ", ".join(map(str, value))
+    return str(value)
 
 
 def _print_line(line: str) -> None:
@@ -150,24 +167,17 @@ def shown_progress() -> Iterator["Progress"]:
         return
     from rich import progress as rich
 
-    columns = rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn()
+    columns = "{task.description}", rich.BarColumn(), rich.MofNCompleteColumn()
     # Rich would take what stages print from the log of this verb to the terminal.
-    with rich.Progress(
-        "{task.description}",
-        *columns,
-        console=err,
-        transient=True,
-        redirect_stdout=False,
-        redirect_stderr=False,
-    ) as bars:
-        bar, shown = bars.add_task("", visible=False), ""
+    bars = rich.Progress(
+        *columns, console=err, transient=True, redirect_stdout=False, redirect_stderr=False
+    )
+    with bars:
+        bar = bars.add_task("", visible=False)
 
         def progress(what: str, done: int, total: int) -> None:
-            nonlocal shown
-            if what != shown:
-                bars.reset(bar, description=what)
-                shown = what
-            bars.update(bar, completed=done, total=total, visible=done < total)
+            rest = total - done
+            bars.update(bar, description=what, completed=done, total=total, visible=rest > 0)
 
         yield progress
 
@@ -190,161 +200,10 @@ def progress_lines() -> "Progress":
     return progress
 
 
-def import_listing(report: "ImportReport", version: str) -> Listing:
-    """Photos by split, and the files that were set aside."""
-    rows = []
-    for title, counts in (("taken", report.imported), ("already there", report.already_there)):
-        for split in sorted({split for split, _ in counts}):
-            labels = {label: number for (place, label), number in counts.items() if place == split}
-            each = ", ".join(f"{label}: {number}" for label, number in sorted(labels.items()))
-            if len(labels) > MAX_LABELS:
-                each = f"{min(labels.values())} to {max(labels.values())} for {len(labels)} labels"
-            rows.append([title, split, str(sum(labels.values())), each])
-    rows += [["set aside", kind, str(number), ""] for kind, number in report.kinds().items()]
-    rows += [["removed", "", str(report.removed), ""]] if report.removed else []
-    notes = [f"{file.origin}: {file.reason}" for file in report.quarantined[:MAX_FILES]]
-    if len(report.quarantined) > MAX_FILES:
-        notes.append("The others: artifacts/quarantine/quarantine.json")
-    notes.append(f"data/ is version {version}.")
-    return Listing("Photos", rows, ("import", "", "photos", "by label"), notes)
-
-
-def service_listing(running: "Running", fresh: bool) -> Listing:
-    """Where each part of the service answers."""
-    elsewhere = "as the environment says"
-    rows = [
-        ("Prefect", (running.prefect or elsewhere).removesuffix("/api")),
-        ("MLflow", running.mlflow or elsewhere),
-        ("S3", running.s3 or elsewhere),
-        ("database", running.database or "SQLite in .local/"),
-        ("logs", ".local/logs/"),
-        ("login", "in .local/credentials.json, for what is started here"),
-    ]
-    notes = ["handsigns status, predict and retrain use it. To stop it: make down"]
-    return Listing("Service" if fresh else "Service, already up", rows, notes=notes)
-
-
-NEXT_STEPS = {
-    "promoted": "Try it: handsigns predict PHOTO, or handsigns serve",
-    "registered": "To promote it anyway: handsigns promote {version} --force --reason WHY",
-    "rejected": "Nothing was published. Add photos of the weak classes, or change gate in "
-    "params.yaml; misread photos are in artifacts/plots/mistakes.png",
-}
-
-
 def retrain_listing(report: "RunReport") -> Listing:
     """What happened, how good it is, compared with what, and what to do next."""
-    notes = []
+    notes: list[str] = []
     if step := NEXT_STEPS.get(report.status):
         places = "Plots: artifacts/plots/   Report: artifacts/run.json"
         notes = [step.format(version=report.model.version), places]
     return Listing(f"Retrain: {report.status}", report.facts(), notes=notes)
-
-
-def status_listing(found: Mapping[str, Any], verbose: bool) -> Listing:
-    """Where the checkout and its services stand; hashes only if `verbose`."""
-    data = found["data"]["version"] or "no version"
-    rows = [
-        ("data", f"{data if verbose else data[:8]} ({found['data']['source']})"),
-        ("out of date", ", ".join(found["stale"]) or "nothing"),
-    ]
-    for role in ("champion", "challenger"):
-        text = "none"
-        if version := found[role]:
-            scores = "accuracy {}, loss {}, {} photos, made {}".format(*_scores(version))
-            text = f"version {version['version']}: {scores}"
-            text += ", FORCED" if version.get("overruled") else ""
-            text += f", {version['uri']}" if verbose else ""
-        rows.append((role, text))
-    if last := found["last_run"]:
-        rows.append(("last run", f"{last['status']}: {last['reason']}"))
-    up = found["service"] and f"up; Prefect {found['service']['prefect']}"
-    rows.append(("service", up or "not up; handsigns up starts it, with the schedule"))
-    rows.append(("signatures", found["signatures"]))
-    return Listing("Status", [*rows, *(("moved", one["told"]) for one in found["history"][-5:])])
-
-
-def versions_listing(versions: Sequence[Mapping[str, Any]]) -> Listing:
-    """Every registered version, with its scores and its part in the champion's history."""
-    rows = []
-    for one in versions:
-        promoted = [f"promoted {at[:10]}" for at in one["promoted"][-1:]]
-        state = [*one["aliases"], *promoted, *(["FORCED"] if one["forced"] else [])]
-        rows.append([str(one["version"]), *_scores(one), ", ".join(state)])
-    header = ("version", "accuracy", "loss", "photos", "made", "state")
-    return Listing("Versions" if rows else "There are no versions yet.", rows, header)
-
-
-def runs_listing(found: Sequence[Mapping[str, str]]) -> Listing:
-    """What happened lately, the newest last."""
-    rows = [
-        [
-            one["at"][:16].replace("T", " "),
-            one["what"],
-            "" if one["reason"] in one["what"] else one["reason"],
-        ]
-        for one in found
-    ]
-    title = "Runs, the newest last" if rows else "There was no run yet."
-    return Listing(title, rows, ("at", "what", "why") if rows else ())
-
-
-def comparison_listing(
-    first: str, second: str, found: "Comparison", picture: Path | None
-) -> Listing:
-    """Two versions on the same photos, label by label."""
-    old, new = found.champion, found.challenger
-    rows = [
-        [name, _shown(getattr(old, name)), _shown(getattr(new, name))]
-        for name in ("accuracy", "loss", "auc", "ece")
-    ]
-    for one in found.recalls:
-        recalls = _shown(one["champion"]), _shown(one["challenger"])
-        rows.append([f"recall of {one['label']}", *recalls])
-    notes = [
-        f"Version {second} is right on {found.won} photos that {first} misreads, and wrong on "
-        f"{found.lost} others: {found.verdict} (McNemar p = {found.p_value:.3g}).",
-        f"Photos that they read differently: {picture}" if picture else "They read all alike.",
-    ]
-    return Listing(f"{old.n} photos that neither was trained on", rows, ("", first, second), notes)
-
-
-def _scores(one: Mapping[str, Any]) -> list[str]:
-    numbers = [_shown(one.get(name)) for name in ("accuracy", "loss", "photos")]
-    return [*numbers, one.get("created", "-")[:16].replace("T", " ")]
-
-
-def scores_listing(result: Mapping[str, Any]) -> Listing:
-    """Scores on labelled photos, label by label."""
-    low, high = result["accuracy_interval"]
-    more = ", ".join(f"{name} {_shown(result[name])}" for name in ("loss", "auc", "ece"))
-    title = (
-        f"{result['model']}: accuracy {result['accuracy']:.4f} ({low:.3f} to {high:.3f}) on "
-        f"{result['n']} photos, {more}"
-    )
-    names = ("precision", "recall", "f1", "support")
-    rows = [[row["label"], *(_shown(row[name]) for name in names)] for row in result["per_class"]]
-    unread = [f"{file['file']}: {file['error']}" for file in result["unreadable"]]
-    return Listing(title, rows, ("label", "precision", "recall", "F1", "photos"), unread)
-
-
-def predictions_listing(predictions: Sequence[Mapping[str, Any]], model: str) -> Listing:
-    """The label read in each photo, and the probability of each, or of this one only."""
-    read = [found for found in predictions if "error" not in found]
-    labels = [*read[0]["probabilities"]] if read else []
-    labels = labels if len(labels) <= MAX_COLUMNS else []
-    rows = [
-        [
-            found["file"],
-            found["label"] if found["certain"] else "?",
-            *(f"{found['probabilities'][label]:.3f}" for label in labels or [found["label"]]),
-        ]
-        for found in read
-    ]
-    model += "; ? means that none is clear" if any(row[1] == "?" for row in rows) else ""
-    errors = [f"{found['file']}: {found['error']}" for found in predictions if "error" in found]
-    return Listing(model, rows, ("photo", "label", *(labels or ["probability"])), errors)
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

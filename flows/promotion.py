@@ -1,20 +1,13 @@
 """The promote and rollback flows, and the approval that a retrain may wait for."""
 
+import asyncio
 import logging
-import threading
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Literal
-from uuid import UUID
 
-from httpx import HTTPError
 from prefect import flow
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.exceptions import FlowPauseTimeout
-from prefect.flow_runs import pause_flow_run
+from prefect.flow_runs import apause_flow_run
 from prefect.input import RunInput
-from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import Field
 
@@ -27,17 +20,12 @@ from tasks.services.mlflow import Version
 
 GRACE = 600
 """Seconds that Prefect waits longer than we do: a run that Prefect times out has failed."""
-AGAIN = 2.0
-"""Seconds between two attempts to end the wait."""
 
 _log = logging.getLogger(__name__)
 
 
 class Approval(RunInput):
-    """The form in the Prefect UI.
-
-    Neither field has a default, or resuming with nothing filled in would approve.
-    """
+    """The form in the Prefect UI; with defaults, resuming with nothing filled in would approve."""
 
     name: str = Field(
         title="Your name", description="Kept in the champion's history.", min_length=1
@@ -48,61 +36,28 @@ class Approval(RunInput):
     comment: str = Field(default="", title="Comment", description="Why; kept in the history.")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """Whether the challenger may become champion, who says so, and why."""
-
-    approved: bool
-    by: str | None = None
-    description: str = ""
-
-
-def ask(settings: Settings, version: Version, decision: PromotionDecision) -> Answer:
-    """Ask a person to approve a promotion, if the settings say so.
-
-    The flow run that this is called from pauses until somebody answers or the time is up;
-    no answer rejects.
-    """
+def ask(
+    settings: Settings, version: Version, decision: PromotionDecision
+) -> tuple[bool, str | None, str]:
+    """Ask whether to promote, if the settings say so; also who answers, and why."""
     if settings.promotion == "auto":
-        return Answer(True)
+        return True, None, ""
     seconds = settings.approval_seconds
     title = f"Version {version.number} of {settings.model_name} may become champion"
     question = f"{title}. Release `{version.content_id}`.\n\n{ui.comparison_text(decision)}"
-    _log.info("Waiting for approval in the Prefect UI, %d s at most.", seconds)
+    _log.info("Waiting for approval at %s, %d s at most.", ui.run_address(), seconds)
     ui.rename_run(f"v{version.number} waits for approval")
     ui.notify_people(settings, f"handsigns: {title}", "It waits for approval.", ui.run_address())
-    ended, expired = threading.Event(), threading.Event()
-    end = threading.Thread(
-        target=_give_up, args=(UUID(str(flow_run.id)), seconds, ended, expired), daemon=True
-    )
-    end.start()
+    form = Approval.with_initial_data(description=question)
+    poll = min(5, max(1, seconds // 10))
+    answer = apause_flow_run(wait_for_input=form, timeout=seconds + GRACE, poll_interval=poll)
     try:
-        given = pause_flow_run(
-            wait_for_input=Approval.with_initial_data(description=question),
-            timeout=seconds + GRACE,
-            poll_interval=min(5, max(1, seconds // 10)),
-        )
-    except FlowPauseTimeout:
-        given = None
-    finally:
-        ended.set()
-        end.join(AGAIN)  # it may be about to say that it answered
-    if given is None or expired.is_set():
-        return Answer(False, None, f"nobody approved it within {seconds} s")
+        given = asyncio.run(asyncio.wait_for(answer, seconds))
+    except TimeoutError:
+        return False, None, f"nobody approved it within {seconds} s"
     comment = f": {given.comment}" if given.comment else ""
     verb = "approved" if given.decision == "approve" else "rejected"
-    return Answer(verb == "approved", given.name, f"{verb} by {given.name}{comment}")
-
-
-def _give_up(run: UUID, seconds: int, ended: threading.Event, expired: threading.Event) -> None:
-    """Answer in nobody's name when the time is up, so that the run ends as registered."""
-    answer = {"name": "nobody", "decision": "reject"}
-    pause: float = seconds
-    while not expired.is_set() and not ended.wait(pause):
-        pause = AGAIN
-        with suppress(HTTPError), get_client(sync_client=True) as client:
-            if client.resume_flow_run(run, run_input=answer).status == "ACCEPT":
-                expired.set()
+    return verb == "approved", given.name, f"{verb} by {given.name}{comment}"
 
 
 @flow(name="promote", flow_run_name="promote version {version}")

@@ -3,7 +3,6 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,8 @@ from tasks.params import Params
 from tasks.project import Project
 
 Status = Literal["promoted", "registered", "rejected", "unchanged", "failed", "cancelled"]
+
+RUNS = "runs.jsonl"
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class GateReport(_Part):
 
     def failures(self) -> list[str]:
         """One phrase for each failed check, such as `accuracy 0.963 < 0.990`."""
-        return [_failure(check) for check in self.checks if not check["passed"]]
+        return [_failure(**check) for check in self.checks if not check["passed"]]
 
     def describe_failures(self, most: int = 5) -> str:
         """The failed checks in one line; with many labels not all of them."""
@@ -143,49 +144,47 @@ class RunReport(_Part):
             facts += [f"-{changes.removed} photos"] if changes.removed else []
         return f"v{self.model.version} {verb}: {', '.join(facts)}"
 
-    def facts(self) -> list[tuple[str, str]]:
+    def facts(self) -> dict[str, str]:
         """What happened, how good it is and compared with what, for terminal and UI."""
-        rows, test, new = [("why", self.reason)], self.test, self.status != "unchanged"
+        facts, test, new = {"why": self.reason}, self.test, self.status != "unchanged"
         if self.phases and new:
             spent = [f"{one.name} {one.seconds:.0f} s" for one in self.phases if one.seconds]
-            rows.append(("photos", self.data.describe()))
-            rows.append(("trained", ", ".join(spent) or "restored; nothing changed for training"))
+            facts["photos"] = self.data.describe()
+            facts["trained"] = ", ".join(spent) or "restored; nothing changed for training"
         if test.accuracy is not None:
             low, high = test.accuracy_interval or (0.0, 1.0)
             scores = {"loss": test.loss, "AUC": test.auc, "ECE": test.ece}
             more = [f", {name} {value:.4f}" for name, value in scores.items() if value is not None]
-            accuracy = f"accuracy {test.accuracy:.4f} ({low:.3f} to {high:.3f})"
-            rows.append(("test", accuracy + "".join(more)))
+            facts["test"] = f"accuracy {test.accuracy:.4f} ({low:.3f} to {high:.3f}){''.join(more)}"
         if self.gate.checks:
             failed = self.gate.describe_failures()
             passed = f"passed, {len(self.gate.checks)} checks"
-            rows.append(("gate", f"failed: {failed}" if failed else passed))
+            facts["gate"] = f"failed: {failed}" if failed else passed
         if found := self.comparison:
             before, after = found["champion"], found["challenger"]
             moved = [f"{k} {before[k]:.4f} -> {after[k]:.4f}" for k in ("accuracy", "loss")]
             photos = f"{before['n']} photos, {found['won']} won, {found['lost']} lost"
-            rows.append(("champion", f"{', '.join(moved)} on the same {photos}"))
+            facts["champion"] = f"{', '.join(moved)} on the same {photos}"
         if self.model.version is not None:
             alias = f" ({self.model.alias})" if self.model.alias else ""
-            rows.append(("model", f"{self.model.name} version {self.model.version}{alias}"))
+            facts["model"] = f"{self.model.name} version {self.model.version}{alias}"
         if self.release.uri and new:
-            rows.append(("release", self.release.uri))
+            facts["release"] = self.release.uri
         if "total" in self.seconds:
-            rows.append(("took", f"{self.seconds['total']:.0f} s"))
-        return rows
+            facts["took"] = f"{self.seconds['total']:.0f} s"
+        return facts
 
 
-def _failure(check: Mapping[str, Any]) -> str:
-    name, value, limit, interval = (check.get(k) for k in ("name", "value", "limit", "interval"))
+def _failure(
+    name: str, value: Any, limit: Any, interval: Any = None, detail: str = "", **_: Any
+) -> str:
     if value is None or limit is None:
-        return f"{name}: {check.get('detail') or 'no usable value'}"
-    if interval and interval[0] < limit <= value:
-        return f"{name} {_number(value)}, surely only {_number(interval[0])} < {_number(limit)}"
-    return f"{name} {_number(value)} {'<' if value < limit else '>'} {_number(limit)}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+        return f"{name}: {detail or 'no usable value'}"
+    low = interval[0] if interval else value
+    numbers = [f"{one:.3f}" if isinstance(one, float) else one for one in (value, low, limit)]
+    if low < limit <= value:
+        return "{} {}, surely only {} < {}".format(name, *numbers)
+    return f"{name} {numbers[0]} {'<' if value < limit else '>'} {numbers[2]}"
 
 
 def write_report(report: RunReport, project: Project) -> None:
@@ -205,7 +204,7 @@ def log_run(report: RunReport, project: Project) -> None:
         "reason": report.reason,
     }
     try:
-        with _runs(project).open("a", encoding="utf-8") as file:
+        with (project.local / RUNS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
     except OSError as error:
         _log.warning("`handsigns runs` will not show this run (%s).", error.strerror or error)
@@ -214,15 +213,11 @@ def log_run(report: RunReport, project: Project) -> None:
 def logged_runs(project: Project) -> list[dict[str, str]]:
     """How the runs of this checkout ended, oldest first; damaged lines are left out."""
     entries = []
-    if _runs(project).exists():
-        for line in _runs(project).read_text(encoding="utf-8", errors="replace").splitlines():
+    with suppress(FileNotFoundError), (project.local / RUNS).open(errors="replace") as file:
+        for line in file:
             with suppress(ValueError):
                 entries.append(json.loads(line))
     return entries
-
-
-def _runs(project: Project) -> Path:
-    return project.local / "runs.jsonl"
 
 
 def read_output(path: Path) -> Any:
@@ -253,14 +248,12 @@ def data_changes(project: Project, former: Any, since: int | None) -> DataChange
         "now": Counter(now.values()),
     }
     labels = dict.fromkeys([*index["labels"], *sorted(before.values())])
-    each = {label: {name: count[label] for name, count in counts.items()} for label in labels}
-    kept = before.keys() & now.keys()
     return DataChanges(
         since=since,
         added=len(added),
         removed=len(removed),
-        relabelled=sum(before[name] != now[name] for name in kept),
-        per_class=each,
+        relabelled=sum(before[name] != now[name] for name in before.keys() & now.keys()),
+        per_class={k: {name: count[k] for name, count in counts.items()} for k in labels},
     )
 
 
@@ -270,7 +263,7 @@ def histories(project: Project, params: Params) -> list[dict[str, Any]]:
 
 
 def read_stages(
-    project: Project, params: Params, report: RunReport, outcomes: Mapping[str, str]
+    project: Project, params: Params, report: RunReport, outcomes: dict[str, str]
 ) -> None:
     """Fill a report with what the stages found; `report.seconds` has their times already."""
     index, data = read_output(project.dataset_index), report.data

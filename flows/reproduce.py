@@ -1,8 +1,6 @@
-"""Rebuild a release from its recorded code, data and parameters, and compare.
+"""Rebuild a release in a worktree of its commit, with its own data and parameters, and compare.
 
-The code is checked out into a temporary worktree; data and parameters are the release's
-own. Of the earlier code only commands are used that every version has: `dvc repro` and
-`handsigns sample`. Every stage runs; none comes from a cache.
+Of the earlier code only commands are used that every version has.
 """
 
 import contextlib

@@ -1,56 +1,60 @@
 """The retrain flow: fetch, version, run the stages, publish, register, compare, promote."""
 
 import logging
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 from prefect import Task, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.exceptions import TerminationSignal
 from prefect.runtime import task_run
 from prefect.states import Cancelled, Completed, Failed
 
-from flows import publish, ui
+from flows import ui
 from flows.dask import shard_runner
 from flows.output import progress_lines
 from flows.promotion import ask
-from flows.report import data_changes, log_run, quarantined, read_stages, write_report
-from flows.run import Run, command, find_unchanged, preflight, retrain_lock, save_last_run
+from flows.report import data_changes, histories, quarantined, read_stages
+from flows.run import Run, command, find_unchanged, preflight, reported, retrain_lock, save_last_run
 from flows.settings import load_settings
 from flows.workspace import Workspace
+from tasks.data.dataset import open_dataset
 from tasks.data.directory import data_lock, fetch_data
 from tasks.data.importer import Inbox
 from tasks.errors import BusyError, HandsignsError, OvertakenError, PromotionError
 from tasks.features import runner
-from tasks.io import read_json
+from tasks.io import read_json, write_json
+from tasks.model.augment import enlarge
 from tasks.params import load_params
 from tasks.project import Project
+from tasks.releases.card import model_card
 from tasks.releases.champion import METRICS, PHOTOS, Champion, set_champion
 from tasks.releases.comparison import PromotionDecision, compare_with_champion, record_comparison
-from tasks.releases.release import DATASET_INDEX, Release, fetch
+from tasks.releases.provenance import release_facts, write_bill
+from tasks.releases.release import DATASET_INDEX, Release, fetch, publish
 from tasks.services.dvc import check_trained_on
-from tasks.services.git import push_to_branch
-from tasks.services.mlflow import CHAMPION, Version
+from tasks.services.git import push_to_branch, read_revision
+from tasks.services.mlflow import CHALLENGER, CHAMPION, RunRecord, Version
 
 LOCK_SECONDS = 600.0
 """Longest wait for an import that is running."""
+SPLITS = {"train", "val", "test", "synthetic"}
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Step = Callable[Concatenate[Run, P], T]
 
 _log = logging.getLogger(__name__)
 
 
-def step(name: str) -> Callable[[Step[P, T]], Task[Concatenate[Run, P], T]]:
+def step(name: str) -> Callable[[Callable[P, T]], Task[P, T]]:
     """Make a function of a run a Prefect task, timed in the report."""
 
-    def decorate(function: Step[P, T]) -> Task[Concatenate[Run, P], T]:
+    def decorate(function: Callable[P, T]) -> Task[P, T]:
         # The clients of services retry by themselves. Of an error that is not retried although
         # others would be, Prefect logs no traceback: the flow says in one line what failed.
         @task(
@@ -61,10 +65,10 @@ def step(name: str) -> Callable[[Step[P, T]], Task[Concatenate[Run, P], T]]:
             retry_condition_fn=lambda *_: False,
         )
         @wraps(function)
-        def timed(run: Run, /, *args: P.args, **kwargs: P.kwargs) -> T:
-            began = time.monotonic()
+        def timed(*args: P.args, **kwargs: P.kwargs) -> T:
+            run, began = cast(Run, args[0]), time.monotonic()
             try:
-                return function(run, *args, **kwargs)
+                return function(*args, **kwargs)
             finally:
                 run.report.seconds[str(task_run.name)] = time.monotonic() - began
 
@@ -91,7 +95,6 @@ def retrain(force: bool = False) -> State[Any]:
     project = Project(Path.cwd())
     try:
         with retrain_lock(project), Workspace(project, load_settings()) as workspace:
-            project.run.unlink(missing_ok=True)
             return _conduct(Run(workspace, force, progress_lines()))
     except BusyError as error:
         ui.rename_run(f"cancelled: {error}")
@@ -101,35 +104,14 @@ def retrain(force: bool = False) -> State[Any]:
 
 
 def _conduct(run: Run) -> State[Any]:
-    """Run everything and leave `run.json`, whatever happens; the state is the outcome."""
-    began, project = time.monotonic(), run.workspace.project
-    try:
+    """Run everything and show how it ended; the state is the outcome."""
+    with reported(run):
         _retrain(run)
-    except HandsignsError as error:
-        run.end("failed", str(error))
-    except OSError as error:
-        place = f"'{error.filename or project.artifacts}' ({error.strerror or error})"
-        advice = "Make room or give permission, and run again."
-        run.end("failed", f"The system refused an operation on {place}. {advice}")
-    except (TerminationSignal, KeyboardInterrupt):
-        run.end("cancelled", "Interrupted. Nothing was lost; run again to continue.")
-    except BaseException as error:
-        name = type(error).__name__
-        if type(error).__module__.startswith(("httpx", "prefect")):
-            run.end("failed", f"Prefect failed ({name}). Look at its log, then run again.")
-        else:
-            run.end("failed", f"{name}: {error}")
-            raise
-    finally:
-        report = run.report
-        report.seconds["total"] = time.monotonic() - began
-        write_report(report, project)
-        if command.get() is None:
-            log_run(report, project)
-        bad = report.status in ("failed", "rejected")
-        _log.log(logging.ERROR if bad else logging.INFO, "%s: %s", report.status, report.reason)
-        ui.show_summary(project, report, publish.name_record(run))
-        ui.rename_run(report.headline())
+    report = run.report
+    bad = report.status in ("failed", "rejected")
+    _log.log(logging.ERROR if bad else logging.INFO, "%s: %s", report.status, report.reason)
+    ui.show_summary(run.workspace.project, report, name_record(run))
+    ui.rename_run(report.headline())
     if report.status == "cancelled":
         return Cancelled(message=report.reason)
     outcome = Failed if bad else Completed
@@ -258,9 +240,102 @@ def commit_versions(run: Run, branch: str) -> None:
     _log.info("Branch %s: %s.", branch, f"commit {commit} is pushed" if commit else "up to date")
 
 
-publish_release = step("publish")(publish.publish_release)
-register_release = step("register")(publish.register_release)
-record_rejected = step("register")(publish.record_rejected)
+@step("publish")
+def publish_release(run: Run) -> Release:
+    """Upload the release of what the stages made, or find it there."""
+    workspace, report = run.workspace, run.report
+    project, params = workspace.project, load_params(workspace.project.params)
+    source, root = workspace.pipeline.data_source(), project.root
+    sample = "The photos are the rendered sample set: drawn hands, not photographs."
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_json(folder / "labels.json", open_dataset(project.dataset).classes)
+        card = model_card(
+            metrics=read_json(project.metrics),
+            gate=read_json(project.gate),
+            counts=report.data.model_dump(include=SPLITS),
+            params=params.model_dump(),
+            histories=histories(project, params),
+            data_version=report.data.version,
+            data_note=sample if source == "sample" else "The photos were imported.",
+        )
+        (folder / "model_card.md").write_text(card, encoding="utf-8")
+        write_bill(root / "requirements.lock", root / "pyproject.toml", folder / "sbom.cdx.json")
+        made = [project.model, project.graph, project.metrics, project.gate, *folder.iterdir()]
+        made += [project.params, project.lock, project.data_file, project.reference]
+        made.append(project.predictions)
+        files = {DATASET_INDEX: project.dataset_index, **{path.name: path for path in made}}
+        facts = release_facts(root, report.data.version, workspace.champion())
+        release = publish(workspace.storage, files, facts)
+    report.release.id, report.release.uri = release.id, release.uri
+    return release
+
+
+@step("register")
+def register_release(run: Run, release: Release) -> Version:
+    """Record the run in MLflow and register the model of its release as challenger."""
+    from tasks.model.files import load_model
+
+    registry, model = run.workspace.registry, run.workspace.project.model
+    record, dataset = _record(run, release), open_dataset(run.workspace.project.dataset)
+    example = enlarge(dataset.images[dataset.rows("test")[:1]]).astype("float32")
+    recorded = registry.record_run(record, model, lambda: load_model(model), example)
+    tags = {"release_uri": release.uri}
+    version = registry.register(recorded, release.id, tags, record.description)
+    registry.set_alias(CHALLENGER, version.number)
+    run.report.model.version, run.report.model.alias = version.number, CHALLENGER
+    run.record = recorded.run_id
+    return version
+
+
+@step("register")
+def record_rejected(run: Run) -> None:
+    """Record in MLflow what the gate rejected; log, don't raise, if that fails."""
+    try:
+        run.record = run.workspace.registry.record_rejected(_record(run, None))
+    except HandsignsError as error:
+        _log.warning("The rejected run is not in MLflow: %s", error)
+
+
+def _record(run: Run, release: Release | None) -> RunRecord:
+    report, project = run.report, run.workspace.project
+    params, failed = load_params(project.params), report.gate.describe_failures()
+    scores = f"Accuracy {report.test.accuracy}, loss {report.test.loss}, {report.data.describe()}."
+    tags = {
+        "data_version": report.data.version,
+        "git_revision": read_revision(project.root).commit,
+        "gate": f"rejected: {failed}" if failed else "passed",
+        "release_uri": release.uri if release else None,
+        "prefect_run": ui.run_address(),
+    }
+    return RunRecord(
+        content_id=release.id if release else None,
+        params=params.model_dump(),
+        name=f"retrain on data {report.data.version[:8]}",
+        description=scores if release else f"Rejected: {failed}. {scores}",
+        data_version=report.data.version,
+        photos=report.data.model_dump(include=SPLITS),
+        started=run.started,
+        histories=histories(project, params),
+        metrics={"test": read_json(project.metrics)},
+        pictures=sorted(project.plots.glob("*.png")),
+        files=[project.lock, project.params, project.data_file],
+        tags={name: text for name, text in tags.items() if text},
+    )
+
+
+def name_record(run: Run) -> str | None:
+    """Name the run in MLflow by its outcome, and return its address; log, don't raise."""
+    project, report = run.workspace.project, run.report
+    drawn = [project.changed] if report.comparison else []
+    drawn += [project.quality] if report.status == "promoted" else []
+    drawn = [picture for picture in drawn if picture.is_file()]
+    try:
+        if run.record:
+            return run.workspace.registry.name_run(run.record, report.headline(), drawn)
+    except HandsignsError as error:
+        _log.warning("The run in MLflow is not named by its outcome: %s", error)
+    return None
 
 
 @step("compare")
@@ -293,14 +368,15 @@ def _promote_if_better(
         run.report.model.alias = CHAMPION
         run.end("unchanged", f"{name} is champion already.")
         return
-    answer = ask(run.workspace.settings, version, decision) if decision.won else None
-    if answer is None or not answer.approved:
-        reason = answer.description if answer else decision.reason
-        run.end("registered", f"{name} stays challenger: {reason}.")
+    approved, by, why = False, None, decision.reason
+    if decision.won:
+        approved, by, why = ask(run.workspace.settings, version, decision)
+    if not approved:
+        run.end("registered", f"{name} stays challenger: {why}.")
         return
-    reason = "; ".join(filter(None, (decision.reason, answer.description)))
+    reason = "; ".join(filter(None, (decision.reason, why)))
     try:
-        promote(run, version, champion, reason, answer.by)
+        promote(run, version, champion, reason, by)
     except OvertakenError as error:
         run.end("registered", f"{name} stays challenger: {error}")
     else:

@@ -18,7 +18,7 @@ from flows.local.servers import SQLITE
 from flows.local.stack import find_running
 from flows.report import ModelReport, RunReport, Status, log_run, quarantined, write_report
 from flows.workspace import Workspace
-from tasks.errors import BusyError, HandsignsError, ServiceError, SettingsError
+from tasks.errors import BusyError, HandsignsError
 from tasks.io import read_json, sha256, write_json
 from tasks.params import load_params
 from tasks.project import Project
@@ -40,10 +40,12 @@ class Run:
         self.report = RunReport(model=ModelReport(name=workspace.settings.model_name))
         self.started = time.time()
         self.record: str | None = None  # the run in MLflow
+        self.logged = False
 
     def end(self, status: Status, reason: str) -> None:
-        """Set the outcome."""
-        self.report.status, self.report.reason = status, reason
+        """Set the outcome; the first one stands."""
+        if not self.report.reason:
+            self.report.status, self.report.reason = status, reason
 
 
 command: ContextVar[Run | None] = ContextVar("command", default=None)
@@ -52,38 +54,61 @@ command: ContextVar[Run | None] = ContextVar("command", default=None)
 
 def retrain(workspace: Workspace, force: bool, progress: Progress) -> RunReport:
     """Run the retrain flow, unless nothing changed; what `run.json` says, whatever happened."""
-    project, run = workspace.project, Run(workspace, force, progress)
+    run = Run(workspace, force, progress)
     try:
-        with signals_interrupt(), retrain_lock(project):
+        with signals_interrupt(), retrain_lock(workspace.project), reported(run):
             try:
-                project.run.unlink(missing_ok=True)  # it must not pass for this run's report
                 preflight(workspace)
                 if not force and (found := find_unchanged(workspace)):
                     run.report = found
                 else:
                     _run_flow(run)
-            except HandsignsError as error:
-                _fail(run, str(error))
-            except KeyboardInterrupt:
-                if not run.report.reason:
-                    run.end("cancelled", "Interrupted before it began.")
-            write_report(run.report, project)
-            log_run(run.report, project)
+            except Exception as error:  # the flow catches its own; these are the Prefect client's
+                _notify(run, error)
+                raise
     except BusyError as error:  # run.json is the other one's
         run.end("failed", str(error))
     return run.report
 
 
-def _fail(run: Run, reason: str) -> None:
-    """Report what failed outside of the flow; an outcome of the flow stands."""
+@contextmanager
+def reported(run: Run) -> Iterator[None]:
+    """Make an error the outcome of the run, and leave `run.json`, whatever happens."""
+    project = run.workspace.project
+    project.run.unlink(missing_ok=True)  # it must not pass for this run's report
+    try:
+        yield
+    except HandsignsError as error:
+        run.end("failed", str(error))
+    except OSError as error:
+        place = f"'{error.filename or project.artifacts}' ({error.strerror or error})"
+        room = "Make room or give permission, and run again."
+        run.end("failed", f"The system refused an operation on {place}. {room}")
+    except BaseException as error:
+        name = type(error).__name__
+        if name in ("KeyboardInterrupt", "TerminationSignal"):  # Ctrl-C, and Prefect's SIGTERM
+            run.end("cancelled", "Interrupted. Nothing was lost; run again to continue.")
+        elif type(error).__module__.startswith(("httpx", "prefect")):
+            run.end("failed", f"Prefect failed ({name}). {advice(error)}, then run again.")
+        else:
+            run.end("failed", f"{name}: {error}")
+            raise
+    finally:
+        run.report.seconds["total"] = time.time() - run.started
+        write_report(run.report, project)
+        if not run.logged:
+            log_run(run.report, project)
+        run.logged = True
+
+
+def _notify(run: Run, error: Exception) -> None:
+    """Notify people of what failed outside of the flow; an outcome of the flow stands."""
     from flows.ui import notify_people
 
-    title = "retrain failed before it began"
+    title, reason = "retrain failed before it began", str(error) or type(error).__name__
     if run.report.reason:
         title = "Prefect failed at the end of a retrain"
-        _log.warning(reason)
-    else:
-        run.end("failed", reason)
+        _log.warning("%s: %s", title, reason)
     notify_people(run.workspace.settings, f"handsigns: {title}", reason)
 
 
@@ -128,39 +153,23 @@ def preflight(workspace: Workspace) -> None:
     """Refuse a retrain that cannot end well, before anything is started or changed."""
     load_params(workspace.project.params)
     workspace.trust.check_signer()
-    _check_approval(workspace)
     check_reachable(workspace.settings)
     workspace.pipeline.stages()
     if problem := read_revision(workspace.project.root).problem:
         _log.warning("Releases of this run name no commit and cannot be rebuilt: %s.", problem)
 
 
-def _check_approval(workspace: Workspace) -> None:
-    """Approval needs services that outlive the run, or nobody could answer."""
-    settings, running = workspace.settings, find_running(workspace.services.folder)
-    addresses = {
-        "PREFECT_API_URL": workspace.services.prefect_named(),
-        "HANDSIGNS_S3_ENDPOINT_URL": settings.s3_endpoint_url or (running and running.s3),
-    }
-    missing = [name for name, address in addresses.items() if address is None]
-    if settings.promotion == "approval" and missing:
-        raise SettingsError(
-            f"HANDSIGNS_PROMOTION=approval cannot be used without {' and '.join(missing)}: "
-            "a run that waits for approval needs services that others can reach meanwhile. Set "
-            "them, start the service with `handsigns up`, or use HANDSIGNS_PROMOTION=auto."
-        )
-
-
 def find_unchanged(workspace: Workspace) -> RunReport | None:
-    """Return an `unchanged` report if a run would come to the same end as the last one.
-
-    MLflow's alias is repaired here if it does not follow the champion.
-    """
-    project, pipeline = workspace.project, workspace.pipeline
-    version, report = pipeline.data_version(), last_run(project)
-    if report is None or read_json(_last_run(project)).get("inputs") != _inputs(workspace):
+    """Return an `unchanged` report if a run would come to the same end as the last one."""
+    project, pipeline, last = workspace.project, workspace.pipeline, _last_run(workspace.project)
+    version, known = pipeline.data_version(), read_json(last)
+    try:
+        report = RunReport.model_validate(known["report"])
+    except (TypeError, KeyError, ValidationError):  # none, or of another version of this program
         return None
-    if report.data.version != version or not project.data.is_dir() or pipeline.changed():
+    if known.get("inputs") != _inputs(workspace) or report.data.version != version:
+        return None
+    if not project.data.is_dir() or pipeline.changed():
         return None
     if (inbox := workspace.inbox()) and inbox.new:
         return None
@@ -178,38 +187,21 @@ def find_unchanged(workspace: Workspace) -> RunReport | None:
 def _is_registered(workspace: Workspace) -> bool:
     """Whether champion and registry still are what the last run left, or were repaired."""
     settings, registry = workspace.settings, workspace.project.local / SQLITE["mlflow"]
-    if not (settings.mlflow_tracking_uri or settings.database_url):
-        head = registry.read_bytes()[: len(MAGIC)] if registry.exists() else b""
-        if head != MAGIC:
-            return False
-    if settings.s3_endpoint_url is None:
-        if not _store_mark(workspace.project).exists():
-            return False
-        if not workspace.alias_pending.exists():
-            return True
+    ours = not (settings.mlflow_tracking_uri or settings.database_url)
+    if ours and not (registry.exists() and registry.read_bytes().startswith(MAGIC)):
+        return False
+    if settings.s3_endpoint_url is None and not workspace.alias_pending.exists():
+        return True
     return workspace.champion() is not None and workspace.repair_alias()
 
 
 def save_last_run(workspace: Workspace, report: RunReport) -> None:
     """Remember how a run ended, for `find_unchanged`; log, don't raise, if that fails."""
     content = {"inputs": _inputs(workspace), "report": report.model_dump(mode="json")}
-    mark = _store_mark(workspace.project)
     try:
-        if workspace.settings.s3_endpoint_url is None:
-            mark.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            mark.touch()
         write_json(_last_run(workspace.project), content)
     except OSError as error:
         _log.warning("The next run will not know that nothing changed (%s).", error)
-
-
-def last_run(project: Project) -> RunReport | None:
-    """The report of the last run that was not merely `unchanged`; None if it is unreadable."""
-    last = read_json(_last_run(project))
-    try:
-        return RunReport.model_validate(last["report"]) if isinstance(last, dict) else None
-    except (KeyError, ValidationError):  # written by another version of this program
-        return None
 
 
 def _inputs(workspace: Workspace) -> dict[str, Any]:
@@ -217,7 +209,7 @@ def _inputs(workspace: Workspace) -> dict[str, Any]:
     settings, running = workspace.settings, find_running(workspace.project.local.resolve())
     # Runs of the worker of `up` do not know the database; both name the same one.
     database = settings.database_url and settings.database_url.get_secret_value()
-    registry = settings.mlflow_tracking_uri or (running and running.database) or database
+    registry = settings.mlflow_tracking_uri or running.get("database") or database
     keys = [*settings.public_keys, *filter(None, [settings.signing_key])]
     files = [workspace.project.lock, *keys]
     return {
@@ -231,13 +223,9 @@ def _inputs(workspace: Workspace) -> dict[str, Any]:
     }
 
 
-def _store_mark(project: Project) -> Path:
-    """Lies among the local storage's files, so that it is removed with them."""
-    return project.local / "seaweedfs" / "handsigns.id"
-
-
 def _last_run(project: Project) -> Path:
-    return project.local / "last_run.json"
+    """Among the local storage's files, so that it is removed with them."""
+    return project.local / "seaweedfs" / "last_run.json"
 
 
 def _run_flow(run: Run) -> None:
@@ -260,22 +248,12 @@ def _run_flow(run: Run) -> None:
     token = command.set(run)
     try:
         _in_prefect(run.workspace, api, flow)
-    except HandsignsError:
-        raise
-    except Exception as error:  # the flow catches its own errors; these are the client's
-        raise ServiceError(
-            f"Prefect at {redact_url(api)} failed ({type(error).__name__}). "
-            f"{advice(error)}, then run again."
-        ) from error
     finally:
         command.reset(token)
 
 
 def show_move(workspace: Workspace, move: Move) -> None:
-    """Show a move of the champion as a flow run, where a Prefect server is named.
-
-    The move is made already: taking back a bad champion must not depend on Prefect.
-    """
+    """Show a move that was made as a flow run, where a Prefect server is named."""
     api = workspace.services.prefect_named()
     if api is None:
         return

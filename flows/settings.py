@@ -61,11 +61,7 @@ Recipients = Annotated[
 
 
 class Settings(BaseSettings):
-    """Where the services are; one that is not named is started on loopback.
-
-    A field is read from `HANDSIGNS_<FIELD>`, or from its alias: the variable that the
-    service's own tools read. Its description says what it must be.
-    """
+    """Read from `HANDSIGNS_<FIELD>` or the alias; a description says what it must be."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -171,12 +167,7 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Read the settings from the environment.
-
-    Raises:
-        SettingsError: A variable is malformed, contradicts another, or starts with
-            `HANDSIGNS_` and is not a setting; no secret is shown.
-    """
+    """Read the settings; `SettingsError`, which shows no secret, for what cannot be used."""
     _reject_unknown()
     try:
         return Settings()

@@ -145,7 +145,7 @@ def show_summary(project: Project, report: RunReport, record: str | None) -> Non
     Args:
         record: address of the run in MLflow, if it has one.
     """
-    text = [f"## {html.escape(report.headline())}\n", _table(("", ""), report.facts())]
+    text = [f"## {html.escape(report.headline())}\n", _table(("", ""), report.facts().items())]
     text += [f"\n[The run in MLflow]({record})"] if record else []
     if report.gate.checks:
         checks = [

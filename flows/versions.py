@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from flows import output
-from flows.output import Json, echo, open_project, open_workspace, shown_progress
+from flows.output import (
+    Json,
+    Listing,
+    echo,
+    open_project,
+    open_workspace,
+    out,
+    shown,
+    shown_progress,
+)
 from tasks.errors import HandsignsError, ReleaseError, ServiceError, SettingsError
 
 if TYPE_CHECKING:
@@ -51,7 +59,7 @@ def status(
             # The pointer decides; the registry may lack its version, or number it differently.
             champion = _scored(workspace, moves[-1].version, moves[-1].release)
         running, pipeline = find_running(workspace.services.folder), workspace.pipeline
-        found = {
+        found: dict[str, Any] = {
             "data": {"version": pipeline.data_version(), "source": pipeline.data_source()},
             "signatures": workspace.trust.describe(),
             "stale": sorted(pipeline.changed()),
@@ -63,9 +71,21 @@ def status(
                 {**move.model_dump(mode="json"), "told": move.describe()} for move in moves
             ],
             "last_run": {name: last.get(name) for name in ("status", "reason")} if last else None,
-            "service": running and running.model_dump(),
+            "service": running or None,
         }
-    echo(json_, found, output.status_listing(found, verbose))
+    data = found["data"]["version"] or "no version"
+    facts = {"data": f"{data if verbose else data[:8]} ({found['data']['source']})"}
+    facts["out of date"] = ", ".join(found["stale"]) or "nothing"
+    for role in ("champion", "challenger"):
+        one = found[role] or {"version": None}
+        names = ("accuracy", "loss", "photos", "created", "overruled", *(["uri"] * verbose))
+        about = [f"{name} {shown(one[name])}" for name in names if one.get(name)]
+        facts[role] = ", ".join([f"version {shown(one['version'])}", *about])
+    facts["last run"] = "{status}: {reason}".format_map(found["last_run"]) if last else "-"
+    facts["service"] = shown(found["service"] or "not up; handsigns up starts it")
+    facts["signatures"] = found["signatures"]
+    notes = [move.describe() for move in moves[-5:]]
+    echo(json_, found, Listing("Status", facts, notes=notes))
 
 
 @versions_app.command()
@@ -73,7 +93,9 @@ def versions(json_: Json = False) -> None:
     """List every version with its scores and its part in the champion's history."""
     with open_workspace() as workspace:
         found = _versions(workspace, _moves(workspace))
-    echo(json_, {"versions": found}, output.versions_listing(found))
+    columns = ("version", "accuracy", "loss", "photos", "created", "aliases", "forced")
+    title = "Versions" if found else "There are no versions yet."
+    echo(json_, {"versions": found}, Listing(title, found, columns))
 
 
 def _moves(workspace: "Workspace") -> "tuple[Move, ...]":
@@ -126,7 +148,8 @@ def runs(
         moved = {"at": move.at, "what": f"v{move.version} is champion", "status": "moved"}
         found.append({**moved, "reason": move.reason})
     found = sorted(found, key=lambda one: one["at"])[-number:]
-    echo(json_, {"runs": found}, output.runs_listing(found))
+    title = "Runs, the newest last" if found else "There was no run yet."
+    echo(json_, {"runs": found}, Listing(title, found, ("at", "what", "reason")))
 
 
 @versions_app.command()
@@ -134,11 +157,22 @@ def compare(first: Named, second: Named, json_: Json = False) -> None:
     """Score two versions on the same photos, those that neither was trained on."""
     with open_workspace() as workspace, shown_progress() as progress:
         releases = {name: workspace.release(name)[1] for name in (first, second)}
+        from tasks.releases.champion import METRICS
         from tasks.releases.comparison import compare_releases
 
         found, picture = compare_releases(workspace.project, releases, progress)
+    old, new = found.champion, found.challenger
+    pairs = [(name, getattr(old, name), getattr(new, name)) for name in METRICS]
+    pairs += [(f"recall of {r['label']}", r["champion"], r["challenger"]) for r in found.recalls]
+    rows = [{"": name, first: before, second: after} for name, before, after in pairs]
+    notes = [
+        f"Version {second} is right on {found.won} photos that {first} misreads, and wrong on "
+        f"{found.lost} others: {found.verdict} (McNemar p = {found.p_value:.3g}).",
+        f"Photos that they read differently: {picture}" if picture else "They read all alike.",
+    ]
+    title = f"{old.n} photos that neither was trained on"
+    listing = Listing(title, rows, ("", first, second), notes)
     result = {"first": first, "second": second, "picture": picture and str(picture)}
-    listing = output.comparison_listing(first, second, found, picture)
     echo(json_, {**result, **found.to_json()}, listing)
 
 
@@ -255,15 +289,14 @@ def open_(what: Literal["prefect", "mlflow", "page"], json_: Json = False) -> No
     settings, running = load_settings(), find_running(project.local.resolve())
     configured = {"prefect": settings.prefect_api_url, "mlflow": settings.mlflow_tracking_uri}
     named = configured.get(what)
-    url = named or getattr(running, what, None)
-    if what == "page":
-        url = "http://127.0.0.1:8000"  # the default of `serve`
+    running["page"] = "http://127.0.0.1:8000"  # the default of `serve`
+    url = named or running.get(what)
     if url is None:
         raise ServiceError(f"No {what} is up. Start it with `handsigns up`.")
     url = url.removesuffix("/api")
     login = None if named or what == "page" else local_credentials(project.local).login
     echo(json_, {"url": url, "login": login}, f"{url}{f'   login {login}' if login else ''}")
-    if output.out.is_terminal and {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+    if out.is_terminal and {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
         typer.launch(url)
 
 
@@ -302,18 +335,15 @@ def sign(json_: Json = False) -> None:
                 "HANDSIGNS_SIGNING_KEY is not set. Make a key with `handsigns keys new` and set it."
             )
         champion = sign_pointer(workspace.storage)
-        signed, failed = [], {}
-        for release in sorted(
-            {move.release for move in champion.pointer.moves} if champion else ()
-        ):
+        failed = {}
+        releases = {move.release for move in champion.pointer.moves} if champion else set()
+        for release in releases:
             try:
                 sign_release(workspace.storage, release)
-                signed.append(release)
             except ReleaseError as error:  # the others must not stay unsigned for it
                 failed[release] = str(error)
-    done = f"Signed: the champion pointer and {len(signed)} releases."
-    lines = [done if champion else "There is no champion to sign."]
-    lines += [f"Not signed, {release}: {reason}" for release, reason in failed.items()]
-    echo(json_, {"releases": signed, "not_signed": failed}, "\n".join(lines))
+    signed = sorted(releases - failed.keys())
+    result = {"releases": signed, "not_signed": failed}
+    echo(json_, result, Listing("Signed: the champion pointer and releases", result))
     if failed:
         raise typer.Exit(1)

@@ -14,7 +14,7 @@ from flows.settings import Settings
 from tasks.errors import HandsignsError
 from tasks.project import Project
 from tasks.releases.catalog import find_release
-from tasks.releases.champion import Champion, Move, read_champion, sync_alias
+from tasks.releases.champion import Champion, Move, promote, read_champion, rollback, sync_alias
 from tasks.releases.signing import Trust
 from tasks.services.s3 import S3Address, Storage
 from tasks.stage import Progress
@@ -32,19 +32,16 @@ class Workspace:
     """What commands and flows work on; a context that stops the servers it started."""
 
     def __init__(self, project: Project, settings: Settings) -> None:
-        self.project = project
-        self.settings = settings
+        self.project, self.settings = project, settings
+        self.services = Services(settings, project)
         # Marks that MLflow's alias may not name the champion; see `repair_alias`.
         self.alias_pending = project.local / "alias_pending"
 
     def __enter__(self) -> Self:
-        folder = self.project.local.resolve()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.services = Services(self.settings, folder)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.services.stop()
+        self.services.close()
 
     @cached_property
     def pipeline(self) -> "Pipeline":
@@ -70,12 +67,8 @@ class Workspace:
         """The model registry."""
         from tasks.services.mlflow import Registry
 
-        return Registry(
-            self.services.mlflow(),
-            self.settings.model_name,
-            self.services.mlflow_artifacts(),
-            self.services.mlflow_login(),
-        )
+        uri, artifacts, login = self.services.mlflow()
+        return Registry(uri, self.settings.model_name, artifacts, login)
 
     def classifier(self, name: str) -> "tuple[Classifier, str]":
         """Load a model by name, version or path; the classifier and its description."""
@@ -116,17 +109,12 @@ class Workspace:
         self, version: int, reason: str, force: bool = False, by: str | None = None
     ) -> Move:
         """Make a version the champion; with force also against the gate or a comparison."""
-        from tasks.releases.champion import promote
-
+        places = self.storage, self.registry, self.project
         with self.alias_follows():
-            return promote(
-                self.storage, self.registry, self.project, version, reason, force=force, by=by
-            )
+            return promote(*places, version, reason, force=force, by=by)
 
     def rollback(self, reason: str, by: str | None = None, expected: str | None = None) -> Move:
         """Return to the champion before the present one, or before the expected one."""
-        from tasks.releases.champion import rollback
-
         seen = expected and self.find(expected)
         with self.alias_follows():
             return rollback(self.storage, self.registry, reason, by=by, expected=seen)
@@ -193,16 +181,9 @@ class Workspace:
         url, known = self.settings.dvc_remote_url, self.settings
         if url is None or not url.startswith("s3://"):
             return Remote(url) if url else None
-
-        def options() -> dict[str, str]:
-            if not (known.s3_endpoint_url or known.aws_access_key_id):
-                return _dvc_options(self.services.s3())
-            found = _dvc_options(configured_s3(known))
-            if not known.s3_endpoint_url:  # AWS
-                del found["endpointurl"]
-            return found
-
-        return Remote(url, options)
+        if known.s3_endpoint_url or known.aws_access_key_id:
+            return Remote(url, lambda: _dvc_options(configured_s3(known)))
+        return Remote(url, lambda: _dvc_options(self.services.s3()))
 
 
 def _dvc_options(address: S3Address) -> dict[str, str]:

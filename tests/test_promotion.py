@@ -20,7 +20,7 @@ from tasks.releases.release import publish
 from tasks.services.mlflow import CHAMPION, Registry
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures import faults
-from tests.fixtures.checkouts import Repo
+from tests.fixtures.checkouts import QUICK, Repo
 from tests.fixtures.earlier import COMMIT, Earlier
 from tests.fixtures.faults import Answer, Exchange, proxy_to
 from tests.fixtures.photos import CHECKOUT
@@ -29,7 +29,7 @@ from tests.fixtures.service import named as storage_named
 from tests.fixtures.trained import Trained
 
 RELEASES = {"1": "646b9a4d37e1b222c8639efc5ee8c0b8", "2": "5640018f52a3ccefbca53f50ea7a419e"}
-ROUNDS = 12
+ROUNDS = 8
 
 
 def paused(api: PrefectApi, seconds: float = 500) -> tuple[Any, str]:
@@ -87,13 +87,14 @@ def test_an_earlier_release_verifies_and_predicts_as_it_did_then(
         now = repo.handsigns("predict", "--model", version, *then, **named)
         for one in now["predictions"]:
             assert one["probabilities"] == pytest.approx(then[Path(one["file"])], abs=0.02)
+    compared = repo.handsigns("compare", "1", "2", **named)
+    assert compared["champion"]["n"] == 120
+    assert Path(compared["picture"]).is_file() == bool(compared["changed"])
 
 
 def test_a_better_model_waits_for_a_person_and_then_is_champion(
     repo: Repo, prefect_api: PrefectApi, named: dict[str, str]
 ) -> None:
-    refused = repo.handsigns("retrain", "--force", code=1, HANDSIGNS_PROMOTION="approval")
-    assert "without PREFECT_API_URL and HANDSIGNS_S3_ENDPOINT_URL" in refused["reason"]
     with retraining(repo, 200, named) as started:
         run, question = paused(prefect_api)
         for words in ("Version 3", "McNemar", "Recall of each sign", "changed verdict"):
@@ -113,7 +114,6 @@ def test_a_better_model_waits_for_a_person_and_then_is_champion(
     assert found["no_worse"]
     assert found["champion"]["accuracy"] < found["challenger"]["accuracy"]
     assert found["won"] == sum(photo["now"] == "right" for photo in found["changed"])
-    assert [row["label"] for row in found["recalls"]] == list("012345")
     assert (report["data"]["changes"]["since"], report["data"]["synthetic"]) == (2, 12)
     move = repo.handsigns("status", **named)["history"][-1]
     assert (move["by"], move["previous"], move["version"]) == ("Ann", 2, 3)
@@ -192,10 +192,10 @@ def test_a_promotion_meanwhile_a_rejection_and_silence_leave_the_champion(
 def test_an_earlier_release_is_rebuilt_bit_by_bit_with_the_stages_of_its_commit(
     trained: Trained, s3: S3Address, tmp_path: Path
 ) -> None:
-    def clone(name: str, *revision: str) -> Repo:
+    def clone(name: str, revision: str) -> Repo:
         root = tmp_path / name
         subprocess.run(["git", "clone", "-q", CHECKOUT.root, root], check=True)
-        subprocess.run(["git", "-C", root, "checkout", "-q", *revision], check=True)
+        subprocess.run(["git", "-C", root, "checkout", "-q", revision], check=True)
         return Repo(Project(root))
 
     environment = {**storage_named(s3), "HANDSIGNS_DVC_REMOTE_URL": str(tmp_path / "remote")}
@@ -203,8 +203,7 @@ def test_an_earlier_release_is_rebuilt_bit_by_bit_with_the_stages_of_its_commit(
     backbone = Path(".local/backbone")
     shutil.copytree(trained.repo.project.root / backbone, then.project.root / backbone)
     then.change("features", views=1)
-    then.change("gate", confidence=None, min_accuracy=0.0, min_recall=0.0, min_test_photos=6)
-    then.change("gate", min_robust_accuracy=0.0, max_loss=9.0, max_calibration_error=1.0)
+    then.change("gate", **QUICK["gate"] | {"min_accuracy": 0.0})
     for phase in ("base", "fine_tune", "full"):
         then.change(f"phases.{phase}", epochs=1, data_fraction=1.0)
     # The installed command would run today's code.
@@ -219,9 +218,8 @@ def test_an_earlier_release_is_rebuilt_bit_by_bit_with_the_stages_of_its_commit(
 class Late(Registry):
     """The real registry, to which this process comes late with the alias."""
 
-    def __init__(self, known: Registry) -> None:
-        super().__init__(known.tracking_uri, known.model_name)
-        self.may, self.asked = threading.Event(), threading.Event()
+    may: threading.Event
+    asked: threading.Event
 
     def set_alias(self, alias: str, number: int) -> None:
         self.asked.set()
@@ -238,43 +236,41 @@ def test_of_two_promotions_at_once_one_wins_and_no_alias_is_left_behind(
         release = publish(storage, {"labels.json": tmp_path / name})
         rivals.append(registry.register(None, release.id, {"release_uri": release.uri}))
 
-    def leader() -> Champion:
-        champion, alias = read_champion(storage), registry.find(CHAMPION)
-        assert champion is not None
-        assert alias is not None
-        assert champion.pointer.version == alias.number
-        return champion
+    def move(version: Any, expected: Champion | None, of: Registry = registry) -> Any:
+        try:
+            moved = set_champion(storage, version, expected, "better", {})
+            sync_alias(storage, of)
+            return moved
+        except PromotionError as error:
+            return error
+
+    def others(champion: Champion | None) -> list[Any]:
+        return [
+            one for one in rivals if champion is None or one.content_id != champion.pointer.release
+        ]
 
     with ThreadPoolExecutor(2) as pool:
         for number in range(ROUNDS):
-            expected, start = read_champion(storage), threading.Barrier(2)
-            now = expected and expected.pointer.release
-
-            def attempt(version: Any, expected: Any = expected, start: Any = start) -> Any:
-                start.wait()
-                try:
-                    move = set_champion(storage, version, expected, "better", {})
-                    sync_alias(storage, registry)
-                    return move
-                except PromotionError as error:
-                    return error
-
-            outcomes = list(pool.map(attempt, [one for one in rivals if one.content_id != now][:2]))
+            present = read_champion(storage)
+            outcomes = [*pool.map(move, others(present)[:2], (present, present))]
             (lost,) = [one for one in outcomes if isinstance(one, PromotionError)]
             (won,) = [one for one in outcomes if not isinstance(one, PromotionError)]
             assert "changed meanwhile" in str(lost)
-            assert leader().pointer.version == won.version
-            assert len(leader().pointer.moves) == number + 1
-    # One that is overtaken before it sets its alias leaves that of the later one.
-    late, present = Late(registry), leader()
-    first, second = [rival for rival in rivals if rival.content_id != present.pointer.release]
-    with ThreadPoolExecutor(1) as pool:
-        set_champion(storage, first, present, "slow", {})
-        slow = pool.submit(sync_alias, storage, late)
+            now, alias = read_champion(storage), registry.find(CHAMPION)
+            assert now is not None
+            assert alias is not None
+            assert now.pointer.version == won.version == alias.number
+            assert len(now.pointer.moves) == number + 1
+        # One that is overtaken before it sets its alias leaves that of the later one.
+        late = Late(tracking_uri, "signs")
+        late.may, late.asked = threading.Event(), threading.Event()
+        first, second = others(now)
+        slow = pool.submit(move, first, now, late)
         assert late.asked.wait(20)
         registry.set_alias(CHAMPION, first.number)  # as the next run repairs it
-        set_champion(storage, second, read_champion(storage), "quick", {})
-        sync_alias(storage, registry)
+        assert move(second, read_champion(storage)).version == second.number
         late.may.set()
         slow.result(30)
-    assert leader().pointer.version == second.number
+    alias = registry.find(CHAMPION)
+    assert alias is not None
+    assert alias.number == second.number

@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,16 +13,15 @@ import pytest
 import yaml
 from pydantic import SecretStr
 
-from flows.report import ModelReport, RunReport, data_changes, write_report
-from flows.run import find_unchanged, last_run, retrain, retrain_lock, save_last_run
+from flows.report import ModelReport, RunReport, data_changes
+from flows.run import find_unchanged, retrain, retrain_lock, save_last_run
 from flows.settings import Settings
 from flows.workspace import Workspace
 from tasks.data.directory import stored_photos
 from tasks.io import read_json, write_json
 from tasks.project import Project
 from tasks.releases.signing import new_keys
-from tasks.services.mlflow import CHAMPION
-from tasks.services.s3 import S3Address, Storage
+from tasks.services.s3 import S3Address
 from tasks.stage import silent
 from tests.fixtures import faults
 from tests.fixtures.checkouts import BIN, Repo, make_checkout, with_stages
@@ -31,16 +29,13 @@ from tests.fixtures.faults import Exchange, proxy_to
 from tests.fixtures.photos import CHECKOUT, LABELS, write_photos
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.receiver import receiving
+from tests.fixtures.service import named, soon
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Repo:
     """A checkout without photos."""
     return make_checkout(tmp_path / "checkout")
-
-
-def done(status: Any = "promoted") -> RunReport:
-    return RunReport(status=status, model=ModelReport(name="hand-signs"))
 
 
 def test_the_first_cause_is_reported_where_prefect_or_the_disk_fails_too(
@@ -89,27 +84,23 @@ def test_a_run_of_the_schedule_logs_what_the_command_says_and_no_traceback(
 
 def test_a_signal_in_the_first_seconds_leaves_a_cancelled_run(checkout: Repo) -> None:
     (checkout.project.data / "train/0").mkdir(parents=True)
-    write_report(done("registered"), checkout.project)
+    write_json(checkout.project.run, {})
     with subprocess.Popen(
         [BIN / "handsigns", "retrain", "--force"],
         cwd=checkout.project.root,
         env=checkout.environment(),
-        stdout=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        deadline = time.monotonic() + 60
-        while checkout.project.run.exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        stderr = ""
-        for _ in range(10):  # Python itself may swallow one that comes during an import
+        soon(lambda: not checkout.project.run.exists())
+        while process.poll() is None:  # Python itself may swallow one that comes during an import
             process.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
-                _, stderr = process.communicate(timeout=15)
-                break
-        process.kill()
-    assert process.returncode == 130, stderr
-    assert "Traceback" not in stderr
+                process.wait(15)
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == 130
     assert checkout.report()["status"] == "cancelled"
 
 
@@ -121,19 +112,17 @@ def released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worksp
     stages = yaml.safe_load((project.root / "dvc.yaml").read_text())["stages"]
     (project.root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"audit": stages["audit"]}}))
     with Workspace(project, Settings()) as made:
-        report = done()
-        report.data.version = made.pipeline.version_data("photos")
-        report.model.alias = CHAMPION
+        made.pipeline.version_data("photos")
         made.pipeline.run("audit")
         (project.local / "mlflow.db").write_bytes(b"SQLite format 3\0")
-        save_last_run(made, report)
+        remember(made)
         yield made
 
 
-def remember(workspace: Workspace, **changes: Any) -> None:
-    last = last_run(workspace.project)
-    assert last is not None
-    save_last_run(workspace, last.model_copy(update=changes))
+def remember(workspace: Workspace, status: Any = "promoted", reason: str = "") -> None:
+    report = RunReport(status=status, reason=reason, model=ModelReport(name="hand-signs"))
+    report.data.version = workspace.pipeline.data_version() or ""
+    save_last_run(workspace, report)
 
 
 def test_a_release_or_rejection_is_unchanged_and_a_second_retrain_is_refused(
@@ -141,7 +130,7 @@ def test_a_release_or_rejection_is_unchanged_and_a_second_retrain_is_refused(
 ) -> None:
     report = retrain(released, False, silent)
     assert report.status == read_json(released.project.run)["status"] == "unchanged"
-    remember(released, status="rejected", reason="The gate rejected the model: loss 0.5 > 0.4.")
+    remember(released, "rejected", "The gate rejected the model: loss 0.5 > 0.4.")
     again = retrain(released, False, silent)
     assert (again.status, again.reason) == (
         "unchanged",
@@ -155,18 +144,18 @@ def test_a_release_or_rejection_is_unchanged_and_a_second_retrain_is_refused(
 
 
 def test_what_was_lost_or_exchanged_is_never_called_unchanged(
-    released: Workspace, tmp_path: Path
+    released: Workspace, s3: S3Address, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = released.project.root
-    recorded, data = (root / name for name in (".local/last_run.json", "data.dvc"))
-    later = recorded.read_bytes().replace(b'"report": {', b'"report": {"a_field_of_later": 1,')
+    root, local = released.project.root, released.settings
+    last = root / ".local/seaweedfs/last_run.json"
+    later = last.read_bytes().replace(b'"report": {', b'"report": {"a_field_of_later": 1,')
     for path, content in (
-        (root / ".local/seaweedfs/handsigns.id", None),
         (root / ".local/mlflow.db", b"garbage"),
         (root / ".local/mlflow.db", None),
-        (data, data.read_bytes().replace(b"md5: ", b"md5: 0", 1)),
-        (recorded, later),
-        (recorded, b"[]"),
+        (root / "data.dvc", (root / "data.dvc").read_bytes().replace(b"md5: ", b"md5: 0", 1)),
+        (last, later),
+        (last, b"[]"),
+        (last, None),
     ):
         before = path.read_bytes()
         path.unlink()
@@ -175,34 +164,10 @@ def test_what_was_lost_or_exchanged_is_never_called_unchanged(
         assert find_unchanged(released) is None, path
         path.write_bytes(before)
         assert find_unchanged(released) is not None, path
-    for file, content in (("data.dvc", b"outs: []\n"), ("data.dvc", b""), ("dvc.yaml", b"")):
-        before = (root / file).read_bytes()
-        (root / file).write_bytes(content)
-        report = retrain(released, False, silent)
-        assert report.status == "failed"
-        assert file in report.reason
-        assert "\n" not in report.reason
-        (root / file).write_bytes(before)
+    # Another key, registry, remote, branch or storage gets what the former one had.
     _, public = new_keys(tmp_path / "keys")
-    released.settings = released.settings.model_copy(update={"public_keys": (public,)})
-    assert find_unchanged(released) is None
-
-
-def in_s3(s3: S3Address, **more: str) -> dict[str, Any]:
-    """Settings that name this storage."""
-    return {
-        "s3_endpoint_url": s3.endpoint_url,
-        "bucket": s3.bucket,
-        "AWS_ACCESS_KEY_ID": s3.access_key_id,
-        "AWS_SECRET_ACCESS_KEY": s3.secret_access_key,
-        **more,
-    }
-
-
-def test_another_registry_storage_remote_or_branch_is_filled_too(
-    released: Workspace, s3: S3Address
-) -> None:
     for changed in (
+        {"public_keys": (public,)},
         {"database_url": SecretStr("postgresql://someone:secret@host/handsigns")},
         {"mlflow_tracking_uri": "http://mlflow:5000"},
         {"dvc_remote_url": "s3://key:secret@photos/dvc"},
@@ -212,42 +177,43 @@ def test_another_registry_storage_remote_or_branch_is_filled_too(
         assert find_unchanged(released) is None
         remember(released)
         assert find_unchanged(released) is not None
-        assert b"secret" not in (released.project.local / "last_run.json").read_bytes()
-    released.settings = released.services.settings = Settings.model_validate(in_s3(s3))
+        assert b"secret" not in last.read_bytes()
+    with monkeypatch.context() as patch:
+        for name, value in named(s3).items():
+            patch.setenv(name, value)
+        released.settings = released.services.settings = Settings()
     remember(released)
     assert find_unchanged(released) is None  # this storage has no champion
+    released.settings = released.services.settings = local
+    for file, content in (("data.dvc", b"outs: []\n"), ("data.dvc", b""), ("dvc.yaml", b"")):
+        before = (root / file).read_bytes()
+        (root / file).write_bytes(content)
+        report = retrain(released, False, silent)
+        assert (report.status, file in report.reason) == ("failed", True)
+        assert "\n" not in report.reason
+        (root / file).write_bytes(before)
 
 
-def test_an_s3_inbox_is_another_bucket_and_never_removes_what_a_person_put_there(
-    s3_server: S3Address,
-    s3: S3Address,
-    checkout: Repo,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_an_inbox_never_removes_what_a_person_put_there(
+    checkout: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    project = checkout.project
+    project, inbox = checkout.project, write_photos(tmp_path / "inbox", per_class=1)
     shutil.copy(CHECKOUT.root / "data.dvc", project.root)  # names the rendered sample
     monkeypatch.chdir(project.root)
-    named = in_s3(s3, bucket=s3_server.bucket, inbox=f"s3://{s3.bucket}/signs/")
-    drop, photos = Storage(s3), write_photos(tmp_path / "photos", per_class=2)
-    for label in LABELS:
-        drop.put(f"signs/{label}/a.png", photos / f"{label}/0000.png")
-    with Workspace(project, Settings.model_validate(named)) as workspace:
-        inbox = workspace.inbox()
-        assert inbox is not None
-        assert workspace.import_new(inbox, silent).usable
+    with Workspace(project, Settings(inbox=str(inbox))) as workspace:
+
+        def imported() -> tuple[int, int]:
+            found = workspace.inbox()
+            assert found is not None
+            report = workspace.import_new(found, silent)
+            return sum(report.imported.values()), report.removed
+
+        assert imported()[0] == 6
         assert workspace.pipeline.data_source() == "sample"  # until it is versioned
-        assert len(stored_photos(project)) == 6
         # data/ differs from the sample that data.dvc names, so all of it stays.
-        drop.put("signs/3/b.png", photos / "3/0001.png")
-        inbox = workspace.inbox()
-        assert inbox is not None
-        report = workspace.import_new(inbox, silent)
-        assert (sum(report.imported.values()), report.removed) == (1, 0)
-        inbox.remember(workspace.pipeline.version_data("photos"))
-        inbox = workspace.inbox()
-        assert inbox is not None
-        assert inbox.new == ()
+        write_photos(inbox, per_class=2)
+        assert imported() == (6, 0)
+        assert len(stored_photos(project)) == 12
 
 
 def test_photos_that_came_went_and_were_relabelled_are_counted(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def image(content: bytes) -> dict[str, Any]:
 
 
 def test_every_form_of_a_request_gets_the_same_reading(service: Service, first: Release) -> None:
-    for sign in range(6):
+    for sign in (0, 4):
         photo = grey(sign)
         text = base64.b64encode(photo).decode()
         forms = [image(photo), {"json": {"image": text}}]
@@ -93,9 +93,7 @@ def test_every_form_of_a_request_gets_the_same_reading(service: Service, first: 
     file = BytesIO()
     Image.new("RGB", (64, 64), (25, 25, 26)).save(file, "PNG")  # between two signs
     assert service.predict(file.getvalue()).json()["certain"] is False
-
-
-def test_several_photos_in_one_request_are_answered_in_their_order(service: Service) -> None:
+    # Several in one request are answered in their order.
     photos = [*map(grey, range(6)), b"no photo", grey(0)]
     form = service.client.post("/predict", files=[("file", ("a", photo)) for photo in photos])
     images = [base64.b64encode(photo).decode() for photo in photos]
@@ -105,7 +103,7 @@ def test_several_photos_in_one_request_are_answered_in_their_order(service: Serv
     assert "not an image" in readings[6]["error"]
 
 
-def test_health_and_metrics_name_the_model_and_count(service: Service, first: Release) -> None:
+def test_health_metrics_and_pages_show_the_model(service: Service, first: Release) -> None:
     health = service.health()
     assert (health["state"], health["problem"]) == ("ready", None)
     assert health["model"]["release"] == first.id
@@ -122,16 +120,14 @@ def test_health_and_metrics_name_the_model_and_count(service: Service, first: Re
     assert service.metric('handsigns_request_seconds_bucket{le="+Inf",path="/predict"}') > 0
     assert service.metric("handsigns_follow_problem") == 0
     assert service.metric("process_resident_memory_bytes") > 0
-
-
-def test_the_model_page_shows_card_and_quality_over_time(service: Service) -> None:
     page = service.client.get("/model").text
     assert "<h1>Card</h1>" in page
     assert "<td>2</td>" in page
     assert "<script>" not in page
-    picture = service.client.get("/model/quality.png")
-    assert picture.headers["Content-Type"] == "image/png"
-    assert Image.open(BytesIO(picture.content)).width > 1000
+    for path, width in (("model/quality.png", 1000), ("examples/3.png", 64)):
+        picture = service.client.get(f"/{path}")
+        assert picture.headers["Content-Type"] == "image/png"
+        assert Image.open(BytesIO(picture.content)).width >= width
 
 
 def animation() -> bytes:
@@ -152,30 +148,17 @@ def bomb() -> bytes:
 BAD: dict[str, tuple[int, str, dict[str, Any]]] = {
     "text": (415, "not an image", image(b"just words")),
     "empty": (422, "zero bytes", image(b"")),
-    "half": (422, "truncated|damaged", image(grey(1)[:90])),
-    "small": (422, "too small", image(grey(1, side=8))),
     "animated": (422, "animated", image(animation())),
     "a bomb": (422, "too many pixels", image(bomb())),
     "no file": (400, "'file'", {"files": {"photo": ("a.png", grey(1))}}),
-    "17 files": (400, "files", {"files": [("file", ("a", b"a"))] * 17}),
-    "no form": (400, ".", sent(b"--x", "multipart/form-data")),
-    "text body": (415, "text/plain", sent(b"a", "text/plain")),
     "nothing": (415, "sent as ''", {}),
     "JSON of 17": (422, "16 or fewer", {"json": {"image": ["AAAA"] * 17}}),
-    "JSON of none": (422, "16 or fewer", {"json": {"image": []}}),
-    "JSON cut off": (422, "base64", sent(b'{"image": ""')),
     "JSON nested": (422, "nothing else", sent(b"[" * 100_000)),
     "JSON more": (422, "nothing else", {"json": {"image": "", "label": 2}}),
-    "JSON number": (422, "nothing else", {"json": {"image": 12}}),
-    "JSON no base64": (422, "base64", {"json": {"image": "%%%%"}}),
-    "JSON no photo": (415, "not an image", {"json": {"image": "AAAA"}}),
     "too large": (413, "larger than 10 MB", sent(bytes(10 * 2**20 + 1))),
     "foreign host": (403, "SERVE_TOKEN", {"headers": {"Host": "evil.example"}}),
-    "no host": (403, "SERVE_TOKEN", {"headers": {"Host": "[::1"}}),
     "foreign page": (403, "SERVE_TOKEN", {"headers": {"Origin": "http://evil.example"}}),
-    "page of nobody": (403, "SERVE_TOKEN", {"headers": {"Origin": "null"}}),
     "GET": (405, "Method", {"method": "GET"}),
-    "no sign": (404, "Not Found", {"method": "GET", "path": "/examples/6.png"}),
     "no page": (404, "Not Found", {"path": "/no/such/page"}),
 }
 
@@ -190,7 +173,9 @@ def test_a_bad_request_gets_a_clear_refusal_in_json(service: Service) -> None:
         assert answer.headers.get("allow") == ("POST" if status == 405 else None)
 
 
-def test_bodies_that_are_or_become_too_large_are_refused(service: Service) -> None:
+def test_too_large_bodies_are_refused_and_idle_connections_keep_nobody_out(
+    service: Service,
+) -> None:
     with connect(service) as line:
         line.sendall(head(f"Content-Length: {2**40}"))
         answer = line.makefile("rb").read()
@@ -202,6 +187,12 @@ def test_bodies_that_are_or_become_too_large_are_refused(service: Service) -> No
             line.sendall(b"10000\r\n" + bytes(2**16) + b"\r\n")
         assert line.recv(100).startswith(b"HTTP/1.1 413")
     assert service.metric('handsigns_requests_total{method="POST",path="/predict",status="413"}')
+    with ExitStack() as stack:
+        for number in range(300):
+            line = stack.enter_context(connect(service))
+            if number % 2:
+                line.sendall(b"GET /health HTTP/1.1\r\n")  # and never the rest of it
+        assert service.predict(grey(1)).status_code == 200
 
 
 def test_nothing_on_the_pages_comes_from_elsewhere(service: Service) -> None:
@@ -213,8 +204,6 @@ def test_nothing_on_the_pages_comes_from_elsewhere(service: Service) -> None:
         assert answer.status_code == 200
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert not re.search(r"(src|href|url|import)[^\n]{0,3}[\"'(]\s*(https?:)?//", answer.text)
-    picture = service.client.get("/examples/3.png")
-    assert Image.open(BytesIO(picture.content)).size == (64, 64)
     predict = service.client.get("/openapi.json").json()["paths"]["/predict"]["post"]
     forms = {"multipart/form-data", "application/json", "image/*"}
     assert set(predict["requestBody"]["content"]) == forms
@@ -261,7 +250,6 @@ def test_it_waits_for_a_champion_follows_it_and_refuses_a_damaged_one(
         early = service.predict(grey(1))
         assert early.status_code == 503
         assert "no champion yet" in early.json()["error"]
-
         releases = [publish_graph(storage, tmp_path / f"{n}", graphs[n]).id for n in (0, 1)]
         point(storage, releases[0], 1)
         soon(lambda: service.health()["state"] == "ready")
@@ -296,15 +284,6 @@ def test_it_waits_for_a_champion_follows_it_and_refuses_a_damaged_one(
         assert service.predict(grey(1)).json()["label"] == "1"
 
 
-def test_idle_connections_do_not_keep_others_out(service: Service) -> None:
-    with ExitStack() as stack:
-        for number in range(300):
-            line = stack.enter_context(connect(service))
-            if number % 2:
-                line.sendall(b"GET /health HTTP/1.1\r\n")  # and never the rest of it
-        assert service.predict(grey(1)).status_code == 200
-
-
 def test_a_photo_of_many_pixels_takes_little_memory_and_does_not_hold_up_others(
     service: Service,
 ) -> None:
@@ -324,8 +303,8 @@ def test_a_photo_of_many_pixels_takes_little_memory_and_does_not_hold_up_others(
     assert others > 3
 
 
-@pytest.mark.parametrize("element", [b"[[],[]],", b"1,"], ids=["lists", "numbers"])
-def test_json_of_many_elements_does_not_hold_up_others(service: Service, element: bytes) -> None:
+def test_json_of_many_elements_does_not_hold_up_others(service: Service) -> None:
+    element = b"[[],[]],"
     content = b'{"image": [' + element * (10_000_000 // len(element)) + b"0]}"
     started = time.monotonic()
     json.loads(content)

@@ -1,8 +1,5 @@
 """Settings: what is read, what is refused, and that no secret is shown."""
 
-import subprocess
-import sys
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,30 +12,24 @@ SECRET = "sentinel-do-not-show"
 S3, DATABASE, DASK = "HANDSIGNS_S3_ENDPOINT_URL", "DATABASE_URL", "HANDSIGNS_DASK_ADDRESS"
 REFUSED = [
     (S3, "localhost:9000", f"{S3}: must be an addr"),
-    (S3, "http://host:99999", S3),
     (S3, f"http://user:{SECRET}@host:9000", S3),
     (S3, f"http://host:9000?token={SECRET}", S3),
     ("HANDSIGNS_BUCKET", "Not A Bucket", "must be a bucket's name, .* \\(received 'Not A Bucket'"),
-    ("HANDSIGNS_MODEL_NAME", "../model", "HANDSIGNS_MODEL_NAME"),
     ("HANDSIGNS_INBOX", "s3://UPPER/x", "HANDSIGNS_INBOX: must be a folder or s3://bucket/prefix"),
     ("HANDSIGNS_DVC_REMOTE_URL", "relative/folder", "HANDSIGNS_DVC_REMOTE_URL"),
     ("HANDSIGNS_GIT_PUSH", "a..b", "HANDSIGNS_GIT_PUSH: must be the plain name of a branch"),
     ("HANDSIGNS_PROMOTION", "never", "HANDSIGNS_PROMOTION.*received 'never'"),
     ("HANDSIGNS_SERVE_RATE", "0/minute", "HANDSIGNS_SERVE_RATE: must be a rate such as"),
     ("HANDSIGNS_SERVE_TOKEN", SECRET[:15], "HANDSIGNS_SERVE_TOKEN: must be 16 characters or more"),
-    (DASK, "tcp://host", f"{DASK}: must be a scheduler's"),
     (DASK, f"tcp://user:{SECRET}@host:8786", DASK),
     ("MLFLOW_TRACKING_URI", "mlflow", "MLFLOW_TRACKING_URI"),
-    ("PREFECT_API_URL", "prefect/api", "PREFECT_API_URL"),
     ("PREFECT_SERVER_API_AUTH_STRING", "user:", "AUTH_STRING: must be user:password"),
     (DATABASE, f"postgresql://user:{SECRET}@one:5432,two:5432/name", DATABASE),
     (DATABASE, f"mysql://user:{SECRET}@host/name", DATABASE),
-    ("AWS_REGION", "eu west", r"AWS_REGION: must be a region .*\(received 'eu west'\)"),
     ("AWS_SECRET_ACCESS_KEY", SECRET, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY must be set"),
     ("HANDSIGNS_NOTIFY_URLS", f"json://127.0.0.1/hook, slack://{SECRET}", "number 2 of 2 is none"),
     ("HANDSIGNS_HOST", "0.0.0.0", "PREFECT_SERVER_API_AUTH_STRING must be set"),
     # Names that are no setting.
-    ("HANDSIGNS_S3_ENDPOINT", f"http://h/{SECRET}", "Did you mean HANDSIGNS_S3_ENDPOINT_URL?"),
     ("HANDSIGNS_DATABASE_URL", SECRET, "Did you mean DATABASE_URL?"),
 ]
 
@@ -87,17 +78,6 @@ def test_defaults_and_the_usual_variables_are_read(monkeypatch: pytest.MonkeyPat
     assert SECRET not in repr(settings)
     monkeypatch.setenv("HANDSIGNS_S3_REGION", "eu-north-1")
     assert load_settings().s3_region == "eu-north-1"
-
-
-def test_reading_settings_imports_nothing_heavy() -> None:
-    code = (
-        "import sys; from flows.settings import load_settings; load_settings(); "
-        "import flows.local.stack, flows.deploy; "
-        "names = 'boto3', 'mlflow', 'prefect', 'sqlalchemy', 'tensorflow', 'numpy'; "
-        "print([name for name in names if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 @given(

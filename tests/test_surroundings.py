@@ -1,6 +1,5 @@
 """Machines that are not root's, English, writable and alone: each works or is named in a line."""
 
-import http.server
 import os
 import re
 import shutil
@@ -10,13 +9,13 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
-from flows.local.stack import embedded
+from flows.local.stack import Services
 from flows.settings import Settings
 from tasks.services.s3 import Storage
 from tests.fixtures.checkouts import BIN, Repo, make_checkout
@@ -27,10 +26,9 @@ NOBODY = 54321
 """A user id without a name."""
 NOWHERE = "http://127.0.0.1:9"
 STATUS, PREDICT = ("status",), ("predict", "{photo}")
-QUOTA = Path("/sys/fs/cgroup/cpu")
-"""Where cgroup v1 keeps processor quotas; `joblib.cpu_count` reads them there, or v2's."""
 
 
+@dataclass
 @dataclass(frozen=True)
 class Variant:
     """One kind of surroundings, and what a command does there.
@@ -65,11 +63,9 @@ VARIANTS = {
     "storage of another project": named(MLFLOW_S3_ENDPOINT_URL=NOWHERE),
     "AWS profile that is not there": named(AWS_PROFILE="of-another-project"),
     "AWS configuration that is none": named(AWS_CONFIG_FILE="{folder}/aws"),
-    "AWS bundle that is not there": named(AWS_CA_BUNDLE="/nowhere.pem"),
     "proxy that does not answer": named(HTTP_PROXY=NOWHERE, http_proxy=NOWHERE),
     "SOCKS proxy": named(ALL_PROXY="socks5://127.0.0.1:9"),
     "authorities that are not there": named(PREDICT, SSL_CERT_FILE="/nowhere.pem"),
-    "authorities of requests": named(REQUESTS_CA_BUNDLE="/nowhere.pem"),
     "another backend of Keras": named(PREDICT, KERAS_BACKEND="torch"),
     "settings of Keras": named(PREDICT, KERAS_HOME="{folder}/keras"),
     "foreign modules before ours": named(PREDICT, PYTHONPATH="{folder}/foreign:{checkout}"),
@@ -77,12 +73,8 @@ VARIANTS = {
     "no HOME": named(PREDICT, HOME=""),
     "a HOME that is not there": named(HOME="/nowhere"),
     "plain C locale": named(LC_ALL="C", PYTHONIOENCODING="ascii"),
-    "a time zone that is none": named(PREDICT, TZ="Nowhere/Land"),
-    "no git": named(GIT_DIR="/nowhere"),
     "a narrow terminal without features": named(TERM="dumb", COLUMNS="20", NO_COLOR="1"),
     "a log level that is none": named(PREDICT, PREFECT_LOGGING_LEVEL="LOUD"),
-    "a private umask": Variant(PREDICT, shell="umask 077"),
-    "one core": Variant(PREDICT, shell="taskset -cp 0 $$ >/dev/null"),
     "a folder of the checkout": Variant(says="checkout", root="{checkout}/docs"),
     "a path with a question mark": Variant(says="question mark.*Rename", root="{folder}/what?"),
     # Limits and read-only places.
@@ -156,63 +148,44 @@ class Place:
         )
 
 
-class _Page(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        body = b"<html><body>It works!</body></html>"
-        self.send_response(200)
-        self.send_header("Content-Type", "text/html")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body if self.command != "HEAD" else b"")
-
-    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815, as the base class names them
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def place(graphs: tuple[bytes, bytes], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("surroundings")
     made = make_checkout(folder / "checkout")
     made.handsigns("import", write_photos(folder / "photos", 12))
-    with embedded(Settings(), made.project) as services:
+    for path, content in {
+        "aws": "[default\nregion = ???",
+        "keras/keras.json": '{"image_data_format": "channels_first", "backend": "jax"}',
+        "foreign/flows.py": "raise SystemExit('not yours')",
+        "foreign/tasks/__init__.py": "raise SystemExit('not yours')",
+        "what?/dvc.yaml": "",
+        "what?/params.yaml": made.project.params.read_text(),
+        "index.html": "<html><body>It works!</body></html>",
+    }.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content)
+    page = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with (
+        closing(Services(Settings(), made.project)) as services,
+        ThreadingHTTPServer(("127.0.0.1", 0), page) as server,
+    ):
         storage = Storage(services.s3())
         point(storage, publish_graph(storage, folder / "release", graphs[0]).id, 1)
         made.handsigns("status")
-    _write_files(folder)
-    with (
-        embedded(Settings(), made.project) as services,
-        http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Page) as server,
-    ):
-        services.s3()
+        # A checkout whose servers are not up, with a database of a later Prefect.
+        kept = shutil.ignore_patterns("cache", "tmp", "prefect", "programs", "tests", "*.sock")
+        shutil.copytree(folder / "checkout", folder / "idle", symlinks=True, ignore=kept)
+        (folder / "idle/.local/prefect").mkdir()
+        with closing(sqlite3.connect(folder / "idle/.local/prefect/prefect.db")) as database:
+            database.execute("create table alembic_version (version_num text)")
+            database.execute("insert into alembic_version values ('of-the-future')")
+            database.commit()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         names = {name: str(folder / name) for name in ("checkout", "idle")}
-        names["folder"], names["page"] = str(folder), f"http://127.0.0.1:{server.server_port}"
+        names |= {"folder": str(folder), "page": f"http://127.0.0.1:{server.server_port}"}
         names["photo"] = str(next((made.project.root / "data/train/3").iterdir()))
         yield Place(made, names)
         server.shutdown()
-
-
-def _write_files(folder: Path) -> None:
-    kept = shutil.ignore_patterns("cache", "tmp", "prefect", "programs", "tests", "*.sock")
-    shutil.copytree(folder / "checkout", folder / "idle", symlinks=True, ignore=kept)
-    newer = folder / "idle/.local/prefect/prefect.db"
-    for path, content in {
-        folder / "aws": "[default\nregion = ???",
-        folder / "keras/keras.json": '{"image_data_format": "channels_first", "backend": "jax"}',
-        folder / "foreign/flows.py": "raise SystemExit('not yours')",
-        folder / "foreign/tasks/__init__.py": "raise SystemExit('not yours')",
-        folder / "what?/dvc.yaml": "",
-        folder / "what?/params.yaml": (folder / "checkout/params.yaml").read_text(),
-        newer: "",
-    }.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    with closing(sqlite3.connect(newer)) as database:
-        database.execute("create table alembic_version (version_num text)")
-        database.execute("insert into alembic_version values ('of-the-future')")
-        database.commit()
 
 
 @cache
@@ -250,21 +223,3 @@ def test_each_surrounding_works_or_is_named_in_one_line(variant: Variant, place:
         (line,) = [line for line in lines.splitlines() if line.strip()]
         assert re.search(variant.says, line), line
     assert contents(place.repo) == before
-
-
-@pytest.mark.slow
-def test_a_processor_quota_counts_like_cores(place: Place) -> None:
-    if not (may_mount() and os.access(QUOTA / "cpu.cfs_quota_us", os.W_OK)):
-        pytest.skip("this user may not set a quota here")
-    group = QUOTA / f"handsigns-{os.getpid()}"
-    group.mkdir()
-    (group / "cpu.cfs_quota_us").write_text("50000")
-    # As in a container, whose own group is the root of what it sees.
-    variant = Variant(shell=f"echo $$ > {group}/cgroup.procs && mount --bind {group} {QUOTA}")
-    try:
-        done = place.run(variant, "handsigns", *PREDICT)
-        assert done.returncode == 0, done.stderr
-        code = "from tasks.model.inference import usable_cores; print(usable_cores())"
-        assert place.run(variant, "python", "-c", code).stdout == "1\n"
-    finally:
-        group.rmdir()

@@ -96,10 +96,10 @@ def test_a_terminal_shows_results_and_bars_and_nothing_of_libraries(
     assert len(again) <= 15
     assert "Retrain: unchanged" in again
     status = handsigns("status")
-    scores = r"accuracy [01]\.\d{4}, loss \d+\.\d{4}, \d+ photos, made 20"
+    scores = r"accuracy [01]\.\d{4}, loss \d+\.\d{4}, photos \d+, created 20"
     assert any(re.match(rf" champion +version 1: {scores}", line) for line in status), status
     assert not re.search("[0-9a-f]{32}", "".join(status))
-    row = r" +1 +[01]\.\d{4} +\d+\.\d{4} +\d+ +20[-0-9]+ [0-9:]+ +cha"
+    row = r" +1 +[01]\.\d{4} +\d+\.\d{4} +\d+ +20[-0-9T:+]+ +cha"
     assert any(re.match(row, line) for line in handsigns("versions"))
     assert len(handsigns("predict", str(trained.photos / "1/0000.png"))) <= 8
     repeated = in_terminal(repo, "dvc", "repro", "--force", "--single-item", "train@base")
@@ -108,4 +108,4 @@ def test_a_terminal_shows_results_and_bars_and_nothing_of_libraries(
     # In a file each photo has one line, whatever its length.
     deep = trained.photos / "/".join(["1/.."] * 20) / "1/0000.png"
     said = repo.run("handsigns", "predict", deep, **services).stdout
-    assert re.search(rf"^ *{re.escape(str(deep))} +[0-5]( +[01]\.\d{{3}}){{6}} *$", said, re.M)
+    assert re.search(rf"^ *{re.escape(str(deep))} +[0-5?].* +[01]\.\d{{4}} *$", said, re.M)

@@ -1,6 +1,5 @@
 """How this process reaches services: its environment, its logins, and whether they answer."""
 
-import asyncio
 import http.client
 import json
 import os
@@ -8,10 +7,8 @@ import pwd
 import secrets
 import textwrap
 import urllib.request
-from collections.abc import Callable, MutableMapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import MutableMapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -49,32 +46,29 @@ class Credentials:
 def local_credentials(folder: Path) -> Credentials:
     """Return the credentials of the local servers, generated on first use."""
     file = folder / CREDENTIALS
+    if not file.exists():
+        _generate(file)
     try:
-        if not file.exists():
-            _generate(file)
-        mode = file.stat().st_mode & 0o777
-        if not mode & 0o077:
-            return Credentials(**json.loads(file.read_text(encoding="utf-8")))
-        fault = f"can be read by others (mode {mode:03o}). Remove it, and new ones are generated"
-    except PermissionError:
-        fault = "belong to another user. Run as that user, or in a checkout of your own"
-    except (OSError, ValueError, TypeError):
-        fault = "cannot be understood. Remove the file, and new ones are generated"
-    raise SettingsError(f"The local credentials in '{file}' {fault}.")
+        return Credentials(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise SettingsError(
+            f"The local credentials in '{file}' cannot be understood. Remove the file, and new "
+            "ones are generated."
+        ) from None
 
 
 def _generate(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    made = Credentials(
-        access_key_id="handsigns-" + secrets.token_hex(6),
-        secret_access_key=secrets.token_urlsafe(30),
-        login="handsigns:" + secrets.token_urlsafe(24),
-    )
-    with FileLock(file.with_suffix(".lock")), atomic_write(file) as part:
-        part.touch(0o600)
-        part.write_text(json.dumps(asdict(made)), encoding="utf-8")
-        if file.exists():  # another process was faster
-            part.write_bytes(file.read_bytes())
+    with FileLock(file.with_suffix(".lock")):
+        if not file.exists():  # else another process was faster
+            made = Credentials(
+                access_key_id="handsigns-" + secrets.token_hex(6),
+                secret_access_key=secrets.token_urlsafe(30),
+                login="handsigns:" + secrets.token_urlsafe(24),
+            )
+            with atomic_write(file) as part:
+                part.touch(0o600)
+                part.write_text(json.dumps(asdict(made)), encoding="utf-8")
 
 
 def prefect_login(settings: Settings, folder: Path) -> str:
@@ -85,10 +79,7 @@ def prefect_login(settings: Settings, folder: Path) -> str:
 
 
 def prepare_environment(folder: Path, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set what libraries read from the environment; to be called before they are imported.
-
-    `folder`, the checkout's `.local/`, is a home for Prefect, and for a user who has none.
-    """
+    """Set what libraries read from the environment, before they are imported."""
     # Loopback is reached without a proxy. Most libraries read `no_proxy` alone where both
     # spellings are set, so both name all hosts.
     spellings = ("no_proxy", "NO_PROXY")
@@ -128,7 +119,7 @@ def point_prefect_at(
         environment["PREFECT_API_AUTH_STRING"] = prefect_login(settings, folder)
 
 
-def advice(error: Exception) -> str:
+def advice(error: BaseException) -> str:
     """Return what to do about an error of Prefect's client, without a full stop."""
     if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
         return "It lets nobody in without a login: set PREFECT_API_AUTH_STRING to user:password"
@@ -146,33 +137,22 @@ def ask(url: str, seconds: float = 2.0) -> bytes | None:
 
 
 def configured_s3(settings: Settings) -> S3Address:
-    """Return the address that the settings name."""
-
+    """Return the address that the settings name; no endpoint means AWS."""
     known = (settings.aws_access_key_id, settings.aws_secret_access_key, settings.aws_session_token)
     keys = [secret.get_secret_value() if secret else None for secret in known]
-    return S3Address(str(settings.s3_endpoint_url), settings.bucket, settings.s3_region, *keys)
+    return S3Address(settings.s3_endpoint_url or "", settings.bucket, settings.s3_region, *keys)
 
 
 def check_reachable(settings: Settings) -> None:
-    """Raise `ServiceError` within 30 s if a configured service does not answer.
-
-    Each is asked through the client that is used later, with all of its own settings.
-    """
-    checks: list[Callable[[], object]] = []
+    """Raise `ServiceError` within 30 s if a configured service does not answer its own client."""
     if settings.s3_endpoint_url:
         storage = Storage(configured_s3(settings))
-        checks += [storage.check, partial(check_conditional_writes, storage)]
-    tracking = settings.mlflow_tracking_uri
-    if tracking and tracking.startswith("http"):
-        checks.append(partial(_check_mlflow, tracking))
+        storage.check()
+        check_conditional_writes(storage)
+    if (tracking := settings.mlflow_tracking_uri) and tracking.startswith("http"):
+        _check_mlflow(tracking)
     if settings.prefect_api_url:
-        # Modules that two threads import at once can see each other half made.
-        import prefect.client.orchestration  # noqa: F401
-
-        checks.append(lambda: asyncio.run(_check_prefect(str(settings.prefect_api_url))))
-    with ThreadPoolExecutor() as pool:
-        for outcome in [pool.submit(check) for check in checks]:
-            outcome.result()
+        _check_prefect(settings.prefect_api_url)
 
 
 def _check_mlflow(url: str) -> None:
@@ -193,16 +173,19 @@ def _check_mlflow(url: str) -> None:
         raise _unreachable("MLflow", url, "MLFLOW_TRACKING_URI", error) from None
 
 
-async def _check_prefect(api: str) -> None:
+def _check_prefect(api: str) -> None:
     import httpx
+    from prefect import settings
     from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    named = {PREFECT_API_URL: api, PREFECT_CLIENT_MAX_RETRIES: 0}
+    named = {
+        settings.PREFECT_API_URL: api,
+        settings.PREFECT_API_REQUEST_TIMEOUT: CHECK_SECONDS,
+        settings.PREFECT_CLIENT_MAX_RETRIES: 0,
+    }
     try:
-        with temporary_settings(named):
-            async with asyncio.timeout(CHECK_SECONDS), get_client() as client:
-                error = await client.api_healthcheck()
+        with settings.temporary_settings(named), get_client(sync_client=True) as client:
+            error = client.api_healthcheck()
     except (OSError, ValueError, ImportError, RuntimeError, httpx.HTTPError) as raised:
         error = raised
     status = getattr(getattr(error, "response", None), "status_code", None)

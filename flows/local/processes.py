@@ -52,16 +52,12 @@ NEWER = re.compile("Can't locate revision|No such revision")
 
 @dataclass(frozen=True)
 class Program:
-    """A program that runs for as long as somebody uses it.
-
-    Process lists show its command, which holds no secrets. Users share it only if `variant` is
-    equal, and can read `about` in its state while it runs.
-    """
+    """A program that users with an equal `variant` share; its command holds no secrets."""
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str]
-    ready: Callable[[], bool] = lambda: True
+    ready: Callable[[], Any] = lambda: True
     ports: tuple[int, ...] = ()
     url: str = ""
     variant: str = ""
@@ -144,11 +140,6 @@ class LocalStack:
         try:
             with FileLock(self.folder / "start.lock", timeout=2 * SECONDS):
                 yield
-        except PermissionError as error:
-            raise SettingsError(
-                f"'{error.filename}' belongs to another user. Run as that user, or give the "
-                f"folder '{self.folder}' to this one."
-            ) from None
         except Timeout:
             raise BusyError(
                 f"Another command has been starting or stopping local servers for "

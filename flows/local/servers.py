@@ -10,8 +10,9 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,16 +92,17 @@ def seaweedfs(folder: Path, bucket: str, ports: tuple[int, ...]) -> Program:
         environment[f"WEED_JWT_{part}_KEY"] = secrets.token_urlsafe(32)
     storage = Storage(address)
 
+    url = address.endpoint_url
+
     def ready() -> bool:
         # Asking for the bucket takes a while where nobody listens.
-        if ask(f"{address.endpoint_url}/healthz") is None:
-            return False
+        answers = ask(f"{url}/healthz") is not None
         with suppress(ServiceError):
-            storage.check()
-            return True
+            if answers:
+                storage.check()
+                return True
         return False
 
-    url = address.endpoint_url
     return Program("seaweedfs", command, environment, ready, ports, url, bucket, data)
 
 
@@ -128,14 +130,13 @@ def prefect(folder: Path, settings: Settings, ports: tuple[int, ...]) -> Program
         database = database_url(settings.database_url.get_secret_value(), "prefect")
         environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database
     variant = f"{host} {database}"
-    return Program("prefect", command, environment, _healthy(url), ports, url, variant)
+    return Program(
+        "prefect", command, environment, partial(ask, f"{url}/health"), ports, url, variant
+    )
 
 
 def mlflow(folder: Path, settings: Settings, store: S3Address, ports: tuple[int, ...]) -> Program:
-    """Describe an MLflow server with its UI and its files on S3; it asks for the local login.
-
-    Of an S3 service in the settings AWS's other variables, such as a role or CA, hold too.
-    """
+    """Describe an MLflow server with its UI and its files on S3; it asks for the local login."""
     url = f"http://{HOST}:{ports[0]}"
     command = [*_module("mlflow"), "server", "--workers", "1", "--app-name", "basic-auth"]
     command += ["--host", HOST, "--port", str(ports[0])]
@@ -143,6 +144,7 @@ def mlflow(folder: Path, settings: Settings, store: S3Address, ports: tuple[int,
     command += ["--allowed-hosts", f"{HOST}:{ports[0]},localhost:{ports[0]}"]
     command += ["--artifacts-destination", f"s3://{store.bucket}/{PREFIX}"]
     database = registry_url(folder, settings)
+    # Of an S3 service in the settings AWS's other variables, such as a role or CA, hold too.
     environment = _without_foreign(of_aws=settings.s3_endpoint_url is not None)
     if settings.s3_endpoint_url is None:
         # Nor is it read what somebody's profile says of another service.
@@ -156,7 +158,9 @@ def mlflow(folder: Path, settings: Settings, store: S3Address, ports: tuple[int,
         "MLFLOW_BACKEND_STORE_URI": database,  # no argument, as it may hold a password
     }
     variant = f"{store.endpoint_url} {store.bucket} {database}"
-    return Program("mlflow", command, environment, _healthy(url), ports, url, variant)
+    return Program(
+        "mlflow", command, environment, partial(ask, f"{url}/health"), ports, url, variant
+    )
 
 
 def _mlflow_login(folder: Path) -> dict[str, str]:
@@ -199,15 +203,8 @@ def worker(folder: Path, settings: Settings, api: str) -> Program:
 def keeper(name: str, folder: Path, about: Mapping[str, Any]) -> Program:
     """Describe the process that starts a worker and keeps all up after `handsigns up`."""
     command = [sys.executable, "-P", "-c", "from flows.local.stack import keep_up; keep_up()"]
-
-    def ready() -> bool:
-        return read_state(folder, "worker") is not None
-
+    ready = partial(read_state, folder, "worker")
     return Program(name, command, dict(os.environ), ready, cwd=Path.cwd(), about=about)
-
-
-def _healthy(url: str) -> Callable[[], bool]:
-    return lambda: ask(f"{url}/health") is not None
 
 
 def _without_foreign(of_aws: bool = False) -> dict[str, str]:
@@ -229,14 +226,12 @@ def registry_url(folder: Path, settings: Settings) -> str:
 
 def database_url(url: str, name: str) -> str:
     """Return the address of the database `<DATABASE_URL>_<name>`; it holds the password."""
-    known = _parse(url, name)
+    known, driver = _parse(url, name), "psycopg2"
     if name == "prefect":
-        # asyncpg has another word for the same option.
+        driver = "asyncpg"  # which has another word for the same option
         query = {"ssl" if key == "sslmode" else key: text for key, text in known.query.items()}
-        known = known.set(drivername="postgresql+asyncpg", query=query)
-    else:
-        known = known.set(drivername="postgresql+psycopg2")
-    return known.render_as_string(hide_password=False)
+        known = known.set(query=query)
+    return known.set(drivername=f"postgresql+{driver}").render_as_string(hide_password=False)
 
 
 def _parse(url: str, name: str = "") -> "URL":
@@ -274,10 +269,7 @@ def make_databases(url: str) -> None:
 
 
 def migrate(folder: Path, name: str) -> None:
-    """Back up and migrate a local SQLite database after an upgrade of its library.
-
-    `versions.json` notes which version used it last. Prefect's server migrates by itself.
-    """
+    """Back up a local SQLite database after an upgrade of its library; migrate that of MLflow."""
     file, present, versions = folder / SQLITE[name], version(name), folder / "versions.json"
     with FileLock(folder / "migrate.lock"):
         known = read_json(versions) or {}
@@ -289,7 +281,13 @@ def migrate(folder: Path, name: str) -> None:
                 _back_up(file, backup)
             said = "%s %s may need another schema: '%s' is migrated; the backup is '%s'."
             _log.warning(said, name, present, file, backup)
-            if name == "mlflow" and (reason := _upgrade_mlflow(file)):
+            command = [*_module("mlflow"), "db", "upgrade", f"sqlite:///{file}"]
+            environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+            done = name == "mlflow" and subprocess.run(  # noqa: S603
+                command, env=environment, capture_output=True, text=True
+            )
+            if done and done.returncode:
+                reason = textwrap.shorten(done.stderr.strip().split("\n")[-1], 300)
                 raise ServiceError(
                     f"The registry '{file}' of MLflow {known.get(name, 'another version')} cannot "
                     f"be migrated to {present} ({reason}). Install the version that made it; the "
@@ -311,12 +309,3 @@ def _back_up(file: Path, backup: Path) -> None:
             f"The database '{file}' cannot be read ({error}). Restore it from a backup, or move "
             "it away, which begins an empty one."
         ) from None
-
-
-def _upgrade_mlflow(file: Path) -> str:
-    """Migrate MLflow's database; the reason if that fails."""
-    command = [*_module("mlflow"), "db", "upgrade", f"sqlite:///{file}"]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)  # noqa: S603
-    lines = done.stderr.strip().splitlines() or ["no reason given"]
-    return textwrap.shorten(lines[-1], 300, placeholder=" …") if done.returncode else ""

@@ -2,35 +2,25 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    Info,
-    PlatformCollector,
-    ProcessCollector,
-    generate_latest,
-)
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, Info, generate_latest
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import ClientDisconnect
 
-from flows.serve.follower import ModelSource
-from flows.serve.limits import Admission, Credentials, Limits
+from flows.serve.follower import LoadedModel, ModelSource
+from flows.serve.limits import Credentials, Limits
 from flows.serve.model_page import model_routes
 from flows.serve.predict import BODY, Fault, Model, Predictor, Reading, Readings, unusable
 from flows.serve.review import Recorder, review_routes
@@ -46,9 +36,13 @@ PAGES = {"index.html": "/", "review.html": "/review", "docs.html": "/docs"}
 SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css")
 EXAMPLE_SEED = 21
 """Seed of the rendered examples; not the seed of the sample data set."""
-BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 PATHS = ("/predict", "/feedback", "/health", "/metrics", "/openapi.json")
 METHODS = ("GET", "HEAD", "POST", "DELETE")
+REQUESTS = Counter("handsigns_requests", "Requests answered.", ("method", "path", "status"))
+SECONDS = Histogram(
+    "handsigns_request_seconds", "From a request's headers to the start of its answer.", ("path",)
+)
+MODEL = Info("handsigns_model", "The model that answers.")
 
 
 class Health(BaseModel):
@@ -66,65 +60,15 @@ class Health(BaseModel):
     capture: bool = Field(description="Whether photos may be kept to learn from them.")
 
 
-class Metrics:
-    """Prometheus metrics of one service, in a registry of its own."""
-
-    def __init__(self, source: ModelSource) -> None:
-        self._source, self._registry = source, CollectorRegistry()
-
-        def make(kind: Any, name: str, about: str, *labels: str, **more: Any) -> Any:
-            return kind(f"handsigns_{name}", about, labels, registry=self._registry, **more)
-
-        ProcessCollector(registry=self._registry)
-        PlatformCollector(registry=self._registry)
-        self._requests = make(Counter, "requests", "Requests answered.", "method", "path", "status")
-        about = "From a request's headers to the start of its answer."
-        self._seconds = make(Histogram, "request_seconds", about, "path", buckets=BUCKETS)
-        self.predictions = make(Counter, "predictions", "Photos read, by label.", "label")
-        about = "Last result of the drift monitor: population stability index, or AUC."
-        self._drift = make(Gauge, "drift", about, "comparison")
-        about = "Photos offered to be kept, by what became of them."
-        self.captured = make(Counter, "capture", about, "outcome")
-        self._model = make(Info, "model", "The model that answers.")
-        about = "1 while the loaded model is not the champion, or that is unknown."
-        make(Gauge, "follow_problem", about).set_function(lambda: bool(source.problem))
-        about = "When the champion pointer was last read."
-        checked = make(Gauge, "follow_timestamp_seconds", about)
-        checked.set_function(lambda: source.checked_at or 0)
-        self._registry.register(source.failures)
-
-    def observe(self, method: str, path: str, status: int, seconds: float) -> None:
-        """Count one request; unknown paths and methods share one label each."""
-        path = path if path in PATHS else "page"
-        self._requests.labels(method if method in METHODS else "other", path, status).inc()
-        self._seconds.labels(path).observe(seconds)
-
-    def show_drift(self, results: Mapping[str, float]) -> None:
-        """Show what the monitor found last."""
-        self._drift.clear()
-        for comparison, value in results.items():
-            self._drift.labels(comparison).set(value)
-
-    def render(self) -> bytes:
-        """Return the metrics in Prometheus' text format."""
-        if model := self._source.model:
-            self._model.info({"version": str(model.version or ""), "release": model.release or ""})
-        return generate_latest(self._registry)
-
-
 def make_app(
     source: ModelSource,
     limits: Limits,
     captures: Captures | None = None,
     traffic: Traffic | None = None,
 ) -> FastAPI:
-    """Build the service; it starts and stops nothing.
-
-    Without `captures` it keeps no photo, and without `traffic` no counts for the monitor.
-    """
-    metrics, admission = Metrics(source), Admission(limits)
-    recorder = Recorder(captures, traffic, metrics.captured, metrics.show_drift)
-    predictor = Predictor(source, recorder, metrics.predictions)
+    """Build the service; without `captures` it keeps no photo, and without `traffic` no counts."""
+    recorder = Recorder(captures, traffic)
+    predictor = Predictor(source, recorder)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -135,7 +79,7 @@ def make_app(
         title="handsigns",
         description="Classifies photos; by default the sign, 0 to 5, that a hand shows.",
         lifespan=lifespan,
-        dependencies=[Depends(admission.check_site)],
+        dependencies=[Depends(limits.check_site)],
         docs_url=None,  # its page loads scripts from other hosts; page/docs.html does not
         redoc_url=None,
     )
@@ -143,13 +87,13 @@ def make_app(
     for kind in kinds:
         app.add_exception_handler(kind, partial(_answer_fault, limits))
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=limits.max_bytes)
-    app.middleware("http")(partial(_observe, metrics, limits))
+    app.middleware("http")(partial(_observe, limits))
 
     @app.post(
         "/predict",
         responses={code: {"model": Fault} for code in (400, 401, 408, 413, 415, 422, 429, 503)},
         openapi_extra=BODY,
-        dependencies=[Depends(admission.check)],
+        dependencies=[Depends(limits.check)],
     )
     async def predict(request: Request) -> Reading | Readings:
         """Classify a photo, or each of several."""
@@ -157,20 +101,19 @@ def make_app(
 
     app.include_router(model_routes(source, traffic))
     routes = review_routes(recorder, predictor.read_one, lambda: source.labels)
-    app.include_router(routes, dependencies=[Depends(admission.check)])
+    app.include_router(routes, dependencies=[Depends(limits.check)])
 
     @app.head("/health", include_in_schema=False)  # load balancers ask for no more
     @app.get("/health", responses={503: {"model": Health}})
     async def health(credentials: Credentials, response: Response) -> Health:
         """Report which model answers; 503 while there is none."""
-        report = _health(source, admission.accepts(credentials), captures is not None)
-        response.status_code = 503 if report.state == "waiting" else 200
-        return report
+        response.status_code = 200 if source.model else 503
+        return _health(source, limits.accepts(credentials), captures is not None)
 
     @app.get("/metrics", response_class=Response)
     async def show_metrics() -> Response:
         """Metrics for Prometheus."""
-        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        return Response(_metrics(source.model), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/examples/{label}.png", response_class=Response, include_in_schema=False)
     def example(label: str) -> Response:
@@ -192,11 +135,11 @@ def make_app(
 
 
 async def _observe(
-    metrics: Metrics,
-    limits: Limits,
-    request: Request,
-    answer: Callable[[Request], Awaitable[Response]],
+    limits: Limits, request: Request, answer: Callable[[Request], Awaitable[Response]]
 ) -> Response:
+    # Unknown paths and methods share one label each.
+    path = request.url.path if request.url.path in PATHS else "page"
+    method = request.method if request.method in METHODS else "other"
     began, status = time.perf_counter(), 500
     try:
         # Starlette's limit would answer a body that announces its size in plain text.
@@ -205,8 +148,8 @@ async def _observe(
         response = await (_answer_fault(limits, request, too_large) if large else answer(request))
         status = response.status_code
     finally:
-        seconds = time.perf_counter() - began
-        metrics.observe(request.method, request.url.path, status, seconds)
+        REQUESTS.labels(method, path, status).inc()
+        SECONDS.labels(path).observe(time.perf_counter() - began)
     return response
 
 
@@ -236,21 +179,25 @@ async def _answer_fault(limits: Limits, request: Request, error: Exception) -> R
     return JSONResponse({"error": reason}, status, getattr(error, "headers", None))
 
 
+def _metrics(model: LoadedModel | None) -> bytes:
+    if model:
+        MODEL.info({"version": str(model.version or ""), "release": model.release or ""})
+    return generate_latest()
+
+
 def _health(source: ModelSource, detailed: bool, capture: bool) -> Health:
-    model, problem = source.model, source.problem
+    model, problem, age, checked = source.model, source.problem, None, None
     if problem and not detailed:
         problem = "The champion cannot be followed; the service's log says why."
-    state: Literal["ready", "behind", "waiting"] = "behind" if problem else "ready"
-    age = None
     if model and model.promoted_at:
-        promoted = datetime.fromisoformat(model.promoted_at)
-        age = round((datetime.now(UTC) - promoted).total_seconds(), 1)
-    checked = source.checked_at and datetime.fromtimestamp(source.checked_at, UTC)
+        age = time.time() - datetime.fromisoformat(model.promoted_at).timestamp()
+    if source.checked_at:
+        checked = datetime.fromtimestamp(source.checked_at, UTC).isoformat(timespec="seconds")
     return Health(
-        state=state if model else "waiting",
+        state="waiting" if model is None else "behind" if problem else "ready",
         model=model and Model.model_validate(model),
         age_seconds=age,
-        looked_at=checked.isoformat(timespec="seconds") if checked else None,
+        looked_at=checked,
         problem=problem if model or problem else source.waiting,
         labels=source.labels,
         capture=capture,

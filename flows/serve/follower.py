@@ -3,32 +3,31 @@
 import logging
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 
 from tasks.errors import HandsignsError, ServiceError
-from tasks.releases.champion import Champion, Move, read_champion
+from tasks.releases.champion import Move, read_champion
 from tasks.services.s3 import Storage
 
 if TYPE_CHECKING:
     from flows.workspace import Workspace
     from tasks.model.inference import Classifier
 
-_log = logging.getLogger(__name__)
+FAILURES = Counter("handsigns_follow_failures", "Failed checks of the champion.", ("kind",))
+PROBLEM = Gauge(
+    "handsigns_follow_problem", "1 while the loaded model is not the champion, or that is unknown."
+)
 
-RETRY_CHECKS = 12
-"""A rejected release is tried again after as many checks."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that answers; what follows its description is only known of a champion.
-
-    `folder` is that of its release, and `moves` are those of the champion pointer.
-    """
+    """A model that answers; what follows its description is only known of a champion."""
 
     classifier: "Classifier"
     description: str
@@ -55,11 +54,9 @@ class ModelSource:
     problem: str | None = None
     checked_at: float | None = None
     storage: Storage | None = None
-    failures: Counter = field(
-        default_factory=lambda: Counter(
-            "handsigns_follow_failures", "Failed checks of the champion.", ("kind",), registry=None
-        )
-    )
+
+    def __post_init__(self) -> None:
+        PROBLEM.set_function(lambda: bool(self.problem))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -76,18 +73,12 @@ class ModelSource:
 
 
 class Follower(ModelSource):
-    """Follow the champion pointer in a background thread, every `seconds`.
-
-    A new champion answers once its release is fetched to `releases`, verified and loaded.
-    Until then, and if any of that fails, the old model answers.
-    """
+    """Follow the champion every `seconds`; until it is verified and loaded, the old one answers."""
 
     def __init__(self, storage: Storage, releases: Path, seconds: float) -> None:
         super().__init__(storage=storage)
         self._storage, self._releases, self._seconds = storage, releases, seconds
         self._etag: str | None = None
-        self._rejected: str | None = None
-        self._skip = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
 
@@ -126,33 +117,23 @@ class Follower(ModelSource):
         if champion is None or champion.etag == self._etag:
             gone = champion is None and self.model
             self.problem = "The champion pointer is gone." if gone else None
-        elif champion.etag == self._rejected and self._skip:
-            self._skip -= 1
-        else:
-            self._rejected, self._skip = champion.etag, RETRY_CHECKS
-            self._load(champion)
-
-    def _load(self, champion: Champion) -> None:
+            return
         from tasks.releases.release import fetch, open_release
 
         pointer = champion.pointer
-        try:
-            folder = fetch(self._storage, pointer.release, self._releases)
-            if self.model and self.model.release == pointer.release:
-                classifier = self.model.classifier
-            else:
-                classifier = open_release(folder)
-        except ServiceError:
-            self._skip = 0
-            raise
+        folder = fetch(self._storage, pointer.release, self._releases)
+        if self.model and self.model.release == pointer.release:
+            classifier = self.model.classifier
+        else:
+            classifier = open_release(folder)
         description = f"champion, version {pointer.version}, release {pointer.release}"
         found = (pointer.version, pointer.release, pointer.at, folder, pointer.moves)
         self.model = LoadedModel(classifier, description, *found)
-        self._etag, self._rejected, self.problem = champion.etag, None, None
+        self._etag, self.problem = champion.etag, None
         _log.info("Serving the %s.", description)
 
     def _fail(self, kind: str, reason: str) -> None:
-        self.failures.labels(kind).inc()
+        FAILURES.labels(kind).inc()
         still = f" Still serving the {self.model.description}." if self.model else ""
         problem = f"{reason}{still}"
         if problem != self.problem:

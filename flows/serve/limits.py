@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -46,7 +46,7 @@ Credentials = Annotated[
 ]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Limits:
     """Limits for each client: its rate, largest body, token, and the names it may use for us."""
 
@@ -55,12 +55,8 @@ class Limits:
     token: str | None = None
     hosts: frozenset[str] | None = None
 
-
-class Admission:
-    """Check a client's token, rate and origin."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._rate, self._limits = parse(limits.rate), limits
+    def __post_init__(self) -> None:
+        self._rate = parse(self.rate)
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
 
     def check(self, request: Request, credentials: Credentials) -> None:
@@ -79,40 +75,28 @@ class Admission:
 
     def accepts(self, credentials: HTTPAuthorizationCredentials | None) -> bool:
         """Whether the client sent the right token, or none is expected."""
-        expected = self._limits.token
         sent = credentials.credentials if credentials else ""
-        return expected is None or secrets.compare_digest(sent.encode(), expected.encode())
+        return self.token is None or secrets.compare_digest(sent.encode(), self.token.encode())
 
     def check_site(self, request: Request) -> None:
-        """Refuse, with 403, what may come from another site's page.
-
-        A page elsewhere can let its name point to this machine (DNS rebinding) or post a form
-        here; a service without a token would answer it.
-        """
-        hosts = self._limits.hosts
+        """Refuse, with 403, what may come from another site's page, by DNS rebinding or a form."""
         for source in (f"//{request.headers.get('Host', '')}", *request.headers.getlist("Origin")):
             name = None
             with suppress(ValueError):
                 name = urlsplit(source).hostname
-            if hosts and name not in hosts:
+            if self.hosts and name not in self.hosts:
                 raise HTTPException(
                     403,
                     f"This service does not answer to {source.removeprefix('//')[:80]!r}. Use "
-                    f"{', '.join(sorted(hosts))}, or set HANDSIGNS_SERVE_TOKEN to allow any.",
+                    f"{', '.join(sorted(self.hosts))}, or set HANDSIGNS_SERVE_TOKEN to allow any.",
                 )
 
 
-class Listening(NamedTuple):
-    """A bound socket, its URL, and the hosts that it answers to; None for any."""
-
-    socket: socket.socket
-    url: str
-    hosts: frozenset[str] | None
-
-
 @contextmanager
-def listen(host: str, port: int, token: bool) -> Iterator[Listening]:
-    """Bind an address for as long as the block lasts; port 0 takes a free one."""
+def listen(
+    host: str, port: int, token: bool
+) -> Iterator[tuple[socket.socket, str, frozenset[str] | None]]:
+    """Bind an address; yields the socket, its URL and the hosts that it answers to, or None."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -132,10 +116,10 @@ def listen(host: str, port: int, token: bool) -> Iterator[Listening]:
         found, number = bound.getsockname()[:2]
         shown = f"[{found}]" if ":" in found else found
         hosts = None if token else frozenset({"127.0.0.1", "::1", "localhost", host.lower()})
-        yield Listening(bound, f"http://{shown}:{number}", hosts)
+        yield bound, f"http://{shown}:{number}", hosts
 
 
-def run_service(service: ASGIApp, listening: Listening) -> None:
+def run_service(service: ASGIApp, bound: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C; requests in progress get 10 s to finish."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -158,4 +142,4 @@ def run_service(service: ASGIApp, listening: Listening) -> None:
     # Uvicorn raises the signal again once it has stopped; that must not end the process.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listening.socket])
+    uvicorn.Server(config).run(sockets=[bound])

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BODY_SECONDS = 30.0
 MAX_PHOTOS = 16
 """In one request."""
+PREDICTIONS = Counter("handsigns_predictions", "Photos read, by label.", ("label",))
 IN_FLIGHT = 128
 """Requests that may be uploaded, queued or scored at once; bounds the memory they take."""
 
@@ -133,8 +134,8 @@ async def _from_form(request: Request) -> bytes | list[bytes]:
 class Predictor:
     """Reads photos with the model of `source`, one per core; large ones one after the other."""
 
-    def __init__(self, source: ModelSource, recorder: "Recorder", predictions: Counter) -> None:
-        self.source, self._recorder, self._predictions = source, recorder, predictions
+    def __init__(self, source: ModelSource, recorder: "Recorder") -> None:
+        self.source, self._recorder = source, recorder
         self._cores, self._large = CapacityLimiter(usable_cores()), CapacityLimiter(1)
         self._in_flight = 0
 
@@ -174,7 +175,7 @@ class Predictor:
         large = await run_sync(is_large, photo, limiter=self._cores)
         score = partial(_score, model.classifier, photo)
         found = await run_sync(score, limiter=self._large if large else self._cores)
-        self._predictions.labels(str(found.label)).inc()
+        PREDICTIONS.labels(str(found.label)).inc()
         reading = Reading(**found.to_json(), model=Model.model_validate(model))
         self._recorder.record(photo, reading, keep)
         return reading

@@ -5,15 +5,16 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi import Path as InPath
 from fastapi.responses import Response
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -27,6 +28,14 @@ from tasks.project import Project
 
 _log = logging.getLogger(__name__)
 
+CAPTURED = Counter(
+    "handsigns_capture", "Photos offered to be kept, by what became of them.", ("outcome",)
+)
+DRIFT = Gauge(
+    "handsigns_drift",
+    "Last result of the drift monitor: population stability index, or AUC.",
+    ("comparison",),
+)
 QUEUE = 16
 """Uploads that may wait to be kept; any other one is dropped."""
 REST = 39
@@ -42,25 +51,16 @@ Reviewer = Annotated[str, Field(min_length=1, max_length=80)]
 
 
 class Recorder:
-    """Keeps photos and counts in a thread, so that no prediction waits or fails because of it.
+    """Keeps photos and counts in a thread, so that no prediction waits or fails because of it."""
 
-    `outcomes` counts what became of a photo: kept, duplicate, full, dropped or failed.
-    """
-
-    def __init__(
-        self,
-        captures: Captures | None,
-        traffic: Traffic | None,
-        outcomes: Counter,
-        show_drift: Callable[[Mapping[str, float]], None],
-    ) -> None:
+    def __init__(self, captures: Captures | None, traffic: Traffic | None) -> None:
         self._captures, self._traffic = captures, traffic
-        self._outcomes, self._show_drift = outcomes, show_drift
         self._waiting: queue.Queue[tuple[bytes, Capture]] = queue.Queue(QUEUE)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
 
     def __enter__(self) -> None:
+        CAPTURED.clear()
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
@@ -93,12 +93,12 @@ class Recorder:
             try:
                 self._waiting.put_nowait((upload, _capture(reading, reason)))
             except queue.Full:
-                self._outcomes.labels("dropped").inc()
+                CAPTURED.labels("dropped").inc()
 
     def flag(self, upload: bytes, reading: Reading, suggestion: str) -> str:
         """Keep what a user says was read wrong; returns what became of it."""
         outcome = self.captures.keep(upload, _capture(reading, "flagged", suggestion))
-        self._outcomes.labels(outcome).inc()
+        CAPTURED.labels(outcome).inc()
         return outcome
 
     def _run(self) -> None:
@@ -115,13 +115,15 @@ class Recorder:
                 if self._traffic and (last or time.monotonic() > saved + SAVE_SECONDS):
                     saved = time.monotonic()
                     self._traffic.save()
-                    self._show_drift(self._traffic.drift())
+                    DRIFT.clear()
+                    for comparison, value in self._traffic.drift().items():
+                        DRIFT.labels(comparison).set(value)
                 problem = ""
             except Exception as error:  # a full disk, say: predictions must go on
                 if problem != (problem := f"Photos and counts cannot be kept: {error}"):
                     _log.warning("%s", problem)
             if waiting:
-                self._outcomes.labels(outcome).inc()
+                CAPTURED.labels(outcome).inc()
             self._stopping.wait(REST * (time.thread_time() - began))
 
 
@@ -141,13 +143,8 @@ def open_captures(settings: Settings, project: Project) -> Captures | None:
     """Open the place of kept photos and the inbox; None where nothing is kept."""
     if settings.capture is None:
         return None
-    rules = CaptureRules(
-        settings.capture_below,
-        settings.capture_share,
-        settings.capture_per_day,
-        settings.capture_total,
-        settings.capture_days,
-    )
+    names = [field.name for field in fields(CaptureRules)]
+    rules = CaptureRules(*(getattr(settings, f"capture_{name}") for name in names))
     inbox = open_place(settings, settings.inbox) if settings.inbox else None
     return Captures(open_place(settings, settings.capture), inbox, project, rules)
 
@@ -176,10 +173,7 @@ def review_routes(
 
     @router.post("/feedback", openapi_extra=BODY)
     async def feedback(request: Request, label: str) -> dict[str, str]:
-        """Say what a photo shows that was read wrong; a person decides on it later.
-
-        The outcome is `kept`, `duplicate`, or `full`.
-        """
+        """Say what a photo shows that was read wrong: `kept`, `duplicate`, or `full`."""
         check_label(label)
         upload, reading = await read(request)
         return {"outcome": await run_in_threadpool(recorder.flag, upload, reading, label)}
@@ -196,10 +190,7 @@ def review_routes(
 
     @router.post("/review/photos/{name}")
     def decide(name: Name, verdict: Verdict) -> dict[str, str | None]:
-        """Label or discard a photo; 409 names who was first.
-
-        The problem says why an accepted photo cannot reach the inbox yet.
-        """
+        """Label or discard a photo; the problem says why it cannot reach the inbox yet."""
         check_label(verdict.label)
         return {"problem": recorder.captures.decide(name, verdict.label, verdict.by)}
 
