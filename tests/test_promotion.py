@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,24 +25,26 @@ from tests.fixtures.faults import Answer, Exchange, proxy_to
 from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.service import named as storage_named
+from tests.fixtures.service import soon
 from tests.fixtures.trained import Trained
 
 RELEASES = {"1": "646b9a4d37e1b222c8639efc5ee8c0b8", "2": "5640018f52a3ccefbca53f50ea7a419e"}
 ROUNDS = 8
 
 
-def paused(api: PrefectApi, seconds: float = 500) -> tuple[Any, str]:
+def paused(api: PrefectApi) -> tuple[Any, str]:
     """Wait until a retrain asks for approval; the run, and the question."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+
+    def asking() -> tuple[Any, str] | None:
         for run in api.runs("retrain"):
             keys = run["state"]["state_details"].get("run_input_keyset")
             if run["state_type"] == "PAUSED" and keys:
                 path = f"flow_runs/{run['id']}/input/filter"
                 if asked := api.ask(path, {"prefix": keys["description"]}):
                     return run, str(asked[0]["value"])
-        time.sleep(0.3)
-    raise TimeoutError
+        return None
+
+    return soon(asking, 500)
 
 
 def resume(api: PrefectApi, run: Any, **answer: str) -> str:

@@ -13,20 +13,19 @@ import pytest
 import yaml
 from pydantic import SecretStr
 
-from flows.report import ModelReport, RunReport, data_changes
+from flows.report import ModelReport, RunReport
 from flows.run import find_unchanged, retrain, retrain_lock, save_last_run
 from flows.settings import Settings
 from flows.workspace import Workspace
 from tasks.data.directory import stored_photos
 from tasks.io import read_json, write_json
-from tasks.project import Project
 from tasks.releases.signing import new_keys
 from tasks.services.s3 import S3Address
 from tasks.stage import silent
 from tests.fixtures import faults
 from tests.fixtures.checkouts import BIN, Repo, make_checkout, with_stages
 from tests.fixtures.faults import Exchange, proxy_to
-from tests.fixtures.photos import CHECKOUT, LABELS, write_photos
+from tests.fixtures.photos import CHECKOUT, write_photos
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.receiver import receiving
 from tests.fixtures.service import named, soon
@@ -214,18 +213,3 @@ def test_an_inbox_never_removes_what_a_person_put_there(
         write_photos(inbox, per_class=2)
         assert imported() == (6, 0)
         assert len(stored_photos(project)) == 12
-
-
-def test_photos_that_came_went_and_were_relabelled_are_counted(tmp_path: Path) -> None:
-    def index(**labels: str) -> dict[str, Any]:
-        photos = [{"name": name, "label": label} for name, label in labels.items()]
-        return {"labels": LABELS, "photos": photos}
-
-    project, former = Project(tmp_path), index(a="0", b="0", c="1", d="2")
-    write_json(project.dataset_index, index(b="0", c="5", d="2", e="3", f="3"))
-    found = data_changes(project, former, since=4)
-    assert (found.since, found.added, found.removed, found.relabelled) == (4, 2, 1, 1)
-    assert found.per_class["0"] == {"before": 2, "added": 0, "removed": 1, "now": 1}
-    assert found.per_class["3"] == {"before": 0, "added": 2, "removed": 0, "now": 2}
-    first = data_changes(project, None, since=None)
-    assert (first.since, first.added, first.removed) == (None, 5, 0)

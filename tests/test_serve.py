@@ -45,9 +45,7 @@ def first(bucket: S3Address, graphs: Any, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def service(
-    bucket: S3Address, first: Release, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Service]:
+def service(bucket: S3Address, first: Release, tmp_path_factory: Any) -> Iterator[Service]:
     """A service without a limit that a test could meet."""
     root, rate = tmp_path_factory.mktemp("serve"), {"HANDSIGNS_SERVE_RATE": "1000000/minute"}
     with serving(root, **named(bucket), **rate) as running:

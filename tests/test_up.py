@@ -4,7 +4,6 @@ import base64
 import json
 import logging
 import sqlite3
-import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -36,8 +35,7 @@ from tests.fixtures.photos import write_photos
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.publishing import record
 from tests.fixtures.receiver import Receiver, receiving
-
-FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+from tests.fixtures.service import soon
 
 
 @dataclass
@@ -67,11 +65,10 @@ class Service:
         return dict(self.prefect.ask(f"flow_runs/{run}")["state"])
 
     def wait(self, run: str, *types: str, seconds: float = 240) -> dict[str, Any]:
-        """Poll until the run is in a state of one of these types, or in a final one."""
-        deadline = time.monotonic() + seconds
-        while (state := self.state(run))["type"] not in (*types, *FINAL):
-            assert time.monotonic() < deadline, state
-            time.sleep(0.2)
+        """Wait until the run is in a state of one of these types, and in no other final one."""
+        ends = {*types, "COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+        soon(lambda: self.state(run)["type"] in ends, seconds)
+        state = self.state(run)
         assert state["type"] in types, state
         return state
 
@@ -79,26 +76,18 @@ class Service:
         """The task of a run that trains its first phase, once it began."""
         wanted: dict[str, Any] = {"flow_runs": {"id": {"any_": [run]}}}
         wanted["task_runs"] = {"name": {"any_": ["train@base"]}}
-        deadline = time.monotonic() + 240
-        while True:
-            found = self.prefect.ask("task_runs/filter", wanted)
-            if found and found[0]["start_time"]:
-                return dict(found[0])
-            assert time.monotonic() < deadline, self.state(run)
-            time.sleep(0.2)
+        found = lambda: self.prefect.ask("task_runs/filter", wanted)  # noqa: E731
+        soon(lambda: found() and found()[0]["start_time"], 240)
+        return dict(found()[0])
 
     def processes(self, word: str = "") -> list[psutil.Process]:
         """What runs in the checkout, or is part of its service, with `word` in its arguments."""
         root, found = str(self.repo.project.root), []
         for one in psutil.process_iter():
             with suppress(psutil.Error):
-                ours = one.cwd() == root or root in " ".join(one.cmdline())
-                if (
-                    ours
-                    and one.status() != psutil.STATUS_ZOMBIE
-                    and word in " ".join(one.cmdline())
-                ):
-                    found.append(one)
+                words = " ".join(one.cmdline())
+                ours = (one.cwd() == root or root in words) and word in words
+                found += [one] if ours and one.status() != psutil.STATUS_ZOMBIE else []
         return found
 
 
@@ -198,8 +187,7 @@ def test_of_two_runs_one_trains_and_a_cancelled_one_stops_within_10_s(service: S
     service.prefect.ask(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     service.wait(run, "CANCELLED")
     assert gone([engine], 10)
-    while not (stopped := service.training(run)["end_time"]):
-        time.sleep(0.2)
+    stopped = soon(lambda: service.training(run)["end_time"])
     assert (datetime.fromisoformat(stopped) - asked).total_seconds() < 10
     project = service.repo.project
     assert json.loads((project.root / ".dvc/tmp/rwlock").read_text()) == {}
@@ -236,10 +224,7 @@ def test_a_run_ends_with_its_service_as_cancelled_or_is_found_crashed_and_report
     assert service.prefect.ask("work_pools/handsigns")["concurrency_limit"] == 3
     state = service.wait(run, "CRASHED", seconds=200)
     assert "Nothing was heard" in state["message"]
-    deadline = time.monotonic() + 90
-    while not (sent := [one for one in receiver.messages if "crashed" in one["title"]]):
-        assert time.monotonic() < deadline, receiver.messages
-        time.sleep(0.2)
+    sent = soon(lambda: [one for one in receiver.messages if "crashed" in one["title"]], 90)
     assert sent[0]["title"] == "handsigns: retrain crashed"
     assert run in sent[0]["message"]
     assert service.state(foreign)["type"] == "RUNNING"
