@@ -28,14 +28,8 @@ versions_app = typer.Typer()
 keys_app = typer.Typer(help="Make keys, and sign releases.", no_args_is_help=True)
 
 
-def _version_number(text: str) -> int:
-    if not text.isdecimal():
-        raise typer.BadParameter(f"{text!r} is not a number. `handsigns versions` lists them.")
-    return int(text)
-
-
 Named = Annotated[str, typer.Argument(help="champion, challenger, or a version's number.")]
-Number = Annotated[int, typer.Argument(help="A version's number.", parser=_version_number)]
+Number = Annotated[int, typer.Argument(help="A version's number; `handsigns versions` lists them.")]
 Reason = Annotated[str, typer.Option(help="Why; kept in the champion's history.")]
 
 
