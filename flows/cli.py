@@ -24,10 +24,8 @@ from flows.versions import keys_app, versions_app
 from tasks.errors import HandsignsError, SettingsError
 from tasks.stage import collect_rarely
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
-MAX_FILES = 20
-"""Files named one by one; `--json` names all."""
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+MAX_FILES = 20  # files named one by one; `--json` names all
 
 app = typer.Typer(
     help="Keep an image classifier fresh: import photos, retrain, promote what is better.",

@@ -23,8 +23,7 @@ from tasks.project import Project
 from tasks.services.s3 import redact_url
 
 FILE = "prefect.yaml"
-SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS
-"""Without an event for this long, a run counts as crashed."""
+SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS  # without an event for this long, a run counts as crashed
 START_SECONDS = 900
 """A worker that took a run and did not start it in this time is gone, image pull and all."""
 FLOWS = ("retrain", "promote", "rollback")

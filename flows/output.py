@@ -32,10 +32,8 @@ err = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
-SECONDS_BETWEEN_LINES = 10.0
-"""How often a long step writes a line where there is no terminal."""
-MAX_COUNTS = 30
-"""Counts of labels that are listed one by one."""
+SECONDS_BETWEEN_LINES = 10.0  # how often a long step writes a line where there is no terminal
+MAX_COUNTS = 30  # counts of labels that are listed one by one
 NEXT_STEPS = {
     "promoted": "Try it: handsigns predict PHOTO, or handsigns serve",
     "registered": "To promote it anyway: handsigns promote {version} --force --reason WHY",
@@ -54,7 +52,11 @@ def open_project() -> "Project":
             f"'{project.root}' is not a checkout of handsigns: it has no dvc.yaml. "
             "Change to the checkout's root."
         )
-    capture_libraries(project.local / "logs" / f"{sys.argv[1]}.log")
+    for console, stream in ((out, sys.stdout), (err, sys.stderr)):  # they keep the terminal
+        stream.flush()
+        copy = os.dup(stream.fileno())
+        console.file = os.fdopen(copy, "w", 1, stream.encoding, errors="backslashreplace")
+    redirect_output(project.local / "logs" / f"{sys.argv[1]}.log")
     return project
 
 
@@ -65,15 +67,6 @@ def open_workspace() -> "Workspace":
     from flows.workspace import Workspace
 
     return Workspace(project, load_settings())
-
-
-def capture_libraries(log: Path) -> None:
-    """Send what libraries print to a file from here on; `out` and `err` keep the terminal."""
-    for console, stream in ((out, sys.stdout), (err, sys.stderr)):
-        stream.flush()
-        copy = os.dup(stream.fileno())
-        console.file = os.fdopen(copy, "w", 1, stream.encoding, errors="backslashreplace")
-    redirect_output(log)
 
 
 class _MessageHandler(logging.Handler):

@@ -18,8 +18,7 @@ from tasks.releases.champion import Move
 from tasks.releases.comparison import PromotionDecision
 from tasks.services.mlflow import Version
 
-GRACE = 600
-"""Seconds that Prefect waits longer than we do: a run that Prefect times out has failed."""
+GRACE = 600  # seconds that Prefect waits longer than we do: a run that Prefect times out has failed
 
 _log = logging.getLogger(__name__)
 

@@ -41,8 +41,7 @@ from tasks.services.dvc import check_trained_on
 from tasks.services.git import push_to_branch, read_revision
 from tasks.services.mlflow import CHALLENGER, CHAMPION, RunRecord, Version
 
-LOCK_SECONDS = 600.0
-"""Longest wait for an import that is running."""
+LOCK_SECONDS = 600.0  # longest wait for an import that is running
 SPLITS = {"train", "val", "test", "synthetic"}
 
 P = ParamSpec("P")

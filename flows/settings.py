@@ -24,6 +24,7 @@ from tasks.services.notify import check_addresses
 from tasks.services.s3 import LOOPBACK, redact_url
 
 PREFIX = "HANDSIGNS_"
+PLAIN = "without user or query"
 BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
 PLACE = rf"^(s3://{BUCKET}(/.*)?|(?!.*://).*)$"
 BRANCH = r"(?!.*(\.\.|//|/\.|[./]$|\.lock(/|$)))[A-Za-z0-9][A-Za-z0-9._/-]{0,199}"
@@ -60,6 +61,16 @@ Recipients = Annotated[
 ]
 
 
+def _like(
+    what: str,
+    pattern: str | None = None,
+    default: Any = None,
+    alias: str | AliasChoices | None = None,
+) -> Any:
+    """A field that must be what is said here, read from the variable of the service's own tools."""
+    return Field(default, pattern=pattern, description=what, validation_alias=alias)
+
+
 class Settings(BaseSettings):
     """Read from `HANDSIGNS_<FIELD>` or the alias; a description says what it must be."""
 
@@ -72,53 +83,40 @@ class Settings(BaseSettings):
         regex_engine="python-re",  # has look-ahead
     )
 
-    s3_endpoint_url: WebAddress | None = Field(
-        None, description="an address such as http://host:port, without user or query"
-    )
-    s3_region: str = Field(
+    s3_endpoint_url: WebAddress | None = _like(f"an address such as http://host:port, {PLAIN}")
+    s3_region: str = _like(
+        "a region such as us-east-1",
+        r"^[a-z0-9-]{1,64}$",
         "us-east-1",
-        pattern=r"^[a-z0-9-]{1,64}$",
-        description="a region such as us-east-1",
-        validation_alias=AliasChoices("HANDSIGNS_S3_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"),
+        AliasChoices("HANDSIGNS_S3_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"),
     )
-    bucket: str = Field(
-        "artifacts", pattern=f"^{BUCKET}$", description="a bucket's name, such as artifacts"
+    bucket: str = _like("a bucket's name, such as artifacts", f"^{BUCKET}$", "artifacts")
+    model_name: str = _like(
+        "a plain name of 64 characters or fewer", r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$", "hand-signs"
     )
-    model_name: str = Field(
-        "hand-signs",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
-        description="a plain name of 64 characters or fewer",
+    dvc_remote_url: str | None = _like(
+        "an address such as s3://bucket/dvc, or a folder's full path",
+        r"^(/|s3://[^/]|(?!s3:)[a-z][a-z0-9+.-]*:)",
     )
-    dvc_remote_url: str | None = Field(
-        None,
-        pattern=r"^(/|s3://[^/]|(?!s3:)[a-z][a-z0-9+.-]*:)",
-        description="an address such as s3://bucket/dvc, or a folder's full path",
-    )
-    inbox: str | None = Field(None, pattern=PLACE, description="a folder or s3://bucket/prefix")
-    capture: str | None = Field(None, pattern=PLACE, description="a folder or s3://bucket/prefix")
+    inbox: str | None = _like("a folder or s3://bucket/prefix", PLACE)
+    capture: str | None = _like("a folder or s3://bucket/prefix", PLACE)
     capture_below: float = Field(0.8, ge=0.0, le=1.0)
     capture_share: float = Field(0.01, ge=0.0, le=1.0)
     capture_per_day: int = Field(500, ge=1)
     capture_total: int = Field(10_000, ge=1)
     capture_days: int = Field(30, ge=1)
-    dask_address: Annotated[str, _url("tcp", "tls")] | None = Field(
-        None,
-        pattern=r"^[a-z]+://[^/?#]+:\d+$",
-        description="a scheduler's address such as tcp://host:8786",
+    dask_address: Annotated[str, _url("tcp", "tls")] | None = _like(
+        "a scheduler's address such as tcp://host:8786", r"^[a-z]+://[^/?#]+:\d+$"
     )
-    git_push: str | None = Field(
-        None,
-        pattern=f"^{BRANCH}$",
-        description="the plain name of a branch, such as handsigns/data",
+    git_push: str | None = _like(
+        "the plain name of a branch, such as handsigns/data", f"^{BRANCH}$"
     )
     notify_urls: Recipients | None = None
     promotion: Literal["auto", "approval"] = "auto"
     approval_seconds: int = Field(86_400, ge=1, le=30 * 86_400)
 
-    serve_rate: str = Field(
-        "600/minute",
-        pattern=r"^[1-9]\d{0,6}/(second|minute|hour)$",
-        description="a rate such as 600/minute",
+    serve_rate: str = _like(
+        "a rate such as 600/minute", r"^[1-9]\d{0,6}/(second|minute|hour)$", "600/minute"
     )
     serve_max_mb: int = Field(10, ge=1, le=64)
     serve_follow_seconds: float = Field(10.0, ge=0.1, le=25.0)
@@ -128,28 +126,23 @@ class Settings(BaseSettings):
     signing_passphrase: SecretStr | None = None
     public_keys: Paths = ()
 
-    mlflow_tracking_uri: str | None = Field(
-        None,
-        pattern=r"^[a-z][a-z0-9+.-]*:",
-        description="an address such as http://host:port or sqlite:///file.db",
-        validation_alias="MLFLOW_TRACKING_URI",
+    mlflow_tracking_uri: str | None = _like(
+        "an address such as http://host:port or sqlite:///file.db",
+        r"^[a-z][a-z0-9+.-]*:",
+        alias="MLFLOW_TRACKING_URI",
     )
-    prefect_api_url: WebAddress | None = Field(
-        None,
-        description="an address such as http://host:port/api, without user or query",
-        validation_alias="PREFECT_API_URL",
+    prefect_api_url: WebAddress | None = _like(
+        f"an address such as http://host:port/api, {PLAIN}", alias="PREFECT_API_URL"
     )
     aws_access_key_id: SecretStr | None = Field(None, validation_alias="AWS_ACCESS_KEY_ID")
     aws_secret_access_key: SecretStr | None = Field(None, validation_alias="AWS_SECRET_ACCESS_KEY")
     aws_session_token: SecretStr | None = Field(None, validation_alias="AWS_SESSION_TOKEN")
     host: str = "127.0.0.1"
-    prefect_auth: Secret[Annotated[str, StringConstraints(pattern=".:.")]] | None = Field(
-        None, description="user:password", validation_alias="PREFECT_SERVER_API_AUTH_STRING"
+    prefect_auth: Secret[Annotated[str, StringConstraints(pattern=".:.")]] | None = _like(
+        "user:password", alias="PREFECT_SERVER_API_AUTH_STRING"
     )
-    database_url: Secret[PostgreSQL] | None = Field(
-        None,
-        description="an address such as postgresql://user:password@host:5432/name",
-        validation_alias="DATABASE_URL",
+    database_url: Secret[PostgreSQL] | None = _like(
+        "an address such as postgresql://user:password@host:5432/name", alias="DATABASE_URL"
     )
 
     @model_validator(mode="after")

@@ -22,8 +22,7 @@ from tests.fixtures.checkouts import BIN, Repo, make_checkout
 from tests.fixtures.photos import write_photos
 from tests.fixtures.service import point, publish_graph
 
-NOBODY = 54321
-"""A user id without a name."""
+NOBODY = 54321  # a user id without a name
 NOWHERE = "http://127.0.0.1:9"
 STATUS, PREDICT = ("status",), ("predict", "{photo}")
 

@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 CHECK_SECONDS = 10.0
 TAG = "handsigns"
 """Tag of our runs, on a server that may have others; `prefect.yaml` sets it for deployments."""
-HEARTBEAT_SECONDS = 30
-"""The least that Prefect takes; see `flows.deploy` for what silence means."""
+HEARTBEAT_SECONDS = 30  # the least that Prefect takes; see `flows.deploy` for what silence means
 PROXIES = ("all_proxy", "http_proxy", "https_proxy")
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 CREDENTIALS = "credentials.json"
@@ -46,21 +45,9 @@ class Credentials:
 def local_credentials(folder: Path) -> Credentials:
     """Return the credentials of the local servers, generated on first use."""
     file = folder / CREDENTIALS
-    if not file.exists():
-        _generate(file)
-    try:
-        return Credentials(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise SettingsError(
-            f"The local credentials in '{file}' cannot be understood. Remove the file, and new "
-            "ones are generated."
-        ) from None
-
-
-def _generate(file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with FileLock(file.with_suffix(".lock")):
-        if not file.exists():  # else another process was faster
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with FileLock(file.with_suffix(".lock")):  # several processes may begin at once
+        if not file.exists():
             made = Credentials(
                 access_key_id="handsigns-" + secrets.token_hex(6),
                 secret_access_key=secrets.token_urlsafe(30),
@@ -69,6 +56,13 @@ def _generate(file: Path) -> None:
             with atomic_write(file) as part:
                 part.touch(0o600)
                 part.write_text(json.dumps(asdict(made)), encoding="utf-8")
+    try:
+        return Credentials(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise SettingsError(
+            f"The local credentials in '{file}' cannot be understood. Remove the file, and new "
+            "ones are generated."
+        ) from None
 
 
 def prefect_login(settings: Settings, folder: Path) -> str:

@@ -30,17 +30,14 @@ from filelock import FileLock, Timeout
 from tasks.errors import BusyError, ServiceError, SettingsError
 from tasks.io import read_json
 
-GRPC = 10_000
-"""SeaweedFS's gRPC port lies this far above each of its ports."""
+GRPC = 10_000  # SeaweedFS's gRPC port lies this far above each of its ports
 RANGE = range(12_000, 22_000)
 """With `GRPC` added still below Linux's ephemeral ports, which outgoing connections take."""
-OPEN_FILES = 256
-"""SeaweedFS panics with half as many."""
+OPEN_FILES = 256  # SeaweedFS panics with half as many
 START_SECONDS = 120.0
 """Until a program that was just started must answer; one that ran before has `SECONDS`."""
 SECONDS = 30.0
-GRACE_SECONDS = 4.0
-"""Between SIGTERM and SIGKILL."""
+GRACE_SECONDS = 4.0  # between SIGTERM and SIGKILL
 POLL_SECONDS = 0.05
 ERROR = re.compile(
     r"^[FE]\d{4} |^panic: |^[\w.]*(Error|Exception)\b|\b(error|fatal|denied|cannot|failed)\b",

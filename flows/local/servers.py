@@ -33,10 +33,8 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 TMP = "/tmp"  # noqa: S108, SeaweedFS's gRPC sockets are there, whatever TMPDIR says
 DVC_BUCKET = "dvc"
-POOL = "handsigns"
-"""Work pool of the local worker."""
-PORTS = {"seaweedfs": 5, "mlflow": 1, "prefect": 1}
-"""Servers, and how many ports each listens on."""
+POOL = "handsigns"  # work pool of the local worker
+PORTS = {"seaweedfs": 5, "mlflow": 1, "prefect": 1}  # servers, and how many ports each listens on
 CONNECT_SECONDS = 10
 SQLITE = {"mlflow": "mlflow.db", "prefect": "prefect/prefect.db"}
 # As `python -m` does, in half the time; see `tasks.stage.collect_rarely`.

@@ -20,12 +20,9 @@ from tasks.project import Project
 from tasks.services.s3 import S3Address, redact_url
 
 WORKER_SECONDS = 300.0
-RUN_SECONDS = 15.0
-"""In which a flow run that must stop notifies people."""
-PAUSE = 2.0
-"""Seconds between two looks at what runs."""
-KEEPER = "service"
-"""The process that keeps all others up after `up`."""
+RUN_SECONDS = 15.0  # in which a flow run that must stop notifies people
+PAUSE = 2.0  # seconds between two looks at what runs
+KEEPER = "service"  # the process that keeps all others up after `up`
 
 _log = logging.getLogger(__name__)
 

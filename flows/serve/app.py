@@ -34,8 +34,7 @@ _log = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name("page")
 PAGES = {"index.html": "/", "review.html": "/review", "docs.html": "/docs"}
 SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css")
-EXAMPLE_SEED = 21
-"""Seed of the rendered examples; not the seed of the sample data set."""
+EXAMPLE_SEED = 21  # seed of the rendered examples; not the seed of the sample data set
 PATHS = ("/predict", "/feedback", "/health", "/metrics", "/openapi.json")
 METHODS = ("GET", "HEAD", "POST", "DELETE")
 REQUESTS = Counter("handsigns_requests", "Requests answered.", ("method", "path", "status"))

@@ -24,8 +24,7 @@ from starlette.types import ASGIApp
 
 from tasks.errors import ServiceError, SettingsError
 
-CONNECTIONS = 2048
-"""Open connections, idle ones included; beyond it requests get 503."""
+CONNECTIONS = 2048  # open connections, idle ones included; beyond it requests get 503
 HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": (

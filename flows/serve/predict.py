@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from flows.serve.review import Recorder
 
 BODY_SECONDS = 30.0
-MAX_PHOTOS = 16
-"""In one request."""
+MAX_PHOTOS = 16  # in one request
 PREDICTIONS = Counter("handsigns_predictions", "Photos read, by label.", ("label",))
 IN_FLIGHT = 128
 """Requests that may be uploaded, queued or scored at once; bounds the memory they take."""
@@ -145,9 +144,14 @@ class Predictor:
             photos, keep = await read_upload(request), self._recorder.may_keep(request)
             if isinstance(photos, bytes):
                 return await self._read(photos, model, keep)
-            reads = (self._read(photo, model, keep) for photo in photos)
-            found = await asyncio.gather(*reads, return_exceptions=True)
-            return Readings(readings=[*map(_reading_or_fault, found)])
+
+            async def read(photo: bytes) -> Reading | Fault:
+                try:
+                    return await self._read(photo, model, keep)
+                except ImageError as error:
+                    return Fault(error=unusable(error))
+
+            return Readings(readings=await asyncio.gather(*map(read, photos)))
 
     async def read_one(self, request: Request) -> tuple[bytes, Reading]:
         """Read one photo; the photo as it came, and what was read."""
@@ -179,14 +183,6 @@ class Predictor:
         reading = Reading(**found.to_json(), model=Model.model_validate(model))
         self._recorder.record(photo, reading, keep)
         return reading
-
-
-def _reading_or_fault(found: Reading | BaseException) -> Reading | Fault:
-    if isinstance(found, ImageError):
-        return Fault(error=unusable(found))
-    if isinstance(found, BaseException):
-        raise found
-    return found
 
 
 def _score(classifier: Classifier, content: bytes) -> Prediction:

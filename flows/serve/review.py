@@ -36,12 +36,10 @@ DRIFT = Gauge(
     "Last result of the drift monitor: population stability index, or AUC.",
     ("comparison",),
 )
-QUEUE = 16
-"""Uploads that may wait to be kept; any other one is dropped."""
+QUEUE = 16  # uploads that may wait to be kept; any other one is dropped
 REST = 39
 """The background thread rests this many times as long as it worked: 2.5 % of a core at most."""
-SAVE_SECONDS = 60.0
-"""Between two writes of the counts for the drift monitor."""
+SAVE_SECONDS = 60.0  # between two writes of the counts for the drift monitor
 OPT_OUT = "Handsigns-No-Capture"
 """Request header with which a client asks that its photo is not kept."""
 NOTHING_KEPT = "This service keeps no photos. Set HANDSIGNS_CAPTURE to a folder or a bucket."
