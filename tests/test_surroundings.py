@@ -30,22 +30,12 @@ STATUS, PREDICT = ("status",), ("predict", "{photo}")
 @dataclass
 @dataclass(frozen=True)
 class Variant:
-    """One kind of surroundings, and what a command does there.
-
-    Args:
-        words: the command; here and below the names of `Place` stand in braces.
-        says: pattern that the one line of a refusal contains; empty where it works.
-        environment: changes; an empty value removes the variable.
-        shell: commands that a shell runs before, such as `ulimit -n 64`.
-        read_only: folders that are mounted read-only.
-        user: numeric id that the command runs under.
-        root: the checkout.
-    """
+    """One kind of surroundings, and what a command does there; names in braces are of `Place`."""
 
     words: tuple[str, ...] = STATUS
-    says: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    shell: str = ":"
+    says: str = ""  # pattern of the one line of a refusal
+    environment: Mapping[str, str] = field(default_factory=dict)  # an empty value removes one
+    shell: str = ":"  # commands before, such as `ulimit -n 64`
     read_only: tuple[str, ...] = ()
     user: int | None = None
     root: str = "{checkout}"
