@@ -62,7 +62,7 @@ def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
         ("retrian", "Did you mean 'retrain'?"),
         ("open mlfow", "'mlfow' is not one of"),
         ("deploy --pool nobody", "'nobody' is not one of"),
-        ("promote two", "'two' is not a valid integer"),
+        ("promote two", "Invalid value for 'version'"),
         ("predict", "FILES"),
         ("import x --set-labels", "needs --replace"),
     ],
