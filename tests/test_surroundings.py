@@ -27,7 +27,6 @@ NOWHERE = "http://127.0.0.1:9"
 STATUS, PREDICT = ("status",), ("predict", "{photo}")
 
 
-@dataclass
 @dataclass(frozen=True)
 class Variant:
     """One kind of surroundings, and what a command does there; names in braces are of `Place`."""
