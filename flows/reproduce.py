@@ -91,7 +91,7 @@ def rebuild(
 
 def _fetch_data(workspace: Workspace, built: Project) -> None:
     """Lay out the recorded photos: from our cache, from the remote, or rendered again."""
-    record, reason = read_record(built), "no DVC remote is set"
+    (version, source), reason = read_record(built), "no DVC remote is set"
     cache = workspace.project.root.resolve() / ".dvc" / "cache"
     with contextlib.chdir(built.root):
         for remote in (Remote(str(cache)), workspace.remote()):  # a cache is a local remote
@@ -103,10 +103,10 @@ def _fetch_data(workspace: Workspace, built: Project) -> None:
                     break
         else:
             sample = [str(Path(sys.executable).with_name("handsigns")), "sample"]
-            rendered = record and record.source == "sample"
-            if not rendered or subprocess.run(sample, env=_environment(built.root)).returncode:  # noqa: S603
+            environment = _environment(built.root)
+            if source != "sample" or subprocess.run(sample, env=environment).returncode:  # noqa: S603
                 raise ServiceError(
-                    f"Photos of version {record and record.version} are not available ({reason}). "
+                    f"Photos of version {version} are not available ({reason}). "
                     "Set HANDSIGNS_DVC_REMOTE_URL to where they were pushed."
                 )
     downloaded = workspace.project.local / "backbone"

@@ -64,7 +64,7 @@ class QuarantinedFile:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """Photos by split and label, and the files that were not imported, sorted by origin."""
+    """Photos by split and label, and the files that were not imported."""
 
     imported: dict[Place, int]
     already_there: dict[Place, int]
@@ -106,9 +106,8 @@ def _by_split(counts: dict[Place, int]) -> dict[str, dict[str, int]]:
 def apply_import_rules(candidates: Sequence[Candidate], stored: Mapping[str, Place]) -> list[str]:
     """`IMPORTED`, `ALREADY_THERE` or a reason for each photo, independent of their order.
 
-    A photo that `data/` has stays where it is; the same photo under another label or in the
-    other split is rejected. In one import, the same photo under two labels is rejected
-    everywhere, and the same photo in both splits stays in the test only.
+    A photo that `data/` has stays where it is. The same photo under two labels is rejected
+    everywhere, and one in both splits stays in the test only.
     """
     wanted: dict[str, set[Place]] = {}
     for one in candidates:
@@ -137,11 +136,9 @@ def import_photos(
     progress: Progress = silent,
     set_labels: bool = False,
 ) -> ImportReport:
-    """Add the photos of a source to `data/`.
+    """Add the photos of a source to `data/`; with `set_labels` and `replace` take its labels.
 
-    With `set_labels`, which needs `replace`, the source's labels become those of params.yaml.
-    The caller versions `data/` with DVC, also if nothing was imported: an import that was
-    killed was not versioned.
+    The caller versions `data/` also if nothing was imported: a killed import was not versioned.
     """
     name, params = printable(os.path.realpath(source)), None
     with staging(project):

@@ -167,8 +167,8 @@ def promote(
     if found is None:
         known = ", ".join(str(one.number) for one in registry.versions()) or "none"
         raise PromotionError(
-            f"There is no version {version} in the registry, only: {known}. Promote one of these; "
-            "if versions were lost, run `handsigns rebuild-registry`."
+            f"There is no version {version} in the registry, only: {known}. If versions were "
+            "lost, run `handsigns rebuild-registry`."
         )
     present = read_champion(storage)
     folder = fetch(storage, found.release, project.releases)
@@ -197,10 +197,9 @@ def rollback(
     by: str | None = None,
     expected: str | None = None,
 ) -> Move:
-    """Undo the promotion of the present champion.
+    """Undo the promotion of the present champion, or only that of the `expected` release.
 
-    A repeated call changes nothing: without `expected`, a champion that is there by a
-    rollback stays; with it, only the champion of that release is rolled back.
+    A repeated call changes nothing: a champion that is there by a rollback stays.
     """
     _need_reason("A rollback", reason)
     check_conditional_writes(storage)
@@ -308,9 +307,9 @@ def _made_earlier(release: Path, now: Pointer) -> Iterator[str]:
 
 def _already(present: Champion) -> Move:
     """Report a repeated request as done."""
-    now = present.pointer
-    back = f" To go back further, run `handsigns rollback --from {now.version}`."
-    further = back if now.action == "rollback" else ""
+    now, further = present.pointer, ""
+    if now.action == "rollback":
+        further = f" To go back further, run `handsigns rollback --from {now.version}`."
     _log.warning("Version %d is champion already; nothing was moved.%s", now.version, further)
     return now
 

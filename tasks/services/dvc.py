@@ -36,14 +36,6 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class DataRecord:
-    """DVC's hash of `data/`, and whether a fresh clone can render what it cannot pull."""
-
-    version: str
-    source: DataSource
-
-
-@dataclass(frozen=True)
 class Remote:
     """Where photos are pushed, instead of the remote in `.dvc/config`."""
 
@@ -140,11 +132,11 @@ class Pipeline:
 
     def data_version(self) -> str | None:
         """DVC's hash of `data/` as recorded in `data.dvc`; None where there is none."""
-        return record.version if (record := read_record(self._project)) else None
+        return read_record(self._project)[0]
 
     def data_source(self) -> DataSource | None:
         """Whether the recorded version is the rendered sample or imported photos."""
-        return record.source if (record := read_record(self._project)) else None
+        return read_record(self._project)[1]
 
     def data_state(self) -> DataState:
         """How `data/` compares with `data.dvc`; `DataError` if both changed."""
@@ -322,10 +314,10 @@ class Pipeline:
         raise AssertionError("unreachable")
 
 
-def read_record(project: Project) -> DataRecord | None:
-    """Read `data.dvc`; None where there is none, `DataError` if it is not what DVC writes."""
+def read_record(project: Project) -> tuple[str, DataSource] | tuple[None, None]:
+    """Version and source in `data.dvc`, if there is one; `DataError` if DVC did not write it."""
     if not project.data_file.is_file():
-        return None
+        return None, None
     try:
         content = yaml.safe_load(project.data_file.read_text(encoding="utf-8"))
         version, meta = content["outs"][0]["md5"], content.get("meta")
@@ -337,18 +329,17 @@ def read_record(project: Project) -> DataRecord | None:
             "or remove it and import the photos again."
         ) from error
     rendered = isinstance(meta, dict) and meta.get("source") == "sample"
-    return DataRecord(version, "sample" if rendered else "photos")
+    return version, "sample" if rendered else "photos"
 
 
 def check_trained_on(project: Project, version: str) -> None:
     """Check that `data.dvc` and the stages in `dvc.lock` name this version of the photos."""
-    record = read_record(project)
     try:
         stages = yaml.safe_load(project.lock.read_text(encoding="utf-8"))["stages"].values()
         used = {dep["md5"] for one in stages for dep in one["deps"] if dep["path"] == "data"}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise StageError("dvc.lock is damaged. Take it back from git and run again.") from error
-    if record is None or record.version != version or used != {version}:
+    if read_record(project)[0] != version or used != {version}:
         raise StageError(
             f"The photos changed during this run, which began with version {version} of data/. "
             "Nothing was published; run again."

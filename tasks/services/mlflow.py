@@ -108,8 +108,7 @@ class Registry:
     ) -> RecordedRun:
         """Record a retrain as one finished run, or find the one recorded before.
 
-        `model_file` is the `.keras` file, whose very bytes become the logged model; `example`
-        is a photo in [0, 255], float32 or uint8, (1, height, width, 3).
+        The `.keras` file becomes the logged model; `example` is (1, height, width, 3).
         """
         with self._connection() as client:
             experiment = self._experiment(client)

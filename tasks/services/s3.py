@@ -85,9 +85,8 @@ class MissingObjectError(HandsignsError):
 class Storage:
     """One bucket, or a folder of it, with the keys to sign and verify what is in it.
 
-    Every call makes up to three attempts, within 30 s if the service is silent. Every method
-    raises `ServiceError` in one line when the service is unreachable, refuses the credentials
-    or has no such bucket, and `ValueError` for a key that leads to another place.
+    Every call makes up to three attempts, within 30 s if the service is silent, then raises
+    `ServiceError` in one line; and `ValueError` for a key that leads to another place.
     """
 
     def __init__(
@@ -186,10 +185,8 @@ class Storage:
         except exceptions.ClientError as error:
             raise _explain(error.response, self.address, key) from None
         except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError):
-            raise ServiceError(
-                f"No S3 credentials were found for {url}. "
-                "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
-            ) from None
+            advice = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            raise ServiceError(f"No S3 credentials were found for {url}. {advice}") from None
         except (exceptions.BotoCoreError, HTTPError) as error:
             raise ServiceError(
                 f"S3 does not answer at {url} ({type(error).__name__}). "
@@ -290,7 +287,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _explain(response: Any, address: S3Address, key: str) -> HandsignsError:
-    """The error that an S3 answer stands for; `key` is empty in questions about the bucket."""
+    """The error of an S3 answer; `key` is empty in questions about the bucket."""
     code = str(response.get("Error", {}).get("Code", ""))
     status, uri = response["ResponseMetadata"]["HTTPStatusCode"], f"s3://{address.bucket}/"
     at = f"{uri} at {redact_url(address.endpoint_url)}"
