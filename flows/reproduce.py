@@ -103,8 +103,8 @@ def _fetch_data(workspace: Workspace, built: Project) -> None:
                     break
         else:
             sample = [str(Path(sys.executable).with_name("handsigns")), "sample"]
-            environment = _environment(built.root)
-            if source != "sample" or subprocess.run(sample, env=environment).returncode:  # noqa: S603
+            variables = _environment(built.root)
+            if source != "sample" or subprocess.run(sample, env=variables).returncode:  # noqa: S603
                 raise ServiceError(
                     f"Photos of version {version} are not available ({reason}). "
                     "Set HANDSIGNS_DVC_REMOTE_URL to where they were pushed."
