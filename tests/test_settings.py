@@ -23,7 +23,7 @@ REFUSED = [
     ("PREFECT_SERVER_API_AUTH_STRING", "user:", "AUTH_STRING: must be user:password"),
     (DATABASE, f"postgresql://user:{SECRET}@one:5432,two:5432/name", DATABASE),
     ("AWS_SECRET_ACCESS_KEY", SECRET, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY must be set"),
-    ("HANDSIGNS_NOTIFY_URLS", f"json://127.0.0.1/hook, slack://{SECRET}", "number 2 of 2 is none"),
+    ("HANDSIGNS_NOTIFY_URLS", f"json://127.0.0.1/hook, slack://{SECRET}", "each for a service"),
     ("HANDSIGNS_HOST", "0.0.0.0", "PREFECT_SERVER_API_AUTH_STRING must be set"),
     # Names that are no setting.
     ("HANDSIGNS_DATABASE_URL", SECRET, "Did you mean DATABASE_URL?"),

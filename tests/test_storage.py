@@ -83,17 +83,6 @@ def test_a_conditional_write_replaces_only_what_was_read(storage: Storage) -> No
             storage.put_if_match(key, b"third", first)
     assert storage.read("pointer") == (b"second", second)
 
-    def attempt(rival: int) -> int | None:
-        try:
-            storage.put_if_match("pointer", f"rival {rival}".encode(), second)
-        except ChangedError:
-            return None
-        return rival
-
-    with ThreadPoolExecutor(6) as pool:
-        (winner,) = [rival for rival in pool.map(attempt, range(6)) if rival is not None]
-    assert storage.get("pointer") == f"rival {winner}".encode()
-
 
 def _given_up(listener: socket.socket, call: Callable[[Storage], Any]) -> float:
     """Seconds after which a call fails in one line that names the service."""

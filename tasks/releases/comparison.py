@@ -273,7 +273,7 @@ def _draw(picture: Path, project: Project, names: Sequence[str], result: Compari
         return
     height = -(-len(changed) // COLUMNS)
     figure = Figure(figsize=(2 * COLUMNS, 2.6 * height), layout="constrained")
-    grid = figure.subplots(height, COLUMNS, squeeze=False).ravel()
+    grid = figure.subplots(height, COLUMNS).ravel()
     for axes in grid:
         axes.axis("off")
     for axes, one in zip(grid, changed, strict=False):

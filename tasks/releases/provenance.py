@@ -140,11 +140,9 @@ def _cause(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
     if not then:
         return "unknown: the release does not say what it was computed with."
     before, after = ({**one, **one.get("libraries", {}), "libraries": ""} for one in (then, now))
-    changed = [
-        f"{name} {before.get(name, 'none')} -> {after.get(name, 'none')}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
+    names = sorted(before.keys() | after.keys())
+    pairs = [(name, before.get(name, "none"), after.get(name, "none")) for name in names]
+    changed = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
     if changed:
         return f"it was computed with another {', '.join(changed)}."
     return "none that is recorded: libraries and processor are the same."

@@ -219,7 +219,7 @@ class Registry:
             first = next(iter(str(error).splitlines()), "")
             # Connection errors quote the whole address; the rest is MLflow's own words.
             quoted = "" if "://" in first else f": {shorten(first, 200, placeholder=' …')}"
-            url, advice = redact_url(self.tracking_uri), "Check MLFLOW_TRACKING_URI"
+            url, advice = redact_url(self.tracking_uri), "Check MLFLOW_TRACKING_URI or DATABASE_URL"
             if "out-of-date database schema" in first:
                 advice = f"Back the database up and run `mlflow db upgrade {url}`"
             elif url.startswith("sqlite:"):

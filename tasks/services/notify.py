@@ -26,16 +26,11 @@ def notify(addresses: str, title: str, body: str) -> bool:
 
 def check_addresses(addresses: str) -> None:
     """Raise `ValueError`, which does not show it, for an address that apprise cannot use."""
-    apprise = _apprise()
-    from apprise.utils.parse import parse_urls
-
-    known: list[str] = parse_urls(addresses)  # type: ignore[no-untyped-call]
-    bad = [number for number, one in enumerate(known, 1) if not apprise.Apprise.instantiate(one)]
-    if bad or not known:
-        which = f"number {bad[0]} of {len(known)} is none" if bad else "there is none"
+    people = _apprise().Apprise()
+    if not (people.add(addresses) and people):
         raise ValueError(
-            f"must be addresses such as json://host/path or mailto://…, and {which} that apprise "
-            "can use"
+            "must be addresses such as json://host/path or mailto://…, each for a service that "
+            "apprise knows"
         )
 
 
