@@ -43,6 +43,7 @@ LENT_SECONDS = 300.0
 """For so long nobody else is given the photos of one person's batch."""
 ID = r"\d{4}-\d\d-\d\dT\d{6}-(flagged|uncertain|sample)-\d{4}-[0-9a-f]{16}"
 """Time, reason, confidence in thousandths, perceptual hash: a listing alone sorts photos."""
+SUFFIXES = {"photos": "jpg", "decisions": "json", "unfinished": "txt"}
 _STAMP = "%Y-%m-%dT%H%M%S"
 
 
@@ -163,10 +164,10 @@ class Captures:
                 return "duplicate"
             name = capture.id(new)
             content = _encode(image, capture.model_dump(mode="json"), quality=QUALITY)
-            self._store.put(_photo(name), content)
+            self._store.put(_key("photos", name), content)
             self._hashes[name] = new
             for name in near:
-                self._store.remove(_photo(name))
+                self._store.remove(_key("photos", name))
                 del self._hashes[name]
             return "kept"
 
@@ -183,12 +184,12 @@ class Captures:
         """Remove photos and decisions that are older than the rules keep them; count them."""
         oldest = f"{datetime.now(UTC) - timedelta(days=self.rules.days):{_STAMP}}"
         unfinished, removed = self._names("unfinished"), 0
-        for folder, key in (("photos", _photo), ("decisions", _decided)):
+        for folder in ("photos", "decisions"):
             for name in self._names(folder) - unfinished:
                 if name < oldest:
                     removed += folder == "photos"
                     if not dry_run:
-                        self._store.remove(key(name))
+                        self._store.remove(_key(folder, name))
         return removed
 
     def batch(self, by: str, limit: int) -> dict[str, Any]:
@@ -210,16 +211,18 @@ class Captures:
 
     def photo(self, name: str) -> bytes:
         """The JPEG of a photo."""
-        return self._store.get(_photo(name))
+        return self._store.get(_key("photos", name))
 
     def decide(self, name: str, label: str | None, by: str) -> str | None:
         """Accept a photo under a label, or discard it; says why it cannot reach the inbox yet."""
         self.photo(name)
         decision = Decision(label=label, by=by, at=datetime.now(UTC))
         with self._lock:
-            self._store.put(_unfinished(name), b"")
+            self._store.put(_key("unfinished", name), b"")
             try:
-                self._store.put_if_absent(_decided(name), decision.model_dump_json().encode())
+                self._store.put_if_absent(
+                    _key("decisions", name), decision.model_dump_json().encode()
+                )
             except ChangedError:
                 first = self._decision(name)
                 if first and (first.label, first.by) != (label, by):
@@ -240,9 +243,9 @@ class Captures:
                 raise DataError(
                     f"It was imported as data/train/{decision.label}/{accepted}. Remove it there."
                 )
-            self._store.put(_unfinished(name), b"")
+            self._store.put(_key("unfinished", name), b"")
             undone = decision.model_copy(update={"undone": True})
-            self._store.put(_decided(name), undone.model_dump_json().encode())
+            self._store.put(_key("decisions", name), undone.model_dump_json().encode())
             self._finish(name)
 
     def _finish_all(self) -> str | None:
@@ -267,8 +270,8 @@ class Captures:
             else:
                 self._inbox.put(place, self._accepted(name, decision))
         if decision and decision.undone:
-            self._store.remove(_decided(name))
-        self._store.remove(_unfinished(name))
+            self._store.remove(_key("decisions", name))
+        self._store.remove(_key("unfinished", name))
 
     def _accepted(self, name: str, decision: Decision) -> bytes:
         """The photo as the inbox gets it: its comment also says who labelled it, and when."""
@@ -279,7 +282,7 @@ class Captures:
 
     def _decision(self, name: str) -> Decision | None:
         try:
-            return Decision.model_validate_json(self._store.get(_decided(name)))
+            return Decision.model_validate_json(self._store.get(_key("decisions", name)))
         except MissingObjectError:
             return None
 
@@ -289,16 +292,8 @@ class Captures:
         return {name for name in names if re.fullmatch(ID, name)}
 
 
-def _photo(name: str) -> str:
-    return f"photos/{name[:10]}/{name}.jpg"
-
-
-def _decided(name: str) -> str:
-    return f"decisions/{name}.json"
-
-
-def _unfinished(name: str) -> str:
-    return f"unfinished/{name}.txt"
+def _key(folder: str, name: str) -> str:
+    return f"{folder}/{name[:10] + '/' if folder == 'photos' else ''}{name}.{SUFFIXES[folder]}"
 
 
 def _urgency(name: str) -> tuple[bool, str, str]:
