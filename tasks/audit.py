@@ -170,11 +170,6 @@ def _exclude(
     return excluded
 
 
-def rms_difference(one: Pixels, other: Pixels) -> float:
-    """Root-mean-square difference of two pictures, 0 to 255."""
-    return float(np.sqrt(cv2.norm(one, np.ascontiguousarray(other), cv2.NORM_L2SQR) / one.size))
-
-
 def find_near_duplicates(stats: ImageStats, kinds: Rows, params: AuditParams) -> NearDuplicates:
     """Find pairs whose hashes and pixels are close, as they are or mirrored.
 
@@ -183,7 +178,10 @@ def find_near_duplicates(stats: ImageStats, kinds: Rows, params: AuditParams) ->
     only represented by one of its kind; `kinds` is (n,).
     """
     pictures, hashes, mirrored = stats.pictures, stats.hashes, stats.mirrored
-    colors = _coarse_colors(pictures)
+    count, side = pictures.shape[:2]
+    # Mean colors of the cells of a grid and of their mirror images, (n, 24).
+    means = pictures.reshape(count, GRID, side // GRID, GRID, side // GRID, 3).mean(axis=(2, 4))
+    colors = ((means + means[:, :, ::-1])[:, :, : GRID // 2] / 2).reshape(count, 6 * GRID)
     brightness = colors.mean(axis=1)
     order = np.argsort(brightness, kind="stable")
     squares, reach = np.square(colors).sum(axis=1), params.max_rms_difference + ROUNDING
@@ -209,7 +207,9 @@ def find_near_duplicates(stats: ImageStats, kinds: Rows, params: AuditParams) ->
         for step, bits in ((1, plain), (-1, turned)):
             close = bits <= params.max_hash_distance
             for row, other in zip(left[close].tolist(), right[close].tolist(), strict=True):
-                rms = rms_difference(pictures[row], pictures[other][:, ::step])
+                like = np.ascontiguousarray(pictures[other][:, ::step])
+                square = cv2.norm(pictures[row], like, cv2.NORM_L2SQR)
+                rms = float(np.sqrt(square / like.size))
                 if rms <= params.max_rms_difference:
                     # A picture that is its own mirror image is found twice.
                     found[row][other] = min(rms, found[row].get(other, rms))
@@ -226,15 +226,6 @@ def find_near_duplicates(stats: ImageStats, kinds: Rows, params: AuditParams) ->
         rms=np.array([closest[pair] for pair in ordered]),
         representatives=represented_by,
     )
-
-
-def _coarse_colors(pictures: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Mean colors of a 4x4 grid's cells and their mirror images, (n, 24)."""
-    count, side = pictures.shape[:2]
-    cells = pictures.reshape(count, GRID, side // GRID, GRID, side // GRID, 3)
-    means = cells.mean(axis=(2, 4))
-    both: NDArray[np.float64] = (means + means[:, :, ::-1])[:, :, : GRID // 2] / 2
-    return both.reshape(count, 6 * GRID)
 
 
 def draw_audit(

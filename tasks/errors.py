@@ -1,8 +1,4 @@
-"""The exceptions of this project.
-
-A message is one line: what is wrong, the offending value, and what to do. The command
-line prints it and exits with 1.
-"""
+"""The exceptions of this project; a message is one line: what is wrong, and what to do."""
 
 
 class HandsignsError(Exception):

@@ -84,10 +84,9 @@ def save_reference(project: Project, probabilities: NDArray[np.float32], photos:
 
 
 def certainty(classifier: Classifier, confidences: NDArray[np.float32]) -> dict[str, float]:
-    """Choose `certain_above`, the confidence below which an answer is called uncertain.
+    """Choose `certain_above`: what `DOUBTED_HANDLESS` of pictures without a hand stay below.
 
-    As low as `DOUBTED_HANDLESS` of the pictures without a hand allow, and lower if more than
-    `DOUBTED_PHOTOS` of the validation photos were uncertain too.
+    Lower if more than `DOUBTED_PHOTOS` of the validation photos were uncertain, too.
     """
     handless = draw_handless(HANDLESS, classifier.preprocess)
     none = classifier.probabilities(handless).max(axis=1).astype(float)
@@ -123,10 +122,9 @@ def draw_handless(count: int, preprocess: PreprocessParams, seed: int = 0) -> Im
 def robustness(
     classifier: Classifier, images: Image, labels: NDArray[np.int64], progress: Progress = silent
 ) -> dict[str, Any]:
-    """Score a model on corrupted test photos, as the dataset stores them.
+    """Score a model on corrupted test photos, which alternate between two directions.
 
     The kinds are those of Hendrycks and Dietterich (2019) that a handheld phone causes.
-    Nothing is random: photos alternate between the two directions of a corruption.
     """
     rows = balanced_rows(labels, MAX_PHOTOS)
     accuracy: dict[str, float] = {}

@@ -21,13 +21,10 @@ from tasks.rendering.appearance import SIDE
 from tasks.rendering.scene import Place, draw
 from tasks.stage import Context, Progress, silent, stage_main
 
-SIGNS = ("0", "1", "2", "3", "4", "5")
-"""The only labels that can be rendered."""
+SIGNS = ("0", "1", "2", "3", "4", "5")  # the only labels that can be rendered
 SAMPLE_SEED = 20
-FIRST_SEED = 1_000_000
-"""Added to `seed` of params.yaml, so that no synthetic hand is one of the sample's."""
-CHUNK = 10
-MAX_PROCESSES = 8
+FIRST_SEED = 1_000_000  # added to `seed`, so that no synthetic hand is one of the sample's
+CHUNK, MAX_PROCESSES = 10, 8
 
 _log = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,23 +23,6 @@ def config(ports: list[int], number: int) -> dict[str, str]:
     return {"TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": task})}
 
 
-def start(root: Path, **environment: str) -> "subprocess.Popen[str]":
-    """Train in a process of its own, in a prepared checkout."""
-    command = [sys.executable, "-m", "tests.fixtures.worker", root]
-    return subprocess.Popen(
-        command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
-    )
-
-
-@pytest.mark.slow
-def test_a_worker_whose_others_do_not_come_ends(repo: Repo, tmp_path: Path) -> None:
-    root = Path(shutil.copytree(repo().project.root, tmp_path / "left"))
-    worker = start(root, WAIT="5", **config(choose_ports(2), 0))
-    _, said = worker.communicate(timeout=120)
-    assert worker.returncode == -signal.SIGALRM
-    assert "Waiting up to 5 s for the workers in TF_CONFIG" in said
-
-
 @pytest.mark.slow
 def test_two_processes_and_two_devices_train_the_same_weights_as_one(
     repo: Repo, tmp_path: Path
@@ -54,7 +36,13 @@ def test_two_processes_and_two_devices_train_the_same_weights_as_one(
     }
     for name in environments:
         shutil.copytree(repo().project.root, tmp_path / name)
-    started = [start(tmp_path / name, **values) for name, values in environments.items()]
+    command = [sys.executable, "-m", "tests.fixtures.worker"]
+    started = [
+        subprocess.Popen(
+            [*command, tmp_path / name], env=os.environ | more, stderr=subprocess.PIPE, text=True
+        )
+        for name, more in environments.items()
+    ]
     try:
         for process in started:
             _, said = process.communicate(timeout=500)

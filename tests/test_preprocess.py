@@ -141,30 +141,21 @@ def test_a_smaller_sample_is_part_of_a_larger_one(
         assert abs(chosen - small * total) <= max(0.5, 1 - small * total)
 
 
-@st.composite
-def audited_photos(draw: st.DrawFn) -> tuple[list[Photo], list[int], dict]:
-    """Flat grey photos, near-duplicates if their greys are close, in any folder and class."""
-    folders = draw(st.sampled_from([("train",), ("test", "train")]))
-    one = st.tuples(st.integers(1, 60), st.sampled_from(folders), st.sampled_from("012"))
-    drawn = draw(st.lists(one, max_size=16, unique_by=lambda found: found[0]))
-    apart = [(0, folder, label) for folder in folders for label in LABELS for _ in range(4)]
-    greys, places = zip(*((grey, place) for grey, *place in drawn + apart), strict=True)
-    photos = [Photo(*place, f"{row}.png") for row, place in enumerate(places)]
-    stats = audit.ImageStats(
-        pictures=np.array(greys, np.uint8).repeat(48).reshape(len(photos), 4, 4, 3),
-        hashes=np.array([0] * len(drawn) + list(range(1, len(apart) + 1)), np.uint64),
-        mirrored=np.full(len(photos), 2**63, np.uint64),
-    )
-    params = AuditParams(max_hash_distance=0, max_rms_difference=6.0)
-    return photos, [grey for grey, *_ in drawn], audit.audit(photos, stats, params, LABELS)
-
-
-@given(audited_photos(), st.integers(0, 1000))
+@given(st.data(), st.booleans(), st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
-def test_near_duplicates_are_never_in_two_splits(
-    audited: tuple[list[Photo], list[int], dict], seed: int
-) -> None:
-    photos, greys, report = audited
+def test_near_duplicates_are_never_in_two_splits(data: Any, official: bool, seed: int) -> None:
+    """Of flat grey photos, near-duplicates if their greys are close, in any folder and class."""
+    folders = ("train", "test") if official else ("train",)
+    one = st.tuples(st.integers(1, 60), st.sampled_from(folders), st.sampled_from("012"))
+    drawn = data.draw(st.lists(one, max_size=16, unique_by=lambda found: found[0]))
+    apart = [(0, folder, label) for folder in folders for label in LABELS for _ in range(4)]
+    photos = [Photo(*place, f"{row}.png") for row, (_, *place) in enumerate(drawn + apart)]
+    greys = np.array([grey for grey, *_ in drawn + apart], np.uint8)
+    hashes = np.maximum(np.arange(len(photos)) - len(drawn) + 1, 0).astype(np.uint64)
+    mirrored = np.full(len(photos), 2**63, np.uint64)
+    stats = audit.ImageStats(greys.repeat(48).reshape(-1, 4, 4, 3), hashes, mirrored)
+    limits = AuditParams(max_hash_distance=0, max_rms_difference=6.0)
+    report = audit.audit(photos, stats, limits, LABELS)
     excluded = {entry["photo"] for entry in report["excluded"]}
     kept = [photo for photo in photos if photo.key not in excluded]
     group_of = {key: number for number, keys in enumerate(report["groups"]) for key in keys}
@@ -172,9 +163,9 @@ def test_near_duplicates_are_never_in_two_splits(
     assert set(split_of) == {photo.key for photo in kept}
     assert {p.key for p in photos if p.folder == "test"} <= set(split_of)
     assert count_cross_split_duplicates(split_of, group_of) == 0
-    for one, other in combinations(range(len(greys)), 2):
+    for one, other in combinations(range(len(drawn)), 2):
         keys = photos[one].key, photos[other].key
-        if abs(greys[one] - greys[other]) <= 6 and all(key in split_of for key in keys):
+        if abs(drawn[one][0] - drawn[other][0]) <= 6 and all(key in split_of for key in keys):
             assert split_of[keys[0]] == split_of[keys[1]]
 
 
@@ -251,12 +242,7 @@ def test_every_photo_is_stored_once_in_order_and_synthetic_hands_are_rows_of_the
     assert trained == {*dataset.rows("train"), *dataset.rows("synthetic")}
 
 
-def test_near_duplicates_stay_in_one_split_and_out_of_an_official_test(context: Context) -> None:
-    for seed in range(8):
-        preprocess.run(replace(context, params=context.params.model_copy(update={"seed": seed})))
-        dataset = open_dataset(context.project.dataset)
-        split_of = dict(zip(dataset.names, dataset.splits, strict=True))
-        assert split_of["train/1/0004.png"] == split_of["near.png"]
+def test_near_duplicates_of_an_official_test_are_left_out(context: Context) -> None:
     project = context.project
     official = write_photos(project.data / "test", 2, seed=9)
     save_near(official / "3/0001.png", project.data / "train/3/other.png")

@@ -48,7 +48,7 @@ def normalize(data: bytes, name: str) -> tuple[str, bytes]:
         image = _open(data)
         image.load()
         kept = _keeps_its_bytes(image, data)
-        content = data if kept else _png(_upright_rgb(image))
+        content = data if kept else _png(_to_rgb(ImageOps.exif_transpose(image)))
     suffix = ".jpg" if kept and image.format != "PNG" else ".png"
     return hashlib.sha256(content).hexdigest()[:32] + suffix, content
 
@@ -62,7 +62,8 @@ def decode(data: bytes, name: str = "", min_side: int | None = None) -> Pixels:
         image: Image.Image = _open(data)
         if min_side is not None and image.width * image.height > LARGE_PIXELS:
             image = _reduced(image, min_side)
-        return np.array(_upright_rgb(image), dtype=np.uint8)
+        image.load()
+        return np.array(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
 
 
 def is_large(data: bytes) -> bool:
@@ -179,11 +180,6 @@ def _reduced(image: Image.Image, min_side: int) -> Image.Image:
     small = image.reduce(max(1, min(image.size) // min_side))
     small.getexif()[ORIENTATION] = turn
     return small
-
-
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    image.load()
-    return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,7 +1,6 @@
-"""A right hand of capsules that makes the six signs.
+"""A right hand of capsules that makes the six signs, in cm.
 
-Lengths are centimetres, as of an average adult hand. The wrist is the origin: x points to the
-thumb's side, y to the fingertips, z out of the palm.
+The wrist is the origin: x points to the thumb's side, y to the fingertips, z out of the palm.
 """
 
 import math

@@ -11,15 +11,11 @@ from sklearn import metrics as sk
 
 from tasks.errors import DataError
 
-DIGITS = 6
-"""Decimals in JSON: far below one photo's weight, above float32 noise."""
+DIGITS = 6  # decimals in JSON: far below one photo's weight, above float32 noise
 ROW_SUM_TOLERANCE = 1e-4
-KERAS_EPSILON = 1e-7
-"""The clip of `keras.losses.CategoricalCrossentropy`."""
-CALIBRATION_BINS = 15
-"""As in Guo et al., On Calibration of Modern Neural Networks, 2017."""
-RESAMPLES = 300
-"""Bootstrap resamples: a standard error within 4 %, one in sqrt(2 * RESAMPLES)."""
+KERAS_EPSILON = 1e-7  # the clip of `keras.losses.CategoricalCrossentropy`
+CALIBRATION_BINS = 15  # as in Guo et al., On Calibration of Modern Neural Networks, 2017
+RESAMPLES = 300  # of the bootstrap: a standard error within 4 %, one in sqrt(2 * RESAMPLES)
 
 Interval = tuple[float, float]
 

@@ -40,7 +40,10 @@ def fit_cached(
     read: Read = features.batch
     pooled = plan.phase.trainable_layers == 0
     if pooled:
-        read = _pooled_once(tail, read, np.unique(np.concatenate([*batches, val])))
+        every = np.unique(np.concatenate([*batches, val]))
+        pool = traced(tail.pooled, tf.constant(read(every[:1])))
+        vectors = _in_batches(pool, read, every)
+        read = lambda rows: vectors[np.searchsorted(every, rows)]  # noqa: E731
     inputs = _read_ahead(read, batches, None if pooled else plan)
     example = tf.constant(read(val[:1]))
     matmul = mixed_matmul if plan.training.precision == MIXED else tf.matmul
@@ -105,22 +108,13 @@ def _read_ahead(read: Read, batches: list[Rows], plan: Plan | None) -> Iterator[
             yield pending.popleft().result()
 
 
-def _pooled_once(tail: Tail, read: Read, rows: Rows) -> Read:
-    pool = traced(tail.pooled, tf.constant(read(rows[:1])))
-    vectors = _in_batches(pool, read, rows)
-    return lambda wanted: vectors[np.searchsorted(rows, wanted)]
-
-
 def _in_batches(function: Callable[[Any], Any], read: Read, rows: Rows) -> NDArray[np.float32]:
     parts = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
     return np.concatenate([function(tf.constant(read(part))).numpy() for part in parts])
 
 
 class Adam:
-    """Adam with Keras's defaults, as one fused operation per variable, which is faster.
-
-    Kingma and Ba, Adam: A Method for Stochastic Optimization, 2015, end of section 2.
-    """
+    """Adam with Keras's defaults, as one fused operation per variable, which is faster."""
 
     def __init__(self, variables: Sequence[Any], learning_rate: float) -> None:
         self._rate = tf.constant(learning_rate, tf.float32)
