@@ -65,7 +65,7 @@ def run(context: Context, item: str | None = None) -> None:
     more = {
         "standard_errors": standard_errors(probabilities, labels),
         "robustness": robustness(classifier, images, labels, context.progress),
-        "certainty": certainty(classifier, seen.max(axis=1)),
+        "certainty": {"certain_above": certain_above(classifier, seen.max(axis=1))},
     }
     write_json(project.metrics, scores.to_json() | more)
 
@@ -83,22 +83,18 @@ def save_reference(project: Project, probabilities: NDArray[np.float32], photos:
         )
 
 
-def certainty(classifier: Classifier, confidences: NDArray[np.float32]) -> dict[str, float]:
-    """Choose `certain_above`: what `DOUBTED_HANDLESS` of pictures without a hand stay below.
+def certain_above(classifier: Classifier, confidences: NDArray[np.float32]) -> float:
+    """Choose the confidence below which an answer is called uncertain.
 
-    Lower if more than `DOUBTED_PHOTOS` of the validation photos were uncertain, too.
+    `DOUBTED_HANDLESS` of pictures without a hand, and at most `DOUBTED_PHOTOS` of `confidences`,
+    those of the validation photos.
     """
-    handless = draw_handless(HANDLESS, classifier.preprocess)
-    none = classifier.probabilities(handless).max(axis=1).astype(float)
-    some = confidences.astype(float)
+    handless = classifier.probabilities(draw_handless(HANDLESS, classifier.preprocess))
     limit = min(
-        np.quantile(none, DOUBTED_HANDLESS, method="higher"),
-        np.quantile(some, DOUBTED_PHOTOS, method="lower"),
+        np.quantile(handless.max(axis=1).astype(float), DOUBTED_HANDLESS, method="higher"),
+        np.quantile(confidences.astype(float), DOUBTED_PHOTOS, method="lower"),
     )
-    limit = np.floor(limit * 10**DIGITS) / 10**DIGITS
-    shares = {"doubted_photos": some < limit, "doubted_handless": none < limit}
-    found = {name: round(float(below.mean()), DIGITS) for name, below in shares.items()}
-    return {"certain_above": float(limit), **found}
+    return float(np.floor(limit * 10**DIGITS) / 10**DIGITS)
 
 
 def draw_handless(count: int, preprocess: PreprocessParams, seed: int = 0) -> Image:

@@ -222,10 +222,8 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ParamsError(
-            f"'{path}' cannot be read ({error.strerror}). Run in the root of the checkout, where "
-            "params.yaml is."
-        ) from error
+        fault = f"'{path}' cannot be read ({error.strerror})"
+        raise ParamsError(f"{fault}. Run in the root of the checkout, where it is.") from error
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path.name} is not valid YAML: it is no UTF-8 text.") from error
 

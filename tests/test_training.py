@@ -1,8 +1,11 @@
-"""The training phases: plan, both modes, precision, regularizers and what the stage writes."""
+"""The training phases: plan, modes, precision, regularizers, devices and what is written."""
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +18,11 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flows.local.processes import choose_ports
 from tasks.data.dataset import open_dataset
 from tasks.errors import ModelError, ParamsError, StageError
 from tasks.features import open_features
-from tasks.model.files import BACKBONE_FILE, Weights, read_phase
+from tasks.model.files import BACKBONE_FILE, Weights, read_phase, read_weights
 from tasks.model.network import (
     FULL,
     HEAD,
@@ -30,6 +34,7 @@ from tasks.model.network import (
     freeze,
 )
 from tasks.params import BACKBONE
+from tasks.project import Project
 from tasks.stage import Context, silent
 from tasks.train import run as train
 from tasks.training.cached import Adam, WeightAverage, fit_cached, mixstyle, random_erasing
@@ -37,6 +42,7 @@ from tasks.training.end_to_end import fit_end_to_end
 from tasks.training.plan import Plan, plan_phase
 from tests.fixtures.models import SIZE, Repo, changed, copied, with_phases
 from tests.fixtures.photos import STILL
+from tests.fixtures.worker import plain_context
 
 PHASES = ["base", "fine_tune", "full"]
 
@@ -286,3 +292,54 @@ def test_updates_are_those_of_keras_adam() -> None:
         reference.apply([gradient], [theirs])
         np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-5, atol=1e-6)
     assert not np.allclose(ours.numpy(), start, atol=1e-2)
+
+
+def config(ports: list[int], number: int) -> dict[str, str]:
+    addresses = [f"127.0.0.1:{port}" for port in ports]
+    task = {"type": "worker", "index": number}
+    return {"TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": task})}
+
+
+@pytest.mark.slow
+def test_two_processes_and_two_devices_train_the_same_weights_as_one(
+    repo: Repo, tmp_path: Path
+) -> None:
+    ports = choose_ports(2)
+    environments = {
+        "alone": {},
+        "first": config(ports, 0),
+        "second": config(ports, 1),
+        "mirrored": {"DEVICES": "2"},
+    }
+    for name in environments:
+        shutil.copytree(repo().project.root, tmp_path / name)
+    command = [sys.executable, "-m", "tests.fixtures.worker"]
+    started = [
+        subprocess.Popen(
+            [*command, tmp_path / name], env=os.environ | more, stderr=subprocess.PIPE, text=True
+        )
+        for name, more in environments.items()
+    ]
+    try:
+        for process in started:
+            _, said = process.communicate(timeout=500)
+            assert process.returncode == 0, said
+    finally:
+        for process in started:
+            process.kill()
+    folders = {name: Project(tmp_path / name).weights("full") for name in environments}
+    first, second = (folders[name] / "weights.safetensors" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+    curves = {
+        name: json.loads((folder / "history.json").read_text())["epochs"]
+        for name, folder in folders.items()
+    }
+    rate = plain_context(tmp_path).params.phases["full"].learning_rate
+    theirs = read_weights(folders["alone"] / "weights.safetensors")
+    for name in ("first", "mirrored"):  # the same but for rounding
+        for ours, epoch in zip(curves[name], curves["alone"], strict=True):
+            assert ours["loss"] == pytest.approx(epoch["loss"], abs=1e-3)
+            assert ours["accuracy"] == pytest.approx(epoch["accuracy"])
+            assert ours["val_loss"] == pytest.approx(epoch["val_loss"], abs=1e-2)
+        weights = read_weights(folders[name] / "weights.safetensors")
+        assert max(np.abs(weights[one] - theirs[one]).mean() for one in theirs) < rate
