@@ -38,6 +38,7 @@ from tests.fixtures.servers import new_bucket
 from tests.fixtures.service import named
 
 LIMITS = GateParams(min_accuracy=0.9, max_cross_split_duplicates=0)
+SPLITS = ("train", "train", "test")
 SOME = "0123456789abcdef" * 2
 
 
@@ -54,7 +55,7 @@ class Models:
         files = {
             "metrics.json": scores | {"n": 100, "made": number},
             "gate.json": judge(scores, 0, LIMITS, LABELS),
-            "dataset.json": {"leaks": 0, "photos": [{"split": "train"}, {"split": "test"}]},
+            "dataset.json": {"leaks": 0, "photos": [{"split": one} for one in SPLITS]},
             "labels.json": LABELS,
         }
         paths = {name: self.folder / f"{number}-{name}" for name in files}
@@ -135,7 +136,7 @@ def test_the_history_says_who_when_why_and_a_repeat_changes_nothing(models: Mode
     assert (first.by, first.previous, first.version) == ("Ann", None, 1)
     assert (second.by, second.previous, second.version) == ("Ben", 1, 2)
     assert (second.action, second.reason, second.forced) == ("promote", "it is better", False)
-    scores = {"accuracy": 0.97, "loss": 0.1, "auc": 1.0, "ece": 0.01, "photos": 1}
+    scores = {"accuracy": 0.97, "loss": 0.1, "auc": 1.0, "ece": 0.01, "photos": 2}
     assert second.metrics == scores
     assert "T" in first.at <= second.at
     assert first.describe() == f"{first.at} promote: none -> version 1, by Ann: a test"
@@ -165,6 +166,7 @@ def test_failed_checks_need_force_and_are_kept(models: Models) -> None:
         (5, LIMITS, "why", "its own gate did not pass it.*--force"),
         (2, GateParams(min_accuracy=0.99), "why", r"today's gate .*0\.9700 misses.*--force"),
         (2, GateParams(), "why", "no limit is set.*--force"),
+        (2, GateParams(min_recall=0.5), "why", "today's gate refuses it, recall of 0.*--force"),
         (9, LIMITS, "why", "no version 9 in the registry, only: 1, 2, 3, 4, 5"),
         (2, LIMITS, " ", "A promotion needs a reason"),
     ):

@@ -10,12 +10,11 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.request import proxy_bypass_environment
 
 import pytest
 import trustme
 
-from flows.local.clients import check_reachable, point_prefect_at, prepare_environment
+from flows.local.clients import check_reachable, point_prefect_at
 from flows.settings import Settings, load_settings
 from tasks.errors import ServiceError, SettingsError
 from tasks.services.s3 import S3Address
@@ -24,17 +23,6 @@ from tests.fixtures.faults import proxy_to
 from tests.fixtures.service import named
 
 SERVERS = ("s3_endpoint_url", "mlflow_tracking_uri", "prefect_api_url")
-
-
-@pytest.mark.parametrize("known", [{}, {"NO_PROXY": "corp.example, b"}, {"NO_PROXY": "*"}])
-def test_a_proxy_is_not_asked_for_loopback(known: dict[str, str]) -> None:
-    environment = {**known, "http_proxy": "http://127.0.0.1:9"}
-    prepare_environment(Path("/nonexistent"), environment)
-    assert environment["no_proxy"] == environment["NO_PROXY"]
-    for host in ("127.0.0.1", "localhost", *("corp.example" for _ in known)):
-        assert proxy_bypass_environment(host, {"no": environment["no_proxy"]})
-    elsewhere = proxy_bypass_environment("elsewhere.example", {"no": environment["no_proxy"]})
-    assert bool(elsewhere) == (known.get("NO_PROXY") == "*")
 
 
 def test_logins_go_to_the_local_server_only_and_an_unusable_proxy_is_named(

@@ -242,6 +242,8 @@ def test_two_releases_are_compared_on_the_photos_that_neither_was_trained_on(
     assert picture == project.artifacts / "compare.png"
     with Image.open(picture) as drawn:
         assert drawn.width == 1200
+    few = write_release(tmp_path / "few", graphs[0], LABELS, dict.fromkeys(keys[:-2], "train"))
+    assert compare_releases(project, {"few": few, "2": second})[1] == picture
     assert compare_releases(project, {"1": first, "same": first})[1] is None
     assert not picture.exists()
     other = write_release(tmp_path / "c", graphs[0], [*LABELS[:5], "bus"])

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from pydantic import BaseModel
 
 from tasks.errors import ReleaseError, SettingsError
 from tasks.releases.champion import KEY, Pointer, move_champion, read_champion, sign_pointer
@@ -24,14 +23,7 @@ from tests.fixtures.servers import new_bucket
 Keys = tuple[Path, Path]
 
 
-class Note(BaseModel):
-    """Something to sign."""
-
-    text: str
-    more: int = 1
-
-
-NOTE = Note(text="as it was")
+NOTE = Pointer(release="0" * 32, version=1)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +78,7 @@ def test_a_private_key_is_for_its_owner_and_never_replaced(tmp_path: Path) -> No
     content = Trust((public,), private, "right").sign("x", NOTE)
     reordered = json.dumps(dict(reversed(json.loads(content).items()))).encode()
     for same in (content, reordered):
-        assert Trust((public,)).read(Note, "x", same, "here") == NOTE
+        assert Trust((public,)).read(Pointer, "x", same, "here") == NOTE
     for passphrase in (None, "another"):
         with pytest.raises(SettingsError, match="HANDSIGNS_SIGNING_PASSPHRASE") as caught:
             Trust((public,), private, passphrase).check_signer()
