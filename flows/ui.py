@@ -147,6 +147,9 @@ def show_summary(project: Project, report: RunReport, record: str | None) -> Non
     """
     text = [f"## {html.escape(report.headline())}\n", _table(("", ""), report.facts().items())]
     text += [f"\n[The run in MLflow]({record})"] if record else []
+    if report.phases:
+        text += [_picture(project.plots / f"{name}.png") for name in ("curves", "confusion")]
+        text += [_picture(project.changed)] if report.comparison else []
     if report.gate.checks:
         checks = [
             (
@@ -177,9 +180,7 @@ def show_summary(project: Project, report: RunReport, record: str | None) -> Non
         classes = [[row.get(name) for name in scores] for row in report.test.per_class]
         text += ["\n### Training\n", _table(("phase", *names[1:]), phases)]
         text += ["\n### Test\n", _table(scores, classes)]
-        plots = ("curves", "confusion", "mistakes", "audit")
-        text += [_picture(project.plots / f"{name}.png") for name in plots]
-        text += [_picture(project.changed)] if report.comparison else []
+        text += [_picture(project.plots / f"{name}.png") for name in ("mistakes", "audit")]
     _markdown("summary", report.headline(), "\n".join(text))
 
 

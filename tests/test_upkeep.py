@@ -196,7 +196,7 @@ def test_champions_are_scored_on_the_photos_that_all_were_tested_on(
     assert [one.version for one in found.champions] == [1, 2, 3, 4, 5]
     assert found.champions[0].own["photos"] == 80
     draw_quality(found, tmp_path / "quality.png")
-    assert cv2.imread(str(tmp_path / "quality.png")).shape[1] == 1800
+    assert cv2.imread(str(tmp_path / "quality.png")).shape[1] == 1320
     assert read_quality(storage, moves[:1], lambda _: {}).common_photos == 0
 
 

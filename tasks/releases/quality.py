@@ -89,7 +89,7 @@ def draw_quality(found: QualityOverTime, path: Path) -> None:
 
     from tasks.scoring.plots import COLORS, save
 
-    rows, figure = found.champions, Figure(figsize=(15, 3.8), layout="constrained")
+    rows, figure = found.champions, Figure(figsize=(11, 6), layout="constrained")
     day, common = "test photos of the day", f"{found.common_photos} common test photos"
     lines: dict[str, dict[str, list[float | None]]] = {
         title: {
@@ -101,8 +101,8 @@ def draw_quality(found: QualityOverTime, path: Path) -> None:
     lines["training photos"] = {PHOTOS: [one.own.get(PHOTOS) for one in rows]}
     drift = {name: [one.drift.get(name) for one in rows] for name in DRIFT}
     lines["drift, as a share of its limit"] = drift
-    x, panels = range(len(rows)), figure.subplots(1, len(lines))
-    for axes, (title, shown) in zip(panels, lines.items(), strict=True):
+    x, panels = range(len(rows)), figure.subplots(2, 3).flat
+    for axes, (title, shown) in zip(panels, lines.items(), strict=False):
         for color, (label, values) in zip(COLORS[3:], shown.items(), strict=False):
             axes.plot(x, np.array(values, float), "o-", color=color, label=label)
         axes.set(title=title, xlabel="version", xticks=x, xlim=(-0.5, len(x) - 0.5))
@@ -110,7 +110,8 @@ def draw_quality(found: QualityOverTime, path: Path) -> None:
         axes.set_xticklabels(versions, rotation="vertical" if len(x) > MAX_UPRIGHT else 0)
     panels[3].set_ylim(bottom=0)
     panels[4].axhline(1, color="grey", linestyle=":")
-    for axes in (panels[0], panels[4]):
-        axes.legend(fontsize=8)
+    panels[5].set_axis_off()
+    for axes, place in ((panels[0], "upper left"), (panels[4], "lower left")):
+        panels[5].add_artist(panels[5].legend(*axes.get_legend_handles_labels(), loc=place))
     path.parent.mkdir(parents=True, exist_ok=True)
     save(figure, path)

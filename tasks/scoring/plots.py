@@ -41,9 +41,9 @@ def curves(histories: Sequence[Mapping[str, Any]]) -> Figure:
         for prefix, color, label in (("", BLUE, "train"), ("val_", ORANGE, "validation")):
             axes.plot(x, [one[prefix + measure] for one in epochs], "o-", color=color, label=label)
         start = 0.5
-        for history in histories:
-            name = f"{history['phase']}\n{history['images']:,} photos"
-            axes.text(start, 1.02, name, transform=axes.get_xaxis_transform(), fontsize=9)
+        for row, history in enumerate(histories):  # a phase may be one epoch, its name is wider
+            name, height = f"{history['phase']}, {history['images']:,} images", 1.02 + 0.05 * row
+            axes.text(start, height, name, transform=axes.get_xaxis_transform(), fontsize=9)
             axes.axvline(start, color="lightgrey", zorder=0)
             start += len(history["epochs"])
         axes.set(xlabel="epoch", ylabel=measure, xlim=(0.5, start))
