@@ -80,7 +80,7 @@ class _MessageHandler(logging.Handler):
 
 def show_messages() -> None:
     """Print the messages of this project on standard error, and warnings of the web server."""
-    for name, level in (("flows", "INFO"), ("tasks", "INFO"), ("uvicorn", "WARNING")):
+    for name, level in (("flows", "INFO"), ("tasks", "INFO"), ("hypercorn", "WARNING")):
         logger = logging.getLogger(name)
         logger.addHandler(_MessageHandler())
         logger.setLevel(level)

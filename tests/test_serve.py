@@ -191,6 +191,18 @@ def test_too_large_bodies_are_refused_and_idle_connections_keep_nobody_out(
             if number % 2:
                 line.sendall(b"GET /health HTTP/1.1\r\n")  # and never the rest of it
         assert service.predict(grey(1)).status_code == 200
+        assert line.recv(100) == b""  # closed, as it said nothing for 5 s
+
+
+@pytest.mark.parametrize(
+    "sent", [b"no http\r\n\r\n", b"POST /predict HTTP/1.1\r\nContent-Length: many\r\n\r\n"]
+)
+def test_what_is_no_http_is_refused_without_a_word(service: Service, sent: bytes) -> None:
+    with connect(service) as line:
+        line.sendall(sent)
+        answer, _, body = line.makefile("rb").read().partition(b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert body == b""
 
 
 def test_nothing_on_the_pages_comes_from_elsewhere(service: Service) -> None:
@@ -234,7 +246,7 @@ def test_wrong_tokens_use_up_nothing_of_the_right_ones_rate_and_a_stop_answers_a
             time.sleep(0.3)
             line.sendall(body[10:])
             answer = line.makefile("rb").read()
-        assert b"200 OK" in answer
+        assert answer.startswith(b"HTTP/1.1 200")
         assert b'"label":"3"' in answer
         assert service.process.wait(15) == 0
         assert TOKEN not in service.log.read_text()

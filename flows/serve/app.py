@@ -20,7 +20,7 @@ from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import ClientDisconnect
 
 from flows.serve.follower import LoadedModel, ModelSource
-from flows.serve.limits import Credentials, Limits
+from flows.serve.limits import HEADERS, Credentials, Limits
 from flows.serve.model_page import model_routes
 from flows.serve.predict import BODY, Fault, Model, Predictor, Reading, Readings, unusable
 from flows.serve.review import Recorder, review_routes
@@ -149,6 +149,8 @@ async def _observe(
     finally:
         REQUESTS.labels(method, path, status).inc()
         SECONDS.labels(path).observe(time.perf_counter() - began)
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)
     return response
 
 
@@ -175,7 +177,8 @@ async def _answer_fault(limits: Limits, request: Request, error: Exception) -> R
             status, reason = 409 if refused else 503, str(error)
         case _:
             _log.error("%s %s failed.", request.method, request.url.path, exc_info=error)
-    return JSONResponse({"error": reason}, status, getattr(error, "headers", None))
+    headers = {**HEADERS, **(getattr(error, "headers", None) or {})}
+    return JSONResponse({"error": reason}, status, headers)
 
 
 def _metrics(model: LoadedModel | None) -> bytes:

@@ -1,5 +1,6 @@
 """Where the service listens, who may use it, and how much at a time."""
 
+import asyncio
 import ipaddress
 import math
 import os
@@ -11,20 +12,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-import uvicorn
 from fastapi import Depends, HTTPException, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from hypercorn.asyncio import serve
+from hypercorn.config import Config
 from limits import parse
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
-from starlette.types import ASGIApp
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from tasks.errors import ServiceError, SettingsError
 
-CONNECTIONS = 2048  # open connections, idle ones included; beyond it requests get 503
+# A connection without a request, or with a part of its head only, is closed after so long.
+IDLE_SECONDS = 5.0
 HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": (
@@ -118,27 +121,24 @@ def listen(
         yield bound, f"http://{shown}:{number}", hosts
 
 
-def run_service(service: ASGIApp, bound: socket.socket) -> None:
+def run_service(service: Any, bound: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C; requests in progress get 10 s to finish."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    config = uvicorn.Config(
-        service,
-        http="h11",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        headers=list(HEADERS.items()),
+    config = Config()
+    config.bind = [f"fd://{os.dup(bound.fileno())}"]
+    config.keep_alive_timeout = IDLE_SECONDS
+    config.graceful_timeout = 10
+    config.include_server_header = False
+    config.loglevel = "WARNING"
+    if trusted := os.environ.get("FORWARDED_ALLOW_IPS"):
         # Anyone can send X-Forwarded-For; only proxies that are named may.
-        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
-        limit_concurrency=CONNECTIONS,
-        h11_max_incomplete_event_size=16 * 1024,
-        timeout_graceful_shutdown=10,
-    )
-    # Uvicorn raises the signal again once it has stopped; that must not end the process.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[bound])
+        service = ProxyHeadersMiddleware(service, trusted)
+
+    async def run() -> None:
+        stopping = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+        await serve(service, config, shutdown_trigger=stopping.wait)
+
+    asyncio.run(run())
