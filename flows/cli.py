@@ -9,6 +9,7 @@ import typer
 
 from flows.local.clients import prepare_environment, traffic_store
 from flows.output import (
+    MAX_COLUMNS,
     Json,
     Listing,
     echo,
@@ -197,7 +198,7 @@ def predict(
     model: Model = "champion",
     json_: Json = False,
 ) -> None:
-    """Classify each photo; --json has the probability of every label."""
+    """Classify each photo, with the probability of every label."""
     photos = [photo for file in files for photo in _photos_in(file)]
     with open_workspace() as workspace, shown_progress() as progress:
         classifier, name = workspace.classifier(model)
@@ -205,17 +206,16 @@ def predict(
 
         predictions = [found.to_json() for found in classify_files(classifier, photos, progress)]
     errors = [f"{one['file']}: {one['error']}" for one in predictions if "error" in one]
-    rows = [
-        {
-            "photo": one["file"],
-            "read as": one["label"] if one["certain"] else f"? {one['label']}",
-            "probability": one["probabilities"][one["label"]],
-        }
-        for one in predictions
-        if "error" not in one
-    ]
-    title = f"{name}; ? means that no label is clear"
-    listing = Listing(title, rows, ("photo", "read as", "probability"), errors)
+    few = len(classifier.labels) <= MAX_COLUMNS
+    columns = ("photo", "read as", *(classifier.labels if few else ("probability",)))
+    rows = []
+    for one in predictions:
+        if "error" not in one:
+            read = one["label"] if one["certain"] else f"? {one['label']}"
+            row = {"photo": one["file"], "read as": read}
+            row["probability"] = one["probabilities"][one["label"]]
+            rows.append(one["probabilities"] | row)
+    listing = Listing(f"{name}; ? means that no label is clear", rows, columns, errors)
     echo(json_, {"model": name, "predictions": predictions}, listing)
     if errors:
         raise typer.Exit(1)

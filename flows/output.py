@@ -33,6 +33,7 @@ err = Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 SECONDS_BETWEEN_LINES = 10.0  # how often a long step writes a line where there is no terminal
+MAX_COLUMNS = 12  # labels that a table has a column for
 MAX_COUNTS = 30  # counts of labels that are listed one by one
 NEXT_STEPS = {
     "promoted": "Try it: handsigns predict PHOTO, or handsigns serve",
@@ -137,12 +138,14 @@ def shown(value: Any) -> str:
     match value:
         case None:
             return "-"
+        case bool():
+            return "yes" if value else "no"
         case float():
             return f"{value:.4f}"
         case dict() if len(value) > MAX_COUNTS:
             return f"{min(value.values())} to {max(value.values())} for {len(value)} labels"
         case dict():
-            return ", ".join(f"{name}: {one}" for name, one in value.items())
+            return ", ".join(f"{name}: {one}" for name, one in value.items() if one is not None)
         case list():
             return ", ".join(map(str, value))
     return str(value)

@@ -72,11 +72,13 @@ def status(
     facts["out of date"] = ", ".join(found["stale"]) or "nothing"
     for role in ("champion", "challenger"):
         one = found[role] or {"version": None}
-        names = ("accuracy", "loss", "photos", "created", "overruled", *(["uri"] * verbose))
+        names = ["accuracy", "loss", "photos", "created", "overruled", *(["uri"] * verbose)]
+        names += ["comparison"] if role == "challenger" and one != roles.get("champion") else []
         about = [f"{name} {shown(one[name])}" for name in names if one.get(name)]
         facts[role] = ", ".join([f"version {shown(one['version'])}", *about])
     facts["last run"] = "{status}: {reason}".format_map(found["last_run"]) if last else "-"
-    facts["service"] = shown(found["service"] or "not up; handsigns up starts it")
+    up = {name: one for name, one in (found["service"] or {}).items() if name != "pid"}
+    facts["service"] = shown(up) if up else "not up; handsigns up starts it"
     facts["signatures"] = found["signatures"]
     notes = [move.describe() for move in moves[-5:]]
     echo(json_, found, Listing("Status", facts, notes=notes))
@@ -99,12 +101,15 @@ def _moves(workspace: "Workspace") -> "tuple[Move, ...]":
 
 def _versions(workspace: "Workspace", moves: "tuple[Move, ...]") -> list[dict[str, Any]]:
     """Registered versions, newest first."""
+    from tasks.releases.champion import COMPARISON
+
     return [
         {
             **_scored(workspace, one.number, one.content_id),
             "aliases": list(one.aliases),
             "promoted": [move.at for move in moves if move.release == one.content_id],
             "forced": any(move.forced for move in moves if move.release == one.content_id),
+            "comparison": one.tags.get(COMPARISON),
         }
         for one in sorted(workspace.registry.versions(), key=lambda one: -one.number)
     ]
