@@ -41,7 +41,6 @@ from tasks.services.dvc import check_trained_on
 from tasks.services.git import push_to_branch, read_revision
 from tasks.services.mlflow import CHALLENGER, CHAMPION, RunRecord, Version
 
-LOCK_SECONDS = 600.0  # longest wait for an import that is running
 SPLITS = {"train", "val", "test", "synthetic"}
 
 P = ParamSpec("P")
@@ -126,7 +125,7 @@ def _retrain(run: Run) -> None:
     inbox = import_inbox(run) if workspace.settings.inbox else None
     fetch_photos(run)
     # One version of data/ from here until the champion was scored on it: an import waits.
-    with data_lock(workspace.project, LOCK_SECONDS):
+    with data_lock(workspace.project):
         version_photos(run, inbox)
         if not run.force and (found := find_unchanged(workspace)):
             run.report = found
