@@ -4,8 +4,8 @@
     decisions/<id>.json       what a person decided; created only once
     unfinished/<id>.txt       a decision that still has to reach the inbox, or to leave it
 
-A photo and its prediction are one object, so neither exists without the other. A decision
-is finished by whoever lists the photos next if its maker was killed or the inbox failed.
+A decision is finished by whoever lists the photos next if its maker was killed or the inbox
+failed.
 """
 
 import io

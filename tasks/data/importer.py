@@ -1,9 +1,8 @@
 """Import photos into `data/`, from a source that somebody names or from the inbox.
 
-The inbox is a folder or bucket whose new photos are imported before each retrain. Files
-stay there. What was imported is remembered in `.local/inbox.json` by name and size and time
-(or etag), and is not read again while it stays the same and `data/` is the version that it
-went into. Forgetting costs only time: `data/` knows photos by their content.
+The inbox is a folder or bucket whose new photos are imported before each retrain. Files stay
+there; `.local/inbox.json` remembers them by name and time, or etag, while `data/` is the
+version that they went into. Forgetting costs only time: `data/` knows photos by their content.
 """
 
 import os
