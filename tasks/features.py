@@ -107,8 +107,6 @@ def extract(
     """
     project, params = context.project, context.params
     trunk = project.weights(BACKBONE) / TRUNK_FILE
-    if not trunk.is_file():
-        raise ModelError(f"The trunk '{trunk}' does not exist. Run the backbone stage first.")
     dataset = open_dataset(project.dataset)
     cached = params.training.mode == "cached"
     wanted = dict(sorted(_wanted_rows(dataset, params))) if cached else {}

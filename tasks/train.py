@@ -30,7 +30,7 @@ def run(context: Context, item: str | None = None, size: int = INPUT_SIZE) -> No
     # Costs no measurable time; without it results would depend on thread timing.
     tf.config.experimental.enable_op_determinism()
     dataset = open_dataset(context.project.dataset)
-    plan = plan_phase(context.params, item, dataset)
+    plan = plan_phase(context.params, str(item), dataset)
     wanted, cached = plan.training.precision, plan.training.mode == "cached"
     usable = usable_precision(wanted) if cached else FULL
     if cached and usable != wanted:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from flows.local.processes import choose_ports
 from tasks.data.dataset import open_dataset
-from tasks.errors import ModelError, ParamsError, StageError
+from tasks.errors import ModelError, StageError
 from tasks.features import open_features
 from tasks.model.files import BACKBONE_FILE, Weights, read_phase, read_weights
 from tasks.model.network import (
@@ -100,8 +100,6 @@ def test_a_phase_plans_its_own_order_of_the_shared_photos(repo: Repo) -> None:
     )
     assert first == same
     assert first not in (later, others)
-    with pytest.raises(ParamsError, match="no phase 'head', only base, fine_tune, full"):
-        plan_phase(context.params, "head", dataset)
 
 
 def test_synthetic_hands_weigh_more_than_photos_in_the_loss(plan: Plan) -> None:

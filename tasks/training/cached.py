@@ -16,6 +16,7 @@ from tasks.stage import Progress
 from tasks.training.plan import Epoch, Plan, score_logits
 
 BATCH = 64  # rows without gradients
+AHEAD = 3  # batches that are read while an update runs
 MIXSTYLE_ALPHA = 0.1
 LARGEST_PATCH = 3 / 7  # of a side of the feature map, for random erasing
 Rows = NDArray[np.int64]
@@ -101,11 +102,12 @@ def _read_ahead(read: Read, batches: list[Rows], plan: Plan | None) -> Iterator[
         return tf.constant(batch)
 
     with ThreadPoolExecutor(1) as pool:
-        pending = deque(pool.submit(prepare, update) for update in range(min(3, len(batches))))
-        for update in range(3, len(batches) + 3):
+        pending = deque[Any]()
+        for update in range(len(batches) + AHEAD):
             if update < len(batches):
                 pending.append(pool.submit(prepare, update))
-            yield pending.popleft().result()
+            if update >= AHEAD:
+                yield pending.popleft().result()
 
 
 def _in_batches(function: Callable[[Any], Any], read: Read, rows: Rows) -> NDArray[np.float32]:

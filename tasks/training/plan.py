@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from tasks.data.dataset import SYNTHETIC, Dataset, stratified_sample
-from tasks.errors import ParamsError
 from tasks.params import Params, PhaseParams, TrainingParams
 
 
@@ -77,12 +76,7 @@ class Plan:
         return np.asarray(one_hot * weighted, np.float32)
 
 
-def plan_phase(params: Params, name: str | None, dataset: Dataset) -> Plan:
-    if name not in params.phases:
-        raise ParamsError(
-            f"There is no phase {name!r}, only {', '.join(params.phases)}. "
-            "Name one: python -m tasks.train <phase>."
-        )
+def plan_phase(params: Params, name: str, dataset: Dataset) -> Plan:
     phase, val = params.phases[name], dataset.rows("val")
     train = training_rows(dataset, phase.data_fraction, params.seed)
     return Plan(
