@@ -225,7 +225,7 @@ def test_the_stage_scores_the_test_split(tmp_path: Path, params: Params) -> None
         {"name": f"{seed}.png", "label": LABELS[label], "split": split}
         for split, label, seed in rows
     ]
-    write_json(project.dataset_index, {"image_size": 64, "labels": LABELS, "photos": named})
+    write_json(project.dataset_index, {"labels": LABELS, "photos": named, "synthetic": 0})
     np.save(project.dataset / "images.npy", np.stack([photo(*row[1:]) for row in rows]))
     for name in params.phases:
         epochs = [{"epoch": 1, **NUMBERS}, {"epoch": 2, **NUMBERS}]

@@ -195,7 +195,7 @@ def open_dataset(folder: Path) -> Dataset:
         photos += [
             {"name": f"synthetic/{label}/{number}", "label": label, "split": SYNTHETIC}
             for label in classes
-            for number in range(index.get("synthetic", 0))
+            for number in range(index["synthetic"])
         ]
         if len(images) != len(photos):
             raise ValueError(f"{IMAGES} has {len(images)} photos, {INDEX} {len(photos)}")

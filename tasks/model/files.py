@@ -1,7 +1,5 @@
 """Model files: the same content gives the same bytes."""
 
-import json
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,33 +87,7 @@ def export_graph(model: Any) -> bytes:
     return content
 
 
-def save_model(model: Any, path: Path) -> None:
-    """Save a `.keras` file without the time, memory addresses and zip dates."""
-    with atomic_write(path) as temporary:
-        raw = temporary.with_name("raw.keras")
-        model.save(raw)
-        with zipfile.ZipFile(raw) as source, zipfile.ZipFile(temporary, "w") as target:
-            for name in sorted(source.namelist()):
-                content = source.read(name)
-                if name.endswith(".json"):
-                    fields = _renumbered(json.loads(content), {})
-                    fields.pop("date_saved", None)
-                    content = json.dumps(fields, sort_keys=True).encode()
-                target.writestr(zipfile.ZipInfo(name), content)  # of 1980
-
-
 def load_model(path: Path) -> Any:
     import keras
 
     return keras.saving.load_model(path, compile=False)
-
-
-def _renumbered(value: Any, numbers: dict[int, int], key: str = "") -> Any:
-    """Replace memory addresses, which identify shared objects, by 0, 1, 2…"""
-    if key == "shared_object_id":
-        return numbers.setdefault(value, len(numbers))
-    if isinstance(value, list):
-        return [_renumbered(entry, numbers) for entry in value]
-    if isinstance(value, dict):
-        return {name: _renumbered(entry, numbers, name) for name, entry in value.items()}
-    return value
