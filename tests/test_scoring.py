@@ -54,6 +54,7 @@ def test_every_number_equals_its_plain_definition(seed: int, n: int, sharpness: 
     right, clipped = guesses == y, np.clip(p[np.arange(n), y], 1e-7, 1 - 1e-7)
     assert (scores.n, scores.accuracy) == (n, right.mean())
     assert scores.loss == pytest.approx(-np.log(clipped).mean(), rel=1e-12)
+    assert scores.log_loss == pytest.approx(scores.loss, abs=1e-6)
     bounds = binomtest(int(right.sum()), n).proportion_ci(method="wilson")
     assert scores.accuracy_interval == pytest.approx((bounds.low, bounds.high))
     for index, found in enumerate(scores.per_class):
@@ -85,6 +86,7 @@ def test_every_number_equals_its_plain_definition(seed: int, n: int, sharpness: 
 def test_a_missing_class_has_no_auc_and_what_is_no_probability_is_refused() -> None:
     scores = score(SIX[:5], np.arange(5), LABELS)
     assert (scores.auc, scores.worst_recall) == (None, None)
+    assert scores.auc_note == "not defined: no photo of class 5"
     assert list(scores.per_class[5].model_dump().values()) == ["5", None, None, None, 0]
     for probabilities, reason in (
         (SIX[:0], "no photos to score"),
@@ -194,7 +196,7 @@ def test_plots_say_what_they_show() -> None:
         for phase, epochs in (("base", 3), ("full", 2))
     ]
     loss, accuracy = plots.curves(history).axes
-    assert [text.get_text() for text in loss.texts] == ["base\n1,080 photos", "full\n1,080 photos"]
+    assert [text.get_text() for text in loss.texts] == ["base, 1,080 images", "full, 1,080 images"]
     assert list(loss.lines[0].get_xdata()) == [1, 2, 3, 4, 5]
     assert list(accuracy.lines[1].get_ydata()) == [0.8] * 5
     for title, n, sharpness in (

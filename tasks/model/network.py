@@ -79,10 +79,9 @@ def backbone_of(model: Any) -> Any:
 
 
 def freeze(model: Any, trainable_layers: int) -> None:
-    """Unfreeze the top N layers of the backbone and the head.
+    """Unfreeze the top N layers of the backbone and the head, but no BatchNorm.
 
-    BatchNorm is frozen as layers: under `fit` Keras 3.15 passes `training=True` to nested
-    models, and its statistics would move.
+    Under `fit` Keras 3.15 passes `training=True` to nested models: its statistics would move.
     """
     layers = backbone_of(model).layers
     for index, layer in enumerate(layers):
@@ -122,10 +121,7 @@ def _augmentation(params: AugmentationParams, size: int, seed: int) -> Any:
 
 
 class Tail:
-    """Block 7a, the top and the head, with variables of its own; BatchNorm never trains.
-
-    The weights are those of a phase, or of the backbone, which gets a fresh head.
-    """
+    """Block 7a, the top and the head, of a phase's weights, or the backbone's and a fresh head."""
 
     def __init__(
         self,

@@ -41,16 +41,19 @@ class Scores(FrozenModel):
 
     n: int
     loss: float  # clipped as Keras clips it
+    log_loss: float  # not clipped
     accuracy: float
     accuracy_interval: Interval  # of Wilson, 95 %
     auc: float | None  # macro average of one against the rest
+    auc_note: str | None = None
     ece: float  # expected calibration error
     worst_recall: float | None
     per_class: tuple[ClassScores, ...]
     confusion_matrix: tuple[tuple[int, ...], ...]  # rows are true classes
 
     def to_json(self) -> dict[str, Any]:
-        content: dict[str, Any] = rounded(self.model_dump(mode="json"))
+        without = set() if self.auc_note else {"auc_note"}
+        content: dict[str, Any] = rounded(self.model_dump(mode="json", exclude=without))
         return content
 
 
@@ -66,16 +69,18 @@ def score(probabilities: ArrayLike, labels: ArrayLike, names: Sequence[str]) -> 
         per_class.append(
             ClassScores(label=label, precision=precision, recall=recall, f1=f1, support=support)
         )
-    complete = all(one.support for one in per_class)
-    auc = sk.roc_auc_score(np.eye(len(names))[y], p, average="macro") if complete else None
+    missing = ", ".join(one.label for one in per_class if not one.support)
+    auc = None if missing else sk.roc_auc_score(np.eye(len(names))[y], p, average="macro")
     return Scores(
         n=len(y),
         loss=float(photo_losses(p, y).mean()),
+        log_loss=float(sk.log_loss(y, p, labels=classes)),
         accuracy=right / len(y),
         accuracy_interval=wilson_interval(right, len(y)),
         auc=auc,
+        auc_note=f"not defined: no photo of class {missing}" if missing else None,
         ece=calibration_error(p, y),
-        worst_recall=min(columns[1]) if complete else None,
+        worst_recall=None if missing else min(columns[1]),
         per_class=tuple(per_class),
         confusion_matrix=sk.confusion_matrix(y, predicted, labels=classes).tolist(),
     )
