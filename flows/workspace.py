@@ -6,24 +6,25 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from flows.local.clients import configured_s3
 from flows.local.stack import Services
 from flows.settings import Settings
+from tasks.data.directory import fetch_data
+from tasks.data.importer import ImportReport, Inbox, list_bucket, list_folder
 from tasks.errors import HandsignsError
+from tasks.model.inference import Classifier, load_classifier
+from tasks.params import load_params
 from tasks.project import Project
 from tasks.releases.catalog import find_release
 from tasks.releases.champion import Champion, Move, promote, read_champion, rollback, sync_alias
+from tasks.releases.release import fetch, open_release, verify_folder
 from tasks.releases.signing import Trust
+from tasks.services.dvc import Pipeline, Remote
+from tasks.services.mlflow import Registry
 from tasks.services.s3 import S3Address, Storage
 from tasks.stage import Progress
-
-if TYPE_CHECKING:
-    from tasks.data.importer import ImportReport, Inbox
-    from tasks.model.inference import Classifier
-    from tasks.services.dvc import Pipeline, Remote
-    from tasks.services.mlflow import Registry
 
 _log = logging.getLogger(__name__)
 
@@ -44,10 +45,8 @@ class Workspace:
         self.services.close()
 
     @cached_property
-    def pipeline(self) -> "Pipeline":
+    def pipeline(self) -> Pipeline:
         """The stages and the versions of the data."""
-        from tasks.services.dvc import Pipeline
-
         return Pipeline(self.project, self.remote())
 
     @cached_property
@@ -63,23 +62,14 @@ class Workspace:
         return Trust(known.public_keys, known.signing_key, passphrase, self.project.champions_seen)
 
     @cached_property
-    def registry(self) -> "Registry":
+    def registry(self) -> Registry:
         """The model registry."""
-        from tasks.services.mlflow import Registry
-
         uri, artifacts, login = self.services.mlflow()
         return Registry(uri, self.settings.model_name, artifacts, login)
 
-    def classifier(self, name: str) -> "tuple[Classifier, str]":
+    def classifier(self, name: str) -> tuple[Classifier, str]:
         """Load a model by name, version or path; the classifier and its description."""
         path = Path(name)
-        if not path.exists():
-            self.services.s3(wait=False)  # it gets ready during the imports below
-
-        from tasks.model.inference import load_classifier
-        from tasks.params import load_params
-        from tasks.releases.release import open_release, verify_folder
-
         if path.is_dir():
             manifest = verify_folder(path, None, self.trust)
             return open_release(path), f"release {manifest.id}"
@@ -92,8 +82,6 @@ class Workspace:
 
     def release(self, name: str) -> tuple[str, Path]:
         """Fetch and verify a release; its id and its local folder."""
-        from tasks.releases.release import fetch
-
         release = self.find(name)
         return release, fetch(self.storage, release, self.project.releases)
 
@@ -142,12 +130,10 @@ class Workspace:
         self.alias_pending.unlink(missing_ok=True)
         return True
 
-    def inbox(self) -> "Inbox | None":
+    def inbox(self) -> Inbox | None:
         """List the inbox; None if none is set."""
         if (place := self.settings.inbox) is None:
             return None
-        from tasks.data.importer import Inbox, list_bucket, list_folder
-
         if place.startswith("s3://"):
             bucket, _, folder = place.removeprefix("s3://").partition("/")
             address = replace(self.services.s3(), bucket=bucket)
@@ -156,10 +142,8 @@ class Workspace:
             listing = list_folder(Path(place))
         return Inbox(self.project, place, listing, self.pipeline.data_version())
 
-    def import_new(self, inbox: "Inbox", progress: Progress) -> "ImportReport":
+    def import_new(self, inbox: Inbox, progress: Progress) -> ImportReport:
         """Import new photos into `data/`, not yet as a version; they replace a rendered sample."""
-        from tasks.data.directory import fetch_data
-
         project, pipeline = self.project, self.pipeline
         source = pipeline.data_source()
         if source == "photos":
@@ -174,10 +158,8 @@ class Workspace:
         )
         return report
 
-    def remote(self) -> "Remote | None":
+    def remote(self) -> Remote | None:
         """The DVC remote of the settings; one in S3 uses the same service as releases."""
-        from tasks.services.dvc import Remote
-
         url, known = self.settings.dvc_remote_url, self.settings
         if url is None or not url.startswith("s3://"):
             return Remote(url) if url else None

@@ -5,17 +5,15 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Gauge
 
+from flows.workspace import Workspace
 from tasks.errors import HandsignsError, ServiceError
+from tasks.model.inference import Classifier
 from tasks.releases.champion import Move, read_champion
+from tasks.releases.release import fetch, open_release
 from tasks.services.s3 import Storage
-
-if TYPE_CHECKING:
-    from flows.workspace import Workspace
-    from tasks.model.inference import Classifier
 
 FAILURES = Counter("handsigns_follow_failures", "Failed checks of the champion.", ("kind",))
 PROBLEM = Gauge(
@@ -29,7 +27,7 @@ _log = logging.getLogger(__name__)
 class LoadedModel:
     """A model that answers; what follows its description is only known of a champion."""
 
-    classifier: "Classifier"
+    classifier: Classifier
     description: str
     version: int | None = None
     release: str | None = None
@@ -118,8 +116,6 @@ class Follower(ModelSource):
             gone = champion is None and self.model
             self.problem = "The champion pointer is gone." if gone else None
             return
-        from tasks.releases.release import fetch, open_release
-
         pointer = champion.pointer
         folder = fetch(self._storage, pointer.release, self._releases)
         if self.model and self.model.release == pointer.release:
@@ -141,7 +137,7 @@ class Follower(ModelSource):
         self.problem = problem
 
 
-def open_source(workspace: "Workspace", model: str) -> ModelSource:
+def open_source(workspace: Workspace, model: str) -> ModelSource:
     """Load the model that a person named; the champion is followed."""
     if model != "champion":
         return ModelSource(LoadedModel(*workspace.classifier(model)))
