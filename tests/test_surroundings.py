@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -19,7 +19,7 @@ from flows.local.stack import Services
 from flows.settings import Settings
 from tasks.services.s3 import Storage
 from tests.fixtures.checkouts import BIN, Repo, make_checkout
-from tests.fixtures.photos import write_photos
+from tests.fixtures.photos import CHECKOUT, write_photos
 from tests.fixtures.service import point, publish_graph
 
 NOBODY = 54321  # a user id without a name
@@ -136,6 +136,13 @@ class Place:
         )
 
 
+class Page(SimpleHTTPRequestHandler):
+    """Answers every question with a page."""
+
+    def translate_path(self, _: str) -> str:
+        return str(CHECKOUT.root / "flows/serve/page/index.html")
+
+
 @pytest.fixture(scope="module")
 def place(graphs: tuple[bytes, bytes], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("surroundings")
@@ -148,14 +155,12 @@ def place(graphs: tuple[bytes, bytes], tmp_path_factory: pytest.TempPathFactory)
         "foreign/tasks/__init__.py": "raise SystemExit('not yours')",
         "what?/dvc.yaml": "",
         "what?/params.yaml": made.project.params.read_text(),
-        "index.html": "<html><body>It works!</body></html>",
     }.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(content)
-    page = partial(SimpleHTTPRequestHandler, directory=str(folder))
     with (
         closing(Services(Settings(), made.project)) as services,
-        ThreadingHTTPServer(("127.0.0.1", 0), page) as server,
+        ThreadingHTTPServer(("127.0.0.1", 0), Page) as server,
     ):
         storage = Storage(services.s3())
         point(storage, publish_graph(storage, folder / "release", graphs[0]).id, 1)
@@ -207,7 +212,6 @@ def test_each_surrounding_works_or_is_named_in_one_line(variant: Variant, place:
     assert done.returncode == bool(variant.says), said
     if variant.says:
         # A failed retrain tells why in its summary.
-        lines = "".join(done.stdout.partition("why")[1:]) or done.stderr
-        (line,) = [line for line in lines.splitlines() if line.strip()]
+        (line,) = re.findall(r"(?m)^why .*", done.stdout) or done.stderr.splitlines()
         assert re.search(variant.says, line), line
     assert contents(place.repo) == before

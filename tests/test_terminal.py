@@ -97,7 +97,7 @@ def test_a_terminal_shows_results_and_bars_and_nothing_of_libraries(
     assert "Retrain: unchanged" in again
     status = handsigns("status")
     scores = r"accuracy [01]\.\d{4}, loss \d+\.\d{4}, photos \d+, created 20"
-    assert any(re.match(rf" champion +version 1: {scores}", line) for line in status), status
+    assert any(re.match(rf" champion +version 1, {scores}", line) for line in status), status
     assert not re.search("[0-9a-f]{32}", "".join(status))
     row = r" +1 +[01]\.\d{4} +\d+\.\d{4} +\d+ +20[-0-9T:+]+ +cha"
     assert any(re.match(row, line) for line in handsigns("versions"))
