@@ -212,6 +212,6 @@ def test_each_surrounding_works_or_is_named_in_one_line(variant: Variant, place:
     assert done.returncode == bool(variant.says), said
     if variant.says:
         # A failed retrain tells why in its summary.
-        (line,) = re.findall(r"(?m)^why .*", done.stdout) or done.stderr.splitlines()
+        (line,) = re.findall(r"(?m)^ *why .*", done.stdout) or done.stderr.splitlines()
         assert re.search(variant.says, line), line
     assert contents(place.repo) == before
