@@ -41,8 +41,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import Flow as KnownFlow
     from prefect.client.schemas.objects import FlowRun
 
-MOST_PHOTOS = 50
-"""Photos in the comparison that the two models read differently."""
+MOST_PHOTOS = 50  # photos in the comparison that the two models read differently
 UNHEARD = "Nothing was heard of this run"
 """Start of the message of a state that the crash automations set."""
 
@@ -105,11 +104,7 @@ def notify_people(settings: Settings, title: str, reason: str, link: str | None 
 def notify_bad_end(
     flow: "Flow[..., Any] | KnownFlow", flow_run: "FlowRun", state: "State[Any]"
 ) -> None:
-    """Prefect's hook for a run that failed, was rejected, or crashed.
-
-    The run's own process calls it, the worker if that process was killed, or
-    `notify_crash` if the worker is gone too.
-    """
+    """Prefect's hook for a run that failed, was rejected, or crashed, whoever finds that out."""
     from prefect.utilities.urls import url_for
 
     try:

@@ -1,10 +1,5 @@
-"""The other flows of the schedule: monitor production for drift, and prune what nobody needs.
+"""The other flows of the schedule: monitor production for drift, and prune what nobody needs."""
 
-Prefect reads its address when it is imported, so this module is imported after
-`point_prefect_at`.
-"""
-
-import asyncio
 import json
 import logging
 from dataclasses import asdict
@@ -36,8 +31,7 @@ from tasks.releases.release import open_release
 from tasks.scoring.drift import BINS, Drift, compare_counts, compare_embeddings
 from tasks.stage import Progress, silent
 
-PHOTOS = 500
-"""Kept photos of a window at most whose embeddings are compared."""
+PHOTOS = 500  # kept photos of a window at most whose embeddings are compared
 
 _log = logging.getLogger(__name__)
 
@@ -136,7 +130,7 @@ def remove_unneeded(
         versions = [storage.get(name).decode() for name in names]
         freed = workspace.pipeline.remove_unused(versions, dry_run)
     known = workspace.services.prefect_named()
-    runs = asyncio.run(_remove_runs(days, dry_run)) if known else 0
+    runs = _remove_runs(days, dry_run) if known else 0
     captures = open_captures(workspace.settings, project)
     captured = captures.remove_expired(dry_run) if captures else 0
     counts = {"cache_bytes": freed, "runs": runs, "captured": captured}
@@ -155,14 +149,13 @@ def describe_pruned(found: dict[str, Any]) -> str:
     )
 
 
-async def _remove_runs(days: float, dry_run: bool) -> int:
+def _remove_runs(days: float, dry_run: bool) -> int:
     limit = datetime.now(UTC) - timedelta(days=days)
     old = FlowRunFilter.model_validate({"end_time": {"before_": limit}, "tags": {"all_": [TAG]}})
     removed = 0
-    async with get_client() as client:
-        while runs := await client.read_flow_runs(flow_run_filter=old, offset=removed * dry_run):
-            for run in runs:
-                removed += 1
-                if not dry_run:
-                    await client.delete_flow_run(run.id)
+    with get_client(sync_client=True) as client:
+        while runs := client.read_flow_runs(flow_run_filter=old, offset=removed * dry_run):
+            removed += len(runs)
+            for run in () if dry_run else runs:
+                client.delete_flow_run(run.id)
     return removed

@@ -38,8 +38,7 @@ QUALITY = """\
 <h2>Quality over time</h2>
 <img src="model/quality.png" alt="Accuracy, loss, calibration error, photos and drift by version">
 """
-DRAW_SECONDS = 300
-"""A picture is drawn again after so long, for the drift."""
+DRAW_SECONDS = 300  # a picture is drawn again after so long, for the drift
 
 
 def model_routes(source: ModelSource, traffic: Traffic | None) -> APIRouter:
