@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from flows.local.clients import prepare_environment, traffic_store
+from flows.local.clients import prepare_environment
 from flows.output import (
     MAX_COLUMNS,
     Json,
@@ -247,6 +247,7 @@ def serve(
             from flows.serve.app import make_app
             from flows.serve.follower import open_source
             from flows.serve.review import open_captures
+            from flows.workspace import traffic_store
             from tasks.data.traffic import Traffic
 
             captures = open_captures(settings, workspace.project)

@@ -20,10 +20,9 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Failed
 
-from flows.local.clients import traffic_store
 from flows.report import RunReport
 from flows.settings import Settings, load_settings
-from flows.workspace import Workspace
+from flows.workspace import Workspace, traffic_store
 from tasks.data.traffic import drift_by_limit
 from tasks.errors import HandsignsError, SettingsError
 from tasks.gate import shown, shown_interval

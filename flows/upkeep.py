@@ -17,9 +17,9 @@ from prefect.deployments import run_deployment
 from prefect.states import Completed
 
 from flows import ui
-from flows.local.clients import TAG, traffic_store
+from flows.local.clients import TAG
 from flows.run import retrain_lock
-from flows.workspace import Workspace
+from flows.workspace import Workspace, traffic_store
 from tasks.data.capture import Store
 from tasks.data.images import decode, resize
 from tasks.data.traffic import RESULTS, Counts, count_window, read_result

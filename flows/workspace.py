@@ -11,9 +11,10 @@ from typing import Self
 from flows.local.clients import configured_s3
 from flows.local.stack import Services
 from flows.settings import Settings
+from tasks.data.capture import FolderStore, Store
 from tasks.data.directory import fetch_data
 from tasks.data.importer import ImportReport, Inbox, list_bucket, list_folder
-from tasks.errors import HandsignsError
+from tasks.errors import HandsignsError, SettingsError
 from tasks.model.inference import Classifier, load_classifier
 from tasks.params import load_params
 from tasks.project import Project
@@ -177,3 +178,23 @@ def _dvc_options(address: S3Address) -> dict[str, str]:
         "session_token": address.session_token,
     }
     return {name: text for name, text in options.items() if text}
+
+
+def open_place(settings: Settings, place: str) -> Store:
+    """Open a folder, or a bucket of the S3 service that the settings name, which must answer."""
+    if not place.startswith("s3://"):
+        return FolderStore(Path(place))
+    if settings.s3_endpoint_url is None:
+        raise SettingsError(
+            f"{place} is in no S3 service. Set HANDSIGNS_S3_ENDPOINT_URL, or name a folder in "
+            "HANDSIGNS_CAPTURE and HANDSIGNS_INBOX."
+        )
+    bucket, _, folder = place.removeprefix("s3://").partition("/")
+    storage = Storage(replace(configured_s3(settings), bucket=bucket), folder=folder)
+    storage.check()
+    return storage
+
+
+def traffic_store(settings: Settings, project: Project) -> Store:
+    """Where the service counts its answers: with the kept photos, or in this checkout."""
+    return open_place(settings, settings.capture or str(project.local / "traffic"))

@@ -8,9 +8,8 @@ import secrets
 import textwrap
 import urllib.request
 from collections.abc import MutableMapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from filelock import FileLock
@@ -18,11 +17,7 @@ from filelock import FileLock
 from flows.settings import Settings
 from tasks.errors import ServiceError, SettingsError
 from tasks.io import atomic_write
-from tasks.project import Project
 from tasks.services.s3 import S3Address, Storage, check_conditional_writes, redact_url
-
-if TYPE_CHECKING:
-    from tasks.data.capture import Store
 
 CHECK_SECONDS = 10.0
 TAG = "handsigns"
@@ -195,25 +190,3 @@ def _unreachable(service: str, url: str, variable: str, reason: BaseException) -
         f"{service} does not answer at {redact_url(url)} ({said}). "
         f"Check {variable} and the service."
     )
-
-
-def open_place(settings: Settings, place: str) -> "Store":
-    """Open a folder, or a bucket of the S3 service that the settings name, which must answer."""
-    from tasks.data.capture import FolderStore  # OpenCV takes a while to load
-
-    if not place.startswith("s3://"):
-        return FolderStore(Path(place))
-    if settings.s3_endpoint_url is None:
-        raise SettingsError(
-            f"{place} is in no S3 service. Set HANDSIGNS_S3_ENDPOINT_URL, or name a folder in "
-            "HANDSIGNS_CAPTURE and HANDSIGNS_INBOX."
-        )
-    bucket, _, folder = place.removeprefix("s3://").partition("/")
-    storage = Storage(replace(configured_s3(settings), bucket=bucket), folder=folder)
-    storage.check()
-    return storage
-
-
-def traffic_store(settings: Settings, project: Project) -> "Store":
-    """Where the service counts its answers: with the kept photos, or in this checkout."""
-    return open_place(settings, settings.capture or str(project.local / "traffic"))

@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from flows.local.clients import open_place
 from flows.serve.predict import BODY, Reading
 from flows.settings import Settings
+from flows.workspace import open_place
 from tasks.data.capture import ID, Capture, CaptureRules, Captures
 from tasks.data.traffic import Traffic
 from tasks.project import Project
