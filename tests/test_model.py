@@ -211,18 +211,13 @@ def test_model_is_the_documented_one(model: Any) -> None:
         set_tail(model, {})
 
 
-def test_augmentation_runs_only_while_training_and_turns_no_hand_over(model: Any) -> None:
+def test_augmentation_runs_only_while_training(model: Any) -> None:
     photos = np.random.default_rng(0).uniform(0, 255, (4, SIZE, SIZE, 3)).astype(np.float32)
     layer = model.get_layer("augmentation")
     assert np.array_equal(layer(photos, training=False), photos)
     moved = np.asarray(layer(photos, training=True))
     assert not np.array_equal(moved, photos)
     assert 0 <= moved.min() <= moved.max() <= 255
-    mirror = build_model(6, only(horizontal_flip=True), size=SIZE).get_layer("augmentation")
-    flipped = np.asarray(mirror(np.stack([photos[0]] * 32), training=True))
-    mirrored = [np.allclose(one, photos[0][:, ::-1], atol=1) for one in flipped]
-    straight = [np.allclose(one, photos[0], atol=1) for one in flipped]
-    assert 0 < sum(mirrored) == 32 - sum(straight) < 32
 
 
 def test_the_model_files_give_the_tails_probabilities(chain: Context, params: Params) -> None:
