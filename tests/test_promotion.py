@@ -3,10 +3,12 @@
 import json
 import shutil
 import subprocess
+import tarfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,60 @@ from tasks.services.mlflow import CHAMPION, Registry
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures import faults
 from tests.fixtures.checkouts import QUICK, Repo
-from tests.fixtures.earlier import COMMIT, Earlier
 from tests.fixtures.faults import Answer, Exchange, proxy_to
 from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.prefect_api import PrefectApi
+from tests.fixtures.servers import s3_client
 from tests.fixtures.service import named as storage_named
 from tests.fixtures.service import soon
 from tests.fixtures.trained import Trained
 
+COMMIT = "f2455f0"
+ARCHIVE = CHECKOUT.root / f"tests/fixtures/releases/{COMMIT}.tar.xz"
+BUCKET = f"release-{COMMIT}"  # the champion's signature covers the bucket's name
 RELEASES = {"1": "646b9a4d37e1b222c8639efc5ee8c0b8", "2": "5640018f52a3ccefbca53f50ea7a419e"}
 ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What the earlier version left behind: the unpacked archive, and a bucket."""
+
+    folder: Path
+    s3: S3Address
+
+    def predictions(self, version: str) -> dict[Path, dict[str, float]]:
+        """What a version predicted then: photo to probabilities."""
+        recorded = json.loads((self.folder / "predictions.json").read_text())[version]
+        return {self.folder / name: shares for name, shares in recorded.items()}
+
+    def adopt(self, checkout: Repo) -> dict[str, str]:
+        """Give a checkout the earlier registry, and return the environment for the rest."""
+        local = checkout.project.root / ".local"
+        local.mkdir(mode=0o700, exist_ok=True)
+        shutil.copy(self.folder / "mlflow.db", local)
+        made = checkout.handsigns("keys", "new")
+        believed = (self.folder / "signing.pub.pem", made["public"])
+        return {
+            **storage_named(self.s3),
+            "HANDSIGNS_SIGNING_KEY": made["private"],
+            "HANDSIGNS_PUBLIC_KEYS": ":".join(map(str, believed)),
+        }
+
+
+@pytest.fixture(scope="module")
+def earlier(s3_server: S3Address, tmp_path_factory: pytest.TempPathFactory) -> Earlier:
+    """The earlier releases in a bucket of the real server."""
+    folder = tmp_path_factory.mktemp("earlier")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    s3 = replace(s3_server, bucket=BUCKET)
+    client = s3_client(s3)
+    bucket = folder / "bucket"
+    client.create_bucket(Bucket=BUCKET)  # one file of tests has it: the pointer names it
+    for path in filter(Path.is_file, bucket.rglob("*")):
+        client.upload_file(str(path), BUCKET, path.relative_to(bucket).as_posix())
+    return Earlier(folder, s3)
 
 
 def paused(api: PrefectApi) -> tuple[Any, str]:

@@ -3,7 +3,12 @@
 import base64
 import json
 import logging
+import os
+import secrets
+import shutil
 import sqlite3
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -11,6 +16,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import mlflow
 import psutil
@@ -23,7 +29,7 @@ from mlflow.store.tracking.dbmodels.initial_models import Base
 from sqlalchemy import create_engine
 
 from flows.local.clients import CREDENTIALS, ask, local_credentials
-from flows.local.processes import read_state
+from flows.local.processes import choose_ports, read_state
 from flows.local.servers import migrate
 from flows.local.stack import Services
 from flows.settings import Settings
@@ -33,6 +39,7 @@ from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.checkouts import Repo, make_checkout
 from tests.fixtures.photos import write_photos
 from tests.fixtures.prefect_api import PrefectApi
+from tests.fixtures.programs import find_program
 from tests.fixtures.publishing import record
 from tests.fixtures.receiver import Receiver, receiving
 from tests.fixtures.service import soon
@@ -240,6 +247,37 @@ def test_down_stops_all_of_it_and_the_data_stays(service: Service) -> None:
     with closing(Services(Settings(), service.repo.project)) as services:
         assert MlflowClient(services.mlflow()[0]).get_registered_model("kept")
         assert Storage(services.s3()).get("kept") == b"kept"
+
+
+USER = "postgres"  # the server refuses to run as root; the package brings this account
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """URL of a database that is not there yet; the test carries `program("initdb")`."""
+    with tempfile.TemporaryDirectory(prefix="handsigns-pg-") as temporary:
+        folder, port = Path(temporary), choose_ports(1)[0]
+        # A password that must be quoted in an address.
+        password = f"se@cret/{secrets.token_hex(8)}"
+        word, data = folder / "password", folder / "data"
+        word.write_text(password)
+        if os.geteuid() == 0:
+            for path in (folder, word):
+                shutil.chown(path, USER)
+        _run("initdb", "-D", data, "-U", "hand", "-A", "scram-sha-256", "--pwfile", word, "-N")
+        listen = f"-p {port} -h 127.0.0.1 -k {folder} -F"
+        _run("pg_ctl", "-D", data, "-w", "-o", listen, "-l", folder / "log", "start")
+        try:
+            yield f"postgresql://hand:{quote(password, safe='')}@127.0.0.1:{port}/signs"
+        finally:
+            _run("pg_ctl", "-D", data, "-m", "immediate", "stop")
+
+
+def _run(program: str, *words: object) -> None:
+    command = [str(find_program(program)), *map(str, words)]
+    if os.geteuid() == 0:
+        command = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--init-groups", *command]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/")
 
 
 @pytest.mark.slow
