@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,47 +35,6 @@ ARCHIVE = CHECKOUT.root / f"tests/fixtures/releases/{COMMIT}.tar.xz"
 BUCKET = f"release-{COMMIT}"  # the champion's signature covers the bucket's name
 RELEASES = {"1": "646b9a4d37e1b222c8639efc5ee8c0b8", "2": "5640018f52a3ccefbca53f50ea7a419e"}
 ROUNDS = 8
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """What the earlier version left behind: the unpacked archive, and a bucket."""
-
-    folder: Path
-    s3: S3Address
-
-    def predictions(self, version: str) -> dict[Path, dict[str, float]]:
-        """What a version predicted then: photo to probabilities."""
-        recorded = json.loads((self.folder / "predictions.json").read_text())[version]
-        return {self.folder / name: shares for name, shares in recorded.items()}
-
-    def adopt(self, checkout: Repo) -> dict[str, str]:
-        """Give a checkout the earlier registry, and return the environment for the rest."""
-        local = checkout.project.root / ".local"
-        local.mkdir(mode=0o700, exist_ok=True)
-        shutil.copy(self.folder / "mlflow.db", local)
-        made = checkout.handsigns("keys", "new")
-        believed = (self.folder / "signing.pub.pem", made["public"])
-        return {
-            **storage_named(self.s3),
-            "HANDSIGNS_SIGNING_KEY": made["private"],
-            "HANDSIGNS_PUBLIC_KEYS": ":".join(map(str, believed)),
-        }
-
-
-@pytest.fixture(scope="module")
-def earlier(s3_server: S3Address, tmp_path_factory: pytest.TempPathFactory) -> Earlier:
-    """The earlier releases in a bucket of the real server."""
-    folder = tmp_path_factory.mktemp("earlier")
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
-    s3 = replace(s3_server, bucket=BUCKET)
-    client = s3_client(s3)
-    bucket = folder / "bucket"
-    client.create_bucket(Bucket=BUCKET)  # one file of tests has it: the pointer names it
-    for path in filter(Path.is_file, bucket.rglob("*")):
-        client.upload_file(str(path), BUCKET, path.relative_to(bucket).as_posix())
-    return Earlier(folder, s3)
 
 
 def paused(api: PrefectApi) -> tuple[Any, str]:
@@ -110,9 +69,32 @@ def repo(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Repo:
 
 
 @pytest.fixture(scope="module")
-def named(repo: Repo, earlier: Earlier, prefect_api: PrefectApi) -> dict[str, str]:
+def earlier(s3_server: S3Address, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the earlier version left behind, with its releases in a bucket of the real server."""
+    folder = tmp_path_factory.mktemp("earlier")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    client, bucket = s3_client(s3_server), folder / "bucket"
+    client.create_bucket(Bucket=BUCKET)  # one file of tests has it: the pointer names it
+    for path in filter(Path.is_file, bucket.rglob("*")):
+        client.upload_file(str(path), BUCKET, path.relative_to(bucket).as_posix())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def named(
+    repo: Repo, earlier: Path, s3_server: S3Address, prefect_api: PrefectApi
+) -> dict[str, str]:
     """Services that outlive a run; an earlier version's release is champion there."""
-    return {**earlier.adopt(repo), **prefect_api.named}
+    repo.project.local.mkdir(mode=0o700, exist_ok=True)
+    shutil.copy(earlier / "mlflow.db", repo.project.local)
+    made = repo.handsigns("keys", "new")
+    return {
+        **storage_named(replace(s3_server, bucket=BUCKET)),
+        **prefect_api.named,
+        "HANDSIGNS_SIGNING_KEY": made["private"],
+        "HANDSIGNS_PUBLIC_KEYS": f"{earlier / 'signing.pub.pem'}:{made['public']}",
+    }
 
 
 @contextmanager
@@ -124,13 +106,14 @@ def retraining(repo: Repo, seconds: int, named: dict[str, str]) -> Iterator[Futu
 
 
 def test_an_earlier_release_verifies_and_predicts_as_it_did_then(
-    repo: Repo, named: dict[str, str], earlier: Earlier
+    repo: Repo, named: dict[str, str], earlier: Path
 ) -> None:
     for version, release in RELEASES.items():
         verified = repo.handsigns("verify", version, **named)
         assert verified["id"] == release
         assert verified["facts"]["git_revision"].startswith(COMMIT)
-        then = earlier.predictions(version)
+        recorded = json.loads((earlier / "predictions.json").read_text())[version]
+        then = {earlier / name: shares for name, shares in recorded.items()}
         now = repo.handsigns("predict", "--model", version, *then, **named)
         for one in now["predictions"]:
             assert one["probabilities"] == pytest.approx(then[Path(one["file"])], abs=0.02)
