@@ -60,7 +60,9 @@ def source(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def test_photos_are_stored_under_their_content_and_added(project: Project, photos: Photos) -> None:
+def test_photos_are_stored_under_their_content_and_added(
+    project: Project, photos: Photos, tmp_path: Path
+) -> None:
     news: list[tuple[str, int, int]] = []
     report = import_photos(project, photos("a", 2), progress=lambda *one: news.append(one))
     assert report.imported == dict.fromkeys(EVERY, 2)
@@ -80,7 +82,9 @@ def test_photos_are_stored_under_their_content_and_added(project: Project, photo
     linked = next(project.data.rglob("*.png"))
     cached = linked.rename(project.root / "cached")
     linked.symlink_to(os.path.relpath(cached, linked.parent))
-    report = import_photos(project, photos("b", 1, seed=1), photos("c", 1, seed=2))
+    more = source(photos("b", 1, seed=1), {"5/known.png": (tmp_path / "a/5/0000.png").read_bytes()})
+    report = import_photos(project, more, photos("c", 1, seed=2))
+    assert report.already_there == {("train", "5"): 1}
     assert report.imported == dict.fromkeys([*EVERY, *(("test", label) for label in LABELS)], 1)
     assert len(tree(project.data)) == 24
     assert linked.is_symlink()  # as DVC may link photos into its cache

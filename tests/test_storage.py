@@ -158,7 +158,6 @@ FAULTS: dict[str, tuple[Callable[[Any], None], str]] = {
     "503": (faults.answering(503, "SlowDown"), "503 SlowDown"),
     "reset": (faults.resetting, "does not answer"),
     "half a body": (faults.on(BODY, faults.halving), "does not answer"),
-    "hanging body": (faults.on(BODY, faults.hanging_in_the_body(40)), "does not answer"),
     "changed byte": (faults.on(BODY, faults.flipping), "came back different"),
     "expired": (faults.answering(400, "ExpiredToken"), "refuses the credentials"),
     "clock": (faults.answering(403, "RequestTimeTooSkewed"), "and the clock"),
