@@ -213,8 +213,9 @@ def test_a_signed_retrain_leaves_no_secret_and_is_rebuilt_identically(
     assert report["status"] == "promoted", report["reason"]
     assert imported["pushed"] >= 120
     # Configured services take everything, and none starts here.
-    for name in ("seaweedfs", "mlflow.db", "prefect/prefect.db"):
+    for name in ("mlflow.db", "prefect/prefect.db"):
         assert not (repo.project.local / name).exists()
+    assert [one.name for one in (repo.project.local / "seaweedfs").iterdir()] == ["last_run.json"]
     names = {key.split("/")[-1] for key in team.storage.keys(f"releases/{release['id']}/")}
     assert {"manifest.json", "model.keras", "labels.json", "metrics.json", "sbom.cdx.json"} <= names
     assert "signature" in json.loads(team.storage.get(KEY))
