@@ -25,7 +25,7 @@ from flows.settings import Settings, load_settings
 from flows.workspace import Workspace, traffic_store
 from tasks.data.traffic import drift_by_limit
 from tasks.errors import HandsignsError, SettingsError
-from tasks.gate import shown, shown_interval
+from tasks.gate import shown
 from tasks.io import read_json
 from tasks.project import Project
 from tasks.releases.card import table
@@ -150,7 +150,7 @@ def show_summary(project: Project, report: RunReport, record: str | None) -> Non
                 check["name"],
                 check["value"],
                 check["limit"],
-                shown_interval(check.get("interval")),
+                " to ".join(map(shown, check.get("interval") or ())),
                 "passed" if check["passed"] else f"FAILED {check.get('detail') or ''}",
             )
             for check in sorted(report.gate.checks, key=lambda check: bool(check["passed"]))

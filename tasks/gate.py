@@ -68,11 +68,6 @@ def shown(value: float | None) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def shown_interval(interval: Any) -> str:
-    """An interval as tables show it."""
-    return f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
-
-
 def _checks(
     metrics: Mapping[str, Any], duplicates: Any, limits: GateParams, labels: Sequence[str]
 ) -> Iterator[Check | None]:
