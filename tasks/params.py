@@ -1,5 +1,6 @@
 """`params.yaml`, validated."""
 
+import difflib
 import json
 import re
 import unicodedata
@@ -251,6 +252,8 @@ def _faults(error: ValidationError) -> list[str]:
     """One phrase for each wrong key."""
     phrases: dict[str, str] = {}
     renamed = set()
+    schemas = [Params.model_json_schema(), *Params.model_json_schema()["$defs"].values()]
+    known = {name for schema in schemas for name in schema.get("properties", ())}
     for fault in error.errors():
         # Pydantic adds the tag of the union's member, which is not a key of the file.
         key = ".".join(str(part) for part in fault["loc"] if part not in (ONE, EACH))
@@ -261,7 +264,11 @@ def _faults(error: ValidationError) -> list[str]:
             text = fault["msg"].removeprefix("Value error, ")
             phrase = f"{key}: {text}, not {fault['input']!r}" if key else text
         elif pattern not in RENAMED:
+            section, _, name = key.rpartition(".")
             phrase = f"{key} is unknown"
+            if near := difflib.get_close_matches(name, known, 1):
+                renamed.add(f"{section}.{near[0]} is missing")
+                phrase += f" (did you mean {near[0]}?)"
         elif (new := RENAMED[pattern]) is None:
             phrase = f"{key} no longer exists, remove it"
         else:
