@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -335,3 +336,17 @@ def test_objects_of_an_inbox_are_imported_by_name_and_etag(
             "t//in/3/my photo ü.png": "name: it has empty or dotted parts",
             names[4]: "same photo under two labels: 4 and 5",
         }
+
+
+def test_quarantine_takes_linear_time(project: Project, tmp_path: Path) -> None:
+    def seconds(count: int) -> float:
+        folder = tmp_path / str(count) / "0"
+        folder.mkdir(parents=True)
+        (folder / "a.png").write_bytes(PNG[0])
+        for number in range(count):
+            (folder / f"{count}-{number}.png").write_text(f"text {number}")
+        began = time.process_time()
+        import_photos(project, folder.parent)
+        return time.process_time() - began
+
+    assert seconds(1800) < 6 * seconds(600) + 0.5

@@ -130,6 +130,15 @@ def test_every_call_has_three_attempts_and_no_part_passes_for_an_answer(
         storage.put("old", b"new")
 
 
+@pytest.mark.slow
+def test_a_body_that_breaks_off_after_9_s_is_read_again(s3: S3Address, proxy: Proxy) -> None:
+    content = bytes(1 << 20)
+    Storage(s3).put("old", content)
+    with proxy.failing(faults.on("^GET", faults.hanging_in_the_body(9, parts=30), times=1)):
+        assert Storage(replace(s3, endpoint_url=proxy.url)).get("old") == content
+    assert len(proxy.requests) == 2
+
+
 @pytest.mark.parametrize("ignored", [("If-None-Match", "If-Match"), ("If-Match",)])
 def test_an_endpoint_that_ignores_conditions_is_refused_at_start(
     s3: S3Address, proxy: Proxy, ignored: tuple[str, ...]
