@@ -28,7 +28,7 @@ TESTS = {
     "tasks/gate.py": ("test_gate",),
     "tasks/releases/comparison.py": ("test_comparison",),
     "tasks/releases/champion.py": ("test_champion", "test_release", "test_signature"),
-    "tasks/data/dataset.py": ("test_preprocess",),
+    "tasks/data/dataset.py": ("test_preprocess", "test_audit"),
     "tasks/audit.py": ("test_audit",),
     "tasks/data/importer.py": ("test_importer",),
     "tasks/releases/signing.py": ("test_signature",),

@@ -4,7 +4,6 @@ The search is exact in small groups, and bounded in large ones.
 """
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from tasks.project import Project
 from tasks.stage import Context
 from tests.fixtures.photos import LABELS, photo, write_photos
 
-Copy = Callable[..., Path]
-
 
 def hashes(pictures: np.ndarray) -> np.ndarray:
     return np.array([perceptual_hash(np.ascontiguousarray(one)) for one in pictures], np.uint64)
@@ -36,8 +33,8 @@ def search(
     distance: int = 10,
     rms: float = 6.0,
     kinds: object = None,
-    hashed: np.ndarray | None = None,
-    mirrored: np.ndarray | None = None,
+    hashed: Any = None,
+    mirrored: Any = None,
 ) -> NearDuplicates:
     """Find near-duplicates, of pictures with given hashes where a case needs them."""
     kinds = np.zeros(len(pictures), np.int64) if kinds is None else np.array(kinds)
@@ -134,18 +131,18 @@ def context(tmp_path: Path, params: Params) -> Context:
     return Context(project, params.model_copy(update={"audit": alike}))
 
 
-@pytest.fixture
-def copy(context: Context) -> Copy:
-    """`copy(from, to, brighter)`: the same picture again, paths below `data/`."""
+def copy(context: Context, source: str, target: str, brighter: int = 0) -> Path:
+    """Write the same picture again; paths below `data/`."""
+    path = context.project.data / target
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.asarray(Image.open(context.project.data / source)).astype(int) + brighter
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(path)
+    return path
 
-    def write(source: str, target: str, brighter: int = 0) -> Path:
-        path = context.project.data / target
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.asarray(Image.open(context.project.data / source)).astype(int) + brighter
-        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(path)
-        return path
 
-    return write
+def remove(context: Context, label: str, numbers: range) -> None:
+    for number in numbers:
+        (context.project.data / f"train/{label}/{number:04d}.png").unlink()
 
 
 def report_of(context: Context) -> Any:
@@ -153,9 +150,16 @@ def report_of(context: Context) -> Any:
     return read_json(context.project.audit)
 
 
-def remove(context: Context, label: str, numbers: range) -> None:
-    for number in numbers:
-        (context.project.data / f"train/{label}/{number:04d}.png").unlink()
+def pairs_of(report: Any, part: str) -> list[list[str]]:
+    return [pair["photos"] for pair in report[part]]
+
+
+def refusal(context: Context) -> str:
+    context.project.audit.unlink(missing_ok=True)
+    with pytest.raises(DataError) as refused:
+        audit.run(context)
+    assert not context.project.audit.exists()
+    return str(refused.value)
 
 
 def test_counts_and_balance_are_reported(context: Context) -> None:
@@ -174,15 +178,13 @@ def test_counts_and_balance_are_reported(context: Context) -> None:
     assert report_of(context)["warnings"] == [warning]
 
 
-def test_near_duplicates_are_grouped_and_kept_out_of_the_official_test(
-    context: Context, copy: Copy
-) -> None:
-    copy("train/2/0001.png", "train/2/copy.png", 2)
-    copy("train/2/0001.png", "train/2/exact.png")
+def test_near_duplicates_are_grouped_and_kept_out_of_the_official_test(context: Context) -> None:
+    copy(context, "train/2/0001.png", "train/2/copy.png", 2)
+    copy(context, "train/2/0001.png", "train/2/exact.png")
     write_photos(context.project.data / "test", 3, seed=1)
-    copy("test/5/0002.png", "train/5/near.png", 3)
-    copy("train/5/near.png", "train/5/chain.png", 4)
-    copy("test/0/0000.png", "test/3/odd.png", 2)
+    copy(context, "test/5/0002.png", "train/5/near.png", 3)
+    copy(context, "train/5/near.png", "train/5/chain.png", 4)
+    copy(context, "test/0/0000.png", "test/3/odd.png", 2)
     report = report_of(context)
     assert [f"train/2/{one}.png" for one in ("0001", "copy", "exact")] in report["groups"]
     assert report["duplicates"] == 5
@@ -193,85 +195,73 @@ def test_near_duplicates_are_grouped_and_kept_out_of_the_official_test(
     assert report["excluded"] == [
         {"photo": f"train/5/{name}.png", **reason} for name in ("chain", "near")
     ]
-    assert ["test/5/0002.png", "train/5/near.png"] in [p["photos"] for p in report["across"]]
+    assert ["test/5/0002.png", "train/5/near.png"] in pairs_of(report, "across")
     # Within the test, a conflict is reported and excludes nothing.
-    assert [p["photos"] for p in report["conflicts"]] == [["test/0/0000.png", "test/3/odd.png"]]
+    assert pairs_of(report, "conflicts") == [["test/0/0000.png", "test/3/odd.png"]]
     assert report["warnings"] == [
         "1 pairs of near-duplicates have two labels",
         "1 pairs of near-duplicates across train and test",
     ]
 
 
-def test_near_duplicates_with_two_labels_are_excluded(context: Context, copy: Copy) -> None:
-    remove(context, "4", range(3, 6))
+def test_near_duplicates_with_two_labels_are_excluded(context: Context) -> None:
     for name, brighter in (("1/b", 5), ("4/c", 10), ("4/d", 15)):
-        copy("train/1/0000.png", f"train/{name}.png", brighter)
+        copy(context, "train/1/0000.png", f"train/{name}.png", brighter)
+    for number in range(90):  # a burst is excluded with the photo that represents it
+        copy(context, "train/2/0001.png", f"train/2/burst-{number:02d}.png", number % 3)
+    copy(context, "train/2/0001.png", "train/3/wrong.png", 4)
     report = report_of(context)
     pair = ["train/1/b.png", "train/4/c.png"]
-    assert [conflict["photos"] for conflict in report["conflicts"]] == [pair]
+    assert pair in pairs_of(report, "conflicts")
     reason = "near-duplicate with another label"
-    assert report["excluded"] == [
-        {"photo": one, "reason": reason, "of": other} for one, other in (pair, pair[::-1])
-    ]
+    for one, other in (pair, pair[::-1]):
+        assert {"photo": one, "reason": reason, "of": other} in report["excluded"]
     # What only the conflict joins stays in groups of its own label.
-    assert report["groups"] == [
+    (burst,) = (group for group in report["groups"] if len(group) > 2)
+    assert len(burst) == 91
+    assert [group for group in report["groups"] if group != burst] == [
         ["train/1/0000.png", "train/1/b.png"],
         ["train/4/c.png", "train/4/d.png"],
     ]
-    assert report["duplicates"] == 3
-    for number in range(90):  # a burst is excluded with the photo that represents it
-        copy("train/2/0001.png", f"train/2/burst-{number:02d}.png", number % 3)
-    copy("train/2/0001.png", "train/3/wrong.png", 4)
-    report = report_of(context)
-    assert [len(group) for group in report["groups"]] == [2, 91, 2]
+    assert report["duplicates"] == 3 + 91
     assert len(report["closest"]) == audit.CLOSEST
-    assert len(report["excluded"]) == 2 + 92
-    assert "train/3/wrong.png" in {entry["photo"] for entry in report["excluded"]}
+    excluded = {entry["photo"] for entry in report["excluded"]}
+    assert excluded == {*pair, *burst, "train/3/wrong.png"}
 
 
 @pytest.mark.parametrize("folder", ["train", "test"])
-def test_what_cannot_be_trained_on_is_named(context: Context, copy: Copy, folder: str) -> None:
+def test_what_cannot_be_trained_on_is_named(context: Context, folder: str) -> None:
     data = context.project.data
     write_photos(data / "test", 3, seed=1)
     for number in range(6):
-        copy(f"train/1/{number:04d}.png", f"{folder}/2/odd-{number}.png")
-    with pytest.raises(DataError, match=r"two labels: .*; and 1 more") as refused:
-        audit.run(context)
-    for name in ("train/1/0003.png", f"{folder}/2/odd-3.png"):
-        assert name in str(refused.value)
+        copy(context, f"train/1/{number:04d}.png", f"{folder}/2/odd-{number}.png")
+    refused = refusal(context)
+    for words in ("two labels: ", "train/1/0003.png", f"{folder}/2/odd-3.png", "; and 1 more"):
+        assert words in refused
     shutil.rmtree(data / folder / "4")
-    with pytest.raises(DataError, match=f"none in {folder}/4"):
-        audit.run(context)
+    assert f"none in {folder}/4" in refusal(context)
     write_photos(data / folder, 3, seed=1)
-    path = copy("train/3/0002.png", f"{folder}/3/torn.png")
+    path = copy(context, "train/3/0002.png", f"{folder}/3/torn.png")
     path.write_bytes(path.read_bytes()[:900])
-    with pytest.raises(DataError, match=r"3/torn\.png"):
-        audit.run(context)
-    copy("train/1/0000.png", f"{folder}/six/a.png")
-    with pytest.raises(DataError, match=f"'six' in data/{folder} is not a label"):
-        audit.run(context)
+    assert "3/torn.png" in refusal(context)
+    copy(context, "train/1/0000.png", f"{folder}/six/a.png")
+    assert f"'six' in data/{folder} is not a label" in refusal(context)
     shutil.rmtree(data)
-    with pytest.raises(DataError, match="no photos to train on"):
-        audit.run(context)
-    assert not context.project.audit.exists()
+    assert "no photos to train on" in refusal(context)
 
 
-def test_a_class_that_exclusion_makes_too_small_is_refused(context: Context, copy: Copy) -> None:
+def test_a_class_that_exclusion_makes_too_small_is_refused(context: Context) -> None:
     write_photos(context.project.data / "test", 2, seed=9)
     for number in range(5):
-        copy(f"train/0/{number:04d}.png", f"test/0/{number}.png", 2)
-    with pytest.raises(DataError, match=r"needs 2 or more.* have fewer: 0 \(1\)"):
-        audit.run(context)
+        copy(context, f"train/0/{number:04d}.png", f"test/0/{number}.png", 2)
+    assert "have fewer: 0 (1)" in refusal(context)
     shutil.rmtree(context.project.data / "test")
     remove(context, "0", range(2, 6))
-    with pytest.raises(DataError, match=r"needs 3 or more.* have fewer: 0 \(2\)"):
-        audit.run(context)
+    assert "have fewer: 0 (2)" in refusal(context)
 
 
-def test_the_picture_shows_samples_of_each_class_and_pairs_below(
-    context: Context, copy: Copy
-) -> None:
-    copy("train/2/0001.png", "train/2/copy.png")
+def test_the_picture_shows_samples_of_each_class_and_pairs_below(context: Context) -> None:
+    copy(context, "train/2/0001.png", "train/2/copy.png")
     audit.run(context)
     sheet = np.asarray(Image.open(context.project.plots / "audit.png"))
     step, last = audit.COMPARED + audit.GAP, audit.SAMPLES - 1

@@ -109,26 +109,15 @@ def test_no_unusable_value_ever_passes(field: str, value: Any) -> None:
     assert check["detail"] == "missing" or check["detail"].startswith("not a number in range: ")
 
 
-@FEW
-@given(
-    st.dictionaries(
-        st.sampled_from(["accuracy", "loss", "ece", "n", "per_class", "robustness"]),
-        st.one_of(bad_values, st.lists(st.one_of(bad_values, st.just({"label": "0"})))),
-    ),
-    st.one_of(bad_values, st.integers(0, 3)),
-)
-def test_anything_but_a_complete_report_fails_without_an_exception(
-    content: dict[str, Any], duplicates: Any
-) -> None:
-    assert failed(content, duplicates)
-
-
 def test_what_is_missing_in_a_part_of_the_report_fails() -> None:
     content = metrics()
     del content["robustness"]["accuracy"]["jpeg"]
     content["per_class"][4] = {"label": "3", "recall": 1.0}
     assert failed(content) == ["recall of 3", "recall of 4", "accuracy under jpeg"]
-    assert len(failed(content | {"robustness": [0.9]})) == 2 + len(CORRUPTIONS)
+    for broken in (None, True, "0.95", [0.9], [None], {"accuracy": [1]}, {"label": "0"}):
+        assert len(failed(metrics() | {"robustness": broken})) == len(CORRUPTIONS)
+        assert len(failed(metrics() | {"per_class": broken})) == len(LABELS)
+        assert len(failed(broken)) == len(NAMES) - 1
     loss = named(judged(metrics() | {"standard_errors": None}), "loss")
     assert (loss["passed"], loss["interval"]) == (True, None)
 
@@ -168,7 +157,6 @@ def test_with_a_confidence_the_lower_bound_must_reach_the_limit() -> None:
     ("level", "accuracy", "loss", "ece"),
     [
         (None, (0.91742, 0.986962), (0.102002, 0.297998), (0.0004, 0.0396)),
-        (0.9, (0.927805, 0.984949), (0.117757, 0.282243), (0.003551, 0.036449)),
         (0.99, (0.894403, 0.990029), (0.071209, 0.328791), (0.0, 0.045758)),
     ],
 )
@@ -183,13 +171,7 @@ def test_every_share_and_mean_has_an_interval_and_counts_have_none(
         counts = check["name"] in ("cross-split duplicates", "test photos")
         assert (check["interval"] is None) == counts
         assert counts or check["interval"][0] < check["value"] < check["interval"][1]
-
-
-def test_json_and_reasons_name_value_and_limit() -> None:
-    verdict = judged(metrics(loss=0.75, ece=math.nan, n=3))
-    loss = {"name": "loss", "value": 0.75, "limit": 0.5, "passed": False}
-    assert named(verdict, "loss") == loss | {"interval": (0.652002, 0.847998)}
-    assert reasons(verdict) == [
+    assert reasons(judged(metrics(loss=0.75, ece=math.nan, n=3))) == [
         "loss: 0.7500 misses the limit of 0.5000",
         "calibration error: not a number in range: nan",
         "test photos: 3 misses the limit of 50",
@@ -200,18 +182,12 @@ def test_json_and_reasons_name_value_and_limit() -> None:
     ("text", "index", "failures"),
     [
         (json.dumps(metrics()), {"leaks": 0}, 0),
-        *[(json.dumps(metrics()), index, 1) for index in ({}, {"leaks": None}, {"leaks": 1}, [])],
-        (json.dumps(metrics(accuracy=0.1)), {"leaks": 0}, 1),
+        *[(json.dumps(metrics()), index, 1) for index in ({}, {"leaks": 1}, [])],
         *[(text, {"leaks": 0}, len(NAMES) - 1) for text in (None, "{", "[]", '{"accuracy": NaN}')],
     ],
 )
 def test_the_stage_writes_and_prints_the_verdict_either_way(
-    tmp_path: Path,
-    params: Params,
-    capsys: pytest.CaptureFixture[str],
-    text: str | None,
-    index: Any,
-    failures: int,
+    tmp_path: Path, params: Params, capsys: Any, text: str | None, index: Any, failures: int
 ) -> None:
     project = Project(tmp_path)
     write_json(project.dataset_index, index)
@@ -223,5 +199,4 @@ def test_the_stage_writes_and_prints_the_verdict_either_way(
     assert content["passed"] == (failures == 0)
     assert printed.startswith(f"Gate: {'failed' if failures else 'passed'}\n")
     assert printed.count("FAILED") == failures
-    if '"accuracy": 0.97' in (text or ""):
-        assert "passed  accuracy 0.9700, limit 0.8500" in printed
+    assert ("passed  accuracy 0.9700, limit 0.8500" in printed) == (failures <= 1)

@@ -5,11 +5,8 @@ Groups of near-duplicates stay together, and additions move nobody from training
 
 import os
 from collections import Counter
-from dataclasses import replace
 from functools import partial
-from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,21 +15,23 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tasks import audit, preprocess, synthetic
-from tasks.data import dataset
-from tasks.data.dataset import Photo, check_trainable, find_photos, open_dataset, stratified_sample
+from tasks.data.dataset import (
+    open_dataset,
+    stratified_group_split,
+    stratified_sample,
+)
 from tasks.data.images import resize, resize_square
 from tasks.errors import DataError
 from tasks.io import read_json, write_json
-from tasks.params import AuditParams, Params, PreprocessParams, SplitParams, load_params
-from tasks.preprocess import count_cross_split_duplicates, split_photos
+from tasks.params import Params, PreprocessParams
 from tasks.project import Project
 from tasks.rendering.scene import draw
 from tasks.stage import Context
 from tasks.training.plan import training_rows
-from tests.fixtures.photos import CHECKOUT, LABELS, photo, write_photos
+from tests.fixtures.models import changed
+from tests.fixtures.photos import LABELS, photo, write_photos
 
-groups_by_class = partial(dataset.groups_by_class, classes=LABELS)
-split = partial(dataset.stratified_group_split, classes=LABELS)
+split = partial(stratified_group_split, classes=LABELS)
 
 SHARES = {"test": 0.15, "val": 0.10}
 Photos = tuple[list[str], list[str], list[int]]
@@ -71,9 +70,6 @@ def test_shares_are_met_on_average_with_and_without_bursts(sizes: list[int]) -> 
         assert splits.count(name) / len(names) == pytest.approx(share, abs=tolerance)
         assert splits.count(name) > 0.03 * len(names)
     assert split(names, labels, groups, SHARES, 21) != splits
-    official = split(names, labels, groups, {"val": 0.1}, 20)
-    assert set(official) == {"train", "val"}
-    assert official.count("val") / len(names) == pytest.approx(0.1, abs=tolerance)
 
 
 @pytest.mark.parametrize(("share", "in_test", "in_train"), [(1e-9, 1, 8), (1 - 2e-9, 8, 1)])
@@ -81,10 +77,8 @@ def test_extreme_shares_leave_one_group_of_each_class_to_each_split(
     share: float, in_test: int, in_train: int
 ) -> None:
     names, labels, groups = grouped([1] * 10)
-    splits = split(names, labels, groups, {"test": share, "val": 1e-9}, 20)
-    counts = Counter(zip(labels, splits, strict=True))
-    expected = {"test": in_test, "val": 1, "train": in_train}
-    assert counts == {(label, name): n for label in LABELS for name, n in expected.items()}
+    counts = Counter(split(names, labels, groups, {"test": share, "val": 1e-9}, 20))
+    assert counts == {"test": in_test * 6, "val": 6, "train": in_train * 6}
 
 
 @given(seeds, st.booleans())
@@ -107,78 +101,20 @@ def test_nobody_who_was_trained_on_is_tested_after_150_copies_were_added(
     assert split(names, labels * 2, groups + new, SHARES, seed)[:1080] == before
 
 
-@pytest.mark.parametrize(("official", "needed"), [(True, 2), (False, 3)])
-def test_classes_with_too_few_groups_are_named_with_what_they_have(
-    official: bool, needed: int
-) -> None:
-    photos = [Photo("train", label, str(n)) for label in LABELS for n in range(needed)]
-    photos += [Photo("test", label, "x") for label in LABELS if official]
-    check_trainable(photos, LABELS)
-    with pytest.raises(DataError, match=rf"needs {needed} or more.*: 0 \({needed - 1}\)\. "):
-        check_trainable(photos[1:], LABELS)
-    held_out = ["val"] if official else ["test", "val"]
-    _, labels, groups = grouped([3] * (needed - 1))
-    few = rf"needs {needed} or more, .*: 0 \({needed - 1}\), 1 \({needed - 1}\)"
-    with pytest.raises(DataError, match=few):
-        groups_by_class(labels, groups, held_out)
-    enough = groups_by_class(labels + list(LABELS), groups + list(range(100, 106)), held_out)
-    assert [len(found) for found in enough.values()] == [needed] * 6
-
-
 @given(st.integers(1, 40), st.floats(0.01, 1.0), st.floats(0.01, 1.0), seeds)
 @FEW
 def test_a_smaller_sample_is_part_of_a_larger_one(
     per_class: int, one: float, other: float, seed: int
 ) -> None:
     names, labels, _ = grouped([1] * per_class)
-    small, large = sorted((one, other))
-    fewer = stratified_sample(names, labels, small, seed).tolist()
+    fewer, more = (
+        stratified_sample(names, labels, share, seed).tolist() for share in sorted((one, other))
+    )
     assert fewer == sorted(fewer)
-    assert {*fewer} <= {*stratified_sample(names, labels, large, seed).tolist()}
-    for label, total in Counter(labels).items():
-        chosen = sum(labels[row] == label for row in fewer)
-        assert chosen >= 1
-        assert abs(chosen - small * total) <= max(0.5, 1 - small * total)
-
-
-@given(st.data(), st.booleans(), st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
-def test_near_duplicates_are_never_in_two_splits(data: Any, official: bool, seed: int) -> None:
-    """Of flat grey photos, near-duplicates if their greys are close, in any folder and class."""
-    folders = ("train", "test") if official else ("train",)
-    one = st.tuples(st.integers(1, 60), st.sampled_from(folders), st.sampled_from("012"))
-    drawn = data.draw(st.lists(one, max_size=16, unique_by=lambda found: found[0]))
-    apart = [(0, folder, label) for folder in folders for label in LABELS for _ in range(4)]
-    photos = [Photo(*place, f"{row}.png") for row, (_, *place) in enumerate(drawn + apart)]
-    greys = np.array([grey for grey, *_ in drawn + apart], np.uint8)
-    hashes = np.maximum(np.arange(len(photos)) - len(drawn) + 1, 0).astype(np.uint64)
-    mirrored = np.full(len(photos), 2**63, np.uint64)
-    stats = audit.ImageStats(greys.repeat(48).reshape(-1, 4, 4, 3), hashes, mirrored)
-    limits = AuditParams(max_hash_distance=0, max_rms_difference=6.0)
-    report = audit.audit(photos, stats, limits, LABELS)
-    excluded = {entry["photo"] for entry in report["excluded"]}
-    kept = [photo for photo in photos if photo.key not in excluded]
-    group_of = {key: number for number, keys in enumerate(report["groups"]) for key in keys}
-    split_of = split_photos(kept, group_of, SplitParams(val=0.2, test=0.2), seed, LABELS)
-    assert set(split_of) == {photo.key for photo in kept}
-    assert {p.key for p in photos if p.folder == "test"} <= set(split_of)
-    assert count_cross_split_duplicates(split_of, group_of) == 0
-    for one, other in combinations(range(len(drawn)), 2):
-        keys = photos[one].key, photos[other].key
-        if abs(drawn[one][0] - drawn[other][0]) <= 6 and all(key in split_of for key in keys):
-            assert split_of[keys[0]] == split_of[keys[1]]
-
-
-def test_test_photos_with_near_duplicates_in_other_splits_are_counted_once() -> None:
-    split_of = {"a": "test", "b": "train", "c": "val", "d": "test"}
-
-    def count(*groups: str) -> int:
-        group_of = {name: number for number, names in enumerate(groups) for name in names}
-        return count_cross_split_duplicates(split_of, group_of)
-
-    assert count("ad", "bc") == count("ax", "b") == 0
-    assert count("abc") == count("ac", "d") == 1
-    assert count("abcd") == count("ab", "cd") == 2
+    assert {*fewer} <= {*more}
+    for chosen in Counter(labels[row] for row in fewer).values():
+        assert chosen == max(1, int(min(one, other) * per_class + 0.5))
+    assert {labels[row] for row in fewer} == {*LABELS}
 
 
 def save_near(source: Path, target: Path) -> None:
@@ -197,10 +133,6 @@ def context(tmp_path: Path, params: Params) -> Context:
     return context
 
 
-def index_of(context: Context) -> Any:
-    return read_json(context.project.dataset_index)
-
-
 def stored(context: Context) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in context.project.dataset.iterdir()}
 
@@ -217,9 +149,11 @@ def test_every_photo_is_stored_once_in_order_and_synthetic_hands_are_rows_of_the
     order = list(zip(photos.splits, photos.labels.tolist(), photos.names, strict=True))
     assert order == sorted(order)
     assert len(set(photos.names)) == 49
-    index = index_of(context)
+    index = read_json(context.project.dataset_index)
     assert index["counts"] == {one: len(photos.rows(one)) for one in ("train", "val", "test")}
     assert index["leaks"] == 0
+    split_of = dict(zip(photos.names, photos.splits, strict=True))
+    assert split_of["near.png"] == split_of["train/1/0004.png"]
     for row in (0, 20, 48):
         name = photos.names[row]
         # Names that stand in several classes are paths; only one photo is called near.png.
@@ -227,19 +161,18 @@ def test_every_photo_is_stored_once_in_order_and_synthetic_hands_are_rows_of_the
         assert path.parent.name == LABELS[photos.labels[row]]
         assert (photos.images[row] == np.asarray(Image.open(path))).all()
 
-    hands = context.params.synthetic.model_copy(update={"per_class": 3})
-    both = replace(context, params=context.params.model_copy(update={"synthetic": hands}))
+    both = changed(context, "synthetic", per_class=3)
     synthetic.run(both)
     preprocess.run(both)
     dataset = open_dataset(context.project.dataset)
-    assert index_of(context) == index | {"synthetic": 3}
+    assert read_json(context.project.dataset_index) == index | {"synthetic": 3}
     assert dataset.splits == (*photos.splits, *["synthetic"] * 18)
-    assert dataset.labels[dataset.rows("synthetic")].tolist() == [n // 3 for n in range(18)]
+    hands = dataset.rows("synthetic")
+    assert dataset.labels[hands].tolist() == [n // 3 for n in range(18)]
     assert np.array_equal(dataset.images[:49], photos.images)
-    fifth = dataset.images[dataset.rows("synthetic")[4]]
-    assert np.array_equal(fifth, draw((synthetic.FIRST_SEED + both.params.seed, 1, 1)))
-    trained = set(training_rows(dataset, 1.0, seed=1).tolist())
-    assert trained == {*dataset.rows("train"), *dataset.rows("synthetic")}
+    fifth = draw((synthetic.FIRST_SEED + both.params.seed, 1, 1))
+    assert np.array_equal(dataset.images[hands[4]], fifth)
+    assert {*training_rows(dataset, 1.0, seed=1)} == {*dataset.rows("train"), *hands}
 
 
 def test_near_duplicates_of_an_official_test_are_left_out(context: Context) -> None:
@@ -253,11 +186,9 @@ def test_near_duplicates_of_an_official_test_are_left_out(context: Context) -> N
         preprocess.run(context)
         dataset = open_dataset(project.dataset)
         tested = {dataset.names[row] for row in dataset.rows("test")}
-        assert tested == {
-            photo.key for photo in find_photos(project.data) if photo.folder == "test"
-        }
+        assert tested == {f"test/{path.parent.name}/{path.name}" for path in official.glob("*/*")}
         assert ("other.png" in dataset.names) == bool(leaks)
-        assert index_of(context)["leaks"] == leaks
+        assert read_json(project.dataset_index)["leaks"] == leaks
 
 
 def test_a_photo_put_there_by_hand_is_upright_and_a_failed_run_changes_nothing(
@@ -281,33 +212,36 @@ def test_a_photo_put_there_by_hand_is_upright_and_a_failed_run_changes_nothing(
     assert stored(context) == before
     assert [p.name for p in context.project.artifacts.iterdir() if p.name.startswith(".")] == []
     pictures, index = (context.project.dataset / name for name in ("images.npy", "index.json"))
-    for damage in (
-        lambda: index.write_text("{"),
-        lambda: np.save(pictures, np.zeros((3, 64, 64, 3), np.uint8)),
-        lambda: pictures.write_bytes(before["images.npy"][:5000]),
-        pictures.unlink,
+    for path, content in (
+        (index, b"{"),
+        (index, before["index.json"].replace(b"near.png", b'x"}, {"name": "y')),
+        (pictures, before["images.npy"][:5000]),
+        (pictures, b""),
     ):
-        damage()
+        path.write_bytes(content)
         with pytest.raises(DataError, match="Run the preprocess stage again"):
             open_dataset(context.project.dataset)
-        index.write_bytes(before["index.json"])
+        path.write_bytes(before[path.name])
 
 
-def test_the_central_square_is_kept_and_a_larger_photo_looks_alike_and_may_be_blurred() -> None:
+def test_the_central_square_is_kept_whatever_the_size_of_the_photo() -> None:
     picture = np.zeros((40, 100, 3), np.uint8)
     picture[:, 30:70] = (10, 200, 90)
     blurring = PreprocessParams(image_size=64, blur_sigma=0.5)
     for one in (picture, picture.transpose(1, 0, 2), picture.repeat(3, 0).repeat(3, 1)):
         assert (resize(one, blurring) == (10, 200, 90)).all()
     assert (resize(photo(3, 0), blurring) == photo(3, 0)).all()
-    params = load_params(CHECKOUT.params).preprocess
+
+
+def test_a_larger_photo_looks_alike_and_its_finest_detail_is_softened(params: Params) -> None:
     hand = Image.fromarray(draw((0, 4, 0))).resize((100, 100), Image.Resampling.LANCZOS)
-    scaled = {
-        side: resize(np.asarray(hand.resize((side, side), Image.Resampling.LANCZOS)), params)
+    small, *larger = (
+        resize(np.asarray(hand.resize((side, side), Image.Resampling.LANCZOS)), params.preprocess)
         for side in (64, 65, 96, 200, 1000, 3000)
-    }
-    for found in scaled.values():
-        assert np.sqrt(((found.astype(float) - scaled[64]) ** 2).mean()) < 3.0
+    )
+    for found in larger:
+        assert np.sqrt(((found.astype(float) - small) ** 2).mean()) < 3.0
+    blurring = PreprocessParams(image_size=64, blur_sigma=0.5)
     stripes = np.tile(np.array([60, 180], np.uint8), (64, 32))[..., np.newaxis].repeat(3, axis=2)
     for scale, left in ((2, 0.756), (40, 0.58)):
         large = stripes.repeat(scale, axis=0).repeat(scale, axis=1)

@@ -1,4 +1,4 @@
-"""Scores against plain re-computations, class folders, corrupted photos, plots and the stage."""
+"""Scores against plain re-computations, class folders, plots, the stage, and drift."""
 
 import json
 from pathlib import Path
@@ -25,12 +25,13 @@ from tasks.evaluate import (
 from tasks.gate import CORRUPTIONS as GATE_CORRUPTIONS
 from tasks.io import read_json, write_json
 from tasks.model.inference import Classifier
-from tasks.params import Params
 from tasks.project import Project
 from tasks.scoring import plots
+from tasks.scoring.drift import compare_counts, compare_embeddings, confidence_histogram
 from tasks.scoring.folder import evaluate_folder
 from tasks.scoring.metrics import CALIBRATION_BINS, score
 from tasks.stage import Context
+from tests.fixtures.models import copied
 from tests.fixtures.photos import LABELS, photo
 from tests.test_inference import BRIGHTNESS, RESIZE
 
@@ -98,26 +99,20 @@ def test_a_missing_class_has_no_auc_and_what_is_no_probability_is_refused() -> N
             score(probabilities, np.arange(len(probabilities)), LABELS)
 
 
-@pytest.fixture
-def greys(tmp_path: Path) -> Path:
-    """Three photos a sign whose brightness is the sign."""
+def test_a_class_folder_is_scored_by_its_folder_names(tmp_path: Path) -> None:
+    greys = tmp_path / "greys"
     for index, label in enumerate(LABELS):
-        (tmp_path / "greys" / label).mkdir(parents=True)
+        (greys / label).mkdir(parents=True)
         for number in range(3):
             level = (index * 51, index * 51, min(255, index * 51 + number))
-            Image.new("RGB", (40, 30), level).save(tmp_path / "greys" / label / f"{number}.png")
-    return tmp_path / "greys"
-
-
-def test_a_class_folder_is_scored_by_its_folder_names(greys: Path) -> None:
+            Image.new("RGB", (40, 30), level).save(greys / label / f"{number}.png")
     report = evaluate_folder(BRIGHTNESS, greys)
     assert (report["n"], report["accuracy"], report["auc"]) == (18, 1.0, 1.0)
-    (greys / "0" / "2.png").rename(greys / "5" / "moved.png")
+    (greys / "six").mkdir()
+    for old, new in (("0/2.png", "5/moved.png"), ("1/0.png", "six/0.png"), ("1/1.png", "1.png")):
+        (greys / old).rename(greys / new)
     (greys / "3" / "broken.jpg").write_bytes(b"\xff\xd8\xff rubbish")
     (greys / "3" / ".hidden").write_text("left out")
-    (greys / "six").mkdir()
-    (greys / "1" / "0.png").rename(greys / "six" / "0.png")
-    (greys / "1" / "1.png").rename(greys / "1.png")
     report = evaluate_folder(BRIGHTNESS, greys)
     assert (report["n"], report["accuracy"]) == (16, pytest.approx(15 / 16, abs=1e-6))
     (misread,) = report["misread"]
@@ -129,19 +124,19 @@ def test_a_class_folder_is_scored_by_its_folder_names(greys: Path) -> None:
     assert unreadable["1.png"].startswith("no label")
 
 
-def test_folders_that_cannot_be_scored_are_refused_in_one_line(greys: Path, tmp_path: Path) -> None:
+def test_folders_that_cannot_be_scored_are_refused_in_one_line(tmp_path: Path) -> None:
     for name in ("rubbish/2/a.png", "both/train/0/a.png", "both/test/0/b.png"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
     for folder, reason in (
-        (tmp_path / "nowhere", "nowhere' does not exist"),
-        (greys / "0" / "0.png", "png' is a file"),
-        (greys / "0", "no folder named 0, 1, 2, 3, 4, 5"),
-        (tmp_path / "rubbish", r"1 files .* usable photo.*a\.png.*zero bytes"),
-        (tmp_path / "both", "one set of photos"),
+        ("nowhere", "nowhere' does not exist"),
+        ("rubbish/2/a.png", "png' is a file"),
+        ("rubbish/2", "no folder named 0, 1, 2, 3, 4, 5"),
+        ("rubbish", r"1 files .* usable photo.*a\.png.*zero bytes"),
+        ("both", "one set of photos"),
     ):
         with pytest.raises(DataError, match=reason):
-            evaluate_folder(BRIGHTNESS, folder)
+            evaluate_folder(BRIGHTNESS, tmp_path / folder)
 
 
 def test_a_reader_of_brightness_fails_under_other_light_only() -> None:
@@ -159,22 +154,12 @@ def test_a_reader_of_brightness_fails_under_other_light_only() -> None:
             assert (corrupted.shape, corrupted.dtype) == (image.shape, np.uint8)
             assert 1 < np.abs(corrupted.astype(float) - image).mean() < 50
         assert (one != other).any() == (kind in ("rotation", "brightness", "scale"))
-
-
-def test_corrupted_photos_are_balanced_over_the_classes() -> None:
-    labels = np.repeat(np.arange(6), [500, 3, 200, 100, 400, 90])
-    rows = balanced_rows(labels, MAX_PHOTOS)
-    counts = np.bincount(labels[rows], minlength=6)
-    assert (len(rows), counts[1]) == (MAX_PHOTOS, 3)
-    assert np.ptp(counts[[0, 2, 3, 4, 5]]) <= 1
-    assert balanced_rows(labels[:7], 10).tolist() == list(range(7))
+    many = np.repeat(np.arange(6), [500, 3, 200, 100, 400, 90])
+    counts = np.bincount(many[balanced_rows(many, MAX_PHOTOS)], minlength=6)
+    assert (counts.sum(), counts[1], np.ptp(np.delete(counts, 1))) == (MAX_PHOTOS, 3, 1)
 
 
 def test_an_answer_is_certain_above_what_pictures_without_a_hand_reach() -> None:
-    handless = draw_handless(HANDLESS, RESIZE)
-    assert np.array_equal(handless, draw_handless(HANDLESS, RESIZE))
-    assert 0 < np.mean([not np.ptp(picture, axis=(0, 1)).any() for picture in handless]) < 0.5
-
     def half_sure(pictures: np.ndarray) -> np.ndarray:
         best = 0.5 + pictures.mean((1, 2, 3)) / 2550
         rest = np.repeat((1 - best)[:, None] / 5, 5, axis=1)
@@ -182,7 +167,8 @@ def test_an_answer_is_certain_above_what_pictures_without_a_hand_reach() -> None
 
     classifier = Classifier(half_sure, RESIZE, LABELS, 32)
     clear = certain_above(classifier, np.full(50, 0.99, np.float32))
-    assert (half_sure(handless).max(axis=1) < clear).mean() == pytest.approx(0.95, abs=0.01)
+    confidences = half_sure(draw_handless(HANDLESS, RESIZE)).max(axis=1)
+    assert (confidences < clear).mean() == pytest.approx(0.95, abs=0.01)
     assert certain_above(classifier, np.full(50, 0.52, np.float32)) == pytest.approx(0.52, abs=2e-6)
 
 
@@ -199,39 +185,32 @@ def test_plots_say_what_they_show() -> None:
     assert [text.get_text() for text in loss.texts] == ["base, 1,080 images", "full, 1,080 images"]
     assert list(loss.lines[0].get_xdata()) == [1, 2, 3, 4, 5]
     assert list(accuracy.lines[1].get_ydata()) == [0.8] * 5
-    for title, n, sharpness in (
-        ("{} of 60 test photos misclassified; the 24 most confident", 60, 0.5),
-        ("None of 30 test photos misclassified; the 12 least confident", 30, 20.0),
-    ):
-        p, y = case(0, n, sharpness)
-        wrong = np.flatnonzero(p.argmax(axis=1) != y)
-        first = wrong[p[wrong].max(axis=1).argmax()] if len(wrong) else p.max(axis=1).argmin()
-        verdict = f"{y[first]} as {p[first].argmax()}" if len(wrong) else f"{y[first]}, correct"
-        images = np.stack([photo(int(label), row) for row, label in enumerate(y)])
-        mistakes = plots.mistakes(images, p, y, LABELS)
-        assert mistakes.get_suptitle() == title.format(len(wrong))
-        assert mistakes.axes[0].get_title() == f"{verdict} ({p[first].max():.0%})"
+    p, y = case(0, 60, 0.5)
+    wrong = np.flatnonzero(p.argmax(axis=1) != y)
+    first = wrong[p[wrong].max(axis=1).argmax()]
+    images = np.stack([photo(int(label), row) for row, label in enumerate(y)])
+    mistakes = plots.mistakes(images, p, y, LABELS)
+    title = f"{len(wrong)} of 60 test photos misclassified; the 24 most confident"
+    assert mistakes.get_suptitle() == title
+    verdict = f"{y[first]} as {p[first].argmax()} ({p[first].max():.0%})"
+    assert mistakes.axes[0].get_title() == verdict
+    none = plots.mistakes(images, SIX[y], y, LABELS)
+    assert none.get_suptitle() == "None of 60 test photos misclassified; the 12 least confident"
+    assert none.axes[0].get_title() == "0, correct (100%)"
 
 
-def test_the_stage_scores_the_test_split(tmp_path: Path, params: Params) -> None:
+def test_the_stage_scores_the_test_split(chain: Context, tmp_path: Path) -> None:
     from tasks.model.files import export_graph
     from tasks.model.network import build_model
 
-    project = Project(tmp_path)
-    context = Context(project, params)
     with pytest.raises(DataError, match="preprocess"):
-        run(context)
-    rows = [("test", index % 6, index) for index in range(18)]
-    rows += [(split, index, 100 + index) for split in ("train", "val") for index in range(6)]
-    named = [
-        {"name": f"{seed}.png", "label": LABELS[label], "split": split}
-        for split, label, seed in rows
-    ]
-    write_json(project.dataset_index, {"labels": LABELS, "photos": named, "synthetic": 0})
-    np.save(project.dataset / "images.npy", np.stack([photo(*row[1:]) for row in rows]))
-    for name in params.phases:
-        epochs = [{"epoch": 1, **NUMBERS}, {"epoch": 2, **NUMBERS}]
-        write_json(project.history(name), {"phase": name, "images": 6, "epochs": epochs})
+        run(Context(Project(tmp_path), chain.params))
+    context = copied(chain, tmp_path)
+    project, index = context.project, read_json(context.project.dataset_index)
+    for row in index["photos"][:18]:
+        row["split"] = "test"
+    write_json(project.dataset_index, index)
+    project.graph.unlink()
     with pytest.raises(ModelError, match=r"model\.pb"):
         run(context)
     project.graph.write_bytes(export_graph(build_model(6, seed=1)))
@@ -241,7 +220,8 @@ def test_the_stage_scores_the_test_split(tmp_path: Path, params: Params) -> None
     run(context)
     assert pictures == {path.stem: path.read_bytes() for path in project.plots.glob("*.png")}
     predictions, metrics = read_json(project.predictions), read_json(project.metrics)
-    assert [entry["name"] for entry in predictions["photos"]] == [f"{n}.png" for n in range(18)]
+    names = [entry["name"] for entry in predictions["photos"]]
+    assert names == [row["name"] for row in index["photos"][:18]]
     probabilities = np.array([entry["probabilities"] for entry in predictions["photos"]])
     truths = [predictions["labels"].index(entry["label"]) for entry in predictions["photos"]]
     again = json.loads(json.dumps(score(probabilities, truths, LABELS).to_json()))
@@ -250,5 +230,35 @@ def test_the_stage_scores_the_test_split(tmp_path: Path, params: Params) -> None
     assert 0 < metrics["certainty"]["certain_above"] < 1
     assert (metrics["n"], metrics["robustness"]["photos"]) == (18, 18)
     with np.load(project.reference) as reference:
-        assert reference["labels"].sum() == reference["confidences"].sum() == 6
-        assert reference["embeddings"].shape == (6, 1280)
+        assert reference["labels"].sum() == reference["confidences"].sum() == 12
+        assert reference["embeddings"].shape == (12, 1280)
+
+
+USUAL = np.array([0.2, 0.2, 0.2, 0.15, 0.15, 0.1])
+
+
+def test_counts_drift_when_a_class_vanishes_and_not_by_chance() -> None:
+    random = np.random.default_rng(3)
+    reference = random.multinomial(500, USUAL)
+    for size in (60, 300, 5000):
+        windows = [random.multinomial(size, USUAL) for _ in range(10)]
+        assert {compare_counts("labels", reference, one).verdict for one in windows} == {"no drift"}
+    window = random.multinomial(500, [0.5, 0.2, 0.2, 0.1, 0, 0])
+    assert compare_counts("labels", reference, window).verdict == "drift"
+    for n, m in ((49, 500), (500, 49), (0, 0)):
+        found = compare_counts("labels", [n, 0], [m, 0]).to_json()
+        assert found["verdict"] == "too few samples"
+    assert confidence_histogram([0.0, 0.05, 0.15, 0.95, 1.0]) == [2, 1, 0, 0, 0, 0, 0, 0, 0, 2]
+
+
+def test_embeddings_drift_when_photos_change_and_not_by_chance() -> None:
+    def embeddings(seed: int, count: int, shift: float = 0.0) -> np.ndarray:
+        places = np.where(np.arange(64) < 8, shift, 0)
+        return np.random.default_rng(seed).normal(size=(count, 64)) + places
+
+    for seed in range(3):
+        found = compare_embeddings(embeddings(seed, 150), embeddings(seed + 50, 80))
+        assert found.verdict == "no drift"
+    changed = compare_embeddings(embeddings(0, 150), embeddings(1, 80, shift=1.0))
+    assert changed.verdict == "drift"
+    assert compare_embeddings(embeddings(0, 49), embeddings(1, 500)).value is None
