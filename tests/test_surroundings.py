@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ from tests.fixtures.service import point, publish_graph
 NOBODY = 54321  # a user id without a name
 NOWHERE = "http://127.0.0.1:9"
 STATUS, PREDICT = ("status",), ("predict", "{photo}")
+# Where cgroup v1 keeps processor quotas; `joblib.cpu_count` reads them there, or v2's.
+QUOTA = Path("/sys/fs/cgroup/cpu")
 
 
 @dataclass(frozen=True)
@@ -215,3 +218,21 @@ def test_each_surrounding_works_or_is_named_in_one_line(variant: Variant, place:
         (line,) = re.findall(r"(?m)^ *why .*", done.stdout) or done.stderr.splitlines()
         assert re.search(variant.says, line), line
     assert contents(place.repo) == before
+
+
+@pytest.mark.slow
+def test_a_processor_quota_counts_like_cores(place: Place) -> None:
+    if not (may_mount() and os.access(QUOTA / "cpu.cfs_quota_us", os.W_OK)):
+        pytest.skip("this user may not set a quota here")
+    group = QUOTA / f"handsigns-{os.getpid()}"
+    group.mkdir()
+    (group / "cpu.cfs_quota_us").write_text("50000")
+    # As in a container, whose own group is the root of what it sees.
+    variant = Variant(shell=f"echo $$ > {group}/cgroup.procs && mount --bind {group} {QUOTA}")
+    try:
+        done = place.run(variant, "handsigns", *PREDICT)
+        assert done.returncode == 0, done.stderr
+        code = "from tasks.model.inference import usable_cores; print(usable_cores())"
+        assert place.run(variant, "python", "-c", code).stdout == "1\n"
+    finally:
+        group.rmdir()
