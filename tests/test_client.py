@@ -3,11 +3,9 @@
 import re
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,9 @@ from flows.local.clients import check_reachable, point_prefect_at
 from flows.settings import Settings, load_settings
 from tasks.errors import ServiceError, SettingsError
 from tasks.services.s3 import S3Address
+from tests.fixtures import faults
 from tests.fixtures.checkouts import make_checkout
-from tests.fixtures.faults import proxy_to
+from tests.fixtures.faults import Answer, Exchange, proxy_to
 from tests.fixtures.service import named
 
 SERVERS = ("s3_endpoint_url", "mlflow_tracking_uri", "prefect_api_url")
@@ -41,19 +40,6 @@ def test_logins_go_to_the_local_server_only_and_an_unusable_proxy_is_named(
     assert "PREFECT_API_AUTH_STRING" not in pointed("http://theirs/api")
 
 
-class Healthy(BaseHTTPRequestHandler):
-    """Answers every request with `true`, as Prefect's health check does."""
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.end_headers()
-        self.wfile.write(b"true")
-
-    def log_message(self, *args: object) -> None:
-        """Log nothing."""
-
-
 @pytest.fixture(scope="module")
 def private(s3_server: S3Address, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Services with certificates of a private authority: `reason(service, **environment)`.
@@ -67,19 +53,18 @@ def private(s3_server: S3Address, tmp_path_factory: pytest.TempPathFactory) -> I
     authority.issue_cert("127.0.0.1").configure_cert(context)
     checkout = make_checkout(folder / "checkout")
     (checkout.project.root / "dvc.yaml").write_text("")
-    with (
-        ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server,
-        proxy_to(s3_server.endpoint_url) as proxy,
-    ):
-        for one in (server, proxy):
-            one.socket = context.wrap_socket(one.socket, server_side=True)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"https://127.0.0.1:{server.server_port}"
-        s3 = replace(s3_server, endpoint_url=f"https://127.0.0.1:{proxy.server_port}")
+
+    def healthy(exchange: Exchange) -> None:
+        exchange.send(Answer(200, "OK", [("content-type", "application/json")], b"true"))
+
+    with proxy_to(s3_server.endpoint_url) as proxy:
+        proxy.socket = context.wrap_socket(proxy.socket, server_side=True)
+        proxy.fault = faults.on("/health$", healthy)
+        url = proxy.url.replace("http:", "https:")
         services = {
             "MLFLOW_TRACKING_URI": {"MLFLOW_TRACKING_URI": url},
             "PREFECT_API_URL": {"PREFECT_API_URL": f"{url}/api"},
-            "HANDSIGNS_S3_ENDPOINT_URL": named(s3),
+            "HANDSIGNS_S3_ENDPOINT_URL": named(replace(s3_server, endpoint_url=url)),
         }
 
         def reason(service: str, **environment: str) -> Any:
@@ -89,7 +74,6 @@ def private(s3_server: S3Address, tmp_path_factory: pytest.TempPathFactory) -> I
             return checkout.handsigns("retrain", code=1, **services[service], **known)["reason"]
 
         yield reason
-        server.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -116,22 +100,16 @@ def test_an_unknown_authority_is_named(private: Any) -> None:
         assert service in reason
 
 
-def refused(*fields: str, url: str) -> str:
-    """The refusal of services that are all at this address, which takes less than 30 s."""
-    started = time.monotonic()
-    with pytest.raises(ServiceError) as caught:
-        check_reachable(Settings().model_copy(update=dict.fromkeys(fields, url)))
-    assert time.monotonic() - started < 30
-    assert url in str(caught.value)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize("hangs", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_services_that_do_not_answer_are_given_up_within_30_s(hangs: bool) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         if hangs:
             taken.listen()
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         for fields in (SERVERS,) if hangs else ((one,) for one in SERVERS):
-            refused(*fields, url=f"http://127.0.0.1:{taken.getsockname()[1]}")
+            began = time.monotonic()
+            with pytest.raises(ServiceError, match=url) as caught:
+                check_reachable(Settings().model_copy(update=dict.fromkeys(fields, url)))
+            assert time.monotonic() - began < 30
+            assert "\n" not in str(caught.value)

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from tasks.releases.card import model_card
 from tasks.releases.provenance import compare_builds, environment, write_bill
 from tasks.scoring.metrics import score
 from tasks.stage import silent
+from tests.fixtures.checkouts import with_stages
 from tests.fixtures.photos import CHECKOUT
 
 LOCK, PROJECT = CHECKOUT.root / "requirements.lock", CHECKOUT.root / "pyproject.toml"
@@ -57,25 +57,17 @@ def test_the_card_carries_data_phases_scores_and_verdict(params: Params) -> None
         "mirrored at random",
         "does not read sign language",
         "Failed: ",
-        "test photos",
         "Apache-2.0",
     ):
         assert words in text
     full = params.phases["full"]
-    layers, rate = str(full.trainable_layers), f"{full.learning_rate:g}"
-    blocks = [
-        [[cell.strip() for cell in line.strip("|").split(" | ")] for line in block.splitlines()]
-        for block in text.split("\n\n")
-        if block.startswith("|")
-    ]
-    assert all(len({len(row) for row in block}) == 1 for block in blocks)
-    rows = [row for block in blocks for row in block]
+    rows = [re.sub(r" *\| *", "|", line) for line in text.splitlines()]
     for row in (
-        ["train", "100"],
-        ["full", "10", layers, rate, "3", "0.2500", "0.9000"],
-        ["accuracy", "0.8333 (95% Wilson: 0.5520 to 0.9530)"],
-        ["1", "1.0000", "1.0000", "1.0000", "2"],
-        ["3", "-", "0.0000", "0.0000", "2"],
+        "|train|100|",
+        f"|full|10|{full.trainable_layers}|{full.learning_rate:g}|3|0.2500|0.9000|",
+        "|accuracy|0.8333 (95% Wilson: 0.5520 to 0.9530)|",
+        "|1|1.0000|1.0000|1.0000|2|",
+        "|3|-|0.0000|0.0000|2|",
     ):
         assert row in rows
 
@@ -95,14 +87,9 @@ def test_the_same_lock_gives_the_same_bill_wherever_it_lies(
     locked = [line.split("==")[0] for line in LOCK.read_text().splitlines() if "==" in line[:60]]
     assert set(locked) == set(listed)
     assert listed["keras"]["externalReferences"][0]["hashes"]
-    with pytest.raises(StageError, match=r"gone\.lock") as caught:
+    with pytest.raises(StageError, match=r"gone\.lock"):
         write_bill(tmp_path / "gone.lock", PROJECT, tmp_path / "c.json")
-    assert "\n" not in str(caught.value)
     assert not (tmp_path / "c.json").exists()
-    found = environment()
-    assert {"keras", "numpy", "openvino"} <= found["libraries"].keys()
-    assert found["processor"]
-    assert json.loads(json.dumps(found)) == found
 
 
 NOW = environment()
@@ -148,69 +135,42 @@ def test_a_rebuilt_model_is_identical_or_the_first_difference_and_its_cause_are_
     assert re.fullmatch(f"Release a{{32}} was rebuilt from .*{words}.*", found.describe())
 
 
-@pytest.mark.parametrize(
-    ("facts", "words"),
-    [
+def test_what_is_in_no_commit_cannot_be_rebuilt() -> None:
+    dirty = {"git_revision": "abc-dirty"}
+    for facts, words in (
         ({}, "names no commit"),
-        ({"git_revision": "abc-dirty"}, "files that it does not name"),
-        ({"git_revision": "abc-dirty", "changed": ["tasks/gate.py"]}, "tasks/gate.py"),
-    ],
-)
-def test_what_is_in_no_commit_cannot_be_rebuilt(facts: dict[str, Any], words: str) -> None:
-    with pytest.raises(ReleaseError, match=words):
-        recorded_revision(facts, "0" * 32)
-    own = {"git_revision": "abc-dirty", "changed": ["params.yaml", "data.dvc"]}
+        (dirty, "files that it does not name"),
+        ({**dirty, "changed": ["tasks/gate.py"]}, "tasks/gate.py"),
+    ):
+        with pytest.raises(ReleaseError, match=words):
+            recorded_revision(facts, "0" * 32)
+    own = {**dirty, "changed": ["params.yaml", "data.dvc"]}
     assert recorded_revision(own, "0" * 32) == "abc"
 
 
-STAGE = """
-import os, pathlib
-out = pathlib.Path("artifacts")
-out.mkdir(exist_ok=True)
-photos = sorted(map(str, pathlib.Path("data").rglob("*.png")))
-for name in ("model.keras", "model.pb", "gate.json"):
-    (out / name).write_text(repr(photos))
-(out / "metrics.json").write_text("{}")
-"""
+def test_a_missing_commit_or_version_of_the_photos_is_named_and_no_worktree_is_left(
+    tmp_path: Path,
+) -> None:
+    project, release = with_stages(tmp_path / "checkout"), tmp_path / "release"
 
+    def git(*words: str) -> str:
+        author = ["-c", "user.name=t", "-c", "user.email=t@example.invalid"]
+        command = ["git", "-C", project.root, *author, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-def test_of_the_earlier_code_only_commands_that_every_version_has_are_used(tmp_path: Path) -> None:
-    root, release = tmp_path / "checkout", tmp_path / "release"
-    names = ("model.keras", "model.pb", "gate.json", "metrics.json")
-    (root / ".dvc").mkdir(parents=True)
-    shutil.copy(CHECKOUT.root / ".dvc/config", root / ".dvc")
-    (root / "data/train/0").mkdir(parents=True)
-    (root / "data/train/0/a.png").write_text("a photo")
-    (root / "make.py").write_text(STAGE)
-    (root / "params.yaml").write_text("seed: 1\n")
-    outs = [f"artifacts/{name}" for name in names]
-    stage = {"cmd": "python make.py", "deps": ["data", "make.py"], "outs": outs}
-    (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"make": stage}}))
-
-    def run(*command: str) -> str:
-        done = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
-        return done.stdout
-
-    run("git", "init", "-q")
-    run(sys.executable, "-m", "dvc", "add", "data")
-    run("git", "add", "-A")
-    run("git", "-c", "user.name=t", "-c", "user.email=t@example.invalid", "commit", "-qm", "Old")
-    run(sys.executable, "-m", "dvc", "repro")
+    git("add", "-A")
+    git("commit", "-qm", "Old")
     release.mkdir()
-    for path in (*outs, "dvc.lock", "data.dvc", "params.yaml"):
-        shutil.copy(root / path, release)
-    workspace = Workspace(Project(root), Settings())
-    shutil.rmtree(root / "data")  # the cache has the recorded version
-    with checkout(workspace.project, "HEAD") as built:
-        assert rebuild(workspace, release, built, None, silent).identical
-    shutil.rmtree(root / ".dvc/cache")
+    (release / "data.dvc").write_text(f"outs:\n- md5: {'0' * 32}.dir\n  path: data\n")
+    (release / "dvc.lock").write_text("stages: {}\n")
+    shutil.copy(project.params, release)
+    workspace = Workspace(project, Settings())
     with (
-        pytest.raises(ServiceError, match="HANDSIGNS_DVC_REMOTE_URL"),
-        checkout(workspace.project, "HEAD") as built,
+        pytest.raises(ServiceError, match=r"0\.dir are not available .*HANDSIGNS_DVC_REMOTE_URL"),
+        checkout(project, "HEAD") as built,
     ):
         rebuild(workspace, release, built, None, silent)
-    # The worktree goes whatever happens.
     assert not built.root.parent.exists()
-    assert len(run("git", "worktree", "list").splitlines()) == 1
-    with pytest.raises(ReleaseError, match="git fetch"), checkout(workspace.project, "f" * 40):
+    assert len(git("worktree", "list").splitlines()) == 1
+    with pytest.raises(ReleaseError, match="git fetch"), checkout(project, "f" * 40):
         pass

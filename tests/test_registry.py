@@ -61,7 +61,6 @@ def _check_record(uri: str, name: str, run: RecordedRun, file: Path) -> None:
     assert stored.data.params == {"seed": "20", "phases.base.epochs": "2"}
     assert stored.data.tags.items() >= {"git": "abc", "content_id": ID}.items()
     assert stored.data.metrics.keys() == {"accuracy", "recall/0", "base/loss", "base/val_loss"}
-    assert (stored.data.metrics["accuracy"], stored.data.metrics["recall/0"]) == (0.95, 1.0)
     losses = [(one.step, one.value) for one in client.get_metric_history(run.run_id, "base/loss")]
     assert sorted(losses) == [(1, 1.5), (2, 1.0)]
     for path in ("pictures/curves.png", "files/dvc.lock"):
@@ -69,16 +68,12 @@ def _check_record(uri: str, name: str, run: RecordedRun, file: Path) -> None:
     source = client.get_model_version_by_alias(name, CHAMPION).source
     folder = Path(mlflow.artifacts.download_artifacts(source, tracking_uri=uri))
     assert (folder / "data/model.keras").read_bytes() == file.read_bytes()
-    described = mlflow.models.Model.load(str(folder))
-    shapes = [
-        one.inputs[0].shape for one in (described.signature.inputs, described.signature.outputs)
-    ]
+    signature = mlflow.models.Model.load(str(folder)).signature
+    shapes = [one.inputs[0].shape for one in (signature.inputs, signature.outputs)]
     assert shapes == [(-1, 8, 8, 3), (-1, 6)]
-    assert described.saved_input_example_info["type"] == "ndarray"
     requirements = (folder / "requirements.txt").read_text().split()
     assert {line.partition("==")[0] for line in requirements} >= {"keras", "numpy"}
     assert all("==" in line for line in requirements)
-    assert not list(folder.rglob("*.pkl"))
 
 
 @pytest.mark.parametrize("store", ["database", "server"])
@@ -165,33 +160,27 @@ def test_rejected_and_interrupted_runs_are_recorded_as_what_they_are(
 
 
 @pytest.mark.parametrize("hangs", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_server_that_does_not_answer_is_one_line_within_30_s(hangs: bool) -> None:
-    with socket.socket() as taken:
+def test_a_fault_of_a_server_or_database_is_one_line_that_names_it_within_30_s(
+    tmp_path: Path, tracking_uri: str, hangs: bool
+) -> None:
+    (tmp_path / "file").write_bytes(b"no database")
+    with socket.socket() as taken, proxy_to("http://127.0.0.1:9") as proxy:
         taken.bind(("127.0.0.1", 0))
         if hangs:
             taken.listen()
         host = f"127.0.0.1:{taken.getsockname()[1]}"
-        began = time.monotonic()
-        with pytest.raises(ServiceError, match=f"MLflow failed at http://{host}") as caught:
-            Registry(f"http://user:sentinel-secret@{host}", "hand-signs").set_alias(CHAMPION, 1)
-    assert time.monotonic() - began < 30
-    assert "sentinel" not in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_fault_of_a_server_or_database_is_one_line_that_names_it(
-    tmp_path: Path, tracking_uri: str
-) -> None:
-    (tmp_path / "file").write_bytes(b"no database")
-    with proxy_to("http://127.0.0.1:9") as proxy:
-        with proxy.failing(faults.answering(500, "INTERNAL_ERROR")):
-            for uri, words in (
-                (proxy.url, "INTERNAL_ERROR.* Check MLFLOW_TRACKING_URI or DATABASE_URL"),
-                (f"sqlite:///{tmp_path}/file/below", "file/below"),
-                (f"sqlite:///{tmp_path}/file", "Repair that file; or move it away"),
-                (tracking_uri, "hand-signs"),  # it knows no version 7
-            ):
-                with pytest.raises(ServiceError, match=words) as caught:
-                    Registry(uri, "hand-signs").set_alias(CHAMPION, 7)
-                assert "\n" not in str(caught.value)
+        proxy.fault = faults.answering(500, "INTERNAL_ERROR")
+        for uri, words in (
+            (f"http://user:sentinel-secret@{host}", f"MLflow failed at http://{host}"),
+            (proxy.url, "INTERNAL_ERROR.* Check MLFLOW_TRACKING_URI or DATABASE_URL"),
+            (f"sqlite:///{tmp_path}/file/below", "file/below"),
+            (f"sqlite:///{tmp_path}/file", "Repair that file; or move it away"),
+            (tracking_uri, "hand-signs"),  # it knows no version 7
+        ):
+            began = time.monotonic()
+            with pytest.raises(ServiceError, match=words) as caught:
+                Registry(uri, "hand-signs").set_alias(CHAMPION, 7)
+            assert time.monotonic() - began < 30
+            assert "\n" not in str(caught.value)
+            assert "sentinel" not in str(caught.value)
         assert len(proxy.requests) == 3

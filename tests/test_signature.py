@@ -86,25 +86,26 @@ def test_a_private_key_is_for_its_owner_and_never_replaced(tmp_path: Path) -> No
     assert "right" not in repr(Trust((public,), private, "right"))
 
 
-@pytest.mark.parametrize("content", [b"", b"no key", None, "ed25519", "secp256k1"])
-def test_a_key_that_cannot_be_used_is_named(tmp_path: Path, content: bytes | str | None) -> None:
+def test_a_key_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     public, private = tmp_path / "key.pub", tmp_path / "key"
-    words = (r"key\.pub.* HANDSIGNS_PUBLIC_KEYS", r"key' cannot .* HANDSIGNS_SIGNING_KEY")
-    if isinstance(content, str):
-        kind = [] if content == "ed25519" else ["-pkeyopt", f"ec_paramgen_curve:{content}"]
-        command = ["openssl", "genpkey", "-algorithm", "EC" if kind else content, *kind]
-        subprocess.run([*command, "-out", private], check=True, capture_output=True)
-        command = ["openssl", "pkey", "-in", private, "-pubout", "-out", public]
-        subprocess.run(command, check=True)
-        words = (r"one of the curves secp256r1.*`handsigns keys new`",) * 2
-    elif content is not None:
-        public.write_bytes(content)
-        private.write_bytes(content)
-    for trust, named in zip((Trust((public,)), Trust((), private)), words, strict=True):
-        with pytest.raises(SettingsError, match=named) as caught:
-            trust.describe()
-        assert "\n" not in str(caught.value)
-        assert content is not None or "(No such file or directory)" in str(caught.value)
+    named = (r"key\.pub.* HANDSIGNS_PUBLIC_KEYS", r"key' cannot .* HANDSIGNS_SIGNING_KEY")
+    kinds = (("ED25519",), ("EC", "-pkeyopt", "ec_paramgen_curve:secp256k1"))
+    for content in (None, b"", b"no key", *kinds):
+        words = named
+        if isinstance(content, tuple):
+            command = ["openssl", "genpkey", "-algorithm", *content, "-out", private]
+            subprocess.run(command, check=True, capture_output=True)
+            command = ["openssl", "pkey", "-in", private, "-pubout", "-out", public]
+            subprocess.run(command, check=True)
+            words = (r"one of the curves secp256r1.*`handsigns keys new`",) * 2
+        elif content is not None:
+            public.write_bytes(content)
+            private.write_bytes(content)
+        for trust, what in zip((Trust((public,)), Trust((), private)), words, strict=True):
+            with pytest.raises(SettingsError, match=what) as caught:
+                trust.describe()
+            assert "\n" not in str(caught.value)
+            assert content is not None or "(No such file or directory)" in str(caught.value)
 
 
 def test_a_signed_release_is_accepted_with_any_known_key_and_an_unsigned_one_with_none(
@@ -118,11 +119,10 @@ def test_a_signed_release_is_accepted_with_any_known_key_and_an_unsigned_one_wit
         (Trust((ours[1],), theirs[0]), "none of those that are accepted"),
     ):
         storage = Storage(unsigned.address, trust)
-        with pytest.raises(SettingsError, match=words):
-            publish(storage, files)
-        with pytest.raises(SettingsError, match=words):
-            move_champion(storage, None, Pointer(release="0" * 32, version=1))
-        assert storage.keys("") == before
+        for write in (lambda s: publish(s, files), lambda s: move_champion(s, None, NOTE)):
+            with pytest.raises(SettingsError, match=words):
+                write(storage)
+    assert unsigned.keys("") == before
     # Without keys nothing is signed or required; with keys an unsigned one is refused.
     UNSIGNED.check_signer()
     assert "not checked" in UNSIGNED.describe()
@@ -133,15 +133,16 @@ def test_a_signed_release_is_accepted_with_any_known_key_and_an_unsigned_one_wit
         fetch(signed, release.id, cache)
     for facts in ({"git": "abc"}, {"git": "def"}):  # which do not sign it anew
         assert publish(signed, files, facts) == release
-    reader = Storage(signed.address, Trust((theirs[1], ours[1])))
-    assert verify(reader, release.id) == release
-    fetch(reader, release.id, cache)
-    names = [fingerprint(public_pem(keys[1]))[:16] for keys in (theirs, ours)]
-    assert reader.trust.describe().endswith(f"against 2 public key(s): {', '.join(names)}.")
     # Whoever signs, and names no public key, accepts what the own key signed.
-    own = Storage(signed.address, Trust((), ours[0]))
-    assert verify(own, release.id) == release
-    assert own.trust.describe().endswith(f"against 1 public key(s): {names[1]}.")
+    names = [fingerprint(public_pem(keys[1]))[:16] for keys in (theirs, ours)]
+    for trust, known in (
+        (Trust((theirs[1], ours[1])), f"2 public key(s): {', '.join(names)}."),
+        (Trust((), ours[0]), f"1 public key(s): {names[1]}."),
+    ):
+        reader = Storage(signed.address, trust)
+        assert verify(reader, release.id) == release
+        fetch(reader, release.id, cache)
+        assert trust.describe().endswith(f"against {known}")
 
 
 def _by_our_key(fields: Any, other: Any) -> None:
@@ -235,14 +236,11 @@ def test_the_slower_of_two_readers_takes_nothing_back(tmp_path: Path, ours: Keys
     assert json.loads(seen.read_text()) == {"here": 3, "there": 4}
     with FileLock(f"{seen}.lock"):  # whoever has nothing to add waits for nobody
         trust.check_newest("here", 3)
-    for damaged in ("", "[]", "null", '{"there": "many"}', '{"there": true}'):
+    for damaged in ("", "[]", '{"there": "many"}', '{"there": true}'):
         seen.write_text(damaged)
-        with pytest.raises(ReleaseError, match=r"seen\.json, cannot be read") as caught:
+        with pytest.raises(ReleaseError, match=r"seen\.json, cannot be read"):
             trust.check_newest("here", 4)
-        assert "\n" not in str(caught.value)
         assert seen.read_text() == damaged
-    seen.unlink()
-    trust.check_newest("here", 2)
 
 
 def test_keys_are_changed_without_losing_the_champion(

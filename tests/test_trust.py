@@ -16,16 +16,16 @@ import pytest
 from pydantic import SecretStr
 
 from flows.settings import PREFIX, Settings
-from tasks.io import write_json
 from tasks.releases.champion import KEY, set_champion
-from tasks.releases.release import publish
 from tasks.releases.signing import Trust, new_keys
 from tasks.services.mlflow import Registry
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.checkouts import Repo, make_checkout
 from tests.fixtures.photos import LABELS, write_photos
 from tests.fixtures.prefect_api import PrefectApi
+from tests.fixtures.publishing import publish_contents, register
 from tests.fixtures.servers import MlflowServer, new_bucket
+from tests.fixtures.service import named
 from tests.fixtures.session import session_folder
 from tests.fixtures.trained import Trained
 
@@ -80,34 +80,28 @@ def make_team(
     repo: Repo, keys: Path, s3: S3Address, mlflow: MlflowServer, prefect: PrefectApi
 ) -> Team:
     """A new secret setting without a value here fails."""
-    known = {
-        "AWS_ACCESS_KEY_ID": str(s3.access_key_id),
-        "AWS_SECRET_ACCESS_KEY": str(s3.secret_access_key),
+    passphrase = f"{SENTINEL}-passphrase"
+    private, public = new_keys(keys, passphrase)
+    settings = {
+        **named(s3),
+        **mlflow.named,
         "AWS_SESSION_TOKEN": "",
-        "HANDSIGNS_SIGNING_PASSPHRASE": f"{SENTINEL}-passphrase",
-        "HANDSIGNS_NOTIFY_URLS": f"json://someone:{SENTINEL}-notify@{NOWHERE}/hook",
-        "HANDSIGNS_SERVE_TOKEN": f"{SENTINEL}-serve-token",
-        "PREFECT_SERVER_API_AUTH_STRING": f"someone:{SENTINEL}-prefect",
         "DATABASE_URL": "",
+        "HANDSIGNS_DVC_REMOTE_URL": "s3://dvc/team",
+        "HANDSIGNS_MODEL_NAME": s3.bucket,
+        "HANDSIGNS_NOTIFY_URLS": f"json://someone:{SENTINEL}-notify@{NOWHERE}/hook",
+        "HANDSIGNS_PUBLIC_KEYS": str(public),
+        "HANDSIGNS_SERVE_TOKEN": f"{SENTINEL}-serve-token",
+        "HANDSIGNS_SIGNING_KEY": str(private),
+        "HANDSIGNS_SIGNING_PASSPHRASE": passphrase,
+        "PREFECT_SERVER_API_AUTH_STRING": f"someone:{SENTINEL}-prefect",
     }
     for name, one in Settings.model_fields.items():
         if "pydantic.types.Secret" in str(one.annotation):
             variable = one.validation_alias or PREFIX + name.upper()
-            assert variable in known, "give a value here to a new secret setting"
-    private, public = new_keys(keys, known["HANDSIGNS_SIGNING_PASSPHRASE"])
-    settings = {
-        **{name: text for name, text in known.items() if text},
-        "HANDSIGNS_S3_ENDPOINT_URL": s3.endpoint_url,
-        "HANDSIGNS_BUCKET": s3.bucket,
-        "HANDSIGNS_DVC_REMOTE_URL": "s3://dvc/team",
-        "HANDSIGNS_SIGNING_KEY": str(private),
-        "HANDSIGNS_PUBLIC_KEYS": str(public),
-        "HANDSIGNS_MODEL_NAME": s3.bucket,
-        **mlflow.named,
-        **prefect.named,
-    }
-    trust = Trust((public,), private, known["HANDSIGNS_SIGNING_PASSPHRASE"])
-    return Team(repo, settings, Storage(s3, trust))
+            assert variable in settings, "give a value here to a new secret setting"
+    used = {name: text for name, text in settings.items() if text} | prefect.named
+    return Team(repo, used, Storage(s3, Trust((public,), private, passphrase)))
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +118,9 @@ def team(
     s3 = new_bucket(s3_server)
     made = make_team(repo, folder / "keys", s3, mlflow_server, prefect_api)
     contents = {"labels.json": LABELS, "metrics.json": {}, "gate.json": {}, "dataset.json": {}}
-    for name, content in contents.items():
-        write_json(folder / name, content)
-    (folder / "model.pb").write_bytes(graphs[0])
-    files = {name: folder / name for name in (*contents, "model.pb")}
-    files["params.yaml"] = repo.project.params
-    release = publish(made.storage, files, {"git_revision": "abc"})
-    registry = Registry(mlflow_server.url, s3.bucket, login=mlflow_server.login)
-    version = registry.register(None, release.id, {"release_uri": release.uri})
+    contents |= {"model.pb": graphs[0], "params.yaml": repo.project.params.read_bytes()}
+    release = publish_contents(made.storage, folder, contents, git_revision="abc")
+    version = register(Registry(mlflow_server.url, s3.bucket, login=mlflow_server.login), release)
     set_champion(made.storage, version, None, "the first", {})
     return made
 
@@ -143,40 +132,35 @@ def stored(team: Team, content: bytes) -> Iterator[None]:
     good = team.storage.get(place)
     team.storage.put(place, content or json.dumps(json.loads(good) | {"signature": None}).encode())
     shutil.rmtree(team.repo.project.releases, ignore_errors=True)
-    try:
-        yield
-    finally:
-        team.storage.put(place, good)
+    yield
+    team.storage.put(place, good)
 
 
 def test_every_verb_refuses_what_is_not_signed(team: Team, tmp_path: Path) -> None:
     photos, run = write_photos(tmp_path / "photos", 1), team.repo.handsigns
     # Without Prefect, a promotion is the same and sooner.
-    named = {name: text for name, text in team.settings.items() if not name.startswith("PREFECT")}
+    alone = {name: text for name, text in team.settings.items() if not name.startswith("PREFECT")}
     with stored(team, b""):
         for words in (
             ("predict", photos / "4/0000.png"),
             ("verify", "champion"),
             ("promote", "1", "--reason", "by hand"),
         ):
-            said = run(*words, code=1, **named)
+            said = run(*words, code=1, **alone)
             assert said.count("\n") == 1, said
             assert "signature is missing" in said
     with stored(team, b"{}"):
-        said = run("keys", "sign", code=1, **named)
+        said = run("keys", "sign", code=1, **alone)
         assert said["releases"] == []
         assert "cannot be understood" in str(said["not_signed"])
-    assert len(run("keys", "sign", **named)["releases"]) == 1
-    assert "against 1 public key" in run("verify", "champion", **named)["signature"]
+    assert len(run("keys", "sign", **alone)["releases"]) == 1
+    assert "against 1 public key" in run("verify", "champion", **alone)["signature"]
     # Nothing is trained that could not be signed, or shown without a login.
-    for lost, words in (
-        ("HANDSIGNS_SIGNING", "no HANDSIGNS_SIGNING_KEY"),
-        ("PREFECT_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"),
-    ):
-        without = {k: v for k, v in team.settings.items() if not k.startswith(lost)}
+    for lost in ("HANDSIGNS_SIGNING_KEY", "PREFECT_API_AUTH_STRING"):
+        without = {name: text for name, text in team.settings.items() if name != lost}
         failed = run("retrain", "--force", code=1, **without)
         assert failed["status"] == "failed"
-        assert words in failed["reason"]
+        assert lost in failed["reason"]
 
 
 def test_a_run_that_fails_leaves_no_secret_anywhere(team: Team, tmp_path: Path) -> None:
