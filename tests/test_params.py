@@ -3,6 +3,7 @@
 Any classes: labels are taken from folders, and every stage follows them.
 """
 
+import colorsys
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -27,66 +28,51 @@ from tests.fixtures.photos import CHECKOUT, with_params
 
 TEXT = CHECKOUT.params.read_text()
 WORDS = ("bus", "two words", "ökologisch")
+DECOMPOSED = unicodedata.normalize("NFD", "ö")
 
 
-def refusal(path: Path, changes: str | dict[str, Any]) -> str:
-    """The message for a text, or for the committed parameters with other sections."""
-    if not isinstance(changes, str):
-        changes = yaml.safe_dump(yaml.safe_load(TEXT) | changes, sort_keys=False)
-    path.write_text(changes)
+def refusal(path: Path, text: str) -> str:
+    path.write_text(text)
     with pytest.raises(ParamsError) as caught:
         load_params(path)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-PHASE = yaml.safe_load(TEXT)["phases"]["full"]
-ORDER = "phases must be base, fine_tune, full, in this order"
-
-
 def phases(**init_from: str) -> dict[str, Any]:
-    return {"phases": {name: {**PHASE, "init_from": one} for name, one in init_from.items()}}
+    phase = yaml.safe_load(TEXT)["phases"]["full"]
+    return {name: {**phase, "init_from": one} for name, one in init_from.items()}
 
 
-def recall(least: object) -> dict[str, Any]:
-    return {"gate": {"min_recall": least}}
-
-
-SECTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"phases": {}}, ORDER),
-    (phases(base="backbone", fine_tune="base", full="base"), ORDER),
-    (phases(base="backbone", fine_tune="base", full="fine_tune", last="full"), ORDER),
-    (recall("90 %"), "gate.min_recall: Input should be a valid number"),
-    (recall({**dict.fromkeys(range(5), 0.9), 5: 90}), "gate.min_recall.5: Input should be less"),
-    (recall({0: 0.9}), "gate.min_recall: a mapping must name each of the labels 0, 1, 2, 3, 4, 5"),
-    ({"labels": ["one"]}, "labels: Tuple should have at least 2 items"),
-    ({"labels": [str(n) for n in range(1001)]}, "labels: Tuple should have at most 1000 items"),
-    ({"labels": [0, "1", "2"]}, "labels.0: Input should be a valid string"),
-    ({"labels": ["a", "b", "a"]}, "labels must differ, and a is there twice"),
-    *[
-        ({"labels": ["c", "a", label]}, f"labels.2: a label must {fault}")
-        for label, fault in (
-            ("a/b", "have no slash or control character, and no dot in front"),
-            ("..", "have no slash or control character, and no dot in front"),
-            ("b\x07b", "have no slash or control character, and no dot in front"),
-            ("  ", "have 1 to 200 bytes, no space around"),
-            ("b\t", "have 1 to 200 bytes, no space around"),
-            ("b" * 201, "have 1 to 200 bytes, no space around"),
-            (unicodedata.normalize("NFD", "ö"), "be in Unicode"),
-        )
-    ],
-]
-
-
-@pytest.mark.parametrize(("changes", "fault"), SECTIONS)
-def test_a_wrong_value_is_one_fault(tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
-    message = refusal(tmp_path / "params.yaml", changes)
-    assert message.startswith(f"params.yaml has 1 fault(s): {fault}")
+ORDER = "phases must be base, fine_tune, full, in this order"
+CHARACTERS = "labels.2: a label must have no slash or control character, and no dot in front"
+LENGTH = "labels.2: a label must have 1 to 200 bytes, no space around"
 
 
 @pytest.mark.parametrize(
-    "text", ["? [a]\n: b", "seed: [", "- seed", "\x00", "seed: 0x_", "[" * 1200]
+    ("section", "value", "fault"),
+    [
+        ("phases", {}, ORDER),
+        ("phases", phases(base="backbone", fine_tune="base", full="base"), ORDER),
+        ("phases", phases(base="backbone", fine_tune="base", full="fine_tune", x="full"), ORDER),
+        ("gate", {"min_recall": "90 %"}, "gate.min_recall: Input should be a valid number"),
+        ("gate", {"min_recall": {0: 90}}, "gate.min_recall.0: Input should be less"),
+        ("gate", {"min_recall": {0: 0.9}}, "gate.min_recall: a mapping must name each of the la"),
+        ("labels", ["one"], "labels: Tuple should have at least 2 items"),
+        ("labels", [0, "1", "2"], "labels.0: Input should be a valid string"),
+        ("labels", ["a", "b", "a"], "labels must differ, and a is there twice"),
+        *[("labels", ["c", "a", one], CHARACTERS) for one in ("a/b", "..", "b\x07b")],
+        *[("labels", ["c", "a", one], LENGTH) for one in ("  ", "b\t", "b" * 201)],
+        ("labels", ["c", "a", DECOMPOSED], "labels.2: a label must be in Unicode"),
+    ],
 )
+def test_a_wrong_value_is_one_fault(tmp_path: Path, section: str, value: Any, fault: str) -> None:
+    text = yaml.safe_dump({**yaml.safe_load(TEXT), section: value}, sort_keys=False)
+    message = refusal(tmp_path / "params.yaml", text)
+    assert message.startswith(f"params.yaml has 1 fault(s): {fault}")
+
+
+@pytest.mark.parametrize("text", ["? [a]\n: b", "seed: [", "- seed", "\x00", "seed: 0x_"])
 def test_what_is_no_mapping_of_names_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     assert "params.yaml" in refusal(tmp_path / "params.yaml", text)
 
@@ -111,9 +97,11 @@ def test_a_wrong_key_is_one_phrase_with_what_was_meant(
     for short, section in (("A.", "audit."), ("P.", "phases.fine_tune."), ("T.", "training.")):
         phrase = phrase.replace(short, section)
     message = refusal(tmp_path / "params.yaml", TEXT.replace(written, instead, 1))
-    assert phrase in message
-    assert ("original" in phrase) or message.endswith(". Correct these keys.")
-    assert ("original" in phrase) or f"{1 + phrase.count(';')} fault(s): {phrase}" in message
+    if "original" in phrase:
+        assert phrase in message
+    else:
+        assert f"1 fault(s): {phrase}" in message
+        assert message.endswith(". Correct these keys.")
 
 
 def test_numbers_and_merged_mappings_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
@@ -129,11 +117,10 @@ def write_classes(folder: Path, names: tuple[str, ...], per_class: int) -> Path:
     random = np.random.default_rng(0)
     for number, name in enumerate(names):
         (folder / name).mkdir(parents=True)
-        hue = Image.new("HSV", (1, 1), (number * 256 // len(names), 220, 200)).convert("RGB")
+        hue = np.array(colorsys.hsv_to_rgb(number / len(names), 0.9, 0.8)) * 255
         for photo in range(per_class):
-            noise = random.normal(np.asarray(hue, float), 25, (64, 64, 3))
-            picture = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
-            picture.save(folder / name / f"{photo}.png")
+            noise = random.normal(hue, 25, (64, 64, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(noise).save(folder / name / f"{photo}.png")
     return folder
 
 
@@ -167,7 +154,7 @@ def test_set_labels_changes_nothing_else_in_params(
         ("train/1 bus/2 car/3", ("bus", "car", "train")),
         ("train/train/1 train/bus/2 test/train/3", ("bus", "train")),
         ("dog/near/1 dog/far/2 cat/3", ("cat", "dog")),
-        (f"{unicodedata.normalize('NFD', 'ö')}k/1 b/2", ("b", "ök")),
+        (f"{DECOMPOSED}/1 b/2", ("b", "ö")),
     ],
 )
 def test_labels_are_the_names_of_class_folders(
@@ -194,7 +181,7 @@ def test_hands_are_only_rendered_for_their_own_labels(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [tuple(f"kind {n}" for n in range(1, 11)), WORDS, ("no", "yes")])
+@pytest.mark.parametrize("names", [tuple(f"kind {n}" for n in range(1, 11)), WORDS])
 def test_any_classes_take_three_commands(tmp_path: Path, names: tuple[str, ...]) -> None:
     each = max(10, 120 // len(names))
     source = write_classes(tmp_path / "source", names, each)
