@@ -22,7 +22,7 @@ from tasks.model.inference import (
 from tasks.params import PreprocessParams
 from tasks.stage import Context
 from tests.fixtures.models import SIZE
-from tests.fixtures.photos import LABELS, photo
+from tests.fixtures.photos import LABELS
 
 
 def by_brightness(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -53,17 +53,13 @@ def test_files_are_read_in_any_shape_and_bad_ones_say_why(tmp_path: Path) -> Non
     Image.new("RGB", (300, 200), (255, 255, 255)).save(tmp_path / "bright.jpg")
     Image.new("L", (20, 90), 0).save(tmp_path / "dark.png")
     (tmp_path / "note.jpg").write_text("not a picture")
-    (tmp_path / "empty.png").touch()
-    (tmp_path / "half.jpg").write_bytes((tmp_path / "bright.jpg").read_bytes()[:700])
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(MAX_BYTES * 8)
     expected = {
         "note.jpg": "not an image",
         "bright.jpg": "5",
         "missing.png": "no such file",
-        "empty.png": "zero bytes",
         "dark.png": "0",
-        "half.jpg": "truncated",
         "huge.png": "too large",
         ".": "not a file",
     }
@@ -72,11 +68,7 @@ def test_files_are_read_in_any_shape_and_bad_ones_say_why(tmp_path: Path) -> Non
     for prediction, words in zip(found, expected.values(), strict=True):
         assert words in (prediction.label or prediction.error or "")
     assert classify_files(BRIGHTNESS, []) == []
-    Image.fromarray(photo(3, 0, 16)).save(tmp_path / "small.png")
-    (small,) = classify_files(BRIGHTNESS, [tmp_path / "small.png"])
-    pixels = BRIGHTNESS.probabilities(photo(3, 0, 16)[None])
-    assert np.array_equal(np.array([small.probabilities], np.float32), pixels)
-    assert list(small.to_json()["probabilities"]) == list(LABELS)
+    assert list(found[1].to_json()["probabilities"]) == list(LABELS)
     odd = Prediction(Path(os.fsdecode(b"odd-\xff.png")), error="zero bytes").to_json()
     assert odd["file"].encode("utf-8").startswith(b"odd-")
 
@@ -100,61 +92,54 @@ def test_predicting_with_a_graph_imports_no_library_it_does_not_need(
     graph: Path, tmp_path: Path
 ) -> None:
     Image.new("RGB", (30, 30)).save(tmp_path / "photo.png")
-    heavy = ("tensorflow", "keras", "mlflow", "matplotlib", "sklearn", "scipy", "pandas", "dvc")
-    program = (
-        "import sys; from pathlib import Path; "
-        "import flows.cli, flows.output, flows.workspace; "
-        "import tasks.releases.release; "
-        "from tasks.model.inference import classify_files, load_classifier; "
-        "from tasks.params import PreprocessParams; "
-        "resize = PreprocessParams(image_size=64, blur_sigma=0.5); "
-        "graph, photo = map(Path, sys.argv[1:]); "
-        f"classifier = load_classifier(graph, resize, '012345', {SIZE}); "
-        "(found,) = classify_files(classifier, [photo]); "
-        f"print(found.label, [m for m in {heavy} if m in sys.modules])"
-    )
+    heavy = {"tensorflow", "keras", "mlflow", "matplotlib", "sklearn", "scipy", "pandas", "dvc"}
+    program = f"""
+import sys
+from pathlib import Path
+import flows.cli, flows.output, flows.workspace, tasks.releases.release
+from tasks.model.inference import classify_files, load_classifier
+from tasks.params import PreprocessParams
+resize = PreprocessParams(image_size=64, blur_sigma=0.5)
+classifier = load_classifier(Path(sys.argv[1]), resize, "012345", {SIZE})
+(found,) = classify_files(classifier, [Path(sys.argv[2])])
+print(found.label, {heavy} & set(sys.modules))
+"""
     command = [sys.executable, "-c", program, str(graph), str(tmp_path / "photo.png")]
     done = subprocess.run(command, capture_output=True, text=True)
-    label, _, loaded = done.stdout.strip().partition(" ")
+    label, loaded = done.stdout.split()
     assert label in LABELS, done.stderr
-    assert loaded == "[]"
+    assert loaded == "set()"
 
 
-def rejection(path: Path, size: int = SIZE) -> str:
-    with pytest.raises(ModelError, match=f"'{path}'") as caught:
-        load_classifier(path, RESIZE, LABELS, size)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def test_what_is_no_model_of_ours_is_refused_and_no_code_in_it_runs(
+    graph: Path, tmp_path: Path
+) -> None:
+    from tensorflow.core.framework.graph_pb2 import GraphDef
 
+    def rejection(path: Path, size: int = SIZE) -> str:
+        with pytest.raises(ModelError, match=f"'{path}'") as caught:
+            load_classifier(path, RESIZE, LABELS, size)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
 
-def test_what_is_no_model_of_ours_is_refused_in_one_line(graph: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.pb"
     assert "Could not open the file" in rejection(path)
     for content in (b"\x0a\x04\x0a\x02ab", b"rubbish", b""):
         path.write_bytes(content)
         assert "does not hold a graph for photos" in rejection(path)
     assert "(6,) for photos of 32 pixels, not 6 prob" in rejection(graph, size=64)
-
-
-def test_no_code_in_a_graph_runs_and_its_photos_have_a_limit(graph: Path, tmp_path: Path) -> None:
-    from tensorflow.core.framework.graph_pb2 import GraphDef
-
-    def writes_a_file(parsed: GraphDef) -> None:
-        name = parsed.node.add(name="name", op="Const")
-        name.attr["dtype"].type = name.attr["value"].tensor.dtype = 7
-        name.attr["value"].tensor.string_val.append(str(tmp_path / "written").encode())
-        parsed.node.add(name="harm", op="WriteFile", input=["name", "name"])
-        parsed.node.add(name="more_harm", op="PyFunc", input=[parsed.node[-3].name])
-
-    def takes_huge_photos(parsed: GraphDef) -> None:
-        (photos,) = [node for node in parsed.node if node.op == "Placeholder"]
-        for dimension in photos.attr["shape"].shape.dim[1:3]:
-            dimension.size = 1 << 20
-
-    path = tmp_path / "bad.pb"
-    for change, words in ((writes_a_file, "graph"), (takes_huge_photos, "1048576 pixels a side")):
-        parsed = GraphDef.FromString(graph.read_bytes())
-        change(parsed)
-        path.write_bytes(parsed.SerializeToString())
-        assert words in rejection(path)
-        assert not (tmp_path / "written").exists()
+    harmful = GraphDef.FromString(graph.read_bytes())
+    name = harmful.node.add(name="name", op="Const")
+    name.attr["dtype"].type = name.attr["value"].tensor.dtype = 7
+    name.attr["value"].tensor.string_val.append(str(tmp_path / "written").encode())
+    harmful.node.add(name="harm", op="WriteFile", input=["name", "name"])
+    harmful.node.add(name="more_harm", op="PyFunc", input=[harmful.node[-3].name])
+    path.write_bytes(harmful.SerializeToString())
+    assert "graph" in rejection(path)
+    assert not (tmp_path / "written").exists()
+    huge = GraphDef.FromString(graph.read_bytes())
+    (photos,) = [node for node in huge.node if node.op == "Placeholder"]
+    for dimension in photos.attr["shape"].shape.dim[1:3]:
+        dimension.size = 1 << 20
+    path.write_bytes(huge.SerializeToString())
+    assert "1048576 pixels a side" in rejection(path)

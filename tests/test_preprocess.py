@@ -16,6 +16,8 @@ from PIL import Image
 
 from tasks import audit, preprocess, synthetic
 from tasks.data.dataset import (
+    Photo,
+    check_trainable,
     open_dataset,
     stratified_group_split,
     stratified_sample,
@@ -99,6 +101,15 @@ def test_nobody_who_was_trained_on_is_tested_after_150_copies_were_added(
     new = [2000 + group for group in groups]
     names += [f"new-{name}" for name in names]
     assert split(names, labels * 2, groups + new, SHARES, seed)[:1080] == before
+
+
+@pytest.mark.parametrize(("official", "needed"), [(True, 2), (False, 3)])
+def test_a_class_with_too_few_photos_is_named(official: bool, needed: int) -> None:
+    photos = [Photo("train", label, str(n)) for label in LABELS for n in range(needed)]
+    photos += [Photo("test", label, "x") for label in LABELS if official]
+    check_trainable(photos, LABELS)
+    with pytest.raises(DataError, match=rf"needs {needed} or more.*: 0 \({needed - 1}\)\. "):
+        check_trainable(photos[1:], LABELS)
 
 
 @given(st.integers(1, 40), st.floats(0.01, 1.0), st.floats(0.01, 1.0), seeds)
@@ -191,18 +202,9 @@ def test_near_duplicates_of_an_official_test_are_left_out(context: Context) -> N
         assert read_json(project.dataset_index)["leaks"] == leaks
 
 
-def test_a_photo_put_there_by_hand_is_upright_and_a_failed_run_changes_nothing(
-    context: Context,
-) -> None:
-    path, picture = context.project.data / "train/1/near.png", photo(1, 77, 64)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(picture).save(path, exif=exif)
-    audit.run(context)
+def test_a_failed_run_changes_nothing_and_a_damaged_dataset_is_named(context: Context) -> None:
     preprocess.run(context)
-    dataset, before = open_dataset(context.project.dataset), stored(context)
-    found = dataset.images[dataset.names.index("near.png")]
-    assert np.array_equal(found, np.rot90(picture, -1))
+    path, before = context.project.data / "train/1/near.png", stored(context)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(DataError, match=r"1/near\.png"):
         preprocess.run(context)
@@ -210,7 +212,7 @@ def test_a_photo_put_there_by_hand_is_upright_and_a_failed_run_changes_nothing(
     with pytest.raises(DataError, match=r"UTF-8, and 'train/1/odd-\\udcff.png'"):
         preprocess.run(context)
     assert stored(context) == before
-    assert [p.name for p in context.project.artifacts.iterdir() if p.name.startswith(".")] == []
+    assert not list(context.project.artifacts.glob(".*"))
     pictures, index = (context.project.dataset / name for name in ("images.npy", "index.json"))
     for path, content in (
         (index, b"{"),
@@ -224,16 +226,12 @@ def test_a_photo_put_there_by_hand_is_upright_and_a_failed_run_changes_nothing(
         path.write_bytes(before[path.name])
 
 
-def test_the_central_square_is_kept_whatever_the_size_of_the_photo() -> None:
+def test_the_central_square_of_a_photo_looks_alike_at_any_size(params: Params) -> None:
     picture = np.zeros((40, 100, 3), np.uint8)
     picture[:, 30:70] = (10, 200, 90)
-    blurring = PreprocessParams(image_size=64, blur_sigma=0.5)
     for one in (picture, picture.transpose(1, 0, 2), picture.repeat(3, 0).repeat(3, 1)):
-        assert (resize(one, blurring) == (10, 200, 90)).all()
-    assert (resize(photo(3, 0), blurring) == photo(3, 0)).all()
-
-
-def test_a_larger_photo_looks_alike_and_its_finest_detail_is_softened(params: Params) -> None:
+        assert (resize(one, params.preprocess) == (10, 200, 90)).all()
+    assert (resize(photo(3, 0), params.preprocess) == photo(3, 0)).all()
     hand = Image.fromarray(draw((0, 4, 0))).resize((100, 100), Image.Resampling.LANCZOS)
     small, *larger = (
         resize(np.asarray(hand.resize((side, side), Image.Resampling.LANCZOS)), params.preprocess)
@@ -241,12 +239,13 @@ def test_a_larger_photo_looks_alike_and_its_finest_detail_is_softened(params: Pa
     )
     for found in larger:
         assert np.sqrt(((found.astype(float) - small) ** 2).mean()) < 3.0
-    blurring = PreprocessParams(image_size=64, blur_sigma=0.5)
+
+
+@pytest.mark.parametrize(("scale", "left"), [(2, 0.756), (40, 0.58)])
+def test_the_finest_detail_of_a_larger_photo_is_softened(scale: int, left: float) -> None:
     stripes = np.tile(np.array([60, 180], np.uint8), (64, 32))[..., np.newaxis].repeat(3, axis=2)
-    for scale, left in ((2, 0.756), (40, 0.58)):
-        large = stripes.repeat(scale, axis=0).repeat(scale, axis=1)
-        sharp, soft = (
-            one[4:-4, 4:-4] for one in (resize_square(large, 64), resize(large, blurring))
-        )
-        assert np.ptp(soft) / np.ptp(sharp) == pytest.approx(left, abs=0.02)
-        assert abs(soft.mean() - 120) <= 0.5
+    large = stripes.repeat(scale, axis=0).repeat(scale, axis=1)
+    blurring = PreprocessParams(image_size=64, blur_sigma=0.5)
+    sharp, soft = (one[4:-4, 4:-4] for one in (resize_square(large, 64), resize(large, blurring)))
+    assert np.ptp(soft) / np.ptp(sharp) == pytest.approx(left, abs=0.02)
+    assert abs(soft.mean() - 120) <= 0.5

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +12,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tasks.errors import DataError
-from tasks.rendering.appearance import FRAME
 from tasks.rendering.hand import (
-    ARM,
     BONES,
     INDEX,
     MIDDLE,
     RAISED,
     THUMB,
     Hand,
-    capsules,
     pose,
 )
-from tasks.rendering.raycast import cast
-from tasks.rendering.scene import Turn, draw, frame_hand, is_legible, turned
+from tasks.rendering.scene import Turn, draw, is_legible
 from tasks.synthetic import encode, render_sample
 from tests.fixtures.photos import LABELS
 
@@ -70,29 +67,6 @@ def test_poses_vary_as_those_of_people() -> None:
         assert min((apart < 2.4).mean(), (apart > 3.2).mean()) > 0.1, "fingers closed and spread"
 
 
-@settings(deadline=None, max_examples=25)
-@given(labels, seeds)
-def test_the_hand_is_in_the_frame_and_its_surface_is_that_of_its_capsules(
-    label: int, seed: int
-) -> None:
-    random = np.random.default_rng(seed)
-    shapes = turned(capsules(pose(label, random)), Turn(0.0, 10.0, random.uniform(-40, 40)))
-    camera = frame_hand(shapes, random)
-    ends = np.concatenate([shapes.starts, shapes.ends])[np.tile(shapes.parts != ARM, 2)]
-    scale = camera.focal / (camera.distance - ends[:, 2:])
-    inside = (np.abs((ends[:, :2] - camera.centre) * scale) <= FRAME / 2).all(axis=1)
-    assert inside.mean() > 0.75
-    hits = cast(shapes, camera)
-    assert 0.02 < hits.seen.mean() < 0.85
-    chosen = random.integers(0, hits.seen.sum(), 20)
-    share = np.linspace(0.0, 1.0, 2001)[:, None, None]
-    start, end = (one[hits.owners[chosen]] for one in (shapes.starts, shapes.ends))
-    radius = shapes.radii[hits.owners[chosen]].T
-    away = np.linalg.norm(hits.points.T[chosen] - start - share * (end - start), axis=2)
-    depth = away - radius[0] - share[..., 0] * (radius[1] - radius[0])
-    np.testing.assert_allclose(depth.min(axis=0), 0.0, atol=1e-4)
-
-
 def test_the_bytes_of_a_photo_are_the_same_on_every_machine() -> None:
     photos = [draw((20, label, number)) for label in range(6) for number in range(2)]
     assert {(photo.shape, photo.dtype) for photo in photos} == {((64, 64, 3), np.dtype(np.uint8))}
@@ -105,29 +79,26 @@ def test_the_bytes_of_a_photo_are_the_same_on_every_machine() -> None:
     assert hashlib.sha256(encode(photos[0])).hexdigest()[:16] == "d657f5aed629027f"
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
 def test_a_sample_is_named_by_its_bytes_and_completed_where_it_is_damaged(tmp_path: Path) -> None:
+    def contents() -> dict[str, bytes]:
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
     folder, progress = tmp_path / "data", list[tuple[int, int, bool]]()
     render_sample(folder, lambda _, *done: progress.append((*done, folder.exists())), per_class=7)
     assert progress == [(done, 42, False) for done in range(1, 43)]
     expected = {}  # rendered in one process, where the sample took several
-    for label in range(len(LABELS)):
-        for number in range(7):
-            content = encode(draw((20, label, number)))
-            name = hashlib.sha256(content).hexdigest()[:32]
-            expected[f"train/{label}/{name}.png"] = content
-    assert contents(folder) == expected
+    for label, number in product(range(len(LABELS)), range(7)):
+        content = encode(draw((20, label, number)))
+        expected[f"train/{label}/{hashlib.sha256(content).hexdigest()[:32]}.png"] = content
+    assert contents() == expected
     first, second = sorted(folder.rglob("*.png"))[:2]
     first.unlink()
     second.write_bytes(b"half")
     render_sample(folder, per_class=7)
-    assert contents(folder) == expected
+    assert contents() == expected
     (folder / "train/0/mine.jpg").write_bytes(b"a photo")
     with pytest.raises(DataError, match=r"1 of 43 files in .*Move the folder away"):
         render_sample(folder, per_class=7)
-    assert contents(folder) == expected | {"train/0/mine.jpg": b"a photo"}
+    assert contents() == expected | {"train/0/mine.jpg": b"a photo"}
     assert [path.name for path in tmp_path.iterdir()] == ["data"]

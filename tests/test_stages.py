@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from graphlib import TopologicalSorter
 from typing import Any
@@ -58,27 +59,15 @@ def test_a_stage_depends_on_all_the_code_and_parameters_that_it_reads(name: str)
     assert read <= {key.split(".")[0] for key in stage.get("params", [])}
 
 
-def test_no_task_reaches_up_to_flows_or_prefect() -> None:
-    used = {one for name in MODULES if name.startswith("tasks.") for one in needed(name)}
-    assert not {name for name in used if name.startswith("flows.")}
-    tasks = [tree for name, tree in MODULES.items() if name.startswith("tasks.")]
-    libraries = {one.split(".")[0] for tree in tasks for one in imported(ast.walk(tree))}
-    assert "prefect" not in libraries
-    assert "mlflow" in libraries
-
-
-def test_modules_do_not_import_each_other_in_a_cycle() -> None:
+def test_layers_point_one_way_and_each_service_is_touched_in_one_module_only() -> None:
     graph = {name: MODULES.keys() & imported(tree.body) for name, tree in MODULES.items()}
     assert sum(map(len, graph.values())) > 100
-    TopologicalSorter(graph).prepare()
-
-
-def test_each_service_is_touched_in_one_module_only() -> None:
+    TopologicalSorter(graph).prepare()  # raises CycleError
+    touching: dict[str, set[str]] = defaultdict(set)
+    for name, tree in MODULES.items():
+        if name.startswith("tasks."):
+            for used in imported(ast.walk(tree)):
+                touching[used.split(".")[0]].add(name)
     for library, home in (("boto3", "s3"), ("mlflow", "mlflow"), ("dvc", "dvc")):
-        touching = {
-            name
-            for name, tree in MODULES.items()
-            if name.startswith("tasks.")
-            and any(used.split(".")[0] == library for used in imported(ast.walk(tree)))
-        }
-        assert touching == {f"tasks.services.{home}"}
+        assert touching[library] == {f"tasks.services.{home}"}
+    assert touching.keys().isdisjoint({"flows", "prefect"})
