@@ -1,5 +1,6 @@
 """`handsigns serve` as a process, with real releases in real storage."""
 
+import asyncio
 import base64
 import json
 import re
@@ -15,6 +16,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -171,6 +173,13 @@ def test_a_bad_request_gets_a_clear_refusal_in_json(service: Service) -> None:
         assert answer.headers.get("allow") == ("POST" if status == 405 else None)
 
 
+async def upload_much(url: str) -> set[int]:
+    """The answers to ten bodies of 11 MB at once."""
+    async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+        sent = (client.post("/predict", content=bytes(11 << 20)) for _ in range(10))
+        return {answer.status_code for answer in await asyncio.gather(*sent)}
+
+
 def test_too_large_bodies_are_refused_and_idle_connections_keep_nobody_out(
     service: Service,
 ) -> None:
@@ -185,6 +194,7 @@ def test_too_large_bodies_are_refused_and_idle_connections_keep_nobody_out(
             line.sendall(b"10000\r\n" + bytes(2**16) + b"\r\n")
         assert line.recv(100).startswith(b"HTTP/1.1 413")
     assert service.metric('handsigns_requests_total{method="POST",path="/predict",status="413"}')
+    assert asyncio.run(upload_much(str(service.client.base_url))) == {413}
     with ExitStack() as stack:
         for number in range(300):
             line = stack.enter_context(connect(service))

@@ -22,12 +22,15 @@ from hypercorn.config import Config
 from limits import parse
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from tasks.errors import ServiceError, SettingsError
 
 # A connection without a request, or with a part of its head only, is closed after so long.
 IDLE_SECONDS = 5.0
+# A body that nobody wants is read for so long.
+READ_SECONDS = 2.0
 HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": (
@@ -121,6 +124,33 @@ def listen(
         yield bound, f"http://{shown}:{number}", hosts
 
 
+def read_bodies(service: ASGIApp) -> ASGIApp:
+    """Read the rest of a request's body, for a moment, before it is answered.
+
+    Hypercorn closes a connection with unread bytes, and the client would never see the answer.
+    """
+
+    async def serve_one(scope: Scope, receive: Receive, send: Send) -> None:
+        left = scope["type"] == "http"
+
+        async def receive_part() -> Message:
+            nonlocal left
+            message = await receive()
+            left = message.get("more_body", False)
+            return message
+
+        async def send_after(message: Message) -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(READ_SECONDS):
+                    while left:
+                        await receive_part()
+            await send(message)
+
+        await service(scope, receive_part, send_after)
+
+    return serve_one
+
+
 def run_service(service: Any, bound: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C; requests in progress get 10 s to finish."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -134,6 +164,8 @@ def run_service(service: Any, bound: socket.socket) -> None:
     if trusted := os.environ.get("FORWARDED_ALLOW_IPS"):
         # Anyone can send X-Forwarded-For; only proxies that are named may.
         service = ProxyHeadersMiddleware(service, trusted)
+
+    service = read_bodies(service)
 
     async def run() -> None:
         stopping = asyncio.Event()
