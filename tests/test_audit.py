@@ -29,19 +29,13 @@ def hashes(pictures: np.ndarray) -> np.ndarray:
 
 
 def search(
-    pictures: np.ndarray,
-    distance: int = 10,
-    rms: float = 6.0,
-    kinds: object = None,
-    hashed: Any = None,
-    mirrored: Any = None,
+    pictures: np.ndarray, distance: int = 10, rms: float = 6.0, **given: Any
 ) -> NearDuplicates:
-    """Find near-duplicates, of pictures with given hashes where a case needs them."""
-    kinds = np.zeros(len(pictures), np.int64) if kinds is None else np.array(kinds)
-    hashed = hashes(pictures) if hashed is None else hashed
-    mirrored = hashes(pictures[:, :, ::-1]) if mirrored is None else mirrored
+    """Find near-duplicates, of pictures with given hashes or kinds where a case needs them."""
+    kinds = np.array(given.pop("kinds", [0] * len(pictures)))
+    own = {"hashes": hashes(pictures), "mirrored": hashes(pictures[:, :, ::-1])}
     limits = AuditParams.model_construct(max_hash_distance=distance, max_rms_difference=rms)
-    return find_near_duplicates(ImageStats(pictures, hashed, mirrored), kinds, limits)
+    return find_near_duplicates(ImageStats(pictures, **own | given), kinds, limits)
 
 
 def noisy(picture: np.ndarray, seed: int, noise: int = 3) -> np.ndarray:
@@ -85,7 +79,7 @@ def test_search_agrees_with_comparing_every_pair(
 @pytest.mark.parametrize("distance", [2, 3])
 def test_both_limits_are_inclusive(grey: int, distance: int) -> None:
     hashed, unlike = np.array([0, 7], np.uint64), np.array([-1, -1]).view("u8")
-    found = search(flat(0, grey), distance, 6.0, None, hashed, unlike)
+    found = search(flat(0, grey), distance, hashes=hashed, mirrored=unlike)
     assert len(found.pairs) == (grey <= 6 and distance >= 3)
 
 
@@ -93,11 +87,14 @@ def test_pairs_are_found_across_the_blocks_of_a_large_set() -> None:
     pictures = np.random.default_rng(3).integers(0, 256, (3000, 4, 4, 3)).astype(np.uint8)
     pictures[2999], pictures[1500] = pictures[17], pictures[5, :, ::-1]
     same = np.zeros(3000, np.uint64)
-    assert search(pictures, 0, 2.0, None, same, same).pairs.tolist() == [[5, 1500], [17, 2999]]
+    assert search(pictures, 0, 2.0, hashes=same, mirrored=same).pairs.tolist() == [
+        [5, 1500],
+        [17, 2999],
+    ]
     # The darkest photo of a block is compared with those before it.
     hashed = np.random.default_rng(1).integers(0, 2**63, 258).astype(np.uint64)
     hashed[256] = hashed[7]
-    found = search(flat(*[10] * 256, 12, 200), 0, 6.0, None, hashed, ~hashed)
+    found = search(flat(*[10] * 256, 12, 200), 0, hashes=hashed, mirrored=~hashed)
     assert found.pairs.tolist() == [[7, 256]]
 
 
@@ -106,7 +103,7 @@ def test_a_burst_is_one_group_and_its_work_is_bounded(size: int) -> None:
     base = photo(2, 0)
     pictures = np.stack([noisy(base, seed) for seed in range(size)])
     hashed = np.full(size, perceptual_hash(base), np.uint64)
-    found = search(pictures, hashed=hashed, mirrored=~hashed)
+    found = search(pictures, hashes=hashed, mirrored=~hashed)
     assert len(set(found.groups.tolist())) == 1
     assert len(found.pairs) <= size * REPRESENTATIVES
     assert len(set(found.representatives.tolist())) == min(size, REPRESENTATIVES)
@@ -240,10 +237,9 @@ def test_what_cannot_be_trained_on_is_named(context: Context, folder: str) -> No
         assert words in refused
     shutil.rmtree(data / folder / "4")
     assert f"none in {folder}/4" in refusal(context)
-    write_photos(data / folder, 3, seed=1)
-    path = copy(context, "train/3/0002.png", f"{folder}/3/torn.png")
-    path.write_bytes(path.read_bytes()[:900])
-    assert "3/torn.png" in refusal(context)
+    (data / f"{folder}/3/0001.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    write_photos(data / folder, 1, seed=1)
+    assert "3/0001.png" in refusal(context)
     copy(context, "train/1/0000.png", f"{folder}/six/a.png")
     assert f"'six' in data/{folder} is not a label" in refusal(context)
     shutil.rmtree(data)

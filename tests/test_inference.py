@@ -1,8 +1,6 @@
 """A model file, and the photos that it reads."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -86,29 +84,6 @@ def test_a_graph_gives_rows_that_do_not_depend_on_their_neighbours(graph: Path) 
     assert np.array_equal(together, [classifier.probabilities(image[None])[0] for image in images])
     assert len(np.unique(together, axis=0)) > 1
     assert np.allclose(together.sum(axis=1), 1, atol=1e-5)
-
-
-def test_predicting_with_a_graph_imports_no_library_it_does_not_need(
-    graph: Path, tmp_path: Path
-) -> None:
-    Image.new("RGB", (30, 30)).save(tmp_path / "photo.png")
-    heavy = {"tensorflow", "keras", "mlflow", "matplotlib", "sklearn", "scipy", "pandas", "dvc"}
-    program = f"""
-import sys
-from pathlib import Path
-import flows.cli, flows.output, flows.workspace, tasks.releases.release
-from tasks.model.inference import classify_files, load_classifier
-from tasks.params import PreprocessParams
-resize = PreprocessParams(image_size=64, blur_sigma=0.5)
-classifier = load_classifier(Path(sys.argv[1]), resize, "012345", {SIZE})
-(found,) = classify_files(classifier, [Path(sys.argv[2])])
-print(found.label, {heavy} & set(sys.modules))
-"""
-    command = [sys.executable, "-c", program, str(graph), str(tmp_path / "photo.png")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    label, loaded = done.stdout.split()
-    assert label in LABELS, done.stderr
-    assert loaded == "set()"
 
 
 def test_what_is_no_model_of_ours_is_refused_and_no_code_in_it_runs(

@@ -21,7 +21,6 @@ from tasks.data.images import encode
 from tasks.data.importer import import_photos
 from tasks.errors import DataError, ParamsError
 from tasks.params import load_params
-from tasks.project import Project
 from tasks.services.dvc import Pipeline
 from tasks.stage import Context
 from tests.fixtures.checkouts import make_checkout, with_stages
@@ -105,14 +104,6 @@ def test_a_wrong_key_is_one_phrase_with_what_was_meant(
         assert message.endswith(". Correct these keys.")
 
 
-def test_numbers_and_merged_mappings_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
-    text = TEXT.replace("learning_rate: 0.001 ", "learning_rate: 1e-3 ", 1)
-    text = text.replace("  fine_tune:\n", "  fine_tune: &tuned\n", 1)
-    text = text.replace("  full:\n", "  full:\n    <<: *tuned\n", 1)
-    (tmp_path / "params.yaml").write_text(text)
-    assert load_params(tmp_path / "params.yaml") == load_params(CHECKOUT.params)
-
-
 def write_classes(folder: Path, names: tuple[str, ...], per_class: int) -> Path:
     """Noisy pictures of one hue for each class."""
     random = np.random.default_rng(0)
@@ -125,16 +116,10 @@ def write_classes(folder: Path, names: tuple[str, ...], per_class: int) -> Path:
     return folder
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Project:
-    return with_params(tmp_path / "checkout")
-
-
 @pytest.mark.parametrize(
     ("paths", "labels"),
     [
         ("10/a 9/b 1/c", ("1", "9", "10")),
-        ("export/set/b/1 export/set/a/2 export/read.txt", ("a", "b")),
         ("train/b/1 train/a/2 valid/c/3 test/a/4 data.yaml", ("a", "b", "c")),
         ("train/1 bus/2 car/3", ("bus", "car", "train")),
         ("train/train/1 train/bus/2 test/train/3", ("bus", "train")),
@@ -143,8 +128,9 @@ def project(tmp_path: Path) -> Project:
     ],
 )
 def test_labels_are_the_names_of_class_folders(
-    project: Project, tmp_path: Path, paths: str, labels: tuple[str, ...]
+    tmp_path: Path, paths: str, labels: tuple[str, ...]
 ) -> None:
+    project = with_params(tmp_path / "checkout")
     # In any style; nothing else in the file is changed.
     text = TEXT.replace('["0", "1", "2", "3", "4", "5"]', '[\n  "0", "1"\n]\n# Of audit:')
     project.params.write_text(text)

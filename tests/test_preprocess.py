@@ -112,20 +112,15 @@ def test_a_class_with_too_few_photos_is_named(official: bool, needed: int) -> No
         check_trainable(photos[1:], LABELS)
 
 
-@given(st.integers(1, 40), st.floats(0.01, 1.0), st.floats(0.01, 1.0), seeds)
-@FEW
-def test_a_smaller_sample_is_part_of_a_larger_one(
-    per_class: int, one: float, other: float, seed: int
+@pytest.mark.parametrize(("share", "each"), [(0.01, 1), (0.24, 2), (0.26, 3), (0.5, 5), (1.0, 10)])
+def test_a_sample_has_its_share_of_each_class_and_is_part_of_a_larger_one(
+    share: float, each: int
 ) -> None:
-    names, labels, _ = grouped([1] * per_class)
-    fewer, more = (
-        stratified_sample(names, labels, share, seed).tolist() for share in sorted((one, other))
-    )
-    assert fewer == sorted(fewer)
-    assert {*fewer} <= {*more}
-    for chosen in Counter(labels[row] for row in fewer).values():
-        assert chosen == max(1, int(min(one, other) * per_class + 0.5))
-    assert {labels[row] for row in fewer} == {*LABELS}
+    names, labels, _ = grouped([1] * 10)
+    chosen = stratified_sample(names, labels, share, 20).tolist()
+    assert chosen == sorted(chosen)
+    assert Counter(labels[row] for row in chosen) == dict.fromkeys(LABELS, each)
+    assert {*chosen} <= {*stratified_sample(names, labels, min(1.0, 2 * share), 20).tolist()}
 
 
 def save_near(source: Path, target: Path) -> None:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -21,21 +20,14 @@ from hypothesis import strategies as st
 from flows.local.processes import choose_ports
 from tasks.data.dataset import open_dataset
 from tasks.errors import ModelError, StageError
+from tasks.io import read_json
 from tasks.model.files import BACKBONE_FILE, Weights, read_phase
-from tasks.model.network import (
-    FULL,
-    HEAD,
-    LAYERS,
-    MIXED,
-    backbone_of,
-    build_model,
-    freeze,
-)
+from tasks.model.network import FULL, HEAD, LAYERS, MIXED, backbone_of, build_model, freeze
 from tasks.params import BACKBONE
 from tasks.project import Project
 from tasks.stage import Context, silent
 from tasks.train import run as train
-from tasks.training.cached import Adam, WeightAverage, mixstyle, random_erasing
+from tasks.training.cached import WeightAverage, mixstyle, random_erasing
 from tasks.training.end_to_end import fit_end_to_end
 from tasks.training.plan import Plan, plan_phase
 from tests.fixtures.models import SIZE, Repo, changed, copied, with_phases
@@ -93,7 +85,7 @@ def context(chain: Context, tmp_path: Path) -> Context:
 def fit(context: Context, phase: str, **training: Any) -> tuple[Weights, list[dict[str, float]]]:
     """Run the stage with other parameters; the weights of the tail and the learning curve."""
     train(changed(context, "training", **training), phase, SIZE)
-    history = json.loads(context.project.history(phase).read_text())
+    history = read_json(context.project.history(phase))
     return read_phase(context.project, phase), history["epochs"]
 
 
@@ -165,7 +157,7 @@ def test_mixed_precision_follows_the_curve_of_float32_and_is_it_where_it_would_b
         wanted, full_again = (fit(context, "base", precision=one) for one in (MIXED, FULL))
     assert wanted[1] == full_again[1]
     assert not changed_layers(wanted[0], full_again[0])
-    assert json.loads(context.project.history("base").read_text())["precision"] == FULL
+    assert read_json(context.project.history("base"))["precision"] == FULL
     emulated = "Phase base trains in float32: mixed_bfloat16 would be emulated here."
     assert caplog.messages == [emulated]
 
@@ -189,24 +181,25 @@ def test_training_again_gives_the_same_bytes_and_no_times(chain: Context, tmp_pa
         for path in context.project.weights(phase).iterdir():
             first = chain.project.weights(phase) / path.name
             assert path.read_bytes() == first.read_bytes(), path
-        history = json.loads(context.project.history(phase).read_text())
+        history = read_json(context.project.history(phase))
         assert (history["phase"], history["images"]) == (phase, 24)
         assert [epoch.pop("epoch") for epoch in history["epochs"]] == [1, 2]
         assert set(history["epochs"][0]) == {"loss", "accuracy", "val_loss", "val_accuracy"}
 
 
-def test_mixstyle_mixes_the_style_of_some_batches_and_leaves_the_picture() -> None:
+def test_mixstyle_changes_the_style_of_some_batches_and_never_the_picture() -> None:
+    def pictures(maps: np.ndarray) -> np.ndarray:
+        return np.asarray(
+            (maps - maps.mean((1, 2), keepdims=True)) / maps.std((1, 2), keepdims=True)
+        )
+
     random = np.random.default_rng(0)
     maps = random.normal(3.0, random.uniform(0.5, 2, (8, 1, 1, 6)), (8, 7, 7, 6)).astype("f4")
-    mixed = [mixstyle(maps, random, 1.0) for _ in range(20)]
-    for after in mixed:
-        one, other = (
-            (each - each.mean((1, 2), keepdims=True)) / each.std((1, 2), keepdims=True)
-            for each in (maps, after)
-        )
-        np.testing.assert_allclose(one, other, atol=1e-3)
-        assert after.std((1, 2)).max() <= maps.std((1, 2)).max() + 1e-3
-    assert max(np.abs(after - maps).max() for after in mixed) > 1
+    for _ in range(20):
+        mixed = mixstyle(maps, random, 1.0)
+        np.testing.assert_allclose(pictures(mixed), pictures(maps), atol=1e-3)
+        assert mixed.std((1, 2)).max() <= maps.std((1, 2)).max() + 1e-3
+        assert np.abs(mixed - maps).max() > 0.1
     shares = [sum(mixstyle(maps, random, p) is not maps for _ in range(500)) for p in (0, 0.3, 1)]
     assert shares == [0, pytest.approx(150, abs=40), 500]
 
@@ -222,7 +215,6 @@ def test_erasing_blanks_a_small_rectangle_of_some_photos() -> None:
         rows, columns, _ = (np.ptp(places) + 1 for places in np.nonzero(photo))
         assert photo.sum() == rows * columns * 3
         assert max(rows, columns) <= 3
-    assert random_erasing(before[:, :1, :1], random, 1.0).all(), "a single place stays"
 
 
 @pytest.mark.parametrize(("share", "last"), [(0.0, 1), (0.5, 4), (1.0, 8)])
@@ -241,55 +233,34 @@ def test_the_last_updates_count_alike_and_the_first_not_at_all(share: float, las
     assert variable.numpy() == pytest.approx(values[-last:].mean(), abs=1e-6)
 
 
-def test_updates_are_those_of_keras_adam() -> None:
-    start = np.random.default_rng(0).normal(size=(5, 4)).astype("f4")
-    ours, theirs = tf.Variable(start), keras.Variable(start)
-    optimizer, reference = Adam([ours], 0.05), keras.optimizers.Adam(0.05)
-    for number, scale in enumerate(np.logspace(-6, 3, 12)):
-        noise = np.random.default_rng(number).normal(size=start.shape)
-        gradient = tf.constant(scale * noise, tf.float32)
-        optimizer.apply([gradient])
-        reference.apply([gradient], [theirs])
-        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.slow
 def test_two_processes_and_two_devices_train_the_same_weights_as_one(
     repo: Repo, tmp_path: Path
 ) -> None:
     cluster = {"worker": [f"127.0.0.1:{port}" for port in choose_ports(2)]}
-    first, second = (
-        {"TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": n}})}
-        for n in range(2)
-    )
+    tasks = [{"cluster": cluster, "task": {"type": "worker", "index": n}} for n in range(2)]
+    settings = {
+        name: {"TF_CONFIG": json.dumps(task)} for name, task in zip("ab", tasks, strict=True)
+    }
     started = {}
-    for name, more in {
-        "alone": {},
-        "first": first,
-        "second": second,
-        "mirrored": {"DEVICES": "2"},
-    }.items():
+    for name, more in {"alone": {}, "mirrored": {"DEVICES": "2"}, **settings}.items():
         shutil.copytree(repo().project.root, tmp_path / name)
         command = [sys.executable, "-m", "tests.fixtures.worker", tmp_path / name]
-        started[name] = subprocess.Popen(
-            command, env=os.environ | more, stderr=subprocess.PIPE, text=True
-        )
+        started[name] = subprocess.Popen(command, env=os.environ | more, stderr=subprocess.PIPE)
     try:
         for process in started.values():
             _, said = process.communicate(timeout=500)
-            assert process.returncode == 0, said
+            assert process.returncode == 0, said.decode()
     finally:
         for process in started.values():
             process.kill()
-    weights, curves = {}, {}
-    for name in started:
-        project = Project(tmp_path / name)
-        weights[name] = read_phase(project, "full")
-        curves[name] = json.loads(project.history("full").read_text())["epochs"]
-    assert not changed_layers(weights["first"], weights["second"])
+    projects = {name: Project(tmp_path / name) for name in started}
+    weights = {name: read_phase(project, "full") for name, project in projects.items()}
+    curves = {name: read_json(project.history("full")) for name, project in projects.items()}
+    assert not changed_layers(weights["a"], weights["b"])
     rate = plain_context(tmp_path).params.phases["full"].learning_rate
-    for name in ("first", "mirrored"):  # the same but for rounding
-        for ours, epoch in zip(curves[name], curves["alone"], strict=True):
+    for name in ("a", "mirrored"):  # the same but for rounding
+        for ours, epoch in zip(curves[name]["epochs"], curves["alone"]["epochs"], strict=True):
             assert ours == pytest.approx(epoch, abs=1e-2)
         for one, value in weights["alone"].items():
             assert np.abs(weights[name][one] - value).mean() < rate
