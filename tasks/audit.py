@@ -99,7 +99,6 @@ def measure(data: Path, photos: Sequence[Photo], progress: Progress) -> ImageSta
 def audit(
     photos: Sequence[Photo], stats: ImageStats, params: AuditParams, classes: Sequence[str]
 ) -> Report:
-    """Build the content of `audit.json`."""
     counts = count_classes(photos, classes)
     folders = np.array([photo.folder for photo in photos])
     labels, label_ids = np.unique([photo.label for photo in photos], return_inverse=True)

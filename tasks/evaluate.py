@@ -35,7 +35,6 @@ Image = NDArray[np.uint8]
 
 
 def run(context: Context, item: str | None = None) -> None:
-    """Write metrics, predictions and plots."""
     project = context.project
     dataset = open_dataset(project.dataset)
     rows, val = dataset.rows("test"), dataset.rows("val")

@@ -38,8 +38,7 @@ SHARD_ROWS = 512  # two seconds of work on two cores, 10 MB of results
 CODE = ("features.py", "model/augment.py", "model/inference.py")
 
 Row = NDArray[np.float16]
-CacheKey = dict[str, Any]
-"""Everything besides photo and copy that a row depends on; JSON."""
+CacheKey = dict[str, Any]  # everything besides photo and copy that a row depends on; JSON
 
 _log = logging.getLogger(__name__)
 

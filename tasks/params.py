@@ -22,33 +22,10 @@ from pydantic import (
 
 from tasks.errors import ParamsError
 
-INPUT_SIZE = 224
-"""Side of EfficientNetB0's input in pixels."""
+INPUT_SIZE = 224  # side of EfficientNetB0's input in pixels
 BACKBONE = "backbone"
 PHASES = ("base", "fine_tune", "full")
 MAX_TRAINABLE_LAYERS = 16  # of EfficientNetB0 above `block6d_add`, where the trunk is cut off
-
-RENAMED: dict[str, str | None] = {
-    "audit.hash_distance": "audit.max_hash_distance",
-    "audit.twin_rms": "audit.max_rms_difference",
-    "preprocess.detail": "preprocess.image_size",
-    "backbone": None,
-    "augmentation.far": "augmentation.zoom_out_prob",
-    "augmentation.farthest": "augmentation.zoom_out_min",
-    "augmentation.channel": "augmentation.color_jitter",
-    "augmentation.backdrop": None,
-    "features.views": "features.augmented_copies",
-    "training.style_mixing": "training.mixstyle_prob",
-    "training.erasing": "training.random_erasing_prob",
-    "training.calibrate": "training.temperature",
-    "training.weight_decay": None,
-    "training.label_smoothing": None,
-    "phases.*.starts_from": "phases.*.init_from",
-    "phases.*.averaging": "phases.*.swa_fraction",
-    "phases.*.schedule": None,
-    "gate.max_leaks": "gate.max_cross_split_duplicates",
-}
-"""Parameters of earlier versions, and what they are called now; None: they are gone."""
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 ONE, EACH = "one", "each"
@@ -58,15 +35,15 @@ Shares = Annotated[
 ]
 """One share for every class, or one for each."""
 HeldOut = Annotated[float, Field(gt=0.0, lt=0.5)]
-MAX_LABEL_BYTES = 200  # in UTF-8; file systems allow a folder 255
 
 
 def check_label(label: str) -> str:
     """Return `label`, or raise `ValueError` if it is no name that a folder may have anywhere."""
     if label != unicodedata.normalize("NFC", label):
         raise ValueError("a label must be in Unicode's composed form (NFC)")
-    if label != label.strip() or not 0 < len(label.encode()) <= MAX_LABEL_BYTES:
-        raise ValueError(f"a label must have 1 to {MAX_LABEL_BYTES} bytes, no space around them")
+    # In UTF-8; file systems allow a folder 255 bytes.
+    if label != label.strip() or not 0 < len(label.encode()) <= 200:
+        raise ValueError("a label must have 1 to 200 bytes, no space around them")
     unsafe = {unicodedata.category(char) for char in label} & {"Cc", "Cs", "Zl", "Zp"}
     if unsafe or label.startswith(".") or not {"/", "\\"}.isdisjoint(label):
         raise ValueError("a label must have no slash or control character, and no dot in front")
@@ -158,8 +135,6 @@ class GateParams(_Section):
 
 
 class Params(_Section):
-    """The content of `params.yaml`."""
-
     seed: int = Field(ge=0, lt=2**31)
     labels: Labels
     audit: AuditParams
@@ -251,29 +226,22 @@ def _parse(text: str, name: str) -> Params:
 def _faults(error: ValidationError) -> list[str]:
     """One phrase for each wrong key."""
     phrases: dict[str, str] = {}
-    renamed = set()
+    meant = set()
     schemas = [Params.model_json_schema(), *Params.model_json_schema()["$defs"].values()]
     known = {name for schema in schemas for name in schema.get("properties", ())}
     for fault in error.errors():
         # Pydantic adds the tag of the union's member, which is not a key of the file.
         key = ".".join(str(part) for part in fault["loc"] if part not in (ONE, EACH))
-        pattern = re.sub(r"^phases\.[^.]+", "phases.*", key)
         if fault["type"] == "missing":
             phrase = f"{key} is missing"
         elif fault["type"] != "extra_forbidden":  # without a key it is of all sections together
             text = fault["msg"].removeprefix("Value error, ")
             phrase = f"{key}: {text}, not {fault['input']!r}" if key else text
-        elif pattern not in RENAMED:
+        else:
             section, _, name = key.rpartition(".")
             phrase = f"{key} is unknown"
             if near := difflib.get_close_matches(name, known, 1):
-                renamed.add(f"{section}.{near[0]} is missing")
+                meant.add(f"{section}.{near[0]} is missing")
                 phrase += f" (did you mean {near[0]}?)"
-        elif (new := RENAMED[pattern]) is None:
-            phrase = f"{key} no longer exists, remove it"
-        else:
-            name = f"{key.rpartition('.')[0]}.{new.rpartition('.')[2]}"
-            renamed.add(f"{name} is missing")
-            phrase = f"{key} is now called {name}"
         phrases.setdefault(key, phrase)
-    return [phrase for phrase in phrases.values() if phrase not in renamed]
+    return [phrase for phrase in phrases.values() if phrase not in meant]

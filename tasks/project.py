@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-FOLDERS = ("train", "test")
-"""Folders of `data/`; there may be no test photos."""
+FOLDERS = ("train", "test")  # folders of `data/`; there may be no test photos
 
 
 class Project:

@@ -27,8 +27,6 @@ def silent(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Context:
-    """Where a stage runs, with which parameters."""
-
     project: Project
     params: "Params"
     progress: Progress = silent

@@ -258,7 +258,7 @@ def test_a_move_stands_though_the_alias_cannot_follow_yet(
 
 def test_releases_are_ordered_by_the_pointers_counter_and_not_by_clocks(models: Models) -> None:
     ahead = models.add(0.97, won=True, created="2036-01-01T00:00:00+00:00", pointer_moves=1)
-    assert models.promote(ahead).created.startswith("2036")
+    assert models.promote(ahead).version == ahead
     right = models.add(0.98, won=True, created="2026-11-24T00:00:00+00:00", pointer_moves=1)
     assert not models.promote(right).forced
     for facts, made in (({}, "by an earlier program version"), ({"pointer_moves": 0}, "move 0")):

@@ -33,14 +33,11 @@ from tasks.io import atomic_write
 from tasks.project import Project
 from tasks.services.s3 import ChangedError, MissingObjectError, Storage
 
-SIDE = 512
-"""Longest side of a kept photo, in pixels."""
+SIDE = 512  # longest side of a kept photo, in pixels
 QUALITY = 90
-NEAR_BITS = 6
-"""Perceptual hashes that differ in as many of their 64 bits belong to near-duplicates."""
+NEAR_BITS = 6  # perceptual hashes that differ in as many of their 64 bits belong to near-duplicates
 TIDY_SECONDS = 3600.0
-LENT_SECONDS = 300.0
-"""For so long nobody else is given the photos of one person's batch."""
+LENT_SECONDS = 300.0  # for so long nobody else is given the photos of one person's batch
 ID = r"\d{4}-\d\d-\d\dT\d{6}-(flagged|uncertain|sample)-\d{4}-[0-9a-f]{16}"
 """Time, reason, confidence in thousandths, perceptual hash: a listing alone sorts photos."""
 SUFFIXES = {"photos": "jpg", "decisions": "json", "unfinished": "txt"}
@@ -54,7 +51,6 @@ class FolderStore:
     root: Path
 
     def keys(self, folder: str) -> Sequence[str]:
-        """Keys of everything below a folder."""
         # Hidden files and folders are being written.
         found = (path.relative_to(self.root) for path in (self.root / folder).rglob("*.*"))
         return [str(p) for p in found if not any(name.startswith(".") for name in p.parts)]
@@ -67,7 +63,6 @@ class FolderStore:
             raise MissingObjectError(f"'{self.root / key}' does not exist.") from None
 
     def put(self, key: str, content: bytes) -> None:
-        """Write or replace."""
         with atomic_write(self.root / key) as temporary:
             temporary.write_bytes(content)
 
@@ -84,7 +79,6 @@ class FolderStore:
                 raise ChangedError(f"'{path}' exists.") from None
 
     def remove(self, key: str) -> None:
-        """Remove, if it is there."""
         (self.root / key).unlink(missing_ok=True)
 
 
@@ -116,7 +110,6 @@ class Capture(BaseModel):
     suggestion: str | None = None
 
     def id(self, perceptual: int) -> str:
-        """The photo's name."""
         confidence = round(1000 * max(self.probabilities.values()))
         return f"{self.time:{_STAMP}}-{self.reason}-{confidence:04d}-{perceptual:016x}"
 
@@ -210,7 +203,6 @@ class Captures:
         return {**counts, "photos": photos, "problem": problem}
 
     def photo(self, name: str) -> bytes:
-        """The JPEG of a photo."""
         return self._store.get(_key("photos", name))
 
     def decide(self, name: str, label: str | None, by: str) -> str | None:

@@ -18,11 +18,9 @@ from tasks.stage import Progress, silent
 if TYPE_CHECKING:
     from tasks.services.dvc import Pipeline
 
-WAIT = 600.0
-"""Seconds to wait for the data lock."""
+WAIT = 600.0  # seconds to wait for the data lock
 
-Place = tuple[str, str]
-"""Split and label."""
+Place = tuple[str, str]  # split and label
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +48,6 @@ def data_lock(project: Project, wait: float = WAIT) -> Iterator[None]:
 
 @contextmanager
 def file_errors(path: Path) -> Iterator[None]:
-    """Turn an error of the file system into a `DataError`."""
     try:
         yield
     except OSError as error:

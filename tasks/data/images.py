@@ -20,8 +20,7 @@ from tasks.errors import DataError, ImageError
 from tasks.params import PreprocessParams
 from tasks.stage import Progress
 
-Pixels = NDArray[np.uint8]
-"""(height, width, 3), RGB."""
+Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
 Read = Callable[[int], bytes]
 """`read(limit)` returns at most `limit` bytes of a file, or raises `ImageError`."""
 Result = TypeVar("Result")
@@ -196,7 +195,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _decoder_errors(name: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into an `ImageError`."""
     shown = printable(name)
     with warnings.catch_warnings():
         # Threads share the filters, so only Pillow's own warnings are ignored.

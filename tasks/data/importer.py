@@ -87,7 +87,6 @@ class ImportReport:
         return [f"{reason}; {count} files quarantined" for reason, count in faults.items()]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for `json.dumps`."""
         return {
             "taken": _by_split(self.imported),
             "already_there": _by_split(self.already_there),

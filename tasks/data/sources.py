@@ -31,19 +31,13 @@ SPLITS = {"train": "train", "training": "train", "val": "train", "valid": "train
 SPLITS |= {"validation": "train", "test": "test", "testing": "test"}
 """Folder names of exporters; their validation photos are trained on, ours are split anew."""
 
-REVIEWED = "review-"
-"""Begins the names of folders with photos that people labelled at `/review`."""
+REVIEWED = "review-"  # begins the names of folders with photos that people labelled at `/review`
 MAX_TOTAL = 8 * 2**30  # bytes when unpacked
 MAX_RATIO = 100  # of an HDF5 file; photos compress to about 1
 MAX_ROWS = 1_000_000
 
-_CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
-_H5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-_ZIP_SIGNATURE = b"PK\x03\x04"
-_H5_CACHE = 64 * 2**20  # of unpacked chunks, which may have many rows
 
-Folder = tuple[str, ...]
-"""Names of the folders that lead to it, and its own."""
+Folder = tuple[str, ...]  # names of the folders that lead to it, and its own
 
 
 @dataclass(frozen=True)
@@ -116,8 +110,8 @@ def arrange(files: list[SourceFile], where: str, labels: Sequence[str] | None) -
 
 
 def is_clutter(file: SourceFile) -> bool:
-    """Whether a file is hidden, or left behind by an operating system."""
-    return any(name.startswith(".") or name in _CLUTTER for name in file.parts)
+    left_behind = ("__MACOSX", "Thumbs.db", "desktop.ini")  # by operating systems
+    return any(name.startswith(".") or name in left_behind for name in file.parts)
 
 
 def folder_files(folder: Path) -> list[SourceFile]:
@@ -138,10 +132,10 @@ def _recognize(path: Path, labels: Sequence[str] | None, stack: ExitStack) -> So
     start = b""
     if stat.S_ISREG(mode):
         with path.open("rb") as file:
-            start = file.read(len(_H5_SIGNATURE))
-    if start == _H5_SIGNATURE:
+            start = file.read(8)
+    if start == b"\x89HDF\r\n\x1a\n":
         return Source(tuple(_h5_rows(path, labels, stack)))
-    if start.startswith(_ZIP_SIGNATURE):
+    if start.startswith(b"PK\x03\x04"):
         return arrange(_zip_members(path, stack), str(path), labels)
     raise _refused(path, "is neither a folder nor a .zip nor an .h5 file. Name one of these")
 
@@ -175,7 +169,6 @@ def _label_folders(folders: set[Folder], at: Folder = ()) -> set[str]:
 
 
 def _by_value(label: str) -> list[tuple[int, str]]:
-    """Sorts numbers in labels by value."""
     parts = re.split(r"(\d+)", label)
     return [(int(part) if part.isdecimal() else 0, part) for part in parts]
 
@@ -252,7 +245,8 @@ def _h5_rows(path: Path, known: Sequence[str] | None, stack: ExitStack) -> Itera
     import h5py
 
     try:
-        file = stack.enter_context(h5py.File(path, "r", locking=False, rdcc_nbytes=_H5_CACHE))
+        cache = 64 * 2**20  # of unpacked chunks, which may have many rows
+        file = stack.enter_context(h5py.File(path, "r", locking=False, rdcc_nbytes=cache))
         splits = [split for split in FOLDERS if f"{split}_set_x" in file]
         if not splits:
             raise ValueError("has neither train_set_x nor test_set_x")

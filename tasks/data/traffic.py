@@ -13,8 +13,7 @@ from tasks.scoring.drift import BINS
 from tasks.services.s3 import MissingObjectError
 
 FOLDER = "traffic"
-RESULTS = "monitor"
-"""Folder with the last result of the monitor for each release."""
+RESULTS = "monitor"  # folder with the last result of the monitor for each release
 KEEP_DAYS = 30
 _HOUR = "%Y-%m-%dT%H"
 
@@ -27,7 +26,6 @@ class Counts:
     confidences: Counter[int] = field(default_factory=Counter)
 
     def add(self, label: str, confidence: float) -> None:
-        """Count one answer."""
         self.labels[label] += 1
         self.confidences[min(int(confidence * BINS), BINS - 1)] += 1
 
@@ -42,7 +40,6 @@ class Traffic:
         self._counts: dict[str, Counts] = {}
 
     def add(self, release: str, label: str, confidence: float) -> None:
-        """Count one answer of a release."""
         key = f"{FOLDER}/{datetime.now(UTC):{_HOUR}}/{release}-{self._process}.json"
         self._release = release
         with self._lock:

@@ -13,8 +13,7 @@ from tasks.io import atomic_write
 from tasks.params import BACKBONE
 from tasks.project import Project
 
-Weights = dict[str, np.ndarray]
-"""Arrays by `<Keras layer>/<variable>`."""
+Weights = dict[str, np.ndarray]  # arrays by `<Keras layer>/<variable>`
 
 BACKBONE_FILE = "backbone.safetensors"
 TRUNK_FILE = "trunk.pb"
@@ -32,7 +31,6 @@ def read_weights(path: Path) -> Weights:
 
 
 def read_phase(project: Project, name: str) -> Weights:
-    """Read the weights that a phase, or the backbone stage, wrote."""
     file = BACKBONE_FILE if name == BACKBONE else WEIGHTS_FILE
     return read_weights(project.weights(name) / file)
 
@@ -71,9 +69,7 @@ def set_weights(layers: Iterable[Any], weights: Mapping[str, np.ndarray]) -> Non
 def export_graph(model: Any) -> bytes:
     """Serialize a Keras model as a `GraphDef` for uint8 (n, size, size, 3), RGB."""
     import tensorflow as tf
-    from tensorflow.python.framework.convert_to_constants import (
-        convert_variables_to_constants_v2,
-    )
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     function = tf.function(lambda photos: model(tf.cast(photos, tf.float32), training=False))
     signature = tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8, name="photos")
@@ -83,8 +79,7 @@ def export_graph(model: Any) -> bytes:
         # TensorFlow's own attributes depend on what the process traced before.
         for name in [name for name in node.attr if name.startswith("_")]:
             del node.attr[name]
-    content: bytes = graph.SerializeToString(deterministic=True)
-    return content
+    return bytes(graph.SerializeToString(deterministic=True))
 
 
 def load_model(path: Path) -> Any:

@@ -123,8 +123,6 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model for photos of any size."""
-
     forward: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
     """uint8 (n, size, size, 3), RGB, to float32 (n, labels)"""
     preprocess: PreprocessParams
@@ -175,8 +173,6 @@ def classify_files(
 def classify(
     classifier: Classifier, sources: Sequence[tuple[Path, Read]], progress: Progress = silent
 ) -> list[Prediction]:
-    """Classify photos, each with a name and its reader."""
-
     def reduced(source: tuple[Path, Read]) -> NDArray[np.uint8] | str:
         path, read = source
         try:

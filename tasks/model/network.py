@@ -11,8 +11,7 @@ import tensorflow as tf
 from tasks.model.files import Weights, get_weights, read_weights, set_weights
 from tasks.params import INPUT_SIZE, AugmentationParams
 
-CUT = "block6d_add"
-"""The trunk's last layer; the layers above it and the head are the tail."""
+CUT = "block6d_add"  # the trunk's last layer; the layers above it and the head are the tail
 BLOCK = "expand_conv expand_bn expand_activation dwconv bn activation se_squeeze se_reshape "
 BLOCK += "se_reduce se_expand se_excite project_conv project_bn"
 LAYERS = tuple(f"block7a_{name}" for name in BLOCK.split())

@@ -20,14 +20,13 @@ from tasks.services.mlflow import CHAMPION, Registry, Version
 from tasks.services.s3 import ChangedError, MissingObjectError, Storage, check_conditional_writes
 
 KEY = "champion.json"
+# Tags of a version: how it compared with the champion of its day.
 COMPARED_WITH = "compared_with"
 COMPARISON = "comparison"
 COMPARISON_WON = "comparison_won"
-"""Tags of a version: how it compared with the champion of its day."""
 METRICS = ("accuracy", "loss", "auc", "ece")
 """Scores that the history keeps of each champion, on the test photos of its day."""
-PHOTOS = "photos"
-"""Number of training photos, which the history keeps as well."""
+PHOTOS = "photos"  # number of training photos, which the history keeps as well
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +45,6 @@ class Move(BaseModel):
     at: str = ""
     metrics: dict[str, float | None] = {}
     overruled: tuple[str, ...] = ()  # failed checks of a forced promotion
-    created: str = ""  # when the release was made
     pointer_moves: int | None = Field(default=None, ge=0)  # of that day; an old release has none
 
     @computed_field  # type: ignore[prop-decorator]
@@ -243,15 +241,13 @@ def set_champion(
     `expected` is the champion that the decision was made against.
     """
     release = verify(storage, version.release)
-    facts = release.manifest.facts
     move = Move(
         release=release.id,
         version=version.number,
         by=by or "",
         reason=reason,
         metrics={name: metrics.get(name) for name in (*METRICS, PHOTOS) if name in metrics},
-        created=str(facts.get("created", "")),
-        pointer_moves=facts.get("pointer_moves"),
+        pointer_moves=release.manifest.facts.get("pointer_moves"),
         overruled=tuple(overruled),
     )
     try:

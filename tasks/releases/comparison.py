@@ -28,11 +28,9 @@ from tasks.services.s3 import Storage
 from tasks.stage import Progress, silent
 
 SIGNIFICANCE = 0.05
-LOSS_MARGIN = 0.01
-"""Rise in mean loss (nats) that no user notices."""
+LOSS_MARGIN = 0.01  # rise in mean loss (nats) that no user notices
 SHOWN, COLUMNS, SIDE = 24, 6, 160
 """Photos in the picture at most, in a row, and their width in pixels."""
-
 
 Verdict = Literal["better", "worse", "no significant difference"]
 
@@ -53,9 +51,8 @@ class Comparison(FrozenModel):
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, floats rounded as in the metrics."""
-        content: dict[str, Any] = rounded(self.model_dump(mode="json"))
         scores = {"champion": self.champion.to_json(), "challenger": self.challenger.to_json()}
-        return content | scores
+        return {**rounded(self.model_dump(mode="json")), **scores}
 
 
 @dataclass(frozen=True)

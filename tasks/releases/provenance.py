@@ -20,18 +20,9 @@ from tasks.project import Project
 from tasks.releases.champion import METRICS, Champion
 from tasks.services.git import read_revision
 
-LIBRARIES = (
-    "tensorflow",
-    "tensorflow-cpu",
-    "keras",
-    "numpy",
-    "openvino",
-    "opencv-python-headless",
-    "pillow",
-    "scikit-learn",
-    "dvc",
-)
-"""Those whose arithmetic, decoding or formats a release's bytes come from."""
+# Those whose arithmetic, decoding or formats a release's bytes come from.
+LIBRARIES: tuple[str, ...] = ("tensorflow", "tensorflow-cpu", "keras", "numpy", "openvino")
+LIBRARIES += ("opencv-python-headless", "pillow", "scikit-learn", "dvc")
 
 
 def release_facts(root: Path, data_version: str, champion: Champion | None) -> dict[str, Any]:

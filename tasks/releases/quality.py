@@ -16,10 +16,8 @@ PREDICTIONS = "predictions.json"
 RECENT = 12
 """Champions that are compared; the more there are, the fewer photos all of them were tested on."""
 SCORES = {"accuracy": "accuracy", "loss": "loss", "calibration error": "ece"}
-DRIFT = ("labels", "confidences", "embeddings")
-"""What the drift monitor compares."""
-MAX_UPRIGHT = 6
-"""Champions whose numbers fit side by side."""
+DRIFT = ("labels", "confidences", "embeddings")  # what the drift monitor compares
+MAX_UPRIGHT = 6  # champions whose numbers fit side by side
 
 Scores = Mapping[str, float | None]
 

@@ -20,8 +20,7 @@ from tasks.releases.signing import Trust, canonical
 from tasks.services.s3 import ChangedError, Storage
 
 MANIFEST = "manifest.json"
-DATASET_INDEX = "dataset.json"
-"""Lists which photo was in which split."""
+DATASET_INDEX = "dataset.json"  # lists which photo was in which split
 AGAIN = "Do not use it; publish it again by a retrain, or roll back."
 MAX_FILE_BYTES = 1 << 30
 ID = re.compile(r"[0-9a-f]{32}")

@@ -17,10 +17,7 @@ from pydantic import BaseModel
 from tasks.errors import ReleaseError, SettingsError, first_fault
 from tasks.io import read_json, write_json
 
-PRIVATE_KEY = "signing.pem"
-PUBLIC_KEY = "signing.pub.pem"
-CURVES = ("secp256r1", "secp384r1", "secp521r1")
-"""What model-signing takes."""
+CURVES = ("secp256r1", "secp384r1", "secp521r1")  # what model-signing takes
 SIGNATURE = "signature"
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -98,6 +95,7 @@ class Trust:
         if not self.known:
             return parsed
         from cryptography.exceptions import InvalidSignature
+        from model_signing import verifying
 
         if signature is None:
             raise ReleaseError(
@@ -113,7 +111,12 @@ class Trust:
                 "public key to HANDSIGNS_PUBLIC_KEYS if you know whose it is."
             )
         try:
-            _verify(name, fields, signature, self.known[key])
+            with _folder_with(name, fields) as folder:
+                public, bundle = folder.with_name("key"), folder.with_name("bundle")
+                public.write_bytes(self.known[key])
+                bundle.write_text(json.dumps(signature), encoding="utf-8")
+                verifier = verifying.Config().use_elliptic_key_verifier(public_key=public)
+                verifier.verify(folder, bundle)
         except (InvalidSignature, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ReleaseError(
                 f"The signature of {where} is damaged, forged, or of other content "
@@ -156,8 +159,7 @@ class Trust:
             ) from None
 
 
-UNSIGNED = Trust()
-"""Nothing is signed, and nothing need be."""
+UNSIGNED = Trust()  # nothing is signed, and nothing need be
 
 
 def _read_seen(path: Path) -> dict[str, int]:
@@ -171,17 +173,6 @@ def _read_seen(path: Path) -> dict[str, int]:
             "damaged it, remove it, and run again."
         )
     return seen
-
-
-def _verify(name: str, fields: Any, signature: Any, pem: bytes) -> None:
-    """Raise unless the signature is of this content and by this key."""
-    from model_signing import verifying
-
-    with _folder_with(name, fields) as folder:
-        key, bundle = folder.with_name("key"), folder.with_name("bundle")
-        key.write_bytes(pem)
-        bundle.write_text(json.dumps(signature), encoding="utf-8")
-        verifying.Config().use_elliptic_key_verifier(public_key=key).verify(folder, bundle)
 
 
 @contextmanager
@@ -200,7 +191,7 @@ def new_keys(folder: Path, passphrase: str | None = None) -> tuple[Path, Path]:
     from cryptography.hazmat.primitives.asymmetric import ec
 
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    private, public = folder / PRIVATE_KEY, folder / PUBLIC_KEY
+    private, public = folder / "signing.pem", folder / "signing.pub.pem"
     if private.exists() or public.exists():
         raise SettingsError(
             f"A key must not be replaced: what it signed could not be checked any more. There is "

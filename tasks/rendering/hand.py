@@ -39,8 +39,7 @@ RADII = np.array(
     ]
 )
 SPREAD = (0.0, 7.0, 0.0, -7.0, -15.0)  # degrees away from the middle finger
-PALM, FINGER, TIP, ARM = range(4)
-"""What a capsule belongs to."""
+PALM, FINGER, TIP, ARM = range(4)  # what a capsule belongs to
 
 
 @dataclass(frozen=True)

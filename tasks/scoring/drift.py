@@ -7,22 +7,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-BINS = 10
-"""Equal bins of the confidence histogram, from 0 to 1."""
-MIN_SAMPLES = 50
-"""Fewer samples on either side say nothing about drift."""
-PSI_LIMIT = 0.2
-"""A larger population stability index is a shift by the usual rule of thumb."""
+BINS = 10  # equal bins of the confidence histogram, from 0 to 1
+MIN_SAMPLES = 50  # fewer samples on either side say nothing about drift
+PSI_LIMIT = 0.2  # a larger population stability index is a shift by the usual rule of thumb
 AUC_LIMIT = 0.7
 """A classifier that tells production from validation photos this well has found a shift.
 
 Of 50 against 50 samples, chance alone reaches it in less than one of 1,000 windows.
 """
-LEVEL = 0.999
-"""Chance that noise alone exceeds no limit; windows are compared every hour."""
+LEVEL = 0.999  # chance that noise alone exceeds no limit; windows are compared every hour
 FOLDS = 5
-COMPONENTS = 32
-"""Principal components of the embeddings that the two-sample test looks at."""
+COMPONENTS = 32  # principal components of the embeddings that the two-sample test looks at
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from sklearn import metrics as sk
 from tasks.errors import DataError
 
 DIGITS = 6  # decimals in JSON: far below one photo's weight, above float32 noise
-ROW_SUM_TOLERANCE = 1e-4
 KERAS_EPSILON = 1e-7  # the clip of `keras.losses.CategoricalCrossentropy`
 CALIBRATION_BINS = 15  # as in Guo et al., On Calibration of Modern Neural Networks, 2017
 RESAMPLES = 300  # of the bootstrap: a standard error within 4 %, one in sqrt(2 * RESAMPLES)
@@ -21,8 +20,6 @@ Interval = tuple[float, float]
 
 
 class FrozenModel(BaseModel):
-    """Base of results that go into JSON."""
-
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
@@ -53,8 +50,7 @@ class Scores(FrozenModel):
 
     def to_json(self) -> dict[str, Any]:
         without = set() if self.auc_note else {"auc_note"}
-        content: dict[str, Any] = rounded(self.model_dump(mode="json", exclude=without))
-        return content
+        return dict(rounded(self.model_dump(mode="json", exclude=without)))
 
 
 def score(probabilities: ArrayLike, labels: ArrayLike, names: Sequence[str]) -> Scores:
@@ -91,7 +87,7 @@ def checked(probabilities: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np
     p, y = np.asarray(probabilities, np.float64), np.asarray(labels, np.int64)
     if not len(p):
         raise DataError("There are no photos to score. Add photos to the split.")
-    valid = (p >= 0).all(axis=1) & (np.abs(p.sum(axis=1) - 1) <= ROW_SUM_TOLERANCE)
+    valid = (p >= 0).all(axis=1) & (np.abs(p.sum(axis=1) - 1) <= 1e-4)
     if not valid.all():
         row = int(valid.argmin())
         raise DataError(

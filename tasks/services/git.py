@@ -16,8 +16,7 @@ import stamina
 from tasks.errors import ServiceError
 
 ATTEMPTS = 5
-SECONDS = 60
-"""Longest wait for one answer of git; a silent remote is given up."""
+SECONDS = 60  # longest wait for one answer of git; a silent remote is given up
 RACES = ("[rejected]", "cannot lock ref", "failed to update ref", "Unable to create", "bad object")
 """What git says where another push was faster."""
 MISLEADING = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
@@ -60,26 +59,23 @@ def read_revision(root: Path) -> Revision:
     return Revision("unknown", problem=problem.rstrip("."))
 
 
-def push_to_branch(
-    root: Path, branch: str, paths: Sequence[Path], message: str, remote: str = "origin"
-) -> str | None:
-    """Commit files as they are now onto a branch of the remote, made from HEAD where it is new.
+def push_to_branch(root: Path, branch: str, paths: Sequence[Path], message: str) -> str | None:
+    """Commit files as they are now onto a branch of `origin`, made from HEAD where it is new.
 
-    The checkout's own branch, index and files stay as they are.
-
-    Returns:
-        The commit, or None where the branch holds these very files already.
+    The checkout's own branch, index and files stay as they are. Returns the commit, or None
+    where the branch holds these very files already.
     """
     logging.getLogger("stamina").setLevel(logging.ERROR)
     patient = stamina.retry(on=_MovedError, attempts=ATTEMPTS, timeout=None, wait_max=3.0)
-    return patient(_push)(root, branch, paths, message, remote)
+    return patient(_push)(root, branch, paths, message)
 
 
-def _push(root: Path, branch: str, paths: Sequence[Path], message: str, remote: str) -> str | None:
+def _push(root: Path, branch: str, paths: Sequence[Path], message: str) -> str | None:
     theirs, ours = f"refs/heads/{branch}", f"refs/handsigns/{branch}"
-    exists = bool(_git(root, "ls-remote", remote, theirs))
+    exists = bool(_git(root, "ls-remote", "origin", theirs))
     if exists:
-        _git(root, "fetch", "-q", "--no-tags", "--no-write-fetch-head", remote, f"+{theirs}:{ours}")
+        quiet = ("-q", "--no-tags", "--no-write-fetch-head")
+        _git(root, "fetch", *quiet, "origin", f"+{theirs}:{ours}")
     with worktree(root, ours if exists else "HEAD") as tree:
         below = tree / _git(root, "rev-parse", "--show-prefix")
         for path in paths:
@@ -90,9 +86,8 @@ def _push(root: Path, branch: str, paths: Sequence[Path], message: str, remote: 
         if exists and not _git(tree, "status", "--porcelain", "--untracked-files=no"):
             return None
         author = () if _run(root, "config", "user.email").returncode == 0 else AUTHOR
-        commit = ("commit", "-q", "--no-gpg-sign", "--allow-empty", "-m", message)
-        _git(tree, *author, *commit)
-        _git(tree, "push", "-q", remote, f"HEAD:{theirs}")
+        _git(tree, *author, "commit", "-q", "--no-gpg-sign", "--allow-empty", "-m", message)
+        _git(tree, "push", "-q", "origin", f"HEAD:{theirs}")
         return _git(tree, "rev-parse", "HEAD")
 
 

@@ -21,13 +21,10 @@ from tasks.services.s3 import S3Address, redact_url
 PREFIX = "mlflow"
 CHALLENGER = "challenger"
 CHAMPION = "champion"
-CONTENT_ID = "content_id"
-"""Tag of runs and versions: the release that they stand for."""
-MAX_PARAM = 6000
-"""Characters of a parameter that MLflow takes."""
+CONTENT_ID = "content_id"  # tag of runs and versions: the release that they stand for
+MAX_PARAM = 6000  # characters of a parameter that MLflow takes
 LIBRARIES = ("keras", "mlflow", "numpy", "tensorflow", "tensorflow-cpu")
-BATCH = 100
-"""Parameters that one request may carry; metrics may be ten times as many."""
+BATCH = 100  # parameters that one request may carry; metrics may be ten times as many
 FIXED = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
@@ -64,8 +61,6 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A finished run and the model that it logged."""
-
     run_id: str
     model_id: str
 
@@ -174,12 +169,10 @@ class Registry:
         return next(named, None)
 
     def set_alias(self, alias: str, number: int) -> None:
-        """Let an alias name a version; the last writer wins."""
         with self._connection() as client:
             client.set_registered_model_alias(self.model_name, alias, str(number))
 
     def set_tags(self, number: int, tags: Mapping[str, str]) -> None:
-        """Tag a version; the last writer of each tag wins."""
         with self._connection() as client:
             for name, text in tags.items():
                 client.set_model_version_tag(self.model_name, str(number), name, text)
@@ -190,13 +183,11 @@ class Registry:
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         with self._connection() as client:
-            places, run = [self._experiment(client)], version.run_id
-            models = client.search_logged_models(places, f"source_run_id = '{run}'")
-            runs = client.search_runs(places, f"attributes.run_id = '{run}'", ViewType.ALL)
-            for uri in (
-                *(m.artifact_location for m in models),
-                *(r.info.artifact_uri for r in runs),
-            ):
+            ours, run = [self._experiment(client)], version.run_id
+            models = client.search_logged_models(ours, f"source_run_id = '{run}'")
+            runs = client.search_runs(ours, f"attributes.run_id = '{run}'", ViewType.ALL)
+            places = [one.artifact_location for one in models]
+            for uri in places + [one.info.artifact_uri for one in runs]:
                 get_artifact_repository(uri).delete_artifacts()
             for model in models:
                 client.delete_logged_model(model.model_id)

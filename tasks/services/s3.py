@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ATTEMPTS = 3
 CONNECT_SECONDS = 2
-READ_SECONDS = 7
-"""Three attempts that hang, and the pauses between them, take less than 30 s."""
+READ_SECONDS = 7  # so that three attempts that hang, and the pauses, take less than 30 s
 
 T = TypeVar("T")
 
@@ -102,7 +101,6 @@ class Storage:
         self._client = _client(address, read_seconds)
 
     def uri(self, key: str = "") -> str:
-        """The `s3://` name of an object or a folder."""
         return f"s3://{self.address.bucket}/{self._folder}{key}"
 
     def check(self) -> None:
@@ -119,24 +117,17 @@ class Storage:
                 yield StoredObject(key.removeprefix(self._folder), *facts)
 
     def keys(self, prefix: str) -> Sequence[str]:
-        """Return the keys that start with `prefix`, sorted."""
         return [found.key for found in self.list(prefix)]
 
     def remove(self, key: str) -> None:
-        """Remove an object, if it is there."""
         self._call(lambda: self._client.delete_object(**self._at(key)), key)
 
-    def put(self, key: str, body: Path | bytes) -> None:
-        """Write one object; the service checks its MD5 on arrival."""
-        self._put(key, body)
-
     def put_if_absent(self, key: str, content: bytes) -> str:
-        """Write the object, or raise `ChangedError` if one exists; the new etag."""
-        return self._put(key, content, IfNoneMatch="*")
+        return self.put(key, content, IfNoneMatch="*")
 
     def put_if_match(self, key: str, content: bytes, etag: str) -> str:
         """Replace the object, or raise `ChangedError` if it changed since `etag`; the new etag."""
-        return self._put(key, content, IfMatch=etag)
+        return self.put(key, content, IfMatch=etag)
 
     def read(self, key: str, limit: int | None = None) -> tuple[bytes, str]:
         """Return an object's content, or at most `limit` first bytes of it, and its etag."""
@@ -144,7 +135,6 @@ class Storage:
         return self._call(lambda: self._read(at, limit), key)
 
     def get(self, key: str, limit: int | None = None) -> bytes:
-        """Return an object's content, or at most `limit` first bytes of it."""
         return self.read(key, limit)[0]
 
     def _read(self, at: Any, limit: int | None = None) -> tuple[bytes, str]:
@@ -152,7 +142,8 @@ class Storage:
         etag = _etag(answer)
         return answer["Body"].read(limit), etag
 
-    def _put(self, key: str, body: Path | bytes, **condition: Any) -> str:
+    def put(self, key: str, body: Path | bytes, **condition: Any) -> str:
+        """Write one object, whose MD5 the service checks on arrival; the new etag."""
         at, repeated = self._at(key), False
 
         def send() -> str:
@@ -166,9 +157,8 @@ class Storage:
                         return etag
             repeated = True
             digest = base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest())
-            return _etag(
-                self._client.put_object(**at, Body=content, ContentMD5=digest.decode(), **condition)
-            )
+            sent: Any = {"Body": content, "ContentMD5": digest.decode(), **condition}
+            return _etag(self._client.put_object(**at, **sent))
 
         return self._call(send, key)
 
@@ -273,14 +263,8 @@ def _may_pass(error: Exception) -> bool:
     from urllib3.exceptions import HTTPError
 
     if isinstance(error, exceptions.ClientError):
-        return error.response["ResponseMetadata"]["HTTPStatusCode"] in (
-            408,
-            429,
-            500,
-            502,
-            503,
-            504,
-        )
+        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+        return status in (408, 429, 500, 502, 503, 504)
     # urllib3's own error comes from an answer that is not streamed and breaks off.
     broken = (exceptions.HTTPClientError, exceptions.IncompleteReadError, HTTPError)
     return isinstance(error, (exceptions.ConnectionError, *broken))

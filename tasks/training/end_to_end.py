@@ -20,8 +20,7 @@ from tasks.stage import Progress
 from tasks.training.cached import WeightAverage
 from tasks.training.plan import Epoch, Plan, score_logits
 
-WAIT_SECONDS = 600
-"""Longest wait for other workers to reach the same phase."""
+WAIT_SECONDS = 600  # longest wait for other workers to reach the same phase
 
 _log = logging.getLogger(__name__)
 
