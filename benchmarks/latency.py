@@ -78,8 +78,7 @@ def engines(artifacts: Path, pictures: Pictures, rounds: int) -> dict[str, dict[
 def prepared(artifacts: Path) -> Iterator[tuple[str, Callable[[Pictures], Any]]]:
     """Yield the ways to run the model."""
     import tensorflow as tf
-
-    from tasks.model.files import load_model
+    from keras.saving import load_model
 
     graph = artifacts / "model.pb"
     every, one = Engine(graph), Engine(graph, cores=1)
@@ -91,7 +90,7 @@ def prepared(artifacts: Path) -> Iterator[tuple[str, Callable[[Pictures], Any]]]
         "the same, one stream of one core",
         lambda photos: [one(photo) for photo in photos],
     )
-    model = load_model(artifacts / "model.keras")
+    model = load_model(artifacts / "model.keras", compile=False)
     traced = tf.function(
         lambda photos: model(tf.cast(photos, tf.float32), training=False), reduce_retracing=True
     )

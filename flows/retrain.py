@@ -32,10 +32,9 @@ from tasks.io import read_json, write_json
 from tasks.model.augment import enlarge
 from tasks.params import load_params
 from tasks.project import Project
-from tasks.releases.card import model_card
 from tasks.releases.champion import METRICS, PHOTOS, Champion, set_champion
 from tasks.releases.comparison import PromotionDecision, compare_with_champion, record_comparison
-from tasks.releases.provenance import release_facts, write_bill
+from tasks.releases.provenance import model_card, release_facts, write_bill
 from tasks.releases.release import DATASET_INDEX, Release, fetch, publish
 from tasks.services.dvc import check_trained_on
 from tasks.services.git import push_to_branch, read_revision
@@ -272,12 +271,12 @@ def publish_release(run: Run) -> Release:
 @step("register")
 def register_release(run: Run, release: Release) -> Version:
     """Record the run in MLflow and register the model of its release as challenger."""
-    from tasks.model.files import load_model
+    from keras.saving import load_model
 
     registry, model = run.workspace.registry, run.workspace.project.model
     record, dataset = _record(run, release), open_dataset(run.workspace.project.dataset)
     example = enlarge(dataset.images[dataset.rows("test")[:1]]).astype("float32")
-    recorded = registry.record_run(record, model, lambda: load_model(model), example)
+    recorded = registry.record_run(record, model, lambda: load_model(model, compile=False), example)
     tags = {"release_uri": release.uri}
     version = registry.register(recorded, release.id, tags, record.description)
     registry.set_alias(CHALLENGER, version.number)

@@ -28,9 +28,9 @@ from tasks.errors import HandsignsError, SettingsError
 from tasks.gate import shown
 from tasks.io import read_json
 from tasks.project import Project
-from tasks.releases.card import table
 from tasks.releases.champion import METRICS
 from tasks.releases.comparison import PromotionDecision
+from tasks.releases.provenance import table
 from tasks.releases.quality import draw_quality, read_quality
 from tasks.scoring.drift import Drift
 from tasks.services.notify import notify

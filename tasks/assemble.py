@@ -1,7 +1,4 @@
-"""Stage: put the trained weights back into the functional model, `model.keras`.
-
-`model.pb` is the same network for inference without TensorFlow.
-"""
+"""Stage: put trained weights into `model.keras`, and `model.pb`, for use without TensorFlow."""
 
 import json
 import zipfile

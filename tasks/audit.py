@@ -50,11 +50,7 @@ class ImageStats:
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """Pairs of near-duplicates, sorted by row, the smaller row first.
-
-    All pairs, if no photo has more than `REPRESENTATIVES` near-duplicates; else enough to join
-    the groups.
-    """
+    """Pairs, sorted by row: all, or of more than `REPRESENTATIVES` enough to join the groups."""
 
     pairs: Rows  # (m, 2)
     rms: NDArray[np.float64]  # (m,); root-mean-square difference of the pixels, 0 to 255

@@ -83,11 +83,7 @@ def save_reference(project: Project, probabilities: NDArray[np.float32], photos:
 
 
 def certain_above(classifier: Classifier, confidences: NDArray[np.float32]) -> float:
-    """Choose the confidence below which an answer is called uncertain.
-
-    `DOUBTED_HANDLESS` of pictures without a hand, and at most `DOUBTED_PHOTOS` of `confidences`,
-    those of the validation photos.
-    """
+    """Choose the confidence below which an answer is uncertain, from those of validation photos."""
     handless = classifier.probabilities(draw_handless(HANDLESS, classifier.preprocess))
     limit = min(
         np.quantile(handless.max(axis=1).astype(float), DOUBTED_HANDLESS, method="higher"),

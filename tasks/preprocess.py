@@ -71,10 +71,7 @@ def split_photos(
     seed: int,
     labels: Sequence[str],
 ) -> dict[str, str]:
-    """Split of each photo's key; an official test stays as it is.
-
-    `group_of` has the number of the group of near-duplicates of a key, if it is in one.
-    """
+    """Split of each photo's key; near-duplicates have one number in `group_of`."""
     rest = [photo for photo in photos if photo.folder == "train"]
     split_of = {photo.key: "test" for photo in photos if photo.folder == "test"}
     splits = stratified_group_split(

@@ -98,10 +98,7 @@ def _follow_parent() -> None:
 
 
 def encode(picture: NDArray[np.uint8]) -> bytes:
-    """PNG without filters and compression; uint8, (height, width, 3), RGB.
-
-    The sample's bytes are its version, and libraries compress differently.
-    """
+    """PNG without compression, in which libraries differ; the sample's bytes are its version."""
     height, width, _ = picture.shape
     stored = zlib.compress(b"".join(b"\0" + row.tobytes() for row in picture), 0)
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)

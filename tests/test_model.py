@@ -24,7 +24,6 @@ from tasks.model.augment import augment, enlarge
 from tasks.model.files import (
     BACKBONE_FILE,
     TRUNK_FILE,
-    load_model,
     read_phase,
     set_weights,
 )
@@ -161,7 +160,7 @@ def test_each_variation_reaches_its_limits_and_not_beyond() -> None:
 
 
 def test_the_model_is_the_documented_one_and_augments_only_while_training(chain: Context) -> None:
-    model: Any = load_model(chain.project.model)
+    model: Any = keras.saving.load_model(chain.project.model, compile=False)
     names = ["photo", "augmentation", "efficientnetb0", "pool", "dropout", "predictions"]
     assert [layer.name for layer in model.layers] == names
     head = model.get_layer(HEAD)

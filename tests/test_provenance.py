@@ -20,8 +20,7 @@ from tasks.gate import judge
 from tasks.io import write_json
 from tasks.params import Params
 from tasks.project import Project
-from tasks.releases.card import model_card
-from tasks.releases.provenance import compare_builds, environment, write_bill
+from tasks.releases.provenance import compare_builds, environment, model_card, write_bill
 from tasks.scoring.metrics import score
 from tasks.stage import silent
 from tests.fixtures.checkouts import with_stages

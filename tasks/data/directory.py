@@ -96,10 +96,7 @@ def change_data(
     replace: bool,
     progress: Progress,
 ) -> None:
-    """Build the next `data/` in staging, of hard links to the present one, and swap the two.
-
-    `incoming` has the accepted photos that are new; with `replace` no others are kept.
-    """
+    """Build the next `data/` of hard links and of `incoming`, the new photos, and swap the two."""
     new = project.staging / "new"
     if replace or not project.data.exists():
         new.mkdir()

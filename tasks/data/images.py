@@ -53,10 +53,7 @@ def normalize(data: bytes, name: str) -> tuple[str, bytes]:
 
 
 def decode(data: bytes, name: str = "", min_side: int | None = None) -> Pixels:
-    """Decode an untrusted file to the pixels that `normalize` stores.
-
-    With `min_side` a large photo is reduced, but not below it, in a fraction of the memory.
-    """
+    """Decode an untrusted file as `normalize` does; a large photo to no less than `min_side`."""
     with _decoder_errors(name):
         image: Image.Image = _open(data)
         if min_side is not None and image.width * image.height > LARGE_PIXELS:

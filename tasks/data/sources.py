@@ -1,7 +1,4 @@
-"""List the photos in class folders, zip archives and HDF5 files that nobody checked yet.
-
-Paths, sizes, types and links are checked before any content is read.
-"""
+"""List photos in class folders, archives and HDF5 files, which are checked before they are read."""
 
 import os
 import re

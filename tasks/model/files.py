@@ -80,9 +80,3 @@ def export_graph(model: Any) -> bytes:
         for name in [name for name in node.attr if name.startswith("_")]:
             del node.attr[name]
     return bytes(graph.SerializeToString(deterministic=True))
-
-
-def load_model(path: Path) -> Any:
-    import keras
-
-    return keras.saving.load_model(path, compile=False)

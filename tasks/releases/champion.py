@@ -236,10 +236,7 @@ def set_champion(
     by: str | None = None,
     overruled: Sequence[str] = (),
 ) -> Move:
-    """Move the pointer to a version whose every byte was verified; the caller's alias follows.
-
-    `expected` is the champion that the decision was made against.
-    """
+    """Move the pointer from the champion that was `expected` to a version, verified to the byte."""
     release = verify(storage, version.release)
     move = Move(
         release=release.id,

@@ -136,11 +136,7 @@ def mcnemar(won: int, lost: int) -> float:
 def compare_with_champion(
     project: Project, storage: Storage, champion: Champion | None, progress: Progress = silent
 ) -> PromotionDecision:
-    """Score the champion on the test photos; the challenger's are in `predictions.json`.
-
-    Raises:
-        PromotionError: the champion cannot be loaded, or has seen every test photo.
-    """
+    """Score the champion on the test photos; the challenger's scores are in `predictions.json`."""
     if champion is None:
         return PromotionDecision(True, "there was no champion")
     try:

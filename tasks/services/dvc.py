@@ -1,8 +1,4 @@
-"""DVC: the pipeline's stages and the versions of the photos.
-
-`dvc.repo.Repo` is not a documented API: the version is pinned, and `tests/test_dvc.py`
-checks what is used of it.
-"""
+"""DVC: stages and versions of the photos. Its `Repo` is undocumented, so its version is pinned."""
 
 import json
 import logging
@@ -95,9 +91,8 @@ class Pipeline:
     def run(self, name: str, force: bool = False, progress: Progress = silent) -> Outcome:
         """Bring one stage, such as `train@base`, up to date; those before it must be.
 
-        DVC offers no public way to run a stage in this process, and a process for each of
-        twelve stages would import TensorFlow again, which takes longer than most of them. So
-        DVC's own `cmd_run` is replaced meanwhile.
+        DVC has no public way to run a stage in this process, and a process for each would import
+        TensorFlow again, which takes longer than most stages: its `cmd_run` is replaced meanwhile.
         """
         import dvc.stage.run as dvc_run
 
@@ -242,10 +237,7 @@ class Pipeline:
         return before - folder_size(cache)
 
     def _target(self) -> tuple[str, str]:
-        """Name and URL of the remote of our setting, or of the repository's configuration.
-
-        A default remote of the user or the machine would take photos not meant for it.
-        """
+        """Name and URL of our remote or the repository's; the user's or machine's gets no photo."""
         if self._remote:
             return REMOTE, self._remote.url
         name, urls = "", dict[str, str]()

@@ -101,10 +101,7 @@ class Registry:
     def record_run(
         self, record: RunRecord, model_file: Path, load: Callable[[], Any], example: Any
     ) -> RecordedRun:
-        """Record a retrain as one finished run, or find the one recorded before.
-
-        The `.keras` file becomes the logged model; `example` is (1, height, width, 3).
-        """
+        """Record a retrain and its model as one finished run, or find the one recorded before."""
         with self._connection() as client:
             experiment = self._experiment(client)
             if found := _earlier_run(client, experiment, str(record.content_id)):

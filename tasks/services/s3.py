@@ -38,10 +38,7 @@ def redact_url(url: str) -> str:
 
 @dataclass(frozen=True)
 class S3Address:
-    """Service, bucket and credentials; secrets never print.
-
-    Without an access key boto3's chain looks for credentials.
-    """
+    """Service, bucket and credentials, which boto3's chain looks for without an access key."""
 
     endpoint_url: str
     bucket: str
