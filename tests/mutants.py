@@ -27,11 +27,11 @@ from tests.fixtures import session
 TESTS = {
     "tasks/gate.py": ("test_gate",),
     "tasks/releases/comparison.py": ("test_comparison",),
-    "tasks/releases/champion.py": ("test_champion", "test_release", "test_signature"),
+    "tasks/releases/champion.py": ("test_champion", "test_release"),
     "tasks/data/dataset.py": ("test_preprocess", "test_audit"),
     "tasks/audit.py": ("test_audit",),
     "tasks/data/importer.py": ("test_importer",),
-    "tasks/releases/signing.py": ("test_signature",),
+    "tasks/releases/signing.py": ("test_release",),
 }
 """The modules that decide, and the tests that must notice."""
 LIBRARIES = ("boto3", "cv2", "filelock", "hypothesis", "model_signing", "pandas", "pydantic")

@@ -149,19 +149,17 @@ def test_of_two_people_at_once_one_decides_and_the_other_learns_who(place: Place
         random.Random(1).shuffle(work)
         with ThreadPoolExecutor(8) as people:
             answers = list(people.map(lambda one: label(service, *one), work))
-        decided = {}
-        for (name, sign, by), answer in zip(work, answers, strict=True):
-            if answer.status_code == 200:
-                decided[name] = (sign, by)
+        pairs = list(zip(work, answers, strict=True))
+        decided = {one[0]: one for one, answer in pairs if answer.status_code == 200}
         assert decided.keys() == set(names)
-        for (name, _, by), answer in zip(work, answers, strict=True):
-            sign, first = decided[name]
-            if by != first:
+        for one, answer in pairs:
+            name, sign, first = decided[one[0]]
+            if one != decided[name]:
                 assert answer.status_code == 409
                 assert answer.json()["error"] == f"{first} labelled it {sign} before."
         for path in place.inbox:
             review = comment(path)["review"]
-            assert (review["label"], review["by"]) == decided[path.stem]
+            assert (path.stem, review["label"], review["by"]) == decided[path.stem]
             assert path.parent.name == review["label"]
         # A repeated request, whose answer was lost, is no second decision.
         again = [label(service, *one).status_code for one in work]

@@ -1,9 +1,10 @@
-"""What a release says of itself: its card, its bill of materials, and whether a rebuild is it."""
+"""Where a release comes from: commit and branch, card, bill of materials, and its rebuild."""
 
 import json
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tasks.params import Params
 from tasks.project import Project
 from tasks.releases.provenance import compare_builds, environment, model_card, write_bill
 from tasks.scoring.metrics import score
+from tasks.services.git import Revision, push_to_branch, read_revision
 from tasks.stage import silent
 from tests.fixtures.checkouts import with_stages
 from tests.fixtures.photos import CHECKOUT
@@ -29,27 +31,124 @@ from tests.fixtures.photos import CHECKOUT
 LOCK, PROJECT = CHECKOUT.root / "requirements.lock", CHECKOUT.root / "pyproject.toml"
 
 
+def git(root: Path, *words: str) -> str:
+    author = ["-c", "user.name=tests", "-c", "user.email=tests@example.invalid"]
+    command = ["git", "-C", str(root), *author, *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone of a bare remote, where git does not know who works here."""
+    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
+        monkeypatch.setenv(name, "/dev/null")
+    git(tmp_path, "init", "-q", "--bare", "-b", "main", "origin")
+    git(tmp_path, "clone", "-q", "origin", "checkout")
+    root = tmp_path / "checkout"
+    (root / "data.dvc").write_text("first\n")
+    (root / "code.py").write_text("code\n")
+    git(root, "checkout", "-qb", "main")
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "Start")
+    git(root, "push", "-q", "origin", "main")
+    return root
+
+
+def state(clone: Path) -> list[object]:
+    questions = ("status --porcelain", "rev-parse HEAD", "branch", "stash list", "worktree list")
+    said: list[object] = [git(clone, *words.split()) for words in questions]
+    return [*said, (clone / ".git/index").read_bytes(), (clone / "code.py").read_text()]
+
+
+def test_files_are_committed_and_what_the_person_is_doing_stays(clone: Path) -> None:
+    origin, branch, data = clone.parent / "origin", "handsigns/data", clone / "data.dvc"
+    data.write_text("second\n")
+    (clone / "staged.py").write_text("staged\n")
+    git(clone, "add", "staged.py")
+    (clone / "code.py").write_text("being edited\n")
+    (clone / ".git/hooks/pre-push").write_text("#!/bin/sh\nexit 1\n")
+    (clone / ".git/hooks/pre-push").chmod(0o755)
+    before = state(clone)
+    commit = push_to_branch(clone, branch, [data], "Retrain\n\nWhy.")
+    assert push_to_branch(clone, branch, [data], "Again") is None
+    assert state(clone) == before
+    assert git(origin, "rev-parse", branch) == commit
+    assert git(origin, "show", f"{branch}:data.dvc", f"{branch}:code.py") == "second\ncode"
+    assert git(origin, "log", "-1", "--format=%an %s", branch) == "handsigns Retrain"
+    # Of many at once none is lost: each has a file of its own beside those of the others. And a
+    # checkout below the repository's top keeps its paths.
+    below = clone / "models/signs"
+    below.mkdir(parents=True)
+    names = [f"{number}.dvc" for number in range(4)]
+    for name in names:
+        (below / name).write_text(f"{name}\n")
+    with ThreadPoolExecutor() as pool:
+        assert all(pool.map(lambda one: push_to_branch(below, branch, [below / one], one), names))
+    kept = git(origin, "ls-tree", "-r", "--name-only", branch).split()
+    assert kept == ["code.py", "data.dvc", *(f"models/signs/{name}" for name in names)]
+    assert git(origin, "log", "--format=%s", branch).split()[4:] == ["Retrain", "Start"]
+
+
+def test_a_remote_that_refuses_is_one_line_without_its_token(clone: Path) -> None:
+    origin = clone.parent / "origin"
+    hook = origin / "hooks/pre-receive"
+    hook.write_text("#!/bin/sh\necho only by review >&2\nexit 1\n")
+    hook.chmod(0o755)
+    url = "http://user:sentinel-token@127.0.0.1:9/origin.git"
+    for address, words in (
+        (str(origin), r"git push failed .*only by review"),
+        (url, "git ls-remote failed"),
+    ):
+        git(clone, "remote", "set-url", "origin", address)
+        with pytest.raises(ServiceError, match=words) as caught:
+            push_to_branch(clone, "data", [clone / "data.dvc"], "One")
+        assert "\n" not in str(caught.value)
+        assert "sentinel" not in str(caught.value)
+
+
+def test_the_commit_and_the_changed_files_are_named_or_why_not(
+    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean = read_revision(clone)
+    assert clean == Revision(git(clone, "rev-parse", "HEAD"))
+    (clone / "code.py").write_text("edited\n")
+    assert read_revision(clone) == Revision(f"{clean.commit}-dirty", ("code.py",))
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    advice = f"git config --global --add safe.directory {clone}"
+    for name, value, folder, words in (
+        ("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1", clone, advice),
+        ("PATH", str(tmp_path), clone, "There is no git here"),
+        ("GIT_CEILING_DIRECTORIES", str(tmp_path), outside, "not a git repository"),
+        ("GIT_INDEX_VERSION", "damaged", clone, "index file"),
+    ):
+        if value == "damaged":
+            (clone / ".git/index").write_bytes(b"damaged")
+        with monkeypatch.context() as patched:
+            patched.setenv(name, value)
+            found = read_revision(folder)
+        assert found.commit == "unknown"
+        assert words in str(found.problem)
+        assert "\n" not in str(found.problem)
+    (outside / "REVISION").write_text("abc\n")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    assert read_revision(outside) == Revision("abc")
+
+
 def test_the_card_carries_data_phases_scores_and_verdict(params: Params) -> None:
     y = np.arange(12) % 6
     blind_to_3 = np.full((12, 6), 0.02) + np.eye(6)[np.where(y == 3, 0, y)] * 0.88
     metrics = score(blind_to_3, y, params.labels).to_json()
     history = {"images": 10, "epochs": [{}] * 3, "val_loss": 0.25, "val_accuracy": 0.9}
-
-    def card(flip: bool) -> str:
-        content = params.model_dump()
-        content["augmentation"]["horizontal_flip"] = flip
-        return model_card(
-            metrics=metrics,
-            gate=judge(metrics, 0, params.gate, params.labels),
-            counts={"train": 100, "val": 10, "test": 12, "synthetic": 60},
-            params=content,
-            histories=[{"phase": name, **history} for name in params.phases],
-            data_version="3f2a.dir",
-            data_note="Rendered hands, no photos of people.",
-        )
-
-    text = card(flip=True)
-    assert "not mirrored" in card(flip=False)
+    text = model_card(
+        metrics=metrics,
+        gate=judge(metrics, 0, params.gate, params.labels),
+        counts={"train": 100, "val": 10, "test": 12, "synthetic": 60},
+        params=params.model_dump(),
+        histories=[{"phase": name, **history} for name in params.phases],
+        data_version="3f2a.dir",
+        data_note="Rendered hands, no photos of people.",
+    )
     for words in (
         "Version `3f2a.dir`. Rendered hands, no photos of people.",
         "used 60 synthetic (rendered) hands",
@@ -65,7 +164,6 @@ def test_the_card_carries_data_phases_scores_and_verdict(params: Params) -> None
         "|train|100|",
         f"|full|10|{full.trainable_layers}|{full.learning_rate:g}|3|0.2500|0.9000|",
         "|accuracy|0.8333 (95% Wilson: 0.5520 to 0.9530)|",
-        "|1|1.0000|1.0000|1.0000|2|",
         "|3|-|0.0000|0.0000|2|",
     ):
         assert row in rows
@@ -152,13 +250,8 @@ def test_a_missing_commit_or_version_of_the_photos_is_named_and_no_worktree_is_l
 ) -> None:
     project, release = with_stages(tmp_path / "checkout"), tmp_path / "release"
 
-    def git(*words: str) -> str:
-        author = ["-c", "user.name=t", "-c", "user.email=t@example.invalid"]
-        command = ["git", "-C", project.root, *author, *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    git("add", "-A")
-    git("commit", "-qm", "Old")
+    git(project.root, "add", "-A")
+    git(project.root, "commit", "-qm", "Old")
     release.mkdir()
     (release / "data.dvc").write_text(f"outs:\n- md5: {'0' * 32}.dir\n  path: data\n")
     (release / "dvc.lock").write_text("stages: {}\n")
@@ -170,6 +263,6 @@ def test_a_missing_commit_or_version_of_the_photos_is_named_and_no_worktree_is_l
     ):
         rebuild(workspace, release, built, None, silent)
     assert not built.root.parent.exists()
-    assert len(git("worktree", "list").splitlines()) == 1
+    assert len(git(project.root, "worktree", "list").splitlines()) == 1
     with pytest.raises(ReleaseError, match="git fetch"), checkout(project, "f" * 40):
         pass

@@ -1,34 +1,40 @@
-"""Storage: conditional writes, damaged answers, full disks, and services that fail or hang."""
+"""Services that fail, hang or have a private authority; storage that loses, damages or is full."""
 
+import re
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from flows.local import servers
-from flows.local.clients import ask, check_reachable
+from flows.local.clients import ask, check_reachable, point_prefect_at
 from flows.local.processes import Program
-from flows.settings import load_settings
-from tasks.errors import HandsignsError, ServiceError
+from flows.settings import Settings, load_settings
+from tasks.errors import HandsignsError, ServiceError, SettingsError
 from tasks.releases.champion import KEY, Pointer, move_champion, read_champion
 from tasks.releases.release import publish, verify
-from tasks.services.mlflow import Registry
+from tasks.services.mlflow import CHAMPION, Registry
 from tasks.services.s3 import ChangedError, MissingObjectError, S3Address, Storage
 from tests.fixtures import faults
 from tests.fixtures.checkouts import make_checkout
-from tests.fixtures.faults import Exchange, Proxy, proxy_to
+from tests.fixtures.faults import Answer, Exchange, Proxy, proxy_to
 from tests.fixtures.photos import write_photos
 from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.publishing import write_files
 from tests.fixtures.servers import MlflowServer, new_bucket, running
 from tests.fixtures.service import named
 from tests.fixtures.trained import Trained
+
+SERVERS = ("s3_endpoint_url", "mlflow_tracking_uri", "prefect_api_url")
 
 
 @pytest.fixture
@@ -48,18 +54,16 @@ def test_objects_are_written_listed_read_and_removed(
 ) -> None:
     for name in ("HTTP_PROXY", "http_proxy"):  # must not come between us and a local server
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    storage = Storage(s3)
+    storage, below = Storage(s3), Storage(s3, folder="/b/")
     for key, content in (("b/2", b"2"), ("b/10", bytes(range(256))), ("b/empty", b"")):
         storage.put(key, content)
         assert (storage.get(key), storage.get(key, 9)) == (content, content[:9])
-    found = [(one.key, one.size) for one in storage.list("b/")]
-    assert found == [("b/10", 256), ("b/2", 1), ("b/empty", 0)]
-    below = Storage(s3, folder="/b/")
-    assert (below.get("2"), below.keys("1"), below.uri("2")) == (b"2", ["10"], storage.uri("b/2"))
+    assert [(one.key, one.size) for one in below.list("")] == [("10", 256), ("2", 1), ("empty", 0)]
+    assert below.uri("2") == storage.uri("b/2")
     for _ in range(2):
         below.remove("2")
     with pytest.raises(MissingObjectError, match="b/2 does not exist"):
-        storage.get("b/2")
+        below.get("2")
     for key in ("", "../a", "a/../b", "/a", "a//b", "a/", "."):
         with pytest.raises(ValueError, match="empty or dotted parts"):
             storage.get(key)
@@ -74,22 +78,6 @@ def test_a_conditional_write_replaces_only_what_was_read(storage: Storage) -> No
         with pytest.raises(ChangedError):
             storage.put_if_match(key, b"third", first)
     assert storage.read("pointer") == (b"second", second)
-
-
-@pytest.mark.parametrize("hangs", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_service_that_does_not_answer_is_one_line_within_30_s(hangs: bool) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        if hangs:
-            listener.listen()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        storage = Storage(S3Address(url, "artifacts", "us-east-1", "k", "s"))
-        for call in (lambda s: s.get("a"), lambda s: s.put_if_absent("a", b""), Storage.check):
-            began = time.monotonic()
-            with pytest.raises(ServiceError, match=url) as caught:
-                call(storage)
-            assert "\n" not in str(caught.value)
-            assert 15 * hangs < time.monotonic() - began < 30
 
 
 def test_a_lost_answer_is_distinguished_from_a_rival(s3: S3Address, proxy: Proxy) -> None:
@@ -307,3 +295,104 @@ def test_an_import_onto_a_full_disk_leaves_the_photos_as_they_were(tmp_path: Pat
         refused = repo.run_limited(size, "import", more, *words).stderr
         assert (refused.count("\n"), contents()) == (1, before), refused
     assert repo.handsigns("import", more)["taken"]["train"] == dict.fromkeys("012345", 2)
+
+
+def test_logins_go_to_the_local_server_only_and_an_unusable_proxy_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def pointed(api: str, **environment: str) -> dict[str, str]:
+        point_prefect_at(api, tmp_path, load_settings(), environment)
+        return environment
+
+    with pytest.raises(SettingsError, match=r"^HTTPS_PROXY must be .*socks5://") as caught:
+        pointed("http://127.0.0.1:1/api", HTTPS_PROXY="socks://user:secret@127.0.0.1:1080/")
+    assert "secret" not in str(caught.value)
+    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "admin:ours")
+    assert pointed("http://127.0.0.1:1/api")["PREFECT_API_AUTH_STRING"] == "admin:ours"
+    monkeypatch.setenv("PREFECT_API_URL", "http://theirs/api")
+    assert "PREFECT_API_AUTH_STRING" not in pointed("http://theirs/api")
+
+
+@pytest.fixture(scope="module")
+def private(s3_server: S3Address, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Services with certificates of a private authority: `reason(service, **environment)`.
+
+    It is why a retrain fails, which is its `dvc.yaml` once the service has answered.
+    """
+    authority = trustme.CA()
+    folder = tmp_path_factory.mktemp("private")
+    authority.cert_pem.write_to_path(folder / "authority.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    checkout = make_checkout(folder / "checkout")
+    (checkout.project.root / "dvc.yaml").write_text("")
+
+    def healthy(exchange: Exchange) -> None:
+        exchange.send(Answer(200, "OK", [("content-type", "application/json")], b"true"))
+
+    with proxy_to(s3_server.endpoint_url) as proxy:
+        proxy.socket = context.wrap_socket(proxy.socket, server_side=True)
+        proxy.fault = faults.on("/health$", healthy)
+        url = proxy.url.replace("http:", "https:")
+        services = {
+            "MLFLOW_TRACKING_URI": {"MLFLOW_TRACKING_URI": url},
+            "PREFECT_API_URL": {"PREFECT_API_URL": f"{url}/api"},
+            "HANDSIGNS_S3_ENDPOINT_URL": named(replace(s3_server, endpoint_url=url)),
+        }
+
+        def reason(service: str, **environment: str) -> Any:
+            known = {
+                k: v.replace("FILE", f"{folder}/authority.pem") for k, v in environment.items()
+            }
+            return checkout.handsigns("retrain", code=1, **services[service], **known)["reason"]
+
+        yield reason
+
+
+@pytest.mark.parametrize(
+    ("service", "trusting", "value"),
+    [
+        ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_SERVER_CERT_PATH", "FILE"),
+        ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_INSECURE_TLS", "true"),
+        ("MLFLOW_TRACKING_URI", "REQUESTS_CA_BUNDLE", "FILE"),
+        ("PREFECT_API_URL", "PREFECT_API_SSL_CERT_FILE", "FILE"),
+        ("PREFECT_API_URL", "SSL_CERT_FILE", "FILE"),
+        ("HANDSIGNS_S3_ENDPOINT_URL", "AWS_CA_BUNDLE", "FILE"),
+    ],
+)
+def test_a_private_authority_is_trusted_as_the_services_own_client_does(
+    private: Any, service: str, trusting: str, value: str
+) -> None:
+    assert "dvc.yaml" in private(service, **{trusting: value})
+
+
+def test_an_unknown_authority_is_named(private: Any) -> None:
+    for service in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "HANDSIGNS_S3_ENDPOINT_URL"):
+        reason = private(service)
+        assert re.search(r"certificate.verify.failed|SSLError", reason, re.IGNORECASE)
+        assert service in reason
+
+
+@pytest.mark.parametrize("hangs", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_services_that_do_not_answer_are_given_up_in_one_line_within_30_s(hangs: bool) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        if hangs:
+            taken.listen()
+        host = f"127.0.0.1:{taken.getsockname()[1]}"
+        url = f"http://{host}"
+        storage = Storage(S3Address(url, "artifacts", "us-east-1", "k", "s"))
+        settings = [Settings().model_copy(update={name: url}) for name in SERVERS]
+        registry = Registry(f"http://user:sentinel-secret@{host}", "hand-signs")
+        calls: list[Callable[[], object]] = [
+            *(partial(check_reachable, one) for one in settings),
+            lambda: storage.get("a"),
+            lambda: storage.put_if_absent("a", b""),
+            lambda: registry.set_alias(CHAMPION, 1),
+        ]
+        for call in calls:
+            began = time.monotonic()
+            with pytest.raises(ServiceError, match=url) as caught:
+                call()
+            assert time.monotonic() - began < 30
+            assert not any(word in str(caught.value) for word in ("\n", "sentinel"))
