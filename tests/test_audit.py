@@ -87,10 +87,8 @@ def test_pairs_are_found_across_the_blocks_of_a_large_set() -> None:
     pictures = np.random.default_rng(3).integers(0, 256, (3000, 4, 4, 3)).astype(np.uint8)
     pictures[2999], pictures[1500] = pictures[17], pictures[5, :, ::-1]
     same = np.zeros(3000, np.uint64)
-    assert search(pictures, 0, 2.0, hashes=same, mirrored=same).pairs.tolist() == [
-        [5, 1500],
-        [17, 2999],
-    ]
+    found = search(pictures, 0, 2.0, hashes=same, mirrored=same)
+    assert found.pairs.tolist() == [[5, 1500], [17, 2999]]
     # The darkest photo of a block is compared with those before it.
     hashed = np.random.default_rng(1).integers(0, 2**63, 258).astype(np.uint64)
     hashed[256] = hashed[7]

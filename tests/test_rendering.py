@@ -1,7 +1,6 @@
 """Rendered hands: the sign that a pose shows, what rays meet, the photo, and the sample's files."""
 
 import hashlib
-import io
 from itertools import product
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from tasks.errors import DataError
 from tasks.rendering.hand import (
@@ -61,10 +59,6 @@ def test_the_bytes_of_a_photo_are_the_same_on_every_machine() -> None:
     assert {(photo.shape, photo.dtype) for photo in photos} == {((64, 64, 3), np.dtype(np.uint8))}
     content = b"".join(photo.tobytes() for photo in photos)
     assert hashlib.sha256(content).hexdigest()[:16] == "ba290de966d110f7"
-    for photo in photos:
-        with Image.open(io.BytesIO(encode(photo))) as decoded:
-            assert (decoded.format, decoded.mode) == ("PNG", "RGB")
-            assert np.array_equal(np.asarray(decoded), photo)
     assert hashlib.sha256(encode(photos[0])).hexdigest()[:16] == "d657f5aed629027f"
 
 

@@ -65,13 +65,11 @@ def test_every_number_equals_its_plain_definition(seed: int, n: int, sharpness: 
         assert found.precision == (hits / column.sum() if column.any() else None)
         if found.f1 is not None:
             assert found.f1 == pytest.approx(2 * hits / (row.sum() + column.sum()))
-    error = 0.0
-    for number in range(CALIBRATION_BINS):
-        rows = (number < confidence * CALIBRATION_BINS) & (
-            confidence * CALIBRATION_BINS <= number + 1
-        )
-        if rows.any():
-            error += rows.sum() / n * abs(confidence[rows].mean() - right[rows].mean())
+    bins = np.ceil(confidence * CALIBRATION_BINS)
+    error = sum(
+        (bins == one).mean() * abs(confidence[bins == one].mean() - right[bins == one].mean())
+        for one in np.unique(bins)
+    )
     assert scores.ece == pytest.approx(error, abs=1e-12)
     if n >= 6:
         areas = [roc_auc_score(y == index, p[:, index]) for index in range(6)]
