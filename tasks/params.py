@@ -27,6 +27,24 @@ BACKBONE = "backbone"
 PHASES = ("base", "fine_tune", "full")
 MAX_TRAINABLE_LAYERS = 16  # of EfficientNetB0 above `block6d_add`, where the trunk is cut off
 
+# Parameters of earlier versions, and what they are called now; None: they are gone.
+RENAMED = {
+    "hash_distance": "max_hash_distance",
+    "twin_rms": "max_rms_difference",
+    "detail": "image_size",
+    "far": "zoom_out_prob",
+    "farthest": "zoom_out_min",
+    "channel": "color_jitter",
+    "views": "augmented_copies",
+    "style_mixing": "mixstyle_prob",
+    "erasing": "random_erasing_prob",
+    "calibrate": "temperature",
+    "starts_from": "init_from",
+    "averaging": "swa_fraction",
+    "max_leaks": "max_cross_split_duplicates",
+    **dict.fromkeys(("backbone", "backdrop", "weight_decay", "label_smoothing", "schedule")),
+}
+
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 ONE, EACH = "one", "each"
 Shares = Annotated[
@@ -239,9 +257,13 @@ def _faults(error: ValidationError) -> list[str]:
             phrase = f"{key}: {text}, not {fault['input']!r}" if key else text
         else:
             section, _, name = key.rpartition(".")
-            phrase = f"{key} is unknown"
-            if near := difflib.get_close_matches(name, known, 1):
-                meant.add(f"{section}.{near[0]} is missing")
-                phrase += f" (did you mean {near[0]}?)"
+            near = difflib.get_close_matches(name, known, 1)
+            if new := RENAMED.get(name):
+                phrase = f"{key} is now called {section}.{new}"
+            elif name in RENAMED:
+                phrase = f"{key} no longer exists, remove it"
+            else:
+                phrase = f"{key} is unknown" + (f" (did you mean {near[0]}?)" if near else "")
+            meant.add(f"{section}.{new or ''.join(near)} is missing")
         phrases.setdefault(key, phrase)
     return [phrase for phrase in phrases.values() if phrase not in meant]

@@ -80,6 +80,9 @@ def test_what_is_no_mapping_of_names_is_refused_in_one_line(tmp_path: Path, text
 @pytest.mark.parametrize(
     ("written", "instead", "phrase"),
     [
+        ("max_hash_distance:", "hash_distance:", "A.hash_distance is now called A.max_hash_dis"),
+        ("init_from: base", "starts_from: base", "P.starts_from is now called P.init_from"),
+        ("dropout:", "weight_decay: 1\n  dropout:", "T.weight_decay no longer exists, remove it"),
         ("dropout:", "droput:", "T.droput is unknown (did you mean dropout?)"),
         ("max_loss:", "maxloss:", "gate.maxloss is unknown (did you mean max_loss?)"),
         ("seed: 20", "# none", "seed is missing"),
