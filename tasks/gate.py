@@ -50,7 +50,6 @@ def judge(
 
 
 def reasons(verdict: Mapping[str, Any]) -> list[str]:
-    """One line for each failed check."""
     return [
         f"{check['name']}: "
         + check.get(

@@ -30,8 +30,6 @@ SPLITS |= {"validation": "train", "test": "test", "testing": "test"}
 
 REVIEWED = "review-"  # begins the names of folders with photos that people labelled at `/review`
 MAX_TOTAL = 8 * 2**30  # bytes when unpacked
-MAX_RATIO = 100  # of an HDF5 file; photos compress to about 1
-MAX_ROWS = 1_000_000
 
 
 Folder = tuple[str, ...]  # names of the folders that lead to it, and its own
@@ -247,7 +245,8 @@ def _h5_rows(path: Path, known: Sequence[str] | None, stack: ExitStack) -> Itera
         splits = [split for split in FOLDERS if f"{split}_set_x" in file]
         if not splits:
             raise ValueError("has neither train_set_x nor test_set_x")
-        limit = min(MAX_TOTAL, max(64 * 2**20, MAX_RATIO * path.stat().st_size))
+        # Photos compress to about as many bytes.
+        limit = min(MAX_TOTAL, max(64 * 2**20, 100 * path.stat().st_size))
         arrays = [(split, *_h5_arrays(file, split, limit)) for split in splits]
     except Exception as error:  # h5py raises anything on damaged files
         fault = " ".join(printable(str(error)).split())[:160]
@@ -272,7 +271,7 @@ def _h5_arrays(file: "h5py.File", split: str, limit: int) -> tuple[Any, list[int
     count = len(photos)
     if labels.dtype.kind not in "iu" or labels.shape not in ((count,), (1, count)):
         raise ValueError(f"has {found}, not integer ({count},) labels")
-    large = count > MAX_ROWS or photos.size // count > 3 * MAX_PIXELS
+    large = count > 1_000_000 or photos.size // count > 3 * MAX_PIXELS
     if large or max(photos.size, chunk) > limit:
         raise ValueError(f"has too much: {found}")
     return photos, np.asarray(labels[...]).reshape(-1).tolist()

@@ -50,11 +50,9 @@ class Move(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def forced(self) -> bool:
-        """Whether it was promoted in spite of failed checks."""
         return bool(self.overruled)
 
     def describe(self) -> str:
-        """The move in one line."""
         before = f"version {self.previous}" if self.previous else "none"
         force = f" (FORCED: {'; '.join(self.overruled)})" if self.forced else ""
         return (

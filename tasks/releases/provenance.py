@@ -45,7 +45,6 @@ def release_facts(root: Path, data_version: str, champion: Champion | None) -> d
 
 
 def environment() -> dict[str, Any]:
-    """Name the interpreter, the libraries and the processor of this process."""
     known = {one.name: one.version for one in distributions()}
     return {
         "python": platform.python_version(),
@@ -97,7 +96,6 @@ class RebuildComparison:
     seconds: float = 0.0
 
     def describe(self) -> str:
-        """The verdict in one line."""
         found = f"{self.difference} Likely cause: {self.cause}"
         verdict = "identical." if self.identical else found
         return f"Release {self.release} was rebuilt from {self.revision[:12]}: {verdict}"

@@ -17,7 +17,6 @@ RECENT = 12
 """Champions that are compared; the more there are, the fewer photos all of them were tested on."""
 SCORES = {"accuracy": "accuracy", "loss": "loss", "calibration error": "ece"}
 DRIFT = ("labels", "confidences", "embeddings")  # what the drift monitor compares
-MAX_UPRIGHT = 6  # champions whose numbers fit side by side
 
 Scores = Mapping[str, float | None]
 
@@ -105,7 +104,7 @@ def draw_quality(found: QualityOverTime, path: Path) -> None:
             axes.plot(x, np.array(values, float), "o-", color=color, label=label)
         axes.set(title=title, xlabel="version", xticks=x, xlim=(-0.5, len(x) - 0.5))
         versions = [f"v{one.version}" for one in rows]
-        axes.set_xticklabels(versions, rotation="vertical" if len(x) > MAX_UPRIGHT else 0)
+        axes.set_xticklabels(versions, rotation="vertical" if len(x) > 6 else 0)
     panels[3].set_ylim(bottom=0)
     panels[4].axhline(1, color="grey", linestyle=":")
     panels[5].set_axis_off()

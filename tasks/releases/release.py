@@ -22,7 +22,6 @@ from tasks.services.s3 import ChangedError, Storage
 MANIFEST = "manifest.json"
 DATASET_INDEX = "dataset.json"  # lists which photo was in which split
 AGAIN = "Do not use it; publish it again by a retrain, or roll back."
-MAX_FILE_BYTES = 1 << 30
 ID = re.compile(r"[0-9a-f]{32}")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
@@ -33,7 +32,7 @@ class Digest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    bytes: int = Field(ge=0, le=MAX_FILE_BYTES)
+    bytes: int = Field(ge=0, le=1 << 30)
 
 
 class Manifest(BaseModel):
@@ -73,8 +72,7 @@ def publish(
 ) -> Release:
     """Upload files by name; the manifest appears last, after every byte was read back.
 
-    What is stored already and right stays, so a complete release is found and an incomplete or
-    damaged one is repaired. `facts` are for people and do not change the id.
+    What is stored already and right stays; `facts` are for people and do not change the id.
     """
     manifest = describe(files, facts)
     signed = storage.trust.sign(MANIFEST, manifest)

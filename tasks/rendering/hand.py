@@ -181,7 +181,6 @@ def _straight_thumb(label: int, random: np.random.Generator) -> _Thumb:
 
 
 def _bent_thumb(label: int, joints: Floats, random: np.random.Generator) -> _Thumb:
-    """The thumb of a sign that does not show it."""
     jitter = random.uniform(-1.0, 1.0, 3)
     if label == 0:
         touch = joints[INDEX, 3] * 0.6 + joints[MIDDLE, 3] * 0.4 + np.array([0.0, -1.0, -0.5])

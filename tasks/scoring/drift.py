@@ -16,7 +16,6 @@ AUC_LIMIT = 0.7
 Of 50 against 50 samples, chance alone reaches it in less than one of 1,000 windows.
 """
 LEVEL = 0.999  # chance that noise alone exceeds no limit; windows are compared every hour
-FOLDS = 5
 COMPONENTS = 32  # principal components of the embeddings that the two-sample test looks at
 
 
@@ -89,7 +88,7 @@ def compare_embeddings(reference: ArrayLike, window: ArrayLike, seed: int = 0) -
     components = min(COMPONENTS, rows.shape[1], MIN_SAMPLES // 2)
     regression = LogisticRegression(class_weight="balanced", max_iter=1000)
     model = make_pipeline(PCA(components, random_state=seed), StandardScaler(), regression)
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
     scores = cross_val_predict(model, rows, production, cv=folds, method="predict_proba")
     auc = float(roc_auc_score(production, scores[:, 1]))
     return Drift("embeddings", auc, AUC_LIMIT, m)

@@ -16,7 +16,6 @@ from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, RocC
 from tasks.io import atomic_write
 from tasks.scoring.metrics import CALIBRATION_BINS, Scores, calibration_error
 
-DPI = 120
 COLORS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00")
 """Okabe and Ito's palette, distinguishable with all common kinds of color vision."""
 BLUE, ORANGE = COLORS[4:]
@@ -29,7 +28,7 @@ def save(figure: Figure, path: Path) -> None:
     """Write a PNG atomically; the same figure gives the same bytes."""
     with atomic_write(path) as temporary:
         FigureCanvasAgg(figure)
-        figure.savefig(temporary, dpi=DPI, metadata={"Software": None})
+        figure.savefig(temporary, dpi=120, metadata={"Software": None})
 
 
 def curves(histories: Sequence[Mapping[str, Any]]) -> Figure:
@@ -76,7 +75,6 @@ def confusion(scores: Scores) -> Figure:
 
 
 def roc_pr(p: np.ndarray, y: np.ndarray, names: Sequence[str]) -> Figure:
-    """Draw ROC and precision-recall curves, each class against the rest."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     roc, pr = figure.subplots(1, 2)
     shown = [*range(len(names))]

@@ -22,7 +22,6 @@ PREFIX = "mlflow"
 CHALLENGER = "challenger"
 CHAMPION = "champion"
 CONTENT_ID = "content_id"  # tag of runs and versions: the release that they stand for
-MAX_PARAM = 6000  # characters of a parameter that MLflow takes
 LIBRARIES = ("keras", "mlflow", "numpy", "tensorflow", "tensorflow-cpu")
 BATCH = 100  # parameters that one request may carry; metrics may be ten times as many
 FIXED = {
@@ -296,7 +295,7 @@ def _log(client: Any, run_id: str, record: RunRecord) -> None:
         used = DatasetInput(photos, [InputTag("mlflow.data.context", "training and test")])
         client.log_inputs(run_id, [used])
     now = int(time.time() * 1000)
-    params = [Param(name, str(value)[:MAX_PARAM]) for name, value in _flat(record.params, ".")]
+    params = [Param(name, str(value)[:6000]) for name, value in _flat(record.params, ".")]
     points = [(name, value, 0) for name, value in _flat(record.metrics, "/")]
     points += [
         (f"{history['phase']}/{name}", epoch[name], epoch["epoch"])

@@ -203,10 +203,9 @@ def mixstyle(
 def random_erasing(
     features: NDArray[np.float32], random: np.random.Generator, probability: float
 ) -> NDArray[np.float32]:
-    """Set a rectangle of a feature map to zero, with a probability for each photo.
+    """Set a rectangle of a feature map, float32 (n, h, w, channels), to zero, by chance per photo.
 
-    float32, (n, h, w, channels). Zhong et al., Random Erasing Data Augmentation, 2020. Maps
-    of a single place stay as they are.
+    Zhong et al., Random Erasing Data Augmentation, 2020.
     """
     count, height, width, _ = features.shape
     if probability == 0 or min(height, width) < 2:

@@ -66,10 +66,7 @@ class Plan:
         return np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), purpose, number])
 
     def targets(self, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Labels of positions in `train`, one-hot, times their weight; float32, (n, labels).
-
-        The weights of photos and synthetic hands have a mean of 1 over `train`.
-        """
+        """Labels of positions in `train`, one-hot, times weights with a mean of 1 over `train`."""
         weights = np.where(self.synthetic, self.training.synthetic_weight, 1.0)
         weighted = (weights / weights.mean())[chosen, np.newaxis]
         one_hot = np.eye(self.classes)[self.train_labels[chosen]]
