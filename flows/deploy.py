@@ -10,7 +10,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import yaml
@@ -21,6 +21,9 @@ from flows.settings import Settings
 from tasks.errors import ServiceError, SettingsError, first_fault
 from tasks.project import Project
 from tasks.services.s3 import redact_url
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 FILE = "prefect.yaml"
 SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS  # without an event for this long, a run counts as crashed
@@ -49,22 +52,24 @@ def declared_deployments(project: Project, pool: str = POOL) -> tuple[list[str],
 def deploy(project: Project, settings: Settings, api: str, pool: str = POOL) -> list[str]:
     """Register a pool, deployments and automations; return the names of the deployments."""
     names, declared = declared_deployments(project, pool)
-    with asking(api, project, settings):
-        _register_pool(project, pool)
+    with asking(api, project, settings) as client:
+        _register_pool(client, project, pool)
         _deploy_flows(project, yaml.safe_dump(declared))
-        _register_automations()
+        _register_automations(client)
     return names
 
 
 @contextmanager
-def asking(api: str, project: Project, settings: Settings) -> Iterator[None]:
+def asking(api: str, project: Project, settings: Settings) -> "Iterator[SyncPrefectClient]":
     """Ask a Prefect server; errors of its client are one line that names the server."""
     # Prefect reads its address once, when it is imported.
     point_prefect_at(api, project.local.resolve(), settings)
+    from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectException
 
     try:
-        yield
+        with get_client(sync_client=True) as client:
+            yield client
     except (httpx.HTTPError, PrefectException, subprocess.TimeoutExpired) as error:
         raise ServiceError(
             f"Prefect at {redact_url(api)} failed ({type(error).__name__}). Check PREFECT_API_URL, "
@@ -72,9 +77,9 @@ def asking(api: str, project: Project, settings: Settings) -> Iterator[None]:
         ) from error
 
 
-def check_owner(project: Project) -> None:
+def check_owner(client: "SyncPrefectClient", project: Project) -> None:
     """Refuse a work pool that another checkout has and serves: its runs would start there."""
-    owner, served = _pool_owner()
+    owner, served = _pool_owner(client)
     if served and owner not in (None, _owner(project)):
         raise SettingsError(
             f"The work pool {POOL!r} belongs to another checkout, whose worker is up: {owner}. "
@@ -87,24 +92,21 @@ def _owner(project: Project) -> str:
     return f"{project.root.resolve()} on {socket.gethostname()}"
 
 
-def _pool_owner() -> tuple[str | None, bool]:
+def _pool_owner(client: "SyncPrefectClient") -> tuple[str | None, bool]:
     """The checkout that registered the process pool, and whether a worker serves it."""
-    from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 
-    with get_client(sync_client=True) as client:
-        try:
-            pool = client.read_work_pool(POOL)
-        except ObjectNotFound:
-            return None, False
-        workers = client.read_workers_for_work_pool(POOL)
+    try:
+        pool, workers = client.read_work_pool(POOL), client.read_workers_for_work_pool(POOL)
+    except ObjectNotFound:
+        return None, False
     return pool.description, any(worker.status == "ONLINE" for worker in workers)
 
 
-def wait_for_worker(seconds: float) -> None:
+def wait_for_worker(client: "SyncPrefectClient", seconds: float) -> None:
     """Return once a worker reported to the process pool; `ServiceError` if none does in time."""
     deadline = time.monotonic() + seconds
-    while not _pool_owner()[1]:
+    while not _pool_owner(client)[1]:
         if time.monotonic() > deadline:
             raise ServiceError(
                 f"No worker reported to the pool {POOL!r} in {seconds:.0f} s. "
@@ -113,8 +115,7 @@ def wait_for_worker(seconds: float) -> None:
         time.sleep(0.5)
 
 
-def _register_pool(project: Project, pool: str) -> None:
-    from prefect.client.orchestration import get_client
+def _register_pool(client: "SyncPrefectClient", project: Project, pool: str) -> None:
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
     from prefect.exceptions import ObjectAlreadyExists
     from prefect.workers.process import ProcessWorker
@@ -125,12 +126,11 @@ def _register_pool(project: Project, pool: str) -> None:
     if pool != POOL:
         kind, about = pool.rpartition("-")[2], {}
         template = json.loads((project.root / f"docker/pools/{kind}.json").read_text())
-    with get_client(sync_client=True) as client:
-        try:
-            wanted = WorkPoolCreate(name=pool, type=kind, base_job_template=template, **about)
-            client.create_work_pool(wanted)
-        except ObjectAlreadyExists:  # and somebody may have paused or limited it
-            client.update_work_pool(pool, WorkPoolUpdate(base_job_template=template, **about))
+    try:
+        wanted = WorkPoolCreate(name=pool, type=kind, base_job_template=template, **about)
+        client.create_work_pool(wanted)
+    except ObjectAlreadyExists:  # and somebody may have paused or limited it
+        client.update_work_pool(pool, WorkPoolUpdate(base_job_template=template, **about))
 
 
 def _deploy_flows(project: Project, declared: str) -> None:
@@ -151,9 +151,8 @@ def _deploy_flows(project: Project, declared: str) -> None:
         raise ServiceError(f"Prefect did not take the deployments: {reason}")
 
 
-def _register_automations() -> None:
+def _register_automations(client: "SyncPrefectClient") -> None:
     """Mark silent runs as crashed, and notify people; a heartbeat is an event, too."""
-    from prefect.client.orchestration import get_client
     from prefect.events import AutomationCore
 
     from flows.ui import UNHEARD
@@ -169,33 +168,32 @@ def _register_automations() -> None:
     ]
     # A bare template would be taken for an object and not for its text.
     run = {"__prefect_kind": "jinja", "template": "{{ labels.prefect.resource.id }}"}
-    with get_client(sync_client=True) as client:
-        crash = str(client.read_deployment_by_name(CRASH_FLOW).id)
-        notify = {"type": "run-deployment", "source": "selected", "deployment_id": crash}
-        for name, after, seconds in kinds:
-            message = (
-                f"{UNHEARD} for {seconds:.0f} s: its process, its worker or its machine is gone. "
-                "What was there before is intact; run it again."
-            )
-            trigger = {
-                "type": "event",
-                "posture": "Proactive",
-                "after": [f"prefect.flow-run.{event}" for event in after],
-                "expect": ["prefect.flow-run.*"],
-                "match": {"prefect.resource.id": ["prefect.flow-run.*"]},
-                "match_related": ours,
-                "for_each": ["prefect.resource.id"],
-                "threshold": 1,
-                "within": seconds,
-            }
-            mark = {"type": "change-flow-run-state", "state": "CRASHED", "message": message}
-            actions = [mark, {**notify, "parameters": {"run": run}}]
-            content = {"trigger": trigger, "actions": actions}
-            about = {"name": name, "description": json.dumps(content)}
-            wanted = AutomationCore.model_validate({**content, **about})
-            known = client.read_automations_by_name(name)
-            if not known:
-                client.create_automation(wanted)
-            elif known[0].description != wanted.description:
-                # What it has seen is forgotten then, and so are runs that ended with the server.
-                client.update_automation(known[0].id, wanted)
+    crash = str(client.read_deployment_by_name(CRASH_FLOW).id)
+    notify = {"type": "run-deployment", "source": "selected", "deployment_id": crash}
+    for name, after, seconds in kinds:
+        message = (
+            f"{UNHEARD} for {seconds:.0f} s: its process, its worker or its machine is gone. "
+            "What was there before is intact; run it again."
+        )
+        trigger = {
+            "type": "event",
+            "posture": "Proactive",
+            "after": [f"prefect.flow-run.{event}" for event in after],
+            "expect": ["prefect.flow-run.*"],
+            "match": {"prefect.resource.id": ["prefect.flow-run.*"]},
+            "match_related": ours,
+            "for_each": ["prefect.resource.id"],
+            "threshold": 1,
+            "within": seconds,
+        }
+        mark = {"type": "change-flow-run-state", "state": "CRASHED", "message": message}
+        actions = [mark, {**notify, "parameters": {"run": run}}]
+        content = {"trigger": trigger, "actions": actions}
+        about = {"name": name, "description": json.dumps(content)}
+        wanted = AutomationCore.model_validate({**content, **about})
+        known = client.read_automations_by_name(name)
+        if not known:
+            client.create_automation(wanted)
+        elif known[0].description != wanted.description:
+            # What it has seen is forgotten then, and so are runs that ended with the server.
+            client.update_automation(known[0].id, wanted)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from tasks.errors import StageError
 from tasks.io import read_json, write_json
@@ -33,7 +33,7 @@ class DataChanges(_Part):
     added: int = 0
     removed: int = 0
     relabelled: int = 0
-    per_class: dict[str, dict[str, int]] = Field(default_factory=dict)
+    per_class: dict[str, dict[str, int]] = {}
 
 
 class DataReport(_Part):
@@ -57,28 +57,19 @@ class DataReport(_Part):
         return text
 
 
-class PhaseReport(_Part):
-    name: str
-    images: int
-    epochs: int
-    seconds: float
-    val_accuracy: float
-    val_loss: float
-
-
 class TestReport(_Part):
     accuracy: float | None = None
     accuracy_interval: tuple[float, float] | None = None
     loss: float | None = None
     auc: float | None = None
     ece: float | None = None
-    per_class: list[dict[str, Any]] = Field(default_factory=list)
-    robustness: dict[str, Any] = Field(default_factory=dict)
+    per_class: list[dict[str, Any]] = []
+    robustness: dict[str, Any] = {}
 
 
 class GateReport(_Part):
     passed: bool = False
-    checks: list[dict[str, Any]] = Field(default_factory=list)
+    checks: list[dict[str, Any]] = []
 
     def failures(self) -> list[str]:
         """One phrase for each failed check, such as `accuracy 0.963 < 0.990`."""
@@ -97,32 +88,20 @@ class ModelReport(_Part):
     alias: str | None = None
 
 
-class ReleaseReport(_Part):
-    id: str | None = None
-    uri: str | None = None
-
-
-class FeaturesReport(_Part):
-    views: int = 0
-    computed: int = 0
-    reused: int = 0
-    images_per_second: float = 0.0
-
-
 class RunReport(_Part):
     """Content of `run.json`; a part that was not reached keeps its empty value."""
 
     status: Status = "failed"
     reason: str = ""
-    data: DataReport = Field(default_factory=DataReport)
-    phases: list[PhaseReport] = Field(default_factory=list)
-    test: TestReport = Field(default_factory=TestReport)
-    gate: GateReport = Field(default_factory=GateReport)
+    data: DataReport = DataReport()
+    phases: list[dict[str, Any]] = []
+    test: TestReport = TestReport()
+    gate: GateReport = GateReport()
     comparison: dict[str, Any] | None = None
     model: ModelReport
-    release: ReleaseReport = Field(default_factory=ReleaseReport)
-    features: FeaturesReport = Field(default_factory=FeaturesReport)
-    seconds: dict[str, float] = Field(default_factory=dict)
+    release: dict[str, str | None] = {"id": None, "uri": None}
+    features: dict[str, Any] = {"views": 0, "computed": 0, "reused": 0, "images_per_second": 0.0}
+    seconds: dict[str, float] = {}
 
     def headline(self) -> str:
         """The outcome in a few words, such as `v4 promoted: 0.982 -> 0.991, +84 photos`."""
@@ -148,7 +127,7 @@ class RunReport(_Part):
         """What happened, how good it is and compared with what, for terminal and UI."""
         facts, test, new = {"why": self.reason}, self.test, self.status != "unchanged"
         if self.phases and new:
-            spent = [f"{one.name} {one.seconds:.0f} s" for one in self.phases if one.seconds]
+            spent = [f"{p['name']} {p['seconds']:.0f} s" for p in self.phases if p["seconds"]]
             facts["photos"] = self.data.describe()
             facts["trained"] = ", ".join(spent) or "restored; nothing changed for training"
         if test.accuracy is not None:
@@ -168,8 +147,8 @@ class RunReport(_Part):
         if self.model.version is not None:
             alias = f" ({self.model.alias})" if self.model.alias else ""
             facts["model"] = f"{self.model.name} version {self.model.version}{alias}"
-        if self.release.uri and new:
-            facts["release"] = self.release.uri
+        if (uri := self.release["uri"]) and new:
+            facts["release"] = uri
         if "total" in self.seconds:
             facts["took"] = f"{self.seconds['total']:.0f} s"
         return facts
@@ -272,17 +251,13 @@ def read_stages(
     data.synthetic = len(index["labels"]) * index["synthetic"]
     data.duplicates, data.leaks = read_output(project.audit)["duplicates"], index["leaks"]
     computed = read_json(project.features_report) if outcomes["features"] == "ran" else None
-    report.features = FeaturesReport(**(computed or {"views": params.features.augmented_copies}))
+    report.features |= computed or {"views": params.features.augmented_copies}
     for history in histories(project, params):
         stage = f"train@{history['phase']}"
-        phase = PhaseReport(
-            name=history["phase"],
-            images=history["images"],
-            epochs=len(history["epochs"]),
-            seconds=report.seconds[stage] if outcomes[stage] == "ran" else 0.0,
-            val_accuracy=history["val_accuracy"],
-            val_loss=history["val_loss"],
-        )
+        phase = {"name": history["phase"], "images": history["images"]}
+        phase["epochs"] = len(history["epochs"])
+        phase["seconds"] = report.seconds[stage] if outcomes[stage] == "ran" else 0.0
+        phase |= {name: history[name] for name in ("val_accuracy", "val_loss")}
         report.phases.append(phase)
     metrics = read_output(project.metrics)
     report.test = TestReport(**{name: metrics[name] for name in TestReport.model_fields})

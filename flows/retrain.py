@@ -216,11 +216,8 @@ def read_former(run: Run) -> tuple[Any, int | None]:
 @step("stage")
 def run_stage(run: Run, name: str) -> str:
     """Bring one stage up to date."""
-    token = runner.set(shard_runner(run.workspace.settings.dask_address))
-    try:
-        outcome = run.workspace.pipeline.run(name, run.force, run.progress)
-    finally:
-        runner.reset(token)
+    runner.set(shard_runner(run.workspace.settings.dask_address))
+    outcome = run.workspace.pipeline.run(name, run.force, run.progress)
     _log.info("Stage %s: %s.", name, outcome)
     return outcome
 
@@ -232,8 +229,8 @@ def commit_versions(run: Run, branch: str) -> None:
     verdict = "passed" if report.gate.passed else "rejected"
     subject = f"Retrain on data {report.data.version[:8]}"
     body = f"Test accuracy {report.test.accuracy or 0.0:.1%}; the gate {verdict} the model."
-    files = [project.data_file, project.lock]
-    commit = push_to_branch(project.root, branch, files, f"{subject}\n\n{body}")
+    files, message = [project.data_file, project.lock], f"{subject}\n\n{body}"
+    commit = push_to_branch(project.root, branch, files, message)
     _log.info("Branch %s: %s.", branch, f"commit {commit} is pushed" if commit else "up to date")
 
 
@@ -258,13 +255,13 @@ def publish_release(run: Run) -> Release:
         )
         (folder / "model_card.md").write_text(card, encoding="utf-8")
         write_bill(root / "requirements.lock", root / "pyproject.toml", folder / "sbom.cdx.json")
-        made = [project.model, project.graph, project.metrics, project.gate, *folder.iterdir()]
+        made = [project.model, project.graph, project.metrics, project.gate, project.predictions]
         made += [project.params, project.lock, project.data_file, project.reference]
-        made.append(project.predictions)
+        made += folder.iterdir()
         files = {DATASET_INDEX: project.dataset_index, **{path.name: path for path in made}}
         facts = release_facts(root, report.data.version, workspace.champion())
         release = publish(workspace.storage, files, facts)
-    report.release.id, report.release.uri = release.id, release.uri
+    report.release = {"id": release.id, "uri": release.uri}
     return release
 
 
@@ -353,7 +350,7 @@ def compare(
     record_comparison(workspace.registry, version.number, champion, decision)
     if decision.comparison:
         run.report.comparison = decision.comparison.to_json()
-    ui.show_comparison(decision)
+    ui.show_text("comparison", "Champion and challenger.", ui.comparison_text(decision))
     return champion, decision
 
 

@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -239,15 +239,13 @@ def _run_flow(run: Run) -> None:
 
     load_mlflow()
 
-    def flow() -> None:
-        from flows.retrain import retrain
-
-        services.prefect()
-        retrain(force=run.force, return_state=True)
-
     token = command.set(run)
     try:
-        _in_prefect(run.workspace, api, flow)
+        with _prefect_client(run.workspace, api):
+            from flows.retrain import retrain
+
+            services.prefect()
+            retrain(force=run.force, return_state=True)
     finally:
         command.reset(token)
 
@@ -258,15 +256,13 @@ def show_move(workspace: Workspace, move: Move) -> None:
     if api is None:
         return
 
-    def flow() -> None:
-        from flows.promotion import record_move
-
-        record_move(workspace, move)
-
     try:
         if ask(f"{api}/health", seconds=3.0) is None:
             raise ConnectionError
-        _in_prefect(workspace, api, flow)
+        with _prefect_client(workspace, api):
+            from flows.promotion import record_move
+
+            record_move(workspace, move)
     except Exception as error:  # of many kinds, all of Prefect's client
         status = getattr(getattr(error, "response", None), "status_code", type(error).__name__)
         _log.warning(
@@ -275,8 +271,9 @@ def show_move(workspace: Workspace, move: Move) -> None:
         )
 
 
-def _in_prefect(workspace: Workspace, api: str, flow: Callable[[], None]) -> None:
-    """Call what runs a flow, once Prefect's client knows its server."""
+@contextmanager
+def _prefect_client(workspace: Workspace, api: str) -> Iterator[None]:
+    """Run a flow within the block, in which Prefect's client knows its server."""
     point_prefect_at(api, workspace.services.folder, workspace.settings)
     # The terminal shows progress; the UI has the log.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
@@ -286,6 +283,6 @@ def _in_prefect(workspace: Workspace, api: str, flow: Callable[[], None]) -> Non
 
     try:
         with tags(TAG):
-            flow()
+            yield
     finally:
         APILogWorker.drain_all(timeout=5)  # the last lines, before the server stops

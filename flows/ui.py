@@ -8,9 +8,9 @@ import html
 import logging
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 from uuid import UUID
 
 from prefect import flow
@@ -44,20 +44,24 @@ MOST_PHOTOS = 50  # photos in the comparison that the two models read differentl
 UNHEARD = "Nothing was heard of this run"
 """Start of the message of a state that the crash automations set."""
 
+P = ParamSpec("P")
+
 _log = logging.getLogger(__name__)
 _failed = False
 
 
-def _try(call: Callable[..., Any], *args: Any, **content: Any) -> Any:
-    """Ask Prefect for something; None if that fails."""
-    global _failed
-    try:
-        return call(*args, **content)
-    except Exception as error:  # httpx's, Prefect's, pydantic's: none is worth a training
-        if not _failed:
-            _failed = True
-            _log.warning("The Prefect UI does not show everything (%s).", type(error).__name__)
-        return None
+def _best_effort(show: Callable[P, None]) -> Callable[P, None]:
+    @wraps(show)
+    def attempt(*args: P.args, **kwargs: P.kwargs) -> None:
+        global _failed
+        try:
+            show(*args, **kwargs)
+        except Exception as error:  # httpx's, Prefect's, pydantic's: none is worth a training
+            if not _failed:
+                _failed = True
+                _log.warning("The Prefect UI does not show everything (%s).", type(error).__name__)
+
+    return attempt
 
 
 def log_to_prefect() -> None:
@@ -76,15 +80,12 @@ def state_of(act: Callable[[Workspace], State[Any]]) -> State[Any]:
         return Failed(name="Refused", message=str(error))
 
 
+@_best_effort
 def rename_run(name: str) -> None:
     """Rename the present flow run."""
-
-    def rename(run: str) -> None:
+    if run := flow_run.get_id():
         with get_client(sync_client=True) as client:
             client.update_flow_run(UUID(run), name=name[:200])
-
-    if run := flow_run.get_id():
-        _try(rename, run)
 
 
 def run_address() -> str | None:
@@ -145,16 +146,11 @@ def show_summary(project: Project, report: RunReport, record: str | None) -> Non
         text += [_picture(project.plots / f"{name}.png") for name in ("curves", "confusion")]
         text += [_picture(project.changed)] if report.comparison else []
     if report.gate.checks:
-        checks = [
-            (
-                check["name"],
-                check["value"],
-                check["limit"],
-                " to ".join(map(shown, check.get("interval") or ())),
-                "passed" if check["passed"] else f"FAILED {check.get('detail') or ''}",
-            )
-            for check in sorted(report.gate.checks, key=lambda check: bool(check["passed"]))
-        ]
+        checks = []
+        for check in sorted(report.gate.checks, key=lambda check: bool(check["passed"])):
+            interval = " to ".join(map(shown, check.get("interval") or ()))
+            verdict = "passed" if check["passed"] else f"FAILED {check.get('detail') or ''}"
+            checks.append((check["name"], check["value"], check["limit"], interval, verdict))
         heads = ("check", "value", "limit", "interval", "verdict")
         text += ["\n### Gate\n", _table(heads, checks)]
     if changes := report.data.changes:
@@ -169,33 +165,25 @@ def show_summary(project: Project, report: RunReport, record: str | None) -> Non
         text += [f"- **{html.escape(warning)}**" for warning in warnings]
     if report.phases:
         names = ("name", "images", "epochs", "seconds", "val_accuracy", "val_loss")
-        phases = [[getattr(phase, name) for name in names] for phase in report.phases]
+        phases = [[phase[name] for name in names] for phase in report.phases]
         scores = ("label", "precision", "recall", "f1", "support")
         classes = [[row.get(name) for name in scores] for row in report.test.per_class]
         text += ["\n### Training\n", _table(("phase", *names[1:]), phases)]
         text += ["\n### Test\n", _table(scores, classes)]
         text += [_picture(project.plots / f"{name}.png") for name in ("mistakes", "audit")]
-    _markdown("summary", report.headline(), "\n".join(text))
-
-
-def show_comparison(decision: PromotionDecision) -> None:
-    """Champion and challenger on the same photos."""
-    _markdown("comparison", "Champion and challenger.", comparison_text(decision))
+    show_text("summary", report.headline(), "\n".join(text))
 
 
 def show_drift(found: Sequence[Drift], said: str) -> None:
     """What production sees beside what the champion was validated on."""
-    heads = ("compared", "verdict", "value", "limit", "samples")
-    rows = [(one.name, one.verdict, one.value, one.limit, one.samples) for one in found]
-    _markdown("drift", said, _table(heads, rows))
+    names = ("verdict", "value", "limit", "samples")
+    rows = [(one.name, *(getattr(one, name) for name in names)) for one in found]
+    show_text("drift", said, _table(("compared", *names), rows))
 
 
+@_best_effort
 def show_history(workspace: Workspace) -> None:
     """Every move of the champion, the last one first, and the quality of the last champions."""
-    _try(_show_history, workspace)
-
-
-def _show_history(workspace: Workspace) -> None:
     champion = workspace.champion()
     if champion is None:
         return
@@ -221,7 +209,7 @@ def _show_history(workspace: Workspace) -> None:
     create_table_artifact(rows, key="champion-history", description=what)
     draw_quality(found, workspace.project.quality)
     picture = _picture(workspace.project.quality)
-    _markdown("quality", "Scores of each champion.", f"## Quality over time\n{picture}")
+    show_text("quality", "Scores of each champion.", f"## Quality over time\n{picture}")
 
 
 def comparison_text(decision: PromotionDecision) -> str:
@@ -264,5 +252,7 @@ def _picture(path: Path) -> str:
     return f"\n\n![{path.stem}](data:image/png;base64,{content})"
 
 
-def _markdown(key: str, description: str, text: str) -> None:
-    _try(create_markdown_artifact, text, key=key, description=description)
+@_best_effort
+def show_text(key: str, description: str, text: str) -> None:
+    """Make an artifact of Markdown."""
+    create_markdown_artifact(text, key=key, description=description)

@@ -70,10 +70,12 @@ def stored_in(repo: Repo, bucket: str = "artifacts") -> dict[str, str]:
 def test_the_first_run_is_promoted_and_recorded_everywhere(repo: Repo, first: RunReport) -> None:
     assert (first.status, first.model.version, first.model.alias) == ("promoted", 1, "champion")
     assert first.data.train + first.data.val + first.data.test == 6 * PER_CLASS
-    assert [one.name for one in first.phases] == ["base", "fine_tune", "full"]
-    assert first.features.computed == first.data.train * 2 + first.data.val + first.data.synthetic
+    assert [one["name"] for one in first.phases] == ["base", "fine_tune", "full"]
+    assert (
+        first.features["computed"] == first.data.train * 2 + first.data.val + first.data.synthetic
+    )
     assert first.gate.passed
-    assert first.release.uri == f"s3://artifacts/releases/{first.release.id}/"
+    assert first.release["uri"] == f"s3://artifacts/releases/{first.release['id']}/"
     steps = {"fetch", "version", "audit", "features", "train@base", "publish", "promote"}
     assert steps < set(first.seconds)
     plots = {path.stem for path in repo.project.plots.glob("*.png")}
@@ -88,7 +90,7 @@ def test_the_first_run_is_promoted_and_recorded_everywhere(repo: Repo, first: Ru
     # MLflow has one run with curves, files and pictures, and the version.
     client, runs = registry(repo)
     champion = client.get_model_version_by_alias("hand-signs", "champion")
-    assert (int(champion.version), champion.tags["content_id"]) == (1, first.release.id)
+    assert (int(champion.version), champion.tags["content_id"]) == (1, first.release["id"])
     ((run_id, run),) = runs.items()
     assert run.data.params["phases.full.epochs"] == "3"
     assert len(client.get_metric_history(run_id, "full/val_loss")) == 3
@@ -103,7 +105,7 @@ def test_a_run_with_nothing_to_do_starts_no_server(repo: Repo, first: RunReport)
     log = repo.project.local / "logs/prefect.log"
     before, lock = log.stat().st_mtime_ns, repo.project.lock.read_bytes()
     again = repo.handsigns("retrain", fresh=True, **REMOTE)
-    assert (again["status"], again["release"]["id"]) == ("unchanged", first.release.id)
+    assert (again["status"], again["release"]["id"]) == ("unchanged", first.release["id"])
     assert repo.report()["status"] == "unchanged"
     assert log.stat().st_mtime_ns == before
     assert "Data and pipelines are up to date" in repo.run("dvc", "repro").stdout
@@ -122,7 +124,7 @@ def test_the_champion_predicts_evaluates_and_verifies(
     assert sum(seen["probabilities"].values()) == pytest.approx(1, abs=1e-4)
     assert "not an image" in broken["error"]
     verified = repo.handsigns("verify", "champion")
-    assert verified["id"] == first.release.id
+    assert verified["id"] == first.release["id"]
     assert verified["facts"]["data_version"] == first.data.version
 
 

@@ -15,7 +15,7 @@ from contextlib import closing, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock
 
@@ -26,9 +26,6 @@ from tasks.errors import ServiceError
 from tasks.io import atomic_write, read_json, write_json
 from tasks.services.mlflow import PREFIX
 from tasks.services.s3 import S3Address, Storage, redact_url
-
-if TYPE_CHECKING:
-    from sqlalchemy.engine import URL
 
 HOST = "127.0.0.1"
 TMP = "/tmp"  # noqa: S108, SeaweedFS's gRPC sockets are there, whatever TMPDIR says
@@ -88,17 +85,15 @@ def seaweedfs(folder: Path, bucket: str, ports: tuple[int, ...]) -> Program:
     # The parts behind S3 would otherwise hand out files by plain HTTP.
     for part in ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ"):
         environment[f"WEED_JWT_{part}_KEY"] = secrets.token_urlsafe(32)
-    storage = Storage(address)
-
-    url = address.endpoint_url
+    storage, url = Storage(address), address.endpoint_url
 
     def ready() -> bool:
         # Asking for the bucket takes a while where nobody listens.
-        answers = ask(f"{url}/healthz") is not None
+        if ask(f"{url}/healthz") is None:
+            return False
         with suppress(ServiceError):
-            if answers:
-                storage.check()
-                return True
+            storage.check()
+            return True
         return False
 
     return Program("seaweedfs", command, environment, ready, ports, url, bucket, data)
@@ -127,10 +122,8 @@ def prefect(folder: Path, settings: Settings, ports: tuple[int, ...]) -> Program
     if settings.database_url:
         database = database_url(settings.database_url.get_secret_value(), "prefect")
         environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database
-    variant = f"{host} {database}"
-    return Program(
-        "prefect", command, environment, partial(ask, f"{url}/health"), ports, url, variant
-    )
+    ready, variant = partial(ask, f"{url}/health"), f"{host} {database}"
+    return Program("prefect", command, environment, ready, ports, url, variant)
 
 
 def mlflow(folder: Path, settings: Settings, store: S3Address, ports: tuple[int, ...]) -> Program:
@@ -155,10 +148,11 @@ def mlflow(folder: Path, settings: Settings, store: S3Address, ports: tuple[int,
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "MLFLOW_BACKEND_STORE_URI": database,  # no argument, as it may hold a password
     }
-    variant = f"{store.endpoint_url} {store.bucket} {database}"
-    return Program(
-        "mlflow", command, environment, partial(ask, f"{url}/health"), ports, url, variant
+    ready, variant = (
+        partial(ask, f"{url}/health"),
+        f"{store.endpoint_url} {store.bucket} {database}",
     )
+    return Program("mlflow", command, environment, ready, ports, url, variant)
 
 
 def _mlflow_login(folder: Path) -> dict[str, str]:
@@ -224,28 +218,25 @@ def registry_url(folder: Path, settings: Settings) -> str:
 
 def database_url(url: str, name: str) -> str:
     """Return the address of the database `<DATABASE_URL>_<name>`; it holds the password."""
-    known, driver = _parse(url, name), "psycopg2"
+    from sqlalchemy.engine import make_url  # which takes half a second to import
+
+    known, driver = make_url(url), "psycopg2"
     if name == "prefect":
         driver = "asyncpg"  # which has another word for the same option
         query = {"ssl" if key == "sslmode" else key: text for key, text in known.query.items()}
         known = known.set(query=query)
-    return known.set(drivername=f"postgresql+{driver}").render_as_string(hide_password=False)
-
-
-def _parse(url: str, name: str = "") -> "URL":
-    from sqlalchemy.engine import make_url  # which takes half a second to import
-
-    known = make_url(url)
-    return known.set(database=f"{known.database}_{name}") if name else known
+    known = known.set(drivername=f"postgresql+{driver}", database=f"{known.database}_{name}")
+    return known.render_as_string(hide_password=False)
 
 
 def make_databases(url: str) -> None:
     """Create the databases of Prefect and MLflow; `ServiceError` where PostgreSQL refuses."""
     import psycopg2
     from psycopg2 import errors, sql
+    from sqlalchemy.engine import make_url
 
-    known = _parse(url)
-    names = [str(_parse(url, name).database) for name in ("prefect", "mlflow")]
+    known = make_url(url)
+    names = [f"{known.database}_{name}" for name in ("prefect", "mlflow")]
     try:
         parts = known.translate_connect_args(username="user", database="dbname") | dict(known.query)
         parts |= {"dbname": "postgres", "connect_timeout": CONNECT_SECONDS}  # which each server has

@@ -145,11 +145,11 @@ def up(project: Project, settings: Settings) -> tuple[dict[str, Any], bool]:
         addresses = services.start_all()
         api = settings.prefect_api_url or addresses["prefect"]
         try:
-            with deploy.asking(api, project, settings):
-                deploy.check_owner(project)
+            with deploy.asking(api, project, settings) as client:
+                deploy.check_owner(client, project)
                 deploy.deploy(project, settings, api)
                 services.start_keeper(addresses)
-                deploy.wait_for_worker(WORKER_SECONDS)
+                deploy.wait_for_worker(client, WORKER_SECONDS)
         except BaseException:
             stop_programs(services.folder, [KEEPER, "worker"])
             raise

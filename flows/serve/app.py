@@ -1,5 +1,6 @@
 """The HTTP service that classifies photos: its routes, its pages and its metrics."""
 
+import html
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -8,11 +9,12 @@ from datetime import UTC, datetime
 from functools import lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, Info, generate_latest
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as AnyHTTPException
@@ -21,18 +23,20 @@ from starlette.requests import ClientDisconnect
 
 from flows.serve.follower import LoadedModel, ModelSource
 from flows.serve.limits import HEADERS, Credentials, Limits
-from flows.serve.model_page import model_routes
 from flows.serve.predict import BODY, Fault, Model, Predictor, Reading, Readings, unusable
 from flows.serve.review import Recorder, review_routes
 from tasks.data.capture import Captures, DecidedError
-from tasks.data.traffic import Traffic
+from tasks.data.traffic import Traffic, drift_by_limit
 from tasks.errors import BusyError, DataError, HandsignsError, ImageError
-from tasks.services.s3 import MissingObjectError
+from tasks.releases.quality import draw_quality, read_quality
+from tasks.services.s3 import MissingObjectError, Storage
 
 _log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("page")
 PAGES = {"index.html": "/", "review.html": "/review", "docs.html": "/docs"}
+MODEL_PAGE = PAGE / "model.html"  # a template
+DRAW_SECONDS = 300  # the picture of quality is drawn again after so long, for the drift
 SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css")
 EXAMPLE_SEED = 21  # seed of the rendered examples; not the seed of the sample data set
 PATHS = ("/predict", "/feedback", "/health", "/metrics", "/openapi.json")
@@ -98,7 +102,6 @@ def make_app(
         """Classify a photo, or each of several."""
         return await predictor.answer(request)
 
-    app.include_router(model_routes(source, traffic))
     routes = review_routes(recorder, predictor.read_one, lambda: source.labels)
     app.include_router(routes, dependencies=[Depends(limits.check)])
 
@@ -112,7 +115,43 @@ def make_app(
     @app.get("/metrics", response_class=Response)
     async def show_metrics() -> Response:
         """Metrics for Prometheus."""
-        return Response(_metrics(source.model), media_type=CONTENT_TYPE_LATEST)
+        if model := source.model:
+            MODEL.info({"version": str(model.version or ""), "release": model.release or ""})
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    _add_pages(app, source, traffic)
+    return app
+
+
+def _add_pages(app: FastAPI, source: ModelSource, traffic: Traffic | None) -> None:
+    """Add what a browser asks for; the quality of all champions shows the drift that was found."""
+    drawn: dict[tuple[int, int], bytes] = {}
+
+    def drift(release: str) -> dict[str, float]:
+        return drift_by_limit(traffic.store, release) if traffic else {}
+
+    @app.get("/model", response_class=HTMLResponse, include_in_schema=False)
+    def page() -> str:
+        from markdown_it import MarkdownIt
+
+        model, folder, _ = _champion(source)
+        card = folder / "model_card.md"
+        text = card.read_text("utf-8") if card.is_file() else ""
+        shown = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+        template = MODEL_PAGE.read_text("utf-8")
+        return template.format(description=html.escape(model.description), card=shown)
+
+    @app.get("/model/quality.png", response_class=Response, include_in_schema=False)
+    def picture() -> Response:
+        model, _, storage = _champion(source)
+        key = len(model.moves), int(time.time() / DRAW_SECONDS)
+        if key not in drawn:
+            with TemporaryDirectory() as folder:
+                file = Path(folder) / "quality.png"
+                draw_quality(read_quality(storage, model.moves, drift), file)
+                drawn.clear()
+                drawn[key] = file.read_bytes()
+        return Response(drawn[key], media_type="image/png")
 
     @app.get("/examples/{label}.png", response_class=Response, include_in_schema=False)
     def example(label: str) -> Response:
@@ -128,9 +167,17 @@ def make_app(
 
     # A route each: a mounted folder would answer GET /predict with 404 instead of 405.
     resources = Path(str(files("fastapi_swagger"))) / "resources"
-    for file in (*PAGE.iterdir(), *(resources / name for name in SWAGGER)):
+    pages = {*PAGE.iterdir()} - {MODEL_PAGE}
+    for file in (*pages, *(resources / name for name in SWAGGER)):
         app.add_route(PAGES.get(file.name, f"/{file.name}"), partial(send, file))
-    return app
+
+
+def _champion(source: ModelSource) -> tuple[LoadedModel, Path, Storage]:
+    model, storage = source.model, source.storage
+    if model is None or model.folder is None or storage is None:
+        other = model.description if model else source.waiting
+        raise HTTPException(404, f"No champion answers: {other}")
+    return model, model.folder, storage
 
 
 async def _observe(
@@ -179,12 +226,6 @@ async def _answer_fault(limits: Limits, request: Request, error: Exception) -> R
             _log.error("%s %s failed.", request.method, request.url.path, exc_info=error)
     headers = {**HEADERS, **(getattr(error, "headers", None) or {})}
     return JSONResponse({"error": reason}, status, headers)
-
-
-def _metrics(model: LoadedModel | None) -> bytes:
-    if model:
-        MODEL.info({"version": str(model.version or ""), "release": model.release or ""})
-    return generate_latest()
 
 
 def _health(source: ModelSource, detailed: bool, capture: bool) -> Health:
