@@ -134,7 +134,6 @@ def _print_table(listing: Listing) -> None:
 
 
 def shown(value: Any) -> str:
-    """The content of a cell."""
     match value:
         case None:
             return "-"

@@ -208,7 +208,6 @@ def read_output(path: Path) -> Any:
 
 
 def quarantined(project: Project) -> int:
-    """Number of quarantined files."""
     return len((read_json(project.quarantine / "quarantine.json") or {}).get("files", []))
 
 

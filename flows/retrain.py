@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -21,7 +21,6 @@ from flows.output import progress_lines
 from flows.promotion import ask
 from flows.report import data_changes, histories, quarantined, read_stages
 from flows.run import Run, command, find_unchanged, preflight, reported, retrain_lock, save_last_run
-from flows.settings import load_settings
 from flows.workspace import Workspace
 from tasks.data.dataset import open_dataset
 from tasks.data.directory import data_lock, fetch_data
@@ -31,7 +30,6 @@ from tasks.features import runner
 from tasks.io import read_json, write_json
 from tasks.model.augment import enlarge
 from tasks.params import load_params
-from tasks.project import Project
 from tasks.releases.champion import METRICS, PHOTOS, Champion, set_champion
 from tasks.releases.comparison import PromotionDecision, compare_with_champion, record_comparison
 from tasks.releases.provenance import model_card, release_facts, write_bill
@@ -86,18 +84,17 @@ def retrain(force: bool = False) -> State[Any]:
     Args:
         force: Run every stage, also those whose inputs did not change.
     """
-    ui.log_to_prefect()
-    if run := command.get():
-        return _conduct(run)
-    project = Project(Path.cwd())
+    run = command.get()
+    return _conduct(run) if run else ui.state_of(partial(_retrain_alone, force))
+
+
+def _retrain_alone(force: bool, workspace: Workspace) -> State[Any]:
     try:
-        with retrain_lock(project), Workspace(project, load_settings()) as workspace:
+        with retrain_lock(workspace.project):
             return _conduct(Run(workspace, force, progress_lines()))
     except BusyError as error:
         ui.rename_run(f"cancelled: {error}")
         return Cancelled(message=str(error))
-    except HandsignsError as error:
-        return Failed(name="Refused", message=str(error))
 
 
 def _conduct(run: Run) -> State[Any]:
@@ -144,7 +141,6 @@ def _retrain(run: Run) -> None:
 
 
 def _train(run: Run) -> None:
-    """Run every stage, and read what they found."""
     workspace, report = run.workspace, run.report
     project = workspace.project
     former, since = read_former(run)
@@ -162,13 +158,11 @@ def _train(run: Run) -> None:
 
 @step("services")
 def check(run: Run) -> None:
-    """Check everything that a run needs."""
     preflight(run.workspace)
 
 
 @step("inbox")
 def import_inbox(run: Run) -> Inbox | None:
-    """Import what is new in the inbox."""
     inbox = run.workspace.inbox()
     if inbox and inbox.new:
         run.workspace.import_new(inbox, run.progress)
@@ -215,7 +209,6 @@ def read_former(run: Run) -> tuple[Any, int | None]:
 
 @step("stage")
 def run_stage(run: Run, name: str) -> str:
-    """Bring one stage up to date."""
     runner.set(shard_runner(run.workspace.settings.dask_address))
     outcome = run.workspace.pipeline.run(name, run.force, run.progress)
     _log.info("Stage %s: %s.", name, outcome)
@@ -383,7 +376,6 @@ def _promote_if_better(
 def promote(
     run: Run, version: Version, champion: Champion | None, reason: str, by: str | None
 ) -> None:
-    """Move the champion."""
     workspace = run.workspace
     scores = run.report.test.model_dump(include=set(METRICS))
     scores[PHOTOS] = run.report.data.train

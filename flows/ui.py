@@ -64,15 +64,10 @@ def _best_effort(show: Callable[P, None]) -> Callable[P, None]:
     return attempt
 
 
-def log_to_prefect() -> None:
-    """Log in a worker what the command line logs."""
-    for name in ("flows", "tasks"):
-        logging.getLogger(name).setLevel(logging.INFO)
-
-
 def state_of(act: Callable[[Workspace], State[Any]]) -> State[Any]:
     """Act in the checkout of this folder; a refusal is a state with its reason."""
-    log_to_prefect()
+    for name in ("flows", "tasks"):  # log in a worker what the command line logs
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         with Workspace(Project(Path.cwd()), load_settings()) as workspace:
             return act(workspace)

@@ -64,7 +64,6 @@ class Workspace:
 
     @cached_property
     def registry(self) -> Registry:
-        """The model registry."""
         uri, artifacts, login = self.services.mlflow()
         return Registry(uri, self.settings.model_name, artifacts, login)
 
@@ -91,7 +90,6 @@ class Workspace:
         return find_release(self.storage, lambda: self.registry, name)
 
     def champion(self) -> Champion | None:
-        """The present champion."""
         return read_champion(self.storage)
 
     def promote(
@@ -164,19 +162,16 @@ class Workspace:
         url, known = self.settings.dvc_remote_url, self.settings
         if url is None or not url.startswith("s3://"):
             return Remote(url) if url else None
-        if known.s3_endpoint_url or known.aws_access_key_id:
-            return Remote(url, lambda: _dvc_options(configured_s3(known)))
-        return Remote(url, lambda: _dvc_options(self.services.s3()))
+        named = known.s3_endpoint_url or known.aws_access_key_id
+        return Remote(
+            url, lambda: _dvc_options(configured_s3(known) if named else self.services.s3())
+        )
 
 
 def _dvc_options(address: S3Address) -> dict[str, str]:
-    options = {
-        "endpointurl": address.endpoint_url,
-        "region": address.region,
-        "access_key_id": address.access_key_id,
-        "secret_access_key": address.secret_access_key,
-        "session_token": address.session_token,
-    }
+    names = ("region", "access_key_id", "secret_access_key", "session_token")
+    options = {"endpointurl": address.endpoint_url}
+    options |= {name: getattr(address, name) for name in names}
     return {name: text for name, text in options.items() if text}
 
 

@@ -88,7 +88,7 @@ def test_an_error_of_the_ui_is_logged_once_and_fails_nothing(
     nowhere = {PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}
     with temporary_settings(nowhere):
         ui.show_drift([], "none")
-        ui.show_comparison(PromotionDecision(False, "none"))
+        ui.show_text("comparison", "", "none")
     assert len([line for line in caplog.messages if "does not show everything" in line]) == 1
 
 

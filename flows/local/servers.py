@@ -1,6 +1,5 @@
 """The local programs, SeaweedFS, MLflow, Prefect and its worker, and their databases."""
 
-import configparser
 import hashlib
 import logging
 import os
@@ -44,7 +43,6 @@ _log = logging.getLogger(__name__)
 
 
 def local_s3(folder: Path, bucket: str, port: int) -> S3Address:
-    """Return the address of the local S3 server."""
     known = local_credentials(folder)
     return S3Address(
         f"http://{HOST}:{port}", bucket, "us-east-1", known.access_key_id, known.secret_access_key
@@ -161,16 +159,12 @@ def _mlflow_login(folder: Path) -> dict[str, str]:
     user, _, password = login.partition(":")
     # MLflow keeps the first password that it gets, so a new one takes a new file.
     digest = hashlib.sha256(login.encode()).hexdigest()[:16]
-    config = configparser.RawConfigParser()
-    config["mlflow"] = {
-        "database_uri": f"sqlite:///{folder}/mlflow_login_{digest}.db".replace("%", "%%"),
-        "default_permission": "READ",
-        # Comparing a password takes longer than most answers.
-        "auth_cache_ttl_seconds": "60",
-    }
+    database = f"sqlite:///{folder}/mlflow_login_{digest}.db".replace("%", "%%")
+    config = f"[mlflow]\ndatabase_uri = {database}\ndefault_permission = READ\n"
+    config += "auth_cache_ttl_seconds = 60\n"  # comparing a password takes longer than most answers
     file = folder / "mlflow_login.ini"
-    with atomic_write(file) as part, part.open("w", encoding="utf-8") as opened:
-        config.write(opened)
+    with atomic_write(file) as part:
+        part.write_text(config, encoding="utf-8")
     return {
         "MLFLOW_AUTH_CONFIG_PATH": str(file),
         "MLFLOW_AUTH_ADMIN_USERNAME": user,
@@ -210,7 +204,6 @@ def _module(name: str) -> list[str]:
 
 
 def registry_url(folder: Path, settings: Settings) -> str:
-    """Return the address of the local registry."""
     if settings.database_url:
         return database_url(settings.database_url.get_secret_value(), "mlflow")
     return f"sqlite:///{folder / SQLITE['mlflow']}"
