@@ -247,14 +247,13 @@ def serve(
             from flows.serve.app import make_app
             from flows.serve.follower import open_source
             from flows.serve.review import open_captures
-            from flows.workspace import traffic_store
             from tasks.data.traffic import Traffic
 
-            captures = open_captures(settings, workspace.project)
+            captures = open_captures(workspace)
             source = open_source(workspace, model)
             max_bytes = settings.serve_max_mb * 2**20
             limits = Limits(settings.serve_rate, max_bytes, token, hosts)
-            traffic = Traffic(traffic_store(settings, workspace.project))
+            traffic = Traffic(workspace.traffic())
             service = make_app(source, limits, captures, traffic)
             loaded = source.model.description if source.model else None
             line = f"Serving on {url} ({loaded or 'no model yet'}). Ctrl-C stops it."

@@ -29,9 +29,6 @@ FILE = "prefect.yaml"
 SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS  # without an event for this long, a run counts as crashed
 START_SECONDS = 900
 """A worker that took a run and did not start it in this time is gone, image pull and all."""
-FLOWS = ("retrain", "promote", "rollback")
-CRASH_FLOW = "notify-crash/crash"
-DEPLOY_SECONDS = 120
 
 
 def declared_deployments(project: Project, pool: str = POOL) -> tuple[list[str], dict[str, Any]]:
@@ -144,7 +141,7 @@ def _deploy_flows(project: Project, declared: str) -> None:
             env={**os.environ, "NO_COLOR": "1"},
             capture_output=True,
             text=True,
-            timeout=DEPLOY_SECONDS,
+            timeout=120,
         )
     if done.returncode:
         reason = textwrap.shorten(done.stderr or done.stdout, 400, placeholder=" …")
@@ -162,13 +159,14 @@ def _register_automations(client: "SyncPrefectClient") -> None:
         ("Mark runs that never start as crashed", ["Pending"], START_SECONDS),
     )
     # Runs with our tag only: others of the same name may beat more slowly.
+    flows = ["retrain", "promote", "rollback"]
     ours = [
-        {"prefect.resource.role": ["flow"], "prefect.resource.name": list(FLOWS)},
+        {"prefect.resource.role": ["flow"], "prefect.resource.name": flows},
         {"prefect.resource.role": ["tag"], "prefect.resource.id": [f"prefect.tag.{TAG}"]},
     ]
     # A bare template would be taken for an object and not for its text.
     run = {"__prefect_kind": "jinja", "template": "{{ labels.prefect.resource.id }}"}
-    crash = str(client.read_deployment_by_name(CRASH_FLOW).id)
+    crash = str(client.read_deployment_by_name("notify-crash/crash").id)
     notify = {"type": "run-deployment", "source": "selected", "deployment_id": crash}
     for name, after, seconds in kinds:
         message = (

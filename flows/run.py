@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -27,7 +26,8 @@ from tasks.services.git import read_revision
 from tasks.services.s3 import redact_url
 from tasks.stage import Progress
 
-MAGIC = b"SQLite format 3\0"
+LAST_RUN = "seaweedfs/last_run.json"
+"""Among the local storage's files, so that it is removed with them."""
 
 _log = logging.getLogger(__name__)
 
@@ -161,8 +161,8 @@ def preflight(workspace: Workspace) -> None:
 
 def find_unchanged(workspace: Workspace) -> RunReport | None:
     """Return an `unchanged` report if a run would come to the same end as the last one."""
-    project, pipeline, last = workspace.project, workspace.pipeline, _last_run(workspace.project)
-    version, known = pipeline.data_version(), read_json(last)
+    project, pipeline = workspace.project, workspace.pipeline
+    version, known = pipeline.data_version(), read_json(project.local / LAST_RUN)
     try:
         report = RunReport.model_validate(known["report"])
     except (TypeError, KeyError, ValidationError):  # none, or of another version of this program
@@ -188,7 +188,7 @@ def _is_registered(workspace: Workspace) -> bool:
     """Whether champion and registry still are what the last run left, or were repaired."""
     settings, registry = workspace.settings, workspace.project.local / SQLITE["mlflow"]
     ours = not (settings.mlflow_tracking_uri or settings.database_url)
-    if ours and not (registry.exists() and registry.read_bytes().startswith(MAGIC)):
+    if ours and not (registry.exists() and registry.read_bytes().startswith(b"SQLite format 3\0")):
         return False
     if settings.s3_endpoint_url is None and not workspace.alias_pending.exists():
         return True
@@ -199,7 +199,7 @@ def save_last_run(workspace: Workspace, report: RunReport) -> None:
     """Remember how a run ended, for `find_unchanged`; log, don't raise, if that fails."""
     content = {"inputs": _inputs(workspace), "report": report.model_dump(mode="json")}
     try:
-        write_json(_last_run(workspace.project), content)
+        write_json(workspace.project.local / LAST_RUN, content)
     except OSError as error:
         _log.warning("The next run will not know that nothing changed (%s).", error)
 
@@ -221,11 +221,6 @@ def _inputs(workspace: Workspace) -> dict[str, Any]:
         "dvc_remote": redact_url(settings.dvc_remote_url or ""),
         "branch": settings.git_push,
     }
-
-
-def _last_run(project: Project) -> Path:
-    """Among the local storage's files, so that it is removed with them."""
-    return project.local / "seaweedfs" / "last_run.json"
 
 
 def _run_flow(run: Run) -> None:

@@ -22,7 +22,7 @@ from prefect.states import Failed
 
 from flows.report import RunReport
 from flows.settings import Settings, load_settings
-from flows.workspace import Workspace, traffic_store
+from flows.workspace import Workspace
 from tasks.data.traffic import drift_by_limit
 from tasks.errors import HandsignsError, SettingsError
 from tasks.gate import shown
@@ -182,9 +182,9 @@ def show_history(workspace: Workspace) -> None:
     champion = workspace.champion()
     if champion is None:
         return
-    store = traffic_store(workspace.settings, workspace.project)
     moves = champion.pointer.moves
-    found = read_quality(workspace.storage, moves, partial(drift_by_limit, store))
+    drift = partial(drift_by_limit, workspace.traffic())
+    found = read_quality(workspace.storage, moves, drift)
     common = {one.version: one.common.get("accuracy") for one in found.champions}
     rows = [
         {

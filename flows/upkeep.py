@@ -19,7 +19,7 @@ from prefect.states import Completed
 from flows import ui
 from flows.local.clients import TAG
 from flows.run import retrain_lock
-from flows.workspace import Workspace, traffic_store
+from flows.workspace import Workspace
 from tasks.data.capture import Store
 from tasks.data.images import decode, resize
 from tasks.data.traffic import RESULTS, Counts, count_window, read_result
@@ -72,7 +72,7 @@ def _monitor(workspace: Workspace, hours: int, retrain_after: int) -> State[Any]
     release, folder = workspace.release("champion")
     if not (folder / "reference.npz").exists():
         return Completed(name="No reference", message=f"Release {release} has no reference.")
-    store = traffic_store(workspace.settings, workspace.project)
+    store = workspace.traffic()
     counts = count_window(store, release, hours)
     found = compare_with_reference(folder, counts, store, hours)
     before = read_result(store, release)
@@ -131,7 +131,7 @@ def remove_unneeded(
         freed = workspace.pipeline.remove_unused(versions, dry_run)
     known = workspace.services.prefect_named()
     runs = _remove_runs(days, dry_run) if known else 0
-    captures = open_captures(workspace.settings, project)
+    captures = open_captures(workspace)
     captured = captures.remove_expired(dry_run) if captures else 0
     counts = {"cache_bytes": freed, "runs": runs, "captured": captured}
     kept = [{"release": release, "reason": why} for release, why in found.kept.items()]

@@ -14,7 +14,7 @@ from flows.settings import Settings
 from tasks.data.capture import FolderStore, Store
 from tasks.data.directory import fetch_data
 from tasks.data.importer import ImportReport, Inbox, list_bucket, list_folder
-from tasks.errors import HandsignsError, SettingsError
+from tasks.errors import HandsignsError
 from tasks.model.inference import Classifier, load_classifier
 from tasks.params import load_params
 from tasks.project import Project
@@ -131,15 +131,24 @@ class Workspace:
 
     def inbox(self) -> Inbox | None:
         """List the inbox; None if none is set."""
-        if (place := self.settings.inbox) is None:
+        if (name := self.settings.inbox) is None:
             return None
-        if place.startswith("s3://"):
-            bucket, _, folder = place.removeprefix("s3://").partition("/")
-            address = replace(self.services.s3(), bucket=bucket)
-            listing = list_bucket(Storage(address, folder=folder))
-        else:
-            listing = list_folder(Path(place))
-        return Inbox(self.project, place, listing, self.pipeline.data_version())
+        place = self.place(name)
+        listing = list_folder(place.root) if isinstance(place, FolderStore) else list_bucket(place)
+        return Inbox(self.project, name, listing, self.pipeline.data_version())
+
+    def place(self, name: str) -> Store:
+        """Open a folder, or a bucket of the S3 service of the releases, which must answer."""
+        if not name.startswith("s3://"):
+            return FolderStore(Path(name))
+        bucket, _, folder = name.removeprefix("s3://").partition("/")
+        storage = Storage(replace(self.services.s3(), bucket=bucket), folder=folder)
+        storage.check()
+        return storage
+
+    def traffic(self) -> Store:
+        """Where the service counts its answers: with the kept photos, or in this checkout."""
+        return self.place(self.settings.capture or str(self.project.local / "traffic"))
 
     def import_new(self, inbox: Inbox, progress: Progress) -> ImportReport:
         """Import new photos into `data/`, not yet as a version; they replace a rendered sample."""
@@ -173,23 +182,3 @@ def _dvc_options(address: S3Address) -> dict[str, str]:
     options = {"endpointurl": address.endpoint_url}
     options |= {name: getattr(address, name) for name in names}
     return {name: text for name, text in options.items() if text}
-
-
-def open_place(settings: Settings, place: str) -> Store:
-    """Open a folder, or a bucket of the S3 service that the settings name, which must answer."""
-    if not place.startswith("s3://"):
-        return FolderStore(Path(place))
-    if settings.s3_endpoint_url is None:
-        raise SettingsError(
-            f"{place} is in no S3 service. Set HANDSIGNS_S3_ENDPOINT_URL, or name a folder in "
-            "HANDSIGNS_CAPTURE and HANDSIGNS_INBOX."
-        )
-    bucket, _, folder = place.removeprefix("s3://").partition("/")
-    storage = Storage(replace(configured_s3(settings), bucket=bucket), folder=folder)
-    storage.check()
-    return storage
-
-
-def traffic_store(settings: Settings, project: Project) -> Store:
-    """Where the service counts its answers: with the kept photos, or in this checkout."""
-    return open_place(settings, settings.capture or str(project.local / "traffic"))

@@ -64,12 +64,9 @@ class Health(BaseModel):
 
 
 def make_app(
-    source: ModelSource,
-    limits: Limits,
-    captures: Captures | None = None,
-    traffic: Traffic | None = None,
+    source: ModelSource, limits: Limits, captures: Captures | None, traffic: Traffic
 ) -> FastAPI:
-    """Build the service; without `captures` it keeps no photo, and without `traffic` no counts."""
+    """Build the service; without `captures` it keeps no photo."""
     recorder = Recorder(captures, traffic)
     predictor = Predictor(source, recorder)
 
@@ -123,12 +120,9 @@ def make_app(
     return app
 
 
-def _add_pages(app: FastAPI, source: ModelSource, traffic: Traffic | None) -> None:
+def _add_pages(app: FastAPI, source: ModelSource, traffic: Traffic) -> None:
     """Add what a browser asks for; the quality of all champions shows the drift that was found."""
     drawn: dict[tuple[int, int], bytes] = {}
-
-    def drift(release: str) -> dict[str, float]:
-        return drift_by_limit(traffic.store, release) if traffic else {}
 
     @app.get("/model", response_class=HTMLResponse, include_in_schema=False)
     def page() -> str:
@@ -148,6 +142,7 @@ def _add_pages(app: FastAPI, source: ModelSource, traffic: Traffic | None) -> No
         if key not in drawn:
             with TemporaryDirectory() as folder:
                 file = Path(folder) / "quality.png"
+                drift = partial(drift_by_limit, traffic.store)
                 draw_quality(read_quality(storage, model.moves, drift), file)
                 drawn.clear()
                 drawn[key] = file.read_bytes()

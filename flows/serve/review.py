@@ -20,11 +20,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from flows.serve.predict import BODY, Reading
-from flows.settings import Settings
-from flows.workspace import open_place
+from flows.workspace import Workspace
 from tasks.data.capture import ID, Capture, CaptureRules, Captures
 from tasks.data.traffic import Traffic
-from tasks.project import Project
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ Reviewer = Annotated[str, Field(min_length=1, max_length=80)]
 class Recorder:
     """Keeps photos and counts in a thread, so that no prediction waits or fails because of it."""
 
-    def __init__(self, captures: Captures | None, traffic: Traffic | None) -> None:
+    def __init__(self, captures: Captures | None, traffic: Traffic) -> None:
         self._captures, self._traffic = captures, traffic
         self._waiting: queue.Queue[tuple[bytes, Capture]] = queue.Queue(QUEUE)
         self._stopping = threading.Event()
@@ -80,7 +78,7 @@ class Recorder:
     def record(self, upload: bytes, reading: Reading, keep: bool) -> None:
         """Count a reading; where photos may be kept, keep uncertain ones and a share of others."""
         confidence = max(reading.probabilities.values())
-        if self._traffic and reading.model.release:
+        if reading.model.release:
             self._traffic.add(reading.model.release, reading.label, confidence)
         if not keep:
             return
@@ -110,7 +108,7 @@ class Recorder:
                 if self._captures:
                     self._captures.tidy()
                     outcome = self._captures.keep(*waiting) if waiting else ""
-                if self._traffic and (last or time.monotonic() > saved + SAVE_SECONDS):
+                if last or time.monotonic() > saved + SAVE_SECONDS:
                     saved = time.monotonic()
                     self._traffic.save()
                     DRIFT.clear()
@@ -137,14 +135,15 @@ def _capture(reading: Reading, reason: Any, suggestion: str | None = None) -> Ca
     )
 
 
-def open_captures(settings: Settings, project: Project) -> Captures | None:
+def open_captures(workspace: Workspace) -> Captures | None:
     """Open the place of kept photos and the inbox; None where nothing is kept."""
+    settings = workspace.settings
     if settings.capture is None:
         return None
     names = [field.name for field in fields(CaptureRules)]
     rules = CaptureRules(*(getattr(settings, f"capture_{name}") for name in names))
-    inbox = open_place(settings, settings.inbox) if settings.inbox else None
-    return Captures(open_place(settings, settings.capture), inbox, project, rules)
+    inbox = workspace.place(settings.inbox) if settings.inbox else None
+    return Captures(workspace.place(settings.capture), inbox, workspace.project, rules)
 
 
 class Verdict(BaseModel):
