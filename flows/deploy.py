@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 FILE = "prefect.yaml"
 SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS  # without an event for this long, a run counts as crashed
-START_SECONDS = 900
-"""A worker that took a run and did not start it in this time is gone, image pull and all."""
+START_SECONDS = 900  # a worker that took a run has to start it, image pull and all
 
 
 def declared_deployments(project: Project, pool: str = POOL) -> tuple[list[str], dict[str, Any]]:

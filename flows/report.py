@@ -26,16 +26,6 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class DataChanges(_Part):
-    """Photos that came and went since the champion, version `since`, was trained."""
-
-    since: int | None = None
-    added: int = 0
-    removed: int = 0
-    relabelled: int = 0
-    per_class: dict[str, dict[str, int]] = {}
-
-
 class DataReport(_Part):
     version: str = ""
     train: int = 0
@@ -45,15 +35,15 @@ class DataReport(_Part):
     quarantined: int = 0
     duplicates: int = 0
     leaks: int = 0
-    changes: DataChanges | None = None
+    changes: dict[str, Any] | None = None
 
     def describe(self) -> str:
         """The counts in one line."""
         text = f"{self.train} train, {self.val} val, {self.test} test"
         text += f"; {self.synthetic} synthetic hands" if self.synthetic else ""
         if changes := self.changes:
-            since = f"version {changes.since}" if changes.since else "the beginning"
-            text += f"; {changes.added} added, {changes.removed} removed since {since}"
+            since = f"version {changes['since']}" if changes["since"] else "the beginning"
+            text += f"; {changes['added']} added, {changes['removed']} removed since {since}"
         return text
 
 
@@ -118,9 +108,9 @@ class RunReport(_Part):
             facts.append(f"{before['accuracy']:.3f} -> {after['accuracy']:.3f}")
         elif self.test.accuracy is not None:
             facts.append(f"accuracy {self.test.accuracy:.3f}")
-        if (changes := self.data.changes) and changes.since:
-            facts += [f"+{changes.added} photos"] if changes.added else []
-            facts += [f"-{changes.removed} photos"] if changes.removed else []
+        if (changes := self.data.changes) and changes["since"]:
+            for sign, number in (("+", changes["added"]), ("-", changes["removed"])):
+                facts += [f"{sign}{number} photos"] if number else []
         return f"v{self.model.version} {verb}: {', '.join(facts)}"
 
     def facts(self) -> dict[str, str]:
@@ -211,7 +201,7 @@ def quarantined(project: Project) -> int:
     return len((read_json(project.quarantine / "quarantine.json") or {}).get("files", []))
 
 
-def data_changes(project: Project, former: Any, since: int | None) -> DataChanges:
+def data_changes(project: Project, former: Any, since: int | None) -> dict[str, Any]:
     """Compare the photos of this run with `former`, the `dataset.json` of champion `since`."""
     index = read_output(project.dataset_index)
     before, now = (
@@ -226,13 +216,13 @@ def data_changes(project: Project, former: Any, since: int | None) -> DataChange
         "now": Counter(now.values()),
     }
     labels = dict.fromkeys([*index["labels"], *sorted(before.values())])
-    return DataChanges(
-        since=since,
-        added=len(added),
-        removed=len(removed),
-        relabelled=sum(before[name] != now[name] for name in before.keys() & now.keys()),
-        per_class={k: {name: count[k] for name, count in counts.items()} for k in labels},
-    )
+    return {
+        "since": since,
+        "added": len(added),
+        "removed": len(removed),
+        "relabelled": sum(before[name] != now[name] for name in before.keys() & now.keys()),
+        "per_class": {k: {name: count[k] for name, count in counts.items()} for k in labels},
+    }
 
 
 def histories(project: Project, params: Params) -> list[dict[str, Any]]:

@@ -28,8 +28,7 @@ from tasks.services.dvc import Pipeline, Remote, read_record
 from tasks.services.git import worktree
 from tasks.stage import Progress
 
-RECORDED = ("data.dvc", "dvc.lock", "params.yaml")
-"""Files that come from the release, so that they may differ from the commit."""
+RECORDED = ("data.dvc", "dvc.lock", "params.yaml")  # come from the release, not the commit
 
 
 def reproduce(workspace: Workspace, name: str, progress: Progress) -> RebuildComparison:

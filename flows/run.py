@@ -26,8 +26,7 @@ from tasks.services.git import read_revision
 from tasks.services.s3 import redact_url
 from tasks.stage import Progress
 
-LAST_RUN = "seaweedfs/last_run.json"
-"""Among the local storage's files, so that it is removed with them."""
+LAST_RUN = "seaweedfs/last_run.json"  # with the local storage's files, to be removed with them
 
 _log = logging.getLogger(__name__)
 

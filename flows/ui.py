@@ -10,15 +10,17 @@ import socket
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import Any, ParamSpec
 from uuid import UUID
 
-from prefect import flow
+from prefect import Flow, flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import Flow as KnownFlow
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.runtime import flow_run
 from prefect.states import Failed
+from prefect.utilities.urls import url_for
 
 from flows.report import RunReport
 from flows.settings import Settings, load_settings
@@ -35,14 +37,8 @@ from tasks.releases.quality import draw_quality, read_quality
 from tasks.scoring.drift import Drift
 from tasks.services.notify import notify
 
-if TYPE_CHECKING:
-    from prefect import Flow
-    from prefect.client.schemas.objects import Flow as KnownFlow
-    from prefect.client.schemas.objects import FlowRun
-
 MOST_PHOTOS = 50  # photos in the comparison that the two models read differently
-UNHEARD = "Nothing was heard of this run"
-"""Start of the message of a state that the crash automations set."""
+UNHEARD = "Nothing was heard of this run"  # so begins what the crash automations say
 
 P = ParamSpec("P")
 
@@ -96,12 +92,8 @@ def notify_people(settings: Settings, title: str, reason: str, link: str | None 
     return notify(settings.notify_urls.get_secret_value(), title, f"{reason}\n{where}")
 
 
-def notify_bad_end(
-    flow: "Flow[..., Any] | KnownFlow", flow_run: "FlowRun", state: "State[Any]"
-) -> None:
+def notify_bad_end(flow: Flow[..., Any] | KnownFlow, flow_run: FlowRun, state: State[Any]) -> None:
     """Prefect's hook for a run that failed, was rejected, or crashed, whoever finds that out."""
-    from prefect.utilities.urls import url_for
-
     try:
         settings = load_settings()
     except SettingsError as error:
@@ -149,12 +141,13 @@ def show_summary(project: Project, report: RunReport, record: str | None) -> Non
         heads = ("check", "value", "limit", "interval", "verdict")
         text += ["\n### Gate\n", _table(heads, checks)]
     if changes := report.data.changes:
-        since = f"version {changes.since}" if changes.since else "the beginning: no champion yet"
-        changed = [[label, *numbers.values()] for label, numbers in changes.per_class.items()]
+        since = changes["since"]
+        since = f"version {since}" if since else "the beginning: no champion yet"
+        changed = [[label, *numbers.values()] for label, numbers in changes["per_class"].items()]
         text += [
             f"\n### Photos since {since}\n",
             _table(("sign", "before", "added", "removed", "now"), changed),
-            f"\n{changes.relabelled} photos got another label.",
+            f"\n{changes['relabelled']} photos got another label.",
         ]
         warnings = (read_json(project.audit) or {}).get("warnings", ())
         text += [f"- **{html.escape(warning)}**" for warning in warnings]

@@ -17,7 +17,7 @@ from prefect.states import Crashed
 
 from flows import ui
 from flows.output import retrain_listing
-from flows.report import DataChanges, ModelReport, RunReport
+from flows.report import ModelReport, RunReport
 from flows.retrain import retrain
 from flows.settings import load_settings
 from flows.ui import MOST_PHOTOS, comparison_text, notify_bad_end, notify_people
@@ -58,7 +58,7 @@ def report(status: Any, **parts: Any) -> RunReport:
 def test_an_outcome_is_a_few_words_and_a_rejection_says_by_how_much() -> None:
     compared = {"champion": {"accuracy": 0.982}, "challenger": {"accuracy": 0.991}}
     promoted = report("promoted", comparison=compared)
-    promoted.data.changes = DataChanges(since=3, added=84)
+    promoted.data.changes = {"since": 3, "added": 84, "removed": 0}
     assert promoted.headline() == "v4 promoted: 0.982 -> 0.991, +84 photos"
     for status in ("unchanged", "cancelled"):
         assert report(status, reason="Nothing changed.").headline() == status

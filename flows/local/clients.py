@@ -20,8 +20,7 @@ from tasks.io import atomic_write
 from tasks.services.s3 import S3Address, Storage, check_conditional_writes, redact_url
 
 CHECK_SECONDS = 10.0
-TAG = "handsigns"
-"""Tag of our runs, on a server that may have others; `prefect.yaml` sets it for deployments."""
+TAG = "handsigns"  # of our runs, on a server that may have others; see `prefect.yaml`
 HEARTBEAT_SECONDS = 30  # the least that Prefect takes; see `flows.deploy` for what silence means
 PROXIES = ("all_proxy", "http_proxy", "https_proxy")
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")

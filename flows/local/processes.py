@@ -31,20 +31,17 @@ from tasks.errors import BusyError, ServiceError, SettingsError
 from tasks.io import read_json
 
 GRPC = 10_000  # SeaweedFS's gRPC port lies this far above each of its ports
-RANGE = range(12_000, 22_000)
-"""With `GRPC` added still below Linux's ephemeral ports, which outgoing connections take."""
+RANGE = range(12_000, 22_000)  # with `GRPC` added below those that outgoing connections take
 OPEN_FILES = 256  # SeaweedFS panics with half as many
-START_SECONDS = 120.0
-"""Until a program that was just started must answer; one that ran before has `SECONDS`."""
-SECONDS = 30.0
+START_SECONDS = 120.0  # in which a program that was just started must answer
+SECONDS = 30.0  # in which one must that ran before
 GRACE_SECONDS = 4.0  # between SIGTERM and SIGKILL
 POLL_SECONDS = 0.05
 ERROR = re.compile(
     r"^[FE]\d{4} |^panic: |^[\w.]*(Error|Exception)\b|\b(error|fatal|denied|cannot|failed)\b",
     re.IGNORECASE,
 )
-NEWER = re.compile("Can't locate revision|No such revision")
-"""Alembic's words for a database that a newer version has migrated."""
+NEWER = re.compile("Can't locate revision|No such revision")  # Alembic's, of a newer database
 
 
 @dataclass(frozen=True)

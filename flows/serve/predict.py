@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 BODY_SECONDS = 30.0
 MAX_PHOTOS = 16  # in one request
 PREDICTIONS = Counter("handsigns_predictions", "Photos read, by label.", ("label",))
-IN_FLIGHT = 128
-"""Requests that may be uploaded, queued or scored at once; bounds the memory they take."""
+IN_FLIGHT = 128  # requests that may be uploaded, queued or scored at once, for their memory
 
 
 class Model(BaseModel):
@@ -90,8 +89,7 @@ _CONTENT: dict[str, Any] = {
     "application/json": {"schema": JsonPhotos.model_json_schema()},
     "image/*": {"schema": _PHOTO},
 }
-BODY = {"requestBody": {"required": True, "content": _CONTENT}}
-"""The forms of a request, as OpenAPI puts them."""
+BODY = {"requestBody": {"required": True, "content": _CONTENT}}  # as OpenAPI has it
 
 
 async def read_upload(request: Request) -> bytes | list[bytes]:

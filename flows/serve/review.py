@@ -23,6 +23,7 @@ from flows.serve.predict import BODY, Reading
 from flows.workspace import Workspace
 from tasks.data.capture import ID, Capture, CaptureRules, Captures
 from tasks.data.traffic import Traffic
+from tasks.errors import SettingsError
 
 _log = logging.getLogger(__name__)
 
@@ -35,11 +36,9 @@ DRIFT = Gauge(
     ("comparison",),
 )
 QUEUE = 16  # uploads that may wait to be kept; any other one is dropped
-REST = 39
-"""The background thread rests this many times as long as it worked: 2.5 % of a core at most."""
+REST = 39  # times as long as it worked a thread rests, so that it takes 2.5 % of a core at most
 SAVE_SECONDS = 60.0  # between two writes of the counts for the drift monitor
-OPT_OUT = "Handsigns-No-Capture"
-"""Request header with which a client asks that its photo is not kept."""
+OPT_OUT = "Handsigns-No-Capture"  # the header of a client whose photo must not be kept
 NOTHING_KEPT = "This service keeps no photos. Set HANDSIGNS_CAPTURE to a folder or a bucket."
 
 Name = Annotated[str, InPath(pattern=f"^{ID}$")]
@@ -140,6 +139,12 @@ def open_captures(workspace: Workspace) -> Captures | None:
     settings = workspace.settings
     if settings.capture is None:
         return None
+    for place in (settings.capture, settings.inbox or ""):
+        if place.startswith("s3://") and settings.s3_endpoint_url is None:
+            raise SettingsError(
+                f"{place} is in no S3 service. Set HANDSIGNS_S3_ENDPOINT_URL, or name a folder in "
+                "HANDSIGNS_CAPTURE and HANDSIGNS_INBOX."
+            )
     names = [field.name for field in fields(CaptureRules)]
     rules = CaptureRules(*(getattr(settings, f"capture_{name}") for name in names))
     inbox = workspace.place(settings.inbox) if settings.inbox else None
