@@ -170,7 +170,7 @@ class Storage:
             retried = stamina.retry(on=_may_pass, attempts=ATTEMPTS, timeout=None, wait_max=1.0)
             return retried(action)()
         except exceptions.ClientError as error:
-            raise _explain(error.response, self.address, key) from None
+            raise _explain(error.response, self.address, key and self._folder + key) from None
         except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError):
             advice = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
             raise ServiceError(f"No S3 credentials were found for {url}. {advice}") from None
