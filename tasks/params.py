@@ -204,9 +204,10 @@ def replace_labels(path: Path, labels: Sequence[str]) -> str:
     """The text of `params.yaml` with other labels, valid, and otherwise the same to the byte."""
     text = _read(path)
     _parse(text, path.name)
-    line = f"labels: {json.dumps(list(labels), ensure_ascii=False)}\n"
+    line = f"labels: {json.dumps(list(labels), ensure_ascii=False)}"
     # A list of several lines is indented, or has dashes, or ends with a bracket.
-    changed = re.sub(r"(?m)^labels:.*\n(?:[ \-\]].*\n)*", lambda _: line, text, count=1)
+    listed = r"(?m)^labels:.*?([ \t]+#[^\"'\]\n]*)?\n(?:[ \-\]].*\n)*"
+    changed = re.sub(listed, lambda found: f"{line}{found[1] or ''}\n", text, count=1)
     _parse(changed, f"{path.name} with the labels of these photos")
     return changed
 

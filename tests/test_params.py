@@ -20,7 +20,7 @@ from tasks.data.directory import render
 from tasks.data.images import encode
 from tasks.data.importer import import_photos
 from tasks.errors import DataError, ParamsError
-from tasks.params import load_params
+from tasks.params import load_params, replace_labels
 from tasks.services.dvc import Pipeline
 from tasks.stage import Context
 from tests.fixtures.checkouts import make_checkout, with_stages
@@ -142,6 +142,13 @@ def test_labels_are_the_names_of_class_folders(
     flow = json.dumps(labels, ensure_ascii=False)
     assert project.params.read_text() == text.replace('[\n  "0", "1"\n]', flow)
     assert {label for _, label in report.imported} == set(labels)
+
+
+def test_a_comment_beside_the_labels_stays(tmp_path: Path) -> None:
+    before, file = '["0", "1", "2", "3", "4", "5"]', tmp_path / "params.yaml"
+    file.write_text(TEXT.replace(before, '["a #1", "b"]  # ours', 1))
+    after = TEXT.replace(before, '["x", "ö"]  # ours', 1)
+    assert replace_labels(file, ["x", "ö"]) == after
 
 
 def test_hands_are_only_rendered_for_their_own_labels(
