@@ -162,11 +162,11 @@ def show_summary(project: Project, report: RunReport, record: str | None) -> Non
     show_text("summary", report.headline(), "\n".join(text))
 
 
-def show_drift(found: Sequence[Drift], said: str) -> None:
+def show_drift(found: Sequence[Drift], said: str, picture: Path) -> None:
     """What production sees beside what the champion was validated on."""
     names = ("verdict", "value", "limit", "samples")
     rows = [(one.name, *(getattr(one, name) for name in names)) for one in found]
-    show_text("drift", said, _table(("compared", *names), rows))
+    show_text("drift", said, _table(("compared", *names), rows) + _picture(picture))
 
 
 @_best_effort

@@ -27,6 +27,7 @@ from tasks.io import read_json
 from tasks.model.augment import enlarge
 from tasks.model.inference import Engine
 from tasks.releases.catalog import prune_releases
+from tasks.releases.quality import draw_traffic
 from tasks.releases.release import open_release
 from tasks.scoring.drift import BINS, Drift, compare_counts, compare_embeddings
 from tasks.stage import Progress, silent
@@ -86,7 +87,8 @@ def _monitor(workspace: Workspace, hours: int, retrain_after: int) -> State[Any]
     }
     store.put(f"{RESULTS}/{release}.json", json.dumps(content, indent=2).encode())
     said = "; ".join(one.describe() for one in found)
-    ui.show_drift(found, said)
+    draw_traffic(folder, counts, workspace.project.traffic)
+    ui.show_drift(found, said, workspace.project.traffic)
     if drifted and before.get("drift") != drifted:
         title = f"handsigns: drift of {', '.join(drifted)}"
         ui.notify_people(workspace.settings, title, said, ui.run_address())

@@ -31,6 +31,7 @@ class Project:
         self.plots = self.artifacts / "plots"
         self.changed = self.artifacts / "changed.png"
         self.quality = self.artifacts / "quality.png"
+        self.traffic = self.artifacts / "traffic.png"
         self.audit = self.artifacts / "audit.json"
         self.synthetic = self.artifacts / "synthetic.npy"  # rendered hands, for training only
         self.dataset = self.artifacts / "dataset"

@@ -2,6 +2,7 @@
 
 import logging
 import uuid
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ def test_an_error_of_the_ui_is_logged_once_and_fails_nothing(
     monkeypatch.setattr(ui, "_failed", False)
     nowhere = {PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}
     with temporary_settings(nowhere):
-        ui.show_drift([], "none")
+        ui.show_drift([], "none", Path("none"))
         ui.show_text("comparison", "", "none")
     assert len([line for line in caplog.messages if "does not show everything" in line]) == 1
 

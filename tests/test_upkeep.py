@@ -20,7 +20,7 @@ from tasks.model.inference import Engine
 from tasks.project import Project
 from tasks.releases.catalog import prune_releases
 from tasks.releases.champion import Move, read_champion, set_champion
-from tasks.releases.quality import draw_quality, read_quality
+from tasks.releases.quality import draw_quality, draw_traffic, read_quality
 from tasks.releases.release import fetch, list_releases, verify
 from tasks.services.dvc import Pipeline
 from tasks.services.mlflow import CHALLENGER, Registry, Version
@@ -225,3 +225,5 @@ def test_usual_photos_are_no_drift_noise_is_and_only_the_random_sample_counts(
     for _ in range(600):
         counts.add("5", 0.35)
     assert set(verdicts("other", counts, noise, "sample").values()) == {"drift"}
+    draw_traffic(tmp_path, counts, tmp_path / "traffic.png")
+    assert cv2.imread(str(tmp_path / "traffic.png")).shape[1] == 1320

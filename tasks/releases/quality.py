@@ -1,4 +1,4 @@
-"""Quality over time: every champion on the photos that all of them were tested on."""
+"""Quality over time: champions on the photos that all were tested on, and what they see now."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tasks.data.traffic import Counts
+from tasks.io import read_json
 from tasks.releases.champion import PHOTOS, Move
+from tasks.scoring.drift import BINS
 from tasks.scoring.metrics import score
 from tasks.services.s3 import MissingObjectError, Storage
 
@@ -16,6 +19,7 @@ PREDICTIONS = "predictions.json"
 RECENT = 12
 """Champions that are compared; the more there are, the fewer photos all of them were tested on."""
 SCORES = {"accuracy": "accuracy", "loss": "loss", "calibration error": "ece"}
+MAX_BARS = 20  # with names below
 DRIFT = ("labels", "confidences", "embeddings")  # what the drift monitor compares
 
 Scores = Mapping[str, float | None]
@@ -110,5 +114,37 @@ def draw_quality(found: QualityOverTime, path: Path) -> None:
     panels[5].set_axis_off()
     for axes, place in ((panels[0], "upper left"), (panels[4], "lower left")):
         panels[5].add_artist(panels[5].legend(*axes.get_legend_handles_labels(), loc=place))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(figure, path)
+
+
+def draw_traffic(release: Path, counts: Counts, path: Path) -> None:
+    """Draw what a fetched release answered beside its answers for the validation photos."""
+    from matplotlib.figure import Figure
+
+    from tasks.scoring.plots import COLORS, save
+
+    labels = read_json(release / "labels.json")
+    with np.load(release / "reference.npz") as reference:
+        shown = {
+            "label": (labels, reference["labels"], [counts.labels[label] for label in labels]),
+            "confidence": (
+                [f"{bin_ / BINS:.1f}" for bin_ in range(BINS)],
+                reference["confidences"],
+                [counts.confidences[bin_] for bin_ in range(BINS)],
+            ),
+        }
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for axes, (title, (names, *both)) in zip(figure.subplots(1, 2), shown.items(), strict=True):
+        for place, (values, what) in enumerate(
+            zip(both, ("validation", "production"), strict=True)
+        ):
+            shares = np.array(values) / max(sum(values), 1)
+            x = np.arange(len(names)) + 0.4 * place
+            axes.bar(x, shares, 0.4, color=COLORS[4 + place], label=what)
+        axes.set(xlabel=title, ylabel="share of photos")
+        if len(names) <= MAX_BARS:
+            axes.set_xticks(np.arange(len(names)) + 0.2, names)
+        axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     save(figure, path)
