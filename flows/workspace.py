@@ -157,7 +157,7 @@ class Workspace:
         if source == "photos":
             fetch_data(project, pipeline, progress)
         # What a person put beside the rendered photos must not be removed.
-        edited = project.data.is_dir() and pipeline.data_state() == "edited"
+        edited = pipeline.data_state() == "edited"
         report = inbox.import_new(source == "sample" and not edited, progress)
         imported, known = sum(report.imported.values()), sum(report.already_there.values())
         _log.info(

@@ -135,9 +135,11 @@ class Pipeline:
 
     def data_state(self) -> DataState:
         """How `data/` compares with `data.dvc`; `DataError` if both changed."""
-        if not any(self._project.data.glob("*/*/*")):
-            return "missing"
         recorded = self.data_version()
+        if not any(self._project.data.glob("*/*/*")):
+            if recorded:  # what is put there next is newer than that
+                self._remember_version(recorded)
+            return "missing"
         if recorded is None:
             return "edited"
         (out,) = self._locked(lambda: self._repo.stage.load_one(self._project.data_file.name).outs)
