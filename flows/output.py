@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -33,6 +34,7 @@ err = Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 SECONDS_BETWEEN_LINES = 10.0  # how often a long step writes a line where there is no terminal
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
 MAX_COLUMNS = 12  # labels that a table has a column for
 MAX_COUNTS = 30  # counts of labels that are listed one by one
 NEXT_STEPS = {
@@ -147,6 +149,8 @@ def shown(value: Any) -> str:
             return ", ".join(f"{name}: {one}" for name, one in value.items() if one is not None)
         case list():
             return ", ".join(map(str, value))
+        case str() if TIME.fullmatch(value):
+            return value[:16].replace("T", " ")
     return str(value)
 
 

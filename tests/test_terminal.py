@@ -99,7 +99,7 @@ def test_a_terminal_shows_results_and_bars_and_nothing_of_libraries(
     scores = r"accuracy [01]\.\d{4}, loss \d+\.\d{4}, photos \d+, created 20"
     assert any(re.match(rf" champion +version 1, {scores}", line) for line in status), status
     assert not re.search("[0-9a-f]{32}", "".join(status))
-    row = r" +1 +[01]\.\d{4} +\d+\.\d{4} +\d+ +20[-0-9T:+]+ +cha"
+    row = r" +1 +[01]\.\d{4} +\d+\.\d{4} +\d+ +20[-0-9: ]+ +cha"
     assert any(re.match(row, line) for line in handsigns("versions"))
     assert len(handsigns("predict", str(trained.photos / "1/0000.png"))) <= 8
     repeated = in_terminal(repo, "dvc", "repro", "--force", "--single-item", "train@base")
