@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -76,19 +75,20 @@ def _push(root: Path, branch: str, paths: Sequence[Path], message: str) -> str |
     if exists:
         quiet = ("-q", "--no-tags", "--no-write-fetch-head")
         _git(root, "fetch", *quiet, "origin", f"+{theirs}:{ours}")
-    with worktree(root, ours if exists else "HEAD") as tree:
-        below = tree / _git(root, "rev-parse", "--show-prefix")
-        for path in paths:
-            target = below / path.relative_to(root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-            _git(tree, "add", "--force", str(target))
-        if exists and not _git(tree, "status", "--porcelain", "--untracked-files=no"):
-            return None
-        author = () if _run(root, "config", "user.email").returncode == 0 else AUTHOR
-        _git(tree, *author, "commit", "-q", "--no-gpg-sign", "--allow-empty", "-m", message)
-        _git(tree, "push", "-q", "origin", f"HEAD:{theirs}")
-        return _git(tree, "rev-parse", "HEAD")
+    parent = _git(root, "rev-parse", ours if exists else "HEAD")
+    # An index of its own, and no second worktree: git reads the files of all worktrees each time,
+    # and fails if another command is just writing one.
+    with tempfile.TemporaryDirectory(prefix="handsigns-index-") as folder:
+        index = Path(folder) / "index"
+        _git(root, "read-tree", parent, index=index)
+        _git(root, "add", "--force", *(str(path.absolute()) for path in paths), index=index)
+        tree = _git(root, "write-tree", index=index)
+    if exists and tree == _git(root, "rev-parse", f"{parent}^{{tree}}"):
+        return None
+    author = () if _run(root, "config", "user.email").returncode == 0 else AUTHOR
+    commit = _git(root, *author, "commit-tree", tree, "-p", parent, "-m", message)
+    _git(root, "push", "-q", "origin", f"{commit}:{theirs}")
+    return commit
 
 
 @contextmanager
@@ -103,13 +103,13 @@ def worktree(root: Path, commit: str) -> Iterator[Path]:
             _run(root, "worktree", "remove", "--force", str(tree))
 
 
-def _git(root: Path, *words: str) -> str:
-    done = _run(root, *words)
+def _git(root: Path, *words: str, index: Path | None = None) -> str:
+    done = _run(root, *words, index=index)
     if done.returncode == 0:
         return done.stdout.strip()
     said = _one_line(done.stderr)
     verb = next(word for word in words if word not in AUTHOR)
-    if verb in ("push", "fetch", "worktree") and any(race in done.stderr for race in RACES):
+    if verb in ("push", "fetch") and any(race in done.stderr for race in RACES):
         raise _MovedError(f"Others kept moving the branch ({said}). Run again.")
     raise ServiceError(
         f"git {verb} failed ({said}). Check HANDSIGNS_GIT_PUSH, the remote and the right to "
@@ -117,10 +117,12 @@ def _git(root: Path, *words: str) -> str:
     )
 
 
-def _run(root: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+def _run(root: Path, *words: str, index: Path | None = None) -> "subprocess.CompletedProcess[str]":
     kept = {name: text for name, text in os.environ.items() if name not in MISLEADING}
     quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true", "LC_ALL": "C"}
     quiet["GIT_SSH_COMMAND"] = os.environ.get("GIT_SSH_COMMAND", "ssh -o BatchMode=yes")
+    if index:
+        quiet["GIT_INDEX_FILE"] = str(index)
     command = ["git", "-C", str(root), "-c", "core.hooksPath=/dev/null", *words]
     try:
         return subprocess.run(  # noqa: S603, the command is ours
