@@ -26,9 +26,7 @@ from tasks.rendering.scene import draw
 from tasks.synthetic import encode
 
 BAD_SHARE = 0.1
-SEED = 22
-"""Of the rendered photos that are sent."""
-PAIRS = 40
+SEED = 22  # of the rendered photos that are sent
 
 
 @dataclass
@@ -38,7 +36,6 @@ class Tally:
     statuses: collections.Counter[str] = field(default_factory=collections.Counter)
     good: list[float] = field(default_factory=list)
     bad: list[float] = field(default_factory=list)
-    answers: collections.Counter[str] = field(default_factory=collections.Counter)
     unexpected: list[str] = field(default_factory=list)
 
 
@@ -101,12 +98,17 @@ async def ask(session: httpx.AsyncClient, tally: Tally, name: str, request: dict
         tally.unexpected.append(f"{name}: {answer.status_code} {answer.text[:200]}")
 
 
-def resident(url: str) -> float:
-    """Memory of the service in MiB, as it says itself."""
+def metric(url: str, name: str) -> float:
+    """A figure that the service states about its process at /metrics."""
     for line in httpx.get(f"{url}/metrics").text.splitlines():
-        if line.startswith("process_resident_memory_bytes "):
-            return float(line.split()[1]) / 2**20
-    raise SystemExit("The service does not tell its memory at /metrics.")
+        if line.startswith(f"{name} "):
+            return float(line.split()[1])
+    raise SystemExit(f"The service does not state {name} at /metrics.")
+
+
+def resident(url: str) -> float:
+    """Memory of the service in MiB."""
+    return metric(url, "process_resident_memory_bytes") / 2**20
 
 
 def report(url: str, connections: int, seconds: float) -> dict[str, Any]:
@@ -131,22 +133,25 @@ def report(url: str, connections: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def compare(url: str, beside: str, connections: int, seconds: float) -> dict[str, Any]:
+def compare(url: str, beside: str, connections: int, seconds: float, pairs: int) -> dict[str, Any]:
     """Let two services take turns, each first every other time."""
-    tallies = []
-    for number in range(-1, PAIRS):
-        order = (url, beside) if number % 2 else (beside, url)
-        span = seconds / 2 / PAIRS
-        tallies.append({one: asyncio.run(drive(one, connections, span)) for one in order})
-    ratios = [len(pair[beside].good) / len(pair[url].good) for pair in tallies[1:]]
+    tallies: dict[str, list[Tally]] = {url: [], beside: []}
+    cost = {url: 0.0, beside: 0.0}
+    for number in range(-1, pairs):
+        for one in (url, beside) if number % 2 else (beside, url):
+            before = metric(one, "process_cpu_seconds_total")
+            tallies[one].append(asyncio.run(drive(one, connections, seconds / 2 / pairs)))
+            cost[one] += metric(one, "process_cpu_seconds_total") - before
+    read = {one: [len(tally.good) for tally in tallies[one]] for one in cost}
+    ratios = np.divide(read[beside], read[url])[1:]
     low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
     return {
         "ratio, median": round(median, 3),
         "ratio, quartiles": f"{low:.3f} to {high:.3f}",
-        "pairs": PAIRS,
-        "unexpected": [
-            line for pair in tallies for one in pair.values() for line in one.unexpected
-        ],
+        "ratio of all photos": round(sum(read[beside]) / sum(read[url]), 3),
+        "CPU ms a photo": [round(1000 * cost[one] / sum(read[one]), 3) for one in cost],
+        "pairs": pairs,
+        "unexpected": [line for one in cost for tally in tallies[one] for line in tally.unexpected],
     }
 
 
@@ -155,15 +160,15 @@ def main(
     beside: Annotated[str, typer.Option(help="Another service to compare it with.")] = "",
     connections: int = 16,
     seconds: float = 60.0,
+    pairs: Annotated[int, typer.Option(help="How often two services take turns.")] = 40,
     json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Load a running service and tell how it took it."""
     try:
-        found = (
-            compare(url, beside, connections, seconds)
-            if beside
-            else report(url, connections, seconds)
-        )
+        if beside:
+            found = compare(url, beside, connections, seconds, pairs)
+        else:
+            found = report(url, connections, seconds)
     except httpx.ConnectError:
         raise typer.BadParameter(
             f"nobody answers there (received {url}); start it", param_hint="--url"

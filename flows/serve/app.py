@@ -3,7 +3,7 @@
 import html
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import lru_cache, partial
@@ -17,9 +17,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, Info, generate_latest
 from pydantic import BaseModel, Field
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flows.serve.follower import LoadedModel, ModelSource
 from flows.serve.limits import HEADERS, Credentials, Limits
@@ -43,7 +45,7 @@ PATHS = ("/predict", "/feedback", "/health", "/metrics", "/openapi.json")
 METHODS = ("GET", "HEAD", "POST", "DELETE")
 REQUESTS = Counter("handsigns_requests", "Requests answered.", ("method", "path", "status"))
 SECONDS = Histogram(
-    "handsigns_request_seconds", "From a request's headers to the start of its answer.", ("path",)
+    "handsigns_request_seconds", "From a request's headers to the end of its answer.", ("path",)
 )
 MODEL = Info("handsigns_model", "The model that answers.")
 
@@ -87,7 +89,7 @@ def make_app(
     for kind in kinds:
         app.add_exception_handler(kind, partial(_answer_fault, limits))
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=limits.max_bytes)
-    app.middleware("http")(partial(_observe, limits))
+    app.add_middleware(Observer, limits=limits)
 
     @app.post(
         "/predict",
@@ -175,25 +177,41 @@ def _champion(source: ModelSource) -> tuple[LoadedModel, Path, Storage]:
     return model, model.folder, storage
 
 
-async def _observe(
-    limits: Limits, request: Request, answer: Callable[[Request], Awaitable[Response]]
-) -> Response:
-    # Unknown paths and methods share one label each.
-    path = request.url.path if request.url.path in PATHS else "page"
-    method = request.method if request.method in METHODS else "other"
-    began, status = time.perf_counter(), 500
-    try:
+class Observer:
+    """Middleware that counts and times requests, and adds `HEADERS` to the answers.
+
+    Plain ASGI: `@app.middleware` costs a task and two queues for each request.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self.app, self.limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; startup and shutdown pass through."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        request, began, status = Request(scope), time.perf_counter(), 500
+        # Unknown paths and methods share one label each.
+        path = request.url.path if request.url.path in PATHS else "page"
+        method = request.method if request.method in METHODS else "other"
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status, headers = message["status"], MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
         # Starlette's limit would answer a body that announces its size in plain text.
-        large = int(request.headers.get("Content-Length", "0")) > limits.max_bytes
-        too_large = AnyHTTPException(413)
-        response = await (_answer_fault(limits, request, too_large) if large else answer(request))
-        status = response.status_code
-    finally:
-        REQUESTS.labels(method, path, status).inc()
-        SECONDS.labels(path).observe(time.perf_counter() - began)
-    for name, value in HEADERS.items():
-        response.headers.setdefault(name, value)
-    return response
+        answer: ASGIApp = self.app
+        if int(request.headers.get("Content-Length", "0")) > self.limits.max_bytes:
+            answer = await _answer_fault(self.limits, request, AnyHTTPException(413))
+        try:
+            await answer(scope, receive, send_with_headers)
+        finally:
+            REQUESTS.labels(method, path, status).inc()
+            SECONDS.labels(path).observe(time.perf_counter() - began)
 
 
 async def _answer_fault(limits: Limits, request: Request, error: Exception) -> Response:

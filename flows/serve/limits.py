@@ -140,10 +140,11 @@ def read_bodies(service: ASGIApp) -> ASGIApp:
             return message
 
         async def send_after(message: Message) -> None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(READ_SECONDS):
-                    while left:
-                        await receive_part()
+            if left:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(READ_SECONDS):
+                        while left:
+                            await receive_part()
             await send(message)
 
         await service(scope, receive_part, send_after)
