@@ -104,7 +104,7 @@ def _conduct(run: Run) -> State[Any]:
     report = run.report
     bad = report.status in ("failed", "rejected")
     _log.log(logging.ERROR if bad else logging.INFO, "%s: %s", report.status, report.reason)
-    ui.show_summary(run.workspace.project, report, name_record(run))
+    ui.show_outcome(run.workspace.project, report, name_record(run))
     ui.rename_run(report.headline())
     if report.status == "cancelled":
         return Cancelled(message=report.reason)

@@ -121,45 +121,45 @@ def notify_crash(run: str) -> None:
         notify_bad_end(silent, crashed, state)
 
 
-def show_summary(project: Project, report: RunReport, record: str | None) -> None:
-    """The outcome at a glance: verdict, gate, photos that changed, phases, labels and plots.
+def show_outcome(project: Project, report: RunReport, record: str | None) -> None:
+    """The artifacts `summary`, `audit` and `gate`.
 
     Args:
         record: address of the run in MLflow, if it has one.
     """
-    text = [f"## {html.escape(report.headline())}\n", _table(("", ""), report.facts().items())]
+    headline = report.headline()
+    text = [f"## {html.escape(headline)}\n", _table(("", ""), report.facts().items())]
     text += [f"\n[The run in MLflow]({record})"] if record else []
     if report.phases:
         text += [_picture(project.plots / f"{name}.png") for name in ("curves", "confusion")]
         text += [_picture(project.changed)] if report.comparison else []
+        names = ("name", "images", "epochs", "seconds", "val_accuracy", "val_loss")
+        phases = [[phase[name] for name in names] for phase in report.phases]
+        scores = ("label", "precision", "recall", "f1", "support")
+        classes = [[row.get(name) for name in scores] for row in report.test.per_class]
+        text += ["\n### Training\n", _table(("phase", *names[1:]), phases)]
+        text += ["\n### Test\n", _table(scores, classes), _picture(project.plots / "mistakes.png")]
+    show_text("summary", headline, "\n".join(text))
+    if changes := report.data.changes:
+        since = changes["since"]
+        since = f"version {since}" if since else "the beginning: no champion yet"
+        changed = [[label, *numbers.values()] for label, numbers in changes["per_class"].items()]
+        warnings = (read_json(project.audit) or {}).get("warnings", ())
+        text = [f"## Photos since {since}\n"]
+        text += [_table(("label", "before", "added", "removed", "now"), changed)]
+        text += [f"\n{changes['relabelled']} photos got another label.\n"]
+        text += [f"- **{html.escape(warning)}**" for warning in warnings]
+        text += [_picture(project.plots / "audit.png")]
+        show_text("audit", f"{len(warnings)} warnings.", "\n".join(text))
     if report.gate.checks:
         checks = []
         for check in sorted(report.gate.checks, key=lambda check: bool(check["passed"])):
             interval = " to ".join(map(shown, check.get("interval") or ()))
             verdict = "passed" if check["passed"] else f"FAILED {check.get('detail') or ''}"
             checks.append((check["name"], check["value"], check["limit"], interval, verdict))
+        failed = sum(not check["passed"] for check in report.gate.checks)
         heads = ("check", "value", "limit", "interval", "verdict")
-        text += ["\n### Gate\n", _table(heads, checks)]
-    if changes := report.data.changes:
-        since = changes["since"]
-        since = f"version {since}" if since else "the beginning: no champion yet"
-        changed = [[label, *numbers.values()] for label, numbers in changes["per_class"].items()]
-        text += [
-            f"\n### Photos since {since}\n",
-            _table(("sign", "before", "added", "removed", "now"), changed),
-            f"\n{changes['relabelled']} photos got another label.",
-        ]
-        warnings = (read_json(project.audit) or {}).get("warnings", ())
-        text += [f"- **{html.escape(warning)}**" for warning in warnings]
-    if report.phases:
-        names = ("name", "images", "epochs", "seconds", "val_accuracy", "val_loss")
-        phases = [[phase[name] for name in names] for phase in report.phases]
-        scores = ("label", "precision", "recall", "f1", "support")
-        classes = [[row.get(name) for name in scores] for row in report.test.per_class]
-        text += ["\n### Training\n", _table(("phase", *names[1:]), phases)]
-        text += ["\n### Test\n", _table(scores, classes)]
-        text += [_picture(project.plots / f"{name}.png") for name in ("mistakes", "audit")]
-    show_text("summary", report.headline(), "\n".join(text))
+        show_text("gate", f"{failed} of {len(checks)} checks failed.", _table(heads, checks))
 
 
 def show_drift(found: Sequence[Drift], said: str, picture: Path) -> None:

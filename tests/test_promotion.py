@@ -150,8 +150,8 @@ def test_a_better_model_waits_for_a_person_and_then_is_champion(
     for key, words in (
         ("champion-history", "Ann"),
         ("comparison", "McNemar"),
-        ("summary", "Photos since version 2"),
-        ("summary", "| accuracy |"),
+        ("audit", "Photos since version 2"),
+        ("gate", "| accuracy |"),
     ):
         assert words in artifact(prefect_api, run, key)["data"]
     assert prefect_api.ask(f"flow_runs/{run['id']}")["name"].startswith("v3 promoted: 0.")

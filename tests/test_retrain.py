@@ -84,7 +84,7 @@ def test_the_first_run_is_promoted_and_recorded_everywhere(repo: Repo, first: Ru
     assert len(stored_in(repo, "dvc")) == 6 * PER_CLASS + 1
     assert steps < query(repo, "select name from task_run")
     shown = query(repo, "select key from artifact")
-    assert shown == {"summary", "comparison", "champion-history", "quality"}
+    assert shown == {"summary", "audit", "gate", "comparison", "champion-history", "quality"}
     (name,) = query(repo, "select name from flow_run")
     assert name.startswith("v1 promoted: accuracy ")
     # MLflow has one run with curves, files and pictures, and the version.

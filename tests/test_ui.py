@@ -1,7 +1,10 @@
 """What people see of runs: the comparison, outcomes in a few words, and notifications."""
 
 import logging
+import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from flows.ui import MOST_PHOTOS, comparison_text, notify_bad_end, notify_people
 from tasks.releases.comparison import PromotionDecision, compare
 from tasks.services.notify import notify
 from tests.fixtures.photos import LABELS
+from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.receiver import receiving
 
 SECRET = "sentinel-do-not-show"
@@ -124,3 +128,37 @@ def test_an_address_that_fails_keeps_nobody_else_from_it_and_is_not_shown(
     assert [message["title"] for message in receiver.messages] == ["title"]
     assert "HANDSIGNS_NOTIFY_URLS was refused or did not answer" in caplog.text
     assert SECRET not in caplog.text + "".join(capfd.readouterr())
+
+
+@pytest.mark.slow
+def test_sqlite_loses_nothing_that_eight_workers_send_at_once(prefect_alone: PrefectApi) -> None:
+    ask = prefect_alone.ask
+
+    def work(worker: int) -> list[str]:
+        flow, runs = ask("flows/", {"name": f"work-{worker}"})["id"], []
+        for _ in range(10):
+            runs.append(ask("flow_runs/", {"flow_id": flow, "state": {"type": "RUNNING"}})["id"])
+            now = datetime.now(UTC).isoformat()
+            line = {"name": "load", "level": 20, "timestamp": now, "flow_run_id": runs[-1]}
+            ask("logs/", [{**line, "message": str(number)} for number in range(20)])
+            event = {"resource": {"prefect.resource.id": runs[-1]}, "event": "load"}
+            event["occurred"] = now
+            ask("events", [{**event, "id": str(uuid.uuid4())} for _ in range(20)])
+            ask(f"flow_runs/{runs[-1]}/set_state", {"state": {"type": "COMPLETED"}})
+        return runs
+
+    with ThreadPoolExecutor(8) as pool:
+        runs = [run for each in pool.map(work, range(8)) for run in each]
+
+    def received(event: str) -> dict[str, int]:
+        found = ask("events/count-by/resource", {"filter": {"event": {"name": [event]}}})
+        return {one["value"]: one["count"] for one in found}
+
+    until = time.monotonic() + 60  # events are written behind the answer
+    ended = {f"prefect.flow-run.{run}" for run in runs}
+    while received("load") != dict.fromkeys(runs, 20) or not (
+        ended <= set(received("prefect.flow-run.Completed"))
+    ):
+        assert time.monotonic() < until
+        time.sleep(1)
+    assert all(set(prefect_alone.logged(run)) == set(map(str, range(20))) for run in runs)
