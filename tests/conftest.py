@@ -12,8 +12,8 @@ LONGEST = ("retrain", "up", "promotion", "trust", "surroundings", "cli", "browse
 LONGEST += ("publish_crashes", "dvc", "registry", "storage", "training", "model")
 """Files in the order of their duration."""
 
-FIXTURES = ("session", "photos", "models", "programs", "servers", "prefect_api")
-FIXTURES += ("service", "captures", "trained", "browser", "dask_cluster")
+FIXTURES = ("servers", "photos", "models", "programs", "service", "trained")
+FIXTURES += ("browser", "dask_cluster")
 pytest_plugins = [f"tests.fixtures.{name}" for name in FIXTURES]
 
 

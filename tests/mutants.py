@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.services.mlflow import load_mlflow
-from tests.fixtures import session
+from tests.fixtures import servers
+from tests.fixtures.photos import CHECKOUT
 
 TESTS = {
     "tasks/gate.py": ("test_gate",),
@@ -70,7 +71,7 @@ class Mutant:
 
 def mutants(module: str) -> Iterator[Mutant]:
     """Every change of one module."""
-    tree = ast.parse((session.ROOT / module).read_text())
+    tree = ast.parse((CHECKOUT.root / module).read_text())
     nodes = [node for body in _code(tree) for node in ast.walk(body)]
     for node in nodes:
         for field, old, new in _changes(node):
@@ -130,7 +131,7 @@ def run(mutant: Mutant, tree: Path) -> int:
     ours = ("tasks", "flows", "tests")
     for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
         del sys.modules[name]
-    sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(session.ROOT)))]
+    sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(CHECKOUT.root)))]
     pytest = importlib.import_module("pytest")
     files = [f"tests/{name}.py" for name in TESTS[mutant.module]]
     os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *files])))
@@ -140,13 +141,13 @@ def main(count: int, modules: Sequence[str]) -> int:
     for name in LIBRARIES:
         importlib.import_module(name)
     load_mlflow()
-    session.pytest_configure()
+    servers.pytest_configure()
     chosen = _choose(count, modules)
     free = [_copy() for _ in range(os.cpu_count() or 1)]
     trees, survivors, began = list(free), [], time.monotonic()
     running: dict[int, tuple[Mutant | None, Path]] = {}
     # First without a change: tests that fail anyway would kill everything.
-    pending = [*(Mutant(name, (session.ROOT / name).read_text(), "") for name in modules), *chosen]
+    pending = [*(Mutant(name, (CHECKOUT.root / name).read_text(), "") for name in modules), *chosen]
     try:
         while pending or running:
             while pending and free:
@@ -154,7 +155,7 @@ def main(count: int, modules: Sequence[str]) -> int:
                 running[run(mutant, tree)] = (mutant, tree)
             pid, status = os.wait()
             mutant, tree = running.pop(pid)
-            shutil.copy(session.ROOT / mutant.module, tree / mutant.module)
+            shutil.copy(CHECKOUT.root / mutant.module, tree / mutant.module)
             free.append(tree)
             if not mutant.what and status:
                 raise SystemExit(f"The tests of {mutant.module} fail without a change.")
@@ -162,7 +163,7 @@ def main(count: int, modules: Sequence[str]) -> int:
                 survivors.append(mutant.what)
                 print("survived", mutant.what, flush=True)
     finally:
-        session.pytest_unconfigure()
+        servers.pytest_unconfigure()
         for tree in trees:
             shutil.rmtree(tree)
     killed = len(chosen) - len(survivors)
@@ -179,12 +180,12 @@ def _choose(count: int, modules: Sequence[str]) -> list[Mutant]:
 
 def _copy() -> Path:
     listed = subprocess.run(
-        ["git", "ls-files"], cwd=session.ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files"], cwd=CHECKOUT.root, capture_output=True, text=True, check=True
     ).stdout.split()
     tree = Path(tempfile.mkdtemp(prefix="handsigns-mutants-"))
-    for name in filter(lambda one: (session.ROOT / one).is_file(), listed):
+    for name in filter(lambda one: (CHECKOUT.root / one).is_file(), listed):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(session.ROOT / name, tree / name)
+        shutil.copy(CHECKOUT.root / name, tree / name)
     return tree
 
 

@@ -14,10 +14,9 @@ from selenium.webdriver.common.keys import Keys
 
 from tasks.services.s3 import S3Address
 from tests.fixtures.browser import DESKTOP, PHONE, SMALL, open_page, see, text, until
-from tests.fixtures.captures import Place, comment, picture
 from tests.fixtures.photos import photo
 from tests.fixtures.servers import new_bucket
-from tests.fixtures.service import Service, grey, named, serving
+from tests.fixtures.service import Place, Service, comment, grey, named, picture, serving
 from tests.fixtures.trained import Trained
 
 pytestmark = pytest.mark.program("chromedriver")
@@ -52,7 +51,7 @@ return getComputedStyle(active.labels?.[0] ?? active).outlineStyle;
 def service(brightness_model: Path, tmp_path_factory: Any) -> Iterator[Service]:
     """A service that reads the sign from a photo's brightness, and keeps nothing."""
     place = Place(tmp_path_factory.mktemp("page") / "checkout", brightness_model)
-    with place.serve_apart(CAPTURE="") as running:
+    with place.serve(CAPTURE="") as running:
         yield running
 
 
@@ -201,7 +200,7 @@ def test_photos_are_labelled_from_the_keyboard_and_a_reload_loses_nothing(
     page: Any, place: Place
 ) -> None:
     place.fill(6, flagged=3)
-    with place.serve(TOKEN) as running:
+    with place.serve(SERVE_TOKEN=TOKEN) as running:
         begin(page, running, "Ana")
         chip(page, "0 of 6 done")
         assert "A user says 5" in text(page, "#facts")

@@ -9,11 +9,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
+import httpx
 import psutil
 import pytest
 
@@ -25,19 +23,11 @@ from flows.settings import Settings
 from tasks.errors import BusyError, ServiceError, SettingsError
 from tasks.project import Project
 from tasks.services.s3 import S3Address, Storage
-from tests.fixtures import session
 from tests.fixtures.photos import CHECKOUT
-from tests.fixtures.prefect_api import PrefectApi, basic
-from tests.fixtures.servers import MlflowServer
+from tests.fixtures.servers import MlflowServer, PrefectApi, stack
+from tests.fixtures.service import soon
 
 SETTINGS = Settings()
-
-
-@pytest.fixture
-def stack(tmp_path: Path) -> Iterator[LocalStack]:
-    made = LocalStack(tmp_path)
-    yield made
-    made.close()
 
 
 def listener(url: str) -> int:
@@ -59,7 +49,21 @@ def test_configured_services_start_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / ".local").iterdir()) == []
 
 
-def test_users_share_a_server_the_last_one_stops_it_and_the_next_finds_all_again(
+RUN = """
+import signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+from flows.local.stack import Services
+from flows.settings import Settings
+from tasks.project import Project
+from contextlib import closing
+with closing(Services(Settings(), Project(Path(sys.argv[1])))) as services:
+    print(services.s3().endpoint_url, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_users_share_a_server_the_last_one_stops_it_and_one_of_a_killed_user_is_adopted(
     tmp_path: Path,
 ) -> None:
     project = Project(tmp_path)
@@ -71,10 +75,19 @@ def test_users_share_a_server_the_last_one_stops_it_and_the_next_finds_all_again
             Storage(services.s3()).get("a")
             return services.s3()
 
+    process = 0
+    for how in (signal.SIGINT, signal.SIGKILL):
+        command, pipe = [sys.executable, "-c", RUN, str(tmp_path)], subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, text=True, cwd=CHECKOUT.root) as run:
+            assert run.stdout is not None
+            process = listener(run.stdout.readline().strip())
+            run.send_signal(how)
+            run.wait(20)
+        assert gone(process) == (how == signal.SIGINT)
     with closing(Services(SETTINGS, project)) as last:
         with closing(Services(SETTINGS, project)) as first:
             address = first.s3()
-            process = listener(address.endpoint_url)
+            assert listener(address.endpoint_url) == process
             assert last.s3() == address
         Storage(address).put("a", b"kept")
         other = SETTINGS.model_copy(update={"bucket": "others"})
@@ -94,35 +107,11 @@ def test_users_share_a_server_the_last_one_stops_it_and_the_next_finds_all_again
     assert moved.secret_access_key == address.secret_access_key
 
 
-RUN = """
-import signal, sys, time
-from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-from flows.local.stack import Services
-from flows.settings import Settings
-from tasks.project import Project
-from contextlib import closing
-with closing(Services(Settings(), Project(Path(sys.argv[1])))) as services:
-    print(services.s3().endpoint_url, flush=True)
-    time.sleep(600)
-"""
-
-
-def test_a_killed_users_server_is_adopted_by_the_next_and_stopped_with_it(tmp_path: Path) -> None:
-    process = 0
-    for how in (signal.SIGINT, signal.SIGKILL):
-        command = [sys.executable, "-c", RUN, str(tmp_path)]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=CHECKOUT.root
-        ) as run:
-            assert run.stdout is not None
-            process = listener(run.stdout.readline().strip())
-            run.send_signal(how)
-            run.wait(20)
-        assert gone(process) == (how == signal.SIGINT)
-    with closing(Services(SETTINGS, Project(tmp_path))) as services:
-        assert listener(services.s3().endpoint_url) == process
-    assert gone(process)
+@pytest.fixture
+def programs(tmp_path: Path) -> Iterator[LocalStack]:
+    made = LocalStack(tmp_path)
+    yield made
+    made.close()
 
 
 PARENT = """
@@ -134,30 +123,26 @@ time.sleep(600)
 
 
 def test_what_a_program_started_is_stopped_with_it_or_after_it(
-    tmp_path: Path, stack: LocalStack
+    tmp_path: Path, programs: LocalStack
 ) -> None:
     mark = tmp_path / "pids"
-    command = [sys.executable, "-c", PARENT, str(mark)]
 
-    def pids() -> list[int]:
-        return [*map(int, mark.read_text().split())] if mark.exists() else []
+    def start() -> list[int]:
+        mark.unlink(missing_ok=True)
+        ready = lambda: mark.exists() and mark.read_text()  # noqa: E731
+        command = [sys.executable, "-c", PARENT, str(mark)]
+        program = Program("a", command, dict(os.environ), ready)
+        programs.wait(programs.start("a", 0, lambda _: program))
+        return [*map(int, mark.read_text().split())]
 
-    def start() -> tuple[int, ...]:
-        ready = lambda: len(pids()) == 2  # noqa: E731
-        program = stack.start("a", 1, lambda ports: Program("a", command, {}, ready, ports))
-        stack.wait(program)
-        return program.ports
-
-    ports = start()
-    leader, child = pids()
+    leader, child = start()
     os.kill(leader, signal.SIGKILL)
-    while read_state(tmp_path, "a"):
-        time.sleep(0.01)
+    soon(lambda: not read_state(tmp_path, "a"))
     assert not gone(child)
-    mark.unlink()
-    assert (start(), gone(child)) == (ports, True)
-    stack.close()
-    assert all(map(gone, pids()))
+    second = start()
+    assert gone(child)
+    programs.close()
+    assert all(map(gone, second))
 
 
 FAILING = """
@@ -171,19 +156,18 @@ exit 3
 
 
 def test_a_failing_start_shows_the_first_error_of_its_log_and_a_hang_is_named(
-    stack: LocalStack, monkeypatch: pytest.MonkeyPatch
+    programs: LocalStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(script: str) -> str:
-        command = ["sh", "-c", script]
-        program = Program("sh", command, dict(os.environ), lambda: False)
-        stack.start("sh", 0, lambda _: program)
+        program = Program("sh", ["sh", "-c", script], dict(os.environ), lambda: False)
+        programs.start("sh", 0, lambda _: program)
         with pytest.raises(ServiceError) as caught:
-            stack.wait(program)
+            programs.wait(program)
         return str(caught.value)
 
     said = refused(FAILING.format(long="immeasurable " * 60))
     assert "did not start. First error: PermissionError: [Errno 13] Permission denied: the" in said
-    assert f"immeasurable …. See {stack.folder / 'logs' / 'sh.log'}." in said
+    assert f"immeasurable …. See {programs.folder / 'logs' / 'sh.log'}." in said
     assert ("\n" in said, len(said) < 500) == (False, True)
     for name in ("START_SECONDS", "SECONDS"):
         monkeypatch.setattr(processes, name, 0.2)
@@ -201,38 +185,31 @@ def test_credentials_are_generated_once_and_private(tmp_path: Path) -> None:
     assert local_credentials(file.parent) == first
     assert len(first.secret_access_key) >= 32
     assert first.login not in repr(first)
-    for text in ("{}", "no JSON", file.read_text()[:40]):
+    for text in ("{}", file.read_text()[:40]):
         file.write_text(text)
         with pytest.raises(SettingsError, match="Remove"):
             local_credentials(file.parent)
 
 
-def status(url: str, content: bytes | None = None, method: str = "", **headers: str) -> int:
-    request = Request(url, content, headers, method=method or None)
-    try:
-        with urlopen(request, timeout=10) as answer:
-            return int(answer.status)
-    except HTTPError as error:
-        return error.code
-
-
 def test_neither_the_store_nor_what_is_behind_it_serves_strangers(storage: Storage) -> None:
     storage.put("kept", b"for those who have the keys")
     url, bucket = storage.address.endpoint_url, storage.address.bucket
-    assert {status(f"{url}/{bucket}/kept"), status(f"{url}/{bucket}/new", b"", "PUT")} == {403}
-    state = read_state(session.stack().folder, "seaweedfs")
+    assert httpx.get(f"{url}/{bucket}/kept").status_code == 403
+    assert httpx.put(f"{url}/{bucket}/new", content=b"").status_code == 403
+    state = read_state(stack().folder, "seaweedfs")
     assert state
     process = psutil.Process(state["pid"])
     # Not in /tmp, where it would belong to the first user.
     assert "s3.sock" in {one.laddr for one in process.net_connections("unix")}
-    answers = {}
+    answers: set[int] = set()
     for connection in process.net_connections("tcp"):
         if connection.status == "LISTEN" and connection.laddr.port != state["ports"][0]:
             behind = f"http://127.0.0.1:{connection.laddr.port}/buckets/{bucket}/kept"
-            with suppress(OSError, HTTPException):  # some speak no HTTP/1
-                answers[behind] = {status(behind), status(behind, b"theirs")}
-    assert any(401 in codes for codes in answers.values()), answers
-    assert all(min(codes) >= 400 for codes in answers.values()), answers
+            with suppress(httpx.TransportError):  # some speak no HTTP/1
+                answers |= {httpx.get(behind).status_code}
+                answers |= {httpx.post(behind, content=b"theirs").status_code}
+    assert 401 in answers
+    assert min(answers) >= 400
     assert storage.get("kept") == b"for those who have the keys"
 
 
@@ -250,22 +227,31 @@ PATHS = {
 """One of each kind: pages, API, proxied files, traces; with what is posted."""
 
 
-def test_prefect_and_mlflow_ask_everybody_for_the_login(
+def test_prefect_and_mlflow_ask_everybody_for_the_login_and_a_page_elsewhere_has_none(
     prefect_api: PrefectApi, mlflow_server: MlflowServer
 ) -> None:
-    sent = {"content-type": "application/json"}
+    def status(url: str, content: bytes | None, login: str = "", origin: str = "") -> int:
+        user, _, password = login.partition(":")
+        headers = {"content-type": "application/json"} | ({"Origin": origin} if origin else {})
+        return httpx.request(
+            "GET" if content is None else "POST",
+            url,
+            content=content,
+            headers=headers,
+            auth=(user, password) if login else None,
+        ).status_code
+
     for server, kind in ((prefect_api, "prefect"), (mlflow_server, "mlflow")):
         for path, content in PATHS[kind].items():
-            for wrong in ({}, basic(server.login + "x"), basic("admin:password1234")):
-                assert status(server.url + path, content, **sent, **wrong) in (401, 403), path
+            for wrong in ("", server.login + "x", "admin:password1234"):
+                assert status(server.url + path, content, wrong) in (401, 403), path
     assert isinstance(prefect_api.ask("flow_runs/filter", {}), list)
-    assert status(f"{mlflow_server.url}/version", **basic(mlflow_server.login)) == 200
+    assert status(f"{mlflow_server.url}/version", None, mlflow_server.login) == 200
     # A page elsewhere, in a browser that knows the login, has no token.
-    known = {**sent, **basic(mlflow_server.login), "Origin": "http://elsewhere.example"}
     create = f"{mlflow_server.url}/api/2.0/mlflow/experiments/create"
-    assert status(create, b'{"name": "theirs"}', **known) == 403
-    runs = f"{prefect_api.url}/flow_runs/filter"
-    assert status(runs, b"{}", **basic(prefect_api.login)) == 403
+    elsewhere = "http://elsewhere.example"
+    assert status(create, b'{"name": "theirs"}', mlflow_server.login, elsewhere) == 403
+    assert status(f"{prefect_api.url}/flow_runs/filter", b"{}", prefect_api.login) == 403
 
 
 def test_servers_send_no_telemetry(tmp_path: Path) -> None:
@@ -274,6 +260,5 @@ def test_servers_send_no_telemetry(tmp_path: Path) -> None:
     assert mlflow.environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
     prefect = servers.prefect(tmp_path, SETTINGS, (7,))
     assert prefect.environment["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
-    seaweedfs = servers.seaweedfs(tmp_path, "artifacts", (1, 2, 3, 4, 5))
-    assert "-master.telemetry=false" in seaweedfs.command
+    assert "-master.telemetry=false" in servers.seaweedfs(tmp_path, "a", (1, 2, 3, 4, 5)).command
     assert "analytics = false" in (CHECKOUT.root / ".dvc/config").read_text()

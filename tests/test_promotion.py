@@ -24,8 +24,7 @@ from tests.fixtures import faults
 from tests.fixtures.checkouts import QUICK, Repo
 from tests.fixtures.faults import Answer, Exchange, proxy_to
 from tests.fixtures.photos import CHECKOUT
-from tests.fixtures.prefect_api import PrefectApi
-from tests.fixtures.servers import s3_client
+from tests.fixtures.servers import PrefectApi, s3_client
 from tests.fixtures.service import named as storage_named
 from tests.fixtures.service import soon
 from tests.fixtures.trained import Trained

@@ -28,9 +28,8 @@ from tests.fixtures import faults
 from tests.fixtures.checkouts import make_checkout
 from tests.fixtures.faults import Answer, Exchange, Proxy, proxy_to
 from tests.fixtures.photos import write_photos
-from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.publishing import write_files
-from tests.fixtures.servers import MlflowServer, new_bucket, running
+from tests.fixtures.servers import MlflowServer, PrefectApi, new_bucket, running
 from tests.fixtures.service import named
 from tests.fixtures.trained import Trained
 

@@ -13,8 +13,7 @@ import pytest
 
 from tasks.services.s3 import S3Address
 from tests.fixtures.checkouts import BIN, Repo
-from tests.fixtures.prefect_api import PrefectApi
-from tests.fixtures.servers import MlflowServer
+from tests.fixtures.servers import MlflowServer, PrefectApi
 from tests.fixtures.service import named
 from tests.fixtures.trained import Trained
 

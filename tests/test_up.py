@@ -38,10 +38,10 @@ from tasks.services.mlflow import Registry, credentials_of
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.checkouts import Repo, make_checkout
 from tests.fixtures.photos import write_photos
-from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.programs import find_program
 from tests.fixtures.publishing import record
 from tests.fixtures.receiver import Receiver, receiving
+from tests.fixtures.servers import PrefectApi
 from tests.fixtures.service import soon
 
 

@@ -25,10 +25,10 @@ from tasks.releases.release import fetch, list_releases, verify
 from tasks.services.dvc import Pipeline
 from tasks.services.mlflow import CHALLENGER, Registry, Version
 from tasks.services.s3 import Storage
-from tests.fixtures.captures import capture
 from tests.fixtures.checkouts import with_stages
 from tests.fixtures.photos import CHECKOUT, LABELS, photo, write_photos
 from tests.fixtures.publishing import publish_contents, record, register
+from tests.fixtures.service import capture
 
 RELEASE = "0123456789abcdef" * 2
 
