@@ -46,9 +46,8 @@ def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
     assert done.returncode == 0
     verbs = [*typer.main.get_command(app).commands]  # type: ignore[attr-defined]
     assert len(verbs) >= 20
-    for verb in verbs:
-        assert f" {verb} " in done.stdout
     for words in (*map(str.split, verbs), ["keys", "new"], ["keys", "sign"]):
+        assert f" {words[0]} " in done.stdout
         explained = CliRunner().invoke(app, [*words, "--help"])
         assert explained.exit_code == 0
         assert "--json" in explained.output or words == ["keys"]
@@ -61,7 +60,6 @@ def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
     [
         ("retrian", "Did you mean 'retrain'?"),
         ("open mlfow", "'mlfow' is not one of"),
-        ("deploy --pool nobody", "'nobody' is not one of"),
         ("promote two", "Invalid value for 'version'"),
         ("predict", "FILES"),
         ("import x --set-labels", "needs --replace"),
@@ -71,17 +69,6 @@ def test_wrong_usage_exits_with_2(words: str, reason: str) -> None:
     done = CliRunner().invoke(app, words.split())
     assert done.exit_code == 2
     assert reason.lower() in done.output.lower()
-
-
-def test_what_cannot_be_trained_on_is_reported(changed: Repo) -> None:
-    params = changed.project.params
-    params.write_bytes(params.read_bytes().replace(b"min_accuracy", b"min_acuracy"))
-    report = changed.handsigns("retrain", code=1)
-    assert report["status"] == "failed"
-    assert "gate.min_acuracy" in report["reason"]
-    assert changed.report() == report
-    (run,) = changed.handsigns("runs", "-n", "1")["runs"]
-    assert (run["status"], run["reason"]) == ("failed", report["reason"])
 
 
 def test_a_refusal_is_one_line_before_a_server_is_asked_or_started(
@@ -136,7 +123,7 @@ def test_import_says_what_was_taken_and_what_not_and_why(tmp_path: Path) -> None
     # A damaged data.dvc is named before photos are replaced.
     before = sorted(path.name for path in project.data.rglob("*.png"))
     project.data_file.write_bytes(b"\xff\xfe\x00")
-    refused = made.handsigns("import", tmp_path / "photos", "--replace", code=1)
+    refused = made.handsigns("import", photos, "--replace", code=1)
     assert "data.dvc is not what DVC writes" in refused
     assert sorted(path.name for path in project.data.rglob("*.png")) == before
 

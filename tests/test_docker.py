@@ -7,12 +7,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from tasks.backbone import PACKAGE, PACKAGE_FILE, PACKAGE_SHA256
 from tests.fixtures.photos import CHECKOUT
-from tests.fixtures.programs import find_program
 
 DOCKER = CHECKOUT.root / "docker"
 COMPOSE: Any = yaml.safe_load((DOCKER / "compose.yaml").read_text())
@@ -104,9 +102,3 @@ def test_the_image_pins_what_it_takes_and_runs_as_nobody() -> None:
     for name in " ".join(copied).split():
         assert (CHECKOUT.root / name).exists(), name
         assert f"!{name}" in let_through, name
-
-
-@pytest.mark.program("docker-compose")
-def test_docker_compose_takes_the_composition() -> None:
-    command = [str(find_program("docker-compose")), "-f", DOCKER / "compose.yaml", "config", "-q"]
-    subprocess.run(command, check=True)

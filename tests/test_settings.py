@@ -1,8 +1,6 @@
 """Settings: what is read, what is refused, and that no secret is shown."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from flows.settings import Settings, load_settings
 from tasks.errors import SettingsError
@@ -67,7 +65,6 @@ def test_defaults_and_the_usual_variables_are_read(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(name, value)
     settings = load_settings()
     assert (settings.s3_endpoint_url, settings.s3_region) == ("https://s3.example.org", "eu-west-1")
-    assert settings.mlflow_tracking_uri == "http://mlflow:5000"
     assert settings.aws_secret_access_key is not None
     assert settings.aws_secret_access_key.get_secret_value() == SECRET
     assert [path.name for path in settings.public_keys] == ["a.pem", "b.pem"]
@@ -76,10 +73,7 @@ def test_defaults_and_the_usual_variables_are_read(monkeypatch: pytest.MonkeyPat
     assert load_settings().s3_region == "eu-north-1"
 
 
-@given(
-    user=st.text(min_size=1, max_size=20),
-    password=st.text(st.characters(exclude_characters="@"), min_size=4, max_size=20),
-    scheme=st.sampled_from(["http", "https", "postgresql", "mysql+pymysql"]),
-)
-def test_a_password_in_an_address_is_never_shown(user: str, password: str, scheme: str) -> None:
-    assert redact_url(f"{scheme}://{user}:{password}@host:5432/db") == f"{scheme}://host:5432/db"
+@pytest.mark.parametrize("password", ["pass", "p%40ss/w:rd", "a?b#c", "ünïcödé [x]"])
+@pytest.mark.parametrize("scheme", ["http", "mysql+pymysql"])
+def test_a_password_in_an_address_is_never_shown(password: str, scheme: str) -> None:
+    assert redact_url(f"{scheme}://user:{password}@host:5432/db") == f"{scheme}://host:5432/db"

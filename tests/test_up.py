@@ -13,20 +13,13 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import mlflow
 import psutil
 import pytest
-from alembic import command
-from alembic.config import Config
-from alembic.script import ScriptDirectory
 from mlflow import MlflowClient
-from mlflow.store.tracking.dbmodels.initial_models import Base
-from sqlalchemy import create_engine
 
 from flows.local.clients import CREDENTIALS, ask, local_credentials
 from flows.local.processes import choose_ports, read_state
@@ -35,41 +28,28 @@ from flows.local.stack import Services
 from flows.settings import Settings
 from tasks.errors import ServiceError
 from tasks.services.mlflow import Registry, credentials_of
-from tasks.services.s3 import S3Address, Storage
+from tasks.services.s3 import Storage
 from tests.fixtures.checkouts import Repo, make_checkout
 from tests.fixtures.photos import write_photos
 from tests.fixtures.programs import find_program
-from tests.fixtures.publishing import record
 from tests.fixtures.receiver import Receiver, receiving
 from tests.fixtures.servers import PrefectApi
 from tests.fixtures.service import soon
 
 
-@dataclass
-class Service:
-    """A service that is up in a checkout of its own, and Prefect's API as a client sees it."""
+@dataclass(frozen=True)
+class Service(PrefectApi):
+    """A service that is up in a checkout of its own, and its Prefect."""
 
     repo: Repo
     addresses: dict[str, Any]
 
-    @property
-    def login(self) -> str:
-        return local_credentials(self.repo.project.local).login
-
-    @cached_property
-    def prefect(self) -> PrefectApi:
-        return PrefectApi(self.addresses["prefect"], self.login)
-
-    def up(self, receiver: Receiver) -> dict[str, Any]:
-        named = {"PREFECT_WORKER_QUERY_SECONDS": "1", "HANDSIGNS_NOTIFY_URLS": receiver.address}
-        return dict(self.repo.handsigns("up", fresh=True, **named))
-
     def run(self) -> str:
-        found = self.prefect.ask("deployments/name/retrain/retrain")["id"]
-        return str(self.prefect.ask(f"deployments/{found}/create_flow_run", {})["id"])
+        found = self.ask("deployments/name/retrain/retrain")["id"]
+        return str(self.ask(f"deployments/{found}/create_flow_run", {})["id"])
 
     def state(self, run: str) -> dict[str, Any]:
-        return dict(self.prefect.ask(f"flow_runs/{run}")["state"])
+        return dict(self.ask(f"flow_runs/{run}")["state"])
 
     def wait(self, run: str, *types: str, seconds: float = 240) -> dict[str, Any]:
         """Wait until the run is in a state of one of these types, and in no other final one."""
@@ -83,7 +63,7 @@ class Service:
         """The task of a run that trains its first phase, once it began."""
         wanted: dict[str, Any] = {"flow_runs": {"id": {"any_": [run]}}}
         wanted["task_runs"] = {"name": {"any_": ["train@base"]}}
-        found = lambda: self.prefect.ask("task_runs/filter", wanted)  # noqa: E731
+        found = lambda: self.ask("task_runs/filter", wanted)  # noqa: E731
         soon(lambda: found() and found()[0]["start_time"], 240)
         return dict(found()[0])
 
@@ -98,6 +78,16 @@ class Service:
         return found
 
 
+def up(repo: Repo, **environment: str) -> Service:
+    addresses = repo.handsigns("up", PREFECT_WORKER_QUERY_SECONDS="1", **environment)
+    login = local_credentials(repo.project.local).login
+    return Service(addresses["prefect"], login, repo, addresses)
+
+
+def down(service: Service, **environment: str) -> bool:
+    return bool(service.repo.handsigns("down", **environment)["stopped"])
+
+
 def gone(processes: list[psutil.Process], seconds: float) -> bool:
     left = psutil.wait_procs(processes, timeout=seconds)[1]
     return all(one.status() == psutil.STATUS_ZOMBIE for one in left)
@@ -110,15 +100,19 @@ def receiver() -> Iterator[Receiver]:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iterator[Service]:
+def notified(receiver: Receiver) -> dict[str, str]:
+    """The environment that names the receiver."""
+    return {"HANDSIGNS_NOTIFY_URLS": receiver.address}
+
+
+@pytest.fixture(scope="module")
+def service(
+    tmp_path_factory: pytest.TempPathFactory, notified: dict[str, str]
+) -> Iterator[Service]:
     """A service on SQLite."""
-    repo = make_checkout(tmp_path_factory.mktemp("up") / "checkout")
-    made = Service(repo, {})
-    made.addresses = made.up(receiver)
-    try:
-        yield made
-    finally:
-        repo.handsigns("down", fresh=True)
+    made = up(make_checkout(tmp_path_factory.mktemp("up") / "checkout"), **notified)
+    yield made
+    down(made)
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +124,11 @@ def photos(service: Service, tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def test_up_answers_everywhere_and_registers_deployments_pools_and_the_schedule(
-    service: Service, receiver: Receiver
+    service: Service, notified: dict[str, str]
 ) -> None:
     found = service.addresses
     assert found["started"]
-    assert service.up(receiver) == {**found, "started": False}
+    assert up(service.repo, **notified).addresses == {**found, "started": False}
     assert b"<html" in (ask(found["prefect"].removesuffix("/api"), seconds=10) or b"").lower()
     with credentials_of(None, service.login):
         MlflowClient(found["mlflow"]).create_registered_model("kept")
@@ -142,19 +136,19 @@ def test_up_answers_everywhere_and_registers_deployments_pools_and_the_schedule(
         used = services.s3().endpoint_url, services.mlflow()[0], services.prefect()
         assert used == (found["s3"], found["mlflow"], found["prefect"])
         Storage(services.s3()).put("kept", b"kept")
-    retrain = service.prefect.ask("deployments/name/retrain/retrain")
+    retrain = service.ask("deployments/name/retrain/retrain")
     (schedule,) = retrain["schedules"]
     assert schedule["schedule"]["cron"] == "0 2 * * *"
     assert retrain["global_concurrency_limit"]["limit"] == 1
     assert retrain["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
     for name in ("retrain/retrain", "promote/promote", "rollback/rollback"):
-        deployment = service.prefect.ask(f"deployments/name/{name}")
+        deployment = service.ask(f"deployments/name/{name}")
         assert "handsigns" in deployment["tags"]  # by which the automations know our runs
         parameters = deployment["parameter_openapi_schema"]["properties"].values()
         assert all(one["description"] for one in parameters), name
         # With Prefect's default of 180 s, every run would seem to have crashed.
         assert deployment["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
-    (pool,) = service.prefect.ask("work_pools/filter", {})
+    (pool,) = service.ask("work_pools/filter", {})
     assert (pool["name"], pool["type"], pool["status"]) == ("handsigns", "process", "READY")
 
 
@@ -173,7 +167,7 @@ def test_nothing_listens_beyond_loopback_and_no_secret_is_shown(service: Service
             content = path.read_bytes()
             holding |= {path for secret in secrets if secret.encode() in content}
     assert holding == {local / CREDENTIALS}
-    assert service.prefect.ask("variables/filter", {}) == []
+    assert service.ask("variables/filter", {}) == []
     assert (local / "programs/worker.json").stat().st_mode & 0o777 == 0o600
 
 
@@ -191,7 +185,7 @@ def test_of_two_runs_one_trains_and_a_cancelled_one_stops_within_10_s(service: S
     assert f"Another retrain of this checkout runs: process {engine.pid}" in busy
 
     asked = datetime.now(UTC)
-    service.prefect.ask(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    service.ask(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     service.wait(run, "CANCELLED")
     assert gone([engine], 10)
     stopped = soon(lambda: service.training(run)["end_time"])
@@ -202,33 +196,33 @@ def test_of_two_runs_one_trains_and_a_cancelled_one_stops_within_10_s(service: S
     assert not list(project.artifacts.rglob(".*"))
     report = service.repo.report()
     assert (report["status"], report["reason"].split(".")[0]) == ("cancelled", "Interrupted")
-    assert service.prefect.ask(f"flow_runs/{run}")["name"] == "cancelled"
+    assert service.ask(f"flow_runs/{run}")["name"] == "cancelled"
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("photos")
 def test_a_run_ends_with_its_service_as_cancelled_or_is_found_crashed_and_reported(
-    service: Service, receiver: Receiver
+    service: Service, receiver: Receiver, notified: dict[str, str]
 ) -> None:
     service.training(run := service.run())
-    service.repo.handsigns("down", fresh=True)
+    down(service)
     assert service.repo.report()["status"] == "cancelled"
-    service.up(receiver)
+    up(service.repo, **notified)
     assert service.state(run)["type"] == "CANCELLED"
     # Somebody else's run, of a flow with the name of ours, beats no heart.
-    flow = service.prefect.ask("flows/", {"name": "retrain"})["id"]
+    flow = service.ask("flows/", {"name": "retrain"})["id"]
     made = {"flow_id": flow, "state": {"type": "PENDING"}}
-    foreign = service.prefect.ask("flow_runs/", made)["id"]
-    service.prefect.ask(f"flow_runs/{foreign}/set_state", {"state": {"type": "RUNNING"}})
+    foreign = service.ask("flow_runs/", made)["id"]
+    service.ask(f"flow_runs/{foreign}/set_state", {"state": {"type": "RUNNING"}})
     service.training(run := service.run())
     for one in (processes := service.processes()):
         with suppress(psutil.NoSuchProcess):
             one.kill()
     assert gone(processes, 10)
-    service.up(receiver)
-    service.prefect.ask("work_pools/handsigns", {"concurrency_limit": 3}, "PATCH")
+    up(service.repo, **notified)
+    service.ask("work_pools/handsigns", {"concurrency_limit": 3}, "PATCH")
     service.repo.handsigns("deploy")
-    assert service.prefect.ask("work_pools/handsigns")["concurrency_limit"] == 3
+    assert service.ask("work_pools/handsigns")["concurrency_limit"] == 3
     state = service.wait(run, "CRASHED", seconds=200)
     assert "Nothing was heard" in state["message"]
     sent = soon(lambda: [one for one in receiver.messages if "crashed" in one["title"]], 90)
@@ -240,10 +234,10 @@ def test_a_run_ends_with_its_service_as_cancelled_or_is_found_crashed_and_report
 def test_down_stops_all_of_it_and_the_data_stays(service: Service) -> None:
     before = service.processes()
     assert len(before) >= 5
-    assert service.repo.handsigns("down", fresh=True) == {"stopped": True}
+    assert down(service)
     assert gone(before, 1)
     assert not service.processes()
-    assert service.repo.handsigns("down", fresh=True) == {"stopped": False}
+    assert not down(service)
     with closing(Services(Settings(), service.repo.project)) as services:
         assert MlflowClient(services.mlflow()[0]).get_registered_model("kept")
         assert Storage(services.s3()).get("kept") == b"kept"
@@ -286,21 +280,21 @@ def test_a_database_url_moves_prefect_and_mlflow_to_postgresql_for_one_checkout_
     postgresql: str, tmp_path: Path
 ) -> None:
     first, second = (make_checkout(tmp_path / name) for name in ("first", "second"))
-    service = Service(first, first.handsigns("up", fresh=True, DATABASE_URL=postgresql))
+    service = up(first, DATABASE_URL=postgresql)
     password = postgresql.rpartition("@")[0][-16:]
     try:
-        assert service.prefect.ask("deployments/count", {}) == 6
+        assert service.ask("deployments/count", {}) == 6
         with credentials_of(None, service.login):
             assert MlflowClient(service.addresses["mlflow"]).create_registered_model("hands")
         assert password not in json.dumps(service.addresses)
         assert not service.processes(password)
         for one in service.processes("worker start"):
             assert password not in one.environ().get("DATABASE_URL", "")
-        refused = second.handsigns("up", code=1, fresh=True, DATABASE_URL=postgresql)
+        refused = second.handsigns("up", code=1, DATABASE_URL=postgresql)
         assert f"belongs to another checkout, whose worker is up: {first.project.root}" in refused
         assert not read_state(second.project.local, "prefect")
     finally:
-        first.handsigns("down", fresh=True, DATABASE_URL=postgresql)
+        down(service, DATABASE_URL=postgresql)
     local = first.project.local
     assert not [*local.glob("mlflow.db"), *(local / "prefect").glob("*.db")]
     logs = (local / "logs").iterdir()
@@ -311,58 +305,35 @@ def test_a_database_url_moves_prefect_and_mlflow_to_postgresql_for_one_checkout_
         assert MlflowClient(services.mlflow()[0]).get_registered_model("hands").name == "hands"
 
 
-def test_the_artifact_store_of_another_project_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, s3: S3Address, tracking_uri: str
-) -> None:
-    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", "http://127.0.0.1:9")
-    (tmp_path / "model.keras").write_bytes(b"a model")
-    record(Registry(tracking_uri, "signs", s3), "0" * 32, tmp_path)
-    assert list(Storage(s3).list("mlflow/signs/"))
-
-
-def run_sql(file: Path, *statements: str) -> Any:
-    """Run statements, and return what the last one finds."""
-    with closing(sqlite3.connect(file)) as database:
-        found = [database.execute(statement).fetchone() for statement in statements]
-        database.commit()
-    return found[-1] and found[-1][0]
+def run_sql(file: Path, statement: str) -> Any:
+    with closing(sqlite3.connect(file, isolation_level=None)) as database:
+        return database.execute(statement).fetchone()
 
 
 @pytest.mark.slow
 def test_local_databases_of_another_version_are_backed_up_and_migrated_or_refused(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tracking_uri: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    migrate(tmp_path, "mlflow")  # of a new checkout: there is nothing to back up
-    assert not list(tmp_path.glob("mlflow.db*"))
-    (tmp_path / "versions.json").unlink()
-    file, revision = tmp_path / "mlflow.db", "select version_num from alembic_version"
-    engine = create_engine(f"sqlite:///{file}")
-    Base.metadata.create_all(engine)
-    engine.dispose()
-    config = Config()
-    config.set_main_option("script_location", f"{Path(mlflow.__file__).parent}/store/db_migrations")
-    config.set_main_option("sqlalchemy.url", f"sqlite:///{file}")
-    older = list(ScriptDirectory.from_config(config).walk_revisions())[8].revision
-    command.upgrade(config, older)
-    run_sql(file, "insert into experiments (name, lifecycle_stage) values ('old', 'active')")
+    file, versions = tmp_path / "mlflow.db", tmp_path / "versions.json"
+    migrate(tmp_path / "new", "mlflow")  # of a new checkout: there is nothing to back up
+    assert [path.name for path in (tmp_path / "new").glob("*.*")] == ["versions.json"]
+    versions.write_text('{"mlflow": "3.0.0"}')
     with caplog.at_level(logging.WARNING):
         migrate(tmp_path, "mlflow")
     (backup,) = tmp_path.glob("mlflow.db.before-*")
     assert str(backup) in caplog.text
-    assert run_sql(backup, revision) == older != run_sql(file, revision)
-    for database in (file, backup):
-        assert run_sql(database, "select count(*) from experiments where name = 'old'") == 1
+    assert run_sql(backup, "select count(*) from experiments") == (1,)
     caplog.clear()
     migrate(tmp_path, "mlflow")
     assert caplog.text == ""
 
     backup.unlink()
     run_sql(file, "update alembic_version set version_num = 'of-the-future'")
-    (tmp_path / "versions.json").write_text('{"mlflow": "9.0.0"}')
+    versions.write_text('{"mlflow": "9.0.0"}')
     for _ in range(2):
         with pytest.raises(ServiceError, match=r"of MLflow 9.0.0 cannot be migrated .*backup is"):
             migrate(tmp_path, "mlflow")
-    assert run_sql(backup, revision) == "of-the-future"
+    assert run_sql(backup, "select version_num from alembic_version") == ("of-the-future",)
     with pytest.raises(ServiceError) as caught:
-        Registry(f"sqlite:///{file}", "signs").versions()
-    assert f"run `mlflow db upgrade sqlite:///{file}`" in str(caught.value)
+        Registry(tracking_uri, "signs").versions()
+    assert f"run `mlflow db upgrade {tracking_uri}`" in str(caught.value)
