@@ -4,12 +4,11 @@ import json
 import shutil
 import subprocess
 import tarfile
-import threading
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from tasks.services.mlflow import CHAMPION, Registry
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures import faults
 from tests.fixtures.checkouts import QUICK, Repo
-from tests.fixtures.faults import Answer, Exchange, proxy_to
+from tests.fixtures.faults import Answer, proxy_to
 from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.servers import PrefectApi, s3_client
 from tests.fixtures.service import named as storage_named
@@ -36,115 +35,106 @@ RELEASES = {"1": "646b9a4d37e1b222c8639efc5ee8c0b8", "2": "5640018f52a3ccefbca53
 ROUNDS = 8
 
 
-def paused(api: PrefectApi) -> tuple[Any, str]:
-    """Wait until a retrain asks for approval; the run, and the question."""
+@dataclass(frozen=True)
+class Team:
+    """A checkout, and services that outlive a run, where an earlier release is champion."""
 
-    def asking() -> tuple[Any, str] | None:
-        for run in api.runs("retrain"):
+    repo: Repo
+    api: PrefectApi
+    services: dict[str, str]
+    earlier: Path  # what the earlier version left behind
+
+    def handsigns(self, *words: str | Path, code: int = 0, **changes: str) -> Any:
+        return self.repo.handsigns(*words, code=code, **{**self.services, **changes})
+
+    def paused(self) -> tuple[Any, str] | None:
+        """A retrain that asks for approval, and its question."""
+        for run in self.api.runs("retrain"):
             keys = run["state"]["state_details"].get("run_input_keyset")
             if run["state_type"] == "PAUSED" and keys:
                 path = f"flow_runs/{run['id']}/input/filter"
-                if asked := api.ask(path, {"prefix": keys["description"]}):
+                if asked := self.api.ask(path, {"prefix": keys["description"]}):
                     return run, str(asked[0]["value"])
         return None
 
-    return soon(asking, 500)
+    def resume(self, run: Any, answer: dict[str, str]) -> str:
+        return str(self.api.ask(f"flow_runs/{run['id']}/resume", {"run_input": answer})["status"])
 
+    def retrain(self, seconds: int, talk: Callable[[Any, str], None]) -> tuple[Any, Any]:
+        """Retrain, and talk to a run that waits so long for an answer; its report, and the run."""
+        policy = {"HANDSIGNS_PROMOTION": "approval", "HANDSIGNS_APPROVAL_SECONDS": str(seconds)}
+        with ThreadPoolExecutor(1) as pool:
+            started = pool.submit(self.handsigns, "retrain", **policy)
+            run, question = soon(self.paused, 500)
+            talk(run, question)
+        return started.result(), self.api.ask(f"flow_runs/{run['id']}")
 
-def resume(api: PrefectApi, run: Any, **answer: str) -> str:
-    return str(api.ask(f"flow_runs/{run['id']}/resume", {"run_input": answer})["status"])
-
-
-def artifact(api: PrefectApi, run: Any, key: str) -> Any:
-    of_run = {"flow_run_id": {"any_": [run["id"]]}, "key": {"any_": [key]}}
-    return api.ask("artifacts/filter", {"artifacts": of_run})[0]
+    def artifact(self, run: Any, key: str) -> str:
+        of_run = {"flow_run_id": {"any_": [run["id"]]}, "key": {"any_": [key]}}
+        return str(self.api.ask("artifacts/filter", {"artifacts": of_run})[0]["data"])
 
 
 @pytest.fixture(scope="module")
-def repo(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Repo:
-    made = trained.checkout(tmp_path_factory.mktemp("promotion") / "checkout")
-    made.handsigns("import", trained.photos)
-    return made
-
-
-@pytest.fixture(scope="module")
-def earlier(s3_server: S3Address, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the earlier version left behind, with its releases in a bucket of the real server."""
-    folder = tmp_path_factory.mktemp("earlier")
+def team(
+    trained: Trained,
+    s3_server: S3Address,
+    prefect_api: PrefectApi,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Team:
+    earlier = tmp_path_factory.mktemp("earlier")
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
-    client, bucket = s3_client(s3_server), folder / "bucket"
+        archive.extractall(earlier, filter="data")
+    client, bucket = s3_client(s3_server), earlier / "bucket"
     client.create_bucket(Bucket=BUCKET)  # one file of tests has it: the pointer names it
     for path in filter(Path.is_file, bucket.rglob("*")):
         client.upload_file(str(path), BUCKET, path.relative_to(bucket).as_posix())
-    return folder
-
-
-@pytest.fixture(scope="module")
-def named(
-    repo: Repo, earlier: Path, s3_server: S3Address, prefect_api: PrefectApi
-) -> dict[str, str]:
-    """Services that outlive a run; an earlier version's release is champion there."""
-    repo.project.local.mkdir(mode=0o700, exist_ok=True)
+    repo = trained.checkout(tmp_path_factory.mktemp("promotion") / "checkout")
+    repo.handsigns("import", trained.photos)
     shutil.copy(earlier / "mlflow.db", repo.project.local)
     made = repo.handsigns("keys", "new")
-    return {
+    services = {
         **storage_named(replace(s3_server, bucket=BUCKET)),
         **prefect_api.named,
         "HANDSIGNS_SIGNING_KEY": made["private"],
         "HANDSIGNS_PUBLIC_KEYS": f"{earlier / 'signing.pub.pem'}:{made['public']}",
     }
+    return Team(repo, prefect_api, services, earlier)
 
 
-@contextmanager
-def retraining(repo: Repo, seconds: int, named: dict[str, str]) -> Iterator[Future[Any]]:
-    """Run a retrain that waits so long for a person; its report is there after the block."""
-    policy = {"HANDSIGNS_PROMOTION": "approval", "HANDSIGNS_APPROVAL_SECONDS": str(seconds)}
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(repo.handsigns, "retrain", **named, **policy)
-
-
-def test_an_earlier_release_verifies_and_predicts_as_it_did_then(
-    repo: Repo, named: dict[str, str], earlier: Path
-) -> None:
+def test_an_earlier_release_verifies_and_predicts_as_it_did_then(team: Team) -> None:
+    recorded = json.loads((team.earlier / "predictions.json").read_text())
     for version, release in RELEASES.items():
-        verified = repo.handsigns("verify", version, **named)
+        verified = team.handsigns("verify", version)
         assert verified["id"] == release
         assert verified["facts"]["git_revision"].startswith(COMMIT)
-        recorded = json.loads((earlier / "predictions.json").read_text())[version]
-        then = {earlier / name: shares for name, shares in recorded.items()}
-        now = repo.handsigns("predict", "--model", version, *then, **named)
+        then = {team.earlier / name: shares for name, shares in recorded[version].items()}
+        now = team.handsigns("predict", "--model", version, *then)
         for one in now["predictions"]:
             assert one["probabilities"] == pytest.approx(then[Path(one["file"])], abs=0.02)
-    compared = repo.handsigns("compare", "1", "2", **named)
+    compared = team.handsigns("compare", "1", "2")
     assert compared["champion"]["n"] == 120
     assert Path(compared["picture"]).is_file() == bool(compared["changed"])
 
 
-def test_a_better_model_waits_for_a_person_and_then_is_champion(
-    repo: Repo, prefect_api: PrefectApi, named: dict[str, str]
-) -> None:
-    with retraining(repo, 200, named) as started:
-        run, question = paused(prefect_api)
+def test_a_better_model_waits_for_a_person_and_then_is_champion(team: Team) -> None:
+    def approve(run: Any, question: str) -> None:
         for words in ("Version 3", "McNemar", "Recall of each sign", "changed verdict"):
             assert words in question
         assert run["name"] == "v3 waits for approval"
         # Nothing is locked meanwhile, and the champion still is the old one.
-        repo.run("dvc", "status", "gate")
-        assert repo.handsigns("status", **named)["champion"]["release"] == RELEASES["2"]
+        team.repo.run("dvc", "status", "gate")
+        assert team.handsigns("status")["champion"]["release"] == RELEASES["2"]
         for answer in ({}, {"name": "Ann"}, {"name": "", "decision": "approve"}):
-            assert resume(prefect_api, run, **answer) == "REJECT"
+            assert team.resume(run, answer) == "REJECT"
         given = {"name": "Ann", "decision": "approve", "comment": "looks right"}
-        assert resume(prefect_api, run, **given) == "ACCEPT"
-    report = started.result()
+        assert team.resume(run, given) == "ACCEPT"
+
+    report, run = team.retrain(200, approve)
     assert report["status"] == "promoted", report["reason"]
     assert "approved by Ann: looks right" in report["reason"]
-    found = report["comparison"]
-    assert found["no_worse"]
-    assert found["champion"]["accuracy"] < found["challenger"]["accuracy"]
-    assert found["won"] == sum(photo["now"] == "right" for photo in found["changed"])
+    assert report["comparison"]["no_worse"]
     assert (report["data"]["changes"]["since"], report["data"]["synthetic"]) == (2, 12)
-    move = repo.handsigns("status", **named)["history"][-1]
+    move = team.handsigns("status")["history"][-1]
     assert (move["by"], move["previous"], move["version"]) == ("Ann", 2, 3)
     for key, words in (
         ("champion-history", "Ann"),
@@ -152,69 +142,60 @@ def test_a_better_model_waits_for_a_person_and_then_is_champion(
         ("audit", "Photos since version 2"),
         ("gate", "| accuracy |"),
     ):
-        assert words in artifact(prefect_api, run, key)["data"]
-    assert prefect_api.ask(f"flow_runs/{run['id']}")["name"].startswith("v3 promoted: 0.")
+        assert words in team.artifact(run, key)
+    assert run["name"].startswith("v3 promoted: 0.")
 
 
-def test_the_champion_is_moved_by_hand_with_or_without_a_prefect_that_works(
-    repo: Repo, prefect_api: PrefectApi, named: dict[str, str]
-) -> None:
-    refused = repo.handsigns("promote", "2", code=1, **named)
+def test_the_champion_is_moved_by_hand_with_or_without_a_prefect_that_works(team: Team) -> None:
+    refused = team.handsigns("promote", "2", code=1)
     assert "should not be champion: version 3 took its place: " in refused
-    why = ("--force", "--reason", "the new one dazzles")
-    assert repo.handsigns("promote", "2", *why, **named)["forced"]
-    described = repo.handsigns("status", **named)["history"][-1]["told"]
+    team.handsigns("promote", "2", "--force", "--reason", "the new one dazzles")
+    described = team.handsigns("status")["history"][-1]["told"]
     assert "FORCED" in described
-    assert repo.handsigns("verify", "2", **named)["forced"] == [described]
-    (run,) = [one for one in prefect_api.runs("promote") if described == one["state"]["message"]]
+    assert team.handsigns("verify", "2")["forced"] == [described]
+    (run,) = [one for one in team.api.runs("promote") if described == one["state"]["message"]]
     assert (run["name"], run["state_name"]) == ("promote version 2", "Promoted")
-    assert "promote, FORCED" in artifact(prefect_api, run, "champion-history")["data"]
+    assert "promote, FORCED" in team.artifact(run, "champion-history")
 
-    def rollback(*words: str, **environment: str) -> str:
-        return repo.run("handsigns", "rollback", *words, **{**named, **environment}).stderr
+    def rollback(**changes: str) -> str:
+        variables = {**team.services, **changes}
+        return team.repo.run("handsigns", "rollback", "--from", "2", **variables).stderr
 
-    def other_version(exchange: Exchange) -> None:
-        exchange.send(Answer(200, "OK", [("content-type", "application/json")], b'"2.20.0"'))
-
-    with proxy_to(prefect_api.url.removesuffix("/api")) as prefect:
-        for fault in (faults.answering(500, "Down"), other_version):
+    older = Answer(200, b'"2.20.0"', {"content-type": "application/json"})
+    with proxy_to(team.api.url.removesuffix("/api")) as prefect:
+        for fault in (faults.answering(500, "Down"), lambda exchange: exchange.send(older)):
             with prefect.failing(faults.on("/api/(?!health)", fault)):
-                said = rollback("--from", "2", PREFECT_API_URL=f"{prefect.url}/api")
+                said = rollback(PREFECT_API_URL=f"{prefect.url}/api")
             assert f"Prefect at {prefect.url}/api cannot be used (" in said
-    said = rollback("--from", "2", PREFECT_API_AUTH_STRING="some:body")
+    said = rollback(PREFECT_API_AUTH_STRING="some:body")
     assert "cannot be used (401)" in said
     assert "set PREFECT_API_AUTH_STRING to user:password" in said
-    assert repo.handsigns("status", **named)["champion"]["version"] == 3
+    assert team.handsigns("status")["champion"]["version"] == 3
 
 
 @pytest.mark.slow
-def test_a_promotion_meanwhile_a_rejection_and_silence_leave_the_champion(
-    repo: Repo, prefect_api: PrefectApi, named: dict[str, str]
-) -> None:
-    versions = repo.handsigns("versions", **named)["versions"]
-    number, before = 1 + max(one["version"] for one in versions), None
+def test_a_promotion_meanwhile_a_rejection_and_silence_leave_the_champion(team: Team) -> None:
+    number = 1 + max(one["version"] for one in team.handsigns("versions")["versions"])
     for seconds, answer, reason in (
         (200, {"name": "Ann", "decision": "approve"}, "The champion was changed meanwhile"),
         (200, {"name": "Ben", "decision": "reject", "comment": "no"}, "rejected by Ben: no."),
         (3, {}, "nobody approved it within 3 s."),
     ):
+
+        def talk(run: Any, _: str, answer: dict[str, str] = answer) -> None:
+            team.handsigns("promote", "1", "--force", "--reason", "first")  # repeated: no move
+            assert not answer or team.resume(run, answer) == "ACCEPT"
+
         # A release differs by its parameters too, so there is a version without training.
-        repo.change("gate", max_loss=5 - number / 10)
-        with retraining(repo, seconds, named) as started:
-            run, _ = paused(prefect_api)
-            if before is None:
-                repo.handsigns("promote", "1", "--force", "--reason", "first", **named)
-            assert not answer or resume(prefect_api, run, **answer) == "ACCEPT"
-        report = started.result()
+        team.repo.change("gate", max_loss=5 - number / 10)
+        report, run = team.retrain(seconds, talk)
         assert report["status"] == "registered"
         assert report["reason"].startswith(f"Version {number} stays challenger: {reason}")
         assert (report["model"]["version"], report["model"]["alias"]) == (number, "challenger")
-        run = prefect_api.ask(f"flow_runs/{run['id']}")
         assert (run["state_type"], run["state_name"]) == ("COMPLETED", "Registered")
-        status = repo.handsigns("status", **named)
-        assert status["champion"]["version"] == 1
-        assert before in (None, status["history"])
-        number, before = number + 1, status["history"]
+        status = team.handsigns("status")
+        assert (status["champion"]["version"], status["history"][-1]["reason"]) == (1, "first")
+        number += 1
 
 
 @pytest.mark.slow
@@ -247,8 +228,7 @@ def test_an_earlier_release_is_rebuilt_bit_by_bit_with_the_stages_of_its_commit(
 class Late(Registry):
     """The real registry, to which this process comes late with the alias."""
 
-    may: threading.Event
-    asked: threading.Event
+    may, asked = Event(), Event()
 
     def set_alias(self, alias: str, number: int) -> None:
         self.asked.set()
@@ -269,37 +249,31 @@ def test_of_two_promotions_at_once_one_wins_and_no_alias_is_left_behind(
         try:
             moved = set_champion(storage, version, expected, "better", {})
             sync_alias(storage, of)
-            return moved
+            return moved.version
         except PromotionError as error:
-            return error
+            return str(error)
 
-    def others(champion: Champion | None) -> list[Any]:
-        return [
-            one for one in rivals if champion is None or one.content_id != champion.pointer.release
-        ]
+    def state() -> tuple[Champion | None, list[Any]]:
+        """The champion, which the alias names, and the versions that are not."""
+        now, alias = read_champion(storage), registry.find(CHAMPION)
+        assert (now and now.pointer.version) == (alias and alias.number)
+        return now, [one for one in rivals if alias is None or one.number != alias.number]
 
     with ThreadPoolExecutor(2) as pool:
         for number in range(ROUNDS):
-            present = read_champion(storage)
-            outcomes = [*pool.map(move, others(present)[:2], (present, present))]
-            (lost,) = [one for one in outcomes if isinstance(one, PromotionError)]
-            (won,) = [one for one in outcomes if not isinstance(one, PromotionError)]
-            assert "changed meanwhile" in str(lost)
-            now, alias = read_champion(storage), registry.find(CHAMPION)
-            assert now is not None
-            assert alias is not None
-            assert now.pointer.version == won.version == alias.number
-            assert len(now.pointer.moves) == number + 1
+            present, others = state()
+            won, lost = sorted(pool.map(move, others[:2], (present, present)), key=str)
+            assert "changed meanwhile" in lost
+            now, (first, second) = state()
+            assert now
+            assert (now.pointer.version, len(now.pointer.moves)) == (won, number + 1)
         # One that is overtaken before it sets its alias leaves that of the later one.
-        late = Late(tracking_uri, "signs")
-        late.may, late.asked = threading.Event(), threading.Event()
-        first, second = others(now)
-        slow = pool.submit(move, first, now, late)
-        assert late.asked.wait(20)
+        slow = pool.submit(move, first, now, Late(tracking_uri, "signs"))
+        assert Late.asked.wait(20)
         registry.set_alias(CHAMPION, first.number)  # as the next run repairs it
-        assert move(second, read_champion(storage)).version == second.number
-        late.may.set()
+        assert move(second, read_champion(storage)) == second.number
+        Late.may.set()
         slow.result(30)
-    alias = registry.find(CHAMPION)
-    assert alias is not None
-    assert alias.number == second.number
+    now, _ = state()
+    assert now
+    assert now.pointer.version == second.number

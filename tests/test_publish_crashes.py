@@ -1,24 +1,26 @@
 """SIGKILL at every point between the first upload and the alias, and then once more."""
 
+import os
 import shutil
 import signal
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 
 import pytest
+from mlflow import MlflowClient
 
 from tasks.releases.champion import Champion, read_champion
 from tasks.releases.release import fetch, verify
-from tasks.services.mlflow import CHAMPION, Registry
+from tasks.services.mlflow import CHAMPION, RecordedRun, Registry, credentials_of
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures import publishing
-from tests.fixtures.faults import Kill, Proxy, proxy_to
-from tests.fixtures.publishing import FILES, Publisher, write_files
+from tests.fixtures.faults import Exchange, Proxy, on, proxy_to
+from tests.fixtures.forkserver import Started
+from tests.fixtures.publishing import FILES, write_files
 from tests.fixtures.servers import MlflowServer
 
 Point = tuple[str, str, int]
@@ -55,6 +57,8 @@ RECORDING: list[Point] = [
         for when in ("before", "after")
     ),
 ]
+UNNAMED = [(POINTER, "after", 1), (ALIAS, "before", 2)]
+"""Between pointer and alias."""
 
 
 @contextmanager
@@ -77,99 +81,89 @@ def reading(storage: Storage, folder: Path) -> Iterator[list[str]]:
             yield seen
         finally:
             stopped.set()
-    reader.result()
+        reader.result()
 
 
 @dataclass
 class Services:
-    """Real services behind proxies, and who publishes to them."""
+    """Real services behind proxies."""
 
     direct: Storage
     registry: Registry
     proxies: tuple[Proxy, Proxy]
-    publisher: Publisher
+    run: RecordedRun | None = None
+
+    def start(self, folder: Path) -> Started:
+        s3, mlflow = (proxy.url for proxy in self.proxies)
+        address, login = replace(self.direct.address, endpoint_url=s3), str(self.registry.login)
+        return publishing.start(folder, address, self.run, mlflow, self.registry.model_name, login)
 
     def kill(self, folder: Path, point: Point) -> None:
         """Publish, and be killed at a point."""
-        kill = Kill(*point)
-        for proxy in self.proxies:
-            proxy.fault = kill
-        with self.proxies[0].counting, self.proxies[1].counting:
-            process = self.publisher.start(folder)
-            kill.pid = process.pid
-        code = process.wait(60)
-        for proxy in self.proxies:
-            proxy.fault = None
-        assert code == -signal.SIGKILL, f"{point}: {code}"
+        request, when, nth = point
+        process: Future[Started] = Future()
+
+        def strike(exchange: Exchange) -> None:
+            if when != "before":
+                exchange.forward(0.5 if when == "during" else 1.0)
+            os.kill(process.result(10).pid, signal.SIGKILL)
+            exchange.reset()
+
+        fault = on(request, strike, (nth,))
+        with self.proxies[0].failing(fault), self.proxies[1].failing(fault):
+            process.set_result(self.start(folder))
+            assert process.result().wait(60) == -signal.SIGKILL, point
 
     def publish(self, folder: Path) -> Champion:
         """Publish to the end and return the champion, which the alias names."""
-        assert self.publisher.start(folder).wait(60) == 0
+        assert self.start(folder).wait(60) == 0
         champion, alias = read_champion(self.direct), self.registry.find(CHAMPION)
-        assert champion is not None
-        assert alias is not None
+        assert champion
+        assert alias
         assert alias.number == champion.pointer.version
         return champion
 
 
-@pytest.fixture
-def services(
-    s3: S3Address, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Services]:
-    for variable, value in mlflow_server.named.items():
-        monkeypatch.setenv(variable, value)
-    name, login = f"signs-{s3.bucket}", mlflow_server.login
-    with proxy_to(s3.endpoint_url) as storage, proxy_to(mlflow_server.url) as registry:
-        publisher = Publisher(replace(s3, endpoint_url=storage.url), registry.url, login, name)
-        direct = (Storage(s3), Registry(mlflow_server.url, name, login=login))
-        yield Services(*direct, (storage, registry), publisher)
-
-
 @pytest.mark.parametrize(
     "points",
-    [QUICKLY, pytest.param(PUBLISHING, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])],
+    [
+        pytest.param(QUICKLY, id="quickly"),
+        pytest.param(PUBLISHING, id="all", marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+        pytest.param(RECORDING, id="recording", marks=pytest.mark.slow),
+    ],
 )
 def test_killed_anywhere_between_upload_and_alias_nothing_is_lost_or_half_seen(
-    services: Services, tmp_path: Path, points: list[Point]
+    s3: S3Address, mlflow_server: MlflowServer, tmp_path: Path, points: list[Point]
 ) -> None:
-    names = [f"{number:03d}" for number in range(len(points) + 1)]
-    folders = [write_files(tmp_path / name, name) for name in names]
-    champions = [services.publish(folders[0])]
-    recorded = publishing.record(services.registry, champions[0].pointer.release, folders[0])
-    services.publisher = replace(services.publisher, run=recorded)
-    with reading(Storage(services.direct.address), tmp_path / "reader") as seen:
-        for folder, point in zip(folders[1:], points, strict=True):
-            services.kill(folder, point)
-            champions.append(services.publish(folder))
+    direct = Storage(s3)
+    folders = [write_files(tmp_path / f"{number:03d}") for number in range(len(points) + 1)]
+    registry = Registry(mlflow_server.url, f"signs-{s3.bucket}", login=mlflow_server.login)
+    with proxy_to(s3.endpoint_url) as storage, proxy_to(mlflow_server.url) as mlflow:
+        services = Services(direct, registry, (storage, mlflow))
+        champions = [services.publish(folders[0])]
+        if points is not RECORDING:
+            first = champions[0].pointer.release
+            services.run = publishing.record(registry, first, folders[0])
+        with reading(Storage(s3), tmp_path / "reader") as seen:
+            for folder, point in zip(folders[1:], points, strict=True):
+                services.kill(folder, point)
+                champions.append(services.publish(folder))
     assert seen == sorted(seen)
     assert len(seen) > len(points)
-    # One release, one version and one move each, however often it was tried.
+    # One release, one version, one move and one finished run each, however often it was tried.
     releases = [champion.pointer.release for champion in champions]
     assert len(set(releases)) == len(points) + 1
     assert [move.release for move in champions[-1].pointer.moves] == releases
-    assert Counter(one.content_id for one in services.registry.versions()) == Counter(releases)
+    assert sorted(str(one.content_id) for one in registry.versions()) == sorted(releases)
     for release in releases:
-        verify(services.direct, release)
-    assert len(services.direct.keys("")) == 1 + len(releases) * (len(FILES) + 1)
-    # Killed between pointer and alias, which is said when the next run repairs it.
+        verify(direct, release)
+    assert len(direct.keys("")) == 1 + len(releases) * (len(FILES) + 1)
+    with credentials_of(None, registry.login):
+        client = MlflowClient(registry.tracking_uri)
+        experiment = client.get_experiment_by_name(registry.model_name).experiment_id
+        runs = client.search_runs([experiment], "attributes.status = 'FINISHED'")
+    assert len(runs) == (len(releases) if points is RECORDING else 1)
+    # The next run says that it repairs the alias.
     pairs = zip(folders[1:], points, strict=True)
     repaired = [point for folder, point in pairs if (folder / "said").exists()]
-    assert repaired == [(POINTER, "after", 1), (ALIAS, "before", 2)]
-
-
-@pytest.mark.slow
-def test_killed_anywhere_in_recording_one_finished_run_is_left(
-    services: Services, tmp_path: Path
-) -> None:
-    from mlflow import MlflowClient
-
-    folder = write_files(tmp_path / "only", "only")
-    for point in RECORDING:
-        services.kill(folder, point)
-        assert read_champion(services.direct) is None
-    champion = services.publish(folder)
-    assert [one.content_id for one in services.registry.versions()] == [champion.pointer.release]
-    client = MlflowClient(services.registry.tracking_uri)
-    experiment = client.get_experiment_by_name(services.registry.model_name)
-    runs = client.search_runs([experiment.experiment_id], "attributes.status = 'FINISHED'")
-    assert len(runs) == 1
+    assert repaired == [point for point in points if point in UNNAMED]
