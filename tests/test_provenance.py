@@ -26,6 +26,7 @@ from tasks.scoring.metrics import score
 from tasks.services.git import Revision, push_to_branch, read_revision
 from tasks.stage import silent
 from tests.fixtures.checkouts import with_stages
+from tests.fixtures.faults import one_line
 from tests.fixtures.photos import CHECKOUT
 
 LOCK, PROJECT = CHECKOUT.root / "requirements.lock", CHECKOUT.root / "pyproject.toml"
@@ -54,6 +55,11 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
+def refuse(hook: Path) -> None:
+    hook.write_text("#!/bin/sh\necho only by review >&2\nexit 1\n")
+    hook.chmod(0o755)
+
+
 def state(clone: Path) -> list[object]:
     questions = ("status --porcelain", "rev-parse HEAD", "branch", "stash list", "worktree list")
     said: list[object] = [git(clone, *words.split()) for words in questions]
@@ -66,8 +72,7 @@ def test_files_are_committed_and_what_the_person_is_doing_stays(clone: Path) -> 
     (clone / "staged.py").write_text("staged\n")
     git(clone, "add", "staged.py")
     (clone / "code.py").write_text("being edited\n")
-    (clone / ".git/hooks/pre-push").write_text("#!/bin/sh\nexit 1\n")
-    (clone / ".git/hooks/pre-push").chmod(0o755)
+    refuse(clone / ".git/hooks/pre-push")
     before = state(clone)
     commit = push_to_branch(clone, branch, [data], "Retrain\n\nWhy.")
     assert push_to_branch(clone, branch, [data], "Again") is None
@@ -90,20 +95,12 @@ def test_files_are_committed_and_what_the_person_is_doing_stays(clone: Path) -> 
 
 
 def test_a_remote_that_refuses_is_one_line_without_its_token(clone: Path) -> None:
-    origin = clone.parent / "origin"
-    hook = origin / "hooks/pre-receive"
-    hook.write_text("#!/bin/sh\necho only by review >&2\nexit 1\n")
-    hook.chmod(0o755)
-    url = "http://user:sentinel-token@127.0.0.1:9/origin.git"
-    for address, words in (
-        (str(origin), r"git push failed .*only by review"),
-        (url, "git ls-remote failed"),
-    ):
-        git(clone, "remote", "set-url", "origin", address)
-        with pytest.raises(ServiceError, match=words) as caught:
-            push_to_branch(clone, "data", [clone / "data.dvc"], "One")
-        assert "\n" not in str(caught.value)
-        assert "sentinel" not in str(caught.value)
+    refuse(clone.parent / "origin/hooks/pre-receive")
+    with one_line(ServiceError, r"git push failed .*only by review"):
+        push_to_branch(clone, "data", [clone / "data.dvc"], "One")
+    git(clone, "remote", "set-url", "origin", "http://user:sentinel-token@127.0.0.1:9/origin.git")
+    with one_line(ServiceError, "git ls-remote failed"):
+        push_to_branch(clone, "data", [clone / "data.dvc"], "One")
 
 
 def test_the_commit_and_the_changed_files_are_named_or_why_not(
@@ -173,16 +170,14 @@ def test_the_same_lock_gives_the_same_bill_wherever_it_lies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_bill(LOCK, PROJECT, tmp_path / "a.json")
-    lock, project = (Path(shutil.copy(path, tmp_path)) for path in (LOCK, PROJECT))
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    write_bill(lock, project, tmp_path / "b.json")
+    write_bill(*(Path(shutil.copy(one, tmp_path)) for one in (LOCK, PROJECT)), tmp_path / "b.json")
     content = (tmp_path / "a.json").read_bytes()
     assert content == (tmp_path / "b.json").read_bytes()
     bill = json.loads(content)
     assert (bill["bomFormat"], bill["metadata"]["component"]["name"]) == ("CycloneDX", "handsigns")
     listed = {one["name"]: one for one in bill["components"]}
-    locked = [line.split("==")[0] for line in LOCK.read_text().splitlines() if "==" in line[:60]]
-    assert set(locked) == set(listed)
+    assert set(re.findall(r"^([\w-]+)==", LOCK.read_text(), re.M)) == set(listed)
     assert listed["keras"]["externalReferences"][0]["hashes"]
     with pytest.raises(StageError, match=r"gone\.lock"):
         write_bill(tmp_path / "gone.lock", PROJECT, tmp_path / "c.json")
@@ -194,36 +189,35 @@ KERAS = {**NOW, "libraries": {**NOW["libraries"], "keras": "3.0"}}
 RECORDED = {
     "audit": {"deps": [{"path": "data", "md5": "d"}], "outs": [{"path": "audit.json", "md5": "a"}]},
     "train@full": {"params": {"seed": 20}, "outs": [{"path": "weights", "md5": "w"}]},
-    "evaluate": {"deps": [{"path": "weights", "md5": "w"}], "outs": []},
 }
 
 
-def write_build(project: Project, loss: float, stage: str = "audit", **changes: Any) -> None:
-    """Write what is compared of a build, with changes to one stage in `dvc.lock`."""
+def write_build(project: Project, loss: float, stages: Any) -> Project:
+    """Write what is compared of a build."""
     project.artifacts.mkdir(parents=True)
     write_json(project.metrics, {"accuracy": 0.5, "loss": loss, "auc": 1.0, "ece": 0.0})
     for path in (project.model, project.graph, project.gate):
         path.write_bytes(b"{}")
-    stages = {**RECORDED, stage: {**RECORDED[stage], **changes}}
     project.lock.write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+    return project
 
 
 @pytest.mark.parametrize(
     ("loss", "stage", "part", "then", "words"),
     [
         (1.0, "train@full", "outs", NOW, "cccc: identical."),
-        (2.0, "audit", None, NOW, "files outside of the pipeline differ. .* none that is recorded"),
+        (2.0, "audit", "x", NOW, "files outside of the pipeline differ. .* none that is recorded"),
         (2.0, "audit", "deps", None, "deps of stage audit differ. .* unknown: the release does"),
         (2.0, "train@full", "params", KERAS, "params of stage train@full differ. .* keras 3.0 ->"),
         (2.0, "train@full", "outs", {**NOW, "cores": 96}, "outs of stage .* another cores 96 ->"),
     ],
 )
 def test_a_rebuilt_model_is_identical_or_the_first_difference_and_its_cause_are_named(
-    tmp_path: Path, loss: float, stage: str, part: str | None, then: Any, words: str
+    tmp_path: Path, loss: float, stage: str, part: str, then: Any, words: str
 ) -> None:
-    first, built, release = Project(tmp_path / "a"), Project(tmp_path / "b"), tmp_path / "release"
-    write_build(first, 1.0)
-    write_build(built, loss, stage, **({part: []} if part else {}))
+    first, release = write_build(Project(tmp_path / "a"), 1.0, RECORDED), tmp_path / "release"
+    stages = {**RECORDED, stage: {**RECORDED[stage], part: []}}
+    built = write_build(Project(tmp_path / "b"), loss, stages)
     shutil.copytree(first.artifacts, release)
     shutil.copy(first.lock, release)
     found = replace(compare_builds(release, built, then, NOW), release="a" * 32, revision="c" * 40)
@@ -232,7 +226,7 @@ def test_a_rebuilt_model_is_identical_or_the_first_difference_and_its_cause_are_
     assert re.fullmatch(f"Release a{{32}} was rebuilt from .*{words}.*", found.describe())
 
 
-def test_what_is_in_no_commit_cannot_be_rebuilt() -> None:
+def test_what_is_in_no_commit_or_whose_photos_are_gone_cannot_be_rebuilt(tmp_path: Path) -> None:
     dirty = {"git_revision": "abc-dirty"}
     for facts, words in (
         ({}, "names no commit"),
@@ -244,24 +238,18 @@ def test_what_is_in_no_commit_cannot_be_rebuilt() -> None:
     own = {**dirty, "changed": ["params.yaml", "data.dvc"]}
     assert recorded_revision(own, "0" * 32) == "abc"
 
-
-def test_a_missing_commit_or_version_of_the_photos_is_named_and_no_worktree_is_left(
-    tmp_path: Path,
-) -> None:
     project, release = with_stages(tmp_path / "checkout"), tmp_path / "release"
-
     git(project.root, "add", "-A")
     git(project.root, "commit", "-qm", "Old")
     release.mkdir()
     (release / "data.dvc").write_text(f"outs:\n- md5: {'0' * 32}.dir\n  path: data\n")
     (release / "dvc.lock").write_text("stages: {}\n")
     shutil.copy(project.params, release)
-    workspace = Workspace(project, Settings())
     with (
         pytest.raises(ServiceError, match=r"0\.dir are not available .*HANDSIGNS_DVC_REMOTE_URL"),
         checkout(project, "HEAD") as built,
     ):
-        rebuild(workspace, release, built, None, silent)
+        rebuild(Workspace(project, Settings()), release, built, None, silent)
     assert not built.root.parent.exists()
     assert len(git(project.root, "worktree", "list").splitlines()) == 1
     with pytest.raises(ReleaseError, match="git fetch"), checkout(project, "f" * 40):
