@@ -2,11 +2,10 @@
 
 import base64
 import json
-import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,9 +43,8 @@ class Team:
 
     def run(self, *words: str | Path, code: int = 0, **changes: str) -> Any:
         """Run `handsigns` as a person would, and read the process list over and over."""
-        named = {**self.settings, **changes}
+        command, named = ("handsigns", *words, "--json"), {**self.settings, **changes}
         with ThreadPoolExecutor(1) as pool:
-            command = ("handsigns", *words, "--json")
             started = pool.submit(self.repo.run, *command, code=code, fresh=True, **named)
             while not started.done():
                 for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -62,14 +60,12 @@ class Team:
         login = self.settings["PREFECT_API_AUTH_STRING"]
         plain = [self.settings["AWS_SECRET_ACCESS_KEY"], self.settings["MLFLOW_TRACKING_PASSWORD"]]
         plain += [login.partition(":")[2], SENTINEL]
-        names = ("notify", "prefect", "remote")
-        logins = [login, *(f"someone:{SENTINEL}-{name}" for name in names)]
+        logins = [login, *(f"someone:{SENTINEL}-{one}" for one in ("notify", "prefect", "remote"))]
         wanted = [spelt.encode() for text in plain for spelt in (text, quote(text, safe=""))]
         wanted += [base64.b64encode(text.encode()) for text in [*plain, *logins]]
-        root = self.repo.project.root
-        files = [path for path in (*root.rglob("*"), *databases) if path.is_file()]
+        paths = [*self.repo.project.root.rglob("*"), *databases]
         places: list[tuple[object, bytes]] = [(text, text) for text in self.seen]
-        places += [(path, path.read_bytes()) for path in files]
+        places += [(path, path.read_bytes()) for path in paths if path.is_file()]
         places += [(key, self.storage.get(key)) for key in self.storage.keys("")]
         return [place for place, content in places if any(text in content for text in wanted)]
 
@@ -96,8 +92,7 @@ def make_team(
     }
     for name, one in Settings.model_fields.items():
         if "pydantic.types.Secret" in str(one.annotation):
-            variable = one.validation_alias or PREFIX + name.upper()
-            assert variable in settings, "give a value here to a new secret setting"
+            assert (one.validation_alias or PREFIX + name.upper()) in settings, name
     used = {name: text for name, text in settings.items() if text} | prefect.named
     return Team(repo, used, Storage(s3, Trust((public,), private, passphrase)))
 
@@ -111,9 +106,8 @@ def team(
     graphs: tuple[bytes, bytes],
 ) -> Team:
     """A team with a champion, a signed release of a small model."""
-    folder = tmp_path_factory.mktemp("trust")
+    folder, s3 = tmp_path_factory.mktemp("trust"), new_bucket(s3_server)
     repo = make_checkout(folder / "checkout")
-    s3 = new_bucket(s3_server)
     made = make_team(repo, folder / "keys", s3, mlflow_server, prefect_api)
     contents = {"labels.json": LABELS, "metrics.json": {}, "gate.json": {}, "dataset.json": {}}
     contents |= {"model.pb": graphs[0], "params.yaml": repo.project.params.read_bytes()}
@@ -123,50 +117,39 @@ def team(
     return made
 
 
-@contextmanager
-def stored(team: Team, content: bytes) -> Iterator[None]:
-    """Store something else in place of the champion's manifest."""
-    (place,) = (key for key in team.storage.keys("releases/") if "manifest" in key)
-    good = team.storage.get(place)
-    team.storage.put(place, content or json.dumps(json.loads(good) | {"signature": None}).encode())
-    shutil.rmtree(team.repo.project.releases, ignore_errors=True)
-    yield
-    team.storage.put(place, good)
-
-
 def test_every_verb_refuses_what_is_not_signed(team: Team, tmp_path: Path) -> None:
-    photos, run = write_photos(tmp_path / "photos", 1), team.repo.handsigns
+    photo = write_photos(tmp_path / "photos", 1) / "4/0000.png"
     # Without Prefect, a promotion is the same and sooner.
     alone = {name: text for name, text in team.settings.items() if not name.startswith("PREFECT")}
-    with stored(team, b""):
-        for words in (
-            ("predict", photos / "4/0000.png"),
-            ("verify", "champion"),
-            ("promote", "1", "--reason", "by hand"),
-        ):
-            said = run(*words, code=1, **alone)
-            assert said.count("\n") == 1, said
-            assert "signature is missing" in said
-    with stored(team, b"{}"):
-        said = run("keys", "sign", code=1, **alone)
-        assert said["releases"] == []
-        assert "cannot be understood" in str(said["not_signed"])
-    assert len(run("keys", "sign", **alone)["releases"]) == 1
-    assert "against 1 public key" in run("verify", "champion", **alone)["signature"]
+
+    def run(*words: str | Path, code: int = 0) -> Any:
+        return team.repo.handsigns(*words, code=code, **alone)
+
+    (place,) = (key for key in team.storage.keys("releases/") if "manifest" in key)
+    good = team.storage.get(place)
+    team.storage.put(place, json.dumps(json.loads(good) | {"signature": None}).encode())
+    promote = ("promote", "1", "--reason", "by hand")
+    for words in (("predict", photo), ("verify", "champion"), promote):
+        said = run(*words, code=1)
+        assert (said.count("\n"), "signature is missing" in said) == (1, True), said
+    team.storage.put(place, b"{}")
+    said = run("keys", "sign", code=1)
+    assert said["releases"] == []
+    assert "cannot be understood" in str(said["not_signed"])
+    team.storage.put(place, good)
+    assert len(run("keys", "sign")["releases"]) == 1
+    assert "against 1 public key" in run("verify", "champion")["signature"]
     # Nothing is trained that could not be signed, or shown without a login.
     for lost in ("HANDSIGNS_SIGNING_KEY", "PREFECT_API_AUTH_STRING"):
         without = {name: text for name, text in team.settings.items() if name != lost}
-        failed = run("retrain", "--force", code=1, **without)
-        assert failed["status"] == "failed"
-        assert lost in failed["reason"]
+        failed = team.repo.handsigns("retrain", "--force", code=1, **without)
+        assert (failed["status"], lost in failed["reason"]) == ("failed", True)
 
 
 def test_a_run_that_fails_leaves_no_secret_anywhere(team: Team, tmp_path: Path) -> None:
-    photos = write_photos(tmp_path / "photos", 10)
-    team.repo.handsigns("import", photos)
+    team.repo.handsigns("import", write_photos(tmp_path / "photos", 10))
     database = f"postgresql://someone:{SENTINEL}-database@{NOWHERE}/handsigns"
-    bad = {"HANDSIGNS_DVC_REMOTE_URL": BAD_REMOTE, "DATABASE_URL": database}
-    failed = team.run("retrain", code=1, **bad)
+    failed = team.run("retrain", code=1, HANDSIGNS_DVC_REMOTE_URL=BAD_REMOTE, DATABASE_URL=database)
     assert failed["status"] == "failed"
     assert "data/ could not be pushed" in failed["reason"]
     assert any(b"retrain" in one for one in team.seen)

@@ -1,6 +1,6 @@
 """Prune removes what nobody needs; monitor compares production with what a release saw."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tasks.model.augment import enlarge
 from tasks.model.files import export_graph
 from tasks.model.inference import Engine
 from tasks.project import Project
-from tasks.releases.catalog import prune_releases
+from tasks.releases.catalog import Pruned, prune_releases
 from tasks.releases.champion import Move, read_champion, set_champion
 from tasks.releases.quality import draw_quality, draw_traffic, read_quality
 from tasks.releases.release import fetch, list_releases, verify
@@ -26,7 +26,8 @@ from tasks.services.dvc import Pipeline
 from tasks.services.mlflow import CHALLENGER, Registry, Version
 from tasks.services.s3 import Storage
 from tests.fixtures.checkouts import with_stages
-from tests.fixtures.photos import CHECKOUT, LABELS, photo, write_photos
+from tests.fixtures.faults import on, proxy_to, resetting
+from tests.fixtures.photos import CHECKOUT, LABELS, photo
 from tests.fixtures.publishing import publish_contents, record, register
 from tests.fixtures.service import capture
 
@@ -47,91 +48,70 @@ class Shop:
         fetch(self.storage, release.id, self.project.releases)
         return register(self.registry, release, run)
 
-    def prune(self, **options: Any) -> Any:
-        settings = {"keep": 1, "days": 30.0, **options}
-        return prune_releases(self.project, self.storage, self.registry, **settings)
+    def prune(self, dry_run: bool = False) -> Pruned:
+        return prune_releases(self.project, self.storage, self.registry, 1, 0.0, dry_run)
 
 
-@pytest.fixture
-def shop(storage: Storage, tracking_uri: str, tmp_path: Path) -> Shop:
-    registry = Registry(tracking_uri, "signs", tmp_path / "mlruns")
-    return Shop(storage, registry, Project(tmp_path / "checkout"))
-
-
-def test_only_what_champion_rollback_alias_tag_and_age_need_stays(shop: Shop) -> None:
-    first, second, third = (shop.add() for _ in range(3))
+def test_only_what_champion_rollback_alias_tag_and_age_need_stays_though_a_prune_breaks_off(
+    storage: Storage, tracking_uri: str, tmp_path: Path
+) -> None:
+    registry, project = Registry(tracking_uri, "signs", tmp_path / "ml"), Project(tmp_path / "at")
+    shop = Shop(storage, registry, project)
+    (tmp_path / "model.keras").write_bytes(b"a model")
+    first = shop.add(run=record(registry, "0" * 32, tmp_path))
+    second, third = shop.add(), shop.add()
     for version in (first, second, third):
-        set_champion(shop.storage, version, read_champion(shop.storage), "better", {})
+        set_champion(storage, version, read_champion(storage), "better", {})
     challenger, tagged, lost = (shop.add() for _ in range(3))
     young = shop.add(created="2999-01-01T00:00:00+00:00")
-    shop.registry.set_alias(CHALLENGER, challenger.number)
-    shop.registry.set_tags(tagged.number, {"customer": "yes"})
+    registry.set_alias(CHALLENGER, challenger.number)
+    registry.set_tags(tagged.number, {"customer": "yes"})
 
+    assert [*tmp_path.glob("ml/**/model.keras")]
     planned = shop.prune(dry_run=True)
-    assert len(list_releases(shop.storage)) == 7
-    found = shop.prune()
-    assert found == planned
-    assert set(found.releases) == {first.content_id, lost.content_id}
-    assert found.bytes > 0
-    assert found.kept.pop(str(young.content_id))
-    assert found.kept == {
+    assert len(list_releases(storage)) == 7
+    assert set(planned.releases) == {first.content_id, lost.content_id}
+    assert planned.bytes > 0
+    assert planned.kept.pop(str(young.content_id))
+    assert planned.kept == {
         third.content_id: "champion",
         second.content_id: "champion 1 before the present",
         challenger.content_id: "alias challenger",
         tagged.content_id: "tag customer",
     }
-    kept = {one.content_id for one in (second, third, challenger, tagged, young)}
-    assert set(list_releases(shop.storage)) == kept
-    assert {one.content_id for one in shop.registry.versions()} == kept
-    assert {path.name for path in shop.project.releases.iterdir()} == kept
-    assert shop.prune().releases == ()
-
-
-def test_a_prune_that_stops_midway_leaves_complete_releases_and_is_completed_later(
-    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "model.keras").write_bytes(b"a model")
-    for run in (record(shop.registry, "0" * 32, tmp_path), None, None):
-        shop.add(run=run)
-    assert [*tmp_path.glob("mlruns/**/model.keras")]
-    removed: list[str] = []
-    remove = Storage.remove
-
-    def break_off(storage: Storage, key: str) -> None:
-        removed.append(key)
-        if len(removed) == 2:
-            raise ServiceError("S3 does not answer.")
-        remove(storage, key)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Storage, "remove", break_off)
-        with pytest.raises(ServiceError):
-            shop.prune(keep=0, days=0)
+    # One that breaks off leaves complete releases, and the next completes it.
+    with proxy_to(storage.address.endpoint_url) as proxy:
+        through = Storage(replace(storage.address, endpoint_url=proxy.url))
+        with proxy.failing(on("^DELETE", resetting, range(2, 9))), pytest.raises(ServiceError):
+            replace(shop, storage=through).prune()
+    removed = [request for request in proxy.requests if request.startswith("DELETE")]
     assert removed[0].endswith("/manifest.json")
-    assert len(list_releases(shop.storage)) == 2
-    for release in list_releases(shop.storage):
-        verify(shop.storage, release)
-    shop.prune(keep=0, days=0)
-    assert [*shop.storage.list("releases/")] == [*shop.storage.list("pruning/")] == []
-    assert shop.registry.versions() == []
-    assert not [path for path in tmp_path.glob("mlruns/**/*") if path.is_file()]
+    assert len(list_releases(storage)) == 6
+    for release in list_releases(storage):
+        verify(storage, release)
+    assert shop.prune().releases == planned.releases
+    assert not [path for path in tmp_path.glob("ml/**/*") if path.is_file()]
+    kept = {one.content_id for one in (second, third, challenger, tagged, young)}
+    assert {key.split("/")[1] for key in storage.keys("releases/")} == kept
+    assert {one.content_id for one in registry.versions()} == kept
+    assert {path.name for path in project.releases.iterdir()} == kept
+    assert shop.prune().releases == ()
 
 
 def test_the_photos_of_kept_releases_stay_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    project = with_stages(tmp_path / "checkout")
+    project, kept = with_stages(tmp_path / "checkout"), list[str]()
     monkeypatch.chdir(project.root)
     pipeline = Pipeline(project)
-    kept = []
-    for seed in (1, 2, 3):
-        write_photos(project.data / "train", per_class=2, seed=seed)
+    for content in (b"1", b"2", b"3"):
+        (project.data / "train/0/new.png").write_bytes(content)
         pipeline.version_data("photos")
         kept.append(project.data_file.read_text())
     assert pipeline.remove_unused(kept[:1], dry_run=True) == 0
     assert pipeline.remove_unused(kept[:1]) > 0
-    for content, there in zip(kept, (True, False, True), strict=True):
-        project.data_file.write_text(content)
+    for version, there in zip(kept, (True, False, True), strict=True):
+        project.data_file.write_text(version)
         assert Pipeline(project).checkout_data() is there
 
 
