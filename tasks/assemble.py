@@ -8,7 +8,7 @@ from typing import Any
 from tasks.io import atomic_write
 from tasks.model.files import BACKBONE_FILE, export_graph, read_phase
 from tasks.params import BACKBONE, INPUT_SIZE
-from tasks.stage import Context, stage_main
+from tasks.stage import Context
 
 
 def run(context: Context, item: str | None = None, size: int = INPUT_SIZE) -> None:
@@ -60,7 +60,3 @@ def _renumbered(value: Any, numbers: dict[int, int], key: str = "") -> Any:
     if isinstance(value, dict):
         return {name: _renumbered(entry, numbers, name) for name, entry in value.items()}
     return value
-
-
-if __name__ == "__main__":
-    stage_main(run)

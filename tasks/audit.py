@@ -22,7 +22,7 @@ from tasks.data.images import Pixels, each_photo, perceptual_hash, resize_square
 from tasks.errors import DataError
 from tasks.io import atomic_write, write_json
 from tasks.params import AuditParams
-from tasks.stage import Context, Progress, stage_main
+from tasks.stage import Context, Progress
 
 COMPARED = 64  # side in pixels at which photos are compared
 REPRESENTATIVES = 64
@@ -30,7 +30,6 @@ REPRESENTATIVES = 64
 BLOCK = 256  # photos that are compared with all others at a time
 GRID = 4
 ROUNDING = 0.01  # of the sums below, as a root-mean-square difference
-IMBALANCE = 3.0  # of the largest class to the smallest; above it the audit warns
 CLOSEST = 100  # pairs in the report beside those of two labels, and those of train and test
 SAMPLES, MAX_CLASSES, GAP = 12, 40, 3
 """Of the picture: photos of a class and pairs, classes, and pixels between photos."""
@@ -125,16 +124,13 @@ def audit(
     kept = [r for r, photo in enumerate(photos) if photo.folder == "train" and r not in excluded]
     held_out = ["val"] if "test" in counts else ["test", "val"]
     groups_by_class([photos[row].label for row in kept], groups[kept], held_out, classes)
-    imbalance = round(max(counts["train"].values()) / min(counts["train"].values()), 3)
     warnings = [
         (conflicts.any(), f"{conflicts.sum()} pairs of near-duplicates have two labels"),
         (across.any(), f"{across.sum()} pairs of near-duplicates across train and test"),
-        (imbalance > IMBALANCE, f"the largest class has {imbalance} times the smallest's photos"),
     ]
     return {
         "photos": len(photos),
         "counts": counts,
-        "imbalance": imbalance,
         "groups": [keys for keys in members.values() if len(keys) > 1],
         "duplicates": len(photos) - len(np.unique(found.groups)),
         "conflicts": describe(np.flatnonzero(conflicts)),
@@ -176,7 +172,8 @@ def find_near_duplicates(stats: ImageStats, kinds: Rows, params: AuditParams) ->
     count, side = pictures.shape[:2]
     # Mean colors of the cells of a grid and of their mirror images, (n, 24).
     means = pictures.reshape(count, GRID, side // GRID, GRID, side // GRID, 3).mean(axis=(2, 4))
-    colors = ((means + means[:, :, ::-1])[:, :, : GRID // 2] / 2).reshape(count, 6 * GRID)
+    half = np.mean([means, means[:, :, ::-1]], axis=0)[:, :, : GRID // 2]
+    colors = half.reshape(count, 6 * GRID)
     brightness = colors.mean(axis=1)
     order = np.argsort(brightness, kind="stable")
     squares, reach = np.square(colors).sum(axis=1), params.max_rms_difference + ROUNDING
@@ -242,7 +239,3 @@ def draw_audit(
         top, left = (place * side for place in divmod(number, SAMPLES))
         sheet[top : top + side - GAP, left : left + side - GAP] = picture
     return sheet
-
-
-if __name__ == "__main__":
-    stage_main(run)

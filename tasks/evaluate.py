@@ -21,8 +21,8 @@ from tasks.project import Project
 from tasks.rendering.appearance import develop, enlarge, wall
 from tasks.scoring import plots
 from tasks.scoring.drift import confidence_histogram
-from tasks.scoring.metrics import DIGITS, checked, score, standard_errors
-from tasks.stage import Context, Progress, silent, stage_main
+from tasks.scoring.metrics import DIGITS, checked, score
+from tasks.stage import Context, Progress, silent
 
 PREDICTION_DIGITS = 7  # decimals of a stored probability: as fine as the clip of the loss
 MAX_PHOTOS = 96  # that are corrupted, balanced over the classes
@@ -62,7 +62,6 @@ def run(context: Context, item: str | None = None) -> None:
     seen = classifier.probabilities(dataset.images[val])
     save_reference(project, seen, dataset.images[val])
     more = {
-        "standard_errors": standard_errors(probabilities, labels),
         "robustness": robustness(classifier, images, labels, context.progress),
         "certainty": {"certain_above": certain_above(classifier, seen.max(axis=1))},
     }
@@ -157,7 +156,3 @@ CORRUPTIONS: dict[str, Callable[[Image, int], Any]] = {
     "scale": lambda image, sign: _transform(image, 0.0, 1 + sign * 0.15),
     "jpeg": _jpeg,
 }
-
-
-if __name__ == "__main__":
-    stage_main(run)

@@ -29,7 +29,7 @@ from tasks.model.augment import augment
 from tasks.model.files import TRUNK_FILE
 from tasks.model.inference import Engine
 from tasks.params import BACKBONE, INPUT_SIZE, AugmentationParams, Params
-from tasks.stage import Context, stage_main
+from tasks.stage import Context
 from tasks.training.plan import training_rows
 
 ROWS = "features.npy"
@@ -248,7 +248,3 @@ def _cached_trunk(graph: bytes) -> Engine:
         path = Path(folder) / TRUNK_FILE
         path.write_bytes(graph)
         return Engine(path)
-
-
-if __name__ == "__main__":
-    stage_main(run)

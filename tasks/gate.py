@@ -4,17 +4,14 @@ The stage writes `gate.json` and exits with 0 either way, so that `dvc repro` co
 Whoever would publish the model reads `passed`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-from scipy.stats import norm
 
 from tasks.data.dataset import INDEX
 from tasks.io import read_json, write_json
 from tasks.params import GateParams
-from tasks.scoring.metrics import DIGITS, Interval, wilson_interval
-from tasks.stage import Context, stage_main
+from tasks.scoring.metrics import DIGITS, wilson_interval
+from tasks.stage import Context
 
 CORRUPTIONS = ("rotation", "brightness", "blur", "scale", "jpeg")
 """Kinds that the model must have been tested with; see `tasks.evaluate`."""
@@ -72,16 +69,11 @@ def _checks(
 ) -> Iterator[Check | None]:
     level = limits.confidence or DEFAULT_CONFIDENCE
     for name, value, photos, limit in _shares(metrics, limits, labels):
-        sure = limits.confidence if name == "accuracy" else None
-        yield _check(name, value, limit, 1.0, interval=partial(_wilson, photos, level), level=sure)
-    errors = _mapping(metrics.get("standard_errors"))
-    for name, key, limit, largest in (
-        ("loss", "loss", limits.max_loss, LARGEST),
-        ("calibration error", "ece", limits.max_calibration_error, 1.0),
-    ):
-        interval = partial(_normal, errors.get(key), level)
-        yield _check(name, metrics.get(key), limit, largest, upper=True, interval=interval)
-    most = limits.max_cross_split_duplicates
+        sure = name == "accuracy" and limits.confidence is not None
+        yield _check(name, value, limit, 1.0, photos=photos, level=level, sure=sure)
+    yield _check("loss", metrics.get("loss"), limits.max_loss, upper=True)
+    worst, most = limits.max_calibration_error, limits.max_cross_split_duplicates
+    yield _check("calibration error", metrics.get("ece"), worst, upper=True)
     yield _check("cross-split duplicates", duplicates, most, whole=True, upper=True)
     yield _check("test photos", metrics.get("n"), limits.min_test_photos, whole=True)
 
@@ -107,16 +99,6 @@ def _shares(
         yield f"accuracy under {kind}", accuracies.get(kind), photos, limit
 
 
-def _wilson(photos: Any, level: float, share: float) -> Interval | None:
-    usable = _usable(photos, whole=True) and photos
-    return wilson_interval(round(share * photos), photos, level) if usable else None
-
-
-def _normal(error: Any, level: float, mean: float) -> Interval | None:
-    half = float(norm.ppf((1 + level) / 2)) * error if _usable(error) else None
-    return None if half is None else (max(0.0, mean - half), mean + half)
-
-
 def _check(
     name: str,
     value: Any,
@@ -125,23 +107,28 @@ def _check(
     *,
     whole: bool = False,
     upper: bool = False,
-    interval: Callable[[float], Interval | None] = lambda _: None,
-    level: float | None = None,
+    photos: Any = None,
+    level: float = DEFAULT_CONFIDENCE,
+    sure: bool = False,
 ) -> Check | None:
-    """Check a value that has a limit; with `level` its interval's lower bound must reach it."""
+    """Check a value that has a limit, which, to be `sure`, its interval's lower bound must reach.
+
+    A share of a number of `photos` has an interval.
+    """
     if limit is None:
         return None
     if not _usable(value, largest, whole):
         fault = "missing" if value is None else f"not a number in range: {value!r:.40}"
         return _failed(name, limit, fault)
-    found = interval(value)
-    if level and found is None:
+    counted = _usable(photos, whole=True) and photos
+    if sure and not counted:
         return _failed(name, limit, "no interval: the number of photos is missing")
-    bounds = found and (round(found[0], DIGITS), round(found[1], DIGITS))
-    reached = bounds[0] if level and bounds else value
+    bounds = wilson_interval(round(value * photos), photos, level) if counted else ()
+    interval = tuple(round(bound, DIGITS) for bound in bounds) or None
+    reached = interval[0] if sure and interval else value
     passed = reached <= limit if upper else reached >= limit
-    check = {"name": name, "value": value, "limit": limit, "interval": bounds, "passed": passed}
-    if level and not passed:
+    check = {"name": name, "value": value, "limit": limit, "interval": interval, "passed": passed}
+    if sure and not passed:
         least = f"{shown(value)}, at {level:.0%} confidence at least {reached:.4f}"
         check["detail"] = f"{least}, misses the limit of {shown(limit)}"
     return check
@@ -160,7 +147,3 @@ def _usable(value: Any, largest: float = LARGEST, whole: bool = False) -> bool:
 
 def _mapping(content: Any) -> Mapping[str, Any]:
     return content if isinstance(content, Mapping) else {}
-
-
-if __name__ == "__main__":
-    stage_main(run)

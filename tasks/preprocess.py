@@ -22,7 +22,7 @@ from tasks.data.dataset import (
 from tasks.data.images import each_photo, resize
 from tasks.io import atomic_directory, read_json, write_json
 from tasks.params import SplitParams
-from tasks.stage import Context, stage_main
+from tasks.stage import Context
 
 
 def run(context: Context, item: str | None = None) -> None:
@@ -94,7 +94,3 @@ def count_cross_split_duplicates(split_of: Mapping[str, str], group_of: Mapping[
         split_of.get(key) == "test" and len(splits_of_group[group]) > 1
         for key, group in group_of.items()
     )
-
-
-if __name__ == "__main__":
-    stage_main(run)

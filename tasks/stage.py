@@ -1,4 +1,4 @@
-"""The command of a stage: context, progress and entry point."""
+"""What a stage is given, and how `dvc.yaml` runs it: `python -m tasks STAGE [ITEM]`."""
 
 import atexit
 import gc
@@ -32,9 +32,6 @@ class Context:
     progress: Progress = silent
 
 
-Stage = Callable[[Context, str | None], None]
-
-
 def collect_rarely() -> None:
     """Keep the garbage collector from large libraries: a third of their import, 2 s at exit."""
     gc.set_threshold(50_000)
@@ -53,15 +50,14 @@ def redirect_output(log: Path) -> None:
     os.close(file)
 
 
-def stage_main(stage: Stage) -> None:
-    """Run one stage as a process: `python -m tasks.<module> [item]`."""
+def main() -> None:
+    """Run one stage as a process."""
     collect_rarely()
     project = Project(Path.cwd())
     sys.stderr = os.fdopen(os.dup(2), "w", 1, sys.stderr.encoding, errors="backslashreplace")
-    redirect_output(project.local / "logs" / f"stage-{Path(sys.argv[0]).stem}.log")
-    item = sys.argv[1] if len(sys.argv) > 1 else None
+    redirect_output(project.local / "logs" / f"{'-'.join(['stage', *sys.argv[1:]])}.log")
     try:
-        _run(stage, item, project, _print_progress)
+        run_command(" ".join(["python -m tasks", *sys.argv[1:]]), project, _print_progress)
     except HandsignsError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except OSError as error:
@@ -73,19 +69,16 @@ def stage_main(stage: Stage) -> None:
 
 def run_command(command: str, project: Project, progress: Progress) -> None:
     """Run a stage's command, as `dvc.yaml` has it, in this process."""
-    words = re.fullmatch(r"python -m (tasks\.\S+)(?: (\S+))?", command)
-    if words is None:
-        raise StageError(
-            f"The cmd of a stage must be `python -m tasks.<module> [item]`, not '{command}'. "
-            "Correct dvc.yaml."
-        )
-    _run(importlib.import_module(words[1]).run, words[2], project, progress)
-
-
-def _run(stage: Stage, item: str | None, project: Project, progress: Progress) -> None:
     from tasks.params import load_params
 
-    stage(Context(project, load_params(project.params), progress), item)
+    words = re.fullmatch(r"python -m tasks (\w+)(?: (\w+))?", command)
+    if words is None:
+        raise StageError(
+            f"The cmd of a stage must be `python -m tasks STAGE [ITEM]`, not '{command}'. "
+            "Correct dvc.yaml."
+        )
+    stage = importlib.import_module(f"tasks.{words[1]}")
+    stage.run(Context(project, load_params(project.params), progress), words[2])
 
 
 def _print_progress(what: str, done: int, total: int) -> None:

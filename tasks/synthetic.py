@@ -19,7 +19,7 @@ from tasks.errors import DataError
 from tasks.io import atomic_directory, atomic_write
 from tasks.rendering.appearance import SIDE
 from tasks.rendering.scene import Place, draw
-from tasks.stage import Context, Progress, silent, stage_main
+from tasks.stage import Context, Progress, silent
 
 SIGNS = ("0", "1", "2", "3", "4", "5")  # the only labels that can be rendered
 SAMPLE_SEED = 20
@@ -107,7 +107,3 @@ def encode(picture: NDArray[np.uint8]) -> bytes:
         check = struct.pack(">I", zlib.crc32(name + content))
         png += struct.pack(">I", len(content)) + name + content + check
     return png
-
-
-if __name__ == "__main__":
-    stage_main(run)

@@ -12,7 +12,7 @@ from tasks.errors import StageError
 from tasks.io import atomic_directory, write_json
 from tasks.model.files import BACKBONE_FILE, WEIGHTS_FILE, Weights, read_phase, write_weights
 from tasks.params import BACKBONE, INPUT_SIZE
-from tasks.stage import Context, stage_main
+from tasks.stage import Context
 from tasks.training.plan import Epoch, Plan, plan_phase, score_logits
 
 _log = logging.getLogger(__name__)
@@ -96,7 +96,3 @@ def _fit_end_to_end(
         freeze(model, plan.phase.trainable_layers)
     curve, logits = fit_end_to_end(model, plan, dataset.images, context.progress)
     return get_tail(model), curve, logits
-
-
-if __name__ == "__main__":
-    stage_main(run)

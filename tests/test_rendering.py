@@ -10,32 +10,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tasks.errors import DataError
-from tasks.rendering.hand import (
-    BONES,
-    INDEX,
-    MIDDLE,
-    RAISED,
-    THUMB,
-    Hand,
-    pose,
-)
+from tasks.rendering.hand import BONES, INDEX, MIDDLE, RAISED, THUMB, pose
 from tasks.rendering.scene import Turn, draw, is_legible
 from tasks.synthetic import encode, render_sample
 from tests.fixtures.photos import LABELS
 
-labels = st.integers(0, 5)
-seeds = st.integers(0, 2**32 - 1)
-FRONT = Turn(0.0, 0.0, 0.0)
-
-
-def drawn(label: int, seed: int) -> Hand:
-    return pose(label, np.random.default_rng(seed))
-
 
 @settings(deadline=None)
-@given(labels, seeds)
+@given(st.integers(0, 5), st.integers(0, 2**32 - 1))
 def test_a_pose_shows_its_sign_with_human_bones(label: int, seed: int) -> None:
-    hand = drawn(label, seed)
+    hand = pose(label, np.random.default_rng(seed))
     bones = np.diff(hand.joints, axis=1)
     lengths = np.linalg.norm(bones, axis=2)
     assert (np.abs(lengths / BONES - 1.0) < 0.15).all()
@@ -46,7 +30,7 @@ def test_a_pose_shows_its_sign_with_human_bones(label: int, seed: int) -> None:
         assert np.linalg.norm(tips[THUMB] - tips[MIDDLE]) < 4.5
         assert np.linalg.norm(hand.joints[INDEX, 1] - hand.joints[THUMB, 1]) > 5.0
         return
-    assume(is_legible(label, hand, FRONT))  # no photo shows another one
+    assume(is_legible(label, hand, Turn(0.0, 0.0, 0.0)))  # no photo shows another one
     spans = np.linalg.norm(tips - hand.joints[:, 0], axis=1)
     straight = {int(finger) for finger in np.flatnonzero(spans > 0.8 * lengths.sum(axis=1))}
     if tips[THUMB, 0] < hand.joints[INDEX, 0, 0] + 0.5:  # it does not stand off the palm
@@ -56,7 +40,6 @@ def test_a_pose_shows_its_sign_with_human_bones(label: int, seed: int) -> None:
 
 def test_the_bytes_of_a_photo_are_the_same_on_every_machine() -> None:
     photos = [draw((20, label, number)) for label in range(6) for number in range(2)]
-    assert {(photo.shape, photo.dtype) for photo in photos} == {((64, 64, 3), np.dtype(np.uint8))}
     content = b"".join(photo.tobytes() for photo in photos)
     assert hashlib.sha256(content).hexdigest()[:16] == "ba290de966d110f7"
     assert hashlib.sha256(encode(photos[0])).hexdigest()[:16] == "d657f5aed629027f"

@@ -1,6 +1,7 @@
 """Scores against plain re-computations, class folders, plots, the stage, and drift."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
-from tasks.errors import DataError, ModelError
+from tasks.errors import DataError
 from tasks.evaluate import (
     CORRUPTIONS,
     HANDLESS,
@@ -25,14 +26,12 @@ from tasks.evaluate import (
 from tasks.gate import CORRUPTIONS as GATE_CORRUPTIONS
 from tasks.io import read_json, write_json
 from tasks.model.inference import Classifier
-from tasks.project import Project
 from tasks.scoring.drift import compare_counts, compare_embeddings, confidence_histogram
 from tasks.scoring.folder import evaluate_folder
 from tasks.scoring.metrics import CALIBRATION_BINS, score
 from tasks.stage import Context
-from tests.fixtures.models import copied
+from tests.fixtures.models import BRIGHTNESS, RESIZE, copied
 from tests.fixtures.photos import LABELS, photo
-from tests.test_inference import BRIGHTNESS, RESIZE
 
 SIX = np.eye(6)
 
@@ -58,8 +57,9 @@ def test_every_number_equals_its_plain_definition(seed: int, n: int, sharpness: 
     assert scores.accuracy_interval == pytest.approx((bounds.low, bounds.high))
     matrix = confusion_matrix(y, guesses, labels=range(6))
     assert np.array_equal(scores.confusion_matrix, matrix)
-    for found, row, column in zip(scores.per_class, matrix, matrix.T, strict=True):
-        hits = matrix[LABELS.index(found.label), LABELS.index(found.label)]
+    for found, row, column, hits in zip(
+        scores.per_class, matrix, matrix.T, matrix.diagonal(), strict=True
+    ):
         assert found.support == row.sum()
         assert found.recall == (hits / row.sum() if row.any() else None)
         assert found.precision == (hits / column.sum() if column.any() else None)
@@ -97,18 +97,18 @@ def test_a_missing_class_has_no_auc_and_what_is_no_probability_is_refused() -> N
 
 def test_a_class_folder_is_scored_by_its_folder_names(tmp_path: Path) -> None:
     greys = tmp_path / "greys"
-    for index, label in enumerate(LABELS):
-        (greys / label).mkdir(parents=True)
-        for number in range(3):
-            level = (index * 51, index * 51, min(255, index * 51 + number))
-            Image.new("RGB", (40, 30), level).save(greys / label / f"{number}.png")
+    for index, number in product(range(6), range(3)):
+        file = greys / LABELS[index] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        level = (index * 51, index * 51, min(255, index * 51 + number))
+        Image.new("RGB", (40, 30), level).save(file)
     report = evaluate_folder(BRIGHTNESS, greys)
     assert (report["n"], report["accuracy"], report["auc"]) == (18, 1.0, 1.0)
     (greys / "six").mkdir()
     for old, new in (("0/2.png", "5/moved.png"), ("1/0.png", "six/0.png"), ("1/1.png", "1.png")):
         (greys / old).rename(greys / new)
-    (greys / "3" / "broken.jpg").write_bytes(b"\xff\xd8\xff rubbish")
-    (greys / "3" / ".hidden").write_text("left out")
+    (greys / "3/broken.jpg").write_bytes(b"\xff\xd8\xff rubbish")
+    (greys / "3/.hidden").write_text("left out")
     report = evaluate_folder(BRIGHTNESS, greys)
     assert (report["n"], report["accuracy"]) == (16, pytest.approx(15 / 16, abs=1e-6))
     (misread,) = report["misread"]
@@ -118,18 +118,16 @@ def test_a_class_folder_is_scored_by_its_folder_names(tmp_path: Path) -> None:
     assert unreadable.keys() == {"broken.jpg", "0.png", "1.png"}
     assert unreadable["0.png"].startswith("unknown label folder: 'six'")
     assert unreadable["1.png"].startswith("no label")
-
-
-def test_folders_that_cannot_be_scored_are_refused_in_one_line(tmp_path: Path) -> None:
-    for name in ("rubbish/2/a.png", "both/train/0/a.png", "both/test/0/b.png"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).touch()
+    (greys / "test").mkdir()
+    (greys / "2").rename(greys / "test/2")
+    (tmp_path / "bad/2").mkdir(parents=True)
+    (tmp_path / "bad/2/a.png").touch()
     for folder, reason in (
         ("nowhere", "nowhere' does not exist"),
-        ("rubbish/2/a.png", "png' is a file"),
-        ("rubbish/2", "no folder named 0, 1, 2, 3, 4, 5"),
-        ("rubbish", r"1 files .* usable photo.*a\.png.*zero bytes"),
-        ("both", "one set of photos"),
+        ("bad/2/a.png", "png' is a file"),
+        ("bad/2", "no folder named 0, 1, 2, 3, 4, 5"),
+        ("bad", r"1 files .* usable photo.*a\.png.*zero bytes"),
+        ("greys", "one set of photos"),
     ):
         with pytest.raises(DataError, match=reason):
             evaluate_folder(BRIGHTNESS, tmp_path / folder)
@@ -172,16 +170,11 @@ def test_the_stage_scores_the_test_split(chain: Context, tmp_path: Path) -> None
     from tasks.model.files import export_graph
     from tasks.model.network import build_model
 
-    with pytest.raises(DataError, match="preprocess"):
-        run(Context(Project(tmp_path), chain.params))
     context = copied(chain, tmp_path)
     project, index = context.project, read_json(context.project.dataset_index)
     for row in index["photos"][:18]:
         row["split"] = "test"
     write_json(project.dataset_index, index)
-    project.graph.unlink()
-    with pytest.raises(ModelError, match=r"model\.pb"):
-        run(context)
     project.graph.write_bytes(export_graph(build_model(6, seed=1)))
     run(context)
     pictures = {path.stem: path.read_bytes() for path in sorted(project.plots.glob("*.png"))}
@@ -195,7 +188,6 @@ def test_the_stage_scores_the_test_split(chain: Context, tmp_path: Path) -> None
     truths = [predictions["labels"].index(entry["label"]) for entry in predictions["photos"]]
     again = json.loads(json.dumps(score(probabilities, truths, LABELS).to_json()))
     assert {**metrics, **again} == metrics
-    assert {"robustness", "standard_errors", "certainty"} < set(metrics)
     assert 0 < metrics["certainty"]["certain_above"] < 1
     assert (metrics["n"], metrics["robustness"]["photos"]) == (18, 18)
     with np.load(project.reference) as reference:
@@ -203,14 +195,11 @@ def test_the_stage_scores_the_test_split(chain: Context, tmp_path: Path) -> None
         assert reference["embeddings"].shape == (12, 1280)
 
 
-USUAL = np.array([0.2, 0.2, 0.2, 0.15, 0.15, 0.1])
-
-
-def test_counts_drift_when_a_class_vanishes_and_not_by_chance() -> None:
-    random = np.random.default_rng(3)
-    reference = random.multinomial(500, USUAL)
+def test_counts_and_embeddings_drift_when_photos_change_and_not_by_chance() -> None:
+    usual, random = np.array([0.2, 0.2, 0.2, 0.15, 0.15, 0.1]), np.random.default_rng(3)
+    reference = random.multinomial(500, usual)
     for size in (60, 300, 5000):
-        windows = [random.multinomial(size, USUAL) for _ in range(10)]
+        windows = [random.multinomial(size, usual) for _ in range(10)]
         assert {compare_counts("labels", reference, one).verdict for one in windows} == {"no drift"}
     window = random.multinomial(500, [0.5, 0.2, 0.2, 0.1, 0, 0])
     assert compare_counts("labels", reference, window).verdict == "drift"
@@ -219,8 +208,6 @@ def test_counts_drift_when_a_class_vanishes_and_not_by_chance() -> None:
         assert found["verdict"] == "too few samples"
     assert confidence_histogram([0.0, 0.05, 0.15, 0.95, 1.0]) == [2, 1, 0, 0, 0, 0, 0, 0, 0, 2]
 
-
-def test_embeddings_drift_when_photos_change_and_not_by_chance() -> None:
     def embeddings(seed: int, count: int, shift: float = 0.0) -> np.ndarray:
         places = np.where(np.arange(64) < 8, shift, 0)
         return np.random.default_rng(seed).normal(size=(count, 64)) + places

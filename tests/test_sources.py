@@ -79,9 +79,10 @@ LAYOUTS: dict[str, dict[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_labels_and_splits_are_found_by_the_folders(layout: str, tmp_path: Path) -> None:
-    expected = LAYOUTS[layout]
+@pytest.mark.parametrize("expected", LAYOUTS.values(), ids=LAYOUTS)
+def test_labels_and_splits_are_found_by_the_folders(
+    expected: dict[str, str], tmp_path: Path
+) -> None:
     clutter = ["0/.DS_Store", "0/Thumbs.db", "__MACOSX/0/._a.png", ".git/x"]
     for path in (
         fill(tmp_path / "s", *expected, *clutter),
@@ -95,8 +96,11 @@ def test_labels_and_splits_are_found_by_the_folders(layout: str, tmp_path: Path)
         assert all(found[f"{path.name}/{name}"].startswith(what) for name, what in expected.items())
 
 
-def test_links_are_followed_inside_and_to_folders_of_ones_own(tmp_path: Path) -> None:
+def test_links_are_followed_inside_and_to_folders_of_ones_own_and_files_only_are_read(
+    tmp_path: Path,
+) -> None:
     source = fill(tmp_path / "s", "0/a.png")
+    os.mkfifo(source / "0/pipe")
     elsewhere = fill(tmp_path / "elsewhere", "one/b.png", "theirs/c.png")
     leaves, own = "symbolic link: it leaves the source", {"2/c.png": None}
     if os.getuid() == 0:  # only root can give a folder to another user
@@ -118,33 +122,21 @@ def test_links_are_followed_inside_and_to_folders_of_ones_own(tmp_path: Path) ->
             "0/c.png": "symbolic link: its target does not exist",
             "0/d.png": None,
             "0/e": "symbolic link: it leads back to a folder above it",
+            "0/pipe": None,
             "1/b.png": None,
             **own,
         }
-
-
-def test_what_is_no_file_any_more_is_not_read(tmp_path: Path) -> None:
-    source = fill(tmp_path / "s", "0/a.png")
-    os.mkfifo(source / "0/b.png")
-    with open_source(source) as opened:
         (source / "0/a.png").unlink()
         (source / "0/a.png").symlink_to(__file__)
-        for file, reason in zip(opened.files, ("cannot be read", "not a file"), strict=True):
+        readable = {file.origin: file for file in opened.files}
+        for name, reason in (("0/a.png", "cannot be read"), ("0/pipe", "not a file")):
             with pytest.raises(ImageError, match=reason):
-                content(file)
+                content(readable[f"s/{name}"])
 
 
 def written(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
-
-
-def bomb(path: Path) -> Path:
-    """An archive whose list of members says that each has 3 GiB."""
-    data = packed(path, "0/a", "0/b", "0/c").read_bytes()
-    parts = data.split(b"PK\x01\x02")
-    sized = [part[:16] + (3 * 2**30).to_bytes(4, "little") * 2 + part[24:] for part in parts[1:]]
-    return written(path, b"PK\x01\x02".join([parts[0], *sized]))
 
 
 def h5_with(path: Path, **options: Any) -> Path:
@@ -165,7 +157,6 @@ BAD: list[tuple[str, Callable[[Path], Path]]] = [
     ("has no folder named 0, 1, 2, 3, 4, 5", lambda p: fill(p, "six/a.png", "seven/b.png")),
     ("neither a folder nor a .zip", lambda p: written(p, b"label,file\n")),
     ("neither a folder nor a .zip", lambda p: os.mkfifo(p) or p),
-    ("more than 8 GiB", bomb),
     ("is damaged", lambda p: written(p, b"PK\x03\x04" + bytes(114) + b"PK\x05\x06" + b"\xff" * 18)),
     (OWN.format("train_set_x"), lambda p: h5(p, train_set_x=h5py.ExternalLink("/etc", "/x"))),
     (OWN.format("train_set_y"), lambda p: h5(p, train_set_y=h5py.SoftLink("/train_set_x"))),

@@ -1,4 +1,8 @@
-"""The training phases: plan, modes, precision, regularizers, devices and what is written."""
+"""The training phases: plan, modes, precision, regularizers, devices and what is written.
+
+`python -m tests.test_training ROOT` trains a phase end to end in a process of its own, as a
+worker of the cluster in `TF_CONFIG`, or with the processor cut into `DEVICES`.
+"""
 
 import json
 import logging
@@ -25,26 +29,20 @@ from tasks.model.files import BACKBONE_FILE, Weights, read_phase
 from tasks.model.network import FULL, HEAD, LAYERS, MIXED, backbone_of, build_model, freeze
 from tasks.params import BACKBONE
 from tasks.project import Project
-from tasks.stage import Context, silent
+from tasks.stage import Context, collect_rarely, silent
 from tasks.train import run as train
 from tasks.training.cached import WeightAverage, mixstyle, random_erasing
 from tasks.training.end_to_end import fit_end_to_end
 from tasks.training.plan import Plan, plan_phase
-from tests.fixtures.models import SIZE, Repo, changed, copied, with_phases
+from tests.fixtures.models import SIZE, changed, copied, small_context, with_phases
 from tests.fixtures.photos import STILL
-from tests.fixtures.worker import plain_context
 
 PHASES = ["base", "fine_tune", "full"]
 
 
-@pytest.fixture(scope="session")
-def plan(repo: Repo) -> Plan:
-    context = repo()
-    return plan_phase(context.params, "full", open_dataset(context.project.dataset))
-
-
-def sized(plan: Plan, photos: int, copies: int, **training: Any) -> Plan:
-    """The same plan for photos without synthetic hands."""
+def sized(repo: Context, photos: int, copies: int, **training: Any) -> Plan:
+    """A plan for photos without synthetic hands."""
+    plan = plan_phase(repo.params, "full", open_dataset(repo.project.dataset))
     rows, training = np.arange(photos), plan.training.model_copy(update=training)
     plan = replace(plan, train=rows, train_labels=rows % 6, synthetic=rows < 0)
     return replace(plan, training=training, copies=copies)
@@ -52,9 +50,9 @@ def sized(plan: Plan, photos: int, copies: int, **training: Any) -> Plan:
 
 @given(st.integers(1, 50), st.integers(0, 5), st.integers(1, 20), st.integers(0, 3))
 def test_each_photo_shows_every_copy_once_before_any_comes_again(
-    plan: Plan, photos: int, copies: int, batch_size: int, cycle: int
+    repo: Context, photos: int, copies: int, batch_size: int, cycle: int
 ) -> None:
-    plan = sized(plan, photos, copies, batch_size=batch_size)
+    plan = sized(repo, photos, copies, batch_size=batch_size)
     seen: Counter[tuple[int, int]] = Counter()
     for epoch in range(cycle * (copies + 1), (cycle + 1) * (copies + 1)):
         batches = list(plan.batches(epoch))
@@ -67,9 +65,8 @@ def test_each_photo_shows_every_copy_once_before_any_comes_again(
     assert len(seen) == photos * (copies + 1)
 
 
-def test_synthetic_hands_weigh_more_than_photos_in_the_loss(plan: Plan) -> None:
-    plan = sized(plan, 8, 0, synthetic_weight=3.0)
-    plan = replace(plan, synthetic=np.arange(8) % 4 == 3)
+def test_synthetic_hands_weigh_more_than_photos_in_the_loss(repo: Context) -> None:
+    plan = replace(sized(repo, 8, 0, synthetic_weight=3.0), synthetic=np.arange(8) % 4 == 3)
     targets = plan.targets(np.array([3, 0]))
     assert targets.argmax(axis=1).tolist() == [3, 0]
     assert targets.sum(axis=1) == pytest.approx([2.0, 2 / 3])
@@ -95,14 +92,23 @@ def changed_layers(before: Weights, after: Weights) -> set[str]:
     return {name.split("/")[0] for name in after.keys() - same}
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_phase_trains_its_layers_and_no_batch_norm(context: Context, phase: str) -> None:
-    before = read_phase(context.project, BACKBONE)
-    after, _ = fit(context, phase)
-    opened = LAYERS[len(LAYERS) - context.params.phases[phase].trainable_layers :]
-    expected = {name for name in opened if f"{name}/kernel" in after}
-    assert changed_layers(before, after) == {HEAD, *expected}
-    assert {name.split("/")[0] for name in after} > {name for name in LAYERS if "bn" in name}
+def test_phases_train_their_layers_alone_and_again_to_the_same_bytes_without_times(
+    chain: Context, tmp_path: Path
+) -> None:
+    context = copied(chain, tmp_path)
+    for phase, params in context.params.phases.items():
+        shutil.rmtree(context.project.weights(phase))
+        before, (after, epochs) = read_phase(chain.project, params.init_from), fit(context, phase)
+        for path in context.project.weights(phase).iterdir():
+            assert path.read_bytes() == (chain.project.weights(phase) / path.name).read_bytes()
+        opened = LAYERS[len(LAYERS) - params.trainable_layers :]
+        trained = {name for name in opened if f"{name}/kernel" in after}  # no batch norm
+        assert changed_layers(before, after) == {HEAD, *trained}
+        assert {name.split("/")[0] for name in after} > {name for name in LAYERS if "bn" in name}
+        history = read_json(context.project.history(phase))
+        assert (history["phase"], history["images"]) == (phase, 24)
+        assert [epoch.pop("epoch") for epoch in epochs] == [1, 2]
+        assert set(epochs[0]) == {"loss", "accuracy", "val_loss", "val_accuracy"}
 
 
 @pytest.mark.slow
@@ -173,30 +179,14 @@ def test_a_phase_that_fails_writes_nothing_and_says_why(chain: Context, tmp_path
         train(context, "full", SIZE)
 
 
-def test_training_again_gives_the_same_bytes_and_no_times(chain: Context, tmp_path: Path) -> None:
-    context = copied(chain, tmp_path)
-    for phase in PHASES:
-        shutil.rmtree(context.project.weights(phase))
-        train(context, phase, SIZE)
-        for path in context.project.weights(phase).iterdir():
-            first = chain.project.weights(phase) / path.name
-            assert path.read_bytes() == first.read_bytes(), path
-        history = read_json(context.project.history(phase))
-        assert (history["phase"], history["images"]) == (phase, 24)
-        assert [epoch.pop("epoch") for epoch in history["epochs"]] == [1, 2]
-        assert set(history["epochs"][0]) == {"loss", "accuracy", "val_loss", "val_accuracy"}
-
-
 def test_mixstyle_changes_the_style_of_some_batches_and_never_the_picture() -> None:
     def pictures(maps: np.ndarray) -> np.ndarray:
-        return np.asarray(
-            (maps - maps.mean((1, 2), keepdims=True)) / maps.std((1, 2), keepdims=True)
-        )
+        centered = maps - maps.mean((1, 2), keepdims=True)
+        return np.asarray(centered / maps.std((1, 2), keepdims=True))
 
     random = np.random.default_rng(0)
     maps = random.normal(3.0, random.uniform(0.5, 2, (8, 1, 1, 6)), (8, 7, 7, 6)).astype("f4")
-    for _ in range(20):
-        mixed = mixstyle(maps, random, 1.0)
+    for mixed in (mixstyle(maps, random, 1.0) for _ in range(20)):
         np.testing.assert_allclose(pictures(mixed), pictures(maps), atol=1e-3)
         assert mixed.std((1, 2)).max() <= maps.std((1, 2)).max() + 1e-3
         assert np.abs(mixed - maps).max() > 0.1
@@ -233,34 +223,51 @@ def test_the_last_updates_count_alike_and_the_first_not_at_all(share: float, las
     assert variable.numpy() == pytest.approx(values[-last:].mean(), abs=1e-6)
 
 
+def plain_context(root: Path) -> Context:
+    """End-to-end training without anything random, so that ways of running it compare.
+
+    Five photos a batch do not divide by two, and neither do the 24 of an epoch by five.
+    """
+    plain = {"mode": "end_to_end", "dropout": 0.0, "batch_size": 5, "temperature": 1.0}
+    context = with_phases(small_context(root, **plain), init_from=BACKBONE)
+    return replace(context, params=context.params.model_copy(update={"augmentation": STILL}))
+
+
 @pytest.mark.slow
 def test_two_processes_and_two_devices_train_the_same_weights_as_one(
-    repo: Repo, tmp_path: Path
+    repo: Context, tmp_path: Path
 ) -> None:
     cluster = {"worker": [f"127.0.0.1:{port}" for port in choose_ports(2)]}
     tasks = [{"cluster": cluster, "task": {"type": "worker", "index": n}} for n in range(2)]
-    settings = {
-        name: {"TF_CONFIG": json.dumps(task)} for name, task in zip("ab", tasks, strict=True)
-    }
-    started = {}
-    for name, more in {"alone": {}, "mirrored": {"DEVICES": "2"}, **settings}.items():
-        shutil.copytree(repo().project.root, tmp_path / name)
-        command = [sys.executable, "-m", "tests.fixtures.worker", tmp_path / name]
-        started[name] = subprocess.Popen(command, env=os.environ | more, stderr=subprocess.PIPE)
+    ways = {"alone": {}, "mirrored": {"DEVICES": "2"}}
+    ways |= {name: {"TF_CONFIG": json.dumps(task)} for name, task in zip("ab", tasks, strict=True)}
+    started = []
+    for name, more in ways.items():
+        shutil.copytree(repo.project.root, tmp_path / name)
+        command = [sys.executable, "-m", "tests.test_training", tmp_path / name]
+        started.append(subprocess.Popen(command, env=os.environ | more, stderr=subprocess.PIPE))
     try:
-        for process in started.values():
+        for process in started:
             _, said = process.communicate(timeout=500)
             assert process.returncode == 0, said.decode()
     finally:
-        for process in started.values():
+        for process in started:
             process.kill()
-    projects = {name: Project(tmp_path / name) for name in started}
-    weights = {name: read_phase(project, "full") for name, project in projects.items()}
-    curves = {name: read_json(project.history("full")) for name, project in projects.items()}
+    weights = {name: read_phase(Project(tmp_path / name), "full") for name in ways}
+    curves = {name: read_json(Project(tmp_path / name).history("full")) for name in ways}
     assert not changed_layers(weights["a"], weights["b"])
-    rate = plain_context(tmp_path).params.phases["full"].learning_rate
+    rate = repo.params.phases["full"].learning_rate
     for name in ("a", "mirrored"):  # the same but for rounding
         for ours, epoch in zip(curves[name]["epochs"], curves["alone"]["epochs"], strict=True):
             assert ours == pytest.approx(epoch, abs=1e-2)
         for one, value in weights["alone"].items():
             assert np.abs(weights[name][one] - value).mean() < rate
+
+
+if __name__ == "__main__":
+    if devices := int(os.environ.get("DEVICES", "0")):
+        parts = [tf.config.LogicalDeviceConfiguration()] * devices
+        processor = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(processor, parts)
+    collect_rarely()
+    train(plain_context(Path(sys.argv[1])), "full", SIZE)

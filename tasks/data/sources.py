@@ -29,7 +29,7 @@ SPLITS |= {"validation": "train", "test": "test", "testing": "test"}
 """Folder names of exporters; their validation photos are trained on, ours are split anew."""
 
 REVIEWED = "review-"  # begins the names of folders with photos that people labelled at `/review`
-MAX_TOTAL = 8 * 2**30  # bytes when unpacked
+MAX_TOTAL = 8 * 2**30  # bytes of an .h5 file when unpacked
 
 
 Folder = tuple[str, ...]  # names of the folders that lead to it, and its own
@@ -218,8 +218,6 @@ def _zip_members(path: Path, stack: ExitStack) -> list[SourceFile]:
     except Exception as error:  # zipfile raises anything on damaged archives
         raise _refused(path, f"is damaged ({printable(str(error))}). Pack it again") from error
     members = [(member.filename.replace("\\", "/"), member) for member in archive.infolist()]
-    if sum(member.file_size for _, member in members) > MAX_TOTAL:
-        raise _refused(path, f"unpacks to more than {MAX_TOTAL // 2**30} GiB. Import it in parts")
     return [
         SourceFile(tuple(name.strip("/").split("/")), partial(_read_member, archive, member))
         for name, member in members

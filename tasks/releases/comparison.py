@@ -52,7 +52,7 @@ class Comparison(FrozenModel):
     def to_json(self) -> dict[str, Any]:
         """Plain values, floats rounded as in the metrics."""
         scores = {"champion": self.champion.to_json(), "challenger": self.challenger.to_json()}
-        return {**rounded(self.model_dump(mode="json")), **scores}
+        return {**rounded(self), **scores}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Metrics of a set of predictions."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,6 @@ from tasks.errors import DataError
 DIGITS = 6  # decimals in JSON: far below one photo's weight, above float32 noise
 KERAS_EPSILON = 1e-7  # the clip of `keras.losses.CategoricalCrossentropy`
 CALIBRATION_BINS = 15  # as in Guo et al., On Calibration of Modern Neural Networks, 2017
-RESAMPLES = 300  # of the bootstrap: a standard error within 4 %, one in sqrt(2 * RESAMPLES)
 
 Interval = tuple[float, float]
 
@@ -50,7 +50,7 @@ class Scores(FrozenModel):
 
     def to_json(self) -> dict[str, Any]:
         without = set() if self.auc_note else {"auc_note"}
-        return dict(rounded(self.model_dump(mode="json", exclude=without)))
+        return rounded(self, without)
 
 
 def score(probabilities: ArrayLike, labels: ArrayLike, names: Sequence[str]) -> Scores:
@@ -119,23 +119,7 @@ def wilson_interval(right: int, n: int, level: float = 0.95) -> Interval:
     return float(bounds.low), float(bounds.high)
 
 
-def standard_errors(p: np.ndarray, y: np.ndarray) -> dict[str, float | None]:
-    """Standard errors of `loss` and, by bootstrap, of `ece`; null for a single photo."""
-    if len(y) < 2:
-        return {"loss": None, "ece": None}
-    loss = photo_losses(p, y).std(ddof=1) / np.sqrt(len(y))
-    random = np.random.default_rng(0)
-    draws = (random.integers(0, len(y), len(y)) for _ in range(RESAMPLES))
-    ece = np.std([calibration_error(p[rows], y[rows]) for rows in draws], ddof=1)
-    return {"loss": round(float(loss), DIGITS), "ece": round(float(ece), DIGITS)}
-
-
-def rounded(value: Any) -> Any:
-    """Round all floats in JSON content to `DIGITS` decimals."""
-    if isinstance(value, float):
-        return round(value, DIGITS)
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return value
+def rounded(model: BaseModel, without: set[str] | None = None) -> dict[str, Any]:
+    """JSON content with all floats rounded to `DIGITS` decimals."""
+    text = model.model_dump_json(exclude=without)
+    return dict(json.loads(text, parse_float=lambda number: round(float(number), DIGITS)))

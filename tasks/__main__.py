@@ -1,0 +1,5 @@
+"""`python -m tasks STAGE [ITEM]` runs a stage."""
+
+from tasks.stage import main
+
+main()
