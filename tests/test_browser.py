@@ -1,18 +1,22 @@
 """What people see in a real browser: the page for photos, and the one that labels them."""
 
 import io
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 from tasks.services.s3 import S3Address
-from tests.fixtures.browser import DESKTOP, PHONE, SMALL, open_page, see, text, until
 from tests.fixtures.photos import photo
 from tests.fixtures.servers import new_bucket
 from tests.fixtures.service import Place, Service, comment, grey, named, picture, serving
@@ -21,7 +25,58 @@ from tests.fixtures.trained import Trained
 pytestmark = pytest.mark.program("chromedriver")
 
 TOKEN = "a token of sixteen or more"
+DESKTOP = (1200, 900)
+PHONE = (390, 844)
+SMALL = (320, 568)
+FLAGS = (
+    "headless=new disable-gpu disable-quic no-first-run disable-background-networking "
+    "disable-component-update disable-sync use-fake-device-for-media-stream "
+    "use-fake-ui-for-media-stream disable-dev-shm-usage hide-scrollbars"
+)
 SHARE = "return [...document.querySelectorAll('.fill')].map(f => parseFloat(f.style.width))"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A browser with a fresh profile that talks to nobody of its own accord."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    flags = [*FLAGS.split(), f"user-data-dir={tmp_path_factory.mktemp('chromium')}"]
+    if os.geteuid() == 0:  # its sandbox refuses to start for root
+        flags.append("no-sandbox")
+    for flag in flags:
+        options.add_argument(f"--{flag}")
+    # Chromium's own complaints, such as a blocked script, are read from here.
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(shutil.which("chromedriver"))))
+    yield driver
+    driver.quit()
+
+
+def see(driver: Any, size: tuple[int, int], scheme: str = "light") -> None:
+    """Be a screen of this size in pixels, for somebody who likes this colour scheme."""
+    touch = size in (PHONE, SMALL)
+    screen = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": touch}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": touch})
+    preference = [{"name": "prefers-color-scheme", "value": scheme}]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": preference})
+
+
+def until(driver: Any, seen: Callable[[Any], Any]) -> Any:
+    """Wait until `seen(driver)` is true, whatever the page does meanwhile."""
+    return WebDriverWait(driver, 60, 0.1, ignored_exceptions=[WebDriverException]).until(seen)
+
+
+def text(driver: Any, selector: str = "body") -> str:
+    """What an element shows."""
+    return str(driver.find_element("css selector", selector).text)
+
+
+def open_page(driver: Any, url: str) -> None:
+    """Open the service's page and wait until it knows its model."""
+    driver.get(url)
+    until(driver, lambda d: text(d, "#chip") == "ready")
 
 
 @pytest.fixture(scope="module")

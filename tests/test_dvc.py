@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from tasks.services.s3 import S3Address, Storage
 from tests.fixtures import faults
 from tests.fixtures.checkouts import BIN, Repo, with_stages
 from tests.fixtures.faults import one_line, proxy_to
-from tests.fixtures.locks import hold
 
 EARLY = ("audit", "synthetic", "preprocess")
 
@@ -70,9 +70,20 @@ def test_a_changed_parameter_runs_its_stage_alone_and_an_earlier_result_is_resto
     assert (checkout.dataset / "images.npy").read_bytes() == first
 
 
+HOLD = """
+import sys, zc.lockfile
+lock = zc.lockfile.LockFile('.dvc/tmp/lock')
+print('held', flush=True)
+sys.stdin.read()
+"""
+
+
 def test_two_runners_never_work_on_one_stage(checkout: Project) -> None:
     pipeline, refused = Pipeline(checkout, lock_timeout=1.0), list[str]()
-    with hold(checkout) as holder:
+    command, pipe = [sys.executable, "-c", HOLD], subprocess.PIPE
+    with subprocess.Popen(command, cwd=checkout.root, stdin=pipe, stdout=pipe, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
         with pytest.raises(BusyError, match="run again"):
             pipeline.run("audit")
         holder.send_signal(signal.SIGKILL)

@@ -19,8 +19,8 @@ from flows.report import RunReport
 from flows.settings import Settings
 from tasks.services.dvc import check_trained_on
 from tasks.services.s3 import Storage
-from tests.fixtures.checkouts import BIN, Repo
-from tests.fixtures.forkserver import Command, Started
+from tests.fixtures.checkouts import Repo
+from tests.fixtures.forkserver import Started
 from tests.fixtures.photos import CHECKOUT, write_photos
 from tests.fixtures.receiver import receiving
 from tests.fixtures.servers import PrefectApi
@@ -281,10 +281,9 @@ def test_an_import_waits_for_a_retrain_and_a_lost_terminal_cancels_one(
     @contextmanager
     def retraining(name: str) -> Iterator[tuple[Started, Path]]:
         """A retrain that is past its first stage, and the folder of its output."""
-        output, words = tmp_path / name, (str(BIN / "handsigns"), "retrain", "--json")
+        output = tmp_path / name
         output.mkdir()
-        environment = made.environment(**prefect_api.named)
-        process = Started(Command(words, str(made.project.root), environment, str(output)))
+        process = made.start(output, "retrain", "--json", **prefect_api.named)
         soon(lambda: "Stage audit" in (output / "2").read_text(), 120)
         yield process, output
 

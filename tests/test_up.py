@@ -2,9 +2,9 @@
 
 import base64
 import json
-import logging
 import os
 import secrets
+import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -78,8 +78,9 @@ class Service(PrefectApi):
         return found
 
 
-def up(repo: Repo, **environment: str) -> Service:
-    addresses = repo.handsigns("up", PREFECT_WORKER_QUERY_SECONDS="1", **environment)
+def up(repo: Repo, notify: str = "", **environment: str) -> Service:
+    environment |= {"PREFECT_WORKER_QUERY_SECONDS": "1", "HANDSIGNS_NOTIFY_URLS": notify}
+    addresses = repo.handsigns("up", **environment)
     login = local_credentials(repo.project.local).login
     return Service(addresses["prefect"], login, repo, addresses)
 
@@ -100,17 +101,9 @@ def receiver() -> Iterator[Receiver]:
 
 
 @pytest.fixture(scope="module")
-def notified(receiver: Receiver) -> dict[str, str]:
-    """The environment that names the receiver."""
-    return {"HANDSIGNS_NOTIFY_URLS": receiver.address}
-
-
-@pytest.fixture(scope="module")
-def service(
-    tmp_path_factory: pytest.TempPathFactory, notified: dict[str, str]
-) -> Iterator[Service]:
+def service(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iterator[Service]:
     """A service on SQLite."""
-    made = up(make_checkout(tmp_path_factory.mktemp("up") / "checkout"), **notified)
+    made = up(make_checkout(tmp_path_factory.mktemp("up") / "checkout"), receiver.address)
     yield made
     down(made)
 
@@ -124,11 +117,11 @@ def photos(service: Service, tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def test_up_answers_everywhere_and_registers_deployments_pools_and_the_schedule(
-    service: Service, notified: dict[str, str]
+    service: Service, receiver: Receiver
 ) -> None:
     found = service.addresses
     assert found["started"]
-    assert up(service.repo, **notified).addresses == {**found, "started": False}
+    assert up(service.repo, receiver.address).addresses == {**found, "started": False}
     assert b"<html" in (ask(found["prefect"].removesuffix("/api"), seconds=10) or b"").lower()
     with credentials_of(None, service.login):
         MlflowClient(found["mlflow"]).create_registered_model("kept")
@@ -202,12 +195,12 @@ def test_of_two_runs_one_trains_and_a_cancelled_one_stops_within_10_s(service: S
 @pytest.mark.slow
 @pytest.mark.usefixtures("photos")
 def test_a_run_ends_with_its_service_as_cancelled_or_is_found_crashed_and_reported(
-    service: Service, receiver: Receiver, notified: dict[str, str]
+    service: Service, receiver: Receiver
 ) -> None:
     service.training(run := service.run())
     down(service)
     assert service.repo.report()["status"] == "cancelled"
-    up(service.repo, **notified)
+    up(service.repo, receiver.address)
     assert service.state(run)["type"] == "CANCELLED"
     # Somebody else's run, of a flow with the name of ours, beats no heart.
     flow = service.ask("flows/", {"name": "retrain"})["id"]
@@ -219,7 +212,7 @@ def test_a_run_ends_with_its_service_as_cancelled_or_is_found_crashed_and_report
         with suppress(psutil.NoSuchProcess):
             one.kill()
     assert gone(processes, 10)
-    up(service.repo, **notified)
+    up(service.repo, receiver.address)
     service.ask("work_pools/handsigns", {"concurrency_limit": 3}, "PATCH")
     service.repo.handsigns("deploy")
     assert service.ask("work_pools/handsigns")["concurrency_limit"] == 3
@@ -246,32 +239,28 @@ def test_down_stops_all_of_it_and_the_data_stays(service: Service) -> None:
 USER = "postgres"  # the server refuses to run as root; the package brings this account
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def postgresql() -> Iterator[str]:
     """URL of a database that is not there yet; the test carries `program("initdb")`."""
     with tempfile.TemporaryDirectory(prefix="handsigns-pg-") as temporary:
         folder, port = Path(temporary), choose_ports(1)[0]
         # A password that must be quoted in an address.
         password = f"se@cret/{secrets.token_hex(8)}"
-        word, data = folder / "password", folder / "data"
-        word.write_text(password)
+        (folder / "password").write_text(password)
+        user: list[str] = []
         if os.geteuid() == 0:
-            for path in (folder, word):
+            user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--init-groups"]
+            for path in (folder, folder / "password"):
                 shutil.chown(path, USER)
-        _run("initdb", "-D", data, "-U", "hand", "-A", "scram-sha-256", "--pwfile", word, "-N")
-        listen = f"-p {port} -h 127.0.0.1 -k {folder} -F"
-        _run("pg_ctl", "-D", data, "-w", "-o", listen, "-l", folder / "log", "start")
-        try:
-            yield f"postgresql://hand:{quote(password, safe='')}@127.0.0.1:{port}/signs"
-        finally:
-            _run("pg_ctl", "-D", data, "-m", "immediate", "stop")
 
+        def run(program: str, words: str) -> None:
+            command = [*user, str(find_program(program)), "-D", "data", *shlex.split(words)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder)
 
-def _run(program: str, *words: object) -> None:
-    command = [str(find_program(program)), *map(str, words)]
-    if os.geteuid() == 0:
-        command = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--init-groups", *command]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/")
+        run("initdb", "-U hand -A scram-sha-256 --pwfile password -N")
+        run("pg_ctl", f"-w -o '-p {port} -h 127.0.0.1 -k {folder} -F' -l log start")
+        yield f"postgresql://hand:{quote(password, safe='')}@127.0.0.1:{port}/signs"
+        run("pg_ctl", "-m immediate stop")
 
 
 @pytest.mark.slow
@@ -305,35 +294,31 @@ def test_a_database_url_moves_prefect_and_mlflow_to_postgresql_for_one_checkout_
         assert MlflowClient(services.mlflow()[0]).get_registered_model("hands").name == "hands"
 
 
-def run_sql(file: Path, statement: str) -> Any:
-    with closing(sqlite3.connect(file, isolation_level=None)) as database:
-        return database.execute(statement).fetchone()
-
-
 @pytest.mark.slow
 def test_local_databases_of_another_version_are_backed_up_and_migrated_or_refused(
     tmp_path: Path, tracking_uri: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file, versions = tmp_path / "mlflow.db", tmp_path / "versions.json"
-    migrate(tmp_path / "new", "mlflow")  # of a new checkout: there is nothing to back up
-    assert [path.name for path in (tmp_path / "new").glob("*.*")] == ["versions.json"]
-    versions.write_text('{"mlflow": "3.0.0"}')
-    with caplog.at_level(logging.WARNING):
-        migrate(tmp_path, "mlflow")
-    (backup,) = tmp_path.glob("mlflow.db.before-*")
-    assert str(backup) in caplog.text
-    assert run_sql(backup, "select count(*) from experiments") == (1,)
-    caplog.clear()
-    migrate(tmp_path, "mlflow")
-    assert caplog.text == ""
+    versions, known = tmp_path / "versions.json", "select version_num from alembic_version"
 
+    def sql(file: Path, statement: str) -> Any:
+        with closing(sqlite3.connect(file, isolation_level=None)) as database:
+            return database.execute(statement).fetchone()
+
+    versions.write_text('{"mlflow": "3.0.0"}')
+    migrate(tmp_path, "mlflow")
+    (backup,) = tmp_path.glob("mlflow.db.before-*")
+    assert sql(backup, known) == sql(tmp_path / "mlflow.db", known)
+    assert str(backup) in caplog.text
     backup.unlink()
-    run_sql(file, "update alembic_version set version_num = 'of-the-future'")
+    migrate(tmp_path, "mlflow")
+    assert not backup.exists()
+
+    sql(tmp_path / "mlflow.db", "update alembic_version set version_num = 'of-the-future'")
     versions.write_text('{"mlflow": "9.0.0"}')
     for _ in range(2):
         with pytest.raises(ServiceError, match=r"of MLflow 9.0.0 cannot be migrated .*backup is"):
             migrate(tmp_path, "mlflow")
-    assert run_sql(backup, "select version_num from alembic_version") == ("of-the-future",)
+    assert sql(backup, known) == ("of-the-future",)
     with pytest.raises(ServiceError) as caught:
         Registry(tracking_uri, "signs").versions()
     assert f"run `mlflow db upgrade {tracking_uri}`" in str(caught.value)

@@ -17,6 +17,7 @@ from filelock import FileLock
 from flows.settings import Settings
 from tasks.errors import ServiceError, SettingsError
 from tasks.io import atomic_write
+from tasks.services.mlflow import Registry
 from tasks.services.s3 import S3Address, Storage, check_conditional_writes, redact_url
 
 CHECK_SECONDS = 10.0
@@ -138,27 +139,9 @@ def check_reachable(settings: Settings) -> None:
         storage.check()
         check_conditional_writes(storage)
     if (tracking := settings.mlflow_tracking_uri) and tracking.startswith("http"):
-        _check_mlflow(tracking)
+        Registry(tracking, settings.model_name).versions()
     if settings.prefect_api_url:
         _check_prefect(settings.prefect_api_url)
-
-
-def _check_mlflow(url: str) -> None:
-    """Ask with requests, as MLflow's client does, and with its settings."""
-    import requests
-
-    insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("1", "true")
-    try:
-        answer = requests.get(
-            f"{url.rstrip('/')}/health",
-            timeout=CHECK_SECONDS,
-            verify=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or not insecure,
-            cert=os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH"),
-        )
-        if answer.status_code not in (401, 403):  # its own client finds out who it lets in
-            answer.raise_for_status()
-    except (OSError, ValueError) as error:
-        raise _unreachable("MLflow", url, "MLFLOW_TRACKING_URI", error) from None
 
 
 def _check_prefect(api: str) -> None:
@@ -171,21 +154,17 @@ def _check_prefect(api: str) -> None:
         settings.PREFECT_API_REQUEST_TIMEOUT: CHECK_SECONDS,
         settings.PREFECT_CLIENT_MAX_RETRIES: 0,
     }
+    error: BaseException | None
     try:
         with settings.temporary_settings(named), get_client(sync_client=True) as client:
             error = client.api_healthcheck()
     except (OSError, ValueError, ImportError, RuntimeError, httpx.HTTPError) as raised:
         error = raised
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if error and status not in (401, 403):
-        raise _unreachable("Prefect", api, "PREFECT_API_URL", error)
-
-
-def _unreachable(service: str, url: str, variable: str, reason: BaseException) -> ServiceError:
-    while cause := reason.__cause__ or reason.__context__:
-        reason = cause  # the innermost one says what happened
-    said = textwrap.shorten(str(reason) or type(reason).__name__, 300, placeholder=" …")
-    return ServiceError(
-        f"{service} does not answer at {redact_url(url)} ({said}). "
-        f"Check {variable} and the service."
-    )
+    if error and getattr(getattr(error, "response", None), "status_code", None) not in (401, 403):
+        while cause := error.__cause__ or error.__context__:
+            error = cause  # the innermost one says what happened
+        said = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
+        raise ServiceError(
+            f"Prefect does not answer at {redact_url(api)} ({said}). "
+            "Check PREFECT_API_URL and the service."
+        )

@@ -55,7 +55,6 @@ class Recorder:
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
 
     def __enter__(self) -> None:
-        CAPTURED.clear()
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:

@@ -203,8 +203,10 @@ class Registry:
                 yield MlflowClient(self.tracking_uri, self.tracking_uri)
         except (MlflowException, SQLAlchemyError, OSError) as error:
             reason = getattr(error, "error_code", None) or type(error).__name__
-            first = next(iter(str(error).splitlines()), "")
-            # Connection errors quote the whole address; the rest is MLflow's own words.
+            cause: BaseException = error
+            while "://" in str(cause) and (inner := cause.__cause__ or cause.__context__):
+                cause = inner  # connection errors quote the whole address, unlike their causes
+            first = next(iter(str(cause).splitlines()), "")
             quoted = "" if "://" in first else f": {shorten(first, 200, placeholder=' …')}"
             url, advice = redact_url(self.tracking_uri), "Check MLFLOW_TRACKING_URI or DATABASE_URL"
             if "out-of-date database schema" in first:
