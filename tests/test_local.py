@@ -41,14 +41,6 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_configured_services_start_nothing(tmp_path: Path) -> None:
-    address = "http://127.0.0.1:9"
-    named = {"s3_endpoint_url": address, "mlflow_tracking_uri": address, "prefect_api_url": address}
-    with closing(Services(SETTINGS.model_copy(update=named), Project(tmp_path))) as services:
-        assert services.s3().endpoint_url == services.mlflow()[0] == services.prefect() == address
-    assert list((tmp_path / ".local").iterdir()) == []
-
-
 RUN = """
 import signal, sys, time
 from pathlib import Path

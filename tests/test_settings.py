@@ -52,16 +52,14 @@ def test_defaults_and_the_usual_variables_are_read(monkeypatch: pytest.MonkeyPat
     settings = load_settings()
     assert (settings.s3_endpoint_url, settings.mlflow_tracking_uri) == (None, None)
     assert (settings.bucket, settings.s3_region) == ("artifacts", "us-east-1")
-    usual = {
+    for name, value in {
         S3: "https://s3.example.org/",
         "AWS_DEFAULT_REGION": "eu-west-1",
         "AWS_ACCESS_KEY_ID": "key",
         "AWS_SECRET_ACCESS_KEY": SECRET,
-        "MLFLOW_TRACKING_URI": "http://mlflow:5000",
-        "DATABASE_URL": f"postgresql://user:{SECRET}@/name",
+        DATABASE: f"postgresql://user:{SECRET}@/name",
         "HANDSIGNS_PUBLIC_KEYS": "a.pem:b.pem",
-    }
-    for name, value in usual.items():
+    }.items():
         monkeypatch.setenv(name, value)
     settings = load_settings()
     assert (settings.s3_endpoint_url, settings.s3_region) == ("https://s3.example.org", "eu-west-1")

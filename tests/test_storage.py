@@ -270,9 +270,12 @@ def test_a_private_authority_is_trusted_as_the_services_own_client_does_or_named
     (checkout.project.root / "dvc.yaml").write_text("")
 
     def healthy(exchange: Exchange) -> None:
-        exchange.send(Answer(200, b"true", {"content-type": "application/json"}))
+        exchange.send(Answer(200, b"{}", {"content-type": "application/json"}))
 
-    with proxy_to(s3_server.endpoint_url) as proxy, proxy.failing(faults.on("health$", healthy)):
+    with (
+        proxy_to(s3_server.endpoint_url) as proxy,
+        proxy.failing(faults.on("health$|/mlflow/", healthy)),
+    ):
         proxy.socket = context.wrap_socket(proxy.socket, server_side=True)
         url = proxy.url.replace("http:", "https:")
 

@@ -204,8 +204,9 @@ class Registry:
         except (MlflowException, SQLAlchemyError, OSError) as error:
             reason = getattr(error, "error_code", None) or type(error).__name__
             cause: BaseException = error
-            while "://" in str(cause) and (inner := cause.__cause__ or cause.__context__):
-                cause = inner  # connection errors quote the whole address, unlike their causes
+            if "://" in str(error):  # a connection's; the innermost one says what happened
+                while inner := cause.__cause__ or cause.__context__:
+                    cause = inner
             first = next(iter(str(cause).splitlines()), "")
             quoted = "" if "://" in first else f": {shorten(first, 200, placeholder=' …')}"
             url, advice = redact_url(self.tracking_uri), "Check MLFLOW_TRACKING_URI or DATABASE_URL"
