@@ -231,9 +231,9 @@ def draw_audit(
     described = [*report["conflicts"], *report["across"], *report["closest"]]
     pairs = list(dict.fromkeys(tuple(pair["photos"]) for pair in described))[:SAMPLES]
     row_of = {photo.key: row for row, photo in enumerate(photos)}
-    shown += [np.full_like(pictures[0], 255)] * SAMPLES if pairs else []
+    shown += [np.full((COMPARED, COMPARED, 3), 255, np.uint8)] * SAMPLES if pairs else []
     shown += [pictures[row_of[key]] for pair in pairs for key in pair]
-    side, count = len(pictures[0]) + GAP, -(-len(shown) // SAMPLES)
+    side, count = COMPARED + GAP, -(-len(shown) // SAMPLES)
     sheet = np.full((count * side - GAP, SAMPLES * side - GAP, 3), 255, np.uint8)
     for number, picture in enumerate(shown):
         top, left = (place * side for place in divmod(number, SAMPLES))

@@ -4,7 +4,7 @@
 hands by label; `leaks` in `index.json` counts test photos with a near-duplicate in train or val.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -87,10 +87,5 @@ def split_photos(
 
 def count_cross_split_duplicates(split_of: Mapping[str, str], group_of: Mapping[str, int]) -> int:
     """Count test photos with a near-duplicate that the model is trained or chosen on."""
-    splits_of_group = defaultdict(set)
-    for key in group_of.keys() & split_of:
-        splits_of_group[group_of[key]].add(split_of[key])
-    return sum(
-        split_of.get(key) == "test" and len(splits_of_group[group]) > 1
-        for key, group in group_of.items()
-    )
+    used = {group for key, group in group_of.items() if split_of.get(key) in ("train", "val")}
+    return sum(split_of.get(key) == "test" and group in used for key, group in group_of.items())

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType
-from typing import NamedTuple
 
 import pytest
 
@@ -53,22 +52,15 @@ PAIRS += ((ast.In, ast.NotIn), (ast.And, ast.Or), (ast.Add, ast.Sub))
 SWAPS = {ast.Mult: ast.Add, **dict(PAIRS), **{one: other for other, one in PAIRS}}
 
 
-class Mutant(NamedTuple):
-    """One change: a module's text, and what was changed where."""
-
-    module: str
-    text: str
-    what: str
+Mutant = tuple[str, str, str]  # a module, its text, and what was changed where
 
 
 def mutants(module: str) -> Iterator[Mutant]:
-    """Every change of one module's functions, but of nested ones, which are found twice."""
+    """Every change of one module's functions."""
     tree = ast.parse(Path(module).read_text())
     functions = [one for one in ast.walk(tree) if isinstance(one, ast.FunctionDef)]
-    bodies = [
-        line for one in functions for line in one.body if not isinstance(line, ast.FunctionDef)
-    ]
-    for node in (node for line in bodies for node in ast.walk(line)):
+    lines = [line for one in functions for line in one.body if line not in functions]
+    for node in (node for line in lines for node in ast.walk(line)):
         for field, old, new in changes(node):
             # Of a condition, not the block that it governs.
             before = ast.unparse(getattr(node, "test", node))
@@ -77,16 +69,15 @@ def mutants(module: str) -> Iterator[Mutant]:
             text = ast.unparse(tree)
             setattr(node, field, old)
             if not f"{module}: {what}".startswith(tuple(EQUIVALENT)):
-                yield Mutant(module, text, f"{module}:{getattr(node, 'lineno', '?')} {what}")
+                yield module, text, f"{module}:{getattr(node, 'lineno', '?')} {what}"
 
 
 def changes(node: ast.AST) -> Iterator[tuple[str, object, object]]:
     """Fields of a node, their values and others; not of text that is put together."""
-    parts = [getattr(one, "value", "") for one in ast.walk(node)]
     if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
         yield "ops", node.ops, [SWAPS[type(node.ops[0])](), *node.ops[1:]]
     elif isinstance(node, ast.BoolOp | ast.BinOp) and type(node.op) in SWAPS:
-        if not any(isinstance(part, str) for part in parts):
+        if not any(isinstance(getattr(one, "value", 0), str) for one in ast.walk(node)):
             yield "op", node.op, SWAPS[type(node.op)]()
     elif isinstance(node, ast.If | ast.IfExp | ast.While):
         yield "test", node.test, ast.UnaryOp(ast.Not(), node.test)
@@ -98,27 +89,25 @@ def changes(node: ast.AST) -> Iterator[tuple[str, object, object]]:
         yield "value", node.value, ast.Constant(None)
 
 
-def run(mutant: Mutant) -> int:
-    """Start the tests of a mutant in a fork and return its process id."""
+def run(module: str, text: str) -> int:
+    """Start the tests of a changed module in a fork and return its process id."""
     if pid := os.fork():
         return pid
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     signal.alarm(WAIT_SECONDS)
     for output in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-    for name in [
-        name for name in sys.modules if name.partition(".")[0] in ("tasks", "flows", "tests")
-    ]:
+    for name in [name for name in sys.modules if name.startswith(("tasks", "flows", "tests"))]:
         del sys.modules[name]
     original = SourceFileLoader.get_code
 
     def get_code(loader: SourceFileLoader, name: str) -> CodeType | None:
-        if loader.path == str(CHECKOUT.root / mutant.module):
-            return compile(mutant.text, loader.path, "exec")
+        if loader.path == str(CHECKOUT.root / module):
+            return compile(text, loader.path, "exec")
         return original(loader, name)
 
     SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
-    files = [f"tests/{name}.py" for name in TESTS[mutant.module]]
+    files = [f"tests/{name}.py" for name in TESTS[module]]
     os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *files])))
 
 
@@ -130,19 +119,19 @@ def main(count: int, modules: Sequence[str]) -> int:
     chosen = random.Random(18).sample(every, min(count, len(every)))
     survivors, running, began = 0, dict[int, Mutant](), time.monotonic()
     # First without a change: tests that fail anyway would kill everything.
-    pending = [*(Mutant(module, Path(module).read_text(), "") for module in modules), *chosen]
+    pending = [*((module, Path(module).read_text(), "") for module in modules), *chosen]
     try:
         while pending or running:
             while pending and len(running) < (os.cpu_count() or 1):
                 mutant = pending.pop(0)
-                running[run(mutant)] = mutant
+                running[run(*mutant[:2])] = mutant
             pid, status = os.wait()
-            mutant = running.pop(pid)
-            if not mutant.what and status:
-                raise SystemExit(f"The tests of {mutant.module} fail without a change.")
-            if mutant.what and not status:
+            module, _, what = running.pop(pid)
+            if not what and status:
+                raise SystemExit(f"The tests of {module} fail without a change.")
+            if what and not status:
                 survivors += 1
-                print("survived", mutant.what, flush=True)
+                print("survived", what, flush=True)
     finally:
         servers.pytest_unconfigure()
     killed, took = len(chosen) - survivors, time.monotonic() - began

@@ -51,9 +51,7 @@ def flat(*greys: int) -> np.ndarray:
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 20), st.integers(4, 40), st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_search_agrees_with_comparing_every_pair(
-    seed: int, distance: int, rms: int, symmetric: bool
-) -> None:
+def test_search_finds_every_pair(seed: int, distance: int, rms: int, symmetric: bool) -> None:
     random = np.random.default_rng(seed)
     base = np.stack([photo(seed % 6, seed) for seed in range(3)])
     if symmetric:
@@ -147,9 +145,7 @@ def refusal(context: Context) -> str:
     return str(refused.value)
 
 
-def test_near_duplicates_are_grouped_shown_and_kept_out_of_the_official_test(
-    context: Context,
-) -> None:
+def test_near_duplicates_stay_out_of_the_official_test(context: Context) -> None:
     write_photos(context.project.data / "test", 3, seed=1)
     copy(context, "train/2/0001", train_2_copy=2, train_2_exact=0)
     copy(context, "test/5/0002", train_5_near=3, train_5_chain=7)
@@ -212,7 +208,10 @@ def test_near_duplicates_with_two_labels_are_excluded(context: Context) -> None:
 @pytest.mark.parametrize("folder", ["train", "test"])
 def test_what_cannot_be_trained_on_is_named(context: Context, folder: str) -> None:
     data = context.project.data
-    write_photos(data / "test", 3, seed=1)
+    write_photos(data / "test", 2, seed=1)
+    for number in range(5):
+        copy(context, f"train/0/000{number}", **{f"test_0_{number}": 2})
+    assert "have fewer: 0 (1)" in refusal(context)
     for number in range(6):
         copy(context, f"train/1/000{number}", **{f"{folder}_2_odd{number}": 0})
     refused = refusal(context)
@@ -227,14 +226,3 @@ def test_what_cannot_be_trained_on_is_named(context: Context, folder: str) -> No
     assert f"'six' in data/{folder} is not a label" in refusal(context)
     shutil.rmtree(data)
     assert "no photos to train on" in refusal(context)
-
-
-def test_a_class_that_exclusion_makes_too_small_is_refused(context: Context) -> None:
-    write_photos(context.project.data / "test", 2, seed=9)
-    for number in range(5):
-        copy(context, f"train/0/000{number}", **{f"test_0_{number}": 2})
-    assert "have fewer: 0 (1)" in refusal(context)
-    shutil.rmtree(context.project.data / "test")
-    for number in range(4):
-        (context.project.data / f"train/0/000{number}.png").unlink()
-    assert "have fewer: 0 (2)" in refusal(context)

@@ -3,9 +3,9 @@
 import hashlib
 import io
 import struct
-import zlib
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -35,18 +35,8 @@ def turned(orientation: int) -> Image.Exif:
     return exif
 
 
-def png(width: int, height: int, rows: bytes, depth: int = 8) -> bytes:
-    """A color PNG with this header, whatever `rows` holds."""
-    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
-    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in parts
-    )
-
-
 RGB = picture_in("RGB")
-JPEG, PNG = saved(RGB, "JPEG", quality=90), saved(RGB, "PNG")
+JPEG, PNG, BMP = saved(RGB, "JPEG", quality=90), saved(RGB, "PNG"), saved(RGB, "BMP")
 RED, BLUE = (Image.new("RGB", (48, 48), color) for color in ("red", "blue"))
 MPO = saved(RED, "MPO", save_all=True, append_images=[BLUE])
 PROGRESSIVE = saved(RGB, "JPEG", progressive=True)
@@ -87,9 +77,8 @@ def test_transparent_parts_become_white_and_sixteen_bits_eight() -> None:
         pixels[6, 5] = PICTURE[6, 5]
         assert np.array_equal(pixels, PICTURE)
     deep = PICTURE[..., 0].astype(np.uint16) * 257
-    color = (PICTURE.astype(np.uint16) << 8).astype(">u2")
-    rows = b"".join(b"\0" + row.tobytes() for row in color)
-    for data in (saved(Image.fromarray(deep), "PNG"), png(48, 48, rows, depth=16)):
+    color = cv2.imencode(".png", deep[..., np.newaxis].repeat(3, axis=2))[1].tobytes()
+    for data in (saved(Image.fromarray(deep), "PNG"), color):
         pixels = decode(normalize(data, "a.png")[1])
         assert np.array_equal(pixels[..., 0], PICTURE[..., 0])
 
@@ -133,8 +122,10 @@ BAD = [
     *[("animated", saved(RGB, kind, **FRAMES)) for kind in ("GIF", "PNG", "WEBP", "TIFF")],
     ("too small: 1x1", saved(Image.new("RGB", (1, 1)), "PNG")),
     ("too small: 500x8", saved(Image.new("RGB", (500, 8)), "JPEG")),
-    ("too many pixels", png(30_000, 30_000, bytes(1000))),
-    ("too many pixels: 8000x8000", png(8_000, 8_000, bytes(1000))),
+    *[
+        (f"too many pixels{text}", BMP[:18] + struct.pack("<ii", side, side) + BMP[26:])
+        for text, side in (("", 30_000), (": 8000x8000", 8_000))
+    ],
     ("too large", b"\xff\xd8\xff" + bytes(MAX_BYTES)),
     ("32-bit pixels", saved(picture_in("F"), "TIFF")),
     ("compressed TIFF", saved(RGB, "TIFF", compression="tiff_lzw")),
@@ -152,7 +143,7 @@ def test_a_bad_file_is_refused_with_its_reason(reason: str, data: bytes) -> None
     assert str(refusal.value).isprintable()
 
 
-SEEDS = [JPEG, PNG, *(saved(RGB, kind) for kind in ("GIF", "WEBP", "AVIF", "BMP", "TIFF"))]
+SEEDS = [JPEG, PNG, BMP, *(saved(RGB, kind) for kind in ("GIF", "WEBP", "AVIF", "TIFF"))]
 
 
 @settings(deadline=None, max_examples=200)
@@ -161,9 +152,7 @@ SEEDS = [JPEG, PNG, *(saved(RGB, kind) for kind in ("GIF", "WEBP", "AVIF", "BMP"
     st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=6)), max_size=8),
     st.floats(0.05, 1.5),
 )
-def test_mangled_file_is_a_photo_or_an_image_error(
-    seed: bytes, edits: list[tuple[float, bytes]], length: float
-) -> None:
+def test_mangled_files_raise_image_errors(seed: bytes, edits: Any, length: float) -> None:
     data = bytearray(seed)
     for where, patch in edits:
         # Squared: most of what a decoder trusts stands at the front.

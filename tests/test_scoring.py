@@ -1,6 +1,5 @@
 """Scores against plain re-computations, class folders, plots, the stage, and drift."""
 
-import json
 from itertools import product
 from pathlib import Path
 
@@ -25,7 +24,9 @@ from tasks.evaluate import (
 )
 from tasks.gate import CORRUPTIONS as GATE_CORRUPTIONS
 from tasks.io import read_json, write_json
+from tasks.model.files import export_graph
 from tasks.model.inference import Classifier
+from tasks.model.network import build_model
 from tasks.scoring.drift import compare_counts, compare_embeddings, confidence_histogram
 from tasks.scoring.folder import evaluate_folder
 from tasks.scoring.metrics import CALIBRATION_BINS, score
@@ -75,9 +76,7 @@ def test_every_number_equals_its_plain_definition(seed: int, n: int, sharpness: 
         areas = [roc_auc_score(y == index, p[:, index]) for index in range(6)]
         assert scores.auc == pytest.approx(np.mean(areas), abs=1e-9)
         assert scores.worst_recall == min(one.recall or 0 for one in scores.per_class)
-    content = scores.to_json()
-    assert json.loads(json.dumps(content, allow_nan=False)) == content
-    assert content["loss"] == round(content["loss"], 6)
+    assert scores.to_json()["loss"] == round(scores.loss, 6)
 
 
 def test_a_missing_class_has_no_auc_and_what_is_no_probability_is_refused() -> None:
@@ -143,8 +142,7 @@ def test_a_reader_of_brightness_fails_under_other_light_only() -> None:
     assert set(accuracy.values()) == {1.0}
     image = photo(3, seed=1)
     for kind, corrupt in CORRUPTIONS.items():
-        one, other = corrupt(image, 1), corrupt(image, -1)
-        for corrupted in (one, other):
+        for corrupted in (one := corrupt(image, 1), other := corrupt(image, -1)):
             assert (corrupted.shape, corrupted.dtype) == (image.shape, np.uint8)
             assert 1 < np.abs(corrupted.astype(float) - image).mean() < 50
         assert (one != other).any() == (kind in ("rotation", "brightness", "scale"))
@@ -167,9 +165,6 @@ def test_an_answer_is_certain_above_what_pictures_without_a_hand_reach() -> None
 
 
 def test_the_stage_scores_the_test_split(chain: Context, tmp_path: Path) -> None:
-    from tasks.model.files import export_graph
-    from tasks.model.network import build_model
-
     context = copied(chain, tmp_path)
     project, index = context.project, read_json(context.project.dataset_index)
     for row in index["photos"][:18]:
@@ -186,8 +181,7 @@ def test_the_stage_scores_the_test_split(chain: Context, tmp_path: Path) -> None
     assert names == [row["name"] for row in index["photos"][:18]]
     probabilities = np.array([entry["probabilities"] for entry in predictions["photos"]])
     truths = [predictions["labels"].index(entry["label"]) for entry in predictions["photos"]]
-    again = json.loads(json.dumps(score(probabilities, truths, LABELS).to_json()))
-    assert {**metrics, **again} == metrics
+    assert {**metrics, **score(probabilities, truths, LABELS).to_json()} == metrics
     assert 0 < metrics["certainty"]["certain_above"] < 1
     assert (metrics["n"], metrics["robustness"]["photos"]) == (18, 18)
     with np.load(project.reference) as reference:

@@ -4,7 +4,6 @@ import os
 import stat
 import zipfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,9 @@ import numpy as np
 import pytest
 
 from tasks.data.images import MAX_BYTES, decode, encode
-from tasks.data.sources import SourceFile
-from tasks.data.sources import open_source as open_source_
+from tasks.data.sources import SourceFile, open_source
 from tasks.errors import ImageError, SourceError
 from tests.fixtures.photos import LABELS, photo
-
-open_source = partial(open_source_, labels=LABELS)
 
 PNG = encode(photo(2, 0, 32))
 H5_PHOTOS = np.stack([photo(label, 0, 32) for label in range(6)])
@@ -80,15 +76,13 @@ LAYOUTS: dict[str, dict[str, str]] = {
 
 
 @pytest.mark.parametrize("expected", LAYOUTS.values(), ids=LAYOUTS)
-def test_labels_and_splits_are_found_by_the_folders(
-    expected: dict[str, str], tmp_path: Path
-) -> None:
+def test_folders_name_labels_and_splits(expected: dict[str, str], tmp_path: Path) -> None:
     clutter = ["0/.DS_Store", "0/Thumbs.db", "__MACOSX/0/._a.png", ".git/x"]
     for path in (
         fill(tmp_path / "s", *expected, *clutter),
         packed(tmp_path / "s.zip", *expected, *clutter),
     ):
-        with open_source(path) as source:
+        with open_source(path, LABELS) as source:
             assert source.ignored == len(clutter)
             found = {f.origin: f.fault or f"{f.split} {f.label}" for f in source.files}
             assert {content(file) for file in source.files} == {PNG}
@@ -96,35 +90,27 @@ def test_labels_and_splits_are_found_by_the_folders(
         assert all(found[f"{path.name}/{name}"].startswith(what) for name, what in expected.items())
 
 
-def test_links_are_followed_inside_and_to_folders_of_ones_own_and_files_only_are_read(
-    tmp_path: Path,
-) -> None:
+def test_own_links_are_followed_and_only_files_read(tmp_path: Path) -> None:
     source = fill(tmp_path / "s", "0/a.png")
     os.mkfifo(source / "0/pipe")
-    elsewhere = fill(tmp_path / "elsewhere", "one/b.png", "theirs/c.png")
-    leaves, own = "symbolic link: it leaves the source", {"2/c.png": None}
-    if os.getuid() == 0:  # only root can give a folder to another user
-        os.chown(elsewhere / "theirs", 12345, -1)
-        own = {"2": leaves}
+    elsewhere = fill(tmp_path / "elsewhere", "one/b.png")
     for name, target in {
         "0/b.png": elsewhere / "one/b.png",
         "0/c.png": source / "nothing",
         "0/d.png": Path("a.png"),
         "0/e": source,
         "1": elsewhere / "one",
-        "2": elsewhere / "theirs",
     }.items():
         (source / name).symlink_to(target)
-    with open_source(source) as opened:
+    with open_source(source, LABELS) as opened:
         assert {file.origin.removeprefix("s/"): file.fault for file in opened.files} == {
             "0/a.png": None,
-            "0/b.png": leaves,
+            "0/b.png": "symbolic link: it leaves the source",
             "0/c.png": "symbolic link: its target does not exist",
             "0/d.png": None,
             "0/e": "symbolic link: it leads back to a folder above it",
             "0/pipe": None,
             "1/b.png": None,
-            **own,
         }
         (source / "0/a.png").unlink()
         (source / "0/a.png").symlink_to(__file__)
@@ -134,11 +120,6 @@ def test_links_are_followed_inside_and_to_folders_of_ones_own_and_files_only_are
                 content(readable[f"s/{name}"])
 
 
-def written(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path
-
-
 def h5_with(path: Path, **options: Any) -> Path:
     with h5py.File(h5(path, train_set_x=None), "a") as file:
         file.create_dataset("train_set_x", dtype=np.uint8, **options)
@@ -146,39 +127,40 @@ def h5_with(path: Path, **options: Any) -> Path:
 
 
 def elsewhere(path: Path) -> Path:
-    raw = written(path.parent / "raw", H5_PHOTOS.tobytes())
+    raw = path.parent / "raw"
+    raw.write_bytes(H5_PHOTOS.tobytes())
     return h5_with(path, shape=H5_PHOTOS.shape, external=[(str(raw), 0, H5_PHOTOS.size)])
 
 
 OWN = "no data set '{}' of its own"
-BAD: list[tuple[str, Callable[[Path], Path]]] = [
+BAD: list[tuple[str, Callable[[Path], Any]]] = [
     ("No such file", lambda p: p),
     ("is empty", lambda p: fill(p, ".hidden", "__MACOSX/a")),
     ("has no folder named 0, 1, 2, 3, 4, 5", lambda p: fill(p, "six/a.png", "seven/b.png")),
-    ("neither a folder nor a .zip", lambda p: written(p, b"label,file\n")),
-    ("neither a folder nor a .zip", lambda p: os.mkfifo(p) or p),
-    ("is damaged", lambda p: written(p, b"PK\x03\x04" + bytes(114) + b"PK\x05\x06" + b"\xff" * 18)),
+    ("neither a folder nor a .zip", lambda p: p.write_bytes(b"label,file\n")),
+    ("neither a folder nor a .zip", os.mkfifo),
+    (
+        "is damaged",
+        lambda p: p.write_bytes(b"PK\x03\x04" + bytes(114) + b"PK\x05\x06" + b"\xff" * 18),
+    ),
     (OWN.format("train_set_x"), lambda p: h5(p, train_set_x=h5py.ExternalLink("/etc", "/x"))),
     (OWN.format("train_set_y"), lambda p: h5(p, train_set_y=h5py.SoftLink("/train_set_x"))),
     (OWN.format("train_set_x"), elsewhere),
     ("has neither train_set_x nor test_set_x", lambda p: h5(p, train_set_x=None)),
     ("float32 (6, 32, 32, 3) photos", lambda p: h5(p, train_set_x=H5_PHOTOS.astype(np.float32))),
-    ("float64 (6,) labels", lambda p: h5(p, train_set_y=np.arange(6.0))),
     ("(6, 32, 96, 1) photos", lambda p: h5(p, train_set_x=H5_PHOTOS.reshape(6, 32, 96, 1))),
-    ("(0, 32, 32, 3) photos", lambda p: h5(p, train_set_x=H5_PHOTOS[:0])),
     ("(5,) labels, not integer (6,)", lambda p: h5(p, train_set_y=np.arange(5))),
     ("has too much", lambda p: h5_with(p, shape=(6, 9000, 9000, 3), chunks=(1, 9, 9, 3))),
-    ("is damaged", lambda p: written(p, h5(p).read_bytes()[:2000])),
+    ("is damaged", lambda p: p.write_bytes(h5(p).read_bytes()[:2000])),
 ]
 
 
 @pytest.mark.parametrize(("reason", "make"), BAD)
-def test_a_hostile_source_is_refused_in_one_line(
-    reason: str, make: Callable[[Path], Path], tmp_path: Path
-) -> None:
-    path = make(tmp_path / "bad")
+def test_a_bad_source_is_refused(reason: str, make: Callable[[Path], Any], tmp_path: Path) -> None:
+    path = tmp_path / "bad"
+    make(path)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SourceError) as refusal, open_source(path):
+    with pytest.raises(SourceError) as refusal, open_source(path, LABELS):
         pass
     assert reason in str(refusal.value)
     assert f"'{path}'" in str(refusal.value)
@@ -186,9 +168,7 @@ def test_a_hostile_source_is_refused_in_one_line(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_members_of_an_archive_lead_nowhere_and_damaged_ones_are_refused_alone(
-    tmp_path: Path,
-) -> None:
+def test_members_of_an_archive_lead_nowhere(tmp_path: Path) -> None:
     link = zipfile.ZipInfo("0/link.png")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     names = ["0/a.png", "0/b.png", "../0/up.png", "/etc/0/c.png", "C:\\0\\d.png", "0/../1/e.png"]
@@ -197,7 +177,7 @@ def test_members_of_an_archive_lead_nowhere_and_damaged_ones_are_refused_alone(
     data[60] ^= 0xFF
     data[data.index(b"PK\x01\x02", data.index(b"PK\x01\x02") + 1) + 8] |= 1  # encrypted
     path.write_bytes(data)
-    with open_source(path) as source:
+    with open_source(path, LABELS) as source:
         contents = {file.origin: file for file in source.files}
         for name in ("s.zip/0/a.png", "s.zip/0/b.png"):
             with pytest.raises(ImageError, match="damaged in the archive"):
@@ -206,9 +186,7 @@ def test_members_of_an_archive_lead_nowhere_and_damaged_ones_are_refused_alone(
     assert [entry.name for entry in tmp_path.iterdir()] == ["s.zip"]
 
 
-def test_h5_rows_are_photos_of_both_splits_and_damaged_ones_are_refused_alone(
-    tmp_path: Path,
-) -> None:
+def test_h5_rows_are_photos_of_both_splits(tmp_path: Path) -> None:
     path = h5(tmp_path / "signs.h5", train_set_x=None)
     with h5py.File(path, "a") as file:
         chunks = (1, *H5_PHOTOS.shape[1:])
@@ -218,7 +196,7 @@ def test_h5_rows_are_photos_of_both_splits_and_damaged_ones_are_refused_alone(
     data = bytearray(path.read_bytes())
     data[offset + 5] ^= 0xFF
     path.write_bytes(data)
-    with open_source(path) as source:
+    with open_source(path, LABELS) as source:
         found = {file.origin.removeprefix("signs.h5/"): file for file in source.files}
         damaged, wrong = found.pop("train_set_x/3"), found.pop("test_set_x/5")
         assert wrong.fault == "unknown label: 6 is none of 0, 1, 2, 3, 4, 5"

@@ -3,7 +3,9 @@
 import hashlib
 import io
 import math
+import os
 import re
+import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,6 +69,20 @@ def is_large(data: bytes) -> bool:
     with _decoder_errors(""):
         image = _open(data)
         return image.width * image.height > LARGE_PIXELS
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """Read at most `limit` bytes of a regular file."""
+    # O_NONBLOCK: opening a pipe would wait for a writer. O_NOFOLLOW: the file may have been
+    # replaced by a link since it was listed.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        with os.fdopen(os.open(path, flags), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ImageError("not a file: a pipe, socket or device")
+            return file.read(limit)
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror}") from error
 
 
 def encode(pixels: Pixels) -> bytes:

@@ -280,7 +280,5 @@ def list_bucket(storage: Storage) -> Listing:
 def _read_object(storage: Storage, key: str, limit: int) -> bytes:
     try:
         return storage.get(key, limit)
-    except ValueError:
-        raise ImageError("name: it has empty or dotted parts") from None
-    except MissingObjectError:
-        raise ImageError("cannot be read: it was removed meanwhile") from None
+    except (ValueError, MissingObjectError) as error:  # such a name, or it was removed meanwhile
+        raise ImageError(f"cannot be read: {error}") from None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks.data.images import MAX_PIXELS, Read, encode, printable
+from tasks.data.images import MAX_PIXELS, Read, encode, printable, read_file
 from tasks.errors import ImageError, SourceError
 from tasks.params import list_labels
 from tasks.project import FOLDERS
@@ -184,7 +184,7 @@ def _walk(folder: Path, parts: tuple[str, ...], above: tuple[Path, ...]) -> Iter
         if path.is_dir():
             yield from _walk(path, inside, (*above, path))
         else:
-            yield SourceFile(inside, partial(_read_file, path))
+            yield SourceFile(inside, partial(read_file, path))
 
 
 def _link_fault(link: Path, above: tuple[Path, ...]) -> str | None:
@@ -196,19 +196,6 @@ def _link_fault(link: Path, above: tuple[Path, ...]) -> str | None:
         return "it leads back to a folder above it"
     own = target.is_dir() and link.lstat().st_uid == target.stat().st_uid == os.getuid()
     return None if own or target.is_relative_to(above[0]) else "it leaves the source"
-
-
-def _read_file(path: Path, limit: int) -> bytes:
-    # O_NONBLOCK: opening a pipe would wait for a writer. O_NOFOLLOW: the file may have been
-    # replaced by a link since it was listed.
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        with os.fdopen(os.open(path, flags), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ImageError("not a file: a pipe, socket or device")
-            return file.read(limit)
-    except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror}") from error
 
 
 def _zip_members(path: Path, stack: ExitStack) -> list[SourceFile]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.data.images import MAX_BYTES, Read, decode, printable, resize
+from tasks.data.images import MAX_BYTES, Read, decode, printable, read_file, resize
 from tasks.errors import ImageError, ModelError
 from tasks.model.augment import enlarge
 from tasks.params import INPUT_SIZE, PreprocessParams
@@ -167,7 +167,8 @@ def classify_files(
     classifier: Classifier, paths: Sequence[Path], progress: Progress = silent
 ) -> list[Prediction]:
     """Classify image files; an unusable one gets an error."""
-    return classify(classifier, [(path, partial(_read_file, path)) for path in paths], progress)
+    sources = [(path, partial(read_file, path.resolve())) for path in paths]
+    return classify(classifier, sources, progress)
 
 
 def classify(
@@ -193,13 +194,3 @@ def classify(
         else classifier.prediction(path, next(rows))
         for (path, _), result in zip(sources, results, strict=True)
     ]
-
-
-def _read_file(path: Path, limit: int) -> bytes:
-    if not path.is_file():  # opening a pipe would wait for a writer
-        raise ImageError("not a file" if path.exists() else "no such file")
-    try:
-        with path.open("rb") as file:
-            return file.read(limit)
-    except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror}") from error

@@ -107,11 +107,8 @@ def calibration_error(p: np.ndarray, y: np.ndarray) -> float:
     """Expected calibration error: equation 3 of Guo et al., 2017, with bins of equal width."""
     confidence = p.max(axis=1)
     bins = np.clip(np.ceil(confidence * CALIBRATION_BINS) - 1, 0, CALIBRATION_BINS - 1).astype(int)
-    count = np.bincount(bins, minlength=CALIBRATION_BINS)
-    filled = np.maximum(count, 1)
-    mean = np.bincount(bins, weights=confidence, minlength=CALIBRATION_BINS) / filled
-    right = np.bincount(bins, weights=p.argmax(axis=1) == y, minlength=CALIBRATION_BINS) / filled
-    return float((count * np.abs(mean - right)).sum() / len(y))
+    gaps = np.bincount(bins, weights=confidence - (p.argmax(axis=1) == y))
+    return float(np.abs(gaps).sum() / len(y))
 
 
 def wilson_interval(right: int, n: int, level: float = 0.95) -> Interval:
