@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -30,27 +29,27 @@ SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS  # without an event for this long, a run
 START_SECONDS = 900  # a worker that took a run has to start it, image pull and all
 
 
-def declared_deployments(project: Project, pool: str = POOL) -> tuple[list[str], dict[str, Any]]:
-    """Names, `<flow>/<deployment>`, and content of `prefect.yaml` for this work pool."""
-    path, names = project.root / FILE, []
+def declared_deployments(project: Project) -> list[str]:
+    """Names, `<flow>/<deployment>`, of what `prefect.yaml` declares."""
+    path = project.root / FILE
     try:
-        content = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-        for one in content["deployments"]:
-            names.append(f"{one['entrypoint'].rpartition(':')[2]}/{one['name']}")
-            one["work_pool"] = {**one["work_pool"], "name": pool}
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return [
+            f"{one['entrypoint'].rpartition(':')[2]}/{one['name']}"
+            for one in content["deployments"]
+        ]
     except (OSError, ValueError, yaml.YAMLError, TypeError, LookupError) as error:
         raise SettingsError(
             f"'{path}' cannot be read ({first_fault(error)}). Correct it, or restore it from git."
         ) from error
-    return names, content
 
 
 def deploy(project: Project, settings: Settings, api: str, pool: str = POOL) -> list[str]:
     """Register a pool, deployments and automations; return the names of the deployments."""
-    names, declared = declared_deployments(project, pool)
+    names = declared_deployments(project)
     with asking(api, project, settings) as client:
         _register_pool(client, project, pool)
-        _deploy_flows(project, yaml.safe_dump(declared))
+        _deploy_flows(project, pool)
         _register_automations(client)
     return names
 
@@ -129,19 +128,15 @@ def _register_pool(client: "SyncPrefectClient", project: Project, pool: str) -> 
         client.update_work_pool(pool, WorkPoolUpdate(base_job_template=template, **about))
 
 
-def _deploy_flows(project: Project, declared: str) -> None:
-    with tempfile.NamedTemporaryFile("w", suffix=f"-{FILE}", encoding="utf-8") as file:
-        file.write(declared)
-        file.flush()
-        command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-        done = subprocess.run(  # noqa: S603, the command is ours
-            [*command, "--prefect-file", file.name],
-            cwd=project.root,
-            env={**os.environ, "NO_COLOR": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+def _deploy_flows(project: Project, pool: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+        cwd=project.root,
+        env={**os.environ, "NO_COLOR": "1", "WORK_POOL": pool},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     if done.returncode:
         reason = textwrap.shorten(done.stderr or done.stdout, 400, placeholder=" …")
         raise ServiceError(f"Prefect did not take the deployments: {reason}")

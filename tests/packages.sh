@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install what some tests drive and Python's registry does not have: a browser and
-# PostgreSQL. Where this may not or cannot be done it is said, and those tests are left out.
+# PostgreSQL. Where this may not or cannot be done it is said, and those tests are skipped.
 set -euo pipefail
 
 missing=()
@@ -17,4 +17,4 @@ if command -v apt-get >/dev/null && "${root[@]}" true 2>/dev/null; then
   "${root[@]}" apt-get update -qq &&
     "${root[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null && exit 0
 fi
-echo "Not on this machine, so tests that need it are left out: ${missing[*]}"
+echo "Not on this machine, so tests that need it are skipped: ${missing[*]}"

@@ -22,7 +22,7 @@ from tests.fixtures.servers import new_bucket
 from tests.fixtures.service import Place, Service, comment, grey, named, picture, serving
 from tests.fixtures.trained import Trained
 
-pytestmark = pytest.mark.program("chromedriver")
+pytestmark = pytest.mark.skipif(not shutil.which("chromedriver"), reason="see `make packages`")
 
 TOKEN = "a token of sixteen or more"
 DESKTOP = (1200, 900)

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,22 +16,6 @@ from tests.fixtures.checkouts import Repo, make_checkout
 from tests.fixtures.photos import CHECKOUT, write_photos
 
 NOWHERE = {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
-
-
-@pytest.fixture(scope="module")
-def repo(tmp_path_factory: pytest.TempPathFactory) -> Repo:
-    """A checkout without photos."""
-    return make_checkout(tmp_path_factory.mktemp("cli") / "checkout")
-
-
-@pytest.fixture
-def changed(repo: Repo) -> Iterator[Repo]:
-    """The same checkout, whose files are put back afterwards."""
-    paths = (repo.project.params, repo.project.root / "prefect.yaml")
-    before = {path: path.read_bytes() for path in paths}
-    yield repo
-    for path, content in before.items():
-        path.write_bytes(content)
 
 
 def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
@@ -71,10 +54,10 @@ def test_wrong_usage_exits_with_2(words: str, reason: str) -> None:
     assert reason.lower() in done.output.lower()
 
 
-def test_a_refusal_is_one_line_before_a_server_is_asked_or_started(
-    changed: Repo, tmp_path: Path
-) -> None:
-    def refused(*words: str, root: Path = changed.project.root, **environment: str) -> str:
+def test_a_refusal_is_one_line_before_a_server_is_asked_or_started(tmp_path: Path) -> None:
+    project = make_checkout(tmp_path / "checkout").project
+
+    def refused(*words: str, root: Path = project.root, **environment: str) -> str:
         there = Repo(Project(root))
         said = str(there.handsigns(*words, code=1, PYTHONPATH=str(CHECKOUT.root), **environment))
         assert said.count("\n") == 1
@@ -86,7 +69,7 @@ def test_a_refusal_is_one_line_before_a_server_is_asked_or_started(
     failed = "Prefect at http://127.0.0.1:9/api failed (ConnectError)."
     assert failed in refused("deploy", **NOWHERE)
     assert "no dvc.yaml" in refused("status", root=tmp_path)
-    declared = changed.project.root / "prefect.yaml"
+    declared = project.root / "prefect.yaml"
     for verb, content, fault, environment in (
         ("up", "deployments:\n- name: retrain\n  work_pool: {", "line 3, column 15", {}),
         ("deploy", "deployments: [{name: retrain}]", "'entrypoint'", NOWHERE),
@@ -95,9 +78,9 @@ def test_a_refusal_is_one_line_before_a_server_is_asked_or_started(
         said = refused(verb, **environment)
         assert f"'{declared}' cannot be read (" in said
         assert fault in said
-    changed.project.params.unlink()
+    project.params.unlink()
     assert "params.yaml' cannot be read" in refused("status")
-    logs = {path.stem for path in changed.project.local.glob("logs/*")}
+    logs = {path.stem for path in project.local.glob("logs/*")}
     assert not logs & {"mlflow", "prefect", "worker"}
 
 

@@ -94,12 +94,8 @@ VARIANTS = {
     "a setting that is none": named(says="HANDSIGNS_BUCKET", HANDSIGNS_BUKET="a"),
     "a bucket that is none": named(says="Not A Bucket", HANDSIGNS_BUCKET="Not A Bucket"),
 }
-QUICK = (
-    "foreign modules before ours",
-    "a path with a question mark",
-    "no room in any file",
-    "a read-only checkout",
-)
+QUICK = {"foreign modules before ours", "a path with a question mark", "no room in any file"}
+QUICK |= {"a read-only checkout"}
 """Run for each change; `make test-all` runs all."""
 
 
@@ -117,16 +113,13 @@ class Place:
         words = [str(BIN / command[0]), *(word.format(**self.names) for word in command[1:])]
         if variant.user is not None:
             words = ["setpriv", f"--reuid={variant.user}", "--clear-groups", *words]
-        mounts = [
-            f"mount --rbind '{at}' '{at}' && mount -o remount,bind,ro '{at}'" for at in read_only
-        ]
-        if mounts and root not in read_only:  # stays writable, wherever it is
-            mounts.insert(0, f"mount --bind '{root}' '{root}'")
+        mounts = [f"mount --bind '{root}' '{root}'"] if read_only and root not in read_only else []
+        for at in read_only:  # the checkout stays writable, wherever it is
+            mounts.append(f"mount --rbind '{at}' '{at}' && mount -o remount,bind,ro '{at}'")
         script = " && ".join([*mounts, "cd .", variant.shell, 'exec "$@"'])
         words = ["sh", "-c", script, "sh", *words]
-        given = self.repo.environment(
-            **{name: text.format(**self.names) for name, text in variant.environment.items()}
-        )
+        changes = {name: text.format(**self.names) for name, text in variant.environment.items()}
+        given = self.repo.environment(**changes)
         return subprocess.run(
             ["unshare", "--mount", *words] if "mount" in script else words,
             cwd=root,
@@ -173,12 +166,10 @@ def place(graphs: tuple[bytes, bytes], tmp_path_factory: pytest.TempPathFactory)
         shutil.copytree(folder / "checkout", folder / "idle", symlinks=True, ignore=kept)
         (folder / "idle/.local/prefect").mkdir()
         with closing(sqlite3.connect(folder / "idle/.local/prefect/prefect.db")) as database:
-            database.execute("create table alembic_version (version_num text)")
-            database.execute("insert into alembic_version values ('of-the-future')")
-            database.commit()
+            database.execute("create table alembic_version as select 'of-the-future' version_num")
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        names = {name: str(folder / name) for name in ("checkout", "idle")}
-        names |= {"folder": str(folder), "page": f"http://127.0.0.1:{server.server_port}"}
+        names = {"folder": str(folder), "page": f"http://127.0.0.1:{server.server_port}"}
+        names |= {name: str(folder / name) for name in ("checkout", "idle")}
         names["photo"] = str(next((made.project.root / "data/train/3").iterdir()))
         yield Place(made, names)
         server.shutdown()
@@ -191,24 +182,20 @@ def may_mount() -> bool:
     return os.geteuid() == 0 and tried.returncode == 0
 
 
-def contents(checkout: Repo) -> Any:
-    """What must never be lost: photos' names, their version, parameters."""
-    project = checkout.project
-    photos = sorted(str(path) for path in project.data.rglob("*"))
-    return photos, project.data_file.read_bytes(), project.params.read_bytes()
-
-
 @pytest.mark.parametrize(
-    "variant",
-    [
-        pytest.param(one, id=name, marks=() if name in QUICK else pytest.mark.slow)
-        for name, one in VARIANTS.items()
-    ],
+    "name", [pytest.param(one, marks=[pytest.mark.slow] * (one not in QUICK)) for one in VARIANTS]
 )
-def test_each_surrounding_works_or_is_named_in_one_line(variant: Variant, place: Place) -> None:
+def test_each_surrounding_works_or_is_named_in_one_line(name: str, place: Place) -> None:
+    variant, project = VARIANTS[name], place.repo.project
     if (variant.read_only or variant.user) and not may_mount():
         pytest.skip("this user may not mount")
-    before = contents(place.repo)
+
+    def contents() -> Any:
+        """What must never be lost: photos' names, their version, parameters."""
+        photos = sorted(str(path) for path in project.data.rglob("*"))
+        return photos, project.data_file.read_bytes(), project.params.read_bytes()
+
+    before = contents()
     done = place.run(variant, "handsigns", *variant.words)
     said = done.stdout + done.stderr
     assert "Traceback" not in said, said
@@ -217,7 +204,7 @@ def test_each_surrounding_works_or_is_named_in_one_line(variant: Variant, place:
         # A failed retrain tells why in its summary.
         (line,) = re.findall(r"(?m)^ *why .*", done.stdout) or done.stderr.splitlines()
         assert re.search(variant.says, line), line
-    assert contents(place.repo) == before
+    assert contents() == before
 
 
 @pytest.mark.slow
@@ -229,10 +216,9 @@ def test_a_processor_quota_counts_like_cores(place: Place) -> None:
     (group / "cpu.cfs_quota_us").write_text("50000")
     # As in a container, whose own group is the root of what it sees.
     variant = Variant(shell=f"echo $$ > {group}/cgroup.procs && mount --bind {group} {QUOTA}")
+    code = "from tasks.model.inference import usable_cores; print(usable_cores())"
     try:
-        done = place.run(variant, "handsigns", *PREDICT)
-        assert done.returncode == 0, done.stderr
-        code = "from tasks.model.inference import usable_cores; print(usable_cores())"
+        assert place.run(variant, "handsigns", *PREDICT).returncode == 0
         assert place.run(variant, "python", "-c", code).stdout == "1\n"
     finally:
         group.rmdir()

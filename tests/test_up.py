@@ -31,7 +31,6 @@ from tasks.services.mlflow import Registry, credentials_of
 from tasks.services.s3 import Storage
 from tests.fixtures.checkouts import Repo, make_checkout
 from tests.fixtures.photos import write_photos
-from tests.fixtures.programs import find_program
 from tests.fixtures.receiver import Receiver, receiving
 from tests.fixtures.servers import PrefectApi
 from tests.fixtures.service import soon
@@ -236,12 +235,13 @@ def test_down_stops_all_of_it_and_the_data_stays(service: Service) -> None:
         assert Storage(services.s3()).get("kept") == b"kept"
 
 
+INITDB = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 USER = "postgres"  # the server refuses to run as root; the package brings this account
 
 
 @pytest.fixture
 def postgresql() -> Iterator[str]:
-    """URL of a database that is not there yet; the test carries `program("initdb")`."""
+    """URL of a database that is not there yet."""
     with tempfile.TemporaryDirectory(prefix="handsigns-pg-") as temporary:
         folder, port = Path(temporary), choose_ports(1)[0]
         # A password that must be quoted in an address.
@@ -254,7 +254,7 @@ def postgresql() -> Iterator[str]:
                 shutil.chown(path, USER)
 
         def run(program: str, words: str) -> None:
-            command = [*user, str(find_program(program)), "-D", "data", *shlex.split(words)]
+            command = [*user, str(INITDB[-1].with_name(program)), "-D", "data", *shlex.split(words)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder)
 
         run("initdb", "-U hand -A scram-sha-256 --pwfile password -N")
@@ -264,7 +264,7 @@ def postgresql() -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.program("initdb")
+@pytest.mark.skipif(not INITDB, reason="see `make packages`")
 def test_a_database_url_moves_prefect_and_mlflow_to_postgresql_for_one_checkout_at_a_time(
     postgresql: str, tmp_path: Path
 ) -> None:
