@@ -121,6 +121,7 @@ class TrainingParams(_Section):
     mixstyle_prob: Share
     random_erasing_prob: Share
     synthetic_weight: float = Field(gt=0.0, le=100.0)
+    gce_q: Share
     temperature: float = Field(gt=0.0, le=10.0)
 
 

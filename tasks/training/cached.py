@@ -56,7 +56,7 @@ def fit_cached(
         with tf.GradientTape() as tape:
             logits = tail.logits(batch if pooled else tail.pooled(batch, matmul), update)
             losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
-            loss = tf.reduce_mean(losses)
+            loss = tf.reduce_mean(generalize(losses, targets, plan.training.gce_q))
         optimizer.apply(tape.gradient(loss, variables))
         average.update()
         return loss, logits
@@ -78,6 +78,17 @@ def fit_cached(
         curve.append(Epoch(number, loss / count, right / count, *validation))
     average.keep()
     return curve, logits
+
+
+def generalize(losses: Any, targets: Any, q: float) -> Any:
+    """Turn the cross-entropies of weighted one-hot targets, (n,), into (1 - p**q) / q.
+
+    Zhang and Sabuncu, Generalized Cross Entropy Loss for Training Deep Neural Networks, 2018.
+    """
+    if q == 0:
+        return losses
+    weights = tf.reduce_sum(targets, axis=1)
+    return -weights * tf.math.expm1(-q * losses / weights) / q
 
 
 def traced(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:

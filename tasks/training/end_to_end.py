@@ -1,11 +1,11 @@
 """Train end to end with Keras, on one or more devices or workers."""
 
-import functools
 import itertools
 import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import keras
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tasks.errors import StageError
 from tasks.model.augment import enlarge
 from tasks.stage import Progress
-from tasks.training.cached import WeightAverage
+from tasks.training.cached import WeightAverage, generalize
 from tasks.training.plan import Epoch, Plan, score_logits
 
 WAIT_SECONDS = 600  # longest wait for other workers to reach the same phase
@@ -25,7 +25,7 @@ WAIT_SECONDS = 600  # longest wait for other workers to reach the same phase
 _log = logging.getLogger(__name__)
 
 
-@functools.cache
+@cache
 def find_strategy() -> Any:
     """Strategy over the workers in `TF_CONFIG`, or this process's devices."""
     if os.environ.get("TF_CONFIG"):
@@ -81,7 +81,7 @@ def fit_end_to_end(
     if strategy.num_replicas_in_sync > 1:  # which `fit` cannot do with several workers
         _fit_replicas(strategy, model, optimizer, plan, images, end_update, end_epoch)
     else:
-        model.compile(optimizer, loss="categorical_crossentropy", metrics=["accuracy"])
+        model.compile(optimizer, loss=partial(_losses, plan), metrics=["accuracy"])
         recorder = LambdaCallback(on_train_batch_end=end_update, on_epoch_end=end_epoch)
         model.fit(
             _batches(plan, images, size),
@@ -93,6 +93,11 @@ def fit_end_to_end(
         )
     average.keep()
     return curve, logits
+
+
+def _losses(plan: Plan, targets: Any, probabilities: Any) -> Any:
+    losses = tf.keras.losses.categorical_crossentropy(targets, probabilities)
+    return generalize(losses, targets, plan.training.gce_q)
 
 
 def _batches(plan: Plan, images: NDArray[np.uint8], size: int) -> Any:
@@ -132,8 +137,7 @@ def _fit_replicas(
         photos, targets, shares = (values[first : first + each] for values in batch)
         with tf.GradientTape() as tape:
             probabilities = model(photos, training=True)
-            losses = tf.keras.losses.categorical_crossentropy(targets, probabilities)
-            loss = tf.reduce_sum(losses * shares)
+            loss = tf.reduce_sum(_losses(plan, targets, probabilities) * shares)
         gradients = tape.gradient(loss, [one.value for one in model.trainable_variables])
         # Keras's optimizer sums the replicas' gradients.
         optimizer.apply(gradients, model.trainable_variables)

@@ -15,7 +15,7 @@ from tasks.params import Params, PhaseParams, TrainingParams
 
 @dataclass(frozen=True)
 class Epoch:
-    """One point of the learning curve; training figures are with dropout."""
+    """One point of the learning curve; training has dropout and `gce_q`, validation neither."""
 
     epoch: int
     loss: float
