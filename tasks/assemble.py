@@ -30,10 +30,9 @@ def run(context: Context, item: str | None = None, size: int = INPUT_SIZE) -> No
     set_tail(model, weights)
     freeze(model, 0)  # so that BatchNorm stays frozen for whoever trains the file further
     save_model(model, project.model)
-    context.progress("assemble model", 1, 2)
     with atomic_write(project.graph) as temporary:
         temporary.write_bytes(export_graph(model))
-    context.progress("assemble model", 2, 2)
+    context.progress("assemble model", 1, 1)
 
 
 def save_model(model: Any, path: Path) -> None:

@@ -30,7 +30,7 @@ TESTS = {
     "tasks/releases/champion.py": ("test_champion", "test_release"),
     "tasks/data/dataset.py": ("test_preprocess", "test_audit"),
     "tasks/audit.py": ("test_audit",),
-    "tasks/data/importer.py": ("test_importer",),
+    "tasks/data/importer.py": ("test_importer", "test_params"),
     "tasks/releases/signing.py": ("test_release",),
 }
 """The modules that decide, and the tests that must notice."""
@@ -39,6 +39,7 @@ EQUIVALENT = {
     "tasks/audit.py: apart <= colors.shape[1] * reach": "reach is longer than it must be",
     "tasks/audit.py: found.groups * len(labels) + ": "pairs have other numbers, each its own",
     "tasks/audit.py: True -> False": "strict: both lists are of one mask",
+    "tasks/data/importer.py: True -> False": "strict: each photo has one decision",
     "tasks/releases/comparison.py: won > lost": "as many of each is within noise",
     "tasks/releases/comparison.py: 2 -> 3": "how wide a picture is",
     "tasks/releases/comparison.py: 2.6 -> 3.6": "how high a picture is",
@@ -140,6 +141,6 @@ def main(count: int, modules: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    counts = [int(word) for word in sys.argv[1:] if word.isdecimal()]
     named = [word for word in sys.argv[1:] if not word.isdecimal()]
-    sys.exit(main(counts[0] if counts else 10_000 if named else 220, named or list(TESTS)))
+    count = next(filter(str.isdecimal, sys.argv[1:]), 10_000 if named else 220)
+    sys.exit(main(int(count), named or list(TESTS)))

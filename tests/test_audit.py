@@ -133,11 +133,6 @@ def copy(context: Context, source: str, **brighter: int) -> None:
         Image.fromarray(np.clip(pixels + levels, 0, 255).astype(np.uint8)).save(path)
 
 
-def report_of(context: Context) -> Any:
-    audit.run(context)
-    return read_json(context.project.audit)
-
-
 def refusal(context: Context) -> str:
     with pytest.raises(DataError) as refused:
         audit.run(context)
@@ -151,7 +146,8 @@ def test_near_duplicates_stay_out_of_the_official_test(context: Context) -> None
     copy(context, "test/5/0002", train_5_near=3, train_5_chain=7)
     copy(context, "test/0/0000", test_3_odd=2)
     (context.project.data / "train/0/.note").write_text("hidden")
-    report = report_of(context)
+    audit.run(context)
+    report = read_json(context.project.audit)
     assert report["photos"] == 36 + 18 + 5
     assert report["counts"]["train"] == dict.fromkeys(LABELS, 6) | {"2": 8, "5": 8}
     assert report["counts"]["test"] == dict.fromkeys(LABELS, 3) | {"3": 4}
@@ -186,7 +182,8 @@ def test_near_duplicates_with_two_labels_are_excluded(context: Context) -> None:
     # A burst is excluded with the photo that represents it.
     copy(context, "train/2/0001", **{f"train_2_burst{number}": number % 3 for number in range(90)})
     copy(context, "train/2/0001", train_3_wrong=4)
-    report = report_of(context)
+    audit.run(context)
+    report = read_json(context.project.audit)
     pair = ["train/1/b.png", "train/4/c.png"]
     assert pair in [one["photos"] for one in report["conflicts"]]
     reason = "near-duplicate with another label"

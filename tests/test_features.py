@@ -25,7 +25,6 @@ from tasks.model.files import BACKBONE_FILE, TRUNK_FILE
 from tasks.model.network import build_trunk
 from tasks.project import Project
 from tasks.stage import Context
-from tasks.training.plan import plan_phase
 from tests.fixtures.models import SIZE, changed, copied, with_phases
 
 COPIES = 2
@@ -99,6 +98,7 @@ CHANGES: dict[str, tuple[Callable[[Context], Context], tuple[int, int]]] = {
     "augmentation": (lambda one: changed(one, "augmentation", rotation=45.0), (EVERY, 0)),
     "trunk": (another_trunk, (EVERY, 0)),
     "picture": (another_picture, (COPIES + 1, EVERY - COPIES - 1)),
+    "fraction": (lambda one: with_phases(one, data_fraction=0.5), (0, EVERY - 12 * (COPIES + 1))),
     "mode": (lambda one: changed(one, "training", mode="end_to_end"), (0, 0)),
 }
 """What changes, and the rows that are computed and reused then."""
@@ -135,16 +135,6 @@ def test_a_damaged_or_interrupted_store_is_completed(context: Context) -> None:
         assert extract(context) == (EVERY - 20, 20)
         assert not partial.exists()
         assert stored(context.project) == before
-
-
-def test_photos_that_no_phase_reads_are_left_out(context: Context) -> None:
-    context = with_phases(context, data_fraction=0.5)
-    extract(context)
-    dataset = open_dataset(context.project.dataset)
-    plans = [plan_phase(context.params, name, dataset) for name in context.params.phases]
-    read = {dataset.names[row] for plan in plans for row in (*plan.train, *plan.val)}
-    assert len(read) == 24
-    assert {key.name for key in open_features(context.project.features).keys} == read
     with pytest.raises(ModelError, match="do not fit float16"):
         extract(another_trunk(context, 1e9))
 

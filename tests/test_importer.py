@@ -167,7 +167,7 @@ def test_what_fails_changes_nothing(project: Project, tmp_path: Path) -> None:
     assert tree(project.data) == before
 
 
-@pytest.mark.parametrize("point", ["read 3", "swap 0", "swap 1", "swap 2", "swap 1, the first"])
+@pytest.mark.parametrize("point", ["read 1", "swap 0", "swap 1", "swap 2", "swap 1, the first"])
 def test_a_killed_import_is_repaired(point: str, project: Project, tmp_path: Path) -> None:
     if "first" not in point:
         import_photos(project, write_photos(tmp_path / "old", 1))

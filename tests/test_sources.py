@@ -63,7 +63,6 @@ LAYOUTS: dict[str, dict[str, str]] = {
         "train/six/a.png": UNKNOWN.format("six"),
         "valid/1/a.png": "train 1",
         "Val/2/a.png": "train 2",
-        "validation/3/a.png": "train 3",
         "testing/monday/5/a.png": "test 5",
         "README.md": NO_LABEL,
     },

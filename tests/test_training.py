@@ -25,7 +25,7 @@ from tasks.model.files import BACKBONE_FILE, Weights, read_phase
 from tasks.model.network import FULL, HEAD, LAYERS, MIXED, backbone_of, build_model, freeze
 from tasks.params import BACKBONE, PHASES
 from tasks.project import Project
-from tasks.stage import Context, collect_rarely, silent
+from tasks.stage import Context, silent
 from tasks.train import run as train
 from tasks.training.cached import WeightAverage, generalize, mixstyle, random_erasing
 from tasks.training.end_to_end import fit_end_to_end
@@ -257,5 +257,4 @@ if __name__ == "__main__":  # one of the processes above
         parts = [tf.config.LogicalDeviceConfiguration()] * devices
         processor = tf.config.list_physical_devices("CPU")[0]
         tf.config.set_logical_device_configuration(processor, parts)
-    collect_rarely()
     train(plain_context(Path(sys.argv[1])), "full", SIZE)

@@ -20,8 +20,7 @@ SYNTHETIC = "synthetic"
 IMAGES = "images.npy"
 INDEX = "index.json"
 
-Groups = Sequence[int] | NDArray[np.int64]
-"""Number of the group of near-duplicates of each photo; its photos have one class."""
+Groups = Sequence[int] | NDArray[np.int64]  # of near-duplicates of one class, by photo
 
 
 @dataclass(frozen=True, order=True)
@@ -189,7 +188,7 @@ def open_dataset(folder: Path) -> Dataset:
     """Open a dataset; pictures are read from disk when they are used."""
     try:
         index = read_json(folder / INDEX)
-        images = np.load(folder / IMAGES, mmap_mode="r", allow_pickle=False)
+        images = np.load(folder / IMAGES, mmap_mode="r")
         photos, classes = list(index["photos"]), tuple(index["labels"])
         number_of = {label: number for number, label in enumerate(classes)}
         photos += [

@@ -29,8 +29,6 @@ SPLITS |= {"validation": "train", "test": "test", "testing": "test"}
 """Folder names of exporters; their validation photos are trained on, ours are split anew."""
 
 REVIEWED = "review-"  # begins the names of folders with photos that people labelled at `/review`
-MAX_TOTAL = 8 * 2**30  # bytes of an .h5 file when unpacked
-
 
 Folder = tuple[str, ...]  # names of the folders that lead to it, and its own
 
@@ -230,8 +228,7 @@ def _h5_rows(path: Path, known: Sequence[str] | None, stack: ExitStack) -> Itera
         splits = [split for split in FOLDERS if f"{split}_set_x" in file]
         if not splits:
             raise ValueError("has neither train_set_x nor test_set_x")
-        # Photos compress to about as many bytes.
-        limit = min(MAX_TOTAL, max(64 * 2**20, 100 * path.stat().st_size))
+        limit = max(64 * 2**20, 100 * path.stat().st_size)  # photos compress to about as many bytes
         arrays = [(split, *_h5_arrays(file, split, limit)) for split in splits]
     except Exception as error:  # h5py raises anything on damaged files
         fault = " ".join(printable(str(error)).split())[:160]
@@ -256,8 +253,7 @@ def _h5_arrays(file: "h5py.File", split: str, limit: int) -> tuple[Any, list[int
     count = len(photos)
     if labels.dtype.kind not in "iu" or labels.shape not in ((count,), (1, count)):
         raise ValueError(f"has {found}, not integer ({count},) labels")
-    large = count > 1_000_000 or photos.size // count > 3 * MAX_PIXELS
-    if large or max(photos.size, chunk) > limit:
+    if photos.size // count > 3 * MAX_PIXELS or max(photos.size, chunk) > limit:
         raise ValueError(f"has too much: {found}")
     return photos, np.asarray(labels[...]).reshape(-1).tolist()
 

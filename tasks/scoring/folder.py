@@ -25,22 +25,22 @@ def evaluate_folder(
             f"'{folder}' holds photos inside and outside of test/, but only one set of photos is "
             "scored at a time. Name the folder that holds the class folders."
         )
-    labelled = [(item.label, Path(item.origin), item.read) for item in items if item.label]
-    sources = [(origin, read) for _, origin, read in labelled if read]
+    good = [(str(one.label), Path(one.origin), one.read) for one in items if not one.fault]
+    sources = [(origin, read) for _, origin, read in good if read]
     found = classify(classifier, sources, progress)
-    truths = [label for label, _, read in labelled if read]
-    read = [(one, label) for one, label in zip(found, truths, strict=True) if not one.error]
+    read = [(one, label) for one, (label, *_) in zip(found, good, strict=True) if not one.error]
+    faulty = [Prediction(Path(one.origin), error=one.fault) for one in items if one.fault]
+    refused = [*(one for one in found if one.error), *faulty]
     if not read:
         raise DataError(
-            f"None of the {len(found)} files below '{folder}' is a usable photo; the first, "
-            f"'{found[0].path}', is refused: {found[0].error}."
+            f"None of the {len(items)} files below '{folder}' is a usable photo; the first, "
+            f"'{refused[0].path}', is refused: {refused[0].error}."
         )
     labels = classifier.labels
     rows = np.array([one.probabilities for one, _ in read])
     scores = score(rows, np.array([labels.index(label) for _, label in read]), labels)
-    outside = [Prediction(Path(one.origin), error=one.fault) for one in items if not one.label]
     return {
         **scores.to_json(),
         "misread": [{"truth": label, **one.to_json()} for one, label in read if one.label != label],
-        "unreadable": [one.to_json() for one in (*found, *outside) if one.error],
+        "unreadable": [one.to_json() for one in refused],
     }

@@ -86,10 +86,6 @@ def roc_pr(p: np.ndarray, y: np.ndarray, names: Sequence[str]) -> Figure:
     for place, index in enumerate(shown):
         label, positive = names[index], y == index
         style = {"color": COLORS[place] if few else colormaps["tab20"](place)}
-        if not positive.any() or positive.all():
-            for axes in (roc, pr):
-                axes.plot([], [], label=f"{label} (not defined)", **style)
-            continue
         for display, axes in ((RocCurveDisplay, roc), (PrecisionRecallDisplay, pr)):
             display.from_predictions(positive, p[:, index], name=label, ax=axes, curve_kwargs=style)
     for axes in (roc, pr):
