@@ -62,7 +62,6 @@ def counts(service: Service) -> tuple[int, int, str | None]:
 def test_nothing_is_kept_unless_a_place_for_it_is_named(place: Place) -> None:
     with place.serve(CAPTURE="") as service:
         assert service.predict(picture(1)).status_code == 200
-        assert service.health()["capture"] is False
         for refused in (flag(service, picture(1), "3"), service.client.get("/review/photos?by=A")):
             assert refused.status_code == 404
             assert "HANDSIGNS_CAPTURE" in refused.json()["error"]

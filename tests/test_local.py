@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -212,37 +213,32 @@ PATHS = {
         "/graphql": b"{}",
         "/v1/traces": b"",
         "/ajax-api/2.0/mlflow-artifacts/artifacts/a": None,
-        "/api/2.0/mlflow/experiments/search?max_results=1": None,
         "/no/such/page": None,
     },
 }
 """One of each kind: pages, API, proxied files, traces; with what is posted."""
 
 
+def status(url: str, content: bytes | None, login: str = "", **headers: str) -> int:
+    method, (user, _, password) = "GET" if content is None else "POST", login.partition(":")
+    more: Any = {"auth": (user, password)} if login else {}
+    headers |= {"content-type": "application/json"}
+    return httpx.request(method, url, content=content, headers=headers, **more).status_code
+
+
 def test_prefect_and_mlflow_ask_everybody_for_the_login_and_a_page_elsewhere_has_none(
     prefect_api: PrefectApi, mlflow_server: MlflowServer
 ) -> None:
-    def status(url: str, content: bytes | None, login: str = "", origin: str = "") -> int:
-        user, _, password = login.partition(":")
-        headers = {"content-type": "application/json"} | ({"Origin": origin} if origin else {})
-        return httpx.request(
-            "GET" if content is None else "POST",
-            url,
-            content=content,
-            headers=headers,
-            auth=(user, password) if login else None,
-        ).status_code
-
     for server, kind in ((prefect_api, "prefect"), (mlflow_server, "mlflow")):
         for path, content in PATHS[kind].items():
             for wrong in ("", server.login + "x", "admin:password1234"):
                 assert status(server.url + path, content, wrong) in (401, 403), path
     assert isinstance(prefect_api.ask("flow_runs/filter", {}), list)
-    assert status(f"{mlflow_server.url}/version", None, mlflow_server.login) == 200
+    login = mlflow_server.login
+    assert status(f"{mlflow_server.url}/version", None, login) == 200
     # A page elsewhere, in a browser that knows the login, has no token.
     create = f"{mlflow_server.url}/api/2.0/mlflow/experiments/create"
-    elsewhere = "http://elsewhere.example"
-    assert status(create, b'{"name": "theirs"}', mlflow_server.login, elsewhere) == 403
+    assert status(create, b'{"name": "theirs"}', login, Origin="http://elsewhere.example") == 403
     assert status(f"{prefect_api.url}/flow_runs/filter", b"{}", prefect_api.login) == 403
 
 

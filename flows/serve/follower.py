@@ -41,19 +41,17 @@ class LoadedModel:
         return self.description
 
 
-@dataclass
 class ModelSource:
-    """The model that answers, and why it is not the champion; by itself it never changes.
+    """The model that answers, and why it is not the champion; by itself it never changes."""
 
-    `storage` is where a followed champion's releases are.
-    """
-
-    model: LoadedModel | None = None
-    problem: str | None = None
-    checked_at: float | None = None
-    storage: Storage | None = None
-
-    def __post_init__(self) -> None:
+    def __init__(self, model: LoadedModel | None = None) -> None:
+        self.model = model
+        self.problem: str | None = None
+        self.checked_at: float | None = None
+        self.storage: Storage | None = None  # where a followed champion's releases are
+        self._etag: str | None = None
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
         PROBLEM.set_function(lambda: bool(self.problem))
 
     @property
@@ -66,36 +64,32 @@ class ModelSource:
         """Why there is no model."""
         return self.problem or "There is no champion yet. Once one is promoted, it answers here."
 
-    def stop(self) -> None:
-        """Stop what runs in the background."""
+    def follow(self, storage: Storage, releases: Path, seconds: float) -> None:
+        """Check the champion now, which the storage must answer, and every `seconds` until `stop`.
 
+        Until a new one is verified and loaded, the old one answers.
+        """
 
-class Follower(ModelSource):
-    """Follow the champion every `seconds`; until it is verified and loaded, the old one answers."""
+        def run() -> None:
+            while not self._stopping.wait(seconds):
+                self._poll(storage, releases)
 
-    def __init__(self, storage: Storage, releases: Path, seconds: float) -> None:
-        super().__init__(storage=storage)
-        self._storage, self._releases, self._seconds = storage, releases, seconds
-        self._etag: str | None = None
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
-
-    def start(self) -> None:
-        """Check once, which the storage must answer, then in the background until `stop`."""
-        if not self.poll():
+        self.storage = storage
+        if not self._poll(storage, releases):
             raise ServiceError(str(self.problem))
+        self._thread = threading.Thread(target=run, name="follower", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the thread; wait at most 5 s for a storage that hangs."""
+        """Follow the champion no longer; wait at most 5 s for a storage that hangs."""
         self._stopping.set()
-        if self._thread.is_alive():
+        if self._thread:
             self._thread.join(5.0)
 
-    def poll(self) -> bool:
+    def _poll(self, storage: Storage, releases: Path) -> bool:
         """Check the champion once; record a failure. False if the storage does not answer."""
         try:
-            self._check()
+            self._check(storage, releases)
             self.checked_at = time.time()
         except ServiceError as error:
             self._fail("storage", str(error))
@@ -106,18 +100,14 @@ class Follower(ModelSource):
             self._fail("other", f"{type(error).__name__}: {error}")
         return True
 
-    def _run(self) -> None:
-        while not self._stopping.wait(self._seconds):
-            self.poll()
-
-    def _check(self) -> None:
-        champion = read_champion(self._storage)
+    def _check(self, storage: Storage, releases: Path) -> None:
+        champion = read_champion(storage)
         if champion is None or champion.etag == self._etag:
             gone = champion is None and self.model
             self.problem = "The champion pointer is gone." if gone else None
             return
         pointer = champion.pointer
-        folder = fetch(self._storage, pointer.release, self._releases)
+        folder = fetch(storage, pointer.release, releases)
         if self.model and self.model.release == pointer.release:
             classifier = self.model.classifier
         else:
@@ -141,7 +131,6 @@ def open_source(workspace: Workspace, model: str) -> ModelSource:
     """Load the model that a person named; the champion is followed."""
     if model != "champion":
         return ModelSource(LoadedModel(*workspace.classifier(model)))
-    seconds = workspace.settings.serve_follow_seconds
-    follower = Follower(workspace.storage, workspace.project.releases, seconds)
-    follower.start()
-    return follower
+    source, seconds = ModelSource(), workspace.settings.serve_follow_seconds
+    source.follow(workspace.storage, workspace.project.releases, seconds)
+    return source
