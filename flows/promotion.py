@@ -43,7 +43,8 @@ def ask(
         return True, None, ""
     seconds = settings.approval_seconds
     title = f"Version {version.number} of {settings.model_name} may become champion"
-    question = f"{title}. Release `{version.content_id}`.\n\n{ui.comparison_text(decision)}"
+    # No longer than this: the fields of the form have to be in view below it.
+    question = f"{title}: {decision.reason}.\n\nThe run's artifact `comparison` shows each photo."
     _log.info("Waiting for approval at %s, %d s at most.", ui.run_address(), seconds)
     ui.rename_run(f"v{version.number} waits for approval")
     ui.notify_people(settings, f"handsigns: {title}", "It waits for approval.", ui.run_address())

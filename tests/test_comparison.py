@@ -74,7 +74,7 @@ def test_mcnemars_test_decides_and_within_noise_the_loss(
         assert mirrored.verdict == (SAME if verdict == SAME else "worse")
         assert result.reason.endswith(
             f"{words}: accuracy {was.accuracy:.4f} -> {now.accuracy:.4f}, loss {was.loss:.4f} -> "
-            f"{now.loss:.4f}, {won} photos won, {lost} lost (McNemar p = {p_value:.3g})"
+            f"{now.loss:.4f}, photos won {won}, lost {lost} (McNemar p = {p_value:.3g})"
         )
 
 

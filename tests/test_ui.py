@@ -5,12 +5,15 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import stamina
 from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import (
     PREFECT_API_URL,
     PREFECT_CLIENT_MAX_RETRIES,
@@ -20,16 +23,18 @@ from prefect.settings import (
 from prefect.states import Crashed
 
 from flows import ui
+from flows.local import servers
+from flows.local.clients import local_credentials
 from flows.output import retrain_listing
 from flows.report import ModelReport, RunReport
 from flows.retrain import retrain
-from flows.settings import load_settings
+from flows.settings import Settings, load_settings
 from flows.ui import MOST_PHOTOS, comparison_text, notify_bad_end, notify_people
 from tasks.releases.comparison import PromotionDecision, compare
 from tasks.services.notify import notify
 from tests.fixtures.photos import LABELS
-from tests.fixtures.prefect_api import PrefectApi
 from tests.fixtures.receiver import receiving
+from tests.fixtures.servers import PrefectApi, running
 
 SECRET = "sentinel-do-not-show"
 
@@ -131,12 +136,18 @@ def test_an_address_that_fails_keeps_nobody_else_from_it_and_is_not_shown(
 
 
 @pytest.mark.slow
-def test_sqlite_loses_nothing_that_eight_workers_send_at_once(prefect_alone: PrefectApi) -> None:
-    ask = prefect_alone.ask
+def test_sqlite_loses_nothing_of_three_runs_at_once(tmp_path: Path) -> None:
+    with running(tmp_path, "prefect", partial(servers.prefect, tmp_path, Settings())) as program:
+        send_much(PrefectApi(program.url, local_credentials(tmp_path).login))
+
+
+def send_much(prefect: PrefectApi) -> None:
+    # On a busy machine the five attempts of Prefect's client may be too few.
+    ask = stamina.retry(on=PrefectHTTPStatusError, attempts=None, timeout=90)(prefect.ask)
 
     def work(worker: int) -> list[str]:
         flow, runs = ask("flows/", {"name": f"work-{worker}"})["id"], []
-        for _ in range(10):
+        for _ in range(20):
             runs.append(ask("flow_runs/", {"flow_id": flow, "state": {"type": "RUNNING"}})["id"])
             now = datetime.now(UTC).isoformat()
             line = {"name": "load", "level": 20, "timestamp": now, "flow_run_id": runs[-1]}
@@ -147,8 +158,8 @@ def test_sqlite_loses_nothing_that_eight_workers_send_at_once(prefect_alone: Pre
             ask(f"flow_runs/{runs[-1]}/set_state", {"state": {"type": "COMPLETED"}})
         return runs
 
-    with ThreadPoolExecutor(8) as pool:
-        runs = [run for each in pool.map(work, range(8)) for run in each]
+    with ThreadPoolExecutor(3) as pool:
+        runs = [run for each in pool.map(work, range(3)) for run in each]
 
     def received(event: str) -> dict[str, int]:
         found = ask("events/count-by/resource", {"filter": {"event": {"name": [event]}}})
@@ -161,4 +172,4 @@ def test_sqlite_loses_nothing_that_eight_workers_send_at_once(prefect_alone: Pre
     ):
         assert time.monotonic() < until
         time.sleep(1)
-    assert all(set(prefect_alone.logged(run)) == set(map(str, range(20))) for run in runs)
+    assert all(set(prefect.logged(run)) == set(map(str, range(20))) for run in runs)

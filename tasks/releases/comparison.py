@@ -123,7 +123,7 @@ def compare(
         verdict=verdict,
         no_worse=no_worse,
         reason=f"{rule}: accuracy {before.accuracy:.4f} -> {after.accuracy:.4f}, "
-        f"loss {before.loss:.4f} -> {after.loss:.4f}, {won} photos won, {lost} lost "
+        f"loss {before.loss:.4f} -> {after.loss:.4f}, photos won {won}, lost {lost} "
         f"(McNemar p = {p_value:.3g})",
     )
 
