@@ -37,8 +37,7 @@ def turned(orientation: int) -> Image.Exif:
 
 RGB = picture_in("RGB")
 JPEG, PNG, BMP = saved(RGB, "JPEG", quality=90), saved(RGB, "PNG"), saved(RGB, "BMP")
-RED, BLUE = (Image.new("RGB", (48, 48), color) for color in ("red", "blue"))
-MPO = saved(RED, "MPO", save_all=True, append_images=[BLUE])
+MPO = saved(Image.new("RGB", (48, 48), "red"), "MPO", save_all=True, append_images=[RGB])
 PROGRESSIVE = saved(RGB, "JPEG", progressive=True)
 
 

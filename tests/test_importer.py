@@ -13,10 +13,8 @@ from pathlib import Path
 import pytest
 
 from tasks.data.directory import stored_photos
-from tasks.data.images import encode
+from tasks.data.images import MAX_BYTES, encode
 from tasks.data.importer import (
-    ALREADY_THERE,
-    IMPORTED,
     Candidate,
     Inbox,
     apply_import_rules,
@@ -89,6 +87,7 @@ def test_photos_are_added_or_replace_all(project: Project, tmp_path: Path) -> No
     assert sorted(tree(project.data).values()) == sorted(tree(new).values())
 
 
+IMPORTED, ALREADY_THERE = "imported", "already there"
 LABELLED = "same photo under two labels: 0 and 3"
 TESTED, TRAINED = (f"same photo in train and test: it stays in {one}" for one in ("test", "train"))
 RULES = {
@@ -117,10 +116,17 @@ def test_the_same_photo_twice_is_decided_alike(stored: str, new: str, decisions:
 
 
 def test_the_quarantine_lists_what_was_rejected_and_why(project: Project, tmp_path: Path) -> None:
-    files = {"0/a.png": PNG[0], "0/b.png": b"text", "7/c.png": PNG[1], "1/d.png": b""}
+    files = {
+        "0/a.png": PNG[0],
+        "0/b.png": b"text",
+        "7/c.png": PNG[1],
+        "1/d.png": b"",
+        "2/e.png": b"",
+    }
     files |= {"0/x\n\x1b[31m é.jpg": b"hostile", "3/a.png": PNG[5], "4/a.png": PNG[5]}
     folder, listing = source(tmp_path / "s", files), project.quarantine / "quarantine.json"
-    expected = {"s/0/b.png": "not an image", "s/1/d.png": "zero bytes"}
+    os.truncate(folder / "2/e.png", 2 * MAX_BYTES)
+    expected = {"s/0/b.png": "not an image", "s/1/d.png": "zero bytes", "s/2/e.png": "too large"}
     expected |= {"s/7/c.png": "unknown label folder", r"s/0/x\n\x1b[31m é.jpg": "not an image"}
     expected |= dict.fromkeys(["s/3/a.png", "s/4/a.png"], "same photo under two labels")
     for _ in range(2):
