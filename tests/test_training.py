@@ -65,6 +65,8 @@ def test_synthetic_hands_weigh_more_than_photos_in_the_loss(repo: Context) -> No
     assert targets.argmax(axis=1).tolist() == [3, 0]
     assert targets.sum(axis=1) == pytest.approx([2.0, 2 / 3])
     assert plan.targets(np.arange(8)).sum() == pytest.approx(8)
+    assert plan.gce_q == plan.training.gce_q > 0
+    assert replace(plan, synthetic=np.arange(8) < 0).gce_q == 0
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def fit_cached(
         with tf.GradientTape() as tape:
             logits = tail.logits(batch if pooled else tail.pooled(batch, matmul), update)
             losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
-            loss = tf.reduce_mean(generalize(losses, targets, plan.training.gce_q))
+            loss = tf.reduce_mean(generalize(losses, targets, plan.gce_q))
         optimizer.apply(tape.gradient(loss, variables))
         average.update()
         return loss, logits

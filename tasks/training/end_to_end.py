@@ -97,7 +97,7 @@ def fit_end_to_end(
 
 def _losses(plan: Plan, targets: Any, probabilities: Any) -> Any:
     losses = tf.keras.losses.categorical_crossentropy(targets, probabilities)
-    return generalize(losses, targets, plan.training.gce_q)
+    return generalize(losses, targets, plan.gce_q)
 
 
 def _batches(plan: Plan, images: NDArray[np.uint8], size: int) -> Any:

@@ -61,6 +61,11 @@ class Plan:
             chosen = shuffled[start : start + self.training.batch_size]
             yield chosen, np.where(self.synthetic[chosen], 0, orders[chosen, place])
 
+    @property
+    def gce_q(self) -> float:
+        """`training.gce_q`, but 0 without synthetic hands: rare photos then teach what is rare."""
+        return self.training.gce_q if self.synthetic.any() else 0.0
+
     def random(self, purpose: int, number: int) -> np.random.Generator:
         """Random numbers for one purpose in one epoch or update."""
         return np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), purpose, number])
