@@ -1,7 +1,14 @@
-"""The command line: fast help, exit codes, one line for what is refused."""
+"""The command line: help, exit codes, settings, one line for what is refused, and the terminal."""
 
+import fcntl
+import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,9 +18,15 @@ import yaml
 from typer.testing import CliRunner
 
 from flows.cli import app
+from flows.settings import load_settings
+from tasks.errors import SettingsError
 from tasks.project import Project
-from tests.fixtures.checkouts import Repo, make_checkout
+from tasks.services.s3 import S3Address, redact_url
+from tests.fixtures.checkouts import BIN, SERVICES, Repo, make_checkout
 from tests.fixtures.photos import CHECKOUT, write_photos
+from tests.fixtures.servers import MlflowServer, PrefectApi
+from tests.fixtures.service import named
+from tests.fixtures.trained import Trained
 
 NOWHERE = {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
 
@@ -120,3 +133,167 @@ def test_the_sample_is_the_one_that_the_committed_version_names(tmp_path: Path) 
     assert rendered["version"] == committed["outs"][0]["md5"]
     done = made.run("handsigns", "import", write_photos(tmp_path / "photos", per_class=3))
     assert "data/ holds the rendered sample beside these photos" in done.stderr
+
+
+SECRET = "sentinel-do-not-show"
+S3, DATABASE, DASK = "HANDSIGNS_S3_ENDPOINT_URL", "DATABASE_URL", "HANDSIGNS_DASK_ADDRESS"
+REFUSED = [
+    (S3, "localhost:9000", f"{S3}: must be an addr"),
+    (S3, f"http://user:{SECRET}@host:9000", S3),
+    ("HANDSIGNS_BUCKET", "Not A Bucket", "must be a bucket's name, .* \\(received 'Not A Bucket'"),
+    ("HANDSIGNS_INBOX", "s3://UPPER/x", "HANDSIGNS_INBOX: must be a folder or s3://bucket/prefix"),
+    ("HANDSIGNS_GIT_PUSH", "a..b", "HANDSIGNS_GIT_PUSH: must be the plain name of a branch"),
+    ("HANDSIGNS_PROMOTION", "never", "HANDSIGNS_PROMOTION.*received 'never'"),
+    ("HANDSIGNS_SERVE_RATE", "0/minute", "HANDSIGNS_SERVE_RATE: must be a rate such as"),
+    ("HANDSIGNS_SERVE_TOKEN", SECRET[:15], "HANDSIGNS_SERVE_TOKEN: must be 16 characters or more"),
+    (DASK, f"tcp://user:{SECRET}@host:8786", DASK),
+    ("PREFECT_SERVER_API_AUTH_STRING", "user:", "AUTH_STRING: must be user:password"),
+    (DATABASE, f"postgresql://user:{SECRET}@one:5432,two:5432/name", DATABASE),
+    ("AWS_SECRET_ACCESS_KEY", SECRET, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY must be set"),
+    ("HANDSIGNS_NOTIFY_URLS", f"json://127.0.0.1/hook, slack://{SECRET}", "each for a service"),
+    ("HANDSIGNS_HOST", "0.0.0.0", "PREFECT_SERVER_API_AUTH_STRING must be set"),
+    # Names that are no setting.
+    ("HANDSIGNS_DATABASE_URL", SECRET, "Did you mean DATABASE_URL?"),
+]
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment without any setting."""
+    for name in filter(lambda one: one.startswith((*SERVICES, DATABASE)), list(os.environ)):
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("name", "value", "reason"), REFUSED)
+def test_an_unusable_setting_is_refused_in_one_line_without_secrets(
+    environment: pytest.MonkeyPatch, name: str, value: str, reason: str
+) -> None:
+    environment.setenv(name, value)
+    with pytest.raises(SettingsError, match=reason) as caught:
+        load_settings()
+    assert "\n" not in str(caught.value)
+    assert SECRET[:15] not in str(caught.value)
+
+
+def test_defaults_and_the_usual_variables_are_read(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv(S3, "")  # counts as not set
+    settings = load_settings()
+    assert (settings.s3_endpoint_url, settings.mlflow_tracking_uri) == (None, None)
+    assert (settings.bucket, settings.s3_region) == ("artifacts", "us-east-1")
+    for name, value in {
+        S3: "https://s3.example.org/",
+        "AWS_DEFAULT_REGION": "eu-west-1",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        DATABASE: f"postgresql://user:{SECRET}@/name",
+        "HANDSIGNS_PUBLIC_KEYS": "a.pem:b.pem",
+    }.items():
+        environment.setenv(name, value)
+    settings = load_settings()
+    assert (settings.s3_endpoint_url, settings.s3_region) == ("https://s3.example.org", "eu-west-1")
+    assert settings.aws_secret_access_key is not None
+    assert settings.aws_secret_access_key.get_secret_value() == SECRET
+    assert [path.name for path in settings.public_keys] == ["a.pem", "b.pem"]
+    assert SECRET not in repr(settings)
+    environment.setenv("HANDSIGNS_S3_REGION", "eu-north-1")
+    assert load_settings().s3_region == "eu-north-1"
+
+
+@pytest.mark.parametrize("password", ["pass", "p%40ss/w:rd", "a?b#c", "ünïcödé [x]"])
+@pytest.mark.parametrize("scheme", ["http", "mysql+pymysql"])
+def test_a_password_in_an_address_is_never_shown(password: str, scheme: str) -> None:
+    assert redact_url(f"{scheme}://user:{password}@host:5432/db") == f"{scheme}://host:5432/db"
+
+
+ROWS, COLUMNS = 40, 110
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+LIBRARIES = re.compile(r"absl|I0000|oneDNN|UserWarning|DeprecationWarning|Prefect collects")
+NOISE = re.compile(r"WARNING|Collecting files|%\||\| INFO|Warning:")
+"""DVC's own, which only `dvc` itself may print."""
+
+
+def left_behind(text: str) -> list[str]:
+    """The lines that stay where bars are drawn over themselves."""
+    lines, row = [""], 0
+    for part in re.split(r"(\n|\r|\x1b\[\d*A|\x1b\[2K)", text):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif re.fullmatch(r"\x1b\[\d*A", part):
+            row -= int(part[2:-1] or 1)
+        elif shown := ESCAPES.sub("", part).rstrip("\r"):
+            lines[row] = shown
+    return [line.rstrip() for line in lines]
+
+
+def in_terminal(repo: Repo, *words: str, **environment: str) -> list[str]:
+    """Run a program in a terminal of 110 columns; the lines that it leaves there."""
+    process, terminal = pty.fork()
+    if process == 0:
+        # Here, and not in the parent, which may be too late for the program.
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+        os.chdir(repo.project.root)
+        variables = repo.environment(**environment) | {"TERM": "xterm-256color"}
+        os.execve(BIN / words[0], words, variables)
+    raw = b""
+    with suppress(OSError):  # the other side is closed
+        while chunk := os.read(terminal, 2**16):
+            raw += chunk
+    os.close(terminal)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    shown = ESCAPES.sub("", raw.decode())
+    assert code == 0, shown
+    assert not LIBRARIES.search(shown), shown
+    lines = left_behind(raw.decode())
+    if words[0] == "handsigns":
+        assert not NOISE.search(shown), shown
+        assert max(map(len, lines)) <= COLUMNS
+    return lines
+
+
+def test_dvc_repro_prints_nothing_of_libraries(trained: Trained) -> None:
+    assert "Running stage 'train@full'" in trained.output
+    assert "resize photos: " in trained.output
+    assert not LIBRARIES.search(trained.output)
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_results_and_bars_and_nothing_of_libraries(
+    trained: Trained,
+    s3: S3Address,
+    mlflow_server: MlflowServer,
+    prefect_api: PrefectApi,
+    tmp_path: Path,
+) -> None:
+    repo = trained.checkout(tmp_path / "checkout")
+    services = {**named(s3), **mlflow_server.named, **prefect_api.named}
+    services["HANDSIGNS_MODEL_NAME"] = "terminal"  # its first version is number 1
+
+    def handsigns(*words: str) -> list[str]:
+        return in_terminal(repo, "handsigns", *words, **services)
+
+    assert len(handsigns("import", str(trained.photos))) <= 15
+    first = handsigns("retrain")
+    assert len(first) <= 40, "\n".join(first)
+    assert "Retrain: promoted" in first
+    assert any(re.search(r"^ test +accuracy 0\.\d{4}", line) for line in first)
+    again = handsigns("retrain")
+    assert len(again) <= 15
+    assert "Retrain: unchanged" in again
+    status = handsigns("status")
+    scores = r"accuracy [01]\.\d{4}, loss \d+\.\d{4}, photos \d+, created 20"
+    assert any(re.match(rf" champion +version 1, {scores}", line) for line in status), status
+    assert not re.search("[0-9a-f]{32}", "".join(status))
+    row = r" +1 +[01]\.\d{4} +\d+\.\d{4} +\d+ +20[-0-9: ]+ +cha"
+    assert any(re.match(row, line) for line in handsigns("versions"))
+    assert len(handsigns("predict", str(trained.photos / "1/0000.png"))) <= 8
+    repeated = in_terminal(repo, "dvc", "repro", "--force", "--single-item", "train@base")
+    assert len(repeated) <= 40
+    assert "Running stage 'train@base':" in repeated
+    # In a file each photo has one line, whatever its length.
+    deep = trained.photos / "/".join(["1/.."] * 20) / "1/0000.png"
+    said = repo.run("handsigns", "predict", deep, **services).stdout
+    assert re.search(rf"^ *{re.escape(str(deep))} +[0-5?].* +[01]\.\d{{4}} *$", said, re.M)
