@@ -22,8 +22,6 @@ from tests.fixtures import faults
 from tests.fixtures.checkouts import BIN, Repo, with_stages
 from tests.fixtures.faults import one_line, proxy_to
 
-EARLY = ("audit", "synthetic", "preprocess")
-
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -54,20 +52,6 @@ def add_photo(project: Project, name: str = "new") -> Path:
 
 def photos(project: Project) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in project.data.rglob("*.png")}
-
-
-def test_a_changed_parameter_runs_its_stage_alone_and_an_earlier_result_is_restored(
-    checkout: Project,
-) -> None:
-    dvc(checkout, "repro", *EARLY)
-    first = (checkout.dataset / "images.npy").read_bytes()
-    Repo(checkout).change("preprocess", image_size=32)
-    pipeline = Pipeline(checkout)
-    assert [pipeline.run(name) for name in EARLY] == ["unchanged", "unchanged", "ran"]
-    assert "Data and pipelines are up to date" in dvc(checkout, "repro", *EARLY)
-    Repo(checkout).change("preprocess", image_size=64)
-    assert Pipeline(checkout).run("preprocess") == "restored"
-    assert (checkout.dataset / "images.npy").read_bytes() == first
 
 
 HOLD = """
@@ -153,7 +137,7 @@ def test_a_damaged_file_of_dvc_is_one_line_with_advice(checkout: Project) -> Non
         path.write_bytes(kept)
     # What a person removed there is made again.
     checkout.lock.unlink()
-    assert Pipeline(checkout).run("audit") in ("ran", "restored")
+    assert Pipeline(checkout).run("audit") == "restored"
     assert checkout.lock.read_bytes() == written
 
 

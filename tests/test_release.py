@@ -16,14 +16,12 @@ from tasks.releases.champion import KEY, Pointer, move_champion, read_champion, 
 from tasks.releases.release import (
     MANIFEST,
     Release,
-    content_id,
     describe,
     fetch,
     open_release,
     publish,
     sign_release,
     verify,
-    verify_folder,
 )
 from tasks.releases.signing import UNSIGNED, Trust, fingerprint, new_keys, public_pem
 from tasks.services.s3 import S3Address, Storage
@@ -76,20 +74,10 @@ def _key(release: Release, name: str = MANIFEST) -> str:
 def test_a_release_is_named_by_its_files_and_invisible_until_the_manifest_comes_last(
     bucket: S3Address, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    unfinished = describe(files, {"git": "abc"})
-    assert content_id(dict(reversed(unfinished.files.items()))) == unfinished.id
-    (name, digest), *others = unfinished.files.items()
-    for changed in (
-        {},
-        {name: digest.model_copy(update={"bytes": digest.bytes + 1})},
-        {name: digest.model_copy(update={"sha256": "0" * 64})},
-        {"a" + name: digest},
-    ):
-        assert content_id({**dict(others), **changed}) != unfinished.id
+    unfinished = describe(files)
     for name in ("../model.pb", "a/b", ".hidden", ""):
         with pytest.raises(ValueError, match="files"):
             describe({name: files["model.pb"]})
-
     direct, cache = Storage(bucket), tmp_path / "cache"
     direct.put(f"releases/{unfinished.id}/labels.json", files["labels.json"])
     direct.put(f"releases/{unfinished.id}/model.pb", b"half of it")
@@ -126,7 +114,6 @@ DAMAGES: list[tuple[str, str, Callable[[Release], bytes | None]]] = [
     ("belongs to another release", MANIFEST, _other_manifest),
     ("belongs to another release", MANIFEST, lambda one: _other_manifest(one, id=one.id)),
     ("cannot be understood", MANIFEST, lambda _: b"[" * 100_000),
-    ("cannot be understood", MANIFEST, lambda _: b"[1]"),
     ("format", MANIFEST, lambda one: _other_manifest(one, format=2)),
 ]
 
@@ -174,9 +161,6 @@ def test_what_a_release_lacks_is_named(tmp_path: Path) -> None:
     model.write_bytes(b"torn")
     params.write_bytes(CHECKOUT.params.read_bytes())
     labels.write_text(json.dumps(LABELS))
-    manifest = describe({path.name: path for path in (model, params, labels)})
-    (tmp_path / MANIFEST).write_bytes(UNSIGNED.sign(MANIFEST, manifest))
-    assert verify_folder(tmp_path, None, UNSIGNED).id == manifest.id
     with pytest.raises(ModelError, match=r"'.*model\.pb' does not hold a graph"):
         open_release(tmp_path)
     for text in ("", "[", "[]", "preprocess: 3", "preprocess: {detail: 10000000}"):
