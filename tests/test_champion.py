@@ -1,12 +1,15 @@
 """Who may become champion, what is kept of every move, and what follows the pointer."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from tasks.errors import OvertakenError, PromotionError, ReleaseError
 from tasks.gate import judge
@@ -85,10 +88,13 @@ class Models:
         assert found
         return found
 
-    @property
-    def client(self) -> Any:
-        from mlflow import MlflowClient
+    def named(self) -> int:
+        """The version that MLflow's alias names."""
+        found = self.registry.find(CHAMPION)
+        return found.number if found else 0
 
+    @property
+    def client(self) -> MlflowClient:
         return MlflowClient(self.registry.tracking_uri, self.registry.tracking_uri)
 
 
@@ -222,6 +228,45 @@ def test_rollback_goes_back_one_promotion_at_a_time_and_repeats_change_nothing(
     assert models.promote(3, force=True).overruled == ()  # nobody to compare with
 
 
+class Late(Registry):
+    """The real registry, to which this process comes late with the alias."""
+
+    may, asked = Event(), Event()
+
+    def set_alias(self, alias: str, number: int) -> None:
+        self.asked.set()
+        assert self.may.wait(20)
+        super().set_alias(alias, number)
+
+
+def test_of_two_promotions_at_once_one_wins_and_no_alias_is_left_behind(models: Models) -> None:
+    def move(number: int, expected: Champion, registry: Registry = models.registry) -> int:
+        try:
+            models.set_champion(number, expected)
+        except OvertakenError:
+            return 0
+        sync_alias(models.storage, registry)
+        return number
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(8):
+            now = models.champion()
+            others = {1, 2, 3} - {now.pointer.version}
+            lost, won = sorted(pool.map(move, others, (now, now)))
+            assert (lost, models.champion().pointer.version, models.named()) == (0, won, won)
+        # One that is overtaken before it sets its alias leaves that of the later one.
+        first, second = {1, 2, 3} - {won}
+        late = Late(models.registry.tracking_uri, models.registry.model_name)
+        slow = pool.submit(move, first, models.champion(), late)
+        assert late.asked.wait(20)
+        models.registry.set_alias(CHAMPION, first)  # as the next run repairs it
+        assert move(second, models.champion()) == second
+        late.may.set()
+        slow.result(30)
+    assert models.named() == models.champion().pointer.version == second
+    assert len(models.champion().pointer.moves) == 1 + 8 + 2
+
+
 def test_releases_are_ordered_by_the_pointers_counter_and_not_by_clocks(models: Models) -> None:
     ahead = models.add(0.97, won=True, created="2036-01-01T00:00:00+00:00", pointer_moves=1)
     assert models.promote(ahead).version == ahead
@@ -262,7 +307,7 @@ def test_alias_and_registry_follow_what_is_in_storage(
             models.client.delete_registered_model_alias("hand-signs", CHAMPION)
         said = sync_alias(models.storage, models.registry)
         assert said == f"The alias named {was}; it follows the pointer to version 1 again."
-        assert models.registry.find(CHAMPION) == models.version(1)
+        assert models.named() == 1
         assert sync_alias(models.storage, models.registry) is None
 
     old = Models(storage, replace(models.registry, model_name="old"), models.folder)
@@ -280,8 +325,6 @@ def test_alias_and_registry_follow_what_is_in_storage(
     assert [one.release for one in added] == [old.version(n).release for n in (3, 2, 1)]
     assert f"Release {'0' * 32} is left out" in caplog.text
     assert rebuild_registry(storage, new.registry) == []
-    named_now = new.registry.find(CHAMPION)
-    assert named_now is not None
-    assert named_now.release == old.version(2).release
+    assert new.version(new.named()).release == old.version(2).release
     back = new.rollback()
     assert back.release == old.version(3).release == new.version(back.version).release

@@ -8,17 +8,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import pytest
 
-from tasks.errors import PromotionError
 from tasks.project import Project
-from tasks.releases.champion import Champion, read_champion, set_champion, sync_alias
-from tasks.releases.release import publish
-from tasks.services.mlflow import CHAMPION, Registry
-from tasks.services.s3 import S3Address, Storage
+from tasks.services.s3 import S3Address
 from tests.fixtures import faults
 from tests.fixtures.checkouts import QUICK, Repo
 from tests.fixtures.faults import Answer, proxy_to
@@ -32,7 +27,6 @@ COMMIT = "f2455f0"
 ARCHIVE = CHECKOUT.root / f"tests/fixtures/releases/{COMMIT}.tar.xz"
 BUCKET = f"release-{COMMIT}"  # the champion's signature covers the bucket's name
 RELEASES = {"1": "646b9a4d37e1b222c8639efc5ee8c0b8", "2": "5640018f52a3ccefbca53f50ea7a419e"}
-ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -224,57 +218,3 @@ def test_an_earlier_release_is_rebuilt_bit_by_bit_with_the_stages_of_its_commit(
     assert json.loads(done.stdout)["status"] == "promoted"
     rebuilt = clone("now", "HEAD").handsigns("reproduce", "champion", **environment)
     assert rebuilt["identical"], rebuilt
-
-
-class Late(Registry):
-    """The real registry, to which this process comes late with the alias."""
-
-    may, asked = Event(), Event()
-
-    def set_alias(self, alias: str, number: int) -> None:
-        self.asked.set()
-        assert self.may.wait(20)
-        super().set_alias(alias, number)
-
-
-def test_of_two_promotions_at_once_one_wins_and_no_alias_is_left_behind(
-    storage: Storage, tracking_uri: str, tmp_path: Path
-) -> None:
-    registry, rivals = Registry(tracking_uri, "signs"), []
-    for name in ("one", "two", "three"):
-        (tmp_path / name).write_text(name)
-        release = publish(storage, {"labels.json": tmp_path / name})
-        rivals.append(registry.register(None, release.id, {"release_uri": release.uri}))
-
-    def move(version: Any, expected: Champion | None, of: Registry = registry) -> Any:
-        try:
-            moved = set_champion(storage, version, expected, "better", {})
-            sync_alias(storage, of)
-            return moved.version
-        except PromotionError as error:
-            return str(error)
-
-    def state() -> tuple[Champion | None, list[Any]]:
-        """The champion, which the alias names, and the versions that are not."""
-        now, alias = read_champion(storage), registry.find(CHAMPION)
-        assert (now and now.pointer.version) == (alias and alias.number)
-        return now, [one for one in rivals if alias is None or one.number != alias.number]
-
-    with ThreadPoolExecutor(2) as pool:
-        for number in range(ROUNDS):
-            present, others = state()
-            won, lost = sorted(pool.map(move, others[:2], (present, present)), key=str)
-            assert "changed meanwhile" in lost
-            now, (first, second) = state()
-            assert now
-            assert (now.pointer.version, len(now.pointer.moves)) == (won, number + 1)
-        # One that is overtaken before it sets its alias leaves that of the later one.
-        slow = pool.submit(move, first, now, Late(tracking_uri, "signs"))
-        assert Late.asked.wait(20)
-        registry.set_alias(CHAMPION, first.number)  # as the next run repairs it
-        assert move(second, read_champion(storage)) == second.number
-        Late.may.set()
-        slow.result(30)
-    now, _ = state()
-    assert now
-    assert now.pointer.version == second.number
