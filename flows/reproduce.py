@@ -10,8 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,9 @@ def reproduce(workspace: Workspace, name: str, progress: Progress) -> RebuildCom
     release, folder = workspace.release(name)
     facts = (read_json(folder / "manifest.json") or {})["facts"]
     revision = recorded_revision(facts, release)
-    with signals_interrupt(), checkout(workspace.project, revision) as built:
+    with signals_interrupt(), worktree(workspace.project.root, revision) as tree:
         progress("check out", 1, 1)
-        found = rebuild(workspace, folder, built, facts.get("environment"), progress)
+        found = rebuild(workspace, folder, Project(tree), facts.get("environment"), progress)
     seconds = round(time.monotonic() - began, 1)
     return replace(found, release=release, revision=revision, seconds=seconds)
 
@@ -60,19 +59,6 @@ def recorded_revision(facts: Mapping[str, Any], release: str) -> str:
             f"changes in {', '.join(map(str, lost[:5]))}. Commit before you retrain."
         )
     return commit
-
-
-@contextmanager
-def checkout(project: Project, revision: str) -> Iterator[Project]:
-    """Check a commit out into a temporary worktree, removed after the block."""
-    with ExitStack() as stack:
-        try:
-            tree = stack.enter_context(worktree(project.root, revision))
-        except HandsignsError as error:
-            raise ReleaseError(
-                f"Revision {revision} cannot be checked out: run `git fetch --all` first. {error}"
-            ) from error
-        yield Project(tree)
 
 
 def rebuild(

@@ -210,7 +210,7 @@ def test_two_releases_are_compared_on_the_photos_that_neither_was_trained_on(
     assert all(one["label"] == one["name"].split("/")[1] for one in found.changed)
     assert picture == project.artifacts / "compare.png"
     with Image.open(picture) as drawn:
-        assert drawn.width == 1200
+        assert drawn.width == 1440
     few = made(graphs[0], train=keys[:-2])
     assert compare_releases(project, {"few": few, "2": second})[1] == picture
     assert compare_releases(project, {"1": first, "same": first})[1] is None

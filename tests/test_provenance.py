@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from flows.reproduce import checkout, rebuild, recorded_revision
+from flows.reproduce import rebuild, recorded_revision
 from flows.settings import Settings
 from flows.workspace import Workspace
 from tasks.errors import ReleaseError, ServiceError, StageError
@@ -23,7 +23,7 @@ from tasks.params import Params
 from tasks.project import Project
 from tasks.releases.provenance import compare_builds, environment, model_card, write_bill
 from tasks.scoring.metrics import score
-from tasks.services.git import Revision, push_to_branch, read_revision
+from tasks.services.git import Revision, push_to_branch, read_revision, worktree
 from tasks.stage import silent
 from tests.fixtures.checkouts import with_stages
 from tests.fixtures.faults import one_line
@@ -239,10 +239,10 @@ def test_what_is_in_no_commit_or_whose_photos_are_gone_cannot_be_rebuilt(tmp_pat
     shutil.copy(project.params, release)
     with (
         pytest.raises(ServiceError, match=r"0\.dir are not available .*HANDSIGNS_DVC_REMOTE_URL"),
-        checkout(project, "HEAD") as built,
+        worktree(project.root, "HEAD") as tree,
     ):
-        rebuild(Workspace(project, Settings()), release, built, None, silent)
-    assert not built.root.parent.exists()
+        rebuild(Workspace(project, Settings()), release, Project(tree), None, silent)
+    assert not tree.parent.exists()
     assert len(git(project.root, "worktree", "list").splitlines()) == 1
-    with pytest.raises(ReleaseError, match="git fetch"), checkout(project, "f" * 40):
+    with one_line(ReleaseError, "git fetch --all"), worktree(project.root, "f" * 40):
         pass

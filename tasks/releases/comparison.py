@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 from tasks.data.dataset import find_photos, name_photos, open_dataset
 from tasks.data.images import decode, resize_square
 from tasks.errors import DataError, HandsignsError, PromotionError, ServiceError
-from tasks.io import atomic_write, read_json
+from tasks.io import read_json
 from tasks.model.inference import Classifier, classify_files
 from tasks.params import list_labels
 from tasks.project import Project
@@ -261,6 +261,8 @@ def _draw(picture: Path, project: Project, names: Sequence[str], result: Compari
     """Draw the photos that got another label, or remove the picture if there is none."""
     from matplotlib.figure import Figure
 
+    from tasks.scoring.plots import save
+
     picture.unlink(missing_ok=True)
     if not (changed := result.changed[:SHOWN]):
         return
@@ -274,6 +276,4 @@ def _draw(picture: Path, project: Project, names: Sequence[str], result: Compari
         axes.imshow(resize_square(pixels, SIDE))
         said = f"{names[0]}: {one['champion']}   {names[1]}: {one['challenger']}"
         axes.set_title(f"{one['label']}\n{said}", fontsize=8)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(picture) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    save(figure, picture)

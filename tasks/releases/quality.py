@@ -114,7 +114,6 @@ def draw_quality(found: QualityOverTime, path: Path) -> None:
     panels[5].set_axis_off()
     for axes, place in ((panels[0], "upper left"), (panels[4], "lower left")):
         panels[5].add_artist(panels[5].legend(*axes.get_legend_handles_labels(), loc=place))
-    path.parent.mkdir(parents=True, exist_ok=True)
     save(figure, path)
 
 
@@ -146,5 +145,4 @@ def draw_traffic(release: Path, counts: Counts, path: Path) -> None:
         if len(names) <= MAX_BARS:
             axes.set_xticks(np.arange(len(names)) + 0.2, names)
         axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
     save(figure, path)

@@ -77,8 +77,8 @@ def publish(
     manifest = describe(files, facts)
     signed = storage.trust.sign(MANIFEST, manifest)
     stored, where = _stored(storage, manifest.id), _uri(storage, manifest.id)
-    if foreign := sorted(stored.keys() - manifest.files.keys() - {MANIFEST}):
-        raise ReleaseError(f"A file of the release {where}, {foreign[0]}, was added. Remove it.")
+    for name in stored.keys() - manifest.files.keys() - {MANIFEST}:
+        storage.remove(_key(manifest.id, name))
     for name, wanted in sorted(manifest.files.items()):
         key = _key(manifest.id, name)
         if stored.get(name) == wanted.bytes and _digest(storage.get(key)) == wanted:
@@ -158,10 +158,8 @@ def list_releases(storage: Storage) -> list[str]:
 
 def sign_release(storage: Storage, release_id: str) -> None:
     """Replace a release's signature, whoever made it, by ours; every byte is read before."""
-    anybody, key = Storage(storage.address), _key(check_id(release_id), MANIFEST)
-    _, etag = anybody.read(key)
-    manifest = verify(anybody, release_id).manifest
-    storage.put_if_match(key, storage.trust.sign(MANIFEST, manifest), etag)
+    manifest = verify(Storage(storage.address), release_id).manifest
+    storage.put(_key(release_id, MANIFEST), storage.trust.sign(MANIFEST, manifest))
 
 
 def open_release(folder: Path) -> Classifier:

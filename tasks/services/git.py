@@ -12,7 +12,7 @@ from pathlib import Path
 
 import stamina
 
-from tasks.errors import ServiceError
+from tasks.errors import ReleaseError, ServiceError
 
 ATTEMPTS = 5
 SECONDS = 60  # longest wait for one answer of git; a silent remote is given up
@@ -93,10 +93,15 @@ def _push(root: Path, branch: str, paths: Sequence[Path], message: str) -> str |
 
 @contextmanager
 def worktree(root: Path, commit: str) -> Iterator[Path]:
-    """Check a commit out into a temporary folder, removed after the block."""
+    """Check a commit of a release out into a temporary folder, removed after the block."""
     with tempfile.TemporaryDirectory(prefix="handsigns-worktree-") as folder:
         tree = Path(folder) / "checkout"
-        _git(root, "worktree", "add", "-q", "--detach", str(tree), commit)
+        added = _run(root, "worktree", "add", "-q", "--detach", str(tree), commit)
+        if added.returncode:
+            raise ReleaseError(
+                f"Revision {commit} cannot be checked out ({_one_line(added.stderr)}). Run `git "
+                "fetch --all` first."
+            )
         try:
             yield tree
         finally:
