@@ -167,7 +167,7 @@ def test_the_same_lock_gives_the_same_bill_wherever_it_lies(
     content = (tmp_path / "a.json").read_bytes()
     assert content == (tmp_path / "b.json").read_bytes()
     bill = json.loads(content)
-    assert (bill["bomFormat"], bill["metadata"]["component"]["name"]) == ("CycloneDX", "handsigns")
+    assert bill["bomFormat"] == "CycloneDX"
     listed = {one["name"]: one for one in bill["components"]}
     assert set(re.findall(r"^([\w-]+)==", LOCK.read_text(), re.M)) == set(listed)
     assert listed["keras"]["externalReferences"][0]["hashes"]

@@ -51,11 +51,8 @@ RECORDING: list[Point] = [
     ("POST .*/logged-models$", "after", 1),
     ("PUT .*/data/model.keras$", "during", 1),
     ("PATCH .*/logged-models/m-[0-9a-f]+$", "before", 1),
-    *(
-        (f"POST .*/runs/{part}$", when, 1)
-        for part in ("outputs", "update")
-        for when in ("before", "after")
-    ),
+    *(("POST .*/runs/outputs$", when, 1) for when in ("before", "after")),
+    *(("POST .*/runs/update$", when, 1) for when in ("before", "after")),
 ]
 UNNAMED = [(POINTER, "after", 1), (ALIAS, "before", 2)]
 """Between pointer and alias."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from tasks.errors import PromotionError, ReleaseError
+from tasks.errors import PromotionError, ReleaseError, first_fault
 from tasks.io import atomic_directory, read_json
 from tasks.model.inference import Classifier, load_classifier
 from tasks.params import PreprocessParams
@@ -164,13 +165,19 @@ def sign_release(storage: Storage, release_id: str) -> None:
 
 def open_release(folder: Path) -> Classifier:
     """Load the classifier of a verified release; it resizes photos as in training."""
-    labels = read_json(folder / "labels.json")
-    if not isinstance(labels, list) or len({str(label) for label in labels}) != len(labels):
+    try:
+        labels = json.loads((folder / "labels.json").read_bytes())
+        section = yaml.safe_load((folder / "params.yaml").read_bytes())["preprocess"]
+        # Releases of earlier versions call the size `detail`, and have this one blur.
+        size = section["image_size"] if "image_size" in section else section["detail"]
+        preprocess = PreprocessParams(image_size=size, blur_sigma=section.get("blur_sigma", 0.5))
+        if len({*map(str, labels)}) != len(labels):
+            raise ValueError(f"labels.json must list different labels, not {str(labels)[:200]}")
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError) as error:
         raise PromotionError(
-            f"labels.json of release {folder.name} must list different labels, not "
-            f"{str(labels)[:200]}. Promote a release of this project."
-        )
-    preprocess = _preprocess(folder / "params.yaml")
+            f"Release {folder.name} does not say its labels and how photos are resized "
+            f"({type(error).__name__}: {first_fault(error)}). Promote a release of this project."
+        ) from error
     found = load_classifier(folder / "model.pb", preprocess, labels)
     certainty = (read_json(folder / "metrics.json") or {}).get("certainty") or {}
     chosen = certainty.get("certain_above")
@@ -182,21 +189,6 @@ def check_id(release_id: str) -> str:
     if not ID.fullmatch(release_id):
         raise ReleaseError(f"A release is named by 32 hex digits, not {release_id!r}.")
     return release_id
-
-
-def _preprocess(path: Path) -> PreprocessParams:
-    """Read the parameters that a prediction needs; the rest may be another version's."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        section = content["preprocess"]
-        # Releases of earlier versions call the size `detail`, and have this one blur.
-        size = section["image_size"] if "image_size" in section else section["detail"]
-        return PreprocessParams(image_size=size, blur_sigma=section.get("blur_sigma", 0.5))
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError) as error:
-        raise PromotionError(
-            f"{path} does not say how photos are resized, in preprocess "
-            f"({type(error).__name__}). Promote a release of this project."
-        ) from error
 
 
 def _parse(content: bytes, release_id: str | None, where: str, trust: Trust) -> Manifest:
