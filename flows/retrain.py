@@ -30,8 +30,8 @@ from tasks.features import runner
 from tasks.io import read_json, write_json
 from tasks.model.augment import enlarge
 from tasks.params import load_params
-from tasks.releases.champion import METRICS, PHOTOS, Champion, set_champion
-from tasks.releases.comparison import PromotionDecision, compare_with_champion, record_comparison
+from tasks.releases.champion import METRICS, PHOTOS, Champion, record_comparison, set_champion
+from tasks.releases.comparison import PromotionDecision, compare_with_champion
 from tasks.releases.provenance import model_card, release_facts, write_bill
 from tasks.releases.release import DATASET_INDEX, Release, fetch, publish
 from tasks.services.dvc import check_trained_on
@@ -340,7 +340,7 @@ def compare(
         )
     except PromotionError as error:
         decision = PromotionDecision(False, str(error).rstrip("."))
-    record_comparison(workspace.registry, version.number, champion, decision)
+    record_comparison(workspace.registry, version.number, champion, decision.won, decision.reason)
     if decision.comparison:
         run.report.comparison = decision.comparison.to_json()
     ui.show_text("comparison", "Champion and challenger.", ui.comparison_text(decision))

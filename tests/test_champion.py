@@ -21,11 +21,11 @@ from tasks.releases.champion import (
     Move,
     promote,
     read_champion,
+    record_comparison,
     rollback,
     set_champion,
     sync_alias,
 )
-from tasks.releases.comparison import PromotionDecision, record_comparison
 from tasks.services.mlflow import CHALLENGER, CHAMPION, Registry, Version
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures import faults
@@ -59,8 +59,8 @@ class Models:
         release = publish_contents(self.storage, self.folder / str(number), contents, **facts)
         register(self.registry, release)
         if won is not None:
-            decision = PromotionDecision(won, "no worse" if won else "worse by far")
-            record_comparison(self.registry, number, read_champion(self.storage), decision)
+            reason = "no worse" if won else "worse by far"
+            record_comparison(self.registry, number, read_champion(self.storage), won, reason)
         return number
 
     def version(self, number: int) -> Version:

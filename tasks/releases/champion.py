@@ -125,6 +125,18 @@ def sign_pointer(storage: Storage) -> Champion | None:
     return present and move_champion(storage, present, present.pointer)
 
 
+def record_comparison(
+    registry: Registry, version: int, champion: Champion | None, won: bool, reason: str
+) -> None:
+    """Tag a version with the result of its comparison, for a later `promote`."""
+    tags = {
+        COMPARED_WITH: champion.pointer.release if champion else "nobody",
+        COMPARISON: reason,
+        COMPARISON_WON: "yes" if won else "no",
+    }
+    registry.set_tags(version, tags)
+
+
 def sync_alias(storage: Storage, registry: Registry) -> str | None:
     """Point MLflow's alias at the champion, also if that moves meanwhile; say what was done."""
     said = None

@@ -20,10 +20,9 @@ from tasks.io import read_json
 from tasks.model.inference import Classifier, classify_files
 from tasks.params import list_labels
 from tasks.project import Project
-from tasks.releases.champion import COMPARED_WITH, COMPARISON, COMPARISON_WON, Champion
+from tasks.releases.champion import Champion
 from tasks.releases.release import DATASET_INDEX, fetch, open_release
 from tasks.scoring.metrics import FrozenModel, Scores, checked, rounded, score
-from tasks.services.mlflow import Registry
 from tasks.services.s3 import Storage
 from tasks.stage import Progress, silent
 
@@ -177,18 +176,6 @@ def compare_with_champion(
     )
     _draw(project.changed, project, ("champion", "challenger"), result)
     return PromotionDecision(result.no_worse, result.reason, result)
-
-
-def record_comparison(
-    registry: Registry, version: int, champion: Champion | None, decision: PromotionDecision
-) -> None:
-    """Tag a version with the result of its comparison, for a later `promote`."""
-    tags = {
-        COMPARED_WITH: champion.pointer.release if champion else "nobody",
-        COMPARISON: decision.reason,
-        COMPARISON_WON: "yes" if decision.won else "no",
-    }
-    registry.set_tags(version, tags)
 
 
 def compare_releases(
