@@ -3,10 +3,10 @@
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Event
 
@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from tasks.releases.champion import Champion, read_champion
 from tasks.releases.release import fetch, verify
-from tasks.services.mlflow import CHAMPION, RecordedRun, Registry, credentials_of
+from tasks.services.mlflow import CHAMPION, Registry, credentials_of
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures import publishing
 from tests.fixtures.faults import Exchange, Proxy, on, proxy_to
@@ -58,67 +58,33 @@ UNNAMED = [(POINTER, "after", 1), (ALIAS, "before", 2)]
 """Between pointer and alias."""
 
 
-@contextmanager
-def reading(storage: Storage, folder: Path) -> Iterator[list[str]]:
+def read_until(stopped: Event, storage: Storage, folder: Path) -> list[str]:
     """Ask again and again who is champion, and fetch it, with every byte compared."""
-    seen: list[str] = []
-    stopped = Event()
-
-    def read() -> None:
-        while not stopped.wait(0.05):
-            champion = read_champion(storage)
-            assert champion is not None
-            found = fetch(storage, champion.pointer.release, folder)
-            seen.append((found / "labels.json").read_text().split()[0])
-            shutil.rmtree(found)
-
-    with ThreadPoolExecutor(1) as pool:
-        reader = pool.submit(read)
-        try:
-            yield seen
-        finally:
-            stopped.set()
-        reader.result()
-
-
-@dataclass
-class Services:
-    """Real services behind proxies."""
-
-    direct: Storage
-    registry: Registry
-    proxies: tuple[Proxy, Proxy]
-    run: RecordedRun | None = None
-
-    def start(self, folder: Path) -> Started:
-        s3, mlflow = (proxy.url for proxy in self.proxies)
-        address, login = replace(self.direct.address, endpoint_url=s3), str(self.registry.login)
-        return publishing.start(folder, address, self.run, mlflow, self.registry.model_name, login)
-
-    def kill(self, folder: Path, point: Point) -> None:
-        """Publish, and be killed at a point."""
-        request, when, nth = point
-        process: Future[Started] = Future()
-
-        def strike(exchange: Exchange) -> None:
-            if when != "before":
-                exchange.forward(0.5 if when == "during" else 1.0)
-            os.kill(process.result(10).pid, signal.SIGKILL)
-            exchange.reset()
-
-        fault = on(request, strike, (nth,))
-        with self.proxies[0].failing(fault), self.proxies[1].failing(fault):
-            process.set_result(self.start(folder))
-            assert process.result().wait(60) == -signal.SIGKILL, point
-
-    def publish(self, folder: Path) -> Champion:
-        """Publish to the end and return the champion, which the alias names."""
-        assert self.start(folder).wait(60) == 0
-        champion, alias = read_champion(self.direct), self.registry.find(CHAMPION)
+    seen = []
+    while not stopped.wait(0.05):
+        champion = read_champion(storage)
         assert champion
-        assert alias
-        assert alias.number == champion.pointer.version
-        return champion
+        found = fetch(storage, champion.pointer.release, folder)
+        seen.append((found / "labels.json").read_text().split()[0])
+        shutil.rmtree(found)
+    return seen
+
+
+def kill(start: Callable[[], Started], point: Point, *proxies: Proxy) -> None:
+    """Publish, and be killed at a point."""
+    request, when, nth = point
+    process: Future[Started] = Future()
+
+    def strike(exchange: Exchange) -> None:
+        if when != "before":
+            exchange.forward(0.5 if when == "during" else 1.0)
+        os.kill(process.result(10).pid, signal.SIGKILL)
+        exchange.reset()
+
+    fault = on(request, strike, (nth,))
+    with proxies[0].failing(fault), proxies[1].failing(fault):
+        process.set_result(start())
+        assert process.result().wait(60) == -signal.SIGKILL, point
 
 
 @pytest.mark.parametrize(
@@ -132,19 +98,34 @@ class Services:
 def test_killed_anywhere_between_upload_and_alias_nothing_is_lost_or_half_seen(
     s3: S3Address, mlflow_server: MlflowServer, tmp_path: Path, points: list[Point]
 ) -> None:
-    direct = Storage(s3)
+    direct, run, champions, stopped = Storage(s3), None, list[Champion](), Event()
     folders = [write_files(tmp_path / f"{number:03d}") for number in range(len(points) + 1)]
-    registry = Registry(mlflow_server.url, f"signs-{s3.bucket}", login=mlflow_server.login)
-    with proxy_to(s3.endpoint_url) as storage, proxy_to(mlflow_server.url) as mlflow:
-        services = Services(direct, registry, (storage, mlflow))
-        champions = [services.publish(folders[0])]
-        if points is not RECORDING:
-            first = champions[0].pointer.release
-            services.run = publishing.record(registry, first, folders[0])
-        with reading(Storage(s3), tmp_path / "reader") as seen:
-            for folder, point in zip(folders[1:], points, strict=True):
-                services.kill(folder, point)
-                champions.append(services.publish(folder))
+    names = (f"signs-{s3.bucket}", mlflow_server.login)
+    registry = Registry(mlflow_server.url, names[0], login=names[1])
+    with (
+        proxy_to(s3.endpoint_url) as storage,
+        proxy_to(mlflow_server.url) as mlflow,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        address = replace(s3, endpoint_url=storage.url)
+        try:
+            for folder, point in zip(folders, [None, *points], strict=True):
+                start = partial(publishing.start, folder, address, run, mlflow.url, *names)
+                if point:
+                    kill(start, point, storage, mlflow)
+                assert start().wait(60) == 0
+                champion, alias = read_champion(direct), registry.find(CHAMPION)
+                assert champion
+                assert alias
+                assert alias.number == champion.pointer.version
+                champions.append(champion)
+                if not point:
+                    reader = pool.submit(read_until, stopped, Storage(s3), tmp_path / "reader")
+                    if points is not RECORDING:
+                        run = publishing.record(registry, champion.pointer.release, folder)
+        finally:
+            stopped.set()
+        seen = reader.result()
     assert seen == sorted(seen)
     assert len(seen) > len(points)
     # One release, one version, one move and one finished run each, however often it was tried.
