@@ -253,6 +253,7 @@ def _draw(picture: Path, project: Project, names: Sequence[str], result: Compari
     picture.unlink(missing_ok=True)
     if not (changed := result.changed[:SHOWN]):
         return
+    first, second = names
     height = -(-len(changed) // COLUMNS)
     figure = Figure(figsize=(2 * COLUMNS, 2.6 * height), layout="constrained")
     grid = figure.subplots(height, COLUMNS).ravel()
@@ -261,6 +262,6 @@ def _draw(picture: Path, project: Project, names: Sequence[str], result: Compari
     for axes, one in zip(grid, changed, strict=False):
         pixels = decode((project.data / one["name"]).read_bytes(), one["name"])
         axes.imshow(resize_square(pixels, SIDE))
-        said = f"{names[0]}: {one['champion']}   {names[1]}: {one['challenger']}"
+        said = f"{first}: {one['champion']}   {second}: {one['challenger']}"
         axes.set_title(f"{one['label']}\n{said}", fontsize=8)
     save(figure, picture)
