@@ -27,7 +27,6 @@ from tasks.releases.signing import UNSIGNED, Trust, fingerprint, new_keys, publi
 from tasks.services.s3 import S3Address, Storage
 from tests.fixtures.faults import one_line, proxy_to
 from tests.fixtures.photos import CHECKOUT, LABELS
-from tests.fixtures.servers import new_bucket
 
 Keys = tuple[Path, Path]
 NOTE = Pointer(release="0" * 32, version=1)
@@ -43,12 +42,6 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Keys:
     return new_keys(tmp_path_factory.mktemp("theirs"))
 
 
-@pytest.fixture(scope="module")
-def bucket(s3_server: S3Address) -> S3Address:
-    """One bucket for this file: a fresh one for each test takes a second each."""
-    return new_bucket(s3_server)
-
-
 @pytest.fixture
 def signed(bucket: S3Address, ours: Keys, tmp_path: Path) -> Storage:
     """The bucket, without a champion, for a reader that requires our signature."""
@@ -60,8 +53,8 @@ def signed(bucket: S3Address, ours: Keys, tmp_path: Path) -> Storage:
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
     """Files of a release that is like no other."""
-    contents = {"labels.json": b"[]", "model_card.md": b"# Card"}
-    contents["model.pb"] = uuid.uuid4().bytes * 100
+    unique = uuid.uuid4().bytes * 100
+    contents = {"labels.json": b"[]", "model_card.md": b"# Card", "model.pb": unique}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     return {name: tmp_path / name for name in contents}
