@@ -229,7 +229,7 @@ def test_an_import_onto_a_full_disk_leaves_the_photos_as_they_were(tmp_path: Pat
 def test_an_unusable_proxy_is_named_and_the_login_is_for_the_local_server_only(
     tmp_path: Path,
 ) -> None:
-    wrong, theirs = {"HTTPS_PROXY": "socks://user:sentinel@127.0.0.1:1080/"}, dict[str, str]()
+    theirs, wrong = dict[str, str](), {"HTTPS_PROXY": "socks://user:sentinel@127.0.0.1:1080/"}
     with one_line(SettingsError, r"^HTTPS_PROXY must be .*socks5://"):
         point_prefect_at("http://127.0.0.1:1/api", tmp_path, Settings(), wrong)
     named = Settings().model_copy(update={"prefect_api_url": "http://theirs/api"})

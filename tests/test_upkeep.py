@@ -1,6 +1,6 @@
 """Prune removes what nobody needs; monitor compares production with what a release saw."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -34,41 +34,32 @@ from tests.fixtures.service import capture
 RELEASE = "0123456789abcdef" * 2
 
 
-@dataclass(frozen=True)
-class Shop:
-    """Releases in storage with versions in a registry, and a checkout's copies of them."""
-
-    storage: Storage
-    registry: Registry
-    project: Project
-
-    def add(self, created: str = "2020-01-01T00:00:00+00:00", run: Any = None) -> Version:
-        content = {"metrics.json": len(self.registry.versions())}
-        release = publish_contents(self.storage, self.project.root, content, created=created)
-        fetch(self.storage, release.id, self.project.releases)
-        return register(self.registry, release, run)
-
-    def prune(self, dry_run: bool = False) -> Pruned:
-        return prune_releases(self.project, self.storage, self.registry, 1, 0.0, dry_run)
-
-
 def test_only_what_champion_rollback_alias_tag_and_age_need_stays_though_a_prune_breaks_off(
     storage: Storage, tracking_uri: str, tmp_path: Path
 ) -> None:
     registry, project = Registry(tracking_uri, "signs", tmp_path / "ml"), Project(tmp_path / "at")
-    shop = Shop(storage, registry, project)
+
+    def add(created: str = "2020-01-01T00:00:00+00:00", run: Any = None) -> Version:
+        content = {"metrics.json": len(registry.versions())}
+        release = publish_contents(storage, project.root, content, created=created)
+        fetch(storage, release.id, project.releases)
+        return register(registry, release, run)
+
+    def prune(storage: Storage = storage, dry_run: bool = False) -> Pruned:
+        return prune_releases(project, storage, registry, 1, 0.0, dry_run)
+
     (tmp_path / "model.keras").write_bytes(b"a model")
-    first = shop.add(run=record(registry, "0" * 32, tmp_path))
-    second, third = shop.add(), shop.add()
+    first = add(run=record(registry, "0" * 32, tmp_path))
+    second, third = add(), add()
     for version in (first, second, third):
         set_champion(storage, version, read_champion(storage), "better", {})
-    challenger, tagged, lost = (shop.add() for _ in range(3))
-    young = shop.add(created="2999-01-01T00:00:00+00:00")
+    challenger, tagged, lost = (add() for _ in range(3))
+    young = add(created="2999-01-01T00:00:00+00:00")
     registry.set_alias(CHALLENGER, challenger.number)
     registry.set_tags(tagged.number, {"customer": "yes"})
 
     assert [*tmp_path.glob("ml/**/model.keras")]
-    planned = shop.prune(dry_run=True)
+    planned = prune(dry_run=True)
     assert len(list_releases(storage)) == 7
     assert set(planned.releases) == {first.content_id, lost.content_id}
     assert planned.bytes > 0
@@ -83,19 +74,19 @@ def test_only_what_champion_rollback_alias_tag_and_age_need_stays_though_a_prune
     with proxy_to(storage.address.endpoint_url) as proxy:
         through = Storage(replace(storage.address, endpoint_url=proxy.url))
         with proxy.failing(on("^DELETE", resetting, range(2, 9))), pytest.raises(ServiceError):
-            replace(shop, storage=through).prune()
+            prune(through)
     removed = [request for request in proxy.requests if request.startswith("DELETE")]
     assert removed[0].endswith("/manifest.json")
     assert len(list_releases(storage)) == 6
     for release in list_releases(storage):
         verify(storage, release)
-    assert shop.prune().releases == planned.releases
+    assert prune().releases == planned.releases
     assert not [path for path in tmp_path.glob("ml/**/*") if path.is_file()]
     kept = {one.content_id for one in (second, third, challenger, tagged, young)}
     assert {key.split("/")[1] for key in storage.keys("releases/")} == kept
     assert {one.content_id for one in registry.versions()} == kept
     assert {path.name for path in project.releases.iterdir()} == kept
-    assert shop.prune().releases == ()
+    assert prune().releases == ()
 
 
 def test_the_photos_of_kept_releases_stay_in_the_cache(
