@@ -1,6 +1,5 @@
 """Git: what is checked out, and commits on a branch of the remote."""
 
-import logging
 import os
 import re
 import subprocess
@@ -10,21 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import stamina
-
 from tasks.errors import ReleaseError, ServiceError
 
-ATTEMPTS = 5
 SECONDS = 60  # longest wait for one answer of git; a silent remote is given up
-RACES = ("[rejected]", "cannot lock ref", "failed to update ref", "Unable to create", "bad object")
-"""What git says where another push was faster."""
 MISLEADING = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
 """Set where a git hook starts us; they name another checkout."""
 AUTHOR = ("-c", "user.name=handsigns", "-c", "user.email=handsigns@localhost")
-
-
-class _MovedError(ServiceError):
-    """Another push moved the branch in between."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +54,6 @@ def push_to_branch(root: Path, branch: str, paths: Sequence[Path], message: str)
     The checkout's own branch, index and files stay as they are. Returns the commit, or None
     where the branch holds these very files already.
     """
-    logging.getLogger("stamina").setLevel(logging.ERROR)
-    patient = stamina.retry(on=_MovedError, attempts=ATTEMPTS, timeout=None, wait_max=3.0)
-    return patient(_push)(root, branch, paths, message)
-
-
-def _push(root: Path, branch: str, paths: Sequence[Path], message: str) -> str | None:
     theirs, ours = f"refs/heads/{branch}", f"refs/handsigns/{branch}"
     exists = bool(_git(root, "ls-remote", "origin", theirs))
     if exists:
@@ -114,11 +98,9 @@ def _git(root: Path, *words: str, index: Path | None = None) -> str:
         return done.stdout.strip()
     said = _one_line(done.stderr)
     verb = next(word for word in words if word not in AUTHOR)
-    if verb in ("push", "fetch") and any(race in done.stderr for race in RACES):
-        raise _MovedError(f"Others kept moving the branch ({said}). Run again.")
     raise ServiceError(
         f"git {verb} failed ({said}). Check HANDSIGNS_GIT_PUSH, the remote and the right to "
-        "push there."
+        "push there, then run again."
     )
 
 
