@@ -42,6 +42,7 @@ EQUIVALENT = {
     "tasks/data/importer.py: True -> False": "strict: each photo has one decision",
     "tasks/releases/comparison.py: won > lost": "as many of each is within noise",
     "tasks/releases/comparison.py: rise <= LOSS_MARGIN": "none is exactly so",
+    "tasks/releases/comparison.py: p_value < SIGNIFICANCE -> p_value <=": "none is exactly so",
     "tasks/releases/comparison.py: 2 -> 3": "how wide a picture is",
     "tasks/releases/comparison.py: 2.6 * height -> 2.6 + height": "how high a picture is",
     "tasks/releases/comparison.py: 2.6 -> 3.6": "how high a picture is",
