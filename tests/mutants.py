@@ -43,6 +43,8 @@ EQUIVALENT = {
     "tasks/releases/comparison.py: won > lost": "as many of each is within noise",
     "tasks/releases/comparison.py: rise <= LOSS_MARGIN": "none is exactly so",
     "tasks/releases/comparison.py: p_value < SIGNIFICANCE -> p_value <=": "none is exactly so",
+    "tasks/releases/comparison.py: won + lost -> won - lost": "as many of each give 1, too",
+    "tasks/releases/comparison.py: one.recall is None or": "both are of the same photos",
     "tasks/releases/comparison.py: 2 -> 3": "how wide a picture is",
     "tasks/releases/comparison.py: 2.6 * height -> 2.6 + height": "how high a picture is",
     "tasks/releases/comparison.py: 2.6 -> 3.6": "how high a picture is",

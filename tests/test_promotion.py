@@ -110,7 +110,9 @@ def test_an_earlier_release_verifies_and_predicts_as_it_did_then(team: Team) -> 
     assert Path(compared["picture"]).is_file() == bool(compared["changed"])
 
 
-def test_a_better_model_waits_for_a_person_and_then_is_champion(team: Team) -> None:
+def test_a_better_model_waits_for_a_person_and_then_is_champion(
+    team: Team, s3_server: S3Address
+) -> None:
     def approve(run: Any, question: str) -> None:
         for words in ("Version 3", "accuracy 0.", "McNemar", "`comparison`"):
             assert words in question
@@ -139,6 +141,17 @@ def test_a_better_model_waits_for_a_person_and_then_is_champion(team: Team) -> N
     ):
         assert words in team.artifact(run, key)
     assert run["name"].startswith("v3 promoted: 0.")
+    key = f"releases/{report['release']['id']}/model_card.md"
+    card = s3_client(s3_server).get_object(Bucket=BUCKET, Key=key)["Body"].read().decode()
+    for words in (
+        f"Version `{report['data']['version']}`. The photos were imported.",
+        "Training also used 12 synthetic (rendered) hands.",
+        f"| train | {report['data']['train']} |",
+        f"| accuracy | {report['test']['accuracy']:.4f} (95% Wilson: ",
+        "| full | ",
+        "Passed. `gate.json` has every check",
+    ):
+        assert words in card, card
 
 
 def test_the_champion_is_moved_by_hand_with_or_without_a_prefect_that_works(team: Team) -> None:

@@ -1,4 +1,4 @@
-"""Where a release comes from: commit and branch, card, bill of materials, and its rebuild."""
+"""Where a release comes from: commit and branch, bill of materials, and its rebuild."""
 
 import json
 import re
@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
@@ -16,12 +15,9 @@ from flows.reproduce import rebuild, recorded_revision
 from flows.settings import Settings
 from flows.workspace import Workspace
 from tasks.errors import ReleaseError, ServiceError, StageError
-from tasks.gate import judge
 from tasks.io import write_json
-from tasks.params import Params
 from tasks.project import Project
-from tasks.releases.provenance import compare_builds, environment, model_card, write_bill
-from tasks.scoring.metrics import score
+from tasks.releases.provenance import compare_builds, environment, write_bill
 from tasks.services.git import Revision, push_to_branch, read_revision, worktree
 from tasks.stage import silent
 from tests.fixtures.checkouts import with_stages
@@ -125,32 +121,6 @@ def test_the_commit_and_the_changed_files_are_named_or_why_not(
     (outside / "REVISION").write_text("abc\n")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     assert read_revision(outside) == Revision("abc")
-
-
-def test_the_card_carries_data_phases_scores_and_verdict(params: Params) -> None:
-    y = np.arange(12) % 6
-    blind_to_3 = np.full((12, 6), 0.02) + np.eye(6)[np.where(y == 3, 0, y)] * 0.88
-    metrics = score(blind_to_3, y, params.labels).to_json()
-    history = {"images": 10, "epochs": [{}] * 3, "val_loss": 0.25, "val_accuracy": 0.9}
-    text = model_card(
-        metrics=metrics,
-        gate=judge(metrics, 0, params.gate, params.labels),
-        counts={"train": 100, "val": 10, "test": 12, "synthetic": 60},
-        params=params.model_dump(),
-        histories=[{"phase": name, **history} for name in params.phases],
-        data_version="3f2a.dir",
-        data_note="Rendered hands.",
-    )
-    for words in (
-        "Version `3f2a.dir`. Rendered hands.",
-        "used 60 synthetic (rendered) hands",
-        "| train | 100 |",
-        "| 3 | 0.2500 | 0.9000 |",
-        "| accuracy | 0.8333 (95% Wilson: 0.5520 to 0.9530) |",
-        "| 3 | - | 0.0000 | 0.0000 | 2 |",
-        "Failed: ",
-    ):
-        assert words in text
 
 
 def test_the_same_lock_gives_the_same_bill_wherever_it_lies(
