@@ -219,10 +219,10 @@ def comparison_text(decision: PromotionDecision) -> str:
             f"{found['lost']} only the champion, p = {found['p_value']:.3g}: "
             f"**{found['verdict']}**.\n",
             _table((f"{before['n']} photos", "champion", "challenger"), scores),
-            "\n### Recall of each sign\n",
-            _table(("sign", "photos", "champion", "challenger", "change"), recalls),
+            "\n### Recall of each label\n",
+            _table(("label", "photos", "champion", "challenger", "change"), recalls),
             f"\n### {len(found['changed'])} photos changed verdict\n",
-            _table(("photo", "sign", "champion read", "challenger reads", "now"), photos),
+            _table(("photo", "label", "champion read", "challenger reads", "now"), photos),
             f"\nand {more} more." if more else "",
         ]
     )

@@ -80,8 +80,8 @@ def status(
     up = {name: one for name, one in (found["service"] or {}).items() if name != "pid"}
     facts["service"] = shown(up) if up else "not up; handsigns up starts it"
     facts["signatures"] = found["signatures"]
-    notes = [move.describe() for move in moves[-5:]]
-    echo(json_, found, Listing("Status", facts, notes=notes))
+    facts["moves"] = "\n".join(move.describe() for move in moves[-5:]) or "-"
+    echo(json_, found, Listing("Status", facts))
 
 
 @versions_app.command()
