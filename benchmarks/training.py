@@ -41,7 +41,6 @@ NOTEBOOK = {
         "dropout": 0.0,
         "mixstyle_prob": 0.0,
         "random_erasing_prob": 0.0,
-        "gce_q": 0.0,
         "temperature": 1.0,
     },
     "phases": {
