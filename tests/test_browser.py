@@ -34,6 +34,24 @@ FLAGS = (
     "use-fake-ui-for-media-stream disable-dev-shm-usage hide-scrollbars"
 )
 SHARE = "return [...document.querySelectorAll('.fill')].map(f => parseFloat(f.style.width))"
+CONTRAST = """
+const light = (c) => c.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255)
+  .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+const behind = (e) => {
+  const colour = getComputedStyle(e).backgroundColor;
+  return /rgba\\(.*, 0\\)/.test(colour) ? behind(e.parentElement) : colour;
+};
+return [...document.querySelectorAll("body *")]
+  .filter((e) => e.checkVisibility())
+  .filter((e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
+  .map((e) => {
+    const [a, b] = [getComputedStyle(e).color, behind(e)].map(light).sort((x, y) => y - x);
+    return [(a + 0.05) / (b + 0.05), e.textContent];
+  })
+  .sort((x, y) => x[0] - y[0])[0];
+"""
+"""The text that stands out least, after WCAG 2.2's relative luminance."""
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +203,8 @@ def test_it_can_be_read_on_every_screen(browser: Any, service: Service) -> None:
         ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
         brightness = sum(int(level) for level in ground[4:-1].split(",")) / 3
         assert (brightness > 128) == (scheme == "light")
+        least, words = browser.execute_script(CONTRAST)
+        assert least >= 4.5, words
         phone = browser.find_element(By.CSS_SELECTOR, "label[for=shot]").is_displayed()
         assert phone == (size != DESKTOP)
 
@@ -237,6 +257,7 @@ def test_photos_are_labelled_with_keys_and_thumbs_and_a_reload_loses_nothing(
         assert page.execute_script("return document.documentElement.scrollWidth") <= SMALL[0]
         buttons = page.find_elements(By.CSS_SELECTOR, "#work button")
         assert all(button.rect["height"] >= 44 and button.accessible_name for button in buttons)
+        assert page.execute_script(CONTRAST)[0] >= 4.5
         assert page.find_element(By.ID, "facts").get_attribute("aria-live") == "polite"
         assert "read as 3, " in page.find_element(By.ID, "photo").accessible_name
         for done in range(4, 7):
