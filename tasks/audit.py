@@ -110,7 +110,7 @@ def audit(
 
     if same := describe(np.flatnonzero(conflicts & (found.rms == 0))):
         named = "; ".join(" = ".join(pair["photos"]) for pair in same[:5])
-        more = f"; and {len(same) - 5} more" if len(same) > 5 else ""
+        more = f"; and {len(same) - 5} more" if same[5:] else ""
         raise DataError(
             f"The same picture has two labels: {named}{more}. Keep each picture only under its "
             "right label."
