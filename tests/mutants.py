@@ -37,6 +37,7 @@ TESTS = {
 EQUIVALENT = {
     "tasks/audit.py: brightness[active] >= brightness": "reach is longer than it must be",
     "tasks/audit.py: apart <= colors.shape[1] * reach": "reach is longer than it must be",
+    "tasks/audit.py: squares[block, None] + ": "more pairs are looked at, the same are found",
     "tasks/audit.py: folders == 'test' -> ": "the same photos are of one kind",
     "tasks/audit.py: found.groups * len(labels) + ": "pairs have other numbers, each its own",
     "tasks/audit.py: True -> False": "strict: both lists are of one mask",
