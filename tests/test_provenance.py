@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,15 @@ def test_files_are_committed_and_what_the_person_is_doing_stays(clone: Path) -> 
     kept = git(origin, "ls-tree", "-r", "--name-only", branch).split()
     assert kept == ["code.py", "data.dvc", "models/signs/data.dvc"]
     assert git(origin, "log", "--format=%s", branch).split() == ["More", "Retrain", "Start"]
+    # Of many at once none is lost.
+    clones = [clone.parent / name for name in "abcd"]
+    for other in clones:
+        git(clone.parent, "clone", "-q", "origin", str(other))
+        (other / f"{other.name}.dvc").write_text("fourth\n")
+    with ThreadPoolExecutor() as pool:
+        files = [[other / f"{other.name}.dvc"] for other in clones]
+        assert all(pool.map(push_to_branch, clones, [branch] * 4, files, "abcd"))
+    assert sorted(git(origin, "log", "--format=%s", branch).split()[:4]) == list("abcd")
 
 
 def test_a_remote_that_refuses_is_one_line_without_its_token(clone: Path) -> None:

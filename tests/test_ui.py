@@ -137,39 +137,33 @@ def test_an_address_that_fails_keeps_nobody_else_from_it_and_is_not_shown(
 
 @pytest.mark.slow
 def test_sqlite_loses_nothing_of_three_runs_at_once(tmp_path: Path) -> None:
-    with running(tmp_path, "prefect", partial(servers.prefect, tmp_path, Settings())) as program:
-        send_much(PrefectApi(program.url, local_credentials(tmp_path).login))
-
-
-def send_much(prefect: PrefectApi) -> None:
-    # On a busy machine the five attempts of Prefect's client may be too few.
-    ask = stamina.retry(on=PrefectHTTPStatusError, attempts=None, timeout=90)(prefect.ask)
-
     def work(worker: int) -> list[str]:
         flow, runs = ask("flows/", {"name": f"work-{worker}"})["id"], []
         for _ in range(20):
-            runs.append(ask("flow_runs/", {"flow_id": flow, "state": {"type": "RUNNING"}})["id"])
+            run = ask("flow_runs/", {"flow_id": flow, "state": {"type": "RUNNING"}})["id"]
             now = datetime.now(UTC).isoformat()
-            line = {"name": "load", "level": 20, "timestamp": now, "flow_run_id": runs[-1]}
+            line = {"name": "load", "level": 20, "timestamp": now, "flow_run_id": run}
             ask("logs/", [{**line, "message": str(number)} for number in range(20)])
-            event = {"resource": {"prefect.resource.id": runs[-1]}, "event": "load"}
-            event["occurred"] = now
+            event = {"resource": {"prefect.resource.id": run}, "event": "load", "occurred": now}
             ask("events", [{**event, "id": str(uuid.uuid4())} for _ in range(20)])
-            ask(f"flow_runs/{runs[-1]}/set_state", {"state": {"type": "COMPLETED"}})
+            ask(f"flow_runs/{run}/set_state", {"state": {"type": "COMPLETED"}})
+            runs.append(run)
         return runs
-
-    with ThreadPoolExecutor(3) as pool:
-        runs = [run for each in pool.map(work, range(3)) for run in each]
 
     def received(event: str) -> dict[str, int]:
         found = ask("events/count-by/resource", {"filter": {"event": {"name": [event]}}})
         return {one["value"]: one["count"] for one in found}
 
-    until = time.monotonic() + 60  # events are written behind the answer
-    ended = {f"prefect.flow-run.{run}" for run in runs}
-    while received("load") != dict.fromkeys(runs, 20) or not (
-        ended <= set(received("prefect.flow-run.Completed"))
-    ):
-        assert time.monotonic() < until
-        time.sleep(1)
-    assert all(set(prefect.logged(run)) == set(map(str, range(20))) for run in runs)
+    with running(tmp_path, "prefect", partial(servers.prefect, tmp_path, Settings())) as program:
+        api = PrefectApi(program.url, local_credentials(tmp_path).login)
+        # On a busy machine the five attempts of Prefect's client may be too few.
+        ask = stamina.retry(on=PrefectHTTPStatusError, attempts=None, timeout=90)(api.ask)
+        with ThreadPoolExecutor(3) as pool:
+            runs = [run for each in pool.map(work, range(3)) for run in each]
+        ended, until = {f"prefect.flow-run.{run}" for run in runs}, time.monotonic() + 60
+        while received("load") != dict.fromkeys(runs, 20) or not (
+            ended <= set(received("prefect.flow-run.Completed"))
+        ):
+            assert time.monotonic() < until  # events are written behind the answer
+            time.sleep(1)
+        assert all(set(api.logged(run)) == set(map(str, range(20))) for run in runs)

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock
 from pydantic import BaseModel
 
 from tasks.errors import ReleaseError, SettingsError, first_fault
@@ -127,8 +128,7 @@ class Trust:
         """Refuse a pointer with fewer moves than one seen before; its signature is still valid."""
         if not self.known or self.seen_pointers is None:
             return
-        seen = _read_seen(self.seen_pointers)
-        newest = seen.get(place, 0)
+        newest = _read_seen(self.seen_pointers).get(place, 0)
         if moves < newest:
             raise ReleaseError(
                 f"The champion pointer {place} is older than one seen before: it has {moves} moves "
@@ -136,7 +136,11 @@ class Trust:
                 "was right."
             )
         if moves > newest:
-            write_json(self.seen_pointers, {**seen, place: moves})
+            self.seen_pointers.parent.mkdir(parents=True, exist_ok=True)
+            # Others write too, and the slower must not take back what was seen.
+            with FileLock(f"{self.seen_pointers}.lock"):
+                seen = _read_seen(self.seen_pointers)
+                write_json(self.seen_pointers, {**seen, place: max(moves, seen.get(place, moves))})
 
     @property
     def _secret(self) -> bytes | None:
