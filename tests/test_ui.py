@@ -157,10 +157,10 @@ def test_sqlite_loses_nothing_of_three_runs_at_once(tmp_path: Path) -> None:
     with running(tmp_path, "prefect", partial(servers.prefect, tmp_path, Settings())) as program:
         api = PrefectApi(program.url, local_credentials(tmp_path).login)
         # On a busy machine the five attempts of Prefect's client may be too few.
-        ask = stamina.retry(on=PrefectHTTPStatusError, attempts=None, timeout=90)(api.ask)
+        ask = stamina.retry(on=PrefectHTTPStatusError, attempts=None, timeout=300)(api.ask)
         with ThreadPoolExecutor(3) as pool:
             runs = [run for each in pool.map(work, range(3)) for run in each]
-        ended, until = {f"prefect.flow-run.{run}" for run in runs}, time.monotonic() + 60
+        ended, until = {f"prefect.flow-run.{run}" for run in runs}, time.monotonic() + 180
         while received("load") != dict.fromkeys(runs, 20) or not (
             ended <= set(received("prefect.flow-run.Completed"))
         ):
