@@ -85,6 +85,8 @@ def roc_pr(p: np.ndarray, y: np.ndarray, names: Sequence[str]) -> Figure:
     few = len(names) <= len(COLORS)
     for place, index in enumerate(shown):
         label, positive = names[index], y == index
+        if not positive.any() or positive.all():
+            continue  # no curve is defined
         style = {"color": COLORS[place] if few else colormaps["tab20"](place)}
         for display, axes in ((RocCurveDisplay, roc), (PrecisionRecallDisplay, pr)):
             display.from_predictions(positive, p[:, index], name=label, ax=axes, curve_kwargs=style)
