@@ -76,7 +76,7 @@ def status(
         names += ["comparison"] if role == "challenger" and one != roles.get("champion") else []
         about = [f"{name} {shown(one[name])}" for name in names if one.get(name)]
         facts[role] = ", ".join([f"version {shown(one['version'])}", *about])
-    facts["last run"] = "{status}: {reason}".format_map(found["last_run"]) if last else "-"
+    facts["last run"] = "{status}: {reason}".format_map(last) if last else "none has ended yet"
     up = {name: one for name, one in (found["service"] or {}).items() if name != "pid"}
     facts["service"] = shown(up) if up else "not up; handsigns up starts it"
     facts["signatures"] = found["signatures"]
