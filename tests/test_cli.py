@@ -236,7 +236,8 @@ def in_terminal(repo: Repo, *words: str, **environment: str) -> list[str]:
         # Here, and not in the parent, which may be too late for the program.
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
         os.chdir(repo.project.root)
-        variables = repo.environment(**environment) | {"TERM": "xterm-256color"}
+        size = {"COLUMNS": str(COLUMNS)}  # pytest's workers have 80
+        variables = repo.environment(**environment) | {"TERM": "xterm-256color", **size}
         os.execve(BIN / words[0], words, variables)
     raw = b""
     with suppress(OSError):  # the other side is closed

@@ -274,7 +274,7 @@ class Pipeline:
         if version != read_json(self._memory):
             write_json(self._memory, version)
 
-    def _locked(self, call: Callable[[], _Result]) -> _Result:
+    def _locked(self, call: Callable[[], _Result], again: bool = True) -> _Result:
         """Call into DVC, waiting a bounded time for its locks."""
         from dvc.exceptions import DvcException, ReproductionError
         from dvc.lock import LockError
@@ -298,10 +298,12 @@ class Pipeline:
         except sqlite3.Error as error:
             raise _full(error) from error
         except (RWLockFileCorruptedError, RWLockFileFormatError, UnicodeDecodeError) as error:
-            raise StageError(
-                "DVC's list of locks, .dvc/tmp/rwlock, is damaged. Remove it when no other command "
-                "works in this checkout, then run again."
-            ) from error
+            # DVC reads its list of locks under a lock, so nobody is just writing it.
+            if not again:
+                raise StageError(f"DVC stopped: {_one_line(error)}") from error
+            _log.warning("A killed command left DVC's list of locks half written; a new one begins.")
+            (self._project.root / ".dvc/tmp/rwlock").unlink(missing_ok=True)
+            return self._locked(call, again=False)
         except DvcException as error:
             advice = "" if "dvc.lock" not in str(error) else " Take dvc.lock back from git."
             raise StageError(f"DVC stopped: {_one_line(error)}{advice}") from error
