@@ -301,7 +301,7 @@ class Pipeline:
             # DVC reads its list of locks under a lock, so nobody is just writing it.
             if not again:
                 raise StageError(f"DVC stopped: {_one_line(error)}") from error
-            _log.warning("A killed command left DVC's list of locks half written; a new one begins.")
+            _log.warning("DVC's list of locks was half written; a new one begins.")
             (self._project.root / ".dvc/tmp/rwlock").unlink(missing_ok=True)
             return self._locked(call, again=False)
         except DvcException as error:
