@@ -104,7 +104,7 @@ def _conduct(run: Run) -> State[Any]:
     report = run.report
     bad = report.status in ("failed", "rejected")
     _log.log(logging.ERROR if bad else logging.INFO, "%s: %s", report.status, report.reason)
-    ui.show_outcome(run.workspace.project, report, name_record(run))
+    ui.show_summary(run.workspace.project, report, name_record(run))
     ui.rename_run(report.headline())
     if report.status == "cancelled":
         return Cancelled(message=report.reason)
@@ -150,7 +150,7 @@ def _train(run: Run) -> None:
         outcomes[name] = stage(run, name)
         if name == "preprocess":
             report.data.changes = data_changes(project, former, since)
-    read_stages(project, load_params(project.params), report, outcomes)
+    report_stages(run, outcomes)
     check_trained_on(project, report.data.version)
     if branch := workspace.settings.git_push:
         commit_versions(run, branch)
@@ -213,6 +213,14 @@ def run_stage(run: Run, name: str) -> str:
     outcome = run.workspace.pipeline.run(name, run.force, run.progress)
     _log.info("Stage %s: %s.", name, outcome)
     return outcome
+
+
+@step("report")
+def report_stages(run: Run, outcomes: dict[str, str]) -> None:
+    """Read and show what the stages found."""
+    project = run.workspace.project
+    read_stages(project, load_params(project.params), run.report, outcomes)
+    ui.show_stages(project, run.report)
 
 
 @step("git")
@@ -369,7 +377,6 @@ def _promote_if_better(
     else:
         run.report.model.alias = CHAMPION
         run.end("promoted", f"{name} is champion: {reason}.")
-        ui.show_history(run.workspace)
 
 
 @step("promote")
@@ -381,3 +388,4 @@ def promote(
     scores[PHOTOS] = run.report.data.train
     with workspace.alias_follows():
         set_champion(workspace.storage, version, champion, reason, scores, by=by)
+    ui.show_history(workspace)

@@ -121,8 +121,8 @@ def notify_crash(run: str) -> None:
         notify_bad_end(silent, crashed, state)
 
 
-def show_outcome(project: Project, report: RunReport, record: str | None) -> None:
-    """The artifacts `summary`, `audit` and `gate`.
+def show_summary(project: Project, report: RunReport, record: str | None) -> None:
+    """The outcome at a glance. It is the run's own artifact, so that it is above those of tasks.
 
     Args:
         record: address of the run in MLflow, if it has one.
@@ -140,6 +140,10 @@ def show_outcome(project: Project, report: RunReport, record: str | None) -> Non
         text += ["\n### Training\n", _table(("phase", *names[1:]), phases)]
         text += ["\n### Test\n", _table(scores, classes), _picture(project.plots / "mistakes.png")]
     show_text("summary", headline, "\n".join(text))
+
+
+def show_stages(project: Project, report: RunReport) -> None:
+    """The artifacts `audit` and `gate`, failures first."""
     if changes := report.data.changes:
         since = changes["since"]
         since = f"version {since}" if since else "the beginning: no champion yet"
