@@ -17,10 +17,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tasks.services.s3 import S3Address
+from tests.fixtures.checkouts import Trained
 from tests.fixtures.photos import photo
 from tests.fixtures.servers import new_bucket
 from tests.fixtures.service import Place, Service, comment, grey, named, picture, serving
-from tests.fixtures.trained import Trained
 
 pytestmark = pytest.mark.skipif(not shutil.which("chromedriver"), reason="see `make packages`")
 

@@ -22,11 +22,10 @@ from flows.settings import load_settings
 from tasks.errors import SettingsError
 from tasks.project import Project
 from tasks.services.s3 import S3Address, redact_url
-from tests.fixtures.checkouts import BIN, SERVICES, Repo, make_checkout
+from tests.fixtures.checkouts import BIN, SERVICES, Repo, Trained, make_checkout
 from tests.fixtures.photos import CHECKOUT, write_photos
 from tests.fixtures.servers import MlflowServer, PrefectApi
 from tests.fixtures.service import named
-from tests.fixtures.trained import Trained
 
 NOWHERE = {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
 

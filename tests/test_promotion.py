@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +14,12 @@ import pytest
 from tasks.project import Project
 from tasks.services.s3 import S3Address
 from tests.fixtures import faults
-from tests.fixtures.checkouts import QUICK, Repo
+from tests.fixtures.checkouts import QUICK, Repo, Trained, git
 from tests.fixtures.faults import Answer, proxy_to
 from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.servers import PrefectApi, s3_client
 from tests.fixtures.service import named as storage_named
 from tests.fixtures.service import soon
-from tests.fixtures.trained import Trained
 
 COMMIT = "f2455f0"
 ARCHIVE = CHECKOUT.root / f"tests/fixtures/releases/{COMMIT}.tar.xz"
@@ -212,8 +210,8 @@ def test_an_earlier_release_is_rebuilt_bit_by_bit_with_the_stages_of_its_commit(
 ) -> None:
     def clone(name: str, revision: str) -> Repo:
         root = tmp_path / name
-        subprocess.run(["git", "clone", "-q", CHECKOUT.root, root], check=True)
-        subprocess.run(["git", "-C", root, "checkout", "-q", revision], check=True)
+        git(tmp_path, "clone", "-q", str(CHECKOUT.root), name)
+        git(root, "checkout", "-q", revision)
         return Repo(Project(root))
 
     environment = {**storage_named(s3), "HANDSIGNS_DVC_REMOTE_URL": str(tmp_path / "remote")}

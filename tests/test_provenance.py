@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,17 +20,11 @@ from tasks.project import Project
 from tasks.releases.provenance import compare_builds, environment, write_bill
 from tasks.services.git import Revision, push_to_branch, read_revision, worktree
 from tasks.stage import silent
-from tests.fixtures.checkouts import with_stages
+from tests.fixtures.checkouts import git, with_stages
 from tests.fixtures.faults import one_line
 from tests.fixtures.photos import CHECKOUT
 
 LOCK, PROJECT = CHECKOUT.root / "requirements.lock", CHECKOUT.root / "pyproject.toml"
-
-
-def git(root: Path, *words: str) -> str:
-    author = ["-c", "user.name=tests", "-c", "user.email=tests@example.invalid"]
-    command = ["git", "-C", str(root), *author, *words]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.fixture

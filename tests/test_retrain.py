@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import sqlite3
-import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -19,13 +18,12 @@ from flows.report import RunReport
 from flows.settings import Settings
 from tasks.services.dvc import check_trained_on
 from tasks.services.s3 import Storage
-from tests.fixtures.checkouts import Repo
+from tests.fixtures.checkouts import PER_CLASS, Repo, Trained, git
+from tests.fixtures.faults import receiving
 from tests.fixtures.forkserver import Started
 from tests.fixtures.photos import CHECKOUT, write_photos
-from tests.fixtures.receiver import receiving
 from tests.fixtures.servers import PrefectApi
 from tests.fixtures.service import grey, serving, soon
-from tests.fixtures.trained import PER_CLASS, Trained
 
 SECRET = "sentinel-do-not-show"
 REMOTE = {"HANDSIGNS_DVC_REMOTE_URL": "s3://dvc/photos"}
@@ -215,11 +213,6 @@ def test_a_full_disk_fails_the_run_in_one_line_and_changes_nothing(
     known = {move["release"] for move in before["history"]}
     assert again["release"]["id"] in known | {(before["challenger"] or {}).get("release")}
     assert repo.project.lock.read_bytes() == lock
-
-
-def git(root: Path, *words: str) -> str:
-    done = subprocess.run(["git", "-C", root, *words], check=True, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 @pytest.mark.slow

@@ -24,9 +24,8 @@ from tasks.services.s3 import S3Address
 from tasks.stage import silent
 from tests.fixtures import faults
 from tests.fixtures.checkouts import BIN, Repo, make_checkout, with_stages
-from tests.fixtures.faults import Exchange, proxy_to
+from tests.fixtures.faults import Exchange, proxy_to, receiving
 from tests.fixtures.photos import CHECKOUT, write_photos
-from tests.fixtures.receiver import receiving
 from tests.fixtures.servers import PrefectApi
 from tests.fixtures.service import named, soon
 

@@ -21,13 +21,12 @@ from tasks.releases.release import publish, verify
 from tasks.services.mlflow import CHAMPION, Registry
 from tasks.services.s3 import READ_SECONDS, ChangedError, MissingObjectError, S3Address, Storage
 from tests.fixtures import faults
-from tests.fixtures.checkouts import make_checkout
+from tests.fixtures.checkouts import Trained, make_checkout
 from tests.fixtures.faults import Answer, Exchange, Fault, Proxy, one_line, proxy_to
 from tests.fixtures.photos import write_photos
 from tests.fixtures.publishing import write_files
 from tests.fixtures.servers import MlflowServer, PrefectApi
 from tests.fixtures.service import named
-from tests.fixtures.trained import Trained
 
 SERVERS = ("s3_endpoint_url", "mlflow_tracking_uri", "prefect_api_url")
 

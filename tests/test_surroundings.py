@@ -5,12 +5,10 @@ import re
 import shutil
 import sqlite3
 import subprocess
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ from flows.local.stack import Services
 from flows.settings import Settings
 from tasks.services.s3 import Storage
 from tests.fixtures.checkouts import BIN, Repo, make_checkout
-from tests.fixtures.photos import CHECKOUT, write_photos
+from tests.fixtures.faults import Answer, proxy_to
+from tests.fixtures.photos import write_photos
 from tests.fixtures.service import point, publish_graph
 
 NOBODY = 54321  # a user id without a name
@@ -132,16 +131,10 @@ class Place:
         )
 
 
-class Page(SimpleHTTPRequestHandler):
-    """Answers every question with a page."""
-
-    def translate_path(self, _: str) -> str:
-        return str(CHECKOUT.root / "flows/serve/page/index.html")
-
-
 @pytest.fixture(scope="module")
 def place(graphs: tuple[bytes, bytes], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("surroundings")
+    page = Answer(200, b"<!doctype html><title>Nonsense</title>", {"content-type": "text/html"})
     made = make_checkout(folder / "checkout")
     made.handsigns("import", write_photos(folder / "photos", 12))
     for path, content in {
@@ -156,7 +149,8 @@ def place(graphs: tuple[bytes, bytes], tmp_path_factory: pytest.TempPathFactory)
         (folder / path).write_text(content)
     with (
         closing(Services(Settings(), made.project)) as services,
-        ThreadingHTTPServer(("127.0.0.1", 0), Page) as server,
+        proxy_to(NOWHERE) as server,
+        server.failing(lambda exchange: exchange.send(page)),
     ):
         storage = Storage(services.s3())
         point(storage, publish_graph(storage, folder / "release", graphs[0]).id, 1)
@@ -167,12 +161,10 @@ def place(graphs: tuple[bytes, bytes], tmp_path_factory: pytest.TempPathFactory)
         (folder / "idle/.local/prefect").mkdir()
         with closing(sqlite3.connect(folder / "idle/.local/prefect/prefect.db")) as database:
             database.execute("create table alembic_version as select 'of-the-future' version_num")
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        names = {"folder": str(folder), "page": f"http://127.0.0.1:{server.server_port}"}
+        names = {"folder": str(folder), "page": server.url}
         names |= {name: str(folder / name) for name in ("checkout", "idle")}
         names["photo"] = str(next((made.project.root / "data/train/3").iterdir()))
         yield Place(made, names)
-        server.shutdown()
 
 
 @cache

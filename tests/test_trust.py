@@ -19,12 +19,11 @@ from tasks.releases.champion import KEY, set_champion
 from tasks.releases.signing import Trust, new_keys
 from tasks.services.mlflow import Registry
 from tasks.services.s3 import S3Address, Storage
-from tests.fixtures.checkouts import Repo, make_checkout
+from tests.fixtures.checkouts import Repo, Trained, make_checkout
 from tests.fixtures.photos import LABELS, write_photos
 from tests.fixtures.publishing import publish_contents, register
 from tests.fixtures.servers import MlflowServer, PrefectApi, new_bucket, session_folder
 from tests.fixtures.service import named
-from tests.fixtures.trained import Trained
 
 SENTINEL = "-".join(("Xq7", "never", "seen"))  # not in one piece: this file is searched too
 NOWHERE = "127.0.0.1:9"

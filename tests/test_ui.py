@@ -32,8 +32,8 @@ from flows.settings import Settings, load_settings
 from flows.ui import MOST_PHOTOS, comparison_text, notify_bad_end, notify_people
 from tasks.releases.comparison import PromotionDecision, compare
 from tasks.services.notify import notify
+from tests.fixtures.faults import receiving
 from tests.fixtures.photos import LABELS
-from tests.fixtures.receiver import receiving
 from tests.fixtures.servers import PrefectApi, running
 
 SECRET = "sentinel-do-not-show"

@@ -30,8 +30,8 @@ from tasks.errors import ServiceError
 from tasks.services.mlflow import Registry, credentials_of
 from tasks.services.s3 import Storage
 from tests.fixtures.checkouts import Repo, make_checkout
+from tests.fixtures.faults import Receiver, receiving
 from tests.fixtures.photos import write_photos
-from tests.fixtures.receiver import Receiver, receiving
 from tests.fixtures.servers import PrefectApi
 from tests.fixtures.service import soon
 
