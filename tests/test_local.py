@@ -162,8 +162,7 @@ def test_a_failing_start_shows_the_first_error_of_its_log_and_a_hang_is_named(
     assert "did not start. First error: PermissionError: [Errno 13] Permission denied: the" in said
     assert f"immeasurable …. See {programs.folder / 'logs' / 'sh.log'}." in said
     assert ("\n" in said, len(said) < 500) == (False, True)
-    for name in ("START_SECONDS", "SECONDS"):
-        monkeypatch.setattr(processes, name, 0.2)
+    monkeypatch.setattr(processes, "SECONDS", 0.2)
     assert "does not answer" in refused("sleep 600")
 
 
