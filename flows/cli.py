@@ -1,5 +1,6 @@
 """The `handsigns` command: its errors and exit codes, photos, training, models and services."""
 
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -42,6 +43,9 @@ def main() -> None:
     """Run the command; a refusal or a failure is one line and exit code 1."""
     collect_rarely()
     show_messages()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does, so that a run can say so
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, signal.default_int_handler)
     prepare_environment(Path.cwd() / ".local")
     try:
         app()

@@ -7,37 +7,33 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import yaml
 
-from flows.local.clients import HEARTBEAT_SECONDS, TAG, point_prefect_at
+from flows.local.clients import asking_prefect, point_prefect_at
 from flows.local.servers import POOL
 from flows.settings import Settings
 from tasks.errors import ServiceError, SettingsError, first_fault
 from tasks.project import Project
-from tasks.services.s3 import redact_url
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 FILE = "prefect.yaml"
-SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS  # without an event for this long, a run counts as crashed
-START_SECONDS = 900  # a worker that took a run has to start it, image pull and all
 
 
-def declared_deployments(project: Project) -> list[str]:
-    """Names, `<flow>/<deployment>`, of what `prefect.yaml` declares."""
+def declared(project: Project) -> tuple[list[str], list[dict[str, Any]]]:
+    """Names, `<flow>/<deployment>`, of the deployments in `prefect.yaml`, and its automations."""
     path = project.root / FILE
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return [
+        names = [
             f"{one['entrypoint'].rpartition(':')[2]}/{one['name']}"
             for one in content["deployments"]
         ]
+        return names, content["automations"]
     except (OSError, ValueError, yaml.YAMLError, TypeError, LookupError) as error:
         raise SettingsError(
             f"'{path}' cannot be read ({first_fault(error)}). Correct it, or restore it from git."
@@ -46,30 +42,14 @@ def declared_deployments(project: Project) -> list[str]:
 
 def deploy(project: Project, settings: Settings, api: str, pool: str = POOL) -> list[str]:
     """Register a pool, deployments and automations; return the names of the deployments."""
-    names = declared_deployments(project)
-    with asking(api, project, settings) as client:
-        _register_pool(client, project, pool)
-        _deploy_flows(project, pool)
-        _register_automations(client)
-    return names
-
-
-@contextmanager
-def asking(api: str, project: Project, settings: Settings) -> "Iterator[SyncPrefectClient]":
-    """Ask a Prefect server; errors of its client are one line that names the server."""
+    names, automations = declared(project)
     # Prefect reads its address once, when it is imported.
     point_prefect_at(api, project.local.resolve(), settings)
-    from prefect.client.orchestration import get_client
-    from prefect.exceptions import PrefectException
-
-    try:
-        with get_client(sync_client=True) as client:
-            yield client
-    except (httpx.HTTPError, PrefectException, subprocess.TimeoutExpired) as error:
-        raise ServiceError(
-            f"Prefect at {redact_url(api)} failed ({type(error).__name__}). Check PREFECT_API_URL, "
-            "its login and the server's log, then run again."
-        ) from error
+    with asking_prefect(api) as client:
+        _register_pool(client, project, pool)
+        _deploy_flows(project, pool)
+        _register_automations(client, automations)
+    return names
 
 
 def check_owner(client: "SyncPrefectClient", project: Project) -> None:
@@ -142,48 +122,17 @@ def _deploy_flows(project: Project, pool: str) -> None:
         raise ServiceError(f"Prefect did not take the deployments: {reason}")
 
 
-def _register_automations(client: "SyncPrefectClient") -> None:
-    """Mark silent runs as crashed, and notify people; a heartbeat is an event, too."""
+def _register_automations(
+    client: "SyncPrefectClient", automations: Iterable[dict[str, Any]]
+) -> None:
     from prefect.events import AutomationCore
 
-    from flows.ui import UNHEARD
-
-    kinds = (
-        ("Mark silent runs as crashed", ["Running", "heartbeat", "Cancelling"], SILENCE_SECONDS),
-        ("Mark runs that never start as crashed", ["Pending"], START_SECONDS),
-    )
-    # Runs with our tag only: others of the same name may beat more slowly.
-    flows = ["retrain", "promote", "rollback"]
-    ours = [
-        {"prefect.resource.role": ["flow"], "prefect.resource.name": flows},
-        {"prefect.resource.role": ["tag"], "prefect.resource.id": [f"prefect.tag.{TAG}"]},
-    ]
-    # A bare template would be taken for an object and not for its text.
-    run = {"__prefect_kind": "jinja", "template": "{{ labels.prefect.resource.id }}"}
-    crash = str(client.read_deployment_by_name("notify-crash/crash").id)
-    notify = {"type": "run-deployment", "source": "selected", "deployment_id": crash}
-    for name, after, seconds in kinds:
-        message = (
-            f"{UNHEARD} for {seconds:.0f} s: its process, its worker or its machine is gone. "
-            "What was there before is intact; run it again."
-        )
-        trigger = {
-            "type": "event",
-            "posture": "Proactive",
-            "after": [f"prefect.flow-run.{event}" for event in after],
-            "expect": ["prefect.flow-run.*"],
-            "match": {"prefect.resource.id": ["prefect.flow-run.*"]},
-            "match_related": ours,
-            "for_each": ["prefect.resource.id"],
-            "threshold": 1,
-            "within": seconds,
-        }
-        mark = {"type": "change-flow-run-state", "state": "CRASHED", "message": message}
-        actions = [mark, {**notify, "parameters": {"run": run}}]
-        content = {"trigger": trigger, "actions": actions}
-        about = {"name": name, "description": json.dumps(content)}
-        wanted = AutomationCore.model_validate({**content, **about})
-        known = client.read_automations_by_name(name)
+    for content in automations:
+        for action in content["actions"]:
+            if name := action.pop("deployment", None):
+                action["deployment_id"] = str(client.read_deployment_by_name(name).id)
+        wanted = AutomationCore.model_validate({**content, "description": json.dumps(content)})
+        known = client.read_automations_by_name(wanted.name)
         if not known:
             client.create_automation(wanted)
         elif known[0].description != wanted.description:

@@ -17,7 +17,6 @@ from typing import Any
 
 import yaml
 
-from flows.run import signals_interrupt
 from flows.workspace import Workspace
 from tasks.errors import HandsignsError, ReleaseError, ServiceError, StageError
 from tasks.io import read_json
@@ -36,7 +35,7 @@ def reproduce(workspace: Workspace, name: str, progress: Progress) -> RebuildCom
     release, folder = workspace.release(name)
     facts = (read_json(folder / "manifest.json") or {})["facts"]
     revision = recorded_revision(facts, release)
-    with signals_interrupt(), worktree(workspace.project.root, revision) as tree:
+    with worktree(workspace.project.root, revision) as tree:
         progress("check out", 1, 1)
         found = rebuild(workspace, folder, Project(tree), facts.get("environment"), progress)
     seconds = round(time.monotonic() - began, 1)

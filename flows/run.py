@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +11,18 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from flows.local.clients import TAG, advice, ask, check_reachable, point_prefect_at
+from flows.local.clients import (
+    TAG,
+    asking_prefect,
+    check_reachable,
+    point_prefect_at,
+    prefect_failure,
+)
 from flows.local.servers import SQLITE
 from flows.local.stack import find_running
 from flows.report import ModelReport, RunReport, Status, log_run, quarantined, write_report
 from flows.workspace import Workspace
-from tasks.errors import BusyError, HandsignsError
+from tasks.errors import BusyError, HandsignsError, ServiceError
 from tasks.io import read_json, sha256, write_json
 from tasks.params import load_params
 from tasks.project import Project
@@ -55,7 +60,7 @@ def retrain(workspace: Workspace, force: bool, progress: Progress) -> RunReport:
     """Run the retrain flow, unless nothing changed; what `run.json` says, whatever happened."""
     run = Run(workspace, force, progress)
     try:
-        with signals_interrupt(), retrain_lock(workspace.project), reported(run):
+        with retrain_lock(workspace.project), reported(run):
             try:
                 preflight(workspace)
                 if not force and (found := find_unchanged(workspace)):
@@ -88,7 +93,7 @@ def reported(run: Run) -> Iterator[None]:
         if name in ("KeyboardInterrupt", "TerminationSignal"):  # Ctrl-C, and Prefect's SIGTERM
             run.end("cancelled", "Interrupted. Nothing was lost; run again to continue.")
         elif type(error).__module__.startswith(("httpx", "prefect")):
-            run.end("failed", f"Prefect failed ({name}). {advice(error)}, then run again.")
+            run.end("failed", f"Prefect {prefect_failure(error)}")
         else:
             run.end("failed", f"{name}: {error}")
             raise
@@ -127,25 +132,6 @@ def retrain_lock(project: Project) -> Iterator[None]:
     with lock:
         holder.write_text(f"process {os.getpid()}\n")
         yield
-
-
-@contextmanager
-def signals_interrupt() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP interrupt as Ctrl-C does, so that the run can say so."""
-
-    def interrupt(_number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    caught = [
-        (number, signal.signal(number, interrupt))
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) is signal.SIG_DFL  # nohup ignores SIGHUP
-    ]
-    try:
-        yield
-    finally:
-        for number, before in caught:
-            signal.signal(number, before)
 
 
 def preflight(workspace: Workspace) -> None:
@@ -249,20 +235,13 @@ def show_move(workspace: Workspace, move: Move) -> None:
     api = workspace.services.prefect_named()
     if api is None:
         return
-
     try:
-        if ask(f"{api}/health", seconds=3.0) is None:
-            raise ConnectionError
-        with _prefect_client(workspace, api):
+        with _prefect_client(workspace, api), asking_prefect(api):
             from flows.promotion import record_move
 
             record_move(workspace, move)
-    except Exception as error:  # of many kinds, all of Prefect's client
-        status = getattr(getattr(error, "response", None), "status_code", type(error).__name__)
-        _log.warning(
-            f"Prefect at {redact_url(api)} cannot be used ({status}); its UI lacks this move. "
-            f"{advice(error)}."
-        )
+    except ServiceError as error:
+        _log.warning("%s Its UI lacks this move.", error)
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def test_a_refusal_is_one_line_before_a_server_is_asked_or_started(tmp_path: Pat
     assert "HANDSIGNS_BUCKET" in refused("status", HANDSIGNS_BUKET="x")
     assert "nowhere" in refused("import", "nowhere")
     assert "No mlflow is up. Start it with `handsigns up`." in refused("open", "mlflow")
-    failed = "Prefect at http://127.0.0.1:9/api failed (ConnectError)."
+    failed = "Prefect at http://127.0.0.1:9/api cannot be used ("
     assert failed in refused("deploy", **NOWHERE)
     assert "no dvc.yaml" in refused("status", root=tmp_path)
     declared = project.root / "prefect.yaml"

@@ -7,20 +7,24 @@ import pwd
 import secrets
 import textwrap
 import urllib.request
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from filelock import FileLock
 
 from flows.settings import Settings
-from tasks.errors import ServiceError, SettingsError
+from tasks.errors import HandsignsError, ServiceError, SettingsError
 from tasks.io import atomic_write
 from tasks.services.mlflow import Registry
 from tasks.services.s3 import S3Address, Storage, check_conditional_writes, redact_url
 
-CHECK_SECONDS = 10.0
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
 TAG = "handsigns"  # of our runs, on a server that may have others; see `prefect.yaml`
 HEARTBEAT_SECONDS = 30  # the least that Prefect takes; see `flows.deploy` for what silence means
 PROXIES = ("all_proxy", "http_proxy", "https_proxy")
@@ -108,11 +112,38 @@ def point_prefect_at(
         environment["PREFECT_API_AUTH_STRING"] = prefect_login(settings, folder)
 
 
-def advice(error: BaseException) -> str:
-    """Return what to do about an error of Prefect's client, without a full stop."""
-    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-        return "It lets nobody in without a login: set PREFECT_API_AUTH_STRING to user:password"
-    return "Look at its log"
+@contextmanager
+def asking_prefect(api: str) -> "Iterator[SyncPrefectClient]":
+    """Ask a Prefect server; what fails is one line, within 30 s, that names the server."""
+    from prefect import settings
+    from prefect.client.orchestration import get_client
+
+    known = {
+        settings.PREFECT_API_URL: api,
+        settings.PREFECT_API_REQUEST_TIMEOUT: 10.0,
+        settings.PREFECT_CLIENT_MAX_RETRIES: 1,
+    }
+    try:
+        with settings.temporary_settings(known), get_client(sync_client=True) as client:
+            if failed := client.api_healthcheck():
+                raise failed
+            yield client
+    except HandsignsError:
+        raise
+    except Exception as error:  # of many kinds
+        raise ServiceError(f"Prefect at {redact_url(api)} {prefect_failure(error)}") from error
+
+
+def prefect_failure(error: BaseException) -> str:
+    """What an error of Prefect's client says, and what to do about it."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    while status is None and (cause := error.__cause__ or error.__context__):
+        error = cause  # the innermost one says what happened
+    said = textwrap.shorten(str(status or error) or type(error).__name__, 300, placeholder=" …")
+    advice = "Check PREFECT_API_URL and the server's log"
+    if status in (401, 403):
+        advice = "It lets nobody in without a login: set PREFECT_API_AUTH_STRING to user:password"
+    return f"cannot be used ({said}). {advice}."
 
 
 def ask(url: str, seconds: float = 2.0) -> bytes | None:
@@ -141,30 +172,5 @@ def check_reachable(settings: Settings) -> None:
     if (tracking := settings.mlflow_tracking_uri) and tracking.startswith("http"):
         Registry(tracking, settings.model_name).versions()
     if settings.prefect_api_url:
-        _check_prefect(settings.prefect_api_url)
-
-
-def _check_prefect(api: str) -> None:
-    import httpx
-    from prefect import settings
-    from prefect.client.orchestration import get_client
-
-    named = {
-        settings.PREFECT_API_URL: api,
-        settings.PREFECT_API_REQUEST_TIMEOUT: CHECK_SECONDS,
-        settings.PREFECT_CLIENT_MAX_RETRIES: 0,
-    }
-    error: BaseException | None
-    try:
-        with settings.temporary_settings(named), get_client(sync_client=True) as client:
-            error = client.api_healthcheck()
-    except (OSError, ValueError, ImportError, RuntimeError, httpx.HTTPError) as raised:
-        error = raised
-    if error and getattr(getattr(error, "response", None), "status_code", None) not in (401, 403):
-        while cause := error.__cause__ or error.__context__:
-            error = cause  # the innermost one says what happened
-        said = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
-        raise ServiceError(
-            f"Prefect does not answer at {redact_url(api)} ({said}). "
-            "Check PREFECT_API_URL and the service."
-        )
+        with asking_prefect(settings.prefect_api_url):
+            pass

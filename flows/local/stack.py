@@ -11,7 +11,13 @@ from typing import Any
 import psutil
 
 from flows.local import servers
-from flows.local.clients import check_reachable, configured_s3, local_credentials
+from flows.local.clients import (
+    asking_prefect,
+    check_reachable,
+    configured_s3,
+    local_credentials,
+    point_prefect_at,
+)
 from flows.local.processes import LocalStack, Program, read_state, stop_programs
 from flows.local.servers import PORTS, local_s3
 from flows.settings import Settings, load_settings
@@ -140,12 +146,13 @@ def up(project: Project, settings: Settings) -> tuple[dict[str, Any], bool]:
     with closing(Services(settings, project)) as services:
         if found := find_running(services.folder):
             return found, False
-        deploy.declared_deployments(project)
+        deploy.declared(project)
         check_reachable(settings)
         addresses = services.start_all()
         api = settings.prefect_api_url or addresses["prefect"]
         try:
-            with deploy.asking(api, project, settings) as client:
+            point_prefect_at(api, services.folder, settings)
+            with asking_prefect(api) as client:
                 deploy.check_owner(client, project)
                 deploy.deploy(project, settings, api)
                 services.start_keeper(addresses)
