@@ -33,7 +33,7 @@ from tasks.params import load_params
 from tasks.releases.champion import METRICS, PHOTOS, Champion, record_comparison, set_champion
 from tasks.releases.comparison import PromotionDecision, compare_with_champion
 from tasks.releases.provenance import model_card, release_facts, write_bill
-from tasks.releases.release import DATASET_INDEX, Release, fetch, publish
+from tasks.releases.release import DATASET_INDEX, Release, fetch, publish, release_uri
 from tasks.services.dvc import check_trained_on
 from tasks.services.git import push_to_branch, read_revision
 from tasks.services.mlflow import CHALLENGER, CHAMPION, RunRecord, Version
@@ -262,7 +262,7 @@ def publish_release(run: Run) -> Release:
         files = {DATASET_INDEX: project.dataset_index, **{path.name: path for path in made}}
         facts = release_facts(root, report.data.version, workspace.champion())
         release = publish(workspace.storage, files, facts)
-    report.release = {"id": release.id, "uri": release.uri}
+    report.release = {"id": release.id, "uri": release_uri(workspace.storage, release.id)}
     return release
 
 
@@ -275,7 +275,7 @@ def register_release(run: Run, release: Release) -> Version:
     record, dataset = _record(run, release), open_dataset(run.workspace.project.dataset)
     example = enlarge(dataset.images[dataset.rows("test")[:1]]).astype("float32")
     recorded = registry.record_run(record, model, lambda: load_model(model, compile=False), example)
-    tags = {"release_uri": release.uri}
+    tags = {"release_uri": record.tags["release_uri"]}
     version = registry.register(recorded, release.id, tags, record.description)
     registry.set_alias(CHALLENGER, version.number)
     run.report.model.version, run.report.model.alias = version.number, CHALLENGER
@@ -300,7 +300,7 @@ def _record(run: Run, release: Release | None) -> RunRecord:
         "data_version": report.data.version,
         "git_revision": read_revision(project.root).commit,
         "gate": f"rejected: {failed}" if failed else "passed",
-        "release_uri": release.uri if release else None,
+        "release_uri": report.release["uri"],
         "prefect_run": ui.run_address(),
     }
     return RunRecord(

@@ -179,21 +179,23 @@ def compare(first: Named, second: Named, json_: Json = False) -> None:
 def verify(version: Named, json_: Json = False) -> None:
     """Check a release's signature, read it back and compare every byte with its manifest."""
     with open_workspace() as workspace:
+        from tasks.releases.release import release_uri
         from tasks.releases.release import verify as read_back
 
         release = read_back(workspace.storage, workspace.find(version))
         moves = [move for move in _moves(workspace) if move.release == release.id and move.forced]
-    files, signature = release.manifest.files, workspace.trust.describe()
+        uri = release_uri(workspace.storage, release.id)
+    files, signature = release.files, workspace.trust.describe()
     found = {
         "id": release.id,
-        "uri": release.uri,
+        "uri": uri,
         "files": len(files),
         "bytes": sum(digest.bytes for digest in files.values()),
-        "facts": release.manifest.facts,
+        "facts": release.facts,
         "signature": signature,
         "forced": [move.describe() for move in moves],
     }
-    shown = f"{release.uri}: {len(files)} files, {found['bytes']} bytes, as the manifest says."
+    shown = f"{uri}: {len(files)} files, {found['bytes']} bytes, as the manifest says."
     echo(json_, found, " ".join([shown, signature, *(move.describe() for move in moves)]))
 
 

@@ -20,6 +20,7 @@ from tasks.releases.release import (
     fetch,
     open_release,
     publish,
+    release_uri,
     sign_release,
     verify,
 )
@@ -81,11 +82,11 @@ def test_a_release_is_named_by_its_files_and_invisible_until_the_manifest_comes_
     for facts in ({"git": "abc"}, {"git": "def"}):  # which are no part of the name
         with proxy_to(bucket.endpoint_url) as proxy:
             release = publish(Storage(replace(bucket, endpoint_url=proxy.url)), files, facts)
-        assert (release.id, release.manifest.facts) == (unfinished.id, {"git": "abc"})
+        assert (release.id, release.facts) == (unfinished.id, {"git": "abc"})
         puts = [one.rpartition("/")[2] for one in proxy.requests if one.startswith("PUT")]
         written.append(puts)
     assert written == [["model.pb", "model_card.md", MANIFEST], []]
-    assert release.uri == f"s3://{bucket.bucket}/releases/{release.id}/"
+    assert release_uri(direct, release.id) == f"s3://{bucket.bucket}/releases/{release.id}/"
     assert verify(direct, release.id) == release
     folder = fetch(direct, release.id, cache)
     assert folder == cache / release.id
@@ -276,7 +277,7 @@ def test_each_forgery_is_refused(
 ) -> None:
     release = publish(signed, files, {"git_revision": "abc"})
     good = signed.get(_key(release))
-    other = json.loads(Trust((theirs[1],), theirs[0]).sign(MANIFEST, release.manifest))
+    other = json.loads(Trust((theirs[1],), theirs[0]).sign(MANIFEST, release))
     for words, forge in FORGERIES:
         fields = json.loads(good)
         forge(fields, other)

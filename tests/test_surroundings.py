@@ -208,7 +208,7 @@ def test_a_processor_quota_counts_like_cores(place: Place) -> None:
     (group / "cpu.cfs_quota_us").write_text("50000")
     # As in a container, whose own group is the root of what it sees.
     variant = Variant(shell=f"echo $$ > {group}/cgroup.procs && mount --bind {group} {QUOTA}")
-    code = "from tasks.model.inference import usable_cores; print(usable_cores())"
+    code = "from tasks.releases.provenance import environment; print(environment()['cores'])"
     try:
         assert place.run(variant, "handsigns", *PREDICT).returncode == 0
         assert place.run(variant, "python", "-c", code).stdout == "1\n"

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import joblib
 import numpy as np
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
@@ -19,7 +20,7 @@ from starlette.datastructures import UploadFile
 from flows.serve.follower import LoadedModel, ModelSource
 from tasks.data.images import decode, is_large, resize
 from tasks.errors import ImageError
-from tasks.model.inference import Classifier, Prediction, usable_cores
+from tasks.model.inference import Classifier, Prediction
 
 if TYPE_CHECKING:
     from flows.serve.review import Recorder
@@ -133,7 +134,7 @@ class Predictor:
 
     def __init__(self, source: ModelSource, recorder: "Recorder") -> None:
         self.source, self._recorder = source, recorder
-        self._cores, self._large = CapacityLimiter(usable_cores()), CapacityLimiter(1)
+        self._cores, self._large = CapacityLimiter(joblib.cpu_count()), CapacityLimiter(1)
         self._in_flight = 0
 
     async def answer(self, request: Request) -> Reading | Readings:

@@ -25,6 +25,7 @@ from tasks.stage import Progress
 Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
 Read = Callable[[int], bytes]
 """`read(limit)` returns at most `limit` bytes of a file, or raises `ImageError`."""
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_BYTES = 64 * 2**20
@@ -90,10 +91,20 @@ def encode(pixels: Pixels) -> bytes:
     return _png(Image.fromarray(pixels, "RGB"))
 
 
+def in_threads(
+    work: Callable[[Item], Result], items: Sequence[Item], progress: Progress, what: str
+) -> Iterator[Result]:
+    """Yield `work` of each item, in order; decoders run in threads side by side."""
+    pool = joblib.Parallel(min(4, joblib.cpu_count()), prefer="threads", return_as="generator")
+    for done, result in enumerate(pool(joblib.delayed(work)(item) for item in items), start=1):
+        progress(what, done, len(items))
+        yield result
+
+
 def each_photo(
     work: Callable[[Pixels], Result], paths: Sequence[Path], progress: Progress, what: str
 ) -> Iterator[Result]:
-    """Decode stored photos in threads, and yield `work` of each one's pixels, in order."""
+    """Decode stored photos, and yield `work` of each one's pixels, in order."""
 
     def read(path: Path) -> Result:
         try:
@@ -104,10 +115,7 @@ def each_photo(
                 "'dvc checkout', or remove it and import it again."
             ) from error
 
-    pool = joblib.Parallel(min(4, joblib.cpu_count()), prefer="threads", return_as="generator")
-    for done, result in enumerate(pool(joblib.delayed(read)(path) for path in paths), start=1):
-        progress(what, done, len(paths))
-        yield result
+    return in_threads(read, paths, progress, what)
 
 
 def resize(picture: Pixels, params: PreprocessParams) -> Pixels:

@@ -2,16 +2,16 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.data.images import MAX_BYTES, Read, decode, printable, read_file, resize
+from tasks.data.images import MAX_BYTES, Read, decode, in_threads, printable, read_file, resize
 from tasks.errors import ImageError, ModelError
 from tasks.model.augment import enlarge
 from tasks.params import INPUT_SIZE, PreprocessParams
@@ -30,7 +30,7 @@ class Engine:
     def __init__(self, graph: Path, cores: int | None = None, embeddings: bool = False) -> None:
         import openvino as ov
 
-        self.cores = cores or usable_cores()
+        self.cores = cores or joblib.cpu_count()  # within a container's quota
         core = ov.Core()
         try:
             # Not `openvino.convert_model`, which sends telemetry.
@@ -86,13 +86,6 @@ class Engine:
         result: NDArray[np.float32] = request.get_output_tensor().data[0].copy()
         self._idle.append(request)
         return result
-
-
-def usable_cores() -> int:
-    """Count the cores that this process may use, within its container's quota."""
-    import joblib
-
-    return int(joblib.cpu_count())
 
 
 @dataclass(frozen=True)
@@ -181,11 +174,7 @@ def classify(
         except ImageError as error:
             return error.reason
 
-    results = []
-    with ThreadPoolExecutor(min(4, usable_cores())) as pool:
-        for number, result in enumerate(pool.map(reduced, sources), start=1):
-            results.append(result)
-            progress("read photos", number, len(sources))
+    results = [*in_threads(reduced, sources, progress, "read photos")]
     images = [result for result in results if not isinstance(result, str)]
     rows = iter(classifier.probabilities(np.stack(images), progress).tolist() if images else [])
     return [

@@ -16,7 +16,7 @@ from tasks.releases.champion import (
     read_champion,
     sync_alias,
 )
-from tasks.releases.release import ID, MANIFEST, list_releases, read_manifest
+from tasks.releases.release import ID, MANIFEST, list_releases, read_manifest, release_uri
 from tasks.services.mlflow import CHALLENGER, CHAMPION, CONTENT_ID, Registry, Version
 from tasks.services.s3 import Storage, StoredObject
 from tasks.stage import Progress, silent
@@ -59,7 +59,7 @@ def rebuild_registry(storage: Storage, registry: Registry) -> list[Version]:
                 _log.warning("Release %s is left out: %s", release, error)
     missing.sort(key=lambda one: (one.facts.get("pointer_moves", 0), one.facts.get("created", "")))
     added = [
-        registry.register(None, one.id, {"release_uri": storage.uri(f"releases/{one.id}/")})
+        registry.register(None, one.id, {"release_uri": release_uri(storage, one.id)})
         for one in missing
     ]
     sync_alias(storage, registry)

@@ -254,7 +254,7 @@ def set_champion(
         by=by or "",
         reason=reason,
         metrics={name: metrics.get(name) for name in (*METRICS, PHOTOS) if name in metrics},
-        pointer_moves=release.manifest.facts.get("pointer_moves"),
+        pointer_moves=release.facts.get("pointer_moves"),
         overruled=tuple(overruled),
     )
     try:

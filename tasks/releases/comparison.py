@@ -22,14 +22,13 @@ from tasks.params import list_labels
 from tasks.project import Project
 from tasks.releases.champion import Champion
 from tasks.releases.release import DATASET_INDEX, fetch, open_release
-from tasks.scoring.metrics import FrozenModel, Scores, checked, rounded, score
+from tasks.scoring.metrics import FrozenModel, Scores, checked, score
 from tasks.services.s3 import Storage
 from tasks.stage import Progress, silent
 
 SIGNIFICANCE = 0.05
 LOSS_MARGIN = 0.01  # rise in mean loss (nats) that no user notices
-SHOWN, COLUMNS, SIDE = 24, 6, 160
-"""Photos in the picture at most, in a row, and their width in pixels."""
+SHOWN, SIDE = 24, 160  # photos in the picture at most, and their width in pixels
 
 Verdict = Literal["better", "worse", "no significant difference"]
 
@@ -47,11 +46,6 @@ class Comparison(FrozenModel):
     verdict: Verdict
     no_worse: bool  # whether the challenger may become champion
     reason: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, floats rounded as in the metrics."""
-        scores = {"champion": self.champion.to_json(), "challenger": self.challenger.to_json()}
-        return {**rounded(self), **scores}
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,9 @@ def compare(
     won = int(((was != y) & (now == y)).sum())
     lost = int(((was == y) & (now != y)).sum())
     before, after = score(old, y, classes), score(new, y, classes)
-    p_value, rise = mcnemar(won, lost), after.loss - before.loss
+    # McNemar's exact test (1947), two-sided.
+    p_value = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    rise = after.loss - before.loss
     verdict: Verdict = "no significant difference"
     if p_value < SIGNIFICANCE:
         no_worse = won > lost
@@ -127,11 +123,6 @@ def compare(
     )
 
 
-def mcnemar(won: int, lost: int) -> float:
-    """Two-sided p-value of McNemar's exact test (1947), binomial; 1 where nothing differs."""
-    return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
-
-
 def compare_with_champion(
     project: Project, storage: Storage, champion: Champion | None, progress: Progress = silent
 ) -> PromotionDecision:
@@ -153,11 +144,11 @@ def compare_with_champion(
     if fault:
         return PromotionDecision(False, f"not comparable with the champion, for {fault}")
     keys = {name: key for key, name in name_photos(find_photos(project.data)).items()}
-    tested = {row: dataset.names[row] for row in dataset.rows("test")}
+    tested = [(row, dataset.names[row]) for row in dataset.rows("test")]
     # A photo that went meanwhile is named by its path.
-    places = {row: keys.get(name, name) for row, name in tested.items()}
+    places = {row: keys.get(name, name) for row, name in tested}
     seen = seen_photos(project, release)
-    rows = [row for row, name in tested.items() if not seen & _spellings(places[row], name)]
+    rows = [row for row, name in tested if not seen & _spellings(places[row], name)]
     if not rows:
         raise PromotionError(
             f"The champion, release {release.name}, was trained on every test photo or on a "
@@ -169,7 +160,7 @@ def compare_with_champion(
     photos = [project.data / places[row] for row in rows]
     result = compare(
         _classify(classifier, photos, progress),
-        np.array([predicted[tested[row]] for row in rows]),
+        np.array([predicted[dataset.names[row]] for row in rows]),
         dataset.labels[rows],
         [places[row] for row in rows],
         dataset.classes,
@@ -246,22 +237,16 @@ def _classify(classifier: Classifier, paths: Sequence[Path], progress: Progress)
 
 def _draw(picture: Path, project: Project, names: Sequence[str], result: Comparison) -> None:
     """Draw the photos that got another label, or remove the picture if there is none."""
-    from matplotlib.figure import Figure
-
-    from tasks.scoring.plots import save
+    from tasks.scoring.plots import grid, save
 
     picture.unlink(missing_ok=True)
-    if not (changed := result.changed[:SHOWN]):
-        return
-    first, second = names
-    height = -(-len(changed) // COLUMNS)
-    figure = Figure(figsize=(2 * COLUMNS, 2.6 * height), layout="constrained")
-    grid = figure.subplots(height, COLUMNS).ravel()
-    for axes in grid:
-        axes.axis("off")
-    for axes, one in zip(grid, changed, strict=False):
-        pixels = decode((project.data / one["name"]).read_bytes(), one["name"])
-        axes.imshow(resize_square(pixels, SIDE))
-        said = f"{first}: {one['champion']}   {second}: {one['challenger']}"
-        axes.set_title(f"{one['label']}\n{said}", fontsize=8)
-    save(figure, picture)
+    if changed := result.changed[:SHOWN]:
+        first, second = names
+        photos = (decode((project.data / one["name"]).read_bytes()) for one in changed)
+        captions = [
+            f"{one['label']}\n{first}: {one['champion']}   {second}: {one['challenger']}"
+            for one in changed
+        ]
+        title = f"{len(changed)} of {len(result.changed)} photos that got another label"
+        small = (resize_square(photo, SIDE) for photo in photos)
+        save(grid(small, captions, title, fontsize=8), picture)

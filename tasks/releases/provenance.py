@@ -11,13 +11,13 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+import joblib
 import yaml
 
 from tasks.data.dataset import SYNTHETIC
 from tasks.errors import StageError
 from tasks.gate import shown
 from tasks.io import atomic_write, read_json
-from tasks.model.inference import usable_cores
 from tasks.params import list_labels
 from tasks.project import Project
 from tasks.releases.champion import METRICS, Champion
@@ -51,7 +51,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "libraries": {name: known[name] for name in LIBRARIES if name in known},
         "processor": _processor(),
-        "cores": usable_cores(),
+        "cores": joblib.cpu_count(),
     }
 
 

@@ -5,8 +5,8 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,8 +36,8 @@ class Digest(BaseModel):
     bytes: int = Field(ge=0, le=1 << 30)
 
 
-class Manifest(BaseModel):
-    """`manifest.json`: the id, the files that it stands for, and facts outside of the id."""
+class Release(BaseModel):
+    """A release by its manifest: the id, the files it stands for, and facts outside of the id."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,25 +47,16 @@ class Manifest(BaseModel):
     facts: dict[str, Any] = {}
 
 
-@dataclass(frozen=True)
-class Release:
-    """A release in storage, verified to the last byte."""
-
-    id: str
-    uri: str
-    manifest: Manifest = field(repr=False)
-
-
 def content_id(files: Mapping[str, Digest]) -> str:
     """First 32 hex digits of SHA-256 over the canonical JSON of `files`."""
     plain = {name: digest.model_dump() for name, digest in files.items()}
     return hashlib.sha256(canonical(plain)).hexdigest()[:32]
 
 
-def describe(files: Mapping[str, Path], facts: Mapping[str, Any] | None = None) -> Manifest:
+def describe(files: Mapping[str, Path], facts: Mapping[str, Any] | None = None) -> Release:
     """Make the manifest of local files by the names they get; not signed yet."""
     digests = {name: _digest(path.read_bytes()) for name, path in files.items()}
-    return Manifest(id=content_id(digests), files=digests, facts=dict(facts or {}))
+    return Release(id=content_id(digests), files=digests, facts=dict(facts or {}))
 
 
 def publish(
@@ -77,7 +68,7 @@ def publish(
     """
     manifest = describe(files, facts)
     signed = storage.trust.sign(MANIFEST, manifest)
-    stored, where = _stored(storage, manifest.id), _uri(storage, manifest.id)
+    stored = _stored(storage, manifest.id)
     for name in stored.keys() - manifest.files.keys() - {MANIFEST}:
         storage.remove(_key(manifest.id, name))
     for name, wanted in sorted(manifest.files.items()):
@@ -91,19 +82,16 @@ def publish(
                 "nothing write to the file, check the storage, then run again."
             )
     with contextlib.suppress(ReleaseError):
-        return Release(manifest.id, where, read_manifest(storage, manifest.id))
+        return read_manifest(storage, manifest.id)
     storage.put(_key(manifest.id, MANIFEST), signed)
-    return Release(manifest.id, where, read_manifest(storage, manifest.id))
+    return read_manifest(storage, manifest.id)
 
 
 def verify(storage: Storage, release_id: str) -> Release:
     """Check the signature, read every byte and compare it with the manifest, or `ReleaseError`."""
-    manifest = read_manifest(storage, release_id)
-    for name, wanted in manifest.files.items():
-        key = _key(release_id, name)
-        if _digest(storage.get(key)) != wanted:
-            raise _damaged(storage.uri(key))
-    return Release(release_id, _uri(storage, release_id), manifest)
+    manifest, where = read_manifest(storage, release_id), release_uri(storage, release_id)
+    _compare_content(manifest, lambda name: storage.get(_key(release_id, name)), where)
+    return manifest
 
 
 def fetch(storage: Storage, release_id: str, cache: Path) -> Path:
@@ -123,7 +111,7 @@ def fetch(storage: Storage, release_id: str, cache: Path) -> Path:
     return target
 
 
-def verify_folder(folder: Path, release_id: str | None, trust: Trust) -> Manifest:
+def verify_folder(folder: Path, release_id: str | None, trust: Trust) -> Release:
     """Compare a local folder with its manifest; without an id, whichever release that names."""
     try:
         content = (folder / MANIFEST).read_bytes()
@@ -132,17 +120,14 @@ def verify_folder(folder: Path, release_id: str | None, trust: Trust) -> Manifes
     manifest = _parse(content, release_id, str(folder), trust)
     sizes = {path.name: path.lstat().st_size for path in folder.iterdir() if path.name != MANIFEST}
     _compare_sizes(manifest, sizes, str(folder))
-    for name, wanted in manifest.files.items():
-        path = folder / name
-        if path.is_symlink() or not path.is_file() or _digest(path.read_bytes()) != wanted:
-            raise _damaged(str(path))
+    _compare_content(manifest, lambda name: (folder / name).read_bytes(), f"{folder}/")
     return manifest
 
 
-def read_manifest(storage: Storage, release_id: str) -> Manifest:
+def read_manifest(storage: Storage, release_id: str) -> Release:
     """Read a stored manifest; check its signature, and names and sizes of the files."""
     stored = _stored(storage, check_id(release_id))
-    where = _uri(storage, release_id)
+    where = release_uri(storage, release_id)
     if MANIFEST not in stored:
         raise ReleaseError(f"There is no complete release at {where}. Publish it first.")
     del stored[MANIFEST]
@@ -159,7 +144,7 @@ def list_releases(storage: Storage) -> list[str]:
 
 def sign_release(storage: Storage, release_id: str) -> None:
     """Replace a release's signature, whoever made it, by ours; every byte is read before."""
-    manifest = verify(Storage(storage.address), release_id).manifest
+    manifest = verify(Storage(storage.address), release_id)
     storage.put(_key(release_id, MANIFEST), storage.trust.sign(MANIFEST, manifest))
 
 
@@ -191,9 +176,9 @@ def check_id(release_id: str) -> str:
     return release_id
 
 
-def _parse(content: bytes, release_id: str | None, where: str, trust: Trust) -> Manifest:
+def _parse(content: bytes, release_id: str | None, where: str, trust: Trust) -> Release:
     """Read a manifest; check that it is the one of `release_id` and signed as required."""
-    manifest = trust.read(Manifest, MANIFEST, content, f"The manifest of {where}")
+    manifest = trust.read(Release, MANIFEST, content, f"The manifest of {where}")
     derived = content_id(manifest.files)
     if {manifest.id, derived} != {release_id or manifest.id}:
         raise ReleaseError(
@@ -203,7 +188,7 @@ def _parse(content: bytes, release_id: str | None, where: str, trust: Trust) -> 
     return manifest
 
 
-def _compare_sizes(manifest: Manifest, sizes: Mapping[str, int], where: str) -> None:
+def _compare_sizes(manifest: Release, sizes: Mapping[str, int], where: str) -> None:
     """Compare which files there are, and how large, before any of them is read."""
     wanted = {name: digest.bytes for name, digest in manifest.files.items()}
     if wrong := sorted(dict(wanted.items() ^ sizes.items())):
@@ -214,8 +199,10 @@ def _compare_sizes(manifest: Manifest, sizes: Mapping[str, int], where: str) -> 
         )
 
 
-def _damaged(place: str) -> ReleaseError:
-    return ReleaseError(f"{place} differs from its digest in the manifest. {AGAIN}")
+def _compare_content(manifest: Release, read: Callable[[str], bytes], where: str) -> None:
+    for name, wanted in manifest.files.items():
+        if _digest(read(name)) != wanted:
+            raise ReleaseError(f"{where}{name} differs from its digest in the manifest. {AGAIN}")
 
 
 def _stored(storage: Storage, release_id: str) -> dict[str, int]:
@@ -231,5 +218,5 @@ def _key(release_id: str, name: str) -> str:
     return f"releases/{release_id}/{name}"
 
 
-def _uri(storage: Storage, release_id: str) -> str:
+def release_uri(storage: Storage, release_id: str) -> str:
     return storage.uri(_key(release_id, ""))

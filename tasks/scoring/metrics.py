@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import binomtest
 from sklearn import metrics as sk
 
@@ -21,6 +21,11 @@ Interval = tuple[float, float]
 
 class FrozenModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with all floats rounded to `DIGITS` decimals."""
+        text = self.model_dump_json()
+        return dict(json.loads(text, parse_float=lambda number: round(float(number), DIGITS)))
 
 
 class ClassScores(FrozenModel):
@@ -42,15 +47,11 @@ class Scores(FrozenModel):
     accuracy: float
     accuracy_interval: Interval  # of Wilson, 95 %
     auc: float | None  # macro average of one against the rest
-    auc_note: str | None = None
+    auc_note: str | None = Field(default=None, exclude_if=lambda note: note is None)
     ece: float  # expected calibration error
     worst_recall: float | None
     per_class: tuple[ClassScores, ...]
     confusion_matrix: tuple[tuple[int, ...], ...]  # rows are true classes
-
-    def to_json(self) -> dict[str, Any]:
-        without = set() if self.auc_note else {"auc_note"}
-        return rounded(self, without)
 
 
 def score(probabilities: ArrayLike, labels: ArrayLike, names: Sequence[str]) -> Scores:
@@ -114,9 +115,3 @@ def calibration_error(p: np.ndarray, y: np.ndarray) -> float:
 def wilson_interval(right: int, n: int, level: float = 0.95) -> Interval:
     bounds = binomtest(right, n).proportion_ci(level, method="wilson")
     return float(bounds.low), float(bounds.high)
-
-
-def rounded(model: BaseModel, without: set[str] | None = None) -> dict[str, Any]:
-    """JSON content with all floats rounded to `DIGITS` decimals."""
-    text = model.model_dump_json(exclude=without)
-    return dict(json.loads(text, parse_float=lambda number: round(float(number), DIGITS)))

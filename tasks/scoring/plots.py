@@ -1,6 +1,6 @@
 """Plots of training and of test scores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +123,25 @@ def mistakes(images: np.ndarray, p: np.ndarray, y: np.ndarray, names: Sequence[s
     else:
         rows = np.argsort(confidence, kind="stable")[:LEAST_CONFIDENT]
         title += f"; the {len(rows)} least confident"
-    lines = -(-len(rows) // COLUMNS)
+    verdicts = [f" as {names[predicted[row]]}" if len(wrong) else ", correct" for row in rows]
+    captions = [
+        f"{names[y[row]]}{verdict} ({confidence[row]:.0%})"
+        for row, verdict in zip(rows, verdicts, strict=True)
+    ]
+    return grid(images[rows], captions, title)
+
+
+def grid(
+    pictures: Iterable[np.ndarray], captions: Sequence[str], title: str, fontsize: int = 10
+) -> Figure:
+    """Show pictures in rows of `COLUMNS`, each below its caption."""
+    lines = -(-len(captions) // COLUMNS)
     figure = Figure(figsize=(2.0 * COLUMNS, 2.4 * lines + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=13)
-    grid: list[Axes] = list(figure.subplots(lines, COLUMNS, squeeze=False).flat)
-    for axes in grid:
+    places: list[Axes] = list(figure.subplots(lines, COLUMNS, squeeze=False).flat)
+    for axes in places:
         axes.set_axis_off()
-    for axes, row in zip(grid, rows, strict=False):
-        axes.imshow(images[row], interpolation="bicubic")
-        verdict = f" as {names[predicted[row]]}" if len(wrong) else ", correct"
-        axes.set_title(f"{names[y[row]]}{verdict} ({confidence[row]:.0%})", fontsize=10)
+    for axes, picture, caption in zip(places, pictures, captions, strict=False):
+        axes.imshow(picture, interpolation="bicubic")
+        axes.set_title(caption, fontsize=fontsize)
     return figure
