@@ -23,11 +23,15 @@ Check = dict[str, Any]
 
 
 def run(context: Context, item: str | None = None) -> None:
-    """Judge `metrics.json` and the index of the dataset."""
+    """Judge `metrics.json` and the index of the dataset; write and print the verdict."""
     index, metrics = read_json(context.project.dataset / INDEX), read_json(context.project.metrics)
     params = context.params
     verdict = judge(metrics, _mapping(index).get("leaks"), params.gate, params.labels)
     write_json(context.project.gate, verdict)
+    print("Gate:", "passed" if verdict["passed"] else "failed")
+    for check in verdict["checks"]:
+        numbers = f"{check['name']} {shown(check['value'])}, limit {shown(check['limit'])}"
+        print("  passed " if check["passed"] else "  FAILED ", numbers, check.get("detail", ""))
 
 
 def judge(
