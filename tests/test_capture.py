@@ -175,9 +175,7 @@ def test_of_two_people_at_once_one_decides_and_the_other_learns_who(place: Place
         assert len(place.inbox) == 12
 
 
-def test_decisions_outlive_a_kill_wait_for_an_inbox_and_can_be_undone_until_they_are_imported(
-    place: Place,
-) -> None:
+def test_decisions_outlive_a_kill_wait_for_an_inbox_and_can_be_undone(place: Place) -> None:
     one, other, third, discarded = place.fill(4)
     with place.serve(INBOX="") as service:
         assert "HANDSIGNS_INBOX" in label(service, one, "3").json()["problem"]
@@ -215,10 +213,6 @@ def test_decisions_outlive_a_kill_wait_for_an_inbox_and_can_be_undone_until_they
     assert (said["review"]["by"], said["review"]["label"], said["label"]) == ("Ana", "4", "3")
 
 
-class Killed(BaseException):
-    """Ends a process in the middle of what it does."""
-
-
 class Dying(FolderStore):
     """A folder whose user is killed before one of its writes."""
 
@@ -228,7 +222,7 @@ class Dying(FolderStore):
         if name in ("put", "put_if_absent", "remove"):
             Dying.left -= 1
             if Dying.left < 0:
-                raise Killed
+                raise KeyboardInterrupt
         return super().__getattribute__(name)
 
 
@@ -244,7 +238,7 @@ def test_a_kill_at_any_write_neither_loses_nor_doubles_a_photo(tmp_path: Path, u
         if undo:
             captures.decide(name, "3", "Ana")
         Dying.left = writes
-        with suppress(Killed):
+        with suppress(KeyboardInterrupt):
             captures.undo(name) if undo else captures.decide(name, "3", "Ana")
         survived, Dying.left = Dying.left >= 0, 1000
         batch = Captures(*stores, Project(root), RULES).batch("Ben", 24)
@@ -257,9 +251,7 @@ def test_a_kill_at_any_write_neither_loses_nor_doubles_a_photo(tmp_path: Path, u
     pytest.fail("it never ran to its end")
 
 
-def test_everything_can_live_in_buckets(
-    tmp_path: Path, s3: S3Address, graphs: tuple[bytes, bytes]
-) -> None:
+def test_everything_can_live_in_buckets(tmp_path: Path, s3: S3Address, graphs: Any) -> None:
     kept, inbox, root = new_bucket(s3), new_bucket(s3), tmp_path / "checkout"
     release = publish_graph(Storage(s3), tmp_path / "release", graphs[0]).id
     point(Storage(s3), release, 7)

@@ -47,9 +47,7 @@ def certain(classes: np.ndarray, confidence: float = 0.9) -> np.ndarray:
         (0, 0, 1, SAME),
     ],
 )
-def test_mcnemars_test_decides_and_within_noise_the_loss(
-    won: int, lost: int, p_value: float, verdict: str
-) -> None:
+def test_mcnemars_test_or_loss_decides(won: int, lost: int, p_value: float, verdict: str) -> None:
     y = np.arange(2000 + won + lost) % len(LABELS)
     old, new = y.copy(), y.copy()
     old[:won] += 1
@@ -64,9 +62,8 @@ def test_mcnemars_test_decides_and_within_noise_the_loss(
         assert (mirrored.won, mirrored.lost, mirrored.p_value) == (lost, won, result.p_value)
         if verdict == SAME:
             assert (result.no_worse, mirrored.no_worse) == (lower, not lower)
-            words = (
-                f"within noise, and the loss is {'at most' if lower else 'more than'} 0.01 higher"
-            )
+            by = "at most" if lower else "more than"
+            words = f"within noise, and the loss is {by} 0.01 higher"
         else:
             assert (result.no_worse, mirrored.no_worse) == (True, False)
             words = "right on significantly more photos than the champion"

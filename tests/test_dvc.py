@@ -85,9 +85,7 @@ def test_two_runners_never_work_on_one_stage(checkout: Project) -> None:
     assert other.returncode == 0
 
 
-def test_what_changes_while_a_stage_runs_is_an_error_and_so_is_the_stages_own(
-    checkout: Project,
-) -> None:
+def test_changes_while_a_stage_runs_are_an_error_as_is_its_own(checkout: Project) -> None:
     def progress(what: str, done: int, total: int) -> None:
         add_photo(checkout)  # the stage is reading the others at this moment
 
@@ -200,9 +198,7 @@ def test_only_a_remote_of_the_repository_or_of_our_setting_counts(
             Pipeline(checkout, Remote(url)).push_data()
 
 
-def test_push_repairs_the_remote_and_a_failing_one_lays_out_nothing(
-    checkout: Project, s3: S3Address
-) -> None:
+def test_push_repairs_the_remote_and_failures_do_no_harm(checkout: Project, s3: S3Address) -> None:
     def at(url: str = s3.endpoint_url, key: str = str(s3.secret_access_key)) -> Pipeline:
         options = {"region": s3.region, "access_key_id": str(s3.access_key_id)}
         options |= {"endpointurl": url, "secret_access_key": key}

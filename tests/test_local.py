@@ -3,12 +3,13 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from tests.fixtures.photos import CHECKOUT
 from tests.fixtures.servers import MlflowServer, PrefectApi, stack
 from tests.fixtures.service import soon
 
-SETTINGS = Settings()
+SETTINGS, SPAWN = Settings(), get_context("spawn")
 
 
 def listener(url: str) -> int:
@@ -42,23 +43,15 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-RUN = """
-import signal, sys, time
-from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-from flows.local.stack import Services
-from flows.settings import Settings
-from tasks.project import Project
-from contextlib import closing
-with closing(Services(Settings(), Project(Path(sys.argv[1])))) as services:
-    print(services.s3().endpoint_url, flush=True)
-    time.sleep(600)
-"""
+def use_until_killed(folder: Path, said: Connection) -> None:
+    """Use the local store in a process of its own, and say where it is."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    with closing(Services(SETTINGS, Project(folder))) as services:
+        said.send(services.s3().endpoint_url)
+        time.sleep(600)
 
 
-def test_users_share_a_server_the_last_one_stops_it_and_one_of_a_killed_user_is_adopted(
-    tmp_path: Path,
-) -> None:
+def test_users_share_a_server_and_adopt_that_of_a_killed_one(tmp_path: Path) -> None:
     project = Project(tmp_path)
 
     def use(number: int) -> S3Address:
@@ -70,12 +63,12 @@ def test_users_share_a_server_the_last_one_stops_it_and_one_of_a_killed_user_is_
 
     process = 0
     for how in (signal.SIGINT, signal.SIGKILL):
-        command, pipe = [sys.executable, "-c", RUN, str(tmp_path)], subprocess.PIPE
-        with subprocess.Popen(command, stdout=pipe, text=True, cwd=CHECKOUT.root) as run:
-            assert run.stdout is not None
-            process = listener(run.stdout.readline().strip())
-            run.send_signal(how)
-            run.wait(20)
+        ours, theirs = SPAWN.Pipe()
+        run = SPAWN.Process(target=use_until_killed, args=(tmp_path, theirs))
+        run.start()
+        process = listener(ours.recv())
+        os.kill(run.pid or 0, how)
+        run.join(20)
         assert gone(process) == (how == signal.SIGINT)
     with closing(Services(SETTINGS, project)) as last:
         with closing(Services(SETTINGS, project)) as first:
@@ -115,9 +108,7 @@ time.sleep(600)
 """
 
 
-def test_what_a_program_started_is_stopped_with_it_or_after_it(
-    tmp_path: Path, programs: LocalStack
-) -> None:
+def test_what_a_program_started_is_stopped_as_well(tmp_path: Path, programs: LocalStack) -> None:
     mark = tmp_path / "pids"
 
     def start() -> list[int]:

@@ -108,9 +108,7 @@ def test_an_earlier_release_verifies_and_predicts_as_it_did_then(team: Team) -> 
     assert Path(compared["picture"]).is_file() == bool(compared["changed"])
 
 
-def test_a_better_model_waits_for_a_person_and_then_is_champion(
-    team: Team, s3_server: S3Address
-) -> None:
+def test_a_better_model_waits_for_approval_by_a_person(team: Team, s3_server: S3Address) -> None:
     def approve(run: Any, question: str) -> None:
         for words in ("Version 3", "accuracy 0.", "McNemar", "`comparison`"):
             assert words in question

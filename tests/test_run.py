@@ -36,9 +36,7 @@ def checkout(tmp_path: Path) -> Repo:
     return make_checkout(tmp_path / "checkout")
 
 
-def test_the_first_cause_is_reported_where_prefect_or_the_disk_fails_too(
-    checkout: Repo, prefect_api: PrefectApi
-) -> None:
+def test_the_first_cause_is_reported(checkout: Repo, prefect_api: PrefectApi) -> None:
     def gone(exchange: Exchange) -> None:
         (faults.resetting if checkout.project.run.exists() else faults.passed)(exchange)
 
@@ -63,16 +61,13 @@ def test_the_first_cause_is_reported_where_prefect_or_the_disk_fails_too(
     assert "artifacts/run.json cannot be written (File too large)" in full.stderr
 
 
-def test_a_run_of_the_schedule_logs_what_the_command_says_and_no_traceback(
-    checkout: Repo, prefect_api: PrefectApi
-) -> None:
+def test_a_scheduled_run_logs_what_a_command_says(checkout: Repo, prefect_api: PrefectApi) -> None:
     worker = {**prefect_api.named, "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks"}
     code = "from flows.retrain import retrain; state = retrain(return_state=True)"
     code += "; print(state.state_details.flow_run_id)"
     run = checkout.run("python", "-c", code, **worker).stdout.split()[-1]
     found = prefect_api.ask(f"flow_runs/{run}")
-    logs = prefect_api.ask("logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}})
-    lines = [line["message"] for line in logs]
+    lines = prefect_api.logged(run)
     reason = "There are no photos yet. Run `handsigns import FOLDER`"
     assert found["name"].startswith(f"failed: {reason}")
     assert (found["state_type"], found["state_name"]) == ("FAILED", "Failed")
@@ -127,9 +122,7 @@ def remember(workspace: Workspace, status: Any = "promoted", reason: str = "") -
     save_last_run(workspace, report)
 
 
-def test_a_release_or_rejection_is_unchanged_and_a_second_retrain_is_refused(
-    released: Workspace,
-) -> None:
+def test_a_release_or_rejection_is_unchanged_and_a_second_run_refused(released: Workspace) -> None:
     assert retrain(released, False, silent).status == "unchanged"
     remember(released, "rejected", "The gate rejected the model: loss 0.5 > 0.4.")
     again = retrain(released, False, silent)

@@ -115,9 +115,7 @@ def photos(service: Service, tmp_path_factory: pytest.TempPathFactory) -> None:
     service.repo.change("phases.base", epochs=1000, trainable_layers=16)
 
 
-def test_up_answers_everywhere_and_registers_deployments_pools_and_the_schedule(
-    service: Service, receiver: Receiver
-) -> None:
+def test_up_answers_everywhere_and_deploys_the_flows(service: Service, receiver: Receiver) -> None:
     found = service.addresses
     assert found["started"]
     assert up(service.repo, receiver.address).addresses == {**found, "started": False}
@@ -190,9 +188,7 @@ def test_of_two_runs_one_trains_and_a_cancelled_one_stops_within_10_s(service: S
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("photos")
-def test_a_run_ends_with_its_service_as_cancelled_or_is_found_crashed_and_reported(
-    service: Service, receiver: Receiver
-) -> None:
+def test_a_run_ends_with_its_service_or_has_crashed(service: Service, receiver: Receiver) -> None:
     service.training(run := service.run())
     down(service)
     assert service.repo.report()["status"] == "cancelled"
@@ -262,9 +258,7 @@ def postgresql() -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not INITDB, reason="see `make packages`")
-def test_a_database_url_moves_prefect_and_mlflow_to_postgresql_for_one_checkout_at_a_time(
-    postgresql: str, tmp_path: Path
-) -> None:
+def test_a_postgresql_serves_one_checkout_at_a_time(postgresql: str, tmp_path: Path) -> None:
     first, second = (make_checkout(tmp_path / name) for name in ("first", "second"))
     service = up(first, DATABASE_URL=postgresql)
     password = postgresql.rpartition("@")[0][-16:]

@@ -89,9 +89,7 @@ def test_only_what_champion_rollback_alias_tag_and_age_need_stays_though_a_prune
     assert prune().releases == ()
 
 
-def test_the_photos_of_kept_releases_stay_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_photos_of_kept_releases_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project, kept = with_stages(tmp_path / "checkout"), list[str]()
     monkeypatch.chdir(project.root)
     pipeline = Pipeline(project)
@@ -126,9 +124,7 @@ def test_answers_are_counted_by_the_hour_and_release_and_removed_in_time(tmp_pat
     assert read_result(store, RELEASE) == {}
 
 
-def test_champions_are_scored_on_the_photos_that_all_were_tested_on(
-    storage: Storage, tmp_path: Path
-) -> None:
+def test_champions_are_scored_on_what_all_were_tested_on(storage: Storage, tmp_path: Path) -> None:
     def champion(version: int, labels: str, seconds: dict[str, float] | None) -> Move:
         """A release by its probability of the second label for each photo, named by its label."""
         photos = [
@@ -155,9 +151,7 @@ def test_champions_are_scored_on_the_photos_that_all_were_tested_on(
     assert read_quality(storage, moves[:1], lambda _: {}).common_photos == 0
 
 
-def test_usual_photos_are_no_drift_noise_is_and_only_the_random_sample_counts(
-    tmp_path: Path,
-) -> None:
+def test_noise_is_drift_usual_photos_are_not_and_the_sample_decides(tmp_path: Path) -> None:
     from tasks.model.network import build_model
 
     (tmp_path / "model.pb").write_bytes(export_graph(build_model(6, seed=1)))
