@@ -12,7 +12,7 @@ LONGEST = ("retrain", "up", "promotion", "trust", "surroundings", "cli", "browse
 LONGEST += ("publish_crashes", "dvc", "registry", "storage", "training", "model")
 """Files in the order of their duration."""
 
-FIXTURES = ("servers", "photos", "models", "service", "checkouts")
+FIXTURES = ("servers", "photos", "models", "checkouts", "service")
 pytest_plugins = [f"tests.fixtures.{name}" for name in FIXTURES]
 
 

@@ -135,7 +135,7 @@ def test_the_sample_is_the_one_that_the_committed_version_names(tmp_path: Path) 
 
 
 SECRET = "sentinel-do-not-show"
-S3, DATABASE, DASK = "HANDSIGNS_S3_ENDPOINT_URL", "DATABASE_URL", "HANDSIGNS_DASK_ADDRESS"
+S3, DATABASE = "HANDSIGNS_S3_ENDPOINT_URL", "DATABASE_URL"
 REFUSED = [
     (S3, "localhost:9000", f"{S3}: must be an addr"),
     (S3, f"http://user:{SECRET}@host:9000", S3),
@@ -145,7 +145,6 @@ REFUSED = [
     ("HANDSIGNS_PROMOTION", "never", "HANDSIGNS_PROMOTION.*received 'never'"),
     ("HANDSIGNS_SERVE_RATE", "0/minute", "HANDSIGNS_SERVE_RATE: must be a rate such as"),
     ("HANDSIGNS_SERVE_TOKEN", SECRET[:15], "HANDSIGNS_SERVE_TOKEN: must be 16 characters or more"),
-    (DASK, f"tcp://user:{SECRET}@host:8786", DASK),
     ("PREFECT_SERVER_API_AUTH_STRING", "user:", "AUTH_STRING: must be user:password"),
     (DATABASE, f"postgresql://user:{SECRET}@one:5432,two:5432/name", DATABASE),
     ("AWS_SECRET_ACCESS_KEY", SECRET, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY must be set"),
@@ -175,24 +174,18 @@ def test_an_unusable_setting_is_refused_in_one_line_without_secrets(
     assert SECRET[:15] not in str(caught.value)
 
 
-def test_defaults_and_the_usual_variables_are_read(environment: pytest.MonkeyPatch) -> None:
-    environment.setenv(S3, "")  # counts as not set
-    settings = load_settings()
-    assert (settings.s3_endpoint_url, settings.mlflow_tracking_uri) == (None, None)
-    assert (settings.bucket, settings.s3_region) == ("artifacts", "us-east-1")
+def test_usual_variables_are_read_and_empty_ones_ignored(environment: pytest.MonkeyPatch) -> None:
     for name, value in {
         S3: "https://s3.example.org/",
         "AWS_DEFAULT_REGION": "eu-west-1",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        DATABASE: f"postgresql://user:{SECRET}@/name",
+        "HANDSIGNS_BUCKET": "",
         "HANDSIGNS_PUBLIC_KEYS": "a.pem:b.pem",
+        DATABASE: f"postgresql://user:{SECRET}@/name",
     }.items():
         environment.setenv(name, value)
     settings = load_settings()
     assert (settings.s3_endpoint_url, settings.s3_region) == ("https://s3.example.org", "eu-west-1")
-    assert settings.aws_secret_access_key is not None
-    assert settings.aws_secret_access_key.get_secret_value() == SECRET
+    assert (settings.bucket, settings.mlflow_tracking_uri) == ("artifacts", None)
     assert [path.name for path in settings.public_keys] == ["a.pem", "b.pem"]
     assert SECRET not in repr(settings)
     environment.setenv("HANDSIGNS_S3_REGION", "eu-north-1")
@@ -200,9 +193,8 @@ def test_defaults_and_the_usual_variables_are_read(environment: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("password", ["pass", "p%40ss/w:rd", "a?b#c", "ünïcödé [x]"])
-@pytest.mark.parametrize("scheme", ["http", "mysql+pymysql"])
-def test_a_password_in_an_address_is_never_shown(password: str, scheme: str) -> None:
-    assert redact_url(f"{scheme}://user:{password}@host:5432/db") == f"{scheme}://host:5432/db"
+def test_a_password_in_an_address_is_never_shown(password: str) -> None:
+    assert redact_url(f"mysql+pymysql://user:{password}@host:1/db") == "mysql+pymysql://host:1/db"
 
 
 ROWS, COLUMNS = 40, 110
@@ -252,12 +244,6 @@ def in_terminal(repo: Repo, *words: str, **environment: str) -> list[str]:
         assert not NOISE.search(shown), shown
         assert max(map(len, lines)) <= COLUMNS
     return lines
-
-
-def test_dvc_repro_prints_nothing_of_libraries(trained: Trained) -> None:
-    assert "Running stage 'train@full'" in trained.output
-    assert "resize photos: " in trained.output
-    assert not LIBRARIES.search(trained.output)
 
 
 @pytest.mark.slow

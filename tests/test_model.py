@@ -1,6 +1,5 @@
 """The backbone's weights, augmented copies, the model, its files, and the photos that it reads."""
 
-import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from numpy.typing import NDArray
-from PIL import Image
 from scipy.special import softmax
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from tasks import backbone
 from tasks.backbone import PACKAGE_FILE, PACKAGE_SHA256, read_package
 from tasks.data.dataset import open_dataset
-from tasks.data.images import MAX_BYTES, decode, resize_square
+from tasks.data.images import decode, resize_square
 from tasks.errors import ModelError
 from tasks.io import read_json, sha256
 from tasks.model.augment import augment, enlarge
 from tasks.model.files import BACKBONE_FILE, TRUNK_FILE, read_phase, set_weights
-from tasks.model.inference import BATCH, Classifier, Prediction, classify_files, load_classifier
+from tasks.model.inference import BATCH, Classifier, load_classifier
 from tasks.model.network import (
     CUT,
     HEAD,
@@ -36,7 +34,7 @@ from tasks.model.network import (
 from tasks.params import INPUT_SIZE, MAX_TRAINABLE_LAYERS, AugmentationParams, Params
 from tasks.project import Project
 from tasks.stage import Context
-from tests.fixtures.models import BRIGHTNESS, RESIZE, SIZE
+from tests.fixtures.models import RESIZE, SIZE
 from tests.fixtures.photos import LABELS, STILL, photo
 
 
@@ -174,39 +172,10 @@ def test_the_model_files_give_the_tails_probabilities(chain: Context, params: Pa
     assert np.array_equal(together, alone)
 
 
-def test_probabilities_keep_the_order_over_batches_and_are_finite() -> None:
-    signs = np.random.default_rng(0).integers(0, 6, 2 * BATCH + 5)
-    greys = np.full((16, 16, 3), 51, np.uint8) * signs.astype(np.uint8)[:, None, None, None]
-    p = BRIGHTNESS.probabilities(greys)
-    assert p.dtype == np.float32
-    assert p.argmax(axis=1).tolist() == signs.tolist()
-    overflow = Classifier(lambda photos: np.full((len(photos), 6), np.nan, "f4"), RESIZE, LABELS)
+def test_probabilities_that_are_not_finite_are_refused() -> None:
+    nan = Classifier(lambda photos: np.full((len(photos), 6), np.nan, "f4"), RESIZE, LABELS, SIZE)
     with pytest.raises(ModelError, match="not finite"):
-        overflow.probabilities(greys)
-
-
-def test_files_are_read_in_any_shape_and_bad_ones_say_why(tmp_path: Path) -> None:
-    Image.new("RGB", (300, 200), (255, 255, 255)).save(tmp_path / "bright.jpg")
-    Image.new("L", (20, 90), 0).save(tmp_path / "dark.png")
-    (tmp_path / "note.jpg").write_text("not a picture")
-    with (tmp_path / "huge.png").open("wb") as file:
-        file.truncate(MAX_BYTES * 8)
-    expected = {
-        "note.jpg": "not an image",
-        "bright.jpg": "5",
-        "missing.png": "No such file",
-        "dark.png": "0",
-        "huge.png": "too large",
-        ".": "Is a directory",
-    }
-    found = classify_files(BRIGHTNESS, [tmp_path / name for name in expected])
-    assert [prediction.path for prediction in found] == [tmp_path / name for name in expected]
-    for prediction, words in zip(found, expected.values(), strict=True):
-        assert words in (prediction.label or prediction.error or "")
-    assert classify_files(BRIGHTNESS, []) == []
-    assert list(found[1].to_json()["probabilities"]) == list(LABELS)
-    odd = Prediction(Path(os.fsdecode(b"odd-\xff.png")), error="zero bytes").to_json()
-    assert odd["file"].encode("utf-8").startswith(b"odd-")
+        nan.probabilities(GREY[np.newaxis])
 
 
 def test_no_code_in_a_model_file_runs(chain: Context, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Runs and versions in MLflow; what a retrain records on a server is tested with the retrain."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +63,8 @@ def test_one_release_is_one_run_and_one_version(
     ours.set_alias(CHALLENGER, 2)
     assert [one.aliases for one in ours.versions()] == [(CHAMPION,), (CHALLENGER,)]
     # What is recorded, and the model, as MLflow's own client reads them.
-    stored = client.get_run(run.run_id).data
-    assert stored.params == {"seed": "20", "phases.base.epochs": "2"}
-    assert stored.tags.items() >= {"git": "abc", "content_id": ID}.items()
-    assert stored.metrics.keys() == {"accuracy", "recall/0", "base/val_loss"}
+    recorded = client.get_run(run.run_id).data.metrics.keys()
+    assert recorded == {"accuracy", "recall/0", "base/val_loss"}
     source = client.get_model_version_by_alias("hand-signs", CHAMPION).source
     folder = Path(artifacts.download_artifacts(source, tracking_uri=ours.tracking_uri))
     assert (folder / "data/model.keras").read_bytes() == Path("../model.keras").read_bytes()
@@ -83,22 +80,8 @@ def test_one_release_is_one_run_and_one_version(
     assert capsys.readouterr().out == ""
 
 
-def test_rejected_and_interrupted_runs_are_recorded_as_what_they_are(
-    registry: tuple[Registry, MlflowClient],
-) -> None:
+def test_interrupted_runs_are_recorded_as_such(registry: tuple[Registry, MlflowClient]) -> None:
     ours, client = registry
-    facts = {"data_version": "0123456789.dir", "photos": {"train": 900, "test": 180}}
-    facts |= {"description": "Rejected: recall of 4", "started": 1_700_000_000.0}
-    rejected = ours.record_rejected(replace(RECORD, content_id=None, **facts))
-    ours.name_run(rejected, "rejected: recall of 4 0.71 < 0.75")
-    run = client.get_run(rejected)
-    assert run.info.run_name == "rejected: recall of 4 0.71 < 0.75"
-    assert run.data.tags["mlflow.note.content"].startswith("Rejected: recall of 4")
-    assert (run.info.start_time, run.info.status) == (1_700_000_000_000, "FINISHED")
-    (used,) = run.inputs.dataset_inputs
-    assert used.dataset.digest == "0123456789.dir"
-    assert '"train": 900' in used.dataset.profile
-    assert ours.versions() == []
 
     def interrupt() -> Any:
         raise KeyboardInterrupt
@@ -106,17 +89,14 @@ def test_rejected_and_interrupted_runs_are_recorded_as_what_they_are(
     with pytest.raises(KeyboardInterrupt):
         _record(ours, interrupt)
     # What a process leaves that was killed, and could not say that it ended.
-    killed = client.create_run(run.info.experiment_id, tags={"content_id": ID}).info.run_id
+    killed = client.create_run("1", tags={"content_id": ID}).info.run_id
     found = _record(ours).run_id
     states = {one.info.run_id: one.info.status for one in client.search_runs(["1"])}
-    for name, state in ((rejected, "FINISHED"), (killed, "KILLED"), (found, "FINISHED")):
-        assert states.pop(name) == state
+    assert (states.pop(killed), states.pop(found)) == ("KILLED", "FINISHED")
     assert [*states.values()] == ["FAILED"]
 
 
-def test_a_fault_of_a_server_or_database_is_one_line_that_names_it(
-    tmp_path: Path, tracking_uri: str
-) -> None:
+def test_a_fault_of_a_server_or_database_is_one_line(tmp_path: Path, tracking_uri: str) -> None:
     (tmp_path / "file").write_bytes(b"no database")
     with proxy_to("http://nowhere") as proxy, proxy.failing(answering(500, "INTERNAL_ERROR")):
         for uri, words in (

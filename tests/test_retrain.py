@@ -27,8 +27,6 @@ from tests.fixtures.service import grey, serving, soon
 
 SECRET = "sentinel-do-not-show"
 REMOTE = {"HANDSIGNS_DVC_REMOTE_URL": "s3://dvc/photos"}
-ANOTHERS_STORE = {"MLFLOW_S3_ENDPOINT_URL": "http://127.0.0.1:9"}
-"""Of another project, for MLflow's files; a run that used it would fail."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,8 @@ def repo(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Repo:
     """A checkout whose first retrain made a champion, on servers that started for it."""
     made = trained.checkout(tmp_path_factory.mktemp("retrain") / "checkout")
     made.handsigns("import", trained.photos)
-    made.handsigns("retrain", fresh=True, **REMOTE, **ANOTHERS_STORE)
+    foreign = "http://127.0.0.1:9"  # another project's store: a run that used it would fail
+    made.handsigns("retrain", fresh=True, **REMOTE, MLFLOW_S3_ENDPOINT_URL=foreign)
     return made
 
 
@@ -110,25 +109,20 @@ def test_a_run_with_nothing_to_do_starts_no_server(repo: Repo, first: RunReport)
     assert repo.project.lock.read_bytes() == lock
 
 
-def test_the_champion_predicts_evaluates_and_verifies(
-    repo: Repo, first: RunReport, tmp_path: Path
-) -> None:
+def test_the_champion_predicts_and_verifies(repo: Repo, first: RunReport, tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "others", per_class=3, seed=7)
     (photos / "2/broken.jpg").write_bytes(b"no picture")
     scores = repo.handsigns("evaluate", photos)
     assert (scores["n"], len(scores["unreadable"])) == (18, 1)
-    words = (photos / "2/0000.png", photos / "2/broken.jpg")
-    seen, broken = repo.handsigns("predict", *words, code=1)["predictions"]
-    assert sum(seen["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+    found = repo.handsigns("predict", photos / "2", photos / "missing.png", code=1)["predictions"]
+    *seen, broken, missing = found
+    assert [sum(one["probabilities"].values()) for one in seen] == pytest.approx([1] * 3, abs=1e-4)
     assert "not an image" in broken["error"]
-    verified = repo.handsigns("verify", "champion")
-    assert verified["id"] == first.release["id"]
-    assert verified["facts"]["data_version"] == first.data.version
+    assert "No such file" in missing["error"]
+    assert repo.handsigns("verify", "champion")["id"] == first.release["id"]
 
 
-def test_a_rejected_model_changes_nothing_but_is_recorded_and_reported(
-    repo: Repo, prefect_api: PrefectApi
-) -> None:
+def test_a_rejected_model_is_recorded_but_no_version(repo: Repo, prefect_api: PrefectApi) -> None:
     before, (_, runs), stored = repo.handsigns("status"), registry(repo), stored_in(repo)
     repo.change("gate", min_test_photos=10_000)
     with receiving(SECRET) as receiver:
@@ -145,15 +139,17 @@ def test_a_rejected_model_changes_nothing_but_is_recorded_and_reported(
         assert after[part] == before[part]
     (run,) = (run for name, run in registry(repo)[1].items() if name not in runs)
     assert run.info.run_name.startswith("rejected: test photos")
+    assert run.data.tags["mlflow.note.content"].startswith("Rejected: test photos")
+    (used,) = run.inputs.dataset_inputs
+    assert used.dataset.digest == rejected["data"]["version"]
+    assert f'"train": {rejected["data"]["train"]}' in used.dataset.profile
     assert "content_id" not in run.data.tags
     assert [one["version"] for one in repo.handsigns("versions")["versions"]] == [1]
     files, now = f"mlflow/hand-signs/{run.info.run_id}/", stored_in(repo)
     assert {key: etag for key, etag in now.items() if not key.startswith(files)} == stored
 
 
-def test_a_service_follows_retrain_promote_and_rollback_without_a_gap(
-    repo: Repo, prefect_api: PrefectApi
-) -> None:
+def test_a_service_follows_every_move_without_a_gap(repo: Repo, prefect_api: PrefectApi) -> None:
     with serving(repo.project.root) as service:
 
         def answers_with(version: int) -> bool:
@@ -170,16 +166,15 @@ def test_a_service_follows_retrain_promote_and_rollback_without_a_gap(
         move = repo.handsigns("promote", "1", "--force", "--reason", "a test of mine")
         assert (move["previous"], move["version"]) == (2, 1)
         soon(lambda: answers_with(1))
-        assert repo.handsigns("promote", "1")["at"] == move["at"]  # already so
         back = repo.handsigns("rollback")
         assert (back["previous"], back["version"]) == (1, 2)
         soon(lambda: answers_with(2))
-        history = repo.handsigns("status")["history"]
-        assert [one["reason"] for one in history[-2:]] == ["a test of mine", "rolled back by hand"]
         assert "Traceback" not in service.log.read_text()
 
 
 def test_an_alias_that_did_not_follow_is_repaired_though_nothing_changed(repo: Repo) -> None:
+    repo.change("gate", max_loss=4.9)
+    repo.handsigns("retrain")  # makes a second version, unless the test before did
     present = repo.handsigns("status")["champion"]["version"]
     with sqlite3.connect(repo.project.local / "mlflow.db") as tables:
         tables.execute(
@@ -196,9 +191,17 @@ def test_an_alias_that_did_not_follow_is_repaired_though_nothing_changed(repo: R
 
 
 @pytest.mark.slow
-def test_a_full_disk_fails_the_run_in_one_line_and_changes_nothing(
-    repo: Repo, prefect_api: PrefectApi
+def test_a_full_disk_fails_an_import_and_a_run_in_one_line_and_changes_nothing(
+    repo: Repo, prefect_api: PrefectApi, tmp_path: Path
 ) -> None:
+    def photos() -> dict[Path, bytes]:
+        paths = [repo.project.data_file, *repo.project.data.rglob("*.*")]
+        return {path: path.read_bytes() for path in paths}
+
+    there, more = photos(), write_photos(tmp_path / "more", per_class=2, size=400, seed=1)
+    for size, words in ((100_000, ()), (1_000, ("--replace",))):  # of photos; of DVC's notes
+        refused = repo.run_limited(size, "import", more, *words).stderr
+        assert (refused.count("\n"), photos()) == (1, there), refused
     before, lock = repo.handsigns("status"), repo.project.lock.read_bytes()
     repo.run_limited(10_000_000, "retrain", "--force")  # the backbone's weights are larger
     report = repo.report()
@@ -216,9 +219,7 @@ def test_a_full_disk_fails_the_run_in_one_line_and_changes_nothing(
 
 
 @pytest.mark.slow
-def test_the_inbox_is_trained_on_once_and_its_versions_reach_the_branch(
-    trained: Trained, tmp_path: Path
-) -> None:
+def test_the_inbox_is_trained_on_once_and_pushed_to_git(trained: Trained, tmp_path: Path) -> None:
     made = trained.checkout(tmp_path / "checkout")
     root, inbox = made.project.root, tmp_path / "inbox"
     shutil.copy(CHECKOUT.root / "data.dvc", root)  # names the rendered sample
@@ -226,32 +227,22 @@ def test_the_inbox_is_trained_on_once_and_its_versions_reach_the_branch(
     git(root, "remote", "add", "origin", str(tmp_path / "origin"))
     shutil.copytree(trained.photos, inbox)
     (inbox / "3/torn.jpg").write_bytes(b"no picture")
-    with receiving(SECRET) as receiver:
-        named = {
-            "HANDSIGNS_INBOX": str(inbox),
-            "HANDSIGNS_GIT_PUSH": "handsigns/data",
-            "HANDSIGNS_DVC_REMOTE_URL": str(tmp_path / "remote"),
-            "HANDSIGNS_NOTIFY_URLS": receiver.address,
-        }
-        report = made.handsigns("retrain", **named)
-        assert report["status"] == "promoted", report["reason"]
-        assert report["data"]["quarantined"] == 1
-        remote = tmp_path / "remote/files/md5"
-        assert len([path for path in remote.rglob("*") if path.is_file()]) == 121
-        for name in ("data.dvc", "dvc.lock"):
-            pushed = git(tmp_path / "origin", "show", f"handsigns/data:{name}")
-            assert pushed == (root / name).read_text().strip()
-        assert len(list(inbox.rglob("*.*"))) == 121
-        again = made.handsigns("retrain", **named)
-        assert (again["status"], again["data"]["quarantined"]) == ("unchanged", 1)
-        assert receiver.messages == []
-        wrong = {**named, "HANDSIGNS_INBOX": str(tmp_path / "nowhere")}
-        failed = made.handsigns("retrain", code=1, **wrong)
-        assert "is not a folder" in failed["reason"]
-        (message,) = receiver.messages
-        assert message["message"].startswith(failed["reason"])
-    left = [*made.project.local.rglob("*"), *made.project.artifacts.rglob("*")]
-    assert not [path for path in left if path.is_file() and SECRET.encode() in path.read_bytes()]
+    named = {
+        "HANDSIGNS_INBOX": str(inbox),
+        "HANDSIGNS_GIT_PUSH": "handsigns/data",
+        "HANDSIGNS_DVC_REMOTE_URL": str(tmp_path / "remote"),
+    }
+    report = made.handsigns("retrain", **named)
+    assert report["status"] == "promoted", report["reason"]
+    assert report["data"]["quarantined"] == 1
+    remote = tmp_path / "remote/files/md5"
+    assert len([path for path in remote.rglob("*") if path.is_file()]) == 121
+    for name in ("data.dvc", "dvc.lock"):
+        pushed = git(tmp_path / "origin", "show", f"handsigns/data:{name}")
+        assert pushed == (root / name).read_text().strip()
+    assert len(list(inbox.rglob("*.*"))) == 121
+    again = made.handsigns("retrain", **named)
+    assert (again["status"], again["data"]["quarantined"]) == ("unchanged", 1)
 
 
 @pytest.mark.slow

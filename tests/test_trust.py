@@ -3,7 +3,6 @@
 import base64
 import json
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -54,7 +53,7 @@ class Team:
         self.seen |= {done.stdout.encode(), done.stderr.encode()}
         return json.loads(done.stdout)
 
-    def leaks(self, databases: Sequence[Path]) -> list[object]:
+    def leaks(self) -> list[object]:
         """What holds a secret, plain, quoted or in base64."""
         login = self.settings["PREFECT_API_AUTH_STRING"]
         plain = [self.settings["AWS_SECRET_ACCESS_KEY"], self.settings["MLFLOW_TRACKING_PASSWORD"]]
@@ -62,6 +61,8 @@ class Team:
         logins = [login, *(f"someone:{SENTINEL}-{one}" for one in ("notify", "prefect", "remote"))]
         wanted = [spelt.encode() for text in plain for spelt in (text, quote(text, safe=""))]
         wanted += [base64.b64encode(text.encode()) for text in [*plain, *logins]]
+        databases = [*session_folder().rglob("prefect.db*"), *session_folder().rglob("mlflow.db*")]
+        assert len(databases) > 1
         paths = [*self.repo.project.root.rglob("*"), *databases]
         places: list[tuple[object, bytes]] = [(text, text) for text in self.seen]
         places += [(path, path.read_bytes()) for path in paths if path.is_file()]
@@ -152,12 +153,10 @@ def test_a_run_that_fails_leaves_no_secret_anywhere(team: Team, tmp_path: Path) 
     assert failed["status"] == "failed"
     assert "data/ could not be pushed" in failed["reason"]
     assert any(b"retrain" in one for one in team.seen)
-    databases = [*session_folder().rglob("prefect.db*"), *session_folder().rglob("mlflow.db*")]
-    assert len(databases) > 1
-    assert team.leaks(databases) == []
+    assert team.leaks() == []
     # The search finds a secret where there is one.
     team.seen.add(b"Basic " + base64.b64encode(SENTINEL.encode()))
-    assert len(team.leaks([])) == 1
+    assert len(team.leaks()) == 1
     assert SENTINEL not in repr(Settings(HANDSIGNS_SIGNING_PASSPHRASE=SecretStr(SENTINEL)))
 
 
@@ -183,10 +182,7 @@ def test_a_signed_retrain_leaves_no_secret_and_is_rebuilt_identically(
     names = {key.split("/")[-1] for key in team.storage.keys(f"releases/{release['id']}/")}
     assert {"manifest.json", "model.keras", "labels.json", "metrics.json", "sbom.cdx.json"} <= names
     assert "signature" in json.loads(team.storage.get(KEY))
-    databases = [
-        path for name in ("mlflow", "prefect") for path in session_folder().rglob(f"{name}.db*")
-    ]
-    assert team.leaks(databases) == []
+    assert team.leaks() == []
     found = repo.handsigns("reproduce", "champion", **team.settings)
     assert found["identical"], found
     assert found["release"] == release["id"]
