@@ -247,25 +247,20 @@ def serve(
 
         settings = workspace.settings
         token = settings.serve_token.get_secret_value() if settings.serve_token else None
-        with listen(host, port, token is not None) as (bound, url, hosts):
-            from flows.serve.app import make_app
-            from flows.serve.follower import open_source
-            from flows.serve.review import open_captures
-            from tasks.data.traffic import Traffic
+        bound, url, hosts = listen(host, port, token is not None)
+        from flows.serve.app import make_app
+        from flows.serve.follower import open_source
+        from flows.serve.review import open_captures
+        from tasks.data.traffic import Traffic
 
-            captures = open_captures(workspace)
-            source = open_source(workspace, model)
-            max_bytes = settings.serve_max_mb * 2**20
-            limits = Limits(settings.serve_rate, max_bytes, token, hosts)
-            traffic = Traffic(workspace.traffic())
-            service = make_app(source, limits, captures, traffic)
-            loaded = source.model.description if source.model else None
-            line = f"Serving on {url} ({loaded or 'no model yet'}). Ctrl-C stops it."
-            echo(json_, {"url": url, "model": loaded, "problem": source.problem}, line)
-            try:
-                run_service(service, bound)
-            finally:
-                source.stop()
+        captures = open_captures(workspace)
+        source = open_source(workspace, model)
+        limits = Limits(settings.serve_rate, settings.serve_max_mb * 2**20, token, hosts)
+        service = make_app(source, limits, captures, Traffic(workspace.traffic()))
+        loaded = source.model.description if source.model else None
+        line = f"Serving on {url} ({loaded or 'no model yet'}). Ctrl-C stops it."
+        echo(json_, {"url": url, "model": loaded, "problem": source.problem}, line)
+        run_service(service, bound)
 
 
 @app.command()

@@ -21,12 +21,10 @@ from tasks.project import Project
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
-FILE = "prefect.yaml"
-
 
 def declared(project: Project) -> tuple[list[str], list[dict[str, Any]]]:
     """Names, `<flow>/<deployment>`, of the deployments in `prefect.yaml`, and its automations."""
-    path = project.root / FILE
+    path = project.root / "prefect.yaml"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         names = [

@@ -18,13 +18,12 @@ from rich.console import Console
 from rich.text import Text
 
 from tasks.errors import HandsignsError
-from tasks.stage import redirect_output
+from tasks.project import Project
+from tasks.stage import Progress, redirect_output
 
 if TYPE_CHECKING:
     from flows.report import RunReport
     from flows.workspace import Workspace
-    from tasks.project import Project
-    from tasks.stage import Progress
 
 _log = logging.getLogger(__name__)
 # In a file each row of a table is one line, for grep.
@@ -45,10 +44,8 @@ NEXT_STEPS = {
 }
 
 
-def open_project() -> "Project":
+def open_project() -> Project:
     """The checkout in the working directory; from here on libraries print to its log."""
-    from tasks.project import Project
-
     project = Project(Path.cwd())
     if not (project.root / "dvc.yaml").is_file():
         raise HandsignsError(
@@ -159,7 +156,7 @@ def _print_line(line: str) -> None:
 
 
 @contextmanager
-def shown_progress() -> Iterator["Progress"]:
+def shown_progress() -> Iterator[Progress]:
     """Show a bar while a step takes long, or a line now and then where there is no terminal."""
     if not err.is_terminal:
         yield progress_lines()
@@ -181,7 +178,7 @@ def shown_progress() -> Iterator["Progress"]:
         yield progress
 
 
-def progress_lines() -> "Progress":
+def progress_lines() -> Progress:
     """Log how far a step is every ten seconds, and how long a long one took."""
     steps: dict[str, tuple[float, float]] = {}  # when each began, and was last mentioned
 

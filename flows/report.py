@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from tasks.errors import StageError
 from tasks.io import read_json, write_json
@@ -22,11 +22,7 @@ RUNS = "runs.jsonl"
 _log = logging.getLogger(__name__)
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class DataReport(_Part):
+class DataReport(BaseModel, extra="forbid"):
     version: str = ""
     train: int = 0
     val: int = 0
@@ -47,7 +43,7 @@ class DataReport(_Part):
         return text
 
 
-class TestReport(_Part):
+class TestReport(BaseModel, extra="forbid"):
     accuracy: float | None = None
     accuracy_interval: tuple[float, float] | None = None
     loss: float | None = None
@@ -57,28 +53,24 @@ class TestReport(_Part):
     robustness: dict[str, Any] = {}
 
 
-class GateReport(_Part):
+class GateReport(BaseModel, extra="forbid"):
     passed: bool = False
     checks: list[dict[str, Any]] = []
 
-    def failures(self) -> list[str]:
-        """One phrase for each failed check, such as `accuracy 0.963 < 0.990`."""
-        return [_failure(**check) for check in self.checks if not check["passed"]]
-
     def describe_failures(self, most: int = 5) -> str:
-        """The failed checks in one line; with many labels not all of them."""
-        failed = self.failures()
+        """The failed checks, such as `accuracy 0.963 < 0.990`; with many labels not all of them."""
+        failed = [_failure(**check) for check in self.checks if not check["passed"]]
         more = [f"{len(failed) - most} more"] if len(failed) > most else []
         return "; ".join(failed[:most] + more)
 
 
-class ModelReport(_Part):
+class ModelReport(BaseModel, extra="forbid"):
     name: str
     version: int | None = None
     alias: str | None = None
 
 
-class RunReport(_Part):
+class RunReport(BaseModel, extra="forbid"):
     """Content of `run.json`; a part that was not reached keeps its empty value."""
 
     status: Status = "failed"

@@ -211,10 +211,8 @@ def comparison_text(decision: PromotionDecision) -> str:
         return text
     found = decision.comparison.to_json()
     before, after = found["champion"], found["challenger"]
-    names = ("label", "support", "champion", "challenger", "change")
-    recalls = [[row[name] for name in names] for row in found["recalls"]]
-    names = ("name", "label", "champion", "challenger", "now")
-    photos = [[row[name] for name in names] for row in found["changed"][:MOST_PHOTOS]]
+    recalls = [[*row.values()] for row in found["recalls"]]
+    photos = [[*row.values()] for row in found["changed"][:MOST_PHOTOS]]
     more = len(found["changed"]) - len(photos)
     scores = [(name, before[name], after[name]) for name in METRICS]
     return "\n".join(

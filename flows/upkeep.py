@@ -56,12 +56,11 @@ def prune(keep: int = 5, days: float = 30.0) -> State[Any]:
         keep: Rollback depth; this many champions before the present one stay.
         days: What is younger stays.
     """
-
-    def run(workspace: Workspace) -> State[Any]:
-        found = remove_unneeded(workspace, keep, days)
-        return Completed(name="Pruned", message=describe_pruned(found))
-
-    return ui.state_of(run)
+    return ui.state_of(
+        lambda workspace: Completed(
+            name="Pruned", message=describe_pruned(remove_unneeded(workspace, keep, days))
+        )
+    )
 
 
 def _monitor(workspace: Workspace, hours: int, retrain_after: int) -> State[Any]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from functools import lru_cache, partial
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,7 +40,6 @@ PAGES = {"index.html": "/", "review.html": "/review", "docs.html": "/docs"}
 MODEL_PAGE = PAGE / "model.html"  # a template
 DRAW_SECONDS = 300  # the picture of quality is drawn again after so long, for the drift
 SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css")
-EXAMPLE_SEED = 21  # seed of the rendered examples; not the seed of the sample data set
 PATHS = ("/predict", "/feedback", "/health", "/metrics", "/openapi.json")
 METHODS = ("GET", "HEAD", "POST", "DELETE")
 REQUESTS = Counter("handsigns_requests", "Requests answered.", ("method", "path", "status"))
@@ -76,6 +75,7 @@ def make_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         with recorder:
             yield
+        source.stop()
 
     app = FastAPI(
         title="handsigns",
@@ -108,8 +108,23 @@ def make_app(
     @app.get("/health", responses={503: {"model": Health}})
     async def health(credentials: Credentials, response: Response) -> Health:
         """Report which model answers; 503 while there is none."""
-        response.status_code = 200 if source.model else 503
-        return _health(source, limits.accepts(credentials), captures is not None)
+        model, problem, age, checked = source.model, source.problem, None, None
+        response.status_code = 200 if model else 503
+        if problem and not limits.accepts(credentials):
+            problem = "The champion cannot be followed; the service's log says why."
+        if model and model.promoted_at:
+            age = time.time() - datetime.fromisoformat(model.promoted_at).timestamp()
+        if source.checked_at:
+            checked = datetime.fromtimestamp(source.checked_at, UTC).isoformat(timespec="seconds")
+        return Health(
+            state="waiting" if model is None else "behind" if problem else "ready",
+            model=model and Model.model_validate(model),
+            age_seconds=age,
+            looked_at=checked,
+            problem=problem if model or problem else source.waiting,
+            labels=source.labels,
+            capture=captures is not None,
+        )
 
     @app.get("/metrics", response_class=Response)
     async def show_metrics() -> Response:
@@ -150,23 +165,15 @@ def _add_pages(app: FastAPI, source: ModelSource, traffic: Traffic) -> None:
                 drawn[key] = file.read_bytes()
         return Response(drawn[key], media_type="image/png")
 
-    @app.get("/examples/{label}.png", response_class=Response, include_in_schema=False)
-    def example(label: str) -> Response:
-        """A rendered hand, not a photograph."""
-        from tasks.synthetic import SIGNS
-
-        if label not in SIGNS:
-            raise HTTPException(404)
-        return Response(_example(int(label)), media_type="image/png")
-
     async def send(file: Path, _: Request) -> Response:
         return FileResponse(file)
 
     # A route each: a mounted folder would answer GET /predict with 404 instead of 405.
     resources = Path(str(files("fastapi_swagger"))) / "resources"
-    pages = {*PAGE.iterdir()} - {MODEL_PAGE}
-    for file in (*pages, *(resources / name for name in SWAGGER)):
-        app.add_route(PAGES.get(file.name, f"/{file.name}"), partial(send, file))
+    pages = {path.relative_to(PAGE).as_posix(): path for path in PAGE.rglob("*.*")}
+    pages |= {name: resources / name for name in SWAGGER}
+    for name in pages.keys() - {MODEL_PAGE.name}:
+        app.add_route(PAGES.get(name, f"/{name}"), partial(send, pages[name]))
 
 
 def _champion(source: ModelSource) -> tuple[LoadedModel, Path, Storage]:
@@ -239,30 +246,3 @@ async def _answer_fault(limits: Limits, request: Request, error: Exception) -> R
             _log.error("%s %s failed.", request.method, request.url.path, exc_info=error)
     headers = {**HEADERS, **(getattr(error, "headers", None) or {})}
     return JSONResponse({"error": reason}, status, headers)
-
-
-def _health(source: ModelSource, detailed: bool, capture: bool) -> Health:
-    model, problem, age, checked = source.model, source.problem, None, None
-    if problem and not detailed:
-        problem = "The champion cannot be followed; the service's log says why."
-    if model and model.promoted_at:
-        age = time.time() - datetime.fromisoformat(model.promoted_at).timestamp()
-    if source.checked_at:
-        checked = datetime.fromtimestamp(source.checked_at, UTC).isoformat(timespec="seconds")
-    return Health(
-        state="waiting" if model is None else "behind" if problem else "ready",
-        model=model and Model.model_validate(model),
-        age_seconds=age,
-        looked_at=checked,
-        problem=problem if model or problem else source.waiting,
-        labels=source.labels,
-        capture=capture,
-    )
-
-
-@lru_cache(maxsize=16)
-def _example(label: int) -> bytes:
-    from tasks.rendering.scene import draw
-    from tasks.synthetic import encode
-
-    return encode(draw((EXAMPLE_SEED, label, 0)))

@@ -9,8 +9,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -97,11 +96,8 @@ class Limits:
                 )
 
 
-@contextmanager
-def listen(
-    host: str, port: int, token: bool
-) -> Iterator[tuple[socket.socket, str, frozenset[str] | None]]:
-    """Bind an address; yields the socket, its URL and the hosts that it answers to, or None."""
+def listen(host: str, port: int, token: bool) -> tuple[socket.socket, str, frozenset[str] | None]:
+    """Bind an address; the socket, its URL and the hosts that it answers to, or None for any."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -117,11 +113,10 @@ def listen(
         raise ServiceError(
             f"Cannot listen on {host}:{port}: {reason}. Choose another --host or --port."
         ) from None
-    with bound:
-        found, number = bound.getsockname()[:2]
-        shown = f"[{found}]" if ":" in found else found
-        hosts = None if token else frozenset({"127.0.0.1", "::1", "localhost", host.lower()})
-        yield bound, f"http://{shown}:{number}", hosts
+    found, number = bound.getsockname()[:2]
+    shown = f"[{found}]" if ":" in found else found
+    hosts = None if token else frozenset({"127.0.0.1", "::1", "localhost", host.lower()})
+    return bound, f"http://{shown}:{number}", hosts
 
 
 def read_bodies(service: ASGIApp) -> ASGIApp:

@@ -14,7 +14,7 @@ from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import HTTPException, Request
 from prometheus_client import Counter
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from starlette.datastructures import UploadFile
 
 from flows.serve.follower import LoadedModel, ModelSource
@@ -31,10 +31,8 @@ PREDICTIONS = Counter("handsigns_predictions", "Photos read, by label.", ("label
 IN_FLIGHT = 128  # requests that may be uploaded, queued or scored at once, for their memory
 
 
-class Model(BaseModel):
+class Model(BaseModel, from_attributes=True):
     """The model that answers."""
-
-    model_config = ConfigDict(from_attributes=True)
 
     description: str = Field(description="What it is, in words.")
     version: int | None = Field(description="Of a champion: its number in the registry.")
@@ -74,10 +72,8 @@ def _decode_base64(image: Any) -> bytes:
 Image = Annotated[bytes, BeforeValidator(_decode_base64, str)]
 
 
-class JsonPhotos(BaseModel):
+class JsonPhotos(BaseModel, extra="forbid"):
     """A photo, or a list of photos, in base64 or as data URLs."""
-
-    model_config = ConfigDict(extra="forbid")
 
     image: Image | Annotated[list[Image], Field(min_length=1, max_length=MAX_PHOTOS)]
 

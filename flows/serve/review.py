@@ -15,7 +15,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi import Path as InPath
 from fastapi.responses import Response
 from prometheus_client import Counter, Gauge
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -150,10 +150,8 @@ def open_captures(workspace: Workspace) -> Captures | None:
     return Captures(workspace.place(settings.capture), inbox, workspace.project, rules)
 
 
-class Verdict(BaseModel):
+class Verdict(BaseModel, extra="forbid"):
     """A person's decision; no label discards the photo."""
-
-    model_config = ConfigDict(extra="forbid")
 
     label: str | None
     by: Reviewer
