@@ -245,9 +245,8 @@ def serve(
     with open_workspace() as workspace:
         from flows.serve.limits import Limits, listen, run_service
 
-        settings = workspace.settings
-        token = settings.serve_token.get_secret_value() if settings.serve_token else None
-        bound, url, hosts = listen(host, port, token is not None)
+        limits = Limits(workspace.settings, host)
+        bound, url = listen(host, port, anywhere=limits.token is not None)
         from flows.serve.app import make_app
         from flows.serve.follower import open_source
         from flows.serve.review import open_captures
@@ -255,7 +254,6 @@ def serve(
 
         captures = open_captures(workspace)
         source = open_source(workspace, model)
-        limits = Limits(settings.serve_rate, settings.serve_max_mb * 2**20, token, hosts)
         service = make_app(source, limits, captures, Traffic(workspace.traffic()))
         loaded = source.model.description if source.model else None
         line = f"Serving on {url} ({loaded or 'no model yet'}). Ctrl-C stops it."

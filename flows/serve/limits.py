@@ -10,7 +10,6 @@ import signal
 import socket
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -24,6 +23,7 @@ from limits.strategies import SlidingWindowCounterRateLimiter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
+from flows.settings import Settings
 from tasks.errors import ServiceError, SettingsError
 
 # A connection without a request, or with a part of its head only, is closed after so long.
@@ -41,7 +41,6 @@ HEADERS = {
     "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
 }
 
 Credentials = Annotated[
@@ -50,17 +49,14 @@ Credentials = Annotated[
 ]
 
 
-@dataclass
 class Limits:
     """Limits for each client: its rate, largest body, token, and the names it may use for us."""
 
-    rate: str = "600/minute"
-    max_bytes: int = 10 * 2**20
-    token: str | None = None
-    hosts: frozenset[str] | None = None
-
-    def __post_init__(self) -> None:
-        self._rate = parse(self.rate)
+    def __init__(self, settings: Settings, host: str) -> None:
+        self.max_bytes, token = settings.serve_max_mb * 2**20, settings.serve_token
+        self.token = token.get_secret_value() if token else None
+        self._hosts = {"127.0.0.1", "::1", "localhost", host.lower()}
+        self._rate = parse(settings.serve_rate)
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
 
     def check(self, request: Request, credentials: Credentials) -> None:
@@ -88,21 +84,21 @@ class Limits:
             name = None
             with suppress(ValueError):
                 name = urlsplit(source).hostname
-            if self.hosts and name not in self.hosts:
+            if self.token is None and name not in self._hosts:
                 raise HTTPException(
                     403,
                     f"This service does not answer to {source.removeprefix('//')[:80]!r}. Use "
-                    f"{', '.join(sorted(self.hosts))}, or set HANDSIGNS_SERVE_TOKEN to allow any.",
+                    f"{', '.join(sorted(self._hosts))}, or set HANDSIGNS_SERVE_TOKEN to allow any.",
                 )
 
 
-def listen(host: str, port: int, token: bool) -> tuple[socket.socket, str, frozenset[str] | None]:
-    """Bind an address; the socket, its URL and the hosts that it answers to, or None for any."""
+def listen(host: str, port: int, anywhere: bool) -> tuple[socket.socket, str]:
+    """Bind an address, which is one of loopback unless it may be `anywhere`; also its URL."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        if not token and not ipaddress.ip_address(address[0]).is_loopback:
+        if not anywhere and not ipaddress.ip_address(address[0]).is_loopback:
             raise SettingsError(
                 f"Others can reach {host}, so HANDSIGNS_SERVE_TOKEN must be set. "
                 "Set it to 16 or more characters, or use --host 127.0.0.1."
@@ -115,8 +111,7 @@ def listen(host: str, port: int, token: bool) -> tuple[socket.socket, str, froze
         ) from None
     found, number = bound.getsockname()[:2]
     shown = f"[{found}]" if ":" in found else found
-    hosts = None if token else frozenset({"127.0.0.1", "::1", "localhost", host.lower()})
-    return bound, f"http://{shown}:{number}", hosts
+    return bound, f"http://{shown}:{number}"
 
 
 def read_bodies(service: ASGIApp) -> ASGIApp:
