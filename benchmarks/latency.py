@@ -88,7 +88,7 @@ def prepared(artifacts: Path) -> Iterator[tuple[str, Callable[[Pictures], Any]]]
     )
     yield (
         "the same, one stream of one core",
-        lambda photos: [one(photo) for photo in photos],
+        lambda photos: [next(one.stream([photo])) for photo in photos],
     )
     model = load_model(artifacts / "model.keras", compile=False)
     traced = tf.function(

@@ -29,7 +29,7 @@ from tasks.data.dataset import open_dataset
 from tasks.data.importer import import_photos
 from tasks.io import read_json, write_json
 from tasks.model.inference import load_classifier
-from tasks.params import load_params
+from tasks.params import PHASES, load_params
 from tasks.project import Project
 from tasks.scoring.metrics import score
 from tasks.stage import Context, collect_rarely
@@ -143,7 +143,7 @@ def measure(project: Project) -> None:
     classifier = load_classifier(project.graph, params, dataset.classes)
     probabilities = classifier.probabilities(dataset.images[rows]).astype(np.float64)
     scores = score(probabilities, dataset.labels[rows], dataset.classes)
-    history = read_json(project.history(context.params.last_phase))
+    history = read_json(project.history(PHASES[-1]))
     content = {
         "seconds": sum(seconds.values()),
         "stages": seconds,

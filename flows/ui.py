@@ -8,7 +8,7 @@ import html
 import logging
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
 from uuid import UUID
@@ -25,7 +25,6 @@ from prefect.utilities.urls import url_for
 from flows.report import RunReport
 from flows.settings import Settings, load_settings
 from flows.workspace import Workspace
-from tasks.data.traffic import drift_by_limit
 from tasks.errors import HandsignsError, SettingsError
 from tasks.gate import shown
 from tasks.io import read_json
@@ -180,9 +179,8 @@ def show_history(workspace: Workspace) -> None:
     if champion is None:
         return
     moves = champion.pointer.moves
-    drift = partial(drift_by_limit, workspace.traffic())
-    found = read_quality(workspace.storage, moves, drift)
-    common = {one.version: one.common.get("accuracy") for one in found.champions}
+    champions, photos = read_quality(workspace.storage, moves, workspace.traffic())
+    common = {one.version: one.common.get("accuracy") for one in champions}
     rows = [
         {
             "when": move.at,
@@ -193,13 +191,13 @@ def show_history(workspace: Workspace) -> None:
             "why": move.reason,
             "forced over": "; ".join(move.overruled),
             **move.metrics,
-            f"accuracy on {found.common_photos} common photos": common.get(move.version),
+            f"accuracy on {photos} common photos": common.get(move.version),
         }
         for move in reversed(moves)
     ]
     what = f"Version {moves[-1].version} is champion: {moves[-1].reason}"
     create_table_artifact(rows, key="champion-history", description=what)
-    draw_quality(found, workspace.project.quality)
+    draw_quality(champions, photos, workspace.project.quality)
     picture = _picture(workspace.project.quality)
     show_text("quality", "Scores of each champion.", f"## Quality over time\n{picture}")
 

@@ -29,7 +29,7 @@ from tasks.model.inference import Engine
 from tasks.releases.catalog import prune_releases
 from tasks.releases.quality import draw_traffic
 from tasks.releases.release import open_release
-from tasks.scoring.drift import BINS, Drift, compare_counts, compare_embeddings
+from tasks.scoring.drift import Drift, compare_counts, compare_embeddings
 from tasks.stage import Progress, silent
 
 PHOTOS = 500  # kept photos of a window at most whose embeddings are compared
@@ -98,10 +98,9 @@ def compare_with_reference(release: Path, counts: Counts, store: Store, hours: i
     """Compare answers and kept photos of a window with the reference of a fetched release."""
     with np.load(release / "reference.npz") as reference:
         window = [counts.labels[label] for label in read_json(release / "labels.json")]
-        confidences = [counts.confidences[number] for number in range(BINS)]
         return [
             compare_counts("labels", reference["labels"], window),
-            compare_counts("confidences", reference["confidences"], confidences),
+            compare_counts("confidences", reference["confidences"], counts.confidences),
             compare_embeddings(reference["embeddings"], _embed(release, store, hours)),
         ]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tasks.io import atomic_write
 from tasks.model.files import BACKBONE_FILE, export_graph, read_phase
-from tasks.params import BACKBONE, INPUT_SIZE
+from tasks.params import BACKBONE, INPUT_SIZE, PHASES
 from tasks.stage import Context
 
 
@@ -16,7 +16,7 @@ def run(context: Context, item: str | None = None, size: int = INPUT_SIZE) -> No
     from tasks.model.network import HEAD, build_model, freeze, set_tail
 
     project, params = context.project, context.params
-    weights = read_phase(project, params.last_phase)
+    weights = read_phase(project, PHASES[-1])
     for name in ("kernel", "bias"):
         weights[f"{HEAD}/{name}"] = weights[f"{HEAD}/{name}"] / params.training.temperature
     model = build_model(

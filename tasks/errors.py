@@ -58,10 +58,10 @@ class OvertakenError(PromotionError):
 
 
 def first_fault(error: Exception) -> str:
-    """The first validation error on one line, with its location but without the input."""
+    """An error on one line; of validation the first one, with its location, without the input."""
     from pydantic import ValidationError
 
     if not isinstance(error, ValidationError):
-        return " ".join(str(error).split())
+        return " ".join(str(error).split()) or type(error).__name__
     fault = error.errors(include_input=False)[0]
     return f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}"

@@ -20,7 +20,7 @@ from tasks.params import PHASES, PreprocessParams
 from tasks.project import Project
 from tasks.rendering.appearance import develop, enlarge, wall
 from tasks.scoring import plots
-from tasks.scoring.drift import confidence_histogram
+from tasks.scoring.drift import BINS
 from tasks.scoring.metrics import DIGITS, checked, score
 from tasks.stage import Context, Progress, silent
 
@@ -76,7 +76,7 @@ def save_reference(project: Project, probabilities: NDArray[np.float32], photos:
         np.savez(
             file,
             labels=np.bincount(probabilities.argmax(axis=1), minlength=probabilities.shape[1]),
-            confidences=np.array(confidence_histogram(probabilities.max(axis=1))),
+            confidences=np.histogram(probabilities.max(axis=1).astype(float), BINS, (0, 1))[0],
             embeddings=np.array([*engine.stream(pictures)], np.float16),
         )
 

@@ -92,15 +92,13 @@ runner: ContextVar[Runner] = ContextVar("runner", default=run_here)
 """What computes the shards; the flow sets it."""
 
 
-def run(context: Context, item: str | None = None) -> None:
-    """Write `artifacts/features/`, and a report to `.local/features.json`."""
-    write_json(context.project.features_report, extract(context))
-
-
-def extract(
-    context: Context, size: int = INPUT_SIZE, shard_rows: int = SHARD_ROWS
-) -> dict[str, Any]:
-    """Bring the stored activations up to date; rows computed and reused, and the speed.
+def run(
+    context: Context,
+    item: str | None = None,
+    size: int = INPUT_SIZE,
+    shard_rows: int = SHARD_ROWS,
+) -> None:
+    """Bring the stored activations up to date, and report in `.local/features.json` on it.
 
     Every `shard_rows` that are computed are saved, so that a run that is killed resumes.
     """
@@ -135,12 +133,13 @@ def extract(
     if missing or stored is None or stored.keys != list(wanted):
         _write(project.features, cache_key, shape, [(key, rows[key]) for key in wanted])
     shutil.rmtree(partial, ignore_errors=True)
-    return {
+    report = {
         "computed": len(missing),
         "reused": len(wanted) - len(missing),
         "images_per_second": speed,
         "views": params.features.augmented_copies,
     }
+    write_json(project.features_report, report)
 
 
 def _wanted_rows(dataset: Dataset, params: Params) -> Iterator[tuple[Key, int]]:

@@ -24,7 +24,7 @@ from tasks.errors import ParamsError
 
 INPUT_SIZE = 224  # side of EfficientNetB0's input in pixels
 BACKBONE = "backbone"
-PHASES = ("base", "fine_tune", "full")
+PHASES = ("base", "fine_tune", "full")  # the last one's weights become the model
 MAX_TRAINABLE_LAYERS = 16  # of EfficientNetB0 above `block6d_add`, where the trunk is cut off
 
 # Parameters of earlier versions, and what they are called now; None: they are gone.
@@ -183,11 +183,6 @@ class Params(_Section):
                 f"the one before, {PHASES[0]} {BACKBONE}"
             )
         return self
-
-    @property
-    def last_phase(self) -> str:
-        """The phase whose weights become the model."""
-        return list(self.phases)[-1]
 
 
 def list_labels(labels: Sequence[str], most: int = 20) -> str:

@@ -11,7 +11,7 @@ from tasks.data.dataset import Dataset, open_dataset
 from tasks.errors import StageError
 from tasks.io import atomic_directory, write_json
 from tasks.model.files import BACKBONE_FILE, WEIGHTS_FILE, Weights, read_phase, write_weights
-from tasks.params import BACKBONE, INPUT_SIZE
+from tasks.params import BACKBONE, INPUT_SIZE, PHASES
 from tasks.stage import Context
 from tasks.training.plan import Epoch, Plan, plan_phase, score_logits
 
@@ -47,7 +47,7 @@ def run(context: Context, item: str | None = None, size: int = INPUT_SIZE) -> No
                 f"(now {plan.phase.learning_rate}) in params.yaml."
             )
     val_loss = curve[-1].val_loss
-    if plan.name == context.params.last_phase:
+    if plan.name == PHASES[-1]:
         # The loss of the model that the assemble stage makes of these weights.
         val_loss, _ = score_logits(logits / plan.training.temperature, plan.val_labels)
     history = {

@@ -114,7 +114,7 @@ def test_answers_are_counted_by_the_hour_and_release_and_removed_in_time(tmp_pat
     for traffic in (first, second, second):
         traffic.save()
     found = count_window(store, RELEASE, hours=2)
-    assert (found.labels, +found.confidences) == ({"3": 3, "0": 2}, {9: 5})
+    assert (found.labels, found.confidences) == ({"3": 3, "0": 2}, [*[0] * 9, 5])
     for hours in (5, 30, 24 * 31):
         hour = f"{datetime.now(UTC) - timedelta(hours=hours):%Y-%m-%dT%H}"
         content = b'{"labels": {"1": 1}, "confidences": [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]}'
@@ -142,13 +142,16 @@ def test_champions_are_scored_on_what_all_were_tested_on(storage: Storage, tmp_p
         champion(3, "01", {"01": 0.2, "11": 0.2, "12": 0.9, "02": 0.9}),
         champion(4, "01", {"01": 0.2, "11": 0.8, "12": 0.9, "03": 0.9}),
     ]
-    found = read_quality(storage, [*moves, moves[2]], lambda _: {"labels": 0.5})
-    accuracies = [(one.version, one.common.get("accuracy")) for one in found.champions]
+    drift = b'{"comparisons": [{"name": "labels", "value": 0.1, "limit": 0.2}]}'
+    storage.put(f"monitor/{moves[3].release}.json", drift)
+    champions, photos = read_quality(storage, [*moves, moves[2]], storage)
+    accuracies = [(one.version, one.common.get("accuracy")) for one in champions]
     assert accuracies == [(1, None), (2, None), (3, pytest.approx(2 / 3)), (4, 1.0)]
-    assert (found.common_photos, found.champions[0].own["photos"]) == (3, 80)
-    draw_quality(found, tmp_path / "quality.png")
+    assert (photos, champions[0].own["photos"]) == (3, 80)
+    assert [one.drift for one in champions] == [{}, {}, {}, {"labels": 0.5}]
+    draw_quality(champions, photos, tmp_path / "quality.png")
     assert cv2.imread(str(tmp_path / "quality.png")).shape[1] == 1320
-    assert read_quality(storage, moves[:1], lambda _: {}).common_photos == 0
+    assert read_quality(storage, moves[:1], storage)[1] == 0
 
 
 def test_noise_is_drift_usual_photos_are_not_and_the_sample_decides(tmp_path: Path) -> None:

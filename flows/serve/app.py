@@ -28,7 +28,7 @@ from flows.serve.limits import HEADERS, Credentials, Limits
 from flows.serve.predict import BODY, Fault, Model, Predictor, Reading, Readings, unusable
 from flows.serve.review import Recorder, review_routes
 from tasks.data.capture import Captures, DecidedError
-from tasks.data.traffic import Traffic, drift_by_limit
+from tasks.data.traffic import Traffic
 from tasks.errors import BusyError, DataError, HandsignsError, ImageError
 from tasks.releases.quality import draw_quality, read_quality
 from tasks.services.s3 import MissingObjectError, Storage
@@ -159,8 +159,7 @@ def _add_pages(app: FastAPI, source: ModelSource, traffic: Traffic) -> None:
         if key not in drawn:
             with TemporaryDirectory() as folder:
                 file = Path(folder) / "quality.png"
-                drift = partial(drift_by_limit, traffic.store)
-                draw_quality(read_quality(storage, model.moves, drift), file)
+                draw_quality(*read_quality(storage, model.moves, traffic.store), file)
                 drawn.clear()
                 drawn[key] = file.read_bytes()
         return Response(drawn[key], media_type="image/png")

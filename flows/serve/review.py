@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from flows.serve.predict import BODY, Reading
 from flows.workspace import Workspace
 from tasks.data.capture import ID, Capture, CaptureRules, Captures
-from tasks.data.traffic import Traffic
+from tasks.data.traffic import Traffic, read_drift
 from tasks.errors import SettingsError
 
 _log = logging.getLogger(__name__)
@@ -110,7 +110,8 @@ class Recorder:
                     saved = time.monotonic()
                     self._traffic.save()
                     DRIFT.clear()
-                    for comparison, value in self._traffic.drift().items():
+                    found = read_drift(self._traffic.store, self._traffic.release)
+                    for comparison, (value, _) in found.items():
                         DRIFT.labels(comparison).set(value)
                 problem = ""
             except Exception as error:  # a full disk, say: predictions must go on

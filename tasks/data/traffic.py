@@ -6,6 +6,7 @@ import uuid
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from operator import add
 from typing import Any
 
 from tasks.data.capture import Store
@@ -20,10 +21,10 @@ _HOUR = "%Y-%m-%dT%H"
 
 @dataclass
 class Counts:
-    """Answers by label, and by confidence in `BINS` equal bins."""
+    """Answers by label, and by confidence in equal bins."""
 
     labels: Counter[str] = field(default_factory=Counter)
-    confidences: Counter[int] = field(default_factory=Counter)
+    confidences: list[int] = field(default_factory=lambda: [0] * BINS)
 
     def add(self, label: str, confidence: float) -> None:
         self.labels[label] += 1
@@ -35,13 +36,13 @@ class Traffic:
 
     def __init__(self, store: Store) -> None:
         self.store, self._process = store, uuid.uuid4().hex[:12]
-        self._release: str | None = None
+        self.release: str | None = None  # that answered last
         self._lock = threading.Lock()
         self._counts: dict[str, Counts] = {}
 
     def add(self, release: str, label: str, confidence: float) -> None:
         key = f"{FOLDER}/{datetime.now(UTC):{_HOUR}}/{release}-{self._process}.json"
-        self._release = release
+        self.release = release
         with self._lock:
             self._counts.setdefault(key, Counts()).add(label, confidence)
 
@@ -50,26 +51,16 @@ class Traffic:
         now, content = f"{FOLDER}/{datetime.now(UTC):{_HOUR}}/", {}
         with self._lock:
             for key, one in self._counts.items():
-                bins = [one.confidences[number] for number in range(BINS)]
-                content[key] = json.dumps({"labels": one.labels, "confidences": bins})
+                content[key] = json.dumps(vars(one))
             self._counts = {key: one for key, one in self._counts.items() if key.startswith(now)}
         for key, text in content.items():
             self.store.put(key, text.encode())
 
-    def drift(self) -> dict[str, float]:
-        """The values that the monitor found last for the release that answers."""
-        found = _comparisons(self.store, self._release) if self._release else ()
-        return {one["name"]: one["value"] for one in found}
 
-
-def drift_by_limit(store: Store, release: str) -> dict[str, float]:
-    """What the monitor found last for a release, as shares of the limits."""
-    return {one["name"]: one["value"] / one["limit"] for one in _comparisons(store, release)}
-
-
-def _comparisons(store: Store, release: str) -> list[dict[str, Any]]:
-    found = read_result(store, release).get("comparisons", [])
-    return [one for one in found if one["value"] is not None]
+def read_drift(store: Store, release: str | None) -> dict[str, tuple[float, float]]:
+    """Value and limit of all that the monitor compared last for a release."""
+    found = read_result(store, release).get("comparisons", []) if release else []
+    return {one["name"]: (one["value"], one["limit"]) for one in found if one["value"] is not None}
 
 
 def read_result(store: Store, release: str) -> dict[str, Any]:
@@ -91,5 +82,5 @@ def count_window(store: Store, release: str, hours: int) -> Counts:
         elif hour > since and name.startswith(release):
             found = json.loads(store.get(key))
             total.labels.update(found["labels"])
-            total.confidences.update(dict(enumerate(found["confidences"])))
+            total.confidences = [*map(add, total.confidences, found["confidences"])]
     return total

@@ -18,7 +18,6 @@ from tasks.params import INPUT_SIZE, PreprocessParams
 from tasks.stage import Progress, silent
 
 QUEUE = 4  # pictures for each core that `Engine.stream` holds at a time
-BATCH = 32
 ADVICE = "Name a .pb file that the assemble stage wrote, or a release."
 MAX_SIDE = 2048  # of the photos that a model file takes
 CERTAIN_ABOVE = 0.6  # of releases that were made before `evaluate` chose it
@@ -56,14 +55,13 @@ class Engine:
         self._idle: deque[Any] = deque()
         # OpenVINO's binding initializes itself in a process's first call and releases the
         # GIL meanwhile: two concurrent first calls would deadlock.
-        self.shape = self(np.zeros((self.size, self.size, 3), np.uint8)).shape
-
-    def __call__(self, picture: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Compute the result for one picture, uint8 (size, size, 3), RGB."""
-        return next(self.stream([picture]))
+        self.shape = next(self.stream([np.zeros((self.size, self.size, 3), np.uint8)])).shape
 
     def stream(self, pictures: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
-        """Compute results in order on all cores, while this thread makes the next pictures."""
+        """Compute results in order on all cores, while this thread makes the next pictures.
+
+        A picture is uint8 (size, size, 3), RGB.
+        """
         running: deque[tuple[Any, NDArray[np.uint8]]] = deque()
         try:
             for picture in pictures:
@@ -116,8 +114,8 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Classifier:
-    forward: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-    """uint8 (n, size, size, 3), RGB, to float32 (n, labels)"""
+    forward: Callable[[Iterable[NDArray[np.uint8]]], Iterable[NDArray[np.float32]]]
+    """uint8 (size, size, 3), RGB, to float32 (labels,), for each picture"""
     preprocess: PreprocessParams
     labels: tuple[str, ...]
     size: int = INPUT_SIZE
@@ -132,10 +130,10 @@ class Classifier:
     ) -> NDArray[np.float32]:
         """Score photos as the dataset stores them; uint8 (n, d, d, 3) -> float32 (n, labels)."""
         result = np.empty((len(images), len(self.labels)), np.float32)
-        for start in range(0, len(images), BATCH):
-            batch = slice(start, start + BATCH)
-            result[batch] = self.forward(enlarge(images[batch], self.size))
-            progress("score photos", min(start + BATCH, len(images)), len(images))
+        pictures = (enlarge(image[np.newaxis], self.size)[0] for image in images)
+        for number, row in enumerate(self.forward(pictures)):
+            result[number] = row
+            progress("score photos", number + 1, len(images))
         if not np.isfinite(result).all():
             raise ModelError("The model's probabilities are not finite. Use another model.")
         return result
@@ -151,9 +149,7 @@ def load_classifier(
             f"'{path}' gives {engine.shape} for photos of {engine.size} pixels, not "
             f"{len(labels)} probabilities for photos of {size}. {ADVICE}"
         )
-    return Classifier(
-        lambda photos: np.stack(list(engine.stream(photos))), preprocess, tuple(labels), size
-    )
+    return Classifier(engine.stream, preprocess, tuple(labels), size)
 
 
 def classify_files(

@@ -1,13 +1,14 @@
 """Quality over time: champions on the photos that all were tested on, and what they see now."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tasks.data.traffic import Counts
+from tasks.data.capture import Store
+from tasks.data.traffic import Counts, read_drift
 from tasks.io import read_json
 from tasks.releases.champion import PHOTOS, Move
 from tasks.scoring.drift import BINS
@@ -38,27 +39,19 @@ class Quality:
     drift: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class QualityOverTime:
-    """The last champions, oldest first, and the number of photos that all were tested on."""
-
-    champions: Sequence[Quality]
-    common_photos: int
-
-
 def read_quality(
-    storage: Storage, moves: Sequence[Move], read_drift: Callable[[str], Mapping[str, float]]
-) -> QualityOverTime:
-    """Score the champions on the test photos that they have in common.
+    storage: Storage, moves: Sequence[Move], traffic: Store
+) -> tuple[list[Quality], int]:
+    """Score the last champions, oldest first, on the test photos that all have; and their number.
 
     Photos keep their split when others are added, so test splits overlap. No model runs: each
     release holds its predictions. A release without them, or with other labels than the present
     champion's, has no common scores.
     """
     champions = list({move.release: move for move in moves}.values())[-RECENT:]
-    found = {move.release: _read_predictions(storage, move.release) for move in champions}
-    labels = found[champions[-1].release][0] if champions else []
-    tests = {release: photos for release, (names, photos) in found.items() if names == labels}
+    made = {move.release: _read_predictions(storage, move.release) for move in champions}
+    labels = made[champions[-1].release][0] if champions else []
+    tests = {release: photos for release, (names, photos) in made.items() if names == labels}
     common = sorted(set.intersection(*(set(photos) for photos in tests.values()))) if labels else []
     rows = []
     for move in champions:
@@ -68,8 +61,10 @@ def read_quality(
             truth = np.array([labels.index(label) for _, label in common])
             result = score(probabilities, truth, labels)
             scores = {name: getattr(result, name) for name in SCORES.values()}
-        rows.append(Quality(move.version, move.metrics, scores, read_drift(move.release)))
-    return QualityOverTime(rows, len(common))
+        found = read_drift(traffic, move.release).items()
+        drift = {name: value / limit for name, (value, limit) in found}
+        rows.append(Quality(move.version, move.metrics, scores, drift))
+    return rows, len(common)
 
 
 def _read_predictions(
@@ -84,14 +79,14 @@ def _read_predictions(
     return content["labels"], photos
 
 
-def draw_quality(found: QualityOverTime, path: Path) -> None:
+def draw_quality(rows: Sequence[Quality], common_photos: int, path: Path) -> None:
     """Draw the scores, training photos and drift of the champions, by version."""
     from matplotlib.figure import Figure
 
     from tasks.scoring.plots import COLORS, save
 
-    rows, figure = found.champions, Figure(figsize=(11, 6), layout="constrained")
-    day, common = "test photos of the day", f"{found.common_photos} common test photos"
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    day, common = "test photos of the day", f"{common_photos} common test photos"
     lines: dict[str, dict[str, list[float | None]]] = {
         title: {
             day: [one.own.get(key) for one in rows],
@@ -130,7 +125,7 @@ def draw_traffic(release: Path, counts: Counts, path: Path) -> None:
             "confidence": (
                 [f"{bin_ / BINS:.1f}" for bin_ in range(BINS)],
                 reference["confidences"],
-                [counts.confidences[bin_] for bin_ in range(BINS)],
+                counts.confidences,
             ),
         }
     figure = Figure(figsize=(11, 3.6), layout="constrained")

@@ -43,11 +43,6 @@ class Drift:
         return {**asdict(self), "verdict": self.verdict}
 
 
-def confidence_histogram(confidences: ArrayLike) -> list[int]:
-    counts, _ = np.histogram(np.asarray(confidences, float), bins=BINS, range=(0, 1))
-    return [int(count) for count in counts]
-
-
 def compare_counts(name: str, reference: Sequence[int], window: Sequence[int]) -> Drift:
     """Compare two histograms by the population stability index.
 

@@ -59,6 +59,7 @@ def score(probabilities: ArrayLike, labels: ArrayLike, names: Sequence[str]) -> 
     p, y = checked(probabilities, labels)
     classes, predicted = range(len(names)), p.argmax(axis=1)
     right = int((predicted == y).sum())
+    clipped = np.clip(p[np.arange(len(y)), y], KERAS_EPSILON, 1 - KERAS_EPSILON)
     columns = sk.precision_recall_fscore_support(y, predicted, labels=classes, zero_division=np.nan)
     per_class = []
     for label, *ratios, support in zip(names, *columns, strict=True):
@@ -70,7 +71,7 @@ def score(probabilities: ArrayLike, labels: ArrayLike, names: Sequence[str]) -> 
     auc = None if missing else sk.roc_auc_score(np.eye(len(names))[y], p, average="macro")
     return Scores(
         n=len(y),
-        loss=float(photo_losses(p, y).mean()),
+        loss=float(-np.log(clipped).mean()),
         log_loss=float(sk.log_loss(y, p, labels=classes)),
         accuracy=right / len(y),
         accuracy_interval=wilson_interval(right, len(y)),
@@ -96,12 +97,6 @@ def checked(probabilities: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np
             f"{p[row].tolist()}. Retrain, or pass the softmax output instead of logits."
         )
     return p / p.sum(axis=1, keepdims=True), y
-
-
-def photo_losses(p: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Cross-entropy of each photo in nats, clipped as Keras clips it; (n,)."""
-    true_class = p[np.arange(len(y)), y]
-    return np.asarray(-np.log(np.clip(true_class, KERAS_EPSILON, 1 - KERAS_EPSILON)))
 
 
 def calibration_error(p: np.ndarray, y: np.ndarray) -> float:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import stamina
 import yaml
 
-from tasks.errors import BusyError, DataError, HandsignsError, ServiceError, StageError
+from tasks.errors import BusyError, DataError, HandsignsError, ServiceError, StageError, first_fault
 from tasks.io import atomic_write, folder_size, read_json, sha256, write_json
 from tasks.project import Project
 from tasks.services.s3 import redact_url
@@ -65,7 +65,7 @@ class Pipeline:
             self._repo = Repo(str(project.root), config=config)
         except DvcException as error:
             raise DataError(
-                f"DVC cannot open '{project.root}' ({_one_line(error)}). Check that it is a "
+                f"DVC cannot open '{project.root}' ({first_fault(error)}). Check that it is a "
                 "checkout of this project, HANDSIGNS_DVC_REMOTE_URL and .dvc/config."
             ) from error
         except sqlite3.Error as error:
@@ -263,7 +263,7 @@ class Pipeline:
                 raise
             except Exception as error:  # of whatever library speaks to that remote
                 raise ServiceError(
-                    f"data/ could not be {what} {self.remote_url()} ({_one_line(error)}). Check "
+                    f"data/ could not be {what} {self.remote_url()} ({first_fault(error)}). Check "
                     "the remote's address and credentials, then run again."
                 ) from error
 
@@ -292,7 +292,7 @@ class Pipeline:
                         raise (error.__cause__ or error) from None
         except LockError as error:
             raise BusyError(
-                f"Another process held DVC's lock for {wait:.0f} s: {_one_line(error)} Wait for "
+                f"Another process held DVC's lock for {wait:.0f} s: {first_fault(error)} Wait for "
                 "it to end, then run again."
             ) from error
         except sqlite3.Error as error:
@@ -300,13 +300,13 @@ class Pipeline:
         except (RWLockFileCorruptedError, RWLockFileFormatError, UnicodeDecodeError) as error:
             # DVC reads its list of locks under a lock, so nobody is just writing it.
             if not again:
-                raise StageError(f"DVC stopped: {_one_line(error)}") from error
+                raise StageError(f"DVC stopped: {first_fault(error)}") from error
             _log.warning("DVC's list of locks was half written; a new one begins.")
             (self._project.root / ".dvc/tmp/rwlock").unlink(missing_ok=True)
             return self._locked(call, again=False)
         except DvcException as error:
             advice = "" if "dvc.lock" not in str(error) else " Take dvc.lock back from git."
-            raise StageError(f"DVC stopped: {_one_line(error)}{advice}") from error
+            raise StageError(f"DVC stopped: {first_fault(error)}{advice}") from error
         raise AssertionError("unreachable")
 
 
@@ -368,7 +368,3 @@ def _full(error: Exception) -> StageError:
         f"DVC cannot keep its notes ({error}), which mostly means a full disk. Free some room, "
         "then run again; nothing was lost."
     )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -23,7 +23,6 @@ CHALLENGER = "challenger"
 CHAMPION = "champion"
 CONTENT_ID = "content_id"  # tag of runs and versions: the release that they stand for
 LIBRARIES = ("keras", "mlflow", "numpy", "tensorflow", "tensorflow-cpu")
-BATCH = 100  # parameters that one request may carry; metrics may be ten times as many
 FIXED = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
@@ -311,9 +310,7 @@ def _log(client: Any, run_id: str, record: RunRecord) -> None:
         for name, value, step in points
         if isinstance(value, int | float) and not isinstance(value, bool)
     ]
-    for start in range(0, max(len(params), len(metrics)), BATCH):
-        part = slice(start, start + BATCH)
-        client.log_batch(run_id, metrics[part], params[part], synchronous=True)
+    client.log_batch(run_id, metrics, params, synchronous=True)
     for folder, paths in (("pictures", record.pictures), ("files", record.files)):
         for path in paths:
             client.log_artifact(run_id, str(path), folder)
