@@ -13,7 +13,6 @@ from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -72,7 +71,7 @@ class Features:
 class Shard:
     """Rows to compute, and the photo of each; uint8, (n, d, d, 3), RGB."""
 
-    keys: tuple[Key, ...]
+    keys: Sequence[Key]
     pictures: NDArray[np.uint8]
     seed: int
     augmentation: AugmentationParams
@@ -117,8 +116,10 @@ def run(
     speed = 0.0
     if missing:
         _log.info("Features: %d of %d rows to compute.", len(missing), len(wanted))
-        pictures = ((key, dataset.images[wanted[key]]) for key in missing)
-        shards = cut(pictures, params.seed, params.augmentation, shard_rows)
+        parts = [missing[at : at + shard_rows] for at in range(0, len(missing), shard_rows)]
+        pictures = (dataset.images[[wanted[key] for key in keys]] for keys in parts)
+        recipe = params.seed, params.augmentation
+        shards = (Shard(*one, *recipe) for one in zip(parts, pictures, strict=True))
         made, start, chunk = runner.get()(shards, trunk), time.perf_counter(), []
         for done, row in enumerate(made, start=1):
             chunk.append(row)
@@ -203,19 +204,6 @@ def _write(
             file.writelines(row.tobytes() for _, row in rows)
         index = {"cache_key": cache_key, "keys": [key for key, _ in rows]}
         write_json(new / INDEX, index | {"sha256": sha256(new / ROWS)})
-
-
-def cut(
-    pictures: Iterable[tuple[Key, NDArray[np.uint8]]],
-    seed: int,
-    augmentation: AugmentationParams,
-    rows: int = SHARD_ROWS,
-) -> Iterator[Shard]:
-    """Yield shards of at most `rows`, each made when it is needed."""
-    remaining = iter(pictures)
-    while chosen := list(islice(remaining, rows)):
-        keys, images = zip(*chosen, strict=True)
-        yield Shard(keys, np.stack(images), seed, augmentation)
 
 
 def compute(shard: Shard, trunk: Engine) -> Iterator[Row]:

@@ -5,6 +5,7 @@ Whoever would publish the model reads `passed`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from tasks.data.dataset import INDEX
@@ -67,22 +68,10 @@ def shown(value: float | None) -> str:
 def _checks(
     metrics: Mapping[str, Any], duplicates: Any, limits: GateParams, labels: Sequence[str]
 ) -> Iterator[Check | None]:
-    level = limits.confidence or DEFAULT_CONFIDENCE
-    for name, value, photos, limit in _shares(metrics, limits, labels):
-        sure = name == "accuracy" and limits.confidence is not None
-        yield _check(name, value, limit, 1.0, photos=photos, level=level, sure=sure)
-    yield _check("loss", metrics.get("loss"), limits.max_loss, upper=True)
-    worst, most = limits.max_calibration_error, limits.max_cross_split_duplicates
-    yield _check("calibration error", metrics.get("ece"), worst, upper=True)
-    yield _check("cross-split duplicates", duplicates, most, whole=True, upper=True)
-    yield _check("test photos", metrics.get("n"), limits.min_test_photos, whole=True)
-
-
-def _shares(
-    metrics: Mapping[str, Any], limits: GateParams, labels: Sequence[str]
-) -> Iterator[tuple[str, Any, Any, float | None]]:
-    """Names, values, numbers of photos and limits of accuracies and recalls."""
-    yield "accuracy", metrics.get("accuracy"), metrics.get("n"), limits.min_accuracy
+    """Every check; None where it has no limit."""
+    share = partial(_check, largest=1.0, level=limits.confidence or DEFAULT_CONFIDENCE)
+    accuracy, n, sure = metrics.get("accuracy"), metrics.get("n"), limits.confidence is not None
+    yield share("accuracy", accuracy, limits.min_accuracy, photos=n, sure=sure)
     per_class, least = metrics.get("per_class"), limits.min_recall
     rows = [_mapping(row) for row in per_class] if isinstance(per_class, list) else []
     for label in labels:
@@ -91,12 +80,17 @@ def _shares(
         row = found[0] if len(found) == 1 else {}
         # An older release may have a label that no limit is named for today.
         limit = least.get(label, 1.0) if isinstance(least, dict) else least
-        yield f"recall of {label}", row.get("recall"), row.get("support"), limit
+        yield share(f"recall of {label}", row.get("recall"), limit, photos=row.get("support"))
     tested = _mapping(metrics.get("robustness"))
     accuracies, photos = _mapping(tested.get("accuracy")), tested.get("photos")
+    limit = limits.min_robust_accuracy
     for kind in CORRUPTIONS:
-        limit = limits.min_robust_accuracy
-        yield f"accuracy under {kind}", accuracies.get(kind), photos, limit
+        yield share(f"accuracy under {kind}", accuracies.get(kind), limit, photos=photos)
+    yield _check("loss", metrics.get("loss"), limits.max_loss, upper=True)
+    worst, most = limits.max_calibration_error, limits.max_cross_split_duplicates
+    yield _check("calibration error", metrics.get("ece"), worst, upper=True)
+    yield _check("cross-split duplicates", duplicates, most, whole=True, upper=True)
+    yield _check("test photos", n, limits.min_test_photos, whole=True)
 
 
 def _check(

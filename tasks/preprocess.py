@@ -21,7 +21,7 @@ from tasks.data.dataset import (
 )
 from tasks.data.images import each_photo, resize
 from tasks.io import atomic_directory, read_json, write_json
-from tasks.params import SplitParams
+from tasks.params import Params
 from tasks.stage import Context
 
 
@@ -34,7 +34,7 @@ def run(context: Context, item: str | None = None) -> None:
     names = name_photos(found)
     photos = [photo for photo in found if photo.key not in excluded]
     group_of = {key: number for number, keys in enumerate(audit["groups"]) for key in keys}
-    split_of = split_photos(photos, group_of, params.split, params.seed, params.labels)
+    split_of = split_photos(photos, group_of, params)
     photos.sort(key=lambda photo: (split_of[photo.key], photo.label, names[photo.key]))
     hands = np.concatenate(np.load(project.synthetic)) if params.synthetic.per_class else ()
     size = params.preprocess.image_size
@@ -65,22 +65,19 @@ def run(context: Context, item: str | None = None) -> None:
 
 
 def split_photos(
-    photos: Sequence[Photo],
-    group_of: Mapping[str, int],
-    shares: SplitParams,
-    seed: int,
-    labels: Sequence[str],
+    photos: Sequence[Photo], group_of: Mapping[str, int], params: Params
 ) -> dict[str, str]:
     """Split of each photo's key; near-duplicates have one number in `group_of`."""
     rest = [photo for photo in photos if photo.folder == "train"]
     split_of = {photo.key: "test" for photo in photos if photo.folder == "test"}
+    test = {} if split_of else {"test": params.split.test}
     splits = stratified_group_split(
         names=[photo.name for photo in rest],
         labels=[photo.label for photo in rest],
         groups=[group_of.get(photo.key, -1 - row) for row, photo in enumerate(rest)],
-        shares={"val": shares.val} if split_of else {"test": shares.test, "val": shares.val},
-        seed=seed,
-        classes=labels,
+        shares={**test, "val": params.split.val},
+        seed=params.seed,
+        classes=params.labels,
     )
     return split_of | {photo.key: split for photo, split in zip(rest, splits, strict=True)}
 

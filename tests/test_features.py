@@ -16,7 +16,8 @@ from flows.dask import shard_runner
 from tasks import features as stage
 from tasks.data.dataset import INDEX, open_dataset
 from tasks.errors import DataError, ModelError, ServiceError
-from tasks.features import ROWS, Key, cut, open_features
+from tasks.features import ROWS, Key, Shard, open_features
+from tasks.io import read_json
 from tasks.model.augment import enlarge
 from tasks.model.files import BACKBONE_FILE, TRUNK_FILE
 from tasks.model.network import build_trunk
@@ -132,9 +133,10 @@ def rows_of(repo: Context, address: str | None) -> Iterator[tuple[Key, bytes]]:
     """Every photo in two copies, computed in eight shards."""
     dataset = open_dataset(repo.project.dataset)
     graph = repo.project.weights("backbone") / TRUNK_FILE
-    photos = zip(dataset.names, dataset.images, strict=True)
-    pictures = [(Key(name, copy, ""), image) for name, image in photos for copy in range(2)]
-    shards = cut(pictures, 7, repo.params.augmentation, rows=9)
+    keys = [Key(name, copy, "") for name in dataset.names for copy in range(2)]
+    pictures, recipe = np.repeat(dataset.images, 2, axis=0), (7, repo.params.augmentation)
+    parts = [slice(start, start + 9) for start in range(0, len(keys), 9)]
+    shards = (Shard(keys[part], pictures[part], *recipe) for part in parts)
     return ((key, row.tobytes()) for key, row in shard_runner(address, patience=5)(shards, graph))
 
 

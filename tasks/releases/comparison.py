@@ -68,8 +68,8 @@ def compare(
     old, y = checked(champion, labels)
     new, _ = checked(challenger, labels)
     was, now = old.argmax(axis=1), new.argmax(axis=1)
-    won = int(((was != y) & (now == y)).sum())
-    lost = int(((was == y) & (now != y)).sum())
+    better, worse = (was != y) & (now == y), (was == y) & (now != y)
+    won, lost = int(better.sum()), int(worse.sum())
     before, after = score(old, y, classes), score(new, y, classes)
     # McNemar's exact test (1947), two-sided.
     p_value = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
@@ -99,11 +99,7 @@ def compare(
             "label": classes[y[row]],
             "champion": classes[was[row]],
             "challenger": classes[now[row]],
-            "now": "right"
-            if now[row] == y[row]
-            else "wrong"
-            if was[row] == y[row]
-            else "still wrong",
+            "now": "right" if better[row] else "wrong" if worse[row] else "still wrong",
         }
         for row in np.flatnonzero(was != now).tolist()
     ]

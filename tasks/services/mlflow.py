@@ -332,13 +332,10 @@ def _log_model(
     import mlflow.tensorflow
     import numpy as np
     from mlflow.entities import LoggedModelOutput
-    from mlflow.models import ModelSignature
-    from mlflow.types.schema import Schema, TensorSpec
+    from mlflow.models import infer_signature
 
-    def schema(tensors: Sequence[Any]) -> Any:
-        return Schema([TensorSpec(np.dtype(one.dtype), (-1, *one.shape[1:])) for one in tensors])
-
-    signature = ModelSignature(inputs=schema(model.inputs), outputs=schema(model.outputs))
+    example = example.astype(model.inputs[0].dtype)
+    output = np.zeros((1, *model.output_shape[1:]), model.outputs[0].dtype)
     made = client.create_logged_model(experiment, "model", run_id)
     # With the versions that run here, MLflow need not load the model to find them.
     known = {one.name: one.version for one in importlib.metadata.distributions()}
@@ -347,8 +344,8 @@ def _log_model(
         mlflow.tensorflow.save_model(
             model,
             str(folder),
-            signature=signature,
-            input_example=example.astype(signature.inputs.inputs[0].type),
+            signature=infer_signature(example, output),
+            input_example=example,
             pip_requirements=[f"{name}=={known[name]}" for name in LIBRARIES if name in known],
         )
         shutil.copyfile(model_file, folder / "data" / "model.keras")
