@@ -172,7 +172,9 @@ def test_the_model_files_give_the_tails_probabilities(chain: Context, params: Pa
 
 
 def test_probabilities_that_are_not_finite_are_refused() -> None:
-    nan = Classifier(lambda photos: [np.full(6, np.nan, "f4") for _ in photos], RESIZE, LABELS, SIZE)
+    nan = Classifier(
+        lambda photos: [np.full(6, np.nan, "f4") for _ in photos], RESIZE, LABELS, SIZE
+    )
     with pytest.raises(ModelError, match="not finite"):
         nan.probabilities(GREY[np.newaxis])
 

@@ -208,13 +208,11 @@ class Captures:
     def decide(self, name: str, label: str | None, by: str) -> str | None:
         """Accept a photo under a label, or discard it; says why it cannot reach the inbox yet."""
         self.photo(name)
-        decision = Decision(label=label, by=by, at=datetime.now(UTC))
+        content = Decision(label=label, by=by, at=datetime.now(UTC)).model_dump_json().encode()
         with self._lock:
             self._store.put(_key("unfinished", name), b"")
             try:
-                self._store.put_if_absent(
-                    _key("decisions", name), decision.model_dump_json().encode()
-                )
+                self._store.put_if_absent(_key("decisions", name), content)
             except ChangedError:
                 first = self._decision(name)
                 if first and (first.label, first.by) != (label, by):

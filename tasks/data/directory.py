@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tasks.services.dvc import Pipeline
 
 WAIT = 600.0  # seconds to wait for the data lock
+INCOMING = "incoming"  # folder of new photos during an import
 
 Place = tuple[str, str]  # split and label
 
@@ -90,14 +91,10 @@ def restore_data(project: Project) -> None:
 
 
 def change_data(
-    project: Project,
-    incoming: Path,
-    accepted: Mapping[str, Place],
-    replace: bool,
-    progress: Progress,
+    project: Project, accepted: Mapping[str, Place], replace: bool, progress: Progress
 ) -> None:
-    """Build the next `data/` of hard links and of `incoming`, the new photos, and swap the two."""
-    new = project.staging / "new"
+    """Build the next `data/` of hard links and of the new photos in staging, and swap the two."""
+    incoming, new = project.staging / INCOMING, project.staging / "new"
     if replace or not project.data.exists():
         new.mkdir()
     else:

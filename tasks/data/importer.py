@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tasks.data.directory import Place, change_data, staging, stored_photos
+from tasks.data.directory import INCOMING, Place, change_data, staging, stored_photos
 from tasks.data.images import MAX_BYTES, normalize, printable
 from tasks.data.sources import (
     UNKNOWN_FOLDER,
@@ -35,9 +35,6 @@ from tasks.stage import Progress, silent
 
 IMPORTED = "imported"
 ALREADY_THERE = "already there"
-
-Listing = list[tuple[SourceFile, str]]
-"""Files of an inbox, each with a stamp that changes with the file."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +181,7 @@ def _import(
     progress: Progress,
 ) -> ImportReport:
     """Import the files of a source; the quarantine lists what it rejects."""
-    stored, incoming = stored_photos(project), project.staging / "incoming"
+    stored, incoming = stored_photos(project), project.staging / INCOMING
     incoming.mkdir()
     candidates: list[Candidate] = []
     rejected: list[QuarantinedFile] = []
@@ -217,7 +214,7 @@ def _import(
     files = [asdict(file) for file in rejected]
     write_json(project.quarantine / "quarantine.json", {"source": name, "files": files})
     if counts[IMPORTED] or removed:
-        change_data(project, incoming, accepted, replace, progress)
+        change_data(project, accepted, replace, progress)
     imported, already_there = map(dict, counts.values())
     return ImportReport(
         imported, already_there, tuple(rejected), source.ignored, removed, tuple(labels)
@@ -227,17 +224,19 @@ def _import(
 class Inbox:
     """New files of an inbox, since they were imported into this version of `data/`."""
 
-    def __init__(self, project: Project, name: str, listing: Listing, version: str | None) -> None:
+    def __init__(
+        self, project: Project, name: str, listing: Sequence[SourceFile], version: str | None
+    ) -> None:
         self.name = printable(name)
         self._project = project
         self._labels = load_params(project.params).labels
-        self._stamps = {file.origin: stamp for file, stamp in listing}
-        visible = [file for file, _ in listing if not is_clutter(file)]
+        self._stamps = {file.origin: file.stamp for file in listing}
+        visible = [file for file in listing if not is_clutter(file)]
         files = arrange(visible, name, self._labels).files if visible else ()
         last = read_json(project.inbox) or {}
         known = (last.get("inbox"), last.get("data")) == (self.name, version)
         seen = last["seen"] if known else {}
-        self.new = tuple(f for f in files if seen.get(f.origin) != self._stamps[f.origin])
+        self.new = tuple(file for file in files if seen.get(file.origin) != file.stamp)
 
     def import_new(self, replace: bool = False, progress: Progress = silent) -> ImportReport:
         """Import the new files; with `replace` usable ones replace all other photos."""
@@ -254,7 +253,7 @@ class Inbox:
         write_json(self._project.inbox, seen)
 
 
-def list_folder(folder: Path) -> Listing:
+def list_folder(folder: Path) -> list[SourceFile]:
     """List a folder's files with size and time of change."""
     if not folder.is_dir():
         raise SourceError(
@@ -262,15 +261,16 @@ def list_folder(folder: Path) -> Listing:
             "the setting."
         )
     files = [(file, folder.joinpath(*file.parts).lstat()) for file in folder_files(folder)]
-    return [(file, f"{found.st_size}-{found.st_mtime_ns}") for file, found in files]
+    return [changed(file, stamp=f"{one.st_size}-{one.st_mtime_ns}") for file, one in files]
 
 
-def list_bucket(storage: Storage) -> Listing:
+def list_bucket(storage: Storage) -> list[SourceFile]:
     """List the objects of a bucket, or of a folder in it, with their etags."""
     return [
-        (
-            SourceFile(tuple(one.key.split("/")), partial(_read_object, storage, one.key)),
-            f"{one.size}-{one.etag}",
+        SourceFile(
+            tuple(one.key.split("/")),
+            partial(_read_object, storage, one.key),
+            stamp=f"{one.size}-{one.etag}",
         )
         for one in storage.list("")
         if one.size or not one.key.endswith("/")  # a folder, as consoles create it

@@ -42,6 +42,7 @@ class SourceFile:
     fault: str | None = None
     split: str = "train"
     label: str | None = None
+    stamp: str = ""  # of a file in the inbox; changes with the file
 
     @property
     def origin(self) -> str:

@@ -129,11 +129,9 @@ def record_comparison(
     registry: Registry, version: int, champion: Champion | None, won: bool, reason: str
 ) -> None:
     """Tag a version with the result of its comparison, for a later `promote`."""
-    tags = {
-        COMPARED_WITH: champion.pointer.release if champion else "nobody",
-        COMPARISON: reason,
-        COMPARISON_WON: "yes" if won else "no",
-    }
+    against = champion.pointer.release if champion else "nobody"
+    answer = "yes" if won else "no"
+    tags = {COMPARED_WITH: against, COMPARISON: reason, COMPARISON_WON: answer}
     registry.set_tags(version, tags)
 
 

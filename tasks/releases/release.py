@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.errors import PromotionError, ReleaseError, first_fault
 from tasks.io import atomic_directory, read_json
-from tasks.model.inference import Classifier, load_classifier
+from tasks.model.inference import CERTAIN_ABOVE, Classifier, load_classifier
 from tasks.params import PreprocessParams
 from tasks.releases.signing import Trust, canonical
 from tasks.services.s3 import Storage
@@ -165,8 +165,8 @@ def open_release(folder: Path) -> Classifier:
         ) from error
     found = load_classifier(folder / "model.pb", preprocess, labels)
     certainty = (read_json(folder / "metrics.json") or {}).get("certainty") or {}
-    chosen = certainty.get("certain_above")
-    return found if chosen is None else replace(found, certain_above=float(chosen))
+    above = certainty.get("certain_above", CERTAIN_ABOVE)
+    return replace(found, certain_above=float(above))
 
 
 def check_id(release_id: str) -> str:

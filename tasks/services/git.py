@@ -50,12 +50,8 @@ def read_revision(root: Path) -> Revision:
     return Revision("unknown", problem=problem.rstrip("."))
 
 
-def _overtaken(error: Exception) -> bool:
-    """Whether a push was refused, perhaps as another one was faster."""
-    return isinstance(error, ServiceError) and "rejected]" in str(error)
-
-
-@stamina.retry(on=_overtaken, attempts=5, timeout=None, wait_max=3.0)
+# A push is refused if another one was faster.
+@stamina.retry(on=lambda error: "rejected]" in str(error), attempts=5, timeout=None, wait_max=3.0)
 def push_to_branch(root: Path, branch: str, paths: Sequence[Path], message: str) -> str | None:
     """Commit files as they are now onto a branch of `origin`, made from HEAD where it is new.
 

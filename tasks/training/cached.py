@@ -166,8 +166,6 @@ class WeightAverage:
         self._before = updates - round(fraction * updates)
 
     def update(self) -> None:
-        if not self._variables:
-            return
         share = 1.0 / tf.maximum(self._updates.assign_add(1.0) - self._before, 1.0)
         for average, variable in zip(self._averages, self._variables, strict=True):
             average.assign_add(share * (variable - average))
