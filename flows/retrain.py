@@ -239,21 +239,15 @@ def commit_versions(run: Run, branch: str) -> None:
 def publish_release(run: Run) -> Release:
     """Upload the release of what the stages made, or find it there."""
     workspace, report = run.workspace, run.report
-    project, params = workspace.project, load_params(workspace.project.params)
-    source, root = workspace.pipeline.data_source(), project.root
+    project, source = workspace.project, workspace.pipeline.data_source()
+    root = project.root
     sample = "The photos are the rendered sample set: drawn hands, not photographs."
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_json(folder / "labels.json", open_dataset(project.dataset).classes)
-        card = model_card(
-            metrics=read_json(project.metrics),
-            gate=read_json(project.gate),
-            counts=report.data.model_dump(include=SPLITS),
-            params=params.model_dump(),
-            histories=histories(project, params),
-            data_version=report.data.version,
-            data_note=sample if source == "sample" else "The photos were imported.",
-        )
+        counts = report.data.model_dump(include=SPLITS)
+        note = sample if source == "sample" else "The photos were imported."
+        card = model_card(project, counts, report.data.version, note)
         (folder / "model_card.md").write_text(card, encoding="utf-8")
         write_bill(root / "requirements.lock", root / "pyproject.toml", folder / "sbom.cdx.json")
         made = [project.model, project.graph, project.metrics, project.gate, project.predictions]

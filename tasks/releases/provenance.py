@@ -18,7 +18,7 @@ from tasks.data.dataset import SYNTHETIC
 from tasks.errors import StageError
 from tasks.gate import shown
 from tasks.io import atomic_write, read_json
-from tasks.params import list_labels
+from tasks.params import PHASES, list_labels, load_params
 from tasks.project import Project
 from tasks.releases.champion import METRICS, Champion
 from tasks.services.git import read_revision
@@ -202,16 +202,11 @@ Apache-2.0. The backbone starts from EfficientNetB0's ImageNet weights.
 
 
 def model_card(
-    *,
-    metrics: Content,
-    gate: Content,
-    counts: Mapping[str, int],
-    params: Content,
-    histories: Sequence[Content],
-    data_version: str,
-    data_note: str,
+    project: Project, counts: Mapping[str, int], data_version: str, data_note: str
 ) -> str:
     """Write the model card in Markdown; `counts` are photos by split, and `synthetic` hands."""
+    metrics, gate = read_json(project.metrics), read_json(project.gate)
+    params = load_params(project.params).model_dump()
     labels, mode = params["labels"], params["training"]["mode"]
     blur, hands = params["preprocess"]["blur_sigma"], counts[SYNTHETIC]
     about, use = (HANDS, HANDS_USE) if tuple(labels) == SIGNS else (OTHERS, OTHERS_USE)
@@ -245,7 +240,7 @@ def model_card(
         seed=params["seed"],
         seen="each photo augmented anew in every epoch" if mode == "end_to_end" else copies,
         mode=mode,
-        phases=_phases(params, histories),
+        phases=_phases(project, params),
         n=metrics["n"],
         overall=table(("measure", "value"), overall),
         per_class=table(("label", "precision", "recall", "F1", "photos"), per_class),
@@ -259,14 +254,14 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
 
 
-def _phases(params: Content, histories: Sequence[Content]) -> str:
+def _phases(project: Project, params: Content) -> str:
     heads = ("phase", "photos", "open layers", "learning rate", "epochs", "val loss", "val acc.")
     rows = []
-    for one in histories:
-        recipe = params["phases"][one["phase"]]
+    for phase in PHASES:
+        one, recipe = read_json(project.history(phase)), params["phases"][phase]
         chosen = (one["images"], recipe["trainable_layers"], f"{recipe['learning_rate']:g}")
         reached = (len(one["epochs"]), one["val_loss"], one["val_accuracy"])
-        rows.append((one["phase"], *chosen, *reached))
+        rows.append((phase, *chosen, *reached))
     return table(heads, rows)
 
 
