@@ -1,6 +1,7 @@
 """Features on a Dask cluster."""
 
 import logging
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError
@@ -32,8 +33,9 @@ def _on_dask(
             _log.info("Computing features on the Dask cluster at %s.", address)
             if not workers:
                 _log.warning("The Dask cluster at %s has no worker; waiting for one.", address)
-            # A task, so that it outlives the workers that hold it.
-            trunk = client.submit(bytes, graph.read_bytes())
+            with warnings.catch_warnings():  # a task, so that it outlives the workers that hold it
+                warnings.filterwarnings("ignore", "Sending large graph")
+                trunk = client.submit(bytes, graph.read_bytes())
             waiting = iter(shards)
             under_way: deque[tuple[Shard, Any]] = deque()
 
