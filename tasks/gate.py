@@ -4,6 +4,7 @@ The stage writes `gate.json` and exits with 0 either way, so that `dvc repro` co
 Whoever would publish the model reads `passed`.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,20 +20,20 @@ CORRUPTIONS = ("rotation", "brightness", "blur", "scale", "jpeg")
 LARGEST = 1e12  # a loss or a count above this is broken
 DEFAULT_CONFIDENCE = 0.95  # of the intervals that are shown where `gate.confidence` is not set
 
+_log = logging.getLogger(__name__)
+
 Check = dict[str, Any]
 """Name, value, limit, interval, passed, and for some a detail; no value where it is unusable."""
 
 
 def run(context: Context, item: str | None = None) -> None:
-    """Judge `metrics.json` and the index of the dataset; write and print the verdict."""
+    """Judge `metrics.json` and the index of the dataset; write the verdict, log what fails."""
     index, metrics = read_json(context.project.dataset / INDEX), read_json(context.project.metrics)
     params = context.params
     verdict = judge(metrics, _mapping(index).get("leaks"), params.gate, params.labels)
     write_json(context.project.gate, verdict)
-    print("Gate:", "passed" if verdict["passed"] else "failed")
-    for check in verdict["checks"]:
-        numbers = f"{check['name']} {shown(check['value'])}, limit {shown(check['limit'])}"
-        print("  passed " if check["passed"] else "  FAILED ", numbers, check.get("detail", ""))
+    if failed := reasons(verdict):
+        _log.warning("The gate rejects the model: %s.", "; ".join(failed))
 
 
 def judge(
