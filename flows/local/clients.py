@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 TAG = "handsigns"  # of our runs, on a server that may have others; see `prefect.yaml`
-HEARTBEAT_SECONDS = 30  # the least that Prefect takes; see `flows.deploy` for what silence means
+HEARTBEAT_SECONDS = 30  # the least that Prefect takes; see `prefect.yaml` for what silence means
 PROXIES = ("all_proxy", "http_proxy", "https_proxy")
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 CREDENTIALS = "credentials.json"
