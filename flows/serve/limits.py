@@ -50,7 +50,10 @@ Credentials = Annotated[
 
 
 class Limits:
-    """Limits for each client: its rate, largest body, token, and the names it may use for us."""
+    """Limits for each client: its rate, largest body, token, and the names it may use for us.
+
+    Its checks are coroutines, as a thread for each would take longer than the check.
+    """
 
     def __init__(self, settings: Settings, host: str) -> None:
         self.max_bytes, token = settings.serve_max_mb * 2**20, settings.serve_token
@@ -59,7 +62,7 @@ class Limits:
         self._rate = parse(settings.serve_rate)
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
 
-    def check(self, request: Request, credentials: Credentials) -> None:
+    async def check(self, request: Request, credentials: Credentials) -> None:
         """Let a client in, or raise 401, or 429 with Retry-After."""
         # Wrong tokens are counted apart, so that they cannot use up the right client's rate.
         known = self.accepts(credentials)
@@ -78,7 +81,7 @@ class Limits:
         sent = credentials.credentials if credentials else ""
         return self.token is None or secrets.compare_digest(sent.encode(), self.token.encode())
 
-    def check_site(self, request: Request) -> None:
+    async def check_site(self, request: Request) -> None:
         """Refuse, with 403, what may come from another site's page, by DNS rebinding or a form."""
         for source in (f"//{request.headers.get('Host', '')}", *request.headers.getlist("Origin")):
             name = None
