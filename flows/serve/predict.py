@@ -171,9 +171,14 @@ class Predictor:
             self._in_flight -= 1
 
     async def _read(self, photo: bytes, model: LoadedModel, keep: bool) -> Reading:
-        large = await run_sync(is_large, photo, limiter=self._cores)
         score = partial(_score, model.classifier, photo)
-        found = await run_sync(score, limiter=self._large if large else self._cores)
+
+        def score_unless_large() -> Prediction | None:
+            return None if is_large(photo) else score()
+
+        found = await run_sync(score_unless_large, limiter=self._cores)
+        if found is None:
+            found = await run_sync(score, limiter=self._large)
         PREDICTIONS.labels(str(found.label)).inc()
         reading = Reading(**found.to_json(), model=Model.model_validate(model))
         self._recorder.record(photo, reading, keep)
