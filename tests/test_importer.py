@@ -73,8 +73,9 @@ def test_photos_are_added_or_replace_all(project: Project, tmp_path: Path) -> No
         write_photos(tmp_path / "b", 1, seed=1),
         {"5/known.png": (tmp_path / "a/5/0000.png").read_bytes()},
     )
-    report = import_photos(project, more, write_photos(tmp_path / "c", 1, seed=2))
-    assert report.already_there == {("train", "5"): 1}
+    tested = source(write_photos(tmp_path / "c", 1, seed=2), {"0/.DS_Store": b"clutter"})
+    report = import_photos(project, more, tested)
+    assert (report.already_there, report.ignored) == ({("train", "5"): 1}, 1)
     assert report.imported == dict.fromkeys([*EVERY, *(("test", label) for label in LABELS)], 1)
     assert len(tree(project.data)) == 24
     assert linked.is_symlink()
