@@ -37,12 +37,7 @@ from tasks.synthetic import render_sample
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = {
-    "training": {
-        "dropout": 0.0,
-        "mixstyle_prob": 0.0,
-        "random_erasing_prob": 0.0,
-        "temperature": 1.0,
-    },
+    "training": {"dropout": 0.0, "mixstyle_prob": 0.0, "temperature": 1.0},
     "phases": {
         "base": {"epochs": 5, "learning_rate": 0.001},
         "fine_tune": {"epochs": 6, "learning_rate": 0.0001},

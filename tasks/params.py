@@ -37,12 +37,12 @@ RENAMED = {
     "channel": "color_jitter",
     "views": "augmented_copies",
     "style_mixing": "mixstyle_prob",
-    "erasing": "random_erasing_prob",
     "calibrate": "temperature",
     "starts_from": "init_from",
     "averaging": "swa_fraction",
     "max_leaks": "max_cross_split_duplicates",
     **dict.fromkeys(("backbone", "backdrop", "weight_decay", "label_smoothing", "schedule")),
+    **dict.fromkeys(("erasing", "random_erasing_prob")),
 }
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -119,7 +119,6 @@ class TrainingParams(_Section):
     batch_size: int = Field(ge=1, le=1024)
     dropout: float = Field(ge=0.0, lt=1.0)
     mixstyle_prob: Share
-    random_erasing_prob: Share
     synthetic_weight: float = Field(gt=0.0, le=100.0)
     gce_q: Share
     temperature: float = Field(gt=0.0, le=10.0)

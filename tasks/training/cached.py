@@ -1,4 +1,4 @@
-"""Train the tail on cached features, with MixStyle, random erasing and weight averaging."""
+"""Train the tail on cached features, with MixStyle and weight averaging."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,6 @@ from tasks.training.plan import Epoch, Plan, score_logits
 BATCH = 64  # rows without gradients
 AHEAD = 3  # batches that are read while an update runs
 MIXSTYLE_ALPHA = 0.1
-LARGEST_PATCH = 3 / 7  # of a side of the feature map, for random erasing
 Rows = NDArray[np.int64]
 Read = Callable[[Rows], NDArray[np.float32]]
 
@@ -102,14 +101,12 @@ def traced(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
 
 
 def _read_ahead(read: Read, batches: list[Rows], plan: Plan | None) -> Iterator[Any]:
-    """Read, and with a plan regularize, the next batches while an update runs."""
+    """Read, and with a plan mix styles of, the next batches while an update runs."""
 
     def prepare(update: int) -> Any:
         batch = read(batches[update])
         if plan is not None:
-            random = plan.random(2, update)
-            batch = mixstyle(batch, random, plan.training.mixstyle_prob)
-            batch = random_erasing(batch, random, plan.training.random_erasing_prob)
+            batch = mixstyle(batch, plan.random(2, update), plan.training.mixstyle_prob)
         return tf.constant(batch)
 
     with ThreadPoolExecutor(1) as pool:
@@ -206,28 +203,3 @@ def mixstyle(
     result: NDArray[np.float32] = (features - mean) / deviation * mixed_deviation
     result += mixed_mean
     return result
-
-
-def random_erasing(
-    features: NDArray[np.float32], random: np.random.Generator, probability: float
-) -> NDArray[np.float32]:
-    """Set a rectangle of a feature map, float32 (n, h, w, channels), to zero, by chance per photo.
-
-    Zhong et al., Random Erasing Data Augmentation, 2020.
-    """
-    count, height, width, _ = features.shape
-    if probability == 0 or min(height, width) < 2:
-        return features
-    erased = np.less(random.random(count), probability)
-    rows, columns = (_spans(random, count, side) for side in (height, width))
-    patch = erased[:, None, None] & rows[:, :, None] & columns[:, None, :]
-    return np.where(patch[..., None], np.float32(0), features)
-
-
-def _spans(random: np.random.Generator, count: int, side: int) -> NDArray[np.bool_]:
-    """Draw one span of a side for each photo; bool, (count, side)."""
-    length = random.integers(1, max(int(side * LARGEST_PATCH), 1) + 1, count)
-    start = random.integers(0, side - length + 1)
-    place = np.arange(side)
-    inside: NDArray[np.bool_] = (place >= start[:, None]) & (place < (start + length)[:, None])
-    return inside
