@@ -55,13 +55,13 @@ class TestReport(BaseModel, extra="forbid"):
 
 class GateReport(BaseModel, extra="forbid"):
     passed: bool = False
+    reasons: list[str] = []
     checks: list[dict[str, Any]] = []
 
     def describe_failures(self, most: int = 5) -> str:
-        """The failed checks, such as `accuracy 0.963 < 0.990`; with many labels not all of them."""
-        failed = [_failure(**check) for check in self.checks if not check["passed"]]
-        more = [f"{len(failed) - most} more"] if len(failed) > most else []
-        return "; ".join(failed[:most] + more)
+        """Why it rejects the model; with many labels not all of the reasons."""
+        more = [f"{len(self.reasons) - most} more"] if len(self.reasons) > most else []
+        return "; ".join(self.reasons[:most] + more)
 
 
 class ModelReport(BaseModel, extra="forbid"):
@@ -118,9 +118,9 @@ class RunReport(BaseModel, extra="forbid"):
             more = [f", {name} {value:.4f}" for name, value in scores.items() if value is not None]
             facts["test"] = f"accuracy {test.accuracy:.4f} ({low:.3f} to {high:.3f}){''.join(more)}"
         if self.gate.checks:
-            failed = self.gate.describe_failures()
             passed = f"passed, {len(self.gate.checks)} checks"
-            facts["gate"] = f"failed: {failed}" if failed else passed
+            failed = f"failed: {self.gate.describe_failures()}"
+            facts["gate"] = passed if self.gate.passed else failed
         if found := self.comparison:
             before, after = found["champion"], found["challenger"]
             moved = [f"{k} {before[k]:.4f} -> {after[k]:.4f}" for k in ("accuracy", "loss")]
@@ -134,18 +134,6 @@ class RunReport(BaseModel, extra="forbid"):
         if "total" in self.seconds:
             facts["took"] = f"{self.seconds['total']:.0f} s"
         return facts
-
-
-def _failure(
-    name: str, value: Any, limit: Any, interval: Any = None, detail: str = "", **_: Any
-) -> str:
-    if value is None or limit is None:
-        return f"{name}: {detail or 'no usable value'}"
-    low = interval[0] if interval else value
-    numbers = [f"{one:.3f}" if isinstance(one, float) else one for one in (value, low, limit)]
-    if low < limit <= value:
-        return "{} {}, surely only {} < {}".format(name, *numbers)
-    return f"{name} {numbers[0]} {'<' if value < limit else '>'} {numbers[2]}"
 
 
 def write_report(report: RunReport, project: Project) -> None:

@@ -160,7 +160,7 @@ def show_stages(project: Project, report: RunReport) -> None:
             interval = " to ".join(map(shown, check.get("interval") or ()))
             verdict = "passed" if check["passed"] else f"FAILED {check.get('detail') or ''}"
             checks.append((check["name"], check["value"], check["limit"], interval, verdict))
-        failed = sum(not check["passed"] for check in report.gate.checks)
+        failed = len(report.gate.reasons)
         heads = ("check", "value", "limit", "interval", "verdict")
         show_text("gate", f"{failed} of {len(checks)} checks failed.", _table(heads, checks))
 

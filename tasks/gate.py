@@ -32,8 +32,8 @@ def run(context: Context, item: str | None = None) -> None:
     params = context.params
     verdict = judge(metrics, _mapping(index).get("leaks"), params.gate, params.labels)
     write_json(context.project.gate, verdict)
-    if failed := reasons(verdict):
-        _log.warning("The gate rejects the model: %s.", "; ".join(failed))
+    if verdict["reasons"]:
+        _log.warning("The gate rejects the model: %s.", "; ".join(verdict["reasons"]))
 
 
 def judge(
@@ -45,18 +45,15 @@ def judge(
     if not checks:
         detail = "no limit is set; set at least one under gate in params.yaml"
         checks = [_failed("limits", None, detail)]
-    return {"passed": all(check["passed"] for check in checks), "checks": checks}
+    reasons = [_describe(check) for check in checks if not check["passed"]]
+    return {"passed": not reasons, "reasons": reasons, "checks": checks}
 
 
-def reasons(verdict: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{check['name']}: "
-        + check.get(
-            "detail", f"{shown(check['value'])} misses the limit of {shown(check['limit'])}"
-        )
-        for check in verdict["checks"]
-        if not check["passed"]
-    ]
+def _describe(failed: Check) -> str:
+    name, value, limit = (failed[key] for key in ("name", "value", "limit"))
+    if "detail" in failed:
+        return f"{name}: {failed['detail']}"
+    return f"{name} {shown(value)} {'<' if value < limit else '>'} {shown(limit)}"
 
 
 def shown(value: float | None) -> str:
@@ -124,8 +121,8 @@ def _check(
     passed = reached <= limit if upper else reached >= limit
     check = {"name": name, "value": value, "limit": limit, "interval": interval, "passed": passed}
     if sure and not passed:
-        least = f"{shown(value)}, at {level:.0%} confidence at least {reached:.4f}"
-        check["detail"] = f"{least}, misses the limit of {shown(limit)}"
+        least = f"{shown(value)}, at {level:.0%} confidence only {reached:.4f}"
+        check["detail"] = f"{least} < {shown(limit)}"
     return check
 
 

@@ -265,7 +265,7 @@ def set_champion(
 
 
 def _failed_gates(release: Path, limits: GateParams) -> Iterator[str]:
-    from tasks.gate import judge, reasons  # loads SciPy and scikit-learn
+    from tasks.gate import judge  # loads SciPy and scikit-learn
 
     verdict = read_json(release / "gate.json")
     if not isinstance(verdict, dict) or verdict.get("passed") is not True:
@@ -275,7 +275,7 @@ def _failed_gates(release: Path, limits: GateParams) -> Iterator[str]:
     metrics, labels = (read_json(release / f"{name}.json") for name in ("metrics", "labels"))
     if not labels:
         yield "it has no labels.json"
-    for reason in reasons(judge(metrics, leaks, limits, labels or ())):
+    for reason in judge(metrics, leaks, limits, labels or ())["reasons"]:
         yield f"today's gate refuses it, {reason}"
 
 
